@@ -1,0 +1,13 @@
+"""Dispatchers, found by being in a module of this package."""
+
+from __future__ import annotations
+
+from moe.discovery import discover
+from moe.dispatch.base import Dispatched, Dispatcher
+
+__all__ = ["Dispatched", "Dispatcher", "dispatcher_classes"]
+
+
+def dispatcher_classes() -> dict[str, type[Dispatcher]]:
+    """Every dispatcher class by its name."""
+    return discover(__name__, Dispatcher)

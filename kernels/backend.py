@@ -1,0 +1,67 @@
+"""What a back end of the expert computation is, and what it is given.
+
+Letters: T tokens, D model width, E experts, K slots a token, F expert width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.plan import RowPlan
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """The stacked weights of E experts, in the layout of nn.Linear: ``[out, in]``.
+
+    Attributes:
+        w_up_EUD: ``[E, U, D]``; gated: the F gate rows first, then the F up rows.
+        w_down_EDF: ``[E, D, F]``.
+        activation: A key of `kernels.activations.ACTIVATIONS`.
+        gated: Whether the expert is ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``.
+        b_up_EU: ``[E, U]`` or None.
+        b_down_ED: ``[E, D]`` or None.
+    """
+
+    w_up_EUD: Tensor
+    w_down_EDF: Tensor
+    activation: str
+    gated: bool
+    b_up_EU: Tensor | None = None
+    b_down_ED: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.w_down_EDF.shape[2]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a back end is chosen by: everything that is known before the rows are."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_experts: int
+    model_width: int
+    expert_width: int
+    activation: str
+    has_bias: bool
+
+
+class Backend(Protocol):
+    """One way of computing the experts."""
+
+    @property
+    def name(self) -> str:
+        """The value of ``experts.backend`` that forces this back end."""
+
+    def refusal(self, work: Workload) -> str | None:
+        """Why this back end cannot run the workload, as a clause; None when it can."""
+
+    def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
+        """``out[t] = sum_k weights[t, k] * expert[t, k](x[t])``, ``[T, D]`` in the dtype of x."""

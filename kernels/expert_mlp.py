@@ -1,0 +1,82 @@
+"""The one seam of the expert computation: which back end runs, and why.
+
+The choice depends on device, dtype and shape alone. It is made once, carries its reason, and can be forced;
+a back end that cannot run a workload refuses by name instead of falling back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from kernels.backend import Backend, ExpertTensors, Workload
+from kernels.cpu import CpuBackend
+from kernels.grouped import GroupedMMBackend
+from kernels.loop import LoopBackend
+from kernels.plan import RowPlan
+
+_GROUPED = GroupedMMBackend()
+
+#: Every back end by the name that forces it.
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {backend.name: backend for backend in (CpuBackend(), _GROUPED, LoopBackend())}
+)
+
+
+class BackendError(ValueError):
+    """A forced back end does not exist or cannot run the workload."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A back end and the reason it was chosen, as a sentence for the log."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(work: Workload, forced: str = "auto") -> Choice:
+    """Picks the back end for a workload.
+
+    Args:
+        work: Device, dtype and shape.
+        forced: A key of `BACKENDS`, or ``auto``.
+
+    Raises:
+        BackendError: The forced back end is unknown, or refuses the workload; the message says why.
+    """
+    if forced != "auto":
+        if forced not in BACKENDS:
+            raise BackendError(f"no back end is called {forced!r}; there are: auto, {', '.join(BACKENDS)}")
+        refusal = BACKENDS[forced].refusal(work)
+        if refusal is not None:
+            raise BackendError(f"the back end {forced!r} cannot run this: {refusal}")
+        return Choice(BACKENDS[forced], "forced by experts.backend")
+    if BACKENDS["cpu"].refusal(work) is None:
+        return Choice(BACKENDS["cpu"], f"fused path for {work.dtype} on CPU")
+    refusal = _GROUPED.refusal(work)
+    if refusal is None:
+        how = "one fused kernel" if _GROUPED.is_fused(work) else "a loop over experts inside torch here"
+        return Choice(_GROUPED, f"F.grouped_mm takes {work.dtype} on {work.device.type} ({how})")
+    return Choice(BACKENDS["loop"], f"F.grouped_mm cannot run this: {refusal}; one expert after the other")
+
+
+def expert_mlp(
+    x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors, backend: Backend
+) -> Tensor:
+    """``out[t] = sum_k weights[t, k] * expert[t, k](x[t])`` over the used slots.
+
+    Args:
+        x_TD: ``[T, D]`` tokens, not yet gathered.
+        weights_TK: ``[T, K]`` fp32 combine weights; differentiable.
+        plan: The routed rows in expert order, from `kernels.plan.make_plan`.
+        experts: Stacked weights in the dtype of x.
+        backend: From `choose_backend`.
+
+    Returns:
+        ``[T, D]`` in the dtype of x.
+    """
+    return backend.run(x_TD, weights_TK, plan, experts)

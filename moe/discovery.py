@@ -1,0 +1,31 @@
+"""Finds the classes of a package by what they derive from: adding one means adding a file."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+
+def discover(package: str, base: Any) -> dict[str, Any]:
+    """Concrete subclasses of `base` in the modules of a package, by their ``name`` attribute.
+
+    Args:
+        package: Dotted name of an imported package; its direct modules are imported.
+        base: The (abstract) class they derive from; callers annotate what they get.
+
+    Returns:
+        Name to class, in alphabetical order.
+    """
+    found: dict[str, Any] = {}
+    path = importlib.import_module(package).__path__
+    for info in sorted(pkgutil.iter_modules(path), key=lambda info: info.name):
+        module = importlib.import_module(f"{package}.{info.name}")
+        for value in vars(module).values():
+            own = inspect.isclass(value) and value.__module__ == module.__name__
+            if own and issubclass(value, base) and not inspect.isabstract(value):
+                name: str = value.name
+                assert name not in found, f"{value} and {found.get(name)} share the name {name!r}"
+                found[name] = value
+    return dict(sorted(found.items()))

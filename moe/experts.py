@@ -1,0 +1,86 @@
+"""The experts of a layer: stacked weights and the call into the kernels' one seam.
+
+Letters: N rows, D model width, E experts, K slots a row, F expert width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernels.backend import ExpertTensors, Workload
+from kernels.expert_mlp import Choice, choose_backend, expert_mlp
+from moe.dispatch.base import Dispatched
+from moe.upcycle.weights import ExpertBank
+
+_LOG = logging.getLogger("graft.experts")
+
+
+class Experts(nn.Module):
+    """E feed-forward networks of one shape, their weights stacked ``[E, out, in]``.
+
+    Attributes:
+        w_up_EUD: Gate rows first, then up rows, when gated.
+        w_down_EDF: Down projection.
+        b_up_EU: Bias of the up projection, or None.
+        b_down_ED: Bias of the down projection, or None.
+    """
+
+    parameter_role: ClassVar[str] = "expert"
+
+    def __init__(self, bank: ExpertBank, backend: str = "auto") -> None:
+        """Takes over the tensors of a bank.
+
+        Args:
+            bank: The initial weights.
+            backend: A name of `kernels.expert_mlp.BACKENDS`, or ``auto``.
+        """
+        super().__init__()
+        self.activation = bank.activation
+        self.gated = bank.gated
+        self.backend = backend
+        self.w_up_EUD = nn.Parameter(bank.w_up_EUD)
+        self.w_down_EDF = nn.Parameter(bank.w_down_EDF)
+        self.b_up_EU = None if bank.b_up_EU is None else nn.Parameter(bank.b_up_EU)
+        self.b_down_ED = None if bank.b_down_ED is None else nn.Parameter(bank.b_down_ED)
+        self._choices: dict[tuple[torch.device, torch.dtype], Choice] = {}
+
+    def forward(self, sent: Dispatched) -> Tensor:
+        """Runs every row through its experts and sums over its slots, weighted: ``[N, D]``."""
+        device = sent.rows_ND.device
+        dtype = sent.rows_ND.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        choice = self._choice(device, dtype)
+        with torch.autocast(device.type, enabled=False):
+            tensors = ExpertTensors(
+                w_up_EUD=self.w_up_EUD.to(dtype),
+                w_down_EDF=self.w_down_EDF.to(dtype),
+                activation=self.activation,
+                gated=self.gated,
+                b_up_EU=None if self.b_up_EU is None else self.b_up_EU.to(dtype),
+                b_down_ED=None if self.b_down_ED is None else self.b_down_ED.to(dtype),
+            )
+            return expert_mlp(sent.rows_ND.to(dtype), sent.weights_NK, sent.plan, tensors, choice.backend)
+
+    def _choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
+        key = (device, dtype)
+        if key not in self._choices:
+            E, D, F = self.w_down_EDF.shape
+            work = Workload(device, dtype, E, D, F, self.activation, self.b_up_EU is not None)
+            self._choices[key] = choose_backend(work, self.backend)
+            # At debug level: the run logs the choice of its first layer once, at info level.
+            _LOG.debug("experts run on %s: %s", self._choices[key].backend.name, self._choices[key].reason)
+        return self._choices[key]
+
+    def backend_choice(self) -> Choice | None:
+        """The back end that ran last, with the reason; None before the first forward pass."""
+        return next(reversed(self._choices.values()), None)
+
+    def extra_repr(self) -> str:
+        """Shape, for printing the model."""
+        E, D, F = self.w_down_EDF.shape
+        return f"experts={E}, model_width={D}, expert_width={F}, {self.activation}, gated={self.gated}"

@@ -1,0 +1,54 @@
+"""The layer that replaces a dense feed-forward network: route, dispatch, compute, combine.
+
+Letters: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe.balance import attach_loss
+from moe.dispatch.base import Dispatcher
+from moe.experts import Experts
+from moe.routers.base import Router
+from moe.stats import LayerStats
+from moe.types import LayerContext
+
+
+class MoELayer(nn.Module):
+    """A mixture of experts, ``[..., D] -> [..., D]``. It only orders its parts.
+
+    Attributes:
+        context: The run as this layer sees it; the host fills it.
+        stats: What was routed where in the current step.
+    """
+
+    def __init__(
+        self, router: Router[Any], dispatcher: Dispatcher, experts: Experts, context: LayerContext
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.dispatcher = dispatcher
+        self.experts = experts
+        self.context = context
+        self.stats = LayerStats()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the tokens through their experts."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.router(x_TD, self.context)
+        sent = self.dispatcher.dispatch(x_TD, routing)
+        out_TD = self.dispatcher.combine(self.experts(sent), sent)
+        run = self.context.run
+        if self.training:
+            for loss in routing.losses.values():
+                out_TD = attach_loss(out_TD, loss, run.loss_scale)
+            self.stats.record(run.micro_batch, routing, self.context.token_mask_T(len(x_TD)))
+        return out_TD.reshape(x.shape)
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """Every MoE layer of a model with its module name, in order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]

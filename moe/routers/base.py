@@ -1,0 +1,74 @@
+"""What every router is.
+
+Letters: T tokens, D model width, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Generator, Tensor, nn
+
+from moe.types import Config, LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class RouterConfig(Config):
+    """What every router's config holds: its name, which picks the class."""
+
+    name: str
+    """The router's name, as in ``conf/router/NAME.yaml``."""
+
+
+ConfigT = TypeVar("ConfigT", bound=RouterConfig)
+
+
+class Router(nn.Module, ABC, Generic[ConfigT]):
+    """Decides for each token which experts it goes to and with what weight.
+
+    A subclass sets `name` and `config_class` and is found by being a module of `moe.routers`.
+
+    Attributes:
+        name: The value of ``router.name`` that picks this class.
+        config_class: The typed config it is built from.
+        parameter_role: Tells the optimizer which parameter group these parameters are in.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[RouterConfig]]
+    parameter_role: ClassVar[str] = "router"
+
+    def __init__(self, config: ConfigT, model_width: int, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.model_width = model_width
+        self.num_experts = num_experts
+
+    @classmethod
+    def check(cls, config: ConfigT, num_experts: int) -> str | None:
+        """Why this config cannot route over E experts, as "rule. Remedy."; None when it can."""
+        return None
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """Experts that a token uses (the mean, where it varies): what active parameters are counted by."""
+
+    @property
+    @abstractmethod
+    def weights_sum_to_one(self) -> bool:
+        """Whether the combine weights of every token sum to 1, so that copied experts are exact."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Draws the initial parameters, from the generator when there is one."""
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes T tokens of width D."""
+
+    def after_optimizer_step(self, ctx: LayerContext) -> None:
+        """Changes what changes between steps (biases, temperatures); never done in forward."""
+        return

@@ -1,0 +1,175 @@
+"""What the routers did, kept per micro-batch, summed over ranks, turned into figures people know.
+
+Statistics of a (micro-batch, layer) are *written*, not added: activation recomputation runs the forward
+pass twice and overwrites the same entry.
+
+Letters: T tokens, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from moe.types import Routing
+
+# Entries behind the E counts of a layer's packed vector: tokens, slots, unused slots, entropy sum.
+_NUM_SUMS = 4
+
+
+@dataclass
+class LayerStats:
+    """The statistics of one layer in the current step.
+
+    Attributes:
+        sums: Micro-batch to ``[E + 4]`` vector that adds up over micro-batches and ranks.
+        logit_max: Micro-batch to the largest absolute router logit.
+        losses: Micro-batch to named losses, averaged over micro-batches and ranks.
+    """
+
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    logit_max: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def record(self, micro_batch: int, routing: Routing, mask_T: Tensor | None) -> None:
+        """Writes the entry of a micro-batch."""
+        ids_TK, E = routing.expert_ids_TK, routing.num_experts
+        used_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
+        real_TK = used_TK if mask_T is None else used_TK * mask_T[:, None]
+        if routing.slot_mask_TK is not None:
+            used_TK = used_TK * routing.slot_mask_TK
+        used_TK = used_TK * real_TK
+        packed = torch.zeros(E + _NUM_SUMS, device=ids_TK.device)
+        packed.scatter_add_(0, ids_TK.clamp(0, E - 1).reshape(-1), used_TK.reshape(-1))
+        packed[E] = real_TK[:, 0].sum()
+        packed[E + 1] = real_TK.sum()
+        packed[E + 2] = real_TK.sum() - used_TK.sum()
+        packed[E + 3] = _entropy_sum(routing.scores_TE, mask_T)
+        self.sums[micro_batch] = packed
+        if routing.logits_TE is not None and routing.logits_TE.numel():
+            self.logit_max[micro_batch] = routing.logits_TE.abs().amax()
+        self.losses[micro_batch] = {name: loss.detach() for name, loss in routing.losses.items()}
+
+    def clear(self) -> None:
+        """Forgets the step."""
+        self.sums.clear()
+        self.logit_max.clear()
+        self.losses.clear()
+
+
+def _entropy_sum(scores_TE: Tensor | None, mask_T: Tensor | None) -> Tensor | float:
+    """Sum over tokens of the entropy of the normalised scores, in units of ln E."""
+    if scores_TE is None or scores_TE.shape[1] == 1:
+        return 0.0
+    probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+    entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(scores_TE.shape[1])
+    total: Tensor = entropy_T.sum() if mask_T is None else (entropy_T * mask_T).sum()
+    return total
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The step's routing, layer by layer, over all ranks.
+
+    Attributes:
+        layers: Index of each MoE layer in the host.
+        load: Layer by expert, the share of routed slots; a layer's shares sum to 1.
+        per_layer: Figure to one value a layer: ``maxvio`` (largest load over the mean, minus 1;
+            arXiv 2408.15664), ``load_cv`` (standard deviation over mean), ``entropy`` (of a token's
+            router distribution, in units of ln E), ``dead_experts`` (experts without a token),
+            ``dropped_fraction`` (slots that were not used), ``logit_max`` (largest absolute logit), and
+            ``<name>_loss`` for each loss, with its coefficient.
+    """
+
+    layers: tuple[int, ...]
+    load: tuple[tuple[float, ...], ...]
+    per_layer: Mapping[str, tuple[float, ...]]
+
+    def means(self) -> dict[str, float]:
+        """Each figure averaged over the layers."""
+        return {name: sum(values) / len(values) for name, values in self.per_layer.items()}
+
+
+def report_load(
+    stats: Sequence[tuple[int, LayerStats]], group: ProcessGroup | None = None
+) -> LoadReport | None:
+    """Sums the layers' statistics over micro-batches and ranks and clears them.
+
+    Args:
+        stats: Layer index and statistics of each MoE layer, the same on every rank.
+        group: The ranks to sum over; None for this rank alone.
+
+    Returns:
+        The report, or None where no layer has recorded anything.
+    """
+    if not stats or any(not layer.sums for _, layer in stats):
+        return None
+    names = sorted({name for _, layer in stats for losses in layer.losses.values() for name in losses})
+    sums, maxima = _pack(stats, names)
+    ranks = 1
+    if group is not None:
+        ranks = group.size()
+        torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(maxima, op=ReduceOp.MAX, group=group)
+    report = _unpack(stats, names, sums.cpu(), maxima.cpu(), ranks)
+    for _, layer in stats:
+        layer.clear()
+    return report
+
+
+def _pack(stats: Sequence[tuple[int, LayerStats]], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    sums, maxima = [], []
+    for _, layer in stats:
+        total = torch.stack(list(layer.sums.values())).sum(0).double()
+        zero = total.new_zeros(())
+        num = len(layer.losses)
+        means = [
+            sum((losses.get(name, zero) for losses in layer.losses.values()), zero) / num for name in names
+        ]
+        sums.append(torch.cat([total, torch.stack([zero, *means])[1:].double()]))
+        maxima.append(torch.stack([zero, *(value.double() for value in layer.logit_max.values())]).amax())
+    return torch.cat(sums), torch.stack(maxima)
+
+
+def _unpack(
+    stats: Sequence[tuple[int, LayerStats]], names: Sequence[str], sums: Tensor, maxima: Tensor, ranks: int
+) -> LoadReport:
+    per_layer: dict[str, list[float]] = {}
+    load = []
+    offset = 0
+    for position, (_, layer) in enumerate(stats):
+        E = next(iter(layer.sums.values())).numel() - _NUM_SUMS
+        vector = sums[offset : offset + E + _NUM_SUMS + len(names)]
+        offset += vector.numel()
+        figures = _figures(vector[:E], *vector[E : E + _NUM_SUMS].tolist())
+        figures["logit_max"] = float(maxima[position])
+        for name, value in zip(names, vector[E + _NUM_SUMS :].tolist(), strict=True):
+            figures[f"{name}_loss"] = value / ranks
+        for key, number in figures.items():
+            per_layer.setdefault(key, []).append(number)
+        load.append(tuple((vector[:E] / vector[:E].sum().clamp_min(1)).tolist()))
+    return LoadReport(
+        layers=tuple(index for index, _ in stats),
+        load=tuple(load),
+        per_layer={key: tuple(values) for key, values in per_layer.items()},
+    )
+
+
+def _figures(
+    counts_E: Tensor, tokens: float, slots: float, unused: float, entropy: float
+) -> dict[str, float]:
+    mean = float(counts_E.mean())
+    safe = mean if mean > 0 else 1.0
+    return {
+        "maxvio": float(counts_E.max()) / safe - 1.0,
+        "load_cv": float(counts_E.std(correction=0)) / safe,
+        "entropy": entropy / max(tokens, 1.0),
+        "dead_experts": float((counts_E == 0).sum()),
+        "dropped_fraction": unused / max(slots, 1.0),
+    }

@@ -1,0 +1,219 @@
+"""A transformers decoder as the host of MoE layers: load it, swap its feed-forward networks, check it.
+
+Attention, norms, embeddings and generation stay transformers' own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.dispatch import Dispatcher
+from moe.errors import ConfigError, HostError
+from moe.experts import Experts
+from moe.layer import MoELayer, moe_layers
+from moe.routers import Router
+from moe.types import LayerContext, RouterContext
+from moe.upcycle import UpcycleMethod
+from moe.upcycle.check import LayerDrift, LogitDrift, layer_drift, logit_drift, require_exact
+from moe.upcycle.weights import FFNWeights
+from recipes.hosts.ffn import FFNSite, dense_ffn, find_ffns
+
+
+@dataclass
+class HuggingFaceHost:
+    """A decoder of transformers and what Graft needs to know of it.
+
+    Attributes:
+        model: The decoder; its feed-forward networks may have become `MoELayer`s.
+        folder: The checkpoint it was loaded from.
+        source_dtype: The dtype of that checkpoint's weights.
+        context: The run as routers see it; filled before every forward pass.
+    """
+
+    model: Any
+    folder: Path
+    source_dtype: torch.dtype
+    context: RouterContext = field(default_factory=RouterContext)
+
+    def __post_init__(self) -> None:
+        self.model.register_forward_pre_hook(self._fill_context, with_kwargs=True)
+
+    @property
+    def config(self) -> Any:
+        """The config of the decoder."""
+        return self.model.config
+
+    def moe_layers(self) -> list[tuple[int, MoELayer]]:
+        """Block index and MoE layer, in order."""
+        return [(layer.context.layer_index, layer) for _, layer in moe_layers(self.model)]
+
+    def _fill_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.context.token_ids = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def load_host(folder: Path, *, trust_remote_code: bool = False) -> HuggingFaceHost:
+    """Loads a decoder in fp32 on the CPU: master weights are fp32, lower precision is the engine's.
+
+    Raises:
+        HostError: transformers does not know the model, or the files lack some of its weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        remedy = "Check that the folder is complete and that this version of transformers knows the model."
+        raise HostError.one("dense", str(folder), f"transformers cannot load it ({first})", remedy) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
+        raise HostError.one("dense", str(folder), rule, "Download the checkpoint again.")
+    model.config.use_cache = False
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return HuggingFaceHost(model=model, folder=folder, source_dtype=dtype)
+
+
+def seeded_generator(seed: int, *where: object) -> torch.Generator:
+    """A generator that depends on the seed and on what it is for, not on the rank or on the order."""
+    digest = hashlib.blake2b(repr((seed, *where)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What turns dense networks into mixtures.
+
+    Attributes:
+        method: Makes the experts.
+        make_router: ``make_router(model_width, num_experts)``.
+        make_dispatcher: A dispatcher for one layer.
+        backend: Back end of the experts.
+        seed: Of the routers' weights and the method's randomness.
+    """
+
+    method: UpcycleMethod[Any]
+    make_router: Callable[[int, int], Router[Any]]
+    make_dispatcher: Callable[[], Dispatcher]
+    backend: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class SurgeryReport:
+    """What was done and how exact it is.
+
+    Attributes:
+        method: Name of the upcycling method.
+        layers: Indices of the blocks that became mixtures.
+        claimed_exact: Whether the method claims to keep the function under this router.
+        logits: Drift of the logits on real tokens.
+        drifts: Drift of each layer on its own.
+    """
+
+    method: str
+    layers: tuple[int, ...]
+    claimed_exact: bool
+    logits: LogitDrift
+    drifts: tuple[LayerDrift, ...]
+
+
+def make_layer(weights: FFNWeights, layer: int, surgery: Surgery, context: RouterContext) -> MoELayer:
+    """The mixture that replaces one dense network."""
+    bank = surgery.method.build(weights, seeded_generator(surgery.seed, "experts", layer))
+    router = surgery.make_router(weights.model_width, bank.num_experts)
+    router.reset_parameters(seeded_generator(surgery.seed, "router", layer))
+    experts = Experts(bank, surgery.backend)
+    return MoELayer(router, surgery.make_dispatcher(), experts, LayerContext(context, layer))
+
+
+def chosen_sites(host: HuggingFaceHost, method: UpcycleMethod[Any]) -> list[FFNSite]:
+    """The feed-forward networks that ``upcycle.layers`` chooses.
+
+    Raises:
+        ConfigError: The choice names layers that the host does not have.
+        HostError: The host's networks cannot be told.
+    """
+    sites = find_ffns(host.model, host.config)
+    try:
+        return [sites[i] for i in method.config.layer_choice.pick(len(sites))]
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        raise ConfigError.one("upcycle.layers", method.config.layers, rule, remedy) from error
+
+
+def swap(host: HuggingFaceHost, surgery: Surgery) -> list[tuple[FFNSite, MoELayer]]:
+    """Puts mixtures in the place of the chosen networks; returns each with the site it took."""
+    swapped = []
+    for site in chosen_sites(host, surgery.method):
+        layer = make_layer(site.weights, site.layer, surgery, host.context)
+        site.replace(host.model, layer)
+        swapped.append((site, layer))
+    return swapped
+
+
+@torch.no_grad()
+def upcycle(host: HuggingFaceHost, surgery: Surgery, tokens_BS: Tensor) -> SurgeryReport:
+    """Turns the host into a mixture of experts and measures whether it still computes the same.
+
+    Args:
+        host: A dense decoder; changed in place.
+        surgery: How.
+        tokens_BS: ``[B, S]`` real tokens.
+
+    Raises:
+        ExactnessError: The method claims to be exact under this router and is not.
+    """
+    host.model.eval()
+    dense_logits = host.model(input_ids=tokens_BS).logits
+    swapped = swap(host, surgery)
+    host.model.eval()
+    drifts: list[LayerDrift] = []
+    with _measuring(swapped, drifts):
+        moe_logits = host.model(input_ids=tokens_BS).logits
+    exact = all(surgery.method.is_exact(layer.router) for _, layer in swapped)
+    logits = logit_drift(dense_logits, moe_logits)
+    if exact:
+        require_exact(surgery.method.name, logits, drifts, moe_logits.dtype)
+    layers = tuple(site.layer for site, _ in swapped)
+    return SurgeryReport(surgery.method.name, layers, exact, logits, tuple(drifts))
+
+
+@contextmanager
+def _measuring(swapped: list[tuple[FFNSite, MoELayer]], drifts: list[LayerDrift]) -> Iterator[None]:
+    """While open, every forward pass of a mixture is compared with its dense network on the same input.
+
+    Comparing on the spot keeps no activations, so that it works for models of any depth.
+    """
+
+    def hook(site: FFNSite) -> Callable[..., None]:
+        def compare(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            drifts.append(layer_drift(site.layer, dense_ffn(args[0], site.weights), out))
+
+        return compare
+
+    handles = [layer.register_forward_hook(hook(site)) for site, layer in swapped]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
