@@ -46,6 +46,10 @@ class UserError(GraftError):
         self.mistakes = tuple(mistakes)
         super().__init__("\n".join(str(m) for m in self.mistakes))
 
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Mistake, ...]]]:
+        """Errors travel from rank 0 to the others: pickled by their mistakes, not by their text."""
+        return type(self), (self.mistakes,)
+
     @classmethod
     def one(cls, path: str, value: Any, rule: str, remedy: str) -> Self:
         """Builds the error of a single mistake."""

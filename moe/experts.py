@@ -6,17 +6,33 @@ Letters: N rows, D model width, E experts, K slots a row, F expert width, U = 2F
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kernels.backend import ExpertTensors, Workload
-from kernels.expert_mlp import Choice, choose_backend, expert_mlp
+from kernels.expert_mlp import BACKENDS, Choice, choose_backend, expert_mlp
 from moe.dispatch.base import Dispatched
+from moe.types import Config
 from moe.upcycle.weights import ExpertBank
 
 _LOG = logging.getLogger("graft.experts")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig(Config):
+    """How the experts are computed."""
+
+    backend: str = "auto"
+    """A back end of `kernels.expert_mlp`, or ``auto``: chosen by device, dtype and shape."""
+
+    def __post_init__(self) -> None:
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise ValueError(
+                f"backend={self.backend!r} is no back end. Choose auto, {', '.join(sorted(BACKENDS))}."
+            )
 
 
 class Experts(nn.Module):
@@ -46,6 +62,8 @@ class Experts(nn.Module):
         self.w_down_EDF = nn.Parameter(bank.w_down_EDF)
         self.b_up_EU = None if bank.b_up_EU is None else nn.Parameter(bank.b_up_EU)
         self.b_down_ED = None if bank.b_down_ED is None else nn.Parameter(bank.b_down_ED)
+        # Which of our matrices holds several, one above the other: what orthogonalises takes them apart.
+        self.fused_rows = {"w_up_EUD": 2} if bank.gated else {}
         self._choices: dict[tuple[torch.device, torch.dtype], Choice] = {}
 
     def forward(self, sent: Dispatched) -> Tensor:

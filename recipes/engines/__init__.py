@@ -1,0 +1,15 @@
+"""Engines, found by being in a module of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe.discovery import discover
+from recipes.engines.base import Engine, EngineConfig, Trainable
+
+__all__ = ["Engine", "EngineConfig", "Trainable", "engine_classes"]
+
+
+def engine_classes() -> dict[str, type[Engine[Any]]]:
+    """Every engine class by its name."""
+    return discover(__name__, Engine)

@@ -34,13 +34,7 @@ _KNOWN_NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "fc_in", "fc_out"),  # GPT-J, CodeGen
     (None, "up_proj", "down_proj"),  # Nemotron, Arcee
 )
-_ACTIVATION_KEYS = (
-    "hidden_activation",
-    "hidden_act",
-    "activation_function",
-    "activation",
-    "hidden_activation",
-)
+_ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 # What a recomputation in another order of summation may differ by, relative to the largest output.
 _RECOGNITION_TOLERANCE = {
     torch.float64: 1e-10,
@@ -106,6 +100,15 @@ def _blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
         rule = f"no list of {depth} decoder blocks is found in {type(model).__name__}"
         raise _refuse(config, rule, "Open an issue that names the model; this family is not supported.")
     return lists[0]
+
+
+def decoder_blocks(model: nn.Module, config: Any) -> nn.ModuleList:
+    """The list of a decoder's blocks.
+
+    Raises:
+        HostError: There is none of the config's depth.
+    """
+    return _blocks(model, config)[1]
 
 
 def _activation(config: Any) -> str:

@@ -1,0 +1,165 @@
+"""The most floating-point operations a device does in a second: from data sheets, else measured."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Source = Literal["datasheet-dense", "measured", "user"]
+MathMode = Literal["bf16", "fp32", "tf32"]
+
+TABLE_DATE = "2026-11"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A device's peak in one number format.
+
+    Attributes:
+        value: FLOP/s of one device. Measured: the best of the sweep.
+        source: ``datasheet-dense`` (without sparsity), ``measured``, or ``user``.
+        device: The device's name.
+        dtype: The format, such as ``bfloat16``; ``tf32`` where fp32 products run in it.
+        detail: Where the number is from, for the report.
+        median: Measured: the median at the best size; far below ``value`` on a busy machine. Else ``value``.
+    """
+
+    value: float
+    source: Source
+    device: str
+    dtype: str
+    detail: str
+    median: float
+
+    @property
+    def noisy(self) -> bool:
+        """The median of the measurement is more than a quarter below its best."""
+        return self.median < 0.75 * self.value
+
+
+# TFLOP/s of one device, dense (sparse marketing numbers are twice these), accumulating in fp32. ``fp32`` is
+# without tensor cores, ``tf32`` with. Keys match the whole of torch.cuda.get_device_name(): a laptop or MIG
+# variant has another name and is measured. bf16 is as stas00/ml-engineering and torchtitan list it, fp32 and
+# tf32 as the makers' data sheets do. What is not certain is left out.
+TABLE: Mapping[str, Mapping[MathMode, float]] = {
+    r"NVIDIA A100-(SXM4|PCIE|PCIe)-(40|80)GB|NVIDIA A100 80GB PCIe": {"bf16": 312, "fp32": 19.5, "tf32": 156},
+    r"NVIDIA H100 PCIe": {"bf16": 756, "fp32": 51, "tf32": 378},
+    r"NVIDIA H100 NVL": {"bf16": 835, "fp32": 60},
+    r"NVIDIA H100 80GB HBM3": {"bf16": 989, "fp32": 67, "tf32": 494},
+    r"NVIDIA H200": {"bf16": 989, "fp32": 67, "tf32": 494},
+    r"NVIDIA H20": {"bf16": 148, "fp32": 44, "tf32": 74},
+    r"NVIDIA GH200 (480GB|144G HBM3e)": {"bf16": 989, "fp32": 67, "tf32": 494},
+    r"NVIDIA B200": {"bf16": 2250},
+    r"NVIDIA GB200": {"bf16": 2500},
+    r"NVIDIA L40S": {"bf16": 362, "fp32": 91.6, "tf32": 183},
+    r"NVIDIA RTX A6000": {"bf16": 154.8, "fp32": 38.7, "tf32": 77.4},
+    r"NVIDIA RTX A5000": {"bf16": 111.1, "fp32": 27.8},
+    r"NVIDIA GeForce RTX 4090": {"bf16": 165.2, "fp32": 82.6, "tf32": 82.6},
+    r"AMD Instinct MI300X( OAM)?": {"bf16": 1307, "fp32": 163.4},
+}
+
+# Square products of growing size; the sweep stops at the first that would not fit into its time.
+SIZES = tuple(2**power for power in range(8, 15))
+BATCHES = 5
+
+
+def math_mode(device: torch.device, dtype: torch.dtype) -> MathMode | None:
+    """Which column of the table products of this dtype use; None when the table has none for it."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return "bf16"
+    if dtype is torch.float32:
+        lowered = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        return "tf32" if lowered else "fp32"
+    return None
+
+
+def table_peak(name: str, mode: MathMode) -> float | None:
+    """FLOP/s of the device with this name, or None when the table does not know it."""
+    for pattern, columns in TABLE.items():
+        if re.fullmatch(pattern, name) and mode in columns:
+            return columns[mode] * 1e12
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    """The name that torch has for an accelerator; for the CPU, its threads and vector width."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return str(device)
+
+
+def peak_for(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The peak of a device: from the table when it knows the device, else measured now (about 0.3 s).
+
+    Which of the two it was stands in ``source`` and belongs into every report.
+    """
+    name, mode = device_name(device), math_mode(device, dtype)
+    listed = None if mode is None else table_peak(name, mode)
+    if listed is None:
+        return measure_peak_flops(device, dtype)
+    shown = "tf32" if mode == "tf32" else str(dtype).removeprefix("torch.")
+    detail = f"dense data-sheet peak, table of {TABLE_DATE}"
+    return Peak(listed, "datasheet-dense", name, shown, detail, listed)
+
+
+@torch.no_grad()
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Peak:
+    """Multiplies square matrices of growing size and takes the fastest.
+
+    It is what this machine attains now, with as many threads as torch has: below the theoretical peak (on
+    GPUs by 15 to 30 %), so a utilisation against it is higher than one against a data sheet.
+
+    Args:
+        device: Where.
+        dtype: Of the operands.
+        seconds: Time for the sweep, about; a first product at a size may take longer.
+
+    Raises:
+        ValueError: ``seconds`` is not above 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds} must be above 0.")
+    end = time.perf_counter() + seconds
+    best, median, at = 0.0, 0.0, 0
+    for size in SIZES:
+        expected = 2 * size**3 / best if best else 0.0
+        if time.perf_counter() + (BATCHES + 1) * expected > end and best:
+            break
+        rates = _rates_at(size, device, dtype, seconds / (2 * len(SIZES) * BATCHES))
+        if max(rates) > best:
+            best, median, at = max(rates), statistics.median(rates), size
+    mode = math_mode(device, dtype)
+    shown = "tf32" if mode == "tf32" else str(dtype).removeprefix("torch.")
+    return Peak(best, "measured", device_name(device), shown, f"best square product, size {at}", median)
+
+
+def _rates_at(size: int, device: torch.device, dtype: torch.dtype, batch_seconds: float) -> list[float]:
+    """FLOP/s of several batches of products of one size; each batch lasts about ``batch_seconds``."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    torch.mm(a, b, out=out)
+    once = _time_products(a, b, out, 1)
+    repeats = max(1, int(batch_seconds / once))
+    return [2 * size**3 * repeats / _time_products(a, b, out, repeats) for _ in range(BATCHES)]
+
+
+def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, repeats: int) -> float:
+    _synchronise(out.device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        torch.mm(a, b, out=out)
+    _synchronise(out.device)
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,192 @@
+"""Where the local part of a tensor lies in the global one.
+
+A *box* is an axis-aligned block of a global tensor. What a rank holds of a tensor is a list of *pieces*:
+boxes, each with a view of the local memory. Everything else in this package is written in those terms, so
+that it knows nothing of FSDP, expert parallelism or any engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from moe.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Box:
+    """A block of a global tensor: the elements ``offset[d] <= i < offset[d] + size[d]`` of each axis d."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements inside; one for a tensor without axes."""
+        return math.prod(self.size)
+
+    def inside(self, shape: tuple[int, ...]) -> bool:
+        """Whether this is a box of a tensor of ``shape``."""
+        if not len(self.offset) == len(self.size) == len(shape):
+            return False
+        axes = zip(self.offset, self.size, shape, strict=True)
+        return all(0 <= start <= start + length <= total for start, length, total in axes)
+
+    def overlap(self, other: Box) -> Box | None:
+        """The elements in both boxes, or None when there are none."""
+        axes = list(zip(self.offset, self.size, other.offset, other.size, strict=True))
+        low = tuple(max(mine, its) for mine, _, its, _ in axes)
+        high = tuple(min(mine + length, its + width) for mine, length, its, width in axes)
+        size = tuple(stop - start for start, stop in zip(low, high, strict=True))
+        return None if any(length <= 0 for length in size) else Box(low, size)
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Slices that cut this box out of a tensor that holds ``outer``."""
+        starts = (mine - its for mine, its in zip(self.offset, outer.offset, strict=True))
+        return tuple(slice(start, start + length) for start, length in zip(starts, self.size, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class LocalShard:
+    """A block of a global tensor that an engine shards itself, without DTensor.
+
+    Attributes:
+        tensor: The local block. It is read on save and overwritten on load.
+        global_shape: Shape of the global tensor.
+        offset: Where the block's first element lies in the global tensor.
+    """
+
+    tensor: Tensor
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+GlobalTensor: TypeAlias = Tensor | LocalShard
+"""A plain tensor is replicated (all ranks hold the same); a DTensor and a `LocalShard` say what they hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One box that this rank holds, and a view of the memory that holds it."""
+
+    box: Box
+    tensor: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """What this rank holds of one global tensor: any number of non-empty pieces, or none."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive rows of one axis, where they start locally and globally."""
+
+    local: int
+    start: int
+    length: int
+
+
+def place(name: str, value: GlobalTensor) -> Placed:
+    """Finds out which boxes of the global tensor ``value`` holds on this rank.
+
+    Args:
+        name: Global name, for the error message.
+        value: A plain tensor, a DTensor or a `LocalShard`.
+
+    Raises:
+        CheckpointError: A DTensor that waits for a reduction, or a shard that does not fit its global shape.
+    """
+    if isinstance(value, DTensor):
+        return _place_dtensor(name, value)
+    if isinstance(value, LocalShard):
+        return _place_shard(name, value)
+    shape = tuple(value.shape)
+    return Placed(value.dtype, shape, _cut(value.detach(), [[_Run(0, 0, length)] for length in shape]))
+
+
+def _place_shard(name: str, value: LocalShard) -> Placed:
+    size, shape = tuple(value.tensor.shape), tuple(value.global_shape)
+    if not Box(tuple(value.offset), size).inside(shape):
+        rule = f"a shard at {value.offset} does not fit a global tensor of shape {shape}"
+        raise CheckpointError.one(name, size, rule, "Give the block's offset in the global tensor.")
+    runs = [[_Run(0, start, length)] for start, length in zip(value.offset, size, strict=True)]
+    return Placed(value.tensor.dtype, shape, _cut(value.tensor.detach(), runs))
+
+
+def _place_dtensor(name: str, value: DTensor) -> Placed:
+    if any(isinstance(placement, Partial) for placement in value.placements):
+        rule = "a DTensor that still waits for a reduction across ranks cannot be saved or filled"
+        raise CheckpointError.one(
+            name, value.placements, rule, "Redistribute it to Shard or Replicate first."
+        )
+    shape = tuple(value.shape)
+    coordinate = value.device_mesh.get_coordinate()
+    if coordinate is None:
+        return Placed(value.dtype, shape, ())
+    if any(isinstance(placement, _StridedShard) for placement in value.placements):
+        runs = [_strided_runs(axis, value, coordinate) for axis in range(len(shape))]
+    else:
+        size, offset = compute_local_shape_and_global_offset(shape, value.device_mesh, value.placements)
+        runs = [[_Run(0, start, length)] for start, length in zip(offset, size, strict=True)]
+    with torch.no_grad():
+        local = value.to_local()
+    held = tuple(sum(run.length for run in axis) for axis in runs)
+    if tuple(local.shape) != held:
+        rule = f"its placements {value.placements} promise a local shape of {held}"
+        raise CheckpointError.one(name, tuple(local.shape), rule, "Pass it as a LocalShard with its offset.")
+    return Placed(value.dtype, shape, _cut(local, runs))
+
+
+def _strided_runs(axis: int, value: DTensor, coordinate: Sequence[int]) -> list[_Run]:
+    """Which rows of ``axis`` this rank holds when FSDP shards what TP or EP had sharded before.
+
+    ``_StridedShard(split_factor)`` means: the axis was already cut into ``split_factor`` parts, and each part
+    is cut again, so that a rank may hold several separate runs. We follow that definition on the row numbers.
+    """
+    rows = torch.arange(value.shape[axis])
+    for mesh_axis, placement in enumerate(value.placements):
+        if not isinstance(placement, Shard | _StridedShard) or placement.dim != axis:
+            continue
+        count, mine = value.device_mesh.size(mesh_axis), coordinate[mesh_axis]
+        if isinstance(placement, _StridedShard):
+            factor = int(placement.split_factor)
+            parts = (_chunk(rows, factor, part) for part in range(factor))
+            rows = torch.cat([_chunk(part, count, mine) for part in parts])
+        else:
+            rows = _chunk(rows, count, mine)
+    if len(rows) == 0:
+        return [_Run(0, 0, 0)]
+    breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
+    edges = [0, *breaks, len(rows)]
+    return [_Run(low, int(rows[low]), high - low) for low, high in itertools.pairwise(edges)]
+
+
+def _chunk(rows: Tensor, count: int, index: int) -> Tensor:
+    """Part ``index`` of ``count`` as torch.chunk cuts them, empty where it would give fewer parts."""
+    size = -(-len(rows) // count)
+    return rows[index * size : (index + 1) * size]
+
+
+def _cut(local: Tensor, runs: Sequence[Sequence[_Run]]) -> tuple[Piece, ...]:
+    """One piece for each combination of the axes' runs; empty ones are left out."""
+    pieces = []
+    for combination in itertools.product(*runs):
+        box = Box(tuple(run.start for run in combination), tuple(run.length for run in combination))
+        view = local[tuple(slice(run.local, run.local + run.length) for run in combination)]
+        if box.numel:
+            pieces.append(Piece(box, view))
+    return tuple(pieces)

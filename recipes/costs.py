@@ -1,0 +1,49 @@
+"""What a host costs a token, from the live module and its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe.accounting.flops import forward_flops_per_token, training_flops_per_token
+from moe.accounting.params import count_parameters
+from moe.accounting.shape import attention_from_config
+from moe.errors import ConfigError
+from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.loop import Costs
+
+
+def measure_costs(host: HuggingFaceHost, seq_len: int, peak_flops: float | None) -> Costs:
+    """Counts parameters exactly and FLOPs by the ``exact`` convention; call it before the model is sharded.
+
+    FLOPs are None where the accounting does not know the host's attention: they are never guessed.
+    """
+    count = count_parameters(host.model)
+    content: dict[str, Any] = host.config.to_dict()
+    forward = training = None
+    try:
+        attention = attention_from_config(content)
+    except ConfigError:
+        attention = None
+    if attention is not None:
+        forward = forward_flops_per_token(count, attention, seq_len)
+        training = training_flops_per_token(count, attention, seq_len)
+    return Costs(
+        total_params=count.total,
+        active_params=count.active,
+        flops_per_token_forward=forward,
+        flops_per_token_train=training,
+        peak_flops=peak_flops,
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The largest resident memory of this process so far, or on a GPU its largest allocation."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

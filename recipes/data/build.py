@@ -1,0 +1,135 @@
+"""The data of a run: training and validation samples, and what they are known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from moe.errors import DataError
+from recipes.data.config import DataConfig
+from recipes.data.indexed import IndexedDataset, idx_path
+from recipes.data.packing import ORDER_VERSION, OrderedDataset, PackedDataset, split_documents
+from recipes.data.tokenise import ensure_tokenised, read_counts
+
+SAMPLED_BLOCKS = 64
+SAMPLED_TOKENS = 4096
+"""Of the tokens, so many evenly spaced blocks of this many count in the fingerprint."""
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What a run trains and validates on.
+
+    Attributes:
+        train: Shuffled samples without end.
+        validation: Samples in a fixed order.
+        fingerprint: Hex sha256 of the tokens and of every setting that decides which tokens sample n holds. A
+            checkpoint keeps it, and a resume against other data is refused.
+    """
+
+    train: PackedDataset
+    validation: OrderedDataset
+    fingerprint: str
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens in the training documents."""
+        return self.train.num_tokens
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens in the validation documents."""
+        return self.validation.num_tokens
+
+
+def load_data(
+    cfg: DataConfig,
+    tokenizer_dir: str | Path,
+    cache_dir: str | Path,
+    vocab_size: int,
+    log: Callable[[str], None] = print,
+) -> TrainData:
+    """All of it: tokenises what is not yet in the cache, checks that the ids fit the model, splits and packs.
+
+    Args:
+        cfg: The data config.
+        tokenizer_dir: A local tokenizer folder.
+        cache_dir: Where token files are kept.
+        vocab_size: Rows of the model's embedding.
+        log: Takes lines on what is done.
+
+    Raises:
+        DataError: Documents cannot be read, ids do not fit the model, or there is less than one sample.
+        DiskError: The cache cannot be written.
+    """
+    prefix = ensure_tokenised(cfg, tokenizer_dir, cache_dir, log)
+    check_ids(prefix, vocab_size)
+    validation_prefix = None
+    if cfg.validation_path is not None:
+        own = replace(cfg, path=cfg.validation_path, validation_path=None)
+        validation_prefix = ensure_tokenised(own, tokenizer_dir, cache_dir, log)
+        check_ids(validation_prefix, vocab_size)
+    return build_data(cfg, prefix, validation_prefix)
+
+
+def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Path | None = None) -> TrainData:
+    """Splits and packs token files.
+
+    Args:
+        cfg: Sample length, split and seed.
+        prefix: The token files of ``cfg.path``.
+        validation_prefix: Those of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
+
+    Raises:
+        DataError: The files are damaged, or training or validation has less than one sample.
+    """
+    indexed = IndexedDataset(prefix)
+    if validation_prefix is None:
+        held_out, identity = indexed, [_content_hash(indexed), cfg.validation_fraction]
+        train_ids, validation_ids = split_documents(
+            indexed.document_lengths, cfg.validation_fraction, cfg.seed, cfg.seq_len
+        )
+    else:
+        held_out = IndexedDataset(validation_prefix)
+        identity = [_content_hash(indexed), _content_hash(held_out)]
+        train_ids, validation_ids = np.arange(indexed.num_documents), np.arange(held_out.num_documents)
+    identity += [cfg.seq_len, cfg.seed, ORDER_VERSION]
+    return TrainData(
+        train=PackedDataset(indexed, cfg.seq_len, cfg.seed, train_ids),
+        validation=OrderedDataset(held_out, cfg.seq_len, cfg.seed, validation_ids),
+        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+    )
+
+
+def check_ids(prefix: str | Path, vocab_size: int) -> None:
+    """Checks that the ids of token files fit a model; large files from elsewhere are sampled.
+
+    Raises:
+        DataError: An id is negative, or not below the vocabulary size.
+    """
+    counts = read_counts(prefix)
+    low, high = IndexedDataset(prefix).token_range() if counts is None else (0, counts.max_token_id)
+    if low < 0 or high >= vocab_size:
+        raise DataError.one(
+            "data.path",
+            str(prefix),
+            f"holds ids from {low} to {high}, and the model's vocabulary has {vocab_size} entries",
+            "Tokenise with the tokenizer that the model was trained with.",
+        )
+
+
+def _content_hash(indexed: IndexedDataset) -> str:
+    """A hex sha256 of the index and of sampled tokens: the same wherever the files are copied."""
+    total = hashlib.sha256()
+    with idx_path(indexed.prefix).open("rb") as stream:
+        while block := stream.read(1 << 24):
+            total.update(block)
+    last = max(indexed.num_tokens - SAMPLED_TOKENS, 0)
+    for start in np.unique(np.linspace(0, last, SAMPLED_BLOCKS).astype(np.int64)).tolist():
+        total.update(indexed.tokens(start, min(start + SAMPLED_TOKENS, indexed.num_tokens)).tobytes())
+    return total.hexdigest()

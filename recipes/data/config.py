@@ -1,0 +1,56 @@
+"""What a run is told about its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.types import Config
+from recipes.rules import require
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Where the documents are, and how they become samples.
+
+    Attributes:
+        path: A file, a glob (``**`` reaches into folders) or a list of these: plain text (one file is one
+            document), JSON lines or JSON (``.gz`` and ``.zst`` too), parquet; or the prefix of a Megatron
+            ``.bin``/``.idx`` pair. None is the source of the running Python's standard library.
+        text_key: The field, or column, that holds the text of a JSON or parquet record.
+        seq_len: Tokens a sample, targets not counted.
+        validation_fraction: Share of the training tokens set aside, in whole documents. Not used when
+            ``validation_path`` is given.
+        validation_path: Documents to validate on, in any form that ``path`` has; None takes some of ``path``.
+        append_eos: Whether the tokenizer's end-of-sequence token closes every document.
+        seed: Seed of the split and of the order of documents and samples.
+    """
+
+    path: str | list[str] | None = None
+    text_key: str = "text"
+    seq_len: int = 128
+    validation_fraction: float = 0.02
+    validation_path: str | list[str] | None = None
+    append_eos: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values that need no file.
+
+        Raises:
+            ValueError: One line for each value that breaks its rule, with what to do instead.
+        """
+        require(
+            (bool(self.text_key), "text_key is empty. Name the field that holds the text, such as 'text'."),
+            (self.seq_len >= 1, f"seq_len={self.seq_len} must be at least 1. Give a length such as 128."),
+            (
+                0 < self.validation_fraction < 1,
+                f"validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded. "
+                "Give a share such as 0.02, or documents of their own by validation_path.",
+            ),
+            (self.seed >= 0, f"seed={self.seed} must not be negative. Give 0 or more."),
+            (self.path not in ("", []), "path is empty. Name files or a glob, or leave it at null."),
+            (
+                self.validation_path not in ("", []),
+                "validation_path is empty. Name files or a glob, or leave it at null.",
+            ),
+        )

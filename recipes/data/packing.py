@@ -1,0 +1,209 @@
+"""From documents of any length to samples of one length, as a pure function of (seed, number of the sample).
+
+An epoch lays all documents end to end in a shuffled order and cuts the stream every S tokens into samples of
+S + 1, so that neighbours share one token: it is the last target of one and the first input of the next. The
+samples are then shuffled too. Every token but the first and a tail shorter than S is a target once an epoch.
+Order comes from the raw bits of PCG64, which numpy keeps the same across versions, unlike its shuffles.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe.errors import DataError
+from recipes.data.indexed import IndexedDataset
+
+ORDER_VERSION = 1
+"""Raised whenever the same tokens and settings would split or follow one another differently."""
+
+EPOCHS_KEPT = 2
+"""Around the end of an epoch a batch needs the order of two."""
+
+_SPLIT, _DOCUMENTS, _SAMPLES = range(3)
+"""What an order is for; each has random bits of its own."""
+
+
+def permutation(size: int, seed: int, purpose: int, epoch: int = 0) -> np.ndarray:
+    """``[size]`` int64, a shuffled 0 .. size-1 that depends on nothing but the arguments."""
+    bits = np.random.PCG64(np.random.SeedSequence([seed, purpose, epoch])).random_raw(size)
+    return np.argsort(bits, kind="stable")
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The order of one epoch: document ids, where each ends in the stream, and the cuts in sample order."""
+
+    documents: np.ndarray
+    ends: np.ndarray
+    samples: np.ndarray | None
+
+
+class PackedDataset:
+    """Samples of S + 1 tokens without end: sample n belongs to epoch ``n // samples_per_epoch``.
+
+    Attributes:
+        seq_len: S.
+        num_documents: Documents it draws from.
+        num_tokens: Tokens in them.
+        samples_per_epoch: ``(num_tokens - 1) // S``.
+    """
+
+    def __init__(self, indexed: IndexedDataset, seq_len: int, seed: int, documents: np.ndarray) -> None:
+        """Prepares to read; no token is touched yet.
+
+        Args:
+            indexed: The token files.
+            seq_len: S.
+            seed: Of the order of documents and samples.
+            documents: ``[n]`` ids of the documents to draw from.
+
+        Raises:
+            DataError: The documents hold less than one sample.
+        """
+        self._indexed = indexed
+        self._documents = np.asarray(documents, dtype=np.int64)
+        self._seed = seed
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self.seq_len = seq_len
+        self.num_documents = len(self._documents)
+        self.num_tokens = int(self._lengths(self._documents).sum())
+        self.samples_per_epoch = max(self.num_tokens - 1, 0) // seq_len
+        if not self.samples_per_epoch:
+            raise DataError.one(
+                "data.seq_len", seq_len, *_too_short(self.num_documents, self.num_tokens, seq_len)
+            )
+
+    def sample(self, n: int) -> np.ndarray:
+        """``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""
+        assert n >= 0, f"sample {n} comes before the first"
+        number, place = divmod(n, self.samples_per_epoch)
+        epoch = self._epoch(number)
+        cut = place if epoch.samples is None else int(epoch.samples[place])
+        return self._read(epoch, cut * self.seq_len)
+
+    def batch(self, first: int, count: int) -> np.ndarray:
+        """``[count, S + 1]`` int64: the samples first .. first + count - 1."""
+        out = np.empty((count, self.seq_len + 1), dtype=np.int64)
+        for row in range(count):
+            out[row] = self.sample(first + row)
+        return out
+
+    def _lengths(self, documents: np.ndarray) -> np.ndarray:
+        offsets = self._indexed.document_offsets
+        lengths: np.ndarray = offsets[documents + 1] - offsets[documents]
+        return lengths
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number in self._epochs:
+            self._epochs.move_to_end(number)
+        else:
+            self._epochs[number] = self._arrange(number)
+            while len(self._epochs) > EPOCHS_KEPT:
+                self._epochs.popitem(last=False)
+        return self._epochs[number]
+
+    def _arrange(self, number: int) -> _Epoch:
+        """The order of an epoch."""
+        documents = self._documents[permutation(self.num_documents, self._seed, _DOCUMENTS, number)]
+        samples = permutation(self.samples_per_epoch, self._seed, _SAMPLES, number)
+        return _Epoch(documents, np.cumsum(self._lengths(documents)), samples)
+
+    def _read(self, epoch: _Epoch, start: int) -> np.ndarray:
+        """The S + 1 tokens of the stream from ``start`` on."""
+        stop = start + self.seq_len + 1
+        first = np.searchsorted(epoch.ends, start, side="right")
+        last = np.searchsorted(epoch.ends, stop, side="left")
+        documents, ends = epoch.documents[first : last + 1], epoch.ends[first : last + 1]
+        begins = ends - self._lengths(documents)
+        counts = np.minimum(ends, stop) - np.maximum(begins, start)
+        # Place in the stream -> place in the file: one shift for each document, the same for all its tokens.
+        shifts = np.repeat(self._indexed.document_offsets[documents] - begins, counts)
+        return self._indexed.gather(np.arange(start, stop) + shifts)
+
+
+class OrderedDataset(PackedDataset):
+    """The same without shuffling: documents as given, samples from front to back, every epoch alike."""
+
+    def _epoch(self, number: int) -> _Epoch:
+        return super()._epoch(0)
+
+    def _arrange(self, number: int) -> _Epoch:
+        return _Epoch(self._documents, np.cumsum(self._lengths(self._documents)), None)
+
+
+def split_documents(
+    lengths: np.ndarray, fraction: float, seed: int, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sets documents aside for validation: whole ones, at random, about a share of all tokens.
+
+    Documents longer than the whole share stay in training; when all are, the shortest one is set aside.
+
+    Args:
+        lengths: ``[documents]`` tokens of each.
+        fraction: Share of the tokens that validation gets, in (0, 1); it is approached from below.
+        seed: Of the choice.
+        seq_len: S; either side must hold one sample of S + 1 tokens.
+
+    Returns:
+        The ids of the training and of the validation documents, both ascending.
+
+    Raises:
+        DataError: There are fewer than two documents, or a side holds less than one sample.
+    """
+    if len(lengths) < 2:
+        remedy = "Give validation documents by data.validation_path, or cut the document into several."
+        raise DataError.one(
+            "data.path", f"{len(lengths)} documents", "cannot be split for validation", remedy
+        )
+    order = permutation(len(lengths), seed, _SPLIT)
+    target = fraction * int(lengths.sum())
+    validation = np.sort(_fill_share(lengths, order, target))
+    train = np.setdiff1d(np.arange(len(lengths)), validation, assume_unique=True)
+    for side, ids in (("training", train), ("validation", validation)):
+        tokens = int(lengths[ids].sum())
+        if tokens < seq_len + 1:
+            rule, remedy = _too_short(len(ids), tokens, seq_len)
+            raise DataError.one("data.validation_fraction", fraction, f"for {side}, {rule}", remedy)
+    return train, validation
+
+
+def _fill_share(lengths: np.ndarray, order: np.ndarray, target: float) -> np.ndarray:
+    """Document ids in this order, those left out that would take the sum of lengths over the target."""
+    chosen, room, rest = [order[:0]], target, order
+    while (rest := rest[lengths[rest] <= room]).size:
+        count = int(np.searchsorted(np.cumsum(lengths[rest]), room, side="right"))
+        chosen.append(rest[:count])
+        room -= int(lengths[rest[:count]].sum())
+        rest = rest[count:]
+    ids = np.concatenate(chosen)
+    return ids if ids.size else order[[np.argmin(lengths[order])]]
+
+
+def rank_slice(
+    first_sample_of_step: int, micro_index: int, micro_batch_size: int, rank: int, world: int
+) -> tuple[int, int]:
+    """Which samples a rank takes, so that a step sees the same ones however many ranks share it.
+
+    Micro-batch a of a step takes the next ``world * micro_batch_size`` samples, rank r the r-th of its parts.
+
+    Args:
+        first_sample_of_step: ``step * global_batch_size``.
+        micro_index: Index of the micro-batch within the step.
+        micro_batch_size: Samples a rank takes at once.
+        rank: Of this process among those that take different data.
+        world: Their number.
+
+    Returns:
+        The first sample and the count, for `PackedDataset.batch`.
+    """
+    assert 0 <= rank < world, f"rank {rank} of {world}"
+    return first_sample_of_step + (micro_index * world + rank) * micro_batch_size, micro_batch_size
+
+
+def _too_short(documents: int, tokens: int, seq_len: int) -> tuple[str, str]:
+    """The rule broken by data that gives no sample, and the remedy."""
+    rule = f"{documents} documents of {tokens} tokens in all are less than one sample of {seq_len} + 1 tokens"
+    return rule, "Give more documents, a smaller data.seq_len, or another share or path for validation."

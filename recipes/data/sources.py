@@ -1,0 +1,280 @@
+"""From what ``data.path`` says to documents: resolving and checking the files, and reading them.
+
+Resolving touches names and sizes only, so that a mistake is reported at once; reading imports what it needs.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moe.errors import DataError, Mistake
+from recipes.data.config import DataConfig
+from recipes.data.documents import Document, peek_record, read_json, read_parquet, read_text
+from recipes.data.indexed import IndexedDataset, bin_path, idx_path
+
+Kind = Literal["stdlib", "text", "json", "parquet", "indexed"]
+
+_TEXT_NAMES = (
+    "txt text md markdown rst tex html htm xml css yaml yml toml ini cfg py pyi c h cc cpp cxx hpp cu cuh "
+    "java js ts jsx tsx go rs rb php cs swift kt scala hs ml lua pl r jl sh sql"
+)
+TEXT_SUFFIXES = frozenset(f".{name}" for name in _TEXT_NAMES.split())
+JSON_SUFFIXES = frozenset((".jsonl", ".ndjson", ".json"))
+COMPRESSIONS = frozenset((".gz", ".zst"))
+SHOWN = 5
+"""Of many files with the same mistake, so many are named."""
+
+_NOT_STDLIB = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
+_READABLE = "Text (.txt .md .py ...), .jsonl, .json (each also .gz or .zst) and .parquet can be read"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Files that have been found and agree in kind.
+
+    Attributes:
+        kind: How they are read.
+        files: Absolute paths in the order they are read; for ``indexed`` the one prefix.
+    """
+
+    kind: Kind
+    files: tuple[Path, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files on disk, as stored (compressed where they are)."""
+        return sum(path.stat().st_size for path in self._on_disk())
+
+    def _on_disk(self) -> tuple[Path, ...]:
+        if self.kind == "indexed":
+            return (bin_path(self.files[0]), idx_path(self.files[0]))
+        return self.files
+
+
+def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
+    """Every mistake in the paths that shows without reading the files through; fast.
+
+    Args:
+        cfg: The data config.
+        prefix: Where the config stands in the whole one; mistakes carry ``PREFIX.path``.
+    """
+    train, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg.text_key)
+    if cfg.validation_path is None:
+        return mistakes
+    where = f"{prefix}.validation_path"
+    validation, more = _inspect(cfg.validation_path, where, cfg.text_key)
+    mistakes += more
+    if train and validation:
+        shared = sorted(set(train.files) & set(validation.files))
+        remedy = "Leave it out of one of them; a model is not validated on what it was trained on."
+        mistakes += _capped(where, shared, f"is also in {prefix}.path", remedy)
+    return mistakes
+
+
+def resolve(cfg: DataConfig, prefix: str = "data") -> Sources:
+    """The files that ``cfg.path`` names.
+
+    Raises:
+        DataError: Every mistake found.
+    """
+    sources, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg.text_key)
+    if mistakes:
+        raise DataError(mistakes)
+    assert sources is not None, f"{cfg.path!r} gave neither files nor a mistake"
+    return sources
+
+
+def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Document]:
+    """Streams the documents of ``cfg.path`` in a fixed order.
+
+    Args:
+        cfg: Which files, and the key of the text in a record.
+        log: Told of every file of the standard library that is skipped because it is not UTF-8.
+
+    Raises:
+        DataError: A file cannot be read, with its name and where possible the line.
+    """
+    sources = resolve(cfg)
+    if sources.kind == "indexed":
+        raise DataError.one(
+            "data.path",
+            str(sources.files[0]),
+            "is already tokenised",
+            "Use it as it is, or name the text it came from.",
+        )
+    skipped = []
+    for path in sources.files:
+        if sources.kind == "json":
+            yield from read_json(path, cfg.text_key)
+        elif sources.kind == "parquet":
+            yield from read_parquet(path, cfg.text_key)
+        else:
+            try:
+                yield read_text(path)
+            except DataError:
+                if sources.kind != "stdlib":
+                    raise
+                skipped.append(path.name)
+    if skipped:
+        log(f"data: skipped {len(skipped)} standard library files that are not UTF-8: {', '.join(skipped)}")
+
+
+def fingerprint(cfg: DataConfig) -> str:
+    """A hex sha256 of what tokenising depends on: names, sizes and times of the files, text key, end token.
+
+    The standard library counts by its Python version and the names and sizes of its files.
+    """
+    sources = resolve(cfg)
+    parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos]
+    if sources.kind == "stdlib":
+        root = _stdlib_root()
+        parts += [platform.python_version()]
+        parts += [(path.relative_to(root).as_posix(), path.stat().st_size) for path in sources.files]
+    else:
+        for path in sources._on_disk():
+            stat = path.stat()
+            parts.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _stdlib_files() -> tuple[Path, ...]:
+    root, found = _stdlib_root(), []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _NOT_STDLIB]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def _inspect(
+    given: str | Sequence[str] | None, where: str, text_key: str
+) -> tuple[Sources | None, list[Mistake]]:
+    """The sources that a path names, or the mistakes in it."""
+    if given is None:
+        return Sources("stdlib", _stdlib_files()), []
+    found: dict[Path, Kind] = {}
+    mistakes: list[Mistake] = []
+    for entry in [given] if isinstance(given, str) else given:
+        files, wrong = _expand(entry, where)
+        mistakes += wrong
+        found.update(files)
+    if not mistakes:
+        mistakes = _check_together(found, where)
+    if mistakes:
+        return None, mistakes
+    kind = next(iter(found.values()))
+    sources = Sources(kind, tuple(found))
+    try:
+        if kind in ("json", "parquet"):
+            peek_record(next(path for path in found if path.stat().st_size), text_key)
+        elif kind == "indexed":
+            IndexedDataset(sources.files[0])
+    except DataError as error:
+        return None, [Mistake(where, m.value, m.rule, m.remedy) for m in error.mistakes]
+    return sources, []
+
+
+def _expand(entry: str, where: str) -> tuple[dict[Path, Kind], list[Mistake]]:
+    """The files one path or glob names, with their kinds, in sorted order."""
+    path = Path(entry).expanduser()
+    prefix = _indexed_prefix(path)
+    if prefix is not None:
+        missing = [p for p in (bin_path(prefix), idx_path(prefix)) if not p.is_file()]
+        if missing:
+            remedy = "A tokenised pair needs both; tokenise again or copy the missing one beside it."
+            return {}, [Mistake(where, entry, f"lacks {missing[0].name}", remedy)]
+        return {prefix.absolute(): "indexed"}, []
+    if path.is_dir():
+        remedy = f"Name its files by a glob, such as '{entry.rstrip('/')}/**/*.txt'."
+        return {}, [Mistake(where, entry, "is a folder", remedy)]
+    if path.exists():
+        return _by_kind([path], where)
+    if not glob.has_magic(entry):
+        return {}, [Mistake(where, entry, "does not exist", f"Check the name; relative to {Path.cwd()}.")]
+    matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    matches = [match for match in matches if match.is_file()]
+    if not matches:
+        remedy = f"Check the pattern; relative to {Path.cwd()}, and ** reaches into folders."
+        return {}, [Mistake(where, entry, "matches no file", remedy)]
+    return _by_kind(matches, where)
+
+
+def _indexed_prefix(path: Path) -> Path | None:
+    """The prefix, when the path means a Megatron pair: by either suffix, or by a pair beside that name."""
+    if path.suffix in (".bin", ".idx") and not glob.has_magic(str(path)):
+        return path.with_suffix("")
+    beside = bin_path(path).is_file() or idx_path(path).is_file()
+    return path if beside and not path.is_file() else None
+
+
+def _by_kind(paths: Sequence[Path], where: str) -> tuple[dict[Path, Kind], list[Mistake]]:
+    found: dict[Path, Kind] = {}
+    unknown = []
+    for path in paths:
+        kind = _kind_of(path)
+        if kind is None:
+            unknown.append(path)
+        else:
+            found[path.absolute()] = kind
+    remedy = f"{_READABLE}; narrow the glob, or rename or convert the file."
+    return found, _capped(where, unknown, "has a suffix of no known format", remedy)
+
+
+def _kind_of(path: Path) -> Kind | None:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return "parquet"
+    if suffix in COMPRESSIONS:
+        suffix = Path(path.stem).suffix.lower()
+    if suffix in JSON_SUFFIXES:
+        return "json"
+    return "text" if suffix in TEXT_SUFFIXES else None
+
+
+def _check_together(found: dict[Path, Kind], where: str) -> list[Mistake]:
+    """What is wrong with the files as a set: kinds, permissions, sizes."""
+    first_of: dict[Kind, Path] = {}
+    for path, kind in found.items():
+        first_of.setdefault(kind, path)
+    if len(first_of) > 1:
+        shown = ", ".join(f"{kind} ({path})" for kind, path in first_of.items())
+        return [
+            Mistake(
+                where, shown, "mixes kinds of file", "Give one kind in a run; narrow the glob or the list."
+            )
+        ]
+    kind = next(iter(first_of))
+    if kind == "indexed":
+        if len(found) == 1:
+            return []
+        remedy = "Merge them by Megatron's merge_datasets, or name one."
+        return [Mistake(where, [str(p) for p in found], "names several tokenised pairs", remedy)]
+    unreadable = [path for path in found if not os.access(path, os.R_OK)]
+    if unreadable:
+        return _capped(where, unreadable, "may not be read", "Change its permissions, or leave it out.")
+    empty = [path for path in found if path.stat().st_size == 0]
+    # Among many files an empty __init__.py or shard is ordinary; an empty parquet file is always damaged.
+    if empty and (kind == "parquet" or len(empty) == len(found)):
+        return _capped(where, empty, "is empty", "Write it again, or leave it out.")
+    return []
+
+
+def _capped(where: str, paths: Sequence[Path], rule: str, remedy: str) -> list[Mistake]:
+    """One mistake for each path, or for the first few and a count of the others."""
+    mistakes = [Mistake(where, str(path), rule, remedy) for path in paths[:SHOWN]]
+    if len(paths) > SHOWN:
+        last = mistakes[-1]
+        mistakes[-1] = Mistake(where, last.value, f"{rule} (and {len(paths) - SHOWN} more like it)", remedy)
+    return mistakes

@@ -1,0 +1,244 @@
+"""From documents to token files, and the cache that spares doing it twice."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+
+from moe.errors import DataError
+from recipes.atomic import fsync_folder, write_synced
+from recipes.data.config import DataConfig
+from recipes.data.documents import Document
+from recipes.data.indexed import (
+    IndexedDataset,
+    IndexedWriter,
+    bin_path,
+    disk_errors,
+    idx_path,
+    token_dtype,
+)
+from recipes.data.progress import Progress
+from recipes.data.sources import fingerprint, read_documents, resolve
+from recipes.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_VERSION = 1
+"""Raised whenever the same documents and tokenizer would give other token files."""
+
+BATCH_DOCUMENTS = 1024
+BATCH_CHARACTERS = 1 << 21
+"""A batch for the tokenizer closes at either limit, so that memory is bounded whatever the documents."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What tokenising has done.
+
+    Attributes:
+        documents: Documents written.
+        empty_documents: Documents without any text, which are left out.
+        tokens: Tokens written, end-of-sequence tokens counted.
+        text_bytes: Bytes of text read, as UTF-8.
+        max_token_id: The largest id written; -1 when there is none.
+        seconds: Wall time.
+    """
+
+    documents: int
+    empty_documents: int
+    tokens: int
+    text_bytes: int
+    max_token_id: int
+    seconds: float
+
+
+def tokenise(
+    cfg: DataConfig, tokenizer_dir: str | Path, prefix: str | Path, log: Callable[[str], None] = print
+) -> TokenCounts:
+    """Tokenises the documents of ``cfg.path`` into ``PREFIX.bin`` and ``PREFIX.idx``, streaming.
+
+    Args:
+        cfg: Which documents, and whether the end-of-sequence token closes each.
+        tokenizer_dir: A local folder that transformers' AutoTokenizer loads.
+        prefix: The path of the pair without suffix; an earlier pair is replaced when the new one is whole.
+        log: Takes progress where stderr is no terminal.
+
+    Raises:
+        DataError: A file cannot be read, the tokenizer is not usable, or there is no text at all.
+        DiskError: The disk is full or may not be written to.
+    """
+    started = time.perf_counter()
+    sources = resolve(cfg)
+    tokenizer = load_tokenizer(tokenizer_dir, cfg.append_eos)
+    eos = [tokenizer.eos_token_id] if cfg.append_eos else []
+    written = empty = tokens = text_bytes = 0
+    max_token_id = -1
+    with (
+        Progress("tokenise", sources.num_bytes, log) as progress,
+        IndexedWriter(prefix, token_dtype(vocab_size_of(tokenizer))) as writer,
+    ):
+        for batch in _batches(read_documents(cfg, log)):
+            texts = [document.text for document in batch if document.text]
+            flat, lengths = _encode(tokenizer, texts, eos)
+            writer.add_documents(flat, lengths)
+            written += len(texts)
+            empty += len(batch) - len(texts)
+            tokens += flat.size
+            text_bytes += sum(len(text.encode()) for text in texts)
+            max_token_id = max(max_token_id, int(flat.max(initial=-1)))
+            progress.update(len(batch), flat.size, sum(document.consumed for document in batch))
+        if not tokens:
+            # Raised inside the block, so that no pair of nothing is committed.
+            raise DataError.one(
+                "data.path", cfg.path, "holds no text", "Name documents that are not all empty."
+            )
+    return TokenCounts(written, empty, tokens, text_bytes, max_token_id, time.perf_counter() - started)
+
+
+def ensure_tokenised(
+    cfg: DataConfig, tokenizer_dir: str | Path, cache_dir: str | Path, log: Callable[[str], None] = print
+) -> Path:
+    """The prefix of the token files of ``cfg.path``, tokenised now unless the cache has them.
+
+    A cache entry is a folder that appears by one rename, complete. Processes that want the same one wait for
+    the first; should locks not work on the file system, both do the work and the first rename wins.
+
+    Args:
+        cfg: Which documents. A path that is itself a token file is returned as it is.
+        tokenizer_dir: A local tokenizer folder; its contents, not its place, are part of the key.
+        cache_dir: Where entries are kept; created when missing.
+        log: Takes one line on what was found or done, and progress.
+
+    Raises:
+        DataError: As `tokenise`, or the cached files are damaged.
+        DiskError: The cache may not be written to, or the disk is full.
+    """
+    sources = resolve(cfg)
+    if sources.kind == "indexed":
+        log(f"data: {sources.files[0]} is tokenised already and used as it is")
+        return sources.files[0]
+    parts = (str(CACHE_VERSION), fingerprint(cfg), tokenizer_fingerprint(tokenizer_dir))
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
+    cache = Path(cache_dir).expanduser().absolute()
+    entry = cache / key
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"{key}.lock", log):
+        if entry.is_dir():
+            log(f"data: using the tokens cached in {entry}")
+        else:
+            _fill(entry, cfg, tokenizer_dir, log)
+    IndexedDataset(entry / "tokens")
+    return entry / "tokens"
+
+
+def read_counts(prefix: str | Path) -> TokenCounts | None:
+    """What was counted when a cache entry was made; None for token files from elsewhere."""
+    path = Path(prefix).parent / "counts.json"
+    if Path(prefix).name != "tokens" or not path.is_file():
+        return None
+    return TokenCounts(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _fill(entry: Path, cfg: DataConfig, tokenizer_dir: str | Path, log: Callable[[str], None]) -> None:
+    """Makes a cache entry under a temporary name and renames it."""
+    temporary = entry.with_name(f".{entry.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        counts = tokenise(cfg, tokenizer_dir, temporary / "tokens", log)
+        with disk_errors(entry):
+            write_synced(temporary / "counts.json", json.dumps(asdict(counts), indent=2).encode())
+            _rename_folder(temporary, entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log(
+        f"data: tokenised {counts.documents} documents to {counts.tokens} tokens in {counts.seconds:.1f} s "
+        f"({counts.empty_documents} empty ones left out), kept in {entry}"
+    )
+
+
+def _rename_folder(temporary: Path, entry: Path) -> None:
+    fsync_folder(temporary)
+    try:
+        os.rename(temporary, entry)
+    except OSError:
+        # Another process finished first, where locks do not hold; its entry is the same.
+        if not entry.is_dir():
+            raise
+    fsync_folder(entry.parent)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds an advisory lock, which the system releases even when the process dies."""
+    with disk_errors(path):
+        stream = path.open("w")
+    with stream:
+        try:
+            _lock(stream, log)
+        except OSError as error:
+            log(f"data: {path} cannot be locked ({error}); other processes may tokenise the same too")
+        yield
+
+
+def _lock(stream: TextIO, log: Callable[[str], None]) -> None:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    log("data: waiting for another process that is tokenising the same documents")
+    fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts end to end, int64, and how many each has."""
+    if not texts:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    lists = [ids + eos for ids in encoded["input_ids"]]
+    lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
+    flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int64, count=int(lengths.sum()))
+    return flat, lengths
+
+
+def refuse_existing(prefix: str | Path, where: str) -> None:
+    """Refuses to write over token files.
+
+    Raises:
+        DataError: There is a file under either name.
+    """
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if path.exists():
+            raise DataError.one(where, str(path), "exists already", "Delete it, or give another prefix.")

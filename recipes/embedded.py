@@ -1,0 +1,172 @@
+"""The embedded default: a small Llama with its own tokenizer, trained on the run's data and cached.
+
+It is what a run upcycles where no checkpoint is given, so that the whole job runs on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.checkpoint import find_checkpoint
+from recipes.costs import measure_costs
+from recipes.data.bpe import train_byte_level_bpe
+from recipes.data.build import TrainData, load_data
+from recipes.data.sources import fingerprint, read_documents
+from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.jobs.base import Session
+from recipes.loop import Leg, LegResult
+from recipes.optim import OptimConfig
+from recipes.schema import DefaultModelConfig, RunConfig
+
+# Raised when the code changes what the default becomes, so that old caches are not taken for it.
+_VERSION = 1
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([_VERSION, *parts], sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
+
+
+def embedded_tokenizer(session: Session) -> Path:
+    """The folder of the tokenizer, trained now unless it is cached."""
+    config = session.config
+    key = _key("tokenizer", fingerprint(config.data), config.model.vocab_size)
+    folder = cache_dir(config) / f"tokenizer-{key}"
+
+    def train() -> None:
+        if folder.is_dir():
+            return
+        session.say(f"tokenizer: training a byte-level BPE of {config.model.vocab_size} entries")
+        temporary = folder.with_name(f".tmp-{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        documents = (document.text for document in read_documents(config.data, session.say))
+        train_byte_level_bpe(documents, config.model.vocab_size, temporary)
+        temporary.rename(folder)
+
+    session.on_rank_zero(train)
+    return folder
+
+
+def cache_dir(config: RunConfig) -> Path:
+    """``cache_dir``, absolute."""
+    return Path(config.cache_dir).expanduser().absolute()
+
+
+def embedded_dense(session: Session) -> tuple[Path | None, TrainData]:
+    """The folder of the trained default, and the data it was trained on.
+
+    Returns:
+        None in place of the folder when the run was asked to stop before the default was trained.
+    """
+    config = session.config
+    tokenizer = embedded_tokenizer(session)
+    data = shared_data(session, tokenizer, config.model.vocab_size)
+    settings = dataclasses.asdict(config.model), config.train.global_batch_size, config.data.seq_len
+    folder = cache_dir(config) / f"dense-{_key('dense', settings, config.seed, data.fingerprint)}"
+    if session.on_rank_zero(lambda: (folder / "hf" / "config.json").is_file()):
+        session.say(f"dense: using the embedded default cached in {folder / 'hf'}")
+        return folder / "hf", data
+    started = time.time()
+    finished = _train(session, folder, tokenizer, data)
+    session.say(f"dense: the embedded default took {time.time() - started:.0f} s")
+    return (folder / "hf" if finished else None), data
+
+
+def shared_data(session: Session, tokenizer: Path, vocab_size: int) -> TrainData:
+    """The run's samples: tokenised by rank 0, read by all."""
+    cache = cache_dir(session.config) / "tokens"
+
+    def load() -> None:
+        load_data(session.config.data, tokenizer, cache, vocab_size, session.say)
+
+    session.on_rank_zero(load)
+    return load_data(session.config.data, tokenizer, cache, vocab_size, lambda line: None)
+
+
+def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> bool:
+    config = session.config
+    host = _fresh_model(config.model, config.seed, tokenizer)
+    costs = measure_costs(host, config.data.seq_len, None)
+    session.say(f"dense: no checkpoint given, training a Llama of {costs.total_params:,} parameters")
+    optim = _optim(config)
+    leg = Leg(
+        name="dense",
+        title="dense",
+        train=dataclasses.replace(config.train, steps=config.model.steps),
+        optim=optim,
+        data=data,
+        trainable=session.engine.prepare(host, optim),
+        costs=costs,
+        checkpoints=folder / "checkpoints",
+    )
+    found = find_checkpoint(leg.checkpoints)
+    if found.path is not None:
+        session.say(f"dense: going on from {found.path}")
+        session.loop.resume(leg, found.path)
+    result = session.loop.run(leg)
+    if result.finished:
+        _save(session, leg, result, folder, tokenizer)
+    return result.finished
+
+
+def _optim(config: RunConfig) -> OptimConfig:
+    schedule = dataclasses.replace(
+        config.optim.schedule, kind="cosine", warmup_steps=config.model.warmup_steps, min_lr_ratio=0.1
+    )
+    return dataclasses.replace(config.optim, name="adamw", lr=config.model.lr, schedule=schedule)
+
+
+def _fresh_model(model: DefaultModelConfig, seed: int, tokenizer: Path) -> HuggingFaceHost:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    end = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id
+    llama = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        tie_word_embeddings=model.tie_embeddings,
+        max_position_embeddings=2048,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        built = LlamaForCausalLM(llama)
+    built.config.use_cache = False
+    return HuggingFaceHost(model=built, folder=tokenizer, source_dtype=torch.float32)
+
+
+def _save(session: Session, leg: Leg, result: LegResult, folder: Path, tokenizer: Path) -> None:
+    """Saves an ordinary Hugging Face folder, under its name only when it is whole."""
+    weights = {name: tensor.cpu() for name, tensor in leg.trainable.full_tensors()}
+    temporary = folder / ".tmp-hf"
+
+    def save() -> None:
+        from transformers import LlamaForCausalLM
+
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(tokenizer, temporary)
+        plain = LlamaForCausalLM(leg.trainable.host.config)
+        plain.load_state_dict(weights, strict=False)
+        plain.tie_weights()
+        plain.config.use_cache = True
+        plain.save_pretrained(temporary)
+        temporary.rename(folder / "hf")
+        shutil.rmtree(folder / "checkpoints")
+
+    session.on_rank_zero(save)
+    session.say(f"dense: validation loss {result.val_loss:.3f}, saved in {folder / 'hf'}")

@@ -1,0 +1,139 @@
+"""What every engine is: it holds the process group, and makes models trainable.
+
+Letters: B samples of a micro-batch, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moe.types import Config
+from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class EngineConfig(Config):
+    """What every engine's config holds: its name, which picks the class."""
+
+    name: str
+    """The engine's name, as in ``conf/engine/NAME.yaml``."""
+
+
+ConfigT = TypeVar("ConfigT", bound=EngineConfig)
+
+
+class Trainable(ABC):
+    """A model that an engine has made trainable."""
+
+    host: HuggingFaceHost
+
+    @abstractmethod
+    def forward_backward(self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int) -> Tensor:
+        """Adds a micro-batch's share of the step's gradients.
+
+        Args:
+            tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
+            micro_batch: Index within the step.
+            num_micro_batches: Micro-batches of the step.
+
+        Returns:
+            The mean loss of this rank's tokens, detached; without balance losses.
+        """
+
+    @abstractmethod
+    def step(self, lr_factor: float) -> Tensor:
+        """Clips, updates and clears the gradients; returns their norm over all ranks before clipping.
+
+        The caller checks the norm: nothing is updated when it is not finite.
+        """
+
+    @abstractmethod
+    def token_losses(self, tokens_BS1: Tensor) -> Tensor:
+        """``[B, S]`` cross-entropy of each target, in evaluation mode and without gradients."""
+
+    @abstractmethod
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """``[B, S, V]`` logits in evaluation mode, without gradients."""
+
+    @abstractmethod
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Live model and optimizer tensors under global names, to save or to load in place."""
+
+    @abstractmethod
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model in full, under the host's names. All ranks must exhaust it together."""
+
+
+class Engine(ABC, Generic[ConfigT]):
+    """The process group of a run and how models are spread over it.
+
+    A subclass sets `name` and `config_class` and is found by being a module of `recipes.engines`.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[EngineConfig]]
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @classmethod
+    def check(cls, config: ConfigT) -> str | None:
+        """Why this machine cannot run the engine as configured, as "field=value: rule. Remedy."."""
+        return None
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Of this process."""
+
+    @property
+    @abstractmethod
+    def world_size(self) -> int:
+        """Number of processes."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    @property
+    @abstractmethod
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that see different data."""
+
+    @property
+    @abstractmethod
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that matrix products run in."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Joins the process group."""
+
+    @abstractmethod
+    def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> Trainable:
+        """Spreads a model over the ranks and gives it an optimizer."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves the process group."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        box = [value]
+        if torch.distributed.is_initialized() and self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if torch.distributed.is_initialized() and self.world_size > 1:
+            torch.distributed.barrier()

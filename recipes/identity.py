@@ -1,0 +1,76 @@
+"""What a run may not change when it goes on: everything that decides what its weights mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.errors import CheckpointError, Mistake
+from recipes.atomic import atomic_write_json
+from recipes.data.build import TrainData
+from recipes.jobs.base import Session
+from recipes.schema import RunConfig
+
+_FILE = "run.json"
+
+
+def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
+    """The fields by config path, with the values that a checkpoint depends on."""
+    fields: dict[str, Any] = {
+        "dense": str(dense),
+        "data": data.fingerprint,
+        "data.seq_len": config.data.seq_len,
+        "seed": config.seed,
+        "optim.name": config.optim.name,
+        "train.global_batch_size": config.train.global_batch_size,
+    }
+    for section in ("router", "upcycle"):
+        for key, value in dataclasses.asdict(getattr(config, section)).items():
+            fields[f"{section}.{key}"] = value
+    return json.loads(json.dumps(fields))
+
+
+def read_run_file(run_dir: Path) -> dict[str, Any]:
+    """``run.json`` of a run; empty where there is none yet."""
+    path = run_dir / _FILE
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_run_file(run_dir: Path, **values: Any) -> None:
+    """Adds values to ``run.json``."""
+    atomic_write_json(run_dir / _FILE, read_run_file(run_dir) | values)
+
+
+def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
+    """Compares the run's identity with the one it began with, on all ranks; a new run writes it down.
+
+    Raises:
+        CheckpointError: A field has changed; every one is named with both values.
+    """
+
+    def compare() -> None:
+        wanted = identity(session.config, dense, data)
+        run_dir = session.run_dir
+        origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
+        began = read_run_file(origin).get("identity")
+        if began is not None:
+            changed = [
+                Mistake(
+                    path,
+                    wanted.get(path),
+                    f"the run in {origin} began with {began.get(path)!r}",
+                    "Set it back to go on, or start a new run with resume=none.",
+                )
+                for path in sorted(set(began) | set(wanted))
+                if began.get(path) != wanted.get(path)
+            ]
+            if changed:
+                raise CheckpointError(changed)
+        write_run_file(run_dir.path, identity=wanted)
+
+    session.on_rank_zero(compare)

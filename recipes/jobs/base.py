@@ -1,0 +1,79 @@
+"""What every job is, and what it is given. A recipe is a yaml file that names a job and sets its options."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from moe.errors import GraftError, Mistake
+from recipes.engines import Engine
+from recipes.interrupt import StopRequest
+from recipes.loop import Loop
+from recipes.run_dir import RunDir
+from recipes.schema import RunConfig
+from recipes.tracking import RunLogger
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run in progress.
+
+    Attributes:
+        config: What it was told.
+        engine: Open.
+        run_dir: Where it lives.
+        stop: Whether it was asked to stop.
+        logger: Takes rows.
+        loop: Trains legs.
+        started: When the command started, by ``time.time()``.
+    """
+
+    config: RunConfig
+    engine: Engine[Any]
+    run_dir: RunDir
+    stop: StopRequest
+    logger: RunLogger
+    loop: Loop
+    started: float
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.engine.rank == 0
+
+    def say(self, line: str) -> None:
+        """Prints a line, on rank 0."""
+        if self.leads:
+            print(line, flush=True)
+
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
+        """Does something on rank 0 while the others wait; its result, or its error, is everybody's."""
+        result: T | None = None
+        error: GraftError | None = None
+        if self.leads:
+            try:
+                result = work()
+            except GraftError as caught:
+                error = caught
+        result, error = self.engine.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+
+class Job(ABC):
+    """One kind of run. Found by being in a module of `recipes.jobs`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Every mistake that shows before anything expensive starts: seconds, no weights read."""
+
+    @abstractmethod
+    def run(self, session: Session) -> bool:
+        """Does it; returns whether it came to its end (False: it was asked to stop)."""

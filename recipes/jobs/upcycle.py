@@ -1,0 +1,338 @@
+"""The main job: a dense checkpoint becomes a mixture of experts, trains, and is compared and exported."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.accounting.peaks import peak_for
+from moe.dispatch.local import LocalDispatcher
+from moe.errors import Mistake
+from moe.routers import Router, router_class
+from moe.upcycle import upcycle_methods
+from moe.upcycle.check import TOLERANCES
+from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space
+from recipes.costs import measure_costs, peak_memory_bytes
+from recipes.data.build import TrainData
+from recipes.data.sources import resolve
+from recipes.embedded import embedded_dense, shared_data
+from recipes.hosts.export import export, verify_export
+from recipes.hosts.exporters import choose_exporter
+from recipes.hosts.huggingface import HuggingFaceHost, Surgery, SurgeryReport, load_host, swap, upcycle
+from recipes.identity import refuse_changes
+from recipes.jobs.base import Job, Session
+from recipes.loop import Leg, LegResult, validation_loss
+from recipes.metrics import Metric, reduce_metrics
+from recipes.preflight import check_run
+from recipes.results import Results, leg_label
+from recipes.schema import RunConfig
+
+# Real tokens of the step-0 gate and of the comparison after export.
+_CHECK_SAMPLES = 8
+_CHECK_LENGTH = 512
+
+
+class UpcycleJob(Job):
+    """Dense in; mixture, baseline, comparison, export and report out."""
+
+    name = "upcycle"
+
+    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Everything of `check_run`, and that the embedded default can be made from the data."""
+        mistakes = check_run(config, world_size)
+        if not mistakes and config.dense is None and resolve(config.data).kind == "indexed":
+            rule = "there is no text in it to train the embedded default's tokenizer on"
+            remedy = "Set dense to the checkpoint whose tokenizer made these files."
+            mistakes.append(Mistake("data.path", config.data.path, rule, remedy))
+        return mistakes
+
+    def run(self, session: Session) -> bool:
+        """Trains what is to be trained, leg by leg; a resumed run skips the legs that are finished."""
+        config = session.config
+        if config.dense is None:
+            folder, data = embedded_dense(session)
+            if folder is None:
+                return False
+        else:
+            folder = Path(config.dense).expanduser().absolute()
+            vocab_size = session.on_rank_zero(lambda: _vocab_size(folder))
+            data = shared_data(session, folder, vocab_size)
+        refuse_changes(session, folder, data)
+        content = session.engine.broadcast(Results.read(session.run_dir.summary) if session.leads else None)
+        results = Results(session.run_dir.summary, content, writes=session.leads)
+        _describe(session, data)
+        legs = [_MoELeg(session, folder, data, results)]
+        if config.trains_cpt:
+            legs.append(_CPTLeg(session, folder, data, results))
+        for leg in legs:
+            if not leg.run():
+                return False
+            gc.collect()
+        _conclude(session, results)
+        return True
+
+
+def _vocab_size(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return int(config.get_text_config().vocab_size)
+
+
+def _describe(session: Session, data: TrainData) -> None:
+    train, world = session.config.train, session.engine.world_size
+    tokens = train.global_batch_size * data.train.seq_len
+    session.say(
+        f"data: {data.train_tokens:,} tokens to train on, {data.validation_tokens:,} held out; a step takes "
+        f"{tokens:,} tokens = {train.num_micro_batches(world)} micro-batches x {world} ranks x "
+        f"{train.micro_size(world)} samples x {data.train.seq_len}; {train.steps} steps are "
+        f"{train.steps * train.global_batch_size / data.train.samples_per_epoch:.2f} epochs"
+    )
+
+
+class _TrainedLeg:
+    """What the upcycled model and its baseline have in common."""
+
+    name: str
+
+    def __init__(self, session: Session, folder: Path, data: TrainData, results: Results) -> None:
+        self.session = session
+        self.folder = folder
+        self.data = data
+        self.results = results
+        self.config = session.config
+
+    def run(self) -> bool:
+        """Trains the leg, unless an earlier process has; returns whether it is finished."""
+        if self.results.row(self.name) is not None:
+            self.session.say(f"{self.name}: finished by an earlier process of this run")
+            return True
+        started = time.time()
+        source = self._source()
+        leg = self._build(source)
+        if source is not None:
+            self.session.say(f"{self.name}: going on from {source}")
+            leg.state |= self.session.loop.resume(leg, source)
+        result = self.session.loop.run(leg)
+        self.results.add_time(f"{self.name}_s", time.time() - started)
+        if result.first_step_time is not None:
+            self.results.content["timings"].setdefault(
+                "first_step_s", result.first_step_time - self.session.started
+            )
+        if result.finished:
+            self._finish(leg, result)
+            self.results.put_leg(
+                self.name,
+                leg_label(self.name),
+                result.val_loss,
+                result.step * leg.tokens_per_step,
+                leg.costs,
+                result.tokens_per_s,
+            )
+        self.results.write()
+        return result.finished
+
+    def _source(self) -> Path | None:
+        """The checkpoint that this leg goes on from."""
+        run_dir = self.session.run_dir
+        if self.name == "moe" and run_dir.fork is not None:
+            return run_dir.fork
+        if not run_dir.resumed:
+            return None
+        found = find_checkpoint(run_dir.checkpoints(self.name))
+        for path, reason in found.rejected:
+            self.session.say(f"{self.name}: passing over the checkpoint {path}: {reason}")
+        return found.path
+
+    def _build(self, source: Path | None) -> Leg:
+        raise AssertionError("a subclass builds")
+
+    def _finish(self, leg: Leg, result: LegResult) -> None:
+        """What follows the last step."""
+
+    def _leg(self, host: HuggingFaceHost, state: dict[str, Any]) -> Leg:
+        engine = self.session.engine
+        peak = peak_for(engine.device, engine.compute_dtype)
+        costs = measure_costs(host, self.config.data.seq_len, peak.value)
+        trainable = engine.prepare(host, self.config.optim)
+        leg = Leg(
+            name=self.name,
+            title=self.name,
+            train=self.config.train,
+            optim=self.config.optim,
+            data=self.data,
+            trainable=trainable,
+            costs=costs,
+            checkpoints=self.session.run_dir.checkpoints(self.name),
+            state=state,
+        )
+        self._require_space(leg)
+        self.session.say(
+            f"{self.name}: {costs.total_params:,} parameters, {costs.active_params:,} active a token; "
+            f"utilisation is of {peak.value / 1e9:,.0f} GFLOP/s a rank ({peak.source}: {peak.detail})"
+        )
+        return leg
+
+    def _require_space(self, leg: Leg) -> None:
+        one = checkpoint_bytes(leg.trainable.checkpoint_tensors())
+        kept = (self.config.train.keep_last or 2) + 1
+        export_bytes = 4 * leg.costs.total_params
+        folder = self.session.run_dir.path
+        self.session.on_rank_zero(
+            lambda: require_space(folder, kept * one + export_bytes, f"{kept} checkpoints and the export")
+        )
+
+
+class _MoELeg(_TrainedLeg):
+    """The upcycled model."""
+
+    name = "moe"
+
+    def _build(self, source: Path | None) -> Leg:
+        host = load_host(self.folder, trust_remote_code=self.config.trust_remote_code)
+        surgery = make_surgery(self.config)
+        if source is not None:
+            # The weights come from the checkpoint: exactness was measured when the run began.
+            swap(host, surgery)
+            return self._leg(host, {})
+        report = upcycle(host, surgery, self._check_tokens())
+        self.session.say(describe_exactness(report))
+        return self._leg(host, {"exactness": exactness_summary(report)})
+
+    def _check_tokens(self) -> Tensor:
+        batch = self.data.validation.batch(0, _CHECK_SAMPLES)
+        return torch.from_numpy(batch[:, : min(self.data.train.seq_len, _CHECK_LENGTH)])
+
+    def _finish(self, leg: Leg, result: LegResult) -> None:
+        self.results.put("exactness", leg.state["exactness"])
+        self._put_dense(leg, result)
+        self._export(leg)
+        self._log_backend(leg)
+
+    def _put_dense(self, leg: Leg, result: LegResult) -> None:
+        """The row of the dense model that everything is compared with."""
+        host = load_host(self.folder, trust_remote_code=self.config.trust_remote_code)
+        costs = measure_costs(host, self.config.data.seq_len, None)
+        trainable = self.session.engine.prepare(host, self.config.optim)
+        loss = validation_loss(self.session.engine, trainable, self.data, self.config.train)
+        self.results.put_leg("dense", leg_label("dense"), loss, 0, costs, None)
+
+    def _log_backend(self, leg: Leg) -> None:
+        _, layer = leg.trainable.host.moe_layers()[0]
+        choice = layer.experts.backend_choice()
+        if choice is not None:
+            self.results.put("experts", {"backend": choice.backend.name, "reason": choice.reason})
+
+    def _export(self, leg: Leg) -> None:
+        session, host = self.session, leg.trainable.host
+        exporter, refusals = choose_exporter(host)
+        dtype = _export_dtype(self.config, host)
+        if not exporter.is_native:
+            session.say(f"export: in Graft's own format, since {'; '.join(refusals)}")
+        export(
+            host, exporter, leg.trainable.full_tensors(), session.run_dir.export, dtype, writes=session.leads
+        )
+        tokens = self._check_tokens()
+        logits = leg.trainable.logits(tokens)
+        loosest = max((dtype, session.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
+        report = session.on_rank_zero(
+            lambda: verify_export(exporter, session.run_dir.export, tokens, logits, loosest)
+        )
+        session.say(
+            f"export: {report.format} in {report.path}; reloaded, its logits differ by "
+            f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
+        )
+        self.results.put(
+            "export",
+            {
+                "format": report.format,
+                "native": report.is_native,
+                "path": session.run_dir.export.name,
+                "relative": report.logits.relative,
+                "max_diff": report.logits.max_diff,
+                "sample": report.sample,
+            },
+        )
+
+
+class _CPTLeg(_TrainedLeg):
+    """The baseline of both sparse-upcycling papers: the dense model on the same tokens."""
+
+    name = "cpt"
+
+    def _build(self, source: Path | None) -> Leg:
+        return self._leg(load_host(self.folder, trust_remote_code=self.config.trust_remote_code), {})
+
+
+def make_surgery(config: RunConfig) -> Surgery:
+    """The surgery that a config describes."""
+
+    def make_router(model_width: int, num_experts: int) -> Router[Any]:
+        return router_class(config.router.name)(config.router, model_width, num_experts)
+
+    return Surgery(
+        method=upcycle_methods()[config.upcycle.name](config.upcycle),
+        make_router=make_router,
+        make_dispatcher=LocalDispatcher,
+        backend=config.experts.backend,
+        seed=config.seed,
+    )
+
+
+def describe_exactness(report: SurgeryReport) -> str:
+    """One line on the step-0 gate."""
+    head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and mixture differ by "
+    figures = f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
+    if report.claimed_exact:
+        return f"{head}{figures}: exact"
+    worst = max(report.drifts, key=lambda drift: drift.relative_error)
+    return (
+        f"{head}{figures}, KL {report.logits.kl:.2e}: this method is not exact under this router; layer "
+        f"{worst.layer} drifts most, relative error {worst.relative_error:.2f}, gain {worst.gain:.2f}"
+    )
+
+
+def exactness_summary(report: SurgeryReport) -> dict[str, Any]:
+    """The step-0 gate for ``summary.json``."""
+    return {
+        "method": report.method,
+        "claimed_exact": report.claimed_exact,
+        "max_logit_diff": report.logits.max_diff,
+        "max_logit": report.logits.max_logit,
+        "relative": report.logits.relative,
+        "kl": report.logits.kl,
+        "argmax_agreement": report.logits.argmax_agreement,
+        "layers": [asdict(drift) for drift in report.drifts],
+    }
+
+
+def _export_dtype(config: RunConfig, host: HuggingFaceHost) -> torch.dtype:
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": host.source_dtype}
+    return named[config.export.dtype]
+
+
+def _conclude(session: Session, results: Results) -> None:
+    """Summary, report and the table."""
+    engine = session.engine
+    used = reduce_metrics(
+        {"bytes": Metric(float(peak_memory_bytes(engine.device)), "sum")}, engine.data_group
+    )
+    results.content["peak_memory_bytes"] = int(used["bytes"])
+    results.add_time("total_s", time.time() - session.started)
+    results.write()
+
+    def report() -> None:
+        from recipes.report import build_report, results_table
+
+        path = build_report(session.run_dir.path)
+        print()
+        print(results_table(results.content))
+        print(f"\nreport: {path}\nmodel:  {session.run_dir.export}")
+
+    session.on_rank_zero(report)

@@ -1,0 +1,118 @@
+"""From the command line to a finished run: compose, check, open the engine, run the job.
+
+Nothing that can be wrong with the command is found out late: process groups, big files and downloads come
+after every check.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from moe.errors import ConfigError, GraftError, UserError
+from recipes.compose import compose_config, to_yaml
+
+INTERRUPTED = 130
+# How long another rank leaves the first one of its machine to report the error that both have.
+_SPEAK_FIRST_S = 20.0
+
+_HELP = """\
+usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
+
+  +recipe=upcycle                      dense checkpoint -> mixture of experts -> training, report, export
+  dense=/path/to/hf/checkpoint         the dense model (without: a small default is trained first)
+  data.path=/path/to/*.jsonl           text, jsonl, parquet, or a Megatron .bin/.idx prefix
+  upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg +recipe=upcycle
+  resume=auto                          go on with the newest run from its newest complete checkpoint
+
+  --cfg    print the resolved config and end
+  --help   print this and end
+
+The README says more; python -m tools.doctor says what this machine can run.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 stopped."""
+    started = _command_started()
+    if "--help" in arguments or "-h" in arguments:
+        print(_HELP)
+        return 0
+    try:
+        return _guarded(lambda: _run(arguments, started))
+    except KeyboardInterrupt:
+        if _speaks():
+            print("interrupted before there was anything to save", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except GraftError as error:
+        lines = [str(m) for m in error.mistakes] if isinstance(error, UserError) else [str(error)]
+        return _report(lines, error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        return _report([f"no space left on the disk{where}. Free some, or set output_dir and cache_dir."], 2)
+
+
+def _report(lines: list[str], code: int) -> int:
+    """The first rank of a machine speaks; the others wait for torchrun to end them, so that it is heard."""
+    if not _speaks():
+        threading.Event().wait(_SPEAK_FIRST_S)
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    # torchrun shows this file's message in its summary of what failed.
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(path, "w", encoding="utf-8") as stream:
+            json.dump({"message": "\n".join(lines), "timestamp": str(int(time.time()))}, stream)
+    return code
+
+
+def _speaks() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _command_started() -> float:
+    """When the command was given: when torchrun started, or this process where there is none."""
+    import psutil
+
+    process = psutil.Process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        process = process.parent() or process
+    return process.create_time()
+
+
+def _run(arguments: Sequence[str], started: float) -> int:
+    overrides = [argument for argument in arguments if argument != "--cfg"]
+    flags = [argument for argument in overrides if argument.startswith("-")]
+    if flags:
+        raise ConfigError.one("command line", flags[0], "there is no such flag", "See train.py --help.")
+    values = compose_config(overrides)
+    from recipes.schema import parse_config
+
+    if "--cfg" in arguments:
+        parse_config(values)
+        print(to_yaml(values))
+        return 0
+    config = parse_config(values)
+    from recipes.jobs import job_classes
+
+    jobs = job_classes()
+    if config.job not in jobs:
+        raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
+    job = jobs[config.job]()
+    mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if mistakes:
+        raise ConfigError(mistakes)
+    from recipes.session import run_job
+
+    return run_job(job, config, values, started)

@@ -1,0 +1,292 @@
+"""The training loop: one for every model, engine and recipe.
+
+Which samples a step takes, its learning rate and everything else is a function of the step alone, so that a
+resumed leg goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.accounting.utilisation import mfu
+from moe.errors import GraftError
+from moe.stats import LoadReport, report_load
+from recipes.callbacks.base import Callback, LegInfo
+from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.data.build import TrainData
+from recipes.data.packing import rank_slice
+from recipes.engines import Engine, Trainable
+from recipes.interrupt import StopRequest
+from recipes.metrics import Metric, reduce_metrics
+from recipes.optim import OptimConfig, lr_factor
+from recipes.schema import TrainConfig
+
+
+class DivergedError(GraftError):
+    """The loss or the gradient is not finite; nothing was updated by it."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a token costs, for utilisation and the comparison.
+
+    Attributes:
+        total_params: Of the model.
+        active_params: Those that one token uses.
+        flops_per_token_forward: At the run's sequence length; None where the attention is not known.
+        flops_per_token_train: Forward and backward.
+        peak_flops: Of one rank's device; None when unknown.
+    """
+
+    total_params: int
+    active_params: int
+    flops_per_token_forward: float | None
+    flops_per_token_train: float | None
+    peak_flops: float | None
+
+
+@dataclass
+class Leg:
+    """One model's training within a run.
+
+    Attributes:
+        name: ``dense``, ``moe`` or ``cpt``.
+        title: For people.
+        train: Steps, batch and intervals.
+        optim: Optimizer and schedule.
+        data: Samples.
+        trainable: The model under its engine.
+        costs: What a token costs.
+        checkpoints: Folder of its checkpoints.
+        state: What every checkpoint carries besides tensors: identity of the run, reports.
+        first_step: Steps done already.
+    """
+
+    name: str
+    title: str
+    train: TrainConfig
+    optim: OptimConfig
+    data: TrainData
+    trainable: Trainable
+    costs: Costs
+    checkpoints: Path
+    state: dict[str, Any] = field(default_factory=dict)
+    first_step: int = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.train.global_batch_size * self.data.train.seq_len
+
+
+@dataclass
+class LegResult:
+    """How a leg ended.
+
+    Attributes:
+        finished: Whether all steps were done; False when it was asked to stop.
+        step: Steps done.
+        val_loss: Of the last validation.
+        first_val_loss: Of the validation before the first step; None when resumed past it.
+        tokens_per_s: Median over the steps of this process.
+        first_step_time: When the first step of this process ended, by ``time.time()``.
+    """
+
+    finished: bool
+    step: int
+    val_loss: float | None
+    first_val_loss: float | None
+    tokens_per_s: float | None
+    first_step_time: float | None
+
+
+class Loop:
+    """Trains legs, one after the other, on one engine."""
+
+    def __init__(self, engine: Engine[Any], callbacks: Sequence[Callback], stop: StopRequest) -> None:
+        self.engine = engine
+        self.callbacks = callbacks
+        self.stop = stop
+
+    def resume(self, leg: Leg, path: Path) -> dict[str, Any]:
+        """Fills the leg from a checkpoint and returns the state that was saved with it."""
+        loaded = load_checkpoint(path, leg.trainable.checkpoint_tensors(), checksums=False)
+        leg.first_step = loaded.step
+        leg.trainable.host.context.step = loaded.step
+        if loaded.rank_tensors is not None:
+            _set_rng(loaded.rank_tensors, self.engine.device)
+        elif self.engine.rank == 0:
+            print(
+                f"resuming on {self.engine.world_size} ranks what {loaded.world_size} ranks saved: samples, "
+                "weights and optimizer go on exactly, the random state (dropout) starts anew"
+            )
+        return loaded.state
+
+    def run(self, leg: Leg) -> LegResult:
+        """Trains a leg to its end, or until a stop is requested; either way a checkpoint is left."""
+        info = LegInfo(leg.name, leg.title, leg.train.steps, leg.first_step, leg.tokens_per_step)
+        result = LegResult(
+            False, leg.first_step, leg.state.get("val_loss"), leg.state.get("first_val_loss"), None, None
+        )
+        for callback in self.callbacks:
+            callback.on_leg_start(info)
+        try:
+            self._train(leg, info, result)
+        finally:
+            for callback in self.callbacks:
+                callback.on_leg_end(info)
+        return result
+
+    def _train(self, leg: Leg, info: LegInfo, result: LegResult) -> None:
+        speeds: list[float] = []
+        if leg.first_step == 0:
+            result.val_loss = result.first_val_loss = self.evaluate(leg)
+            self._emit(info, {"step": 0, "tokens": 0, "val_loss": result.val_loss}, None)
+        step, saved, stopping = leg.first_step, leg.first_step, False
+        while step < leg.train.steps and not stopping:
+            row, load, stopping = self._step(leg, step)
+            step += 1
+            speeds.append(row["tokens_per_s"])
+            result.tokens_per_s = sorted(speeds)[len(speeds) // 2]
+            result.first_step_time = result.first_step_time or time.time()
+            last = step == leg.train.steps
+            if last or _due(step, leg.train.eval_every):
+                result.val_loss = row["val_loss"] = self.evaluate(leg)
+            self._emit(info, row, load)
+            result.step = step
+            if last or stopping or _due(step, leg.train.save_every):
+                self._save(leg, info, step, result)
+                saved = step
+        result.finished = step >= leg.train.steps
+        assert saved == step, f"step {step} was not saved, the last was {saved}"
+
+    def _step(self, leg: Leg, step: int) -> tuple[dict[str, float], LoadReport | None, bool]:
+        started = time.perf_counter()
+        count = leg.train.num_micro_batches(self.engine.world_size)
+        losses = [
+            leg.trainable.forward_backward(self._tokens(leg, step, micro), micro, count)
+            for micro in range(count)
+        ]
+        factor = lr_factor(step, leg.train.steps, leg.optim.schedule)
+        grad_norm = float(leg.trainable.step(factor))
+        loss = torch.stack(losses).mean()
+        reduced = reduce_metrics(
+            {"loss": Metric(loss, "mean"), "stop": Metric(float(self.stop.requested), "max")},
+            self.engine.data_group,
+        )
+        load = report_load(
+            [(index, layer.stats) for index, layer in leg.trainable.host.moe_layers()], self.engine.data_group
+        )
+        seconds = time.perf_counter() - started
+        self._refuse_nonfinite(leg, step, reduced["loss"], grad_norm)
+        speed = leg.tokens_per_step / seconds
+        row = {
+            "step": step + 1,
+            "tokens": (step + 1) * leg.tokens_per_step,
+            "loss": reduced["loss"],
+            "lr": leg.optim.lr * factor,
+            "grad_norm": grad_norm,
+            "tokens_per_s": speed,
+            "step_s": seconds,
+        }
+        if leg.costs.peak_flops is not None and leg.costs.flops_per_token_train is not None:
+            row["mfu"] = mfu(
+                leg.costs.flops_per_token_train, speed, leg.costs.peak_flops, self.engine.world_size
+            )
+        return row | _router_figures(load), load, reduced["stop"] > 0
+
+    def _refuse_nonfinite(self, leg: Leg, step: int, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        raise DivergedError(
+            f"{leg.title}: at step {step + 1} the loss is {loss} and the gradient norm {grad_norm}; the "
+            f"weights were not updated. Checkpoints are in {leg.checkpoints}: lower optim.lr (now "
+            f"{leg.optim.lr}) or raise optim.schedule.warmup_steps, and set resume=auto."
+        )
+
+    def _tokens(self, leg: Leg, step: int, micro: int) -> Tensor:
+        size = leg.train.micro_size(self.engine.world_size)
+        first, count = rank_slice(
+            step * leg.train.global_batch_size, micro, size, self.engine.rank, self.engine.world_size
+        )
+        return torch.from_numpy(leg.data.train.batch(first, count))
+
+    def evaluate(self, leg: Leg) -> float:
+        """Mean validation loss a token, over all ranks; the same samples whatever their number."""
+        return validation_loss(self.engine, leg.trainable, leg.data, leg.train)
+
+    def _emit(self, info: LegInfo, row: dict[str, float], load: LoadReport | None) -> None:
+        for callback in self.callbacks:
+            callback.on_row(info, row, load)
+
+    def _save(self, leg: Leg, info: LegInfo, step: int, result: LegResult) -> None:
+        figures = {"val_loss": result.val_loss, "first_val_loss": result.first_val_loss}
+        save_checkpoint(
+            leg.checkpoints,
+            step,
+            leg.trainable.checkpoint_tensors(),
+            leg.state | figures,
+            _rng(self.engine.device),
+            keep_last=leg.train.keep_last,
+        )
+        for callback in self.callbacks:
+            callback.on_checkpoint(info, step)
+
+
+def validation_loss(engine: Engine[Any], trainable: Trainable, data: TrainData, train: TrainConfig) -> float:
+    """Mean cross-entropy a token over the first validation samples, the same for any number of ranks."""
+    wanted = min(train.eval_samples, data.validation.samples_per_epoch)
+    size = train.micro_size(engine.world_size)
+    total, count = 0.0, 0.0
+    for start in range(
+        engine.rank * size, _round_up(wanted, size * engine.world_size), size * engine.world_size
+    ):
+        # Past the end a rank repeats the first samples with weight 0: sharded models need every rank.
+        real = max(0, min(size, wanted - start))
+        tokens = data.validation.batch(start if real == size else 0, size)
+        if 0 < real < size:
+            tokens[:real] = data.validation.batch(start, real)
+        losses = trainable.token_losses(torch.from_numpy(tokens))[:real]
+        total += float(losses.double().sum())
+        count += losses.numel()
+    sums = reduce_metrics({"total": Metric(total, "sum"), "count": Metric(count, "sum")}, engine.data_group)
+    return sums["total"] / sums["count"]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _router_figures(load: LoadReport | None) -> dict[str, float]:
+    if load is None:
+        return {}
+    row = {f"router/{name}": value for name, value in load.means().items()}
+    for name, values in load.per_layer.items():
+        for layer, value in zip(load.layers, values, strict=True):
+            row[f"layer/{layer:02d}/{name}"] = value
+    return row
+
+
+def _rng(device: torch.device) -> dict[str, Tensor]:
+    states = {"rng_cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_rng(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng_cpu"])
+    if device.type == "cuda" and "rng_cuda" in states:
+        torch.cuda.set_rng_state(states["rng_cuda"], device)

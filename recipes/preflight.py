@@ -1,0 +1,125 @@
+"""What can be checked before anything expensive starts. Each check returns every mistake it finds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from moe.errors import Mistake
+from moe.routers import router_class
+from recipes.data.sources import check_paths
+from recipes.data.tokenizer import check_tokenizer
+from recipes.engines import engine_classes
+from recipes.hosts.inspection import check_dense, read_config
+from recipes.schema import RunConfig
+
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
+    """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
+    mistakes = check_batch(config, world_size) + check_router(config) + check_engine(config)
+    mistakes += check_schedule(config) + check_paths(config.data) + check_folders(config)
+    if config.dense is None:
+        return mistakes + check_model(config)
+    found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
+    if found:
+        return mistakes + found
+    dense = read_config(Path(config.dense).expanduser())
+    return mistakes + check_fit(config, dense)
+
+
+def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
+    """The global batch must divide over ranks and micro-batches."""
+    train = config.train
+    if train.micro_batch_size == "auto":
+        if train.global_batch_size % world_size == 0:
+            return []
+        rule = f"it does not divide over {world_size} ranks"
+        remedy = f"Set a multiple of {world_size}."
+        return [Mistake("train.global_batch_size", train.global_batch_size, rule, remedy)]
+    unit = train.micro_batch_size * world_size
+    if train.global_batch_size % unit == 0:
+        return []
+    rule = f"it is no multiple of train.micro_batch_size={train.micro_batch_size} times {world_size} ranks"
+    return [Mistake("train.global_batch_size", train.global_batch_size, rule, f"Set a multiple of {unit}.")]
+
+
+def check_router(config: RunConfig) -> list[Mistake]:
+    """The router must be able to route over so many experts."""
+    found = router_class(config.router.name).check(config.router, config.upcycle.num_experts)
+    if found is None:
+        return []
+    rule, _, remedy = found.partition(". ")
+    value = getattr(config.router, "top_k", config.router.name)
+    return [Mistake("router.top_k", value, rule, f"{remedy}.")]
+
+
+def check_engine(config: RunConfig) -> list[Mistake]:
+    """The machine must have what the engine needs."""
+    found = engine_classes()[config.engine.name].check(config.engine)
+    if found is None:
+        return []
+    head, _, rest = found.partition(": ")
+    rule, _, remedy = rest.partition(". ")
+    name, _, value = head.partition("=")
+    return [Mistake(f"engine.{name}", value.strip("'"), rule, f"{remedy}.")]
+
+
+def check_schedule(config: RunConfig) -> list[Mistake]:
+    """Warm-up and decay must fit into the run."""
+    try:
+        config.optim.schedule.check(config.train.steps)
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        schedule = config.optim.schedule
+        return [Mistake("optim.schedule.warmup_steps", schedule.warmup_steps, rule, remedy)]
+    return []
+
+
+def check_model(config: RunConfig) -> list[Mistake]:
+    """The embedded default's own schedule must fit as well."""
+    if config.model.warmup_steps < config.model.steps:
+        return []
+    rule = f"it does not fit into model.steps={config.model.steps}"
+    return [Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it.")]
+
+
+def check_folders(config: RunConfig) -> list[Mistake]:
+    """Output and cache folder must be writable, or be creatable."""
+    mistakes = []
+    for name in ("output_dir", "cache_dir"):
+        value = getattr(config, name)
+        folder = Path(value).expanduser().absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir():
+            mistakes.append(Mistake(name, value, f"{existing} is a file", "Give another folder."))
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            rule = f"{existing} is not writable"
+            mistakes.append(Mistake(name, value, rule, "Give a folder that you may write to."))
+    return mistakes
+
+
+def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
+    """Tokenizer, layers and sequence length must fit the dense model."""
+    text = dense.get("text_config") or dense
+    vocab_size = text.get("vocab_size")
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense")
+    depth = _first(text, _DEPTH_KEYS)
+    if depth is not None:
+        try:
+            config.upcycle.layer_choice.pick(depth)
+        except ValueError as error:
+            rule, _, remedy = str(error).partition(". ")
+            mistakes.append(Mistake("upcycle.layers", config.upcycle.layers, rule, remedy))
+    context = _first(text, _CONTEXT_KEYS)
+    if context is not None and config.data.seq_len > context:
+        rule = f"the dense model takes {context} tokens at most"
+        mistakes.append(Mistake("data.seq_len", config.data.seq_len, rule, f"Set {context} or less."))
+    return mistakes
+
+
+def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)

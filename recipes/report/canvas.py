@@ -1,0 +1,127 @@
+"""Figures in the style of the report: no global state of matplotlib, one theme for everything drawn.
+
+matplotlib is imported where a figure is made.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recipes.report import formats
+from recipes.report.colours import Theme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 9.2  # inches: the width of the page at 100 dots an inch
+_DPI = 180
+_TITLE, _TEXT, _TICK = 11, 9, 8.5  # points
+
+
+def new_figure(height: float, theme: Theme) -> Figure:
+    """An empty figure as wide as the page, ``height`` inches tall, that lays itself out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.background)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style(axes: Axes, theme: Theme, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    """Gives axes the theme, a title and labels; two spines and, if asked, horizontal grid lines."""
+    axes.set_facecolor(theme.background)
+    axes.set_title(title, loc="left", fontsize=_TITLE, color=theme.text, pad=8)
+    axes.set_xlabel(x, fontsize=_TEXT, color=theme.text)
+    axes.set_ylabel(y, fontsize=_TEXT, color=theme.text)
+    axes.tick_params(colors=theme.muted, labelsize=_TICK, length=3, width=0.8)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.muted)
+        spine.set_linewidth(0.8)
+    if grid:
+        axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def token_ticks(axes: Axes) -> None:
+    """Writes the x axis in tokens: ``0``, ``500 k``, ``1 M``."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+
+
+def _tick(value: float) -> str:
+    """A count without trailing zeros."""
+    digits, _, unit = formats.count(float(value)).partition(" ")
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return f"{digits} {unit}".strip()
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Moves places apart until neighbours are ``gap`` apart, keeping their order and staying within 0..1.
+
+    Args:
+        places: Wanted places, in any order.
+        gap: The least distance.
+
+    Returns:
+        The places moved as little as pushing in one direction after the other allows, in the order given.
+    """
+    order = np.argsort(np.asarray(places), kind="stable")
+    moved = np.clip(np.asarray(places, dtype=float)[order], 0.0, 1.0)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    ceiling = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    back = np.empty(len(moved))
+    back[order] = moved
+    return [float(place) for place in back]
+
+
+def label_lines(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.1) -> None:
+    """Writes names beside the right end of lines, moved apart where they would overlap.
+
+    Args:
+        axes: Axes whose limits are final.
+        labels: Height of the line's end in data units, text, colour.
+        gap: Least distance of two labels, as a fraction of the axes' height.
+    """
+    low, high = axes.get_ylim()
+    places = spread([(y - low) / (high - low) for y, _, _ in labels], gap)
+    for place, (_, text, colour) in zip(places, labels, strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, place),
+            xycoords="axes fraction",
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=_TEXT,
+            fontweight="bold",
+            va="center",
+            linespacing=1.25,
+            annotation_clip=False,
+        )
+
+
+def note(axes: Axes, text: str, theme: Theme) -> None:
+    """Writes a quiet remark at the top right, in the line of the title."""
+    axes.set_title(text, loc="right", fontsize=_TICK, color=theme.muted, pad=8)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"metadata": {"Software": None}, "facecolor": figure.get_facecolor()}
+    figure.savefig(buffer, format="png", dpi=_DPI, **options)
+    return buffer.getvalue()

@@ -1,0 +1,95 @@
+"""The run directory: what it is called, what lies in it, and which one a resume means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe.errors import ConfigError
+from recipes.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """``outputs/<run.name>/`` and the names of what lies in it.
+
+    Attributes:
+        path: The directory.
+        resumed: Whether an earlier run goes on in it.
+        fork: A checkpoint of another run that the first leg starts from; None for none.
+    """
+
+    path: Path
+    resumed: bool = False
+    fork: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def summary(self) -> Path:
+        """``summary.json``."""
+        return self.path / "summary.json"
+
+    @property
+    def export(self) -> Path:
+        """The exported model."""
+        return self.path / "hf"
+
+    def checkpoints(self, leg: str) -> Path:
+        """Checkpoints of a leg: the main model's are the run's own."""
+        return self.path / "checkpoints" if leg == "moe" else self.path / leg / "checkpoints"
+
+
+def choose_run_dir(config: RunConfig) -> RunDir:
+    """Decides where a run lives. Call it on rank 0 alone and broadcast: the answer depends on the disk.
+
+    Raises:
+        ConfigError: The named run exists and is not to be resumed, or what is to be resumed does not.
+    """
+    outputs = Path(config.output_dir).expanduser().absolute()
+    if config.resume not in ("none", "auto"):
+        return _from_path(config, outputs)
+    if config.run.name is not None:
+        path = outputs / config.run.name
+        used = path.is_dir() and any(path.iterdir())
+        if used and config.resume == "none":
+            raise ConfigError.one(
+                "run.name",
+                config.run.name,
+                f"{path} holds a run already",
+                "Set resume=auto to go on with it, or give another name.",
+            )
+        return RunDir(path, resumed=used)
+    taken = _numbered(outputs, config.job)
+    if config.resume == "auto" and taken:
+        return RunDir(outputs / f"{config.job}-{max(taken)}", resumed=True)
+    return RunDir(outputs / f"{config.job}-{max(taken, default=0) + 1}")
+
+
+def _numbered(outputs: Path, job: str) -> list[int]:
+    if not outputs.is_dir():
+        return []
+    matches = (re.fullmatch(rf"{re.escape(job)}-(\d+)", path.name) for path in outputs.iterdir())
+    return [int(match[1]) for match in matches if match]
+
+
+def _from_path(config: RunConfig, outputs: Path) -> RunDir:
+    """``resume=RUN`` goes on in that run, ``resume=RUN/checkpoints/step-N`` starts a new one from there."""
+    path = Path(config.resume).expanduser().absolute()
+    remedy = "Give a run directory, one of its checkpoints, auto or none."
+    if not path.is_dir():
+        raise ConfigError.one("resume", config.resume, "there is no such directory", remedy)
+    if path.name.startswith("step-"):
+        name = config.run.name or f"{config.job}-{max(_numbered(outputs, config.job), default=0) + 1}"
+        target = outputs / name
+        if target.is_dir() and any(target.iterdir()):
+            rule = f"{target} holds a run already, and a checkpoint starts a new one"
+            raise ConfigError.one("run.name", name, rule, "Give another name.")
+        return RunDir(target, fork=path)
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError.one("resume", config.resume, "it holds no checkpoints", remedy)
+    return RunDir(path, resumed=True)

@@ -1,0 +1,269 @@
+"""The typed config of a run: what the yaml files and overrides are read into, and the rules across sections.
+
+Each component owns its config class; this file only puts them together. Everything wrong with a config
+is reported at once, before a process group, a big file or a download is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from moe.errors import ConfigError, Mistake
+from moe.experts import ExpertsConfig
+from moe.routers import RouterConfig, router_classes
+from moe.types import Config
+from moe.upcycle import UpcycleConfig, upcycle_methods
+from recipes.data.config import DataConfig
+from recipes.engines import EngineConfig, engine_classes
+from recipes.optim import OptimConfig
+from recipes.tracking import TrackerConfig
+
+
+@dataclass(frozen=True)
+class RunSection(Config):
+    """What the run is called."""
+
+    name: str | None = None
+    """Folder below ``output_dir``. None: the job's name with the next free number."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How long and in what steps."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    global_batch_size: int = 16
+    """Samples of each step, over all ranks and micro-batches."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Samples of a forward pass on one rank; ``auto``: the global batch over the ranks, no accumulation."""
+    eval_every: int = 100
+    """Steps between validations; the first and the last step are validated as well. 0: only those."""
+    eval_samples: int = 512
+    """Validation samples at most."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step is saved as well. 0: only that."""
+    keep_last: int | None = 2
+    """Checkpoints that are kept; None keeps all."""
+    log_every: int = 10
+    """Steps between lines of progress where there is no terminal."""
+
+    def __post_init__(self) -> None:
+        minimum = {"steps": 1, "global_batch_size": 1, "eval_every": 0, "eval_samples": 1, "log_every": 1}
+        wrong = [
+            f"{name}={getattr(self, name)} must be at least {low}. Raise it."
+            for name, low in (minimum | {"save_every": 0}).items()
+            if getattr(self, name) < low
+        ]
+        if self.micro_batch_size != "auto" and self.micro_batch_size < 1:
+            wrong.append(f"micro_batch_size={self.micro_batch_size} must be at least 1. Or leave it at auto.")
+        if self.keep_last is not None and self.keep_last < 1:
+            wrong.append(f"keep_last={self.keep_last} would keep no checkpoint. Set 1 or more, or null.")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+    def micro_size(self, world_size: int) -> int:
+        """Samples of a forward pass on one of so many ranks."""
+        if self.micro_batch_size == "auto":
+            return self.global_batch_size // world_size
+        return self.micro_batch_size
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro-batches of a step."""
+        return self.global_batch_size // (world_size * self.micro_size(world_size))
+
+
+@dataclass(frozen=True)
+class DefaultModelConfig(Config):
+    """The embedded default: the small Llama that a run trains where no checkpoint is given."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    tie_embeddings: bool = True
+    steps: int = 800
+    lr: float = 3e-3
+    warmup_steps: int = 40
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{f.name}={getattr(self, f.name)} must be at least 1. Raise it."
+            for f in fields(self)
+            if f.name not in ("tie_embeddings", "lr", "warmup_steps") and getattr(self, f.name) < 1
+        ]
+        if self.num_heads > 0 and self.hidden_size % self.num_heads:
+            wrong.append(
+                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}. "
+                "Choose a divisor."
+            )
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            wrong.append(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}. "
+                "Choose a divisor."
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """The baseline of the comparison."""
+
+    cpt: bool | Literal["auto"] = "auto"
+    """Whether the dense model is trained on the same tokens as well (continued pre-training); ``auto``:
+    with the embedded default, and not with a checkpoint of your own."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Config):
+    """The exported model."""
+
+    dtype: Literal["source", "fp32", "bf16"] = "source"
+    """Of the weights in the files; ``source``: as in the dense checkpoint."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Config):
+    """Everything a run is told. ``conf/config.yaml`` lists the same sections."""
+
+    job: str
+    """Which job runs: a name of `recipes.jobs`; recipes set it."""
+    router: RouterConfig
+    upcycle: UpcycleConfig
+    engine: EngineConfig
+    seed: int = 0
+    output_dir: str = "outputs"
+    cache_dir: str = "~/.cache/graft"
+    """Where token files and the embedded default are kept between runs."""
+    resume: str = "none"
+    """``none``, ``auto`` (the newest complete checkpoint of the run), or the path of a run directory."""
+    dense: str | None = None
+    """Folder of a dense checkpoint in Hugging Face format; None trains the embedded default first."""
+    trust_remote_code: bool = False
+    run: RunSection = field(default_factory=RunSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DefaultModelConfig = field(default_factory=DefaultModelConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    @property
+    def trains_cpt(self) -> bool:
+        """Whether the dense model is trained on as a baseline."""
+        return self.dense is None if self.compare.cpt == "auto" else self.compare.cpt
+
+
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """Reads composed yaml values into the typed config.
+
+    Raises:
+        ConfigError: Unknown keys, wrong types, values that break a rule of their own section, or names of
+            components that do not exist; all of them at once.
+    """
+    mistakes: list[Mistake] = []
+    content = dict(values)
+    families = {"router": router_classes(), "upcycle": upcycle_methods(), "engine": engine_classes()}
+    for section, classes in families.items():
+        content[section] = _parse_family(section, content.get(section), classes, mistakes)
+    if mistakes:
+        # The sections that failed get a stand-in, so that the mistakes of the others are found as well.
+        for section in families:
+            if content[section] is None:
+                content.pop(section)
+        mistakes += [m for m in _validate(RunConfig, content, "") if m.path not in families]
+        raise ConfigError(mistakes)
+    try:
+        config: RunConfig = TypeAdapter(RunConfig).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(_mistakes(error, "")) from None
+    return config
+
+
+def _parse_family(
+    section: str, value: Any, classes: Mapping[str, Any], mistakes: list[Mistake]
+) -> Any | None:
+    """Reads a section whose ``name`` decides its class."""
+    if not isinstance(value, Mapping) or "name" not in value:
+        mistakes.append(Mistake(section, value, "the section must hold a name", f"One of {_list(classes)}."))
+        return None
+    if value["name"] not in classes:
+        rule = f"no {section} has this name"
+        mistakes.append(Mistake(f"{section}.name", value["name"], rule, f"Choose one of {_list(classes)}."))
+        return None
+    config_class = classes[value["name"]].config_class
+    found = _validate(config_class, dict(value), section)
+    if found:
+        mistakes += found
+        return None
+    return TypeAdapter(config_class).validate_python(dict(value))
+
+
+def _list(names: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _validate(config_class: Any, content: Mapping[str, Any], prefix: str) -> list[Mistake]:
+    try:
+        TypeAdapter(config_class).validate_python(content)
+    except ValidationError as error:
+        return _mistakes(error, prefix)
+    return []
+
+
+def _mistakes(error: ValidationError, prefix: str) -> list[Mistake]:
+    """pydantic's findings as sentences with config path, value, rule and remedy."""
+    mistakes: dict[tuple[str, str], Mistake] = {}
+    for found in error.errors():
+        path = ".".join([prefix] * bool(prefix) + [str(part) for part in _path(found["loc"])])
+        for mistake in _translate(path, found):
+            mistakes.setdefault((mistake.path, mistake.rule), mistake)
+    return list(mistakes.values())
+
+
+def _path(location: tuple[int | str, ...]) -> list[int | str]:
+    # Members of a union add the name of their type to the location: `str`, `list[str]`, `literal['auto']`.
+    plain = [part for part in location if isinstance(part, int) or part.isidentifier()]
+    return plain[:-1] if len(plain) > 1 and plain[-1] in ("str", "int", "float", "bool") else plain
+
+
+def _translate(path: str, found: Any) -> list[Mistake]:
+    kind, value = found["type"], found["input"]
+    if kind == "value_error":
+        # The text of our own ValueErrors: lines of "field=value must .... Remedy."
+        return [_own(path, line) for line in str(found["ctx"]["error"]).splitlines()]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return [Mistake(path, value, "there is no such option", "Run train.py --cfg to see what there is.")]
+    if kind in ("missing", "missing_argument"):
+        return [Mistake(path, None, "this option is required", "Set it.")]
+    message = found["msg"].removeprefix("Input should be ")
+    return [Mistake(path, value, f"this must be {message}", "Correct the value.")]
+
+
+def _own(path: str, line: str) -> Mistake:
+    """Splits "name=value must be so. Do this." into the parts of a `Mistake`."""
+    head, _, remedy = line.partition(". ")
+    name, has_value, rest = head.partition("=")
+    if not has_value or not name.isidentifier():
+        return Mistake(path, "...", head, remedy or "Correct it.")
+    value, _, rule = rest.partition(": ") if ": " in rest else rest.partition(" ")
+    return Mistake(f"{path}.{name}" if path else name, _literal(value), rule, remedy or "Correct it.")
+
+
+def _literal(text: str) -> Any:
+    """The value that a message quotes, so that it is shown once quoted and not twice."""
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

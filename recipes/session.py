@@ -1,0 +1,107 @@
+"""Opens what a job needs, runs it, and closes everything whatever happens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from recipes.atomic import atomic_write_text
+from recipes.callbacks.base import Callback
+from recipes.callbacks.progress import Progress
+from recipes.callbacks.recorder import Recorder
+from recipes.compose import to_yaml
+from recipes.engines import Engine, engine_classes
+from recipes.identity import read_run_file, write_run_file
+from recipes.interrupt import StopRequest
+from recipes.jobs.base import Job, Session
+from recipes.loop import Loop
+from recipes.run_dir import RunDir, choose_run_dir
+from recipes.schema import RunConfig
+from recipes.tracking import RunLogger, start
+
+STOPPED = 130
+
+
+def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float) -> int:
+    """Runs a checked job.
+
+    Args:
+        job: What to run.
+        config: The typed config.
+        values: The same as composed, for ``config.yaml`` and the charts.
+        started: When the command started, by ``time.time()``.
+
+    Returns:
+        The exit code: 0 when the job came to its end, 130 when it was asked to stop and has saved.
+    """
+    engine = engine_classes()[config.engine.name](config.engine)
+    engine.open()
+    try:
+        # Dropout and the like differ between ranks; weights do not come from this state.
+        torch.manual_seed(config.seed + engine.rank)
+        _quiet_libraries()
+        run_dir = _agree_on_run_dir(engine, config)
+        if engine.rank == 0:
+            run_dir.path.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(run_dir.path / "config.yaml", to_yaml(values))
+            print(f"run: {run_dir.path}" + (" (going on)" if run_dir.resumed else ""), flush=True)
+        return _run_open(job, config, values, engine, run_dir, started)
+    finally:
+        engine.close()
+
+
+def _run_open(
+    job: Job,
+    config: RunConfig,
+    values: dict[str, Any],
+    engine: Engine[Any],
+    run_dir: RunDir,
+    started: float,
+) -> int:
+    tracker_id = None
+    if engine.rank == 0:
+        tracker_id = read_run_file(run_dir.path).get("wandb_run_id")
+    tracker = start(config.tracker, run_dir.path, run_dir.name, values, tracker_id, engine.rank)
+    if engine.rank == 0:
+        write_run_file(run_dir.path, wandb_run_id=tracker.run_id, recipe=config.job, started=time.time())
+    logger = RunLogger(run_dir.path, tracker, engine.rank)
+    callbacks: list[Callback] = [Recorder(logger)]
+    if engine.rank == 0:
+        callbacks.append(Progress(config.train.log_every))
+    try:
+        with StopRequest() as stop:
+            loop = Loop(engine, callbacks, stop)
+            session = Session(config, engine, run_dir, stop, logger, loop, started)
+            finished = job.run(session)
+            if not finished:
+                session.say(f"stopped and saved; go on with: resume={run_dir.path}")
+    finally:
+        logger.finish()
+    return 0 if finished else STOPPED
+
+
+def _agree_on_run_dir(engine: Engine[Any], config: RunConfig) -> RunDir:
+    """Rank 0 decides, since the answer depends on what is on the disk; its error is everybody's."""
+    from moe.errors import UserError
+
+    decided: RunDir | UserError | None = None
+    if engine.rank == 0:
+        try:
+            decided = choose_run_dir(config)
+        except UserError as error:
+            decided = error
+    decided = engine.broadcast(decided)
+    if isinstance(decided, UserError):
+        raise decided
+    assert decided is not None
+    return decided
+
+
+def _quiet_libraries() -> None:
+    """transformers' own bars and advice would break into ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

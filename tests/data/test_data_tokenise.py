@@ -1,0 +1,258 @@
+"""Tokenising, its cache, and whether a tokenizer fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe.errors import DataError, DiskError
+from recipes.data import tokenise as module
+from recipes.data.bpe import train_byte_level_bpe
+from recipes.data.config import DataConfig
+from recipes.data.indexed import IndexedDataset, IndexedWriter
+from recipes.data.tokenise import ensure_tokenised, read_counts, tokenise
+from recipes.data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+TEXTS = ["hello world", "", "caf\u00e9 \u4f60\u597d\n", "def f(x): return x"]
+
+
+@pytest.fixture
+def texts_cfg(tmp_path: Path) -> DataConfig:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return DataConfig(path=str(path))
+
+
+def edited(source: Path, target: Path, name: str, change) -> Path:
+    """A copy of a tokenizer folder with one JSON file changed."""
+    shutil.copytree(source, target)
+    content = json.loads((target / name).read_text())
+    change(content)
+    (target / name).write_text(json.dumps(content))
+    return target
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_tokens_are_the_tokenizers(texts_cfg, tokenizer_dir, tmp_path, append_eos: bool) -> None:
+    cfg = DataConfig(path=texts_cfg.path, append_eos=append_eos)
+    counts = tokenise(cfg, tokenizer_dir, tmp_path / "out" / "tokens")
+    tokenizer = load_tokenizer(tokenizer_dir, append_eos)
+    expected = [tokenizer.encode(t, add_special_tokens=False) + [0] * append_eos for t in TEXTS if t]
+    indexed = IndexedDataset(tmp_path / "out" / "tokens")
+    assert [indexed.document(i).tolist() for i in range(indexed.num_documents)] == expected
+    assert indexed.dtype == np.dtype("<u2")
+    assert (counts.documents, counts.empty_documents, counts.tokens) == (3, 1, sum(map(len, expected)))
+    assert counts.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert counts.max_token_id == max(max(ids) for ids in expected)
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+    assert decoded == [text for text in TEXTS if text]
+
+
+def test_batches_do_not_matter(texts_cfg, tokenizer_dir, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenise(texts_cfg, tokenizer_dir, tmp_path / "whole")
+    for name, value in (("BATCH_DOCUMENTS", 1), ("BATCH_CHARACTERS", 12)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            tokenise(texts_cfg, tokenizer_dir, tmp_path / name)
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / (name + suffix)).read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    texts_cfg, tokenizer_dir, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes.data import progress
+
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    said: list[str] = []
+    tokenise(texts_cfg, tokenizer_dir, tmp_path / "out", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("tokenise: 100 %, 4 documents, ")
+
+
+def test_nothing_but_empty_documents(tokenizer_dir, tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="holds no text. Name documents"):
+        tokenise(DataConfig(path=str(tmp_path / "a.jsonl")), tokenizer_dir, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_fault_midway_leaves_neither_files_nor_cache(
+    texts_cfg, tokenizer_dir, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 1)
+    with open(texts_cfg.path, "a") as stream:
+        stream.write('{"text": 5}\n')
+    with pytest.raises(DataError, match="texts.jsonl:5': has a int under 'text'"):
+        ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_end_token_is_demanded_only_when_appended(texts_cfg, tokenizer_dir, tmp_path) -> None:
+    bare = edited(tokenizer_dir, tmp_path / "bare", "tokenizer_config.json", lambda c: c.pop("eos_token"))
+    with pytest.raises(
+        DataError, match="bare.*no end-of-sequence token. Set eos_token .* data.append_eos=false"
+    ):
+        tokenise(texts_cfg, bare, tmp_path / "out")
+    tokenise(DataConfig(path=texts_cfg.path, append_eos=False), bare, tmp_path / "out")
+
+
+def test_cache_is_used_again_and_follows_its_key(texts_cfg, tokenizer_dir, tmp_path) -> None:
+    said: list[str] = []
+    ensure = lambda cfg, folder: ensure_tokenised(cfg, folder, tmp_path / "cache", said.append)  # noqa: E731
+    prefix = ensure(texts_cfg, tokenizer_dir)
+    assert "tokenised 3 documents" in said[-1]
+    counts = read_counts(prefix)
+    assert counts is not None
+    assert counts.tokens == IndexedDataset(prefix).num_tokens
+    moved = shutil.copytree(tokenizer_dir, tmp_path / "moved")
+    assert ensure(DataConfig(path=texts_cfg.path, seq_len=5, seed=9), moved) == prefix
+    assert "using the tokens cached" in said[-1]
+    assert ensure(DataConfig(path=texts_cfg.path, append_eos=False), tokenizer_dir) != prefix
+    other = edited(tokenizer_dir, tmp_path / "other", "tokenizer_config.json", lambda c: c.update(x=1))
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer_dir)
+    assert ensure(texts_cfg, other) != prefix
+    with open(texts_cfg.path, "a") as stream:
+        stream.write('{"text": "more"}\n')
+    assert ensure(texts_cfg, tokenizer_dir) != prefix
+
+
+def test_damaged_cache_is_reported(texts_cfg, tokenizer_dir, tmp_path) -> None:
+    prefix = ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
+    Path(f"{prefix}.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="tokens.bin.*holds 0 bytes where its index promises"):
+        ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
+
+
+def test_token_files_are_used_as_they_are(tokenizer_dir, tmp_path) -> None:
+    with IndexedWriter(tmp_path / "p", np.int32) as writer:
+        writer.add_document([1, 2, 3])
+    found = ensure_tokenised(DataConfig(path=str(tmp_path / "p.bin")), tokenizer_dir, tmp_path / "cache")
+    assert found == tmp_path / "p"
+    assert read_counts(found) is None
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cache_where_nothing_may_be_written(texts_cfg, tokenizer_dir, tmp_path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        DiskError, match="cache='Permission denied': could not be written. Make the folder writable"
+    ):
+        ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_processes_race_for_one_entry(texts_cfg, tokenizer_dir, tmp_path, locks: bool) -> None:
+    code = """
+import sys
+from recipes.data import tokenise
+if sys.argv[4] == "False":
+    def no_lock(*_):
+        raise OSError(37, "No locks available")
+    tokenise.fcntl.flock = no_lock
+from recipes.data.config import DataConfig
+print("prefix", tokenise.ensure_tokenised(DataConfig(path=sys.argv[1]), sys.argv[2], sys.argv[3]))
+"""
+    root = Path(__file__).parents[2]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        texts_cfg.path,
+        str(tokenizer_dir),
+        str(tmp_path / "cache"),
+        str(locks),
+    ]
+    runs = [
+        subprocess.Popen(
+            command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    said = [run.communicate(timeout=100)[0].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len({text.split("prefix ")[1] for text in said}) == 1
+    if locks:
+        assert sum("tokenised 3 documents" in text for text in said) == 1
+    left = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
+    assert left == ["", ".lock"]
+
+
+def test_the_second_to_finish_takes_the_entry_of_the_first(
+    texts_cfg, tokenizer_dir, tmp_path, monkeypatch
+) -> None:
+    """Where locks do not hold: an entry that appears during the work is kept, and ours is dropped."""
+    real, entry = module._rename_folder, []
+
+    def overtaken(temporary: Path, target: Path) -> None:
+        entry.append((shutil.copytree(temporary, target) / "tokens.bin").stat().st_ino)
+        real(temporary, target)
+
+    monkeypatch.setattr(module, "_rename_folder", overtaken)
+    prefix = ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
+    assert entry == [Path(f"{prefix}.bin").stat().st_ino]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+def test_whether_a_tokenizer_fits(tokenizer_dir, tmp_path) -> None:
+    assert check_tokenizer(tokenizer_dir) == check_tokenizer(tokenizer_dir, 300) == []
+    (mistake,) = check_tokenizer(tokenizer_dir, 299, where="model.tokenizer")
+    assert str(mistake).startswith("model.tokenizer=")
+    assert "does not fit: its largest id is 299, the model's vocabulary has 299 entries" in mistake.rule
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no tokenizer" in check_tokenizer(tmp_path / "empty")[0].rule
+    assert "is not a folder" in check_tokenizer(tmp_path / "none")[0].rule
+    (tmp_path / "empty" / "tokenizer.json").write_text("{")
+    assert "cannot be read" in check_tokenizer(tmp_path / "empty")[0].rule
+
+
+def test_added_tokens_beyond_the_vocabulary_are_let_through(tokenizer_dir, tmp_path) -> None:
+    image = {"id": 300, "content": "<image>", "special": True, "single_word": False}
+    image |= {"lstrip": False, "rstrip": False, "normalized": False}
+    more = edited(tokenizer_dir, tmp_path / "m", "tokenizer.json", lambda c: c["added_tokens"].append(image))
+    assert check_tokenizer(more, 300) == []
+
+
+def test_folder_without_tokenizer_json(tokenizer_dir, tmp_path) -> None:
+    """GPT-2's older form, vocab.json and merges.txt, goes by way of transformers."""
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert check_tokenizer(folder, 300) == []
+    assert "largest id is 299" in check_tokenizer(folder, 100)[0].rule
+    text = "the quick brown fox\n"
+    expected = load_tokenizer(tokenizer_dir, True).encode(text, add_special_tokens=False)
+    assert load_tokenizer(folder, True).encode(text, add_special_tokens=False) == expected
+
+
+def test_bpe_is_deterministic_and_spells_any_text(tmp_path) -> None:
+    documents = ["aaa bbb aaa bbb ccc\n" * 4, "zebra zebra zeal\n"]
+    sizes = [train_byte_level_bpe(iter(documents), 290, tmp_path / name) for name in "ab"]
+    assert sizes[0] == sizes[1] <= 290
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "a", append_eos=True)
+    assert tokenizer.is_fast
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == "<|endoftext|>"
+    strange = "\u4f60\u597d \U0001f600\t\x00 nai\u0308ve  'll\n\n x"
+    assert tokenizer.decode(tokenizer.encode(strange, add_special_tokens=False)) == strange
+    assert not [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".")]
+    train_byte_level_bpe(documents, 280, tmp_path / "a")
+    assert check_tokenizer(tmp_path / "a", 280) == []
+    with pytest.raises(DataError, match="vocab_size=256: leaves no room for 256 bytes.* Give 257 or more"):
+        train_byte_level_bpe(documents, 256, tmp_path / "c")

@@ -1,0 +1,122 @@
+"""The command, as people run it, and how commands end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe.errors import DataError, ExactnessError, Mistake
+from recipes.data.indexed import IndexedDataset
+from tools.command import run_command
+from tools.tokenize import build_parser, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.tokenize", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def flags(tmp_path: Path, tokenizer_dir: Path) -> list[str]:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"the quick brown {name}\n" * 20)
+    (tmp_path / "empty.txt").touch()
+    return ["--input", f"{tmp_path}/*.txt", "--tokenizer", str(tokenizer_dir), "--output", f"{tmp_path}/out"]
+
+
+def test_as_a_module(flags: list[str], tmp_path: Path) -> None:
+    done = run(*flags, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    indexed = IndexedDataset(tmp_path / "out")
+    assert (figures["documents"], figures["empty_documents"]) == (2, 1)
+    assert figures["tokens"] == indexed.num_tokens
+    assert figures["text_bytes"] == 2 * 20 * len("the quick brown a\n")
+    assert {"seconds", "tokens_per_second", "output"} <= set(figures)
+    assert "2 documents, " in done.stderr
+    assert indexed.document(0)[-1] == 0
+    again = run(*flags)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: --output=")
+    assert "exists already. Delete it, or give another prefix." in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_mistakes_exit_2_with_all_of_them(tokenizer_dir: Path) -> None:
+    done = run("--input", "/none.txt", "/none.docx", "--tokenizer", "/none", "--output", "/tmp/never")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("error: --input='/none.txt': does not exist.")
+    assert lines[2].startswith("error: --tokenizer='/none': is not a folder.")
+
+
+def test_flags_reach_the_config(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text('{"body": "quick quick"}\n')
+    flags[1] = str(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match="--input=.*has no 'text'; it has 'body'"):
+        main(flags)
+    figures = tmp_path / "figures.json"
+    assert main([*flags, "--text-key", "body", "--no-eos", "--json", str(figures)]) == 0
+    assert "1 documents, " in capsys.readouterr().out
+    assert json.loads(figures.read_text())["documents"] == 1
+    assert 0 not in IndexedDataset(tmp_path / "out").document(0)
+
+
+def test_json_is_refused_before_the_work(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--json='.*': is a folder. Name a file in it"):
+        main([*flags, "--json", str(tmp_path)])
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for action in build_parser()._actions:
+        assert action.help
+        assert action.option_strings[-1] in text
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (0, 0, ""),
+        (3, 3, ""),
+        (DataError([Mistake("a", 1, "is bad", "Fix it."), Mistake("b", 2, "is worse", "Fix it too.")]), 2,
+         "error: a=1: is bad. Fix it.\nerror: b=2: is worse. Fix it too.\n"),
+        (ExactnessError("layer 3 differs"), 1, "error: layer 3 differs\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted.\n"),
+        (OSError(errno.ENOSPC, "No space", "/x/y"), 2, "error: no space left on the disk for /x/y. Free"),
+    ],
+)  # fmt: skip
+def test_how_commands_end(
+    outcome: object, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert isinstance(outcome, int)
+        return outcome
+
+    with pytest.raises(SystemExit) as end:
+        run_command(command)
+    assert end.value.code == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_bugs_keep_their_traceback() -> None:
+    def command() -> int:
+        raise OSError(errno.EIO, "broken disk")
+
+    with pytest.raises(OSError, match="broken disk"):
+        run_command(command)

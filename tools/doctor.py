@@ -1,0 +1,56 @@
+"""Says what this machine can run and what is wrong: ``python -m tools.doctor --help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+
+from moe.errors import ConfigError
+from tools.command import STDOUT, check_json_target, run_command, write_json
+
+MARKS = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.doctor",
+        description="Says what this machine can run and what is wrong. Exits with 1 if something is bad.",
+    )
+    add = parser.add_argument
+    add(
+        "--cache-dir",
+        default="~/.cache/graft",
+        metavar="DIR",
+        help="cache of the runs (default: %(default)s)",
+    )
+    add("--json", metavar="PATH", help="write the findings as JSON to this file too, or to stdout for -")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0 when nothing is bad, else 1.
+
+    Raises:
+        ConfigError: The target of ``--json`` cannot be written.
+    """
+    args = build_parser().parse_args(argv)
+    if mistakes := check_json_target(args.json):
+        raise ConfigError(mistakes)
+    from recipes.environment import inspect_environment
+
+    findings = inspect_environment(args.cache_dir)
+    out = sys.stderr if args.json == STDOUT else sys.stdout
+    for finding in findings:
+        print(f"{MARKS[finding.status]}  {finding.name}: {finding.text}", file=out)
+        if finding.remedy:
+            print(f"      -> {finding.remedy}", file=out)
+    counts = {status: sum(f.status == status for f in findings) for status in MARKS}
+    print(f"{counts['ok']} ok, {counts['warn']} to note, {counts['bad']} bad", file=out)
+    write_json(args.json, {"counts": counts, "findings": [asdict(finding) for finding in findings]})
+    return 1 if counts["bad"] else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

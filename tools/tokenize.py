@@ -1,0 +1,76 @@
+"""Tokenises documents into a Megatron ``.bin``/``.idx`` pair: ``python -m tools.tokenize --help``.
+
+Run it as a module. As a script (``python tools/tokenize.py``) it would hide the standard library's own
+``tokenize``, which Python itself imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from functools import partial
+
+from moe.errors import DataError, Mistake
+from tools.command import STDOUT, check_json_target, run_command, write_json
+
+INPUT_HELP = (
+    "files or globs (quote them; ** reaches into folders) of one kind: text (a file is a document), .jsonl, "
+    ".json (each also .gz or .zst) or .parquet"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.tokenize",
+        description="Tokenises documents into PREFIX.bin and PREFIX.idx, Megatron's format, for training.",
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help=INPUT_HELP)
+    add("--tokenizer", required=True, metavar="DIR", help="local folder of a Hugging Face tokenizer")
+    add(
+        "--output", required=True, metavar="PREFIX", help="path of the pair, without .bin; must not exist yet"
+    )
+    add("--text-key", default="text", metavar="KEY", help="field or column of the text (default: text)")
+    add("--no-eos", action="store_true", help="do not close each document with the end-of-sequence token")
+    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0 when the pair is written.
+
+    Raises:
+        GraftError: Why it is not.
+    """
+    args = build_parser().parse_args(argv)
+    from recipes.data.config import DataConfig
+    from recipes.data.sources import check_paths
+    from recipes.data.tokenise import refuse_existing, tokenise
+    from recipes.data.tokenizer import check_tokenizer
+
+    if not args.text_key:
+        raise DataError.one("--text-key", args.text_key, "is empty", "Name the field that holds the text.")
+    cfg = DataConfig(path=args.input, text_key=args.text_key, append_eos=not args.no_eos)
+    mistakes = [Mistake("--input", m.value, m.rule, m.remedy) for m in check_paths(cfg)]
+    mistakes += check_tokenizer(args.tokenizer, where="--tokenizer")
+    mistakes += check_json_target(args.json)
+    if mistakes:
+        raise DataError(mistakes)
+    refuse_existing(args.output, "--output")
+    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
+    counts = tokenise(cfg, args.tokenizer, args.output, say)
+    rate = counts.tokens / max(counts.seconds, 1e-9)
+    if counts.empty_documents:
+        say(f"{counts.empty_documents} empty documents left out")
+    say(
+        f"{counts.documents} documents, {counts.tokens} tokens, {counts.text_bytes} bytes of text "
+        f"in {counts.seconds:.1f} s, {rate:.0f} tokens/s: {args.output}.bin and .idx"
+    )
+    write_json(args.json, {"output": args.output, **asdict(counts), "tokens_per_second": rate})
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

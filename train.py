@@ -1,0 +1,13 @@
+"""Starts a run: ``torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]``.
+
+``train.py --cfg +recipe=NAME`` prints the resolved config and ends; ``train.py --help`` says more.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from recipes.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
