@@ -79,4 +79,5 @@ def expert_mlp(
     Returns:
         ``[T, D]`` in the dtype of x.
     """
-    return backend.run(x_TD, weights_TK, plan, experts)
+    # Back ends address the weights by flat slot.
+    return backend.run(x_TD, weights_TK.contiguous(), plan, experts)

@@ -63,11 +63,14 @@ def make_plan(expert_ids_TK: Tensor, num_experts: int, slot_mask_TK: Tensor | No
     """
     T, K = expert_ids_TK.shape
     ids_N = expert_ids_TK.reshape(-1)
+    bins = num_experts
     if slot_mask_TK is not None:
         # One expert past the last collects the unused slots at the end of the order.
         ids_N = ids_N.masked_fill(~slot_mask_TK.reshape(-1), num_experts)
+        bins += 1
     slot_N = _stable_order(ids_N, num_experts)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_N.device)
+    # No bin to spare without a mask: scatter_add_ then refuses an id out of range.
+    counts = torch.zeros(bins, dtype=torch.int64, device=ids_N.device)
     counts.scatter_add_(0, ids_N, torch.ones_like(ids_N))
     num_rows = T * K if slot_mask_TK is None else T * K - int(counts[num_experts])
     slot_R = slot_N[:num_rows]

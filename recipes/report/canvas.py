@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from recipes.report import formats
 from recipes.report.colours import Theme
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 WIDTH = 9.2  # inches: the width of the page at 100 dots an inch
 _DPI = 180
-_TITLE, _TEXT, _TICK = 11, 9, 8.5  # points
+_TEXT, _TICK = 9, 8.5  # points
 
 
 def new_figure(height: float, theme: Theme) -> Figure:
@@ -33,10 +32,9 @@ def new_figure(height: float, theme: Theme) -> Figure:
     return figure
 
 
-def style(axes: Axes, theme: Theme, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
-    """Gives axes the theme, a title and labels; two spines and, if asked, horizontal grid lines."""
+def style(axes: Axes, theme: Theme, x: str = "", y: str = "", grid: bool = True) -> None:
+    """Gives axes the theme and labels; two spines and, if asked, horizontal grid lines."""
     axes.set_facecolor(theme.background)
-    axes.set_title(title, loc="left", fontsize=_TITLE, color=theme.text, pad=8)
     axes.set_xlabel(x, fontsize=_TEXT, color=theme.text)
     axes.set_ylabel(y, fontsize=_TEXT, color=theme.text)
     axes.tick_params(colors=theme.muted, labelsize=_TICK, length=3, width=0.8)
@@ -68,24 +66,26 @@ def _tick(value: float) -> str:
 def spread(places: Sequence[float], gap: float) -> list[float]:
     """Moves places apart until neighbours are ``gap`` apart, keeping their order and staying within 0..1.
 
+    Least squares: less ``gap`` times their rank, the places must not fall; where they do, neighbours are
+    pooled into their mean (the pool-adjacent-violators algorithm).
+
     Args:
         places: Wanted places, in any order.
         gap: The least distance.
 
     Returns:
-        The places moved as little as pushing in one direction after the other allows, in the order given.
+        The places moved as little as possible, in the order given.
     """
-    order = np.argsort(np.asarray(places), kind="stable")
-    moved = np.clip(np.asarray(places, dtype=float)[order], 0.0, 1.0)
-    for i in range(1, len(moved)):
-        moved[i] = max(moved[i], moved[i - 1] + gap)
-    ceiling = 1.0
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], ceiling)
-        ceiling = moved[i] - gap
-    back = np.empty(len(moved))
-    back[order] = moved
-    return [float(place) for place in back]
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    pools: list[list[float]] = []
+    for rank, index in enumerate(order):
+        pools.append([places[index] - gap * rank])
+        while len(pools) > 1 and fmean(pools[-2]) >= fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    highest = max(0.0, 1.0 - gap * (len(places) - 1))
+    levels = [min(max(fmean(pool), 0.0), highest) for pool in pools for _ in pool]
+    moved = {index: level + gap * rank for rank, (index, level) in enumerate(zip(order, levels, strict=True))}
+    return [moved[index] for index in range(len(places))]
 
 
 def label_lines(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.1) -> None:
@@ -115,8 +115,8 @@ def label_lines(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float
 
 
 def note(axes: Axes, text: str, theme: Theme) -> None:
-    """Writes a quiet remark at the top right, in the line of the title."""
-    axes.set_title(text, loc="right", fontsize=_TICK, color=theme.muted, pad=8)
+    """Writes a quiet remark above the axes: how to read them."""
+    axes.set_title(text, loc="left", fontsize=_TICK, color=theme.muted, pad=8)
 
 
 def png(figure: Figure) -> bytes:

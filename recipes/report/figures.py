@@ -40,7 +40,7 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
     figure = canvas.new_figure(4.3, theme)
     axes = figure.add_subplot()
     x_label = "training tokens" if legs == ["dense"] else _TOKENS
-    canvas.style(axes, theme, "Loss", x_label, "cross-entropy (nats/token)")
+    canvas.style(axes, theme, x=x_label, y="cross-entropy (nats/token)")
     labels = [_draw_leg(axes, leg, curves[leg], theme, _name(record, leg)) for leg in legs]
     if start is not None:
         axes.axhline(start, color=theme.dense, linewidth=1.6, linestyle=(0, (5, 3)), zorder=2)
@@ -52,7 +52,7 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
     axes.set_ylim(low, high)
     _mark_high_starts(axes, {leg: curves[leg][0] for leg in legs}, high, theme, record)
     canvas.label_lines(axes, [label for label in labels if label is not None], gap=0.13)
-    canvas.note(axes, "bold: validation, faint: training", theme)
+    canvas.note(axes, "Bold: validation loss. Faint: training loss.", theme)
     return figure
 
 
@@ -77,8 +77,7 @@ def balance_figure(record: RunRecord, theme: Theme) -> Figure | None:
         canvas.label_lines(axes, [(float(values[-1]), formats.small(float(values[-1])), theme.moe)])
         end = max(end, float(tokens[-1]))
     figure.align_ylabels(stack)
-    stack[0].set_title("Balance of the experts", loc="left", fontsize=11, color=theme.text, pad=8)
-    canvas.note(stack[0], "bold: mean over MoE layers, faint: each layer", theme)
+    canvas.note(stack[0], "Bold: mean over the MoE layers. Faint: each layer.", theme)
     stack[-1].set_xlabel(_TOKENS, fontsize=9, color=theme.text)
     stack[-1].set_xlim(0, end if end > 0 else 1)
     canvas.token_ticks(stack[-1])
@@ -126,8 +125,8 @@ def _draw_leg(
 def _limits(curves: Mapping[str, tuple[Pair, Pair]], start: float | None, end: float) -> tuple[float, float]:
     """Limits that hold all validation losses and all but the spikes of the training losses.
 
-    A method that is not exact may start far above everything that follows; the chart then ends at twice the
-    height of what comes after the first `_WARM_UP` of the tokens, so that this can be read.
+    A method that is not exact may start far above everything that follows; the chart then ends at 1.6 times
+    the height of what comes after the first `_WARM_UP` of the tokens, so that this can be read.
     """
     pairs = [(val, (train[0], _core(train[1]))) for val, train in curves.values()]
     values = np.concatenate([np.array([] if start is None else [start]), *(y for p in pairs for _, y in p)])
@@ -135,7 +134,7 @@ def _limits(curves: Mapping[str, tuple[Pair, Pair]], start: float | None, end: f
     later = np.concatenate([np.array([] if start is None else [start]), *settled])
     low, high = float(values.min()), float(values.max())
     if later.size > 1 and later.max() > low:
-        high = min(high, low + 2 * (float(later.max()) - low))
+        high = min(high, low + 1.6 * (float(later.max()) - low))
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.1
     return low - pad, high + pad
 
@@ -148,10 +147,11 @@ def _mark_high_starts(
     for line, (leg, value) in enumerate(above):
         axes.annotate(
             f"{_name(record, leg)} starts at {formats.loss(value)}, above the chart",
-            xy=(0.04, 0.97 - 0.07 * line),
+            xy=(0.99, 0.97 - 0.07 * line),
             xycoords="axes fraction",
             color=theme.of(leg),
             fontsize=8.5,
+            ha="right",
             va="top",
         )
 

@@ -54,7 +54,7 @@ def small(value: Any) -> str:
 def share(value: Any) -> str:
     """A fraction as a percentage: ``31.2 %``."""
     known = number(value)
-    return NOT_MEASURED if known is None else f"{100 * known:.3g} %"
+    return NOT_MEASURED if known is None else f"{_digits(100 * known)} %"
 
 
 def seconds(value: Any) -> str:
@@ -86,5 +86,6 @@ def _digits(value: float) -> str:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-4:
         return f"{value:.2e}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{value:.2e}".partition("e")[2])  # after rounding: 9.999 counts as 10.0
+    decimals = max(0, 2 - exponent)
     return f"{value:,.{decimals}f}"

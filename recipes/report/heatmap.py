@@ -55,10 +55,9 @@ def load_figure(loads: Sequence[LayerLoad], theme: Theme) -> Figure | None:
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
     _add_scale(figure, mesh, list(grid[: len(shown)]), top, theme)
-    heading = "Load of the experts"
     if len(shown) < len(loads):
-        heading += f" ({len(shown)} of {len(loads)} MoE layers, evenly spaced)"
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=11, color=theme.text)
+        text = f"{len(shown)} of {len(loads)} MoE layers, evenly spaced."
+        figure.suptitle(text, x=0.01, ha="left", fontsize=8.5, color=theme.muted)
     return figure
 
 
@@ -82,8 +81,7 @@ def _draw(axes: Axes, load: LayerLoad, cells_SE: Floats, top: float, theme: Them
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
-    colours = LinearSegmentedColormap.from_list("load", DIVERGING_STOPS)
-    colours.set_bad(theme.grid)
+    colours = LinearSegmentedColormap.from_list("load", DIVERGING_STOPS).with_extremes(bad=theme.grid)
     steps = [part.mean() for part in np.array_split(load.steps_S, cells_SE.shape[0])]
     experts = np.linspace(-0.5, load.load_SE.shape[1] - 0.5, cells_SE.shape[1] + 1)
     mesh = axes.pcolormesh(

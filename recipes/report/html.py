@@ -27,8 +27,9 @@ p { margin: 0 0 12px; }
 .note { color: var(--muted); font-size: .92rem; }
 .box { border: 1px solid var(--line); border-radius: 8px; background: var(--card); padding: 14px 18px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 14px; text-align: right; border-top: 1px solid var(--line); vertical-align: bottom; }
+th:first-child { padding-left: 18px; } td:last-child, th:last-child { padding-right: 18px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 8px 10px; text-align: right; border-top: 1px solid var(--line); vertical-align: bottom; }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; font-size: .82rem; line-height: 1.3; }
 tbody th { font-weight: 600; white-space: nowrap; }
 td { white-space: nowrap; }
@@ -38,7 +39,11 @@ th:first-child, .facts td { text-align: left; }
 .facts tr:first-child > * { border-top: 0; }
 .none { color: var(--muted); font-style: italic; }
 figure { margin: 0; padding: 12px; }
-figure img { display: block; width: 100%; height: auto; }
+figure img { display: block; width: 100%; min-width: 640px; height: auto; }
+.scroll + .note { margin-top: 16px; }
+.scroll + .scroll { margin-top: 16px; }
+.box ul { margin: 0; padding-left: 18px; }
+.box p:last-child { margin: 0; }
 pre { margin: 0; padding: 14px 18px; overflow-x: auto;
   font: .86rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 details > summary { cursor: pointer; padding: 10px 18px; }

@@ -24,12 +24,11 @@ from recipes.report.results import (
     read_results,
 )
 
-_TIMINGS = {"first_step_s": "from start to the end of the first step", "total_s": "the whole run"}
 _ROUTING = (
     ("maxvio", "MaxVio (largest load / mean - 1)", formats.small),
     ("load_cv", "load CV (standard deviation / mean)", formats.small),
     ("entropy", "router entropy (1 = ln E, uniform)", formats.small),
-    ("dead_experts", "experts without a token, a layer", formats.small),
+    ("dead_experts", "experts of a layer without a token", formats.small),
     ("dropped_fraction", "routed slots that were dropped", formats.share),
     ("logit_max", "largest router logit", formats.small),
 )
@@ -119,10 +118,14 @@ def throughput(record: RunRecord) -> list[str]:
     pieces = [html.heading("Throughput and time")]
     if rows:
         head = ["training of", "steps", "tokens/s", "MFU (median)", "time"]
-        pieces += [html.table(head, rows, NOT_MEASURED), html.paragraph("")]
-    facts = [(label, formats.seconds(timings.get(key))) for key, label in _TIMINGS.items()]
+        pieces.append(html.table(head, rows, NOT_MEASURED))
+    total = timings.get("total_s", record.section("run").get("seconds"))
+    facts = [
+        ("from start to the end of the first step", formats.seconds(timings.get("first_step_s"))),
+        ("the whole run", formats.seconds(total)),
+    ]
     facts.append(("peak memory, all ranks", formats.size(record.summary.get("peak_memory_bytes"))))
-    facts += [(f"{key}", _text(value)) for key, value in record.section("machine").items()]
+    facts += [(str(key), _text(value)) for key, value in record.section("machine").items()]
     backend = record.section("experts")
     if backend:
         facts.append(("expert kernels", f"{backend.get('backend')}: {backend.get('reason')}"))

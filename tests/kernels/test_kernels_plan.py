@@ -1,0 +1,92 @@
+"""The plan: worked by hand, and its invariants on random ids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.combine import combine_rows
+from kernels.plan import make_plan
+
+
+def test_worked_by_hand() -> None:
+    # flat slot:       0  1    2  3    4  5
+    # expert:          2  0    0  2    1  1     token: slot // 2
+    # expert 0 has slots 1, 2; expert 1 has 4, 5; expert 2 has 0, 3; expert 3 has none.
+    plan = make_plan(torch.tensor([[2, 0], [0, 2], [1, 1]]), 4)
+    assert plan.slot_R.tolist() == [1, 2, 4, 5, 0, 3]
+    assert plan.token_R.tolist() == [0, 1, 2, 2, 0, 1]
+    assert plan.row_TK.tolist() == [[4, 0], [1, 5], [2, 3]]
+    assert plan.counts_E.tolist() == [2, 2, 2, 0]
+    assert (plan.num_rows, plan.num_experts, plan.has_unused) == (6, 4, False)
+
+
+def test_worked_by_hand_with_unused_slots() -> None:
+    # Used are slots 0 (expert 2), 2 (expert 0), 3 (expert 2) and 5 (expert 1); R = 4 marks the others,
+    # whose ids are nonsense and must not matter.
+    mask_TK = torch.tensor([[True, False], [True, True], [False, True]])
+    plan = make_plan(torch.tensor([[2, 999], [0, 2], [-5, 1]]), 4, mask_TK)
+    assert plan.slot_R.tolist() == [2, 5, 0, 3]
+    assert plan.token_R.tolist() == [1, 2, 0, 1]
+    assert plan.row_TK.tolist() == [[2, 4], [0, 3], [4, 1]]
+    assert plan.counts_E.tolist() == [1, 1, 2, 0]
+    assert (plan.num_rows, plan.has_unused) == (4, True)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 32766, 32767, 32768, 40000])
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_are_in_expert_order_and_find_back(num_experts: int, K: int, masked: bool) -> None:
+    g = torch.Generator().manual_seed(num_experts + K)
+    # Few distinct experts, the last among them: both sorts (16-bit radix, comparison) see ties and ends.
+    ids_TK = num_experts - 1 - torch.randint(0, min(3, num_experts), (17, K), generator=g)
+    mask_TK = torch.rand(17, K, generator=g) < 0.6 if masked else None
+    plan = make_plan(ids_TK, num_experts, mask_TK)
+    used = range(17 * K) if mask_TK is None else mask_TK.flatten().nonzero().flatten().tolist()
+    flat = ids_TK.flatten().tolist()
+    expected = sorted(used, key=lambda slot: (flat[slot], slot))
+    assert plan.slot_R.tolist() == expected
+    assert plan.token_R.tolist() == [slot // K for slot in expected]
+    rows = {slot: row for row, slot in enumerate(expected)}
+    assert plan.row_TK.flatten().tolist() == [rows.get(slot, len(rows)) for slot in range(17 * K)]
+    assert plan.counts_E.tolist() == [sum(flat[s] == e for s in used) for e in range(num_experts)]
+    assert {t.dtype for t in (plan.slot_R, plan.token_R, plan.row_TK, plan.counts_E)} == {torch.int64}
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_an_id_out_of_range_is_not_counted_elsewhere(bad: int) -> None:
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        make_plan(torch.tensor([[0, 1], [2, bad]]), 3)
+
+
+def test_ids_are_left_alone() -> None:
+    ids_TK, mask_TK = torch.tensor([[2, 0], [1, 1]]), torch.tensor([[True, False], [True, True]])
+    kept_TK, kept_mask_TK = ids_TK.clone(), mask_TK.clone()
+    make_plan(ids_TK, 3, mask_TK)
+    assert torch.equal(ids_TK, kept_TK) and torch.equal(mask_TK, kept_mask_TK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_combine_worked_by_hand(dtype: torch.dtype) -> None:
+    # Rows in expert order: expert 0 holds token 1, expert 1 token 0, and slot 1 of token 1 is unused.
+    plan = make_plan(torch.tensor([[1, 0], [0, 7]]), 2, torch.tensor([[True, True], [True, False]]))
+    assert plan.row_TK.tolist() == [[2, 0], [1, 3]]
+    rows_RD = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [0.0, 0.0]], dtype=dtype)
+    # token 0: 0.5 * row 2 - 2 * row 0 = [8 - 2, 16 - 4];  token 1: 0.25 * row 1 + 9 * zero row = [1, 2]
+    out_TD = combine_rows(rows_RD, plan, torch.tensor([[0.5, -2.0], [0.25, 9.0]]))
+    assert out_TD.dtype == dtype and out_TD.tolist() == [[6.0, 12.0], [1.0, 2.0]]
+    # Unweighted: row 2 + row 0, and row 1 alone.
+    assert combine_rows(rows_RD, plan, None).tolist() == [[17.0, 34.0], [4.0, 8.0]]
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_combine_adds_up_in_fp32(weighted: bool) -> None:
+    # bf16 holds even numbers alone above 256: added in bf16, 256 + 1 + 1 stays 256.
+    plan = make_plan(torch.tensor([[0, 1, 2]]), 3)
+    rows_RD = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    assert combine_rows(rows_RD, plan, torch.ones(1, 3) if weighted else None).item() == 258.0
+
+
+def test_combine_without_tokens() -> None:
+    plan = make_plan(torch.zeros(0, 2, dtype=torch.int64), 3)
+    assert combine_rows(torch.zeros(0, 4), plan, torch.zeros(0, 2)).shape == (0, 4)
