@@ -88,7 +88,8 @@ class Experts(nn.Module):
         key = (device, dtype)
         if key not in self._choices:
             E, D, F = self.w_down_EDF.shape
-            work = Workload(device, dtype, E, D, F, self.activation, self.b_up_EU is not None)
+            has_bias = self.b_up_EU is not None or self.b_down_ED is not None
+            work = Workload(device, dtype, E, D, F, self.activation, has_bias)
             self._choices[key] = choose_backend(work, self.backend)
             # At debug level: the run logs the choice of its first layer once, at info level.
             _LOG.debug("experts run on %s: %s", self._choices[key].backend.name, self._choices[key].reason)

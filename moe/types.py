@@ -72,7 +72,7 @@ class Routing:
 
     Attributes:
         expert_ids_TK: ``[T, K]`` int64 expert of each slot; the value in an unused slot is ignored.
-        weights_TK: ``[T, K]`` fp32 combine weights; they carry the gradient to the router.
+        weights_TK: ``[T, K]`` combine weights, at least fp32; they carry the gradient to the router.
         num_experts: E.
         slot_mask_TK: ``[T, K]`` bool, False where a slot is unused; None when all are used.
         scores_TE: ``[T, E]`` fp32 dense scores (probabilities) when the router has them.

@@ -95,7 +95,7 @@ def shared_data(session: Session, tokenizer: Path, vocab_size: int) -> TrainData
 
 def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> bool:
     config = session.config
-    host = _fresh_model(config.model, config.seed, tokenizer)
+    host = _fresh_model(config.model, config.data.seq_len, config.seed, tokenizer)
     costs = measure_costs(host, config.data.seq_len, None)
     session.say(f"dense: no checkpoint given, training a Llama of {costs.total_params:,} parameters")
     optim = _optim(config)
@@ -126,7 +126,7 @@ def _optim(config: RunConfig) -> OptimConfig:
     return dataclasses.replace(config.optim, name="adamw", lr=config.model.lr, schedule=schedule)
 
 
-def _fresh_model(model: DefaultModelConfig, seed: int, tokenizer: Path) -> HuggingFaceHost:
+def _fresh_model(model: DefaultModelConfig, seq_len: int, seed: int, tokenizer: Path) -> HuggingFaceHost:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     end = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id
@@ -138,7 +138,7 @@ def _fresh_model(model: DefaultModelConfig, seed: int, tokenizer: Path) -> Huggi
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads,
         tie_word_embeddings=model.tie_embeddings,
-        max_position_embeddings=2048,
+        max_position_embeddings=max(2048, seq_len),
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import CheckpointError, Mistake
-from recipes.atomic import atomic_write_json
+from recipes.atomic import atomic_write_json, atomic_write_text
+from recipes.compose import to_yaml
 from recipes.data.build import TrainData
 from recipes.jobs.base import Session
 from recipes.schema import RunConfig
@@ -33,11 +34,19 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """``run.json`` of a run; empty where there is none yet."""
+    """``run.json`` of a run; empty where there is none yet.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     path = run_dir / _FILE
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        rule, remedy = f"it is not valid JSON ({error})", "Restore it, or start a new run."
+        raise CheckpointError.one("resume", str(path), rule, remedy) from None
     return content
 
 
@@ -47,7 +56,9 @@ def write_run_file(run_dir: Path, **values: Any) -> None:
 
 
 def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
-    """Compares the run's identity with the one it began with, on all ranks; a new run writes it down.
+    """Compares the run's identity with the one it began with, on all ranks, and writes down what it is told.
+
+    A resume that is refused leaves the run's ``config.yaml`` as it was.
 
     Raises:
         CheckpointError: A field has changed; every one is named with both values.
@@ -72,5 +83,6 @@ def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
             if changed:
                 raise CheckpointError(changed)
         write_run_file(run_dir.path, identity=wanted)
+        atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(session.values)))
 
     session.on_rank_zero(compare)

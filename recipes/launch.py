@@ -103,7 +103,12 @@ def _run(arguments: Sequence[str], started: float) -> int:
         parse_config(values)
         print(to_yaml(values))
         return 0
-    config = parse_config(values)
+    try:
+        config = parse_config(values)
+    except ConfigError as error:
+        from recipes.preflight import check_places
+
+        raise ConfigError([*error.mistakes, *check_places(values)]) from None
     from recipes.jobs import job_classes
 
     jobs = job_classes()

@@ -68,6 +68,7 @@ class Leg:
         checkpoints: Folder of its checkpoints.
         state: What every checkpoint carries besides tensors: identity of the run, reports.
         first_step: Steps done already.
+        first_sample: The sample that step 0 begins with: past those that the model was trained on before.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Leg:
     checkpoints: Path
     state: dict[str, Any] = field(default_factory=dict)
     first_step: int = 0
+    first_sample: int = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -97,7 +99,6 @@ class LegResult:
         val_loss: Of the last validation.
         first_val_loss: Of the validation before the first step; None when resumed past it.
         tokens_per_s: Median over the steps of this process.
-        first_step_time: When the first step of this process ended, by ``time.time()``.
     """
 
     finished: bool
@@ -105,16 +106,20 @@ class LegResult:
     val_loss: float | None
     first_val_loss: float | None
     tokens_per_s: float | None
-    first_step_time: float | None
 
 
 class Loop:
-    """Trains legs, one after the other, on one engine."""
+    """Trains legs, one after the other, on one engine.
+
+    Attributes:
+        first_step_time: When the first step of this process ended, by ``time.time()``.
+    """
 
     def __init__(self, engine: Engine[Any], callbacks: Sequence[Callback], stop: StopRequest) -> None:
         self.engine = engine
         self.callbacks = callbacks
         self.stop = stop
+        self.first_step_time: float | None = None
 
     def resume(self, leg: Leg, path: Path) -> dict[str, Any]:
         """Fills the leg from a checkpoint and returns the state that was saved with it."""
@@ -134,7 +139,7 @@ class Loop:
         """Trains a leg to its end, or until a stop is requested; either way a checkpoint is left."""
         info = LegInfo(leg.name, leg.title, leg.train.steps, leg.first_step, leg.tokens_per_step)
         result = LegResult(
-            False, leg.first_step, leg.state.get("val_loss"), leg.state.get("first_val_loss"), None, None
+            False, leg.first_step, leg.state.get("val_loss"), leg.state.get("first_val_loss"), None
         )
         for callback in self.callbacks:
             callback.on_leg_start(info)
@@ -156,7 +161,7 @@ class Loop:
             step += 1
             speeds.append(row["tokens_per_s"])
             result.tokens_per_s = sorted(speeds)[len(speeds) // 2]
-            result.first_step_time = result.first_step_time or time.time()
+            self.first_step_time = self.first_step_time or time.time()
             last = step == leg.train.steps
             if last or _due(step, leg.train.eval_every):
                 result.val_loss = row["val_loss"] = self.evaluate(leg)
@@ -214,9 +219,8 @@ class Loop:
 
     def _tokens(self, leg: Leg, step: int, micro: int) -> Tensor:
         size = leg.train.micro_size(self.engine.world_size)
-        first, count = rank_slice(
-            step * leg.train.global_batch_size, micro, size, self.engine.rank, self.engine.world_size
-        )
+        of_step = leg.first_sample + step * leg.train.global_batch_size
+        first, count = rank_slice(of_step, micro, size, self.engine.rank, self.engine.world_size)
         return torch.from_numpy(leg.data.train.batch(first, count))
 
     def evaluate(self, leg: Leg) -> float:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.errors import Mistake
+from pydantic import TypeAdapter, ValidationError
+
+from moe.errors import Mistake, UserError
 from moe.routers import router_class
+from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
 from recipes.hosts.inspection import check_dense, read_config
+from recipes.run_dir import choose_run_dir
 from recipes.schema import RunConfig
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -22,6 +28,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
     mistakes = check_batch(config, world_size) + check_router(config) + check_engine(config)
     mistakes += check_schedule(config) + check_paths(config.data) + check_folders(config)
+    mistakes += check_run_dir(config)
     if config.dense is None:
         return mistakes + check_model(config)
     found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
@@ -29,6 +36,19 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
         return mistakes + found
     dense = read_config(Path(config.dense).expanduser())
     return mistakes + check_fit(config, dense)
+
+
+def check_places(values: Mapping[str, Any]) -> list[Mistake]:
+    """The files and folders that a config names, where the rest of it is too wrong to be read."""
+    mistakes = []
+    with contextlib.suppress(ValidationError):  # the schema has told what is wrong
+        mistakes += check_paths(TypeAdapter(DataConfig).validate_python(values.get("data")))
+    for name in ("output_dir", "cache_dir"):
+        if isinstance(folder := values.get(name), str):
+            mistakes += check_folder(name, folder)
+    if isinstance(dense := values.get("dense"), str):
+        mistakes += check_dense(dense, trust_remote_code=values.get("trust_remote_code") is True)
+    return mistakes
 
 
 def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
@@ -80,26 +100,49 @@ def check_schedule(config: RunConfig) -> list[Mistake]:
 
 
 def check_model(config: RunConfig) -> list[Mistake]:
-    """The embedded default's own schedule must fit as well."""
-    if config.model.warmup_steps < config.model.steps:
+    """The embedded default's own schedule and depth must fit as well."""
+    mistakes = check_layers(config, config.model.num_layers)
+    if config.model.warmup_steps >= config.model.steps:
+        rule = f"it does not fit into model.steps={config.model.steps}"
+        mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
+    return mistakes
+
+
+def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
+    """The model must have the layers that are to become mixtures."""
+    try:
+        config.upcycle.layer_choice.pick(depth)
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        return [Mistake("upcycle.layers", config.upcycle.layers, rule, remedy)]
+    return []
+
+
+def check_run_dir(config: RunConfig) -> list[Mistake]:
+    """A run that is named anew must not exist, one that is resumed must; rank 0 decides, as when it runs."""
+    if os.environ.get("RANK", "0") != "0":
         return []
-    rule = f"it does not fit into model.steps={config.model.steps}"
-    return [Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it.")]
+    try:
+        choose_run_dir(config)
+    except UserError as error:
+        return list(error.mistakes)
+    return []
 
 
 def check_folders(config: RunConfig) -> list[Mistake]:
     """Output and cache folder must be writable, or be creatable."""
-    mistakes = []
-    for name in ("output_dir", "cache_dir"):
-        value = getattr(config, name)
-        folder = Path(value).expanduser().absolute()
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not existing.is_dir():
-            mistakes.append(Mistake(name, value, f"{existing} is a file", "Give another folder."))
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            rule = f"{existing} is not writable"
-            mistakes.append(Mistake(name, value, rule, "Give a folder that you may write to."))
-    return mistakes
+    return check_folder("output_dir", config.output_dir) + check_folder("cache_dir", config.cache_dir)
+
+
+def check_folder(name: str, value: str) -> list[Mistake]:
+    """One of them, by its config path."""
+    folder = Path(value).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        return [Mistake(name, value, f"{existing} is a file", "Give another folder.")]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [Mistake(name, value, f"{existing} is not writable", "Give a folder that you may write to.")]
+    return []
 
 
 def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
@@ -109,11 +152,7 @@ def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
     mistakes = check_tokenizer(config.dense or "", vocab_size, "dense")
     depth = _first(text, _DEPTH_KEYS)
     if depth is not None:
-        try:
-            config.upcycle.layer_choice.pick(depth)
-        except ValueError as error:
-            rule, _, remedy = str(error).partition(". ")
-            mistakes.append(Mistake("upcycle.layers", config.upcycle.layers, rule, remedy))
+        mistakes += check_layers(config, depth)
     context = _first(text, _CONTEXT_KEYS)
     if context is not None and config.data.seq_len > context:
         rule = f"the dense model takes {context} tokens at most"

@@ -6,6 +6,7 @@ is reported at once, before a process group, a big file or a download is touched
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -22,6 +23,10 @@ from recipes.engines import EngineConfig, engine_classes
 from recipes.optim import OptimConfig
 from recipes.tracking import TrackerConfig
 
+# A byte-level tokenizer has 256 bytes and the end token.
+_SMALLEST_VOCABULARY = 257
+_WRONG_TYPE = "this must be "
+
 
 @dataclass(frozen=True)
 class RunSection(Config):
@@ -29,6 +34,10 @@ class RunSection(Config):
 
     name: str | None = None
     """Folder below ``output_dir``. None: the job's name with the next free number."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise ValueError(f"name={self.name!r} must be a plain name. Choose its place by output_dir.")
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,20 @@ class DefaultModelConfig(Config):
             for f in fields(self)
             if f.name not in ("tie_embeddings", "lr", "warmup_steps") and getattr(self, f.name) < 1
         ]
+        if 1 <= self.vocab_size < _SMALLEST_VOCABULARY:
+            wrong.append(
+                f"vocab_size={self.vocab_size} must be at least {_SMALLEST_VOCABULARY}, for all bytes and "
+                "the end token. Raise it."
+            )
         if self.num_heads > 0 and self.hidden_size % self.num_heads:
             wrong.append(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}. "
                 "Choose a divisor."
+            )
+        elif self.num_heads > 0 and self.hidden_size // self.num_heads % 2:
+            wrong.append(
+                f"num_heads={self.num_heads} makes heads of {self.hidden_size // self.num_heads}, and rotary "
+                "embeddings need an even number. Choose another divisor of hidden_size."
             )
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             wrong.append(
@@ -227,7 +246,23 @@ def _mistakes(error: ValidationError, prefix: str) -> list[Mistake]:
         path = ".".join([prefix] * bool(prefix) + [str(part) for part in _path(found["loc"])])
         for mistake in _translate(path, found):
             mistakes.setdefault((mistake.path, mistake.rule), mistake)
-    return list(mistakes.values())
+    return _without_alternatives(list(mistakes.values()))
+
+
+def _without_alternatives(mistakes: list[Mistake]) -> list[Mistake]:
+    """Of a value that may have one of several types, pydantic tells what is wrong with it as each of them."""
+    kept: dict[str, Mistake] = {}
+    others = []
+    for mistake in mistakes:
+        if not mistake.rule.startswith(_WRONG_TYPE):
+            others.append(mistake)
+        elif before := kept.get(mistake.path):
+            rule = f"{before.rule} or {mistake.rule.removeprefix(_WRONG_TYPE)}"
+            kept[mistake.path] = Mistake(mistake.path, mistake.value, rule, "Correct the value.")
+        else:
+            kept[mistake.path] = mistake
+    inner = [path for path in kept if not any(other.startswith(f"{path}.") for other in kept)]
+    return [kept[path] for path in inner] + others
 
 
 def _path(location: tuple[int | str, ...]) -> list[int | str]:
@@ -245,8 +280,11 @@ def _translate(path: str, found: Any) -> list[Mistake]:
         return [Mistake(path, value, "there is no such option", "Run train.py --cfg to see what there is.")]
     if kind in ("missing", "missing_argument"):
         return [Mistake(path, None, "this option is required", "Set it.")]
-    message = found["msg"].removeprefix("Input should be ")
-    return [Mistake(path, value, f"this must be {message}", "Correct the value.")]
+    message = found["msg"].removeprefix("Input should be ").partition(", unable to ")[0]
+    remedy = "Correct the value."
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        remedy = f"""Quote it, with the shell's quotes outside: '{path}="{value}"'."""
+    return [Mistake(path, value, f"{_WRONG_TYPE}{message}", remedy)]
 
 
 def _own(path: str, line: str) -> Mistake:
@@ -255,15 +293,18 @@ def _own(path: str, line: str) -> Mistake:
     name, has_value, rest = head.partition("=")
     if not has_value or not name.isidentifier():
         return Mistake(path, "...", head, remedy or "Correct it.")
-    value, _, rule = rest.partition(": ") if ": " in rest else rest.partition(" ")
-    return Mistake(f"{path}.{name}" if path else name, _literal(value), rule, remedy or "Correct it.")
+    value, rule = _value_and_rule(rest)
+    return Mistake(f"{path}.{name}" if path else name, value, rule, remedy or "Correct it.")
 
 
-def _literal(text: str) -> Any:
-    """The value that a message quotes, so that it is shown once quoted and not twice."""
+def _value_and_rule(text: str) -> tuple[Any, str]:
+    """Splits "(0.9, 1.5) must be so" or "1: that is wrong" where the value ends."""
     import ast
 
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    for end in re.finditer(r":? ", text):
+        try:
+            return ast.literal_eval(text[: end.start()]), text[end.end() :]
+        except (ValueError, SyntaxError):
+            continue
+    value, _, rule = text.partition(": ") if ": " in text else text.partition(" ")
+    return value, rule

@@ -45,7 +45,8 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
         run_dir = _agree_on_run_dir(engine, config)
         if engine.rank == 0:
             run_dir.path.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(run_dir.path / "config.yaml", to_yaml(values))
+            if not run_dir.resumed:  # else when the resume has turned out to be allowed
+                atomic_write_text(run_dir.path / "config.yaml", to_yaml(values))
             print(f"run: {run_dir.path}" + (" (going on)" if run_dir.resumed else ""), flush=True)
         return _run_open(job, config, values, engine, run_dir, started)
     finally:
@@ -73,7 +74,7 @@ def _run_open(
     try:
         with StopRequest() as stop:
             loop = Loop(engine, callbacks, stop)
-            session = Session(config, engine, run_dir, stop, logger, loop, started)
+            session = Session(config, values, engine, run_dir, stop, logger, loop, started)
             finished = job.run(session)
             if not finished:
                 session.say(f"stopped and saved; go on with: resume={run_dir.path}")

@@ -1,7 +1,7 @@
 """What all tests share: quiet libraries, and tiny checkpoints of any family of transformers.
 
-The checkpoints are drawn at random, everything in them: biases and norms too, and large enough that a feed-forward
-network that is lost or altered shows in the logits.
+The checkpoints are drawn at random, everything in them: biases and norms too, and large enough that a
+feed-forward network that is lost or altered shows in the logits.
 """
 
 from __future__ import annotations

@@ -241,14 +241,22 @@ def test_the_walk_sees_every_form_of_import() -> None:
         "def j():\n    import k\nimportlib.import_module('l.m')\n"
     )
     found = {(base, name) for _, base, name in imports(ast.parse(code), "p.q")}
-    expected = {("a.b", None), ("c", "d"), ("p.q", "e"), ("p.q.f", "g"), ("p.h", "i"), ("k", None), ("l.m", None)}
+    expected = {
+        ("a.b", None),
+        ("c", "d"),
+        ("p.q", "e"),
+        ("p.q.f", "g"),
+        ("p.h", "i"),
+        ("k", None),
+        ("l.m", None),
+    }
     assert found == expected
     early = {base for _, base, _ in imports(at_import_time(ast.parse(code)), "p.q")}
     assert early == {"a.b", "c", "p.q", "p.q.f", "p.h", "l.m"}
 
 
 def test_the_package_of_the_same_name_is_not_installed() -> None:
-    # transformers probes for the PyPI package `kernels`, and would find ours in its place or the other way round.
+    # transformers probes for the PyPI package `kernels`, and would find ours in its place.
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("kernels")
 

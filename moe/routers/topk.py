@@ -4,7 +4,7 @@ Sources: Shazeer et al. 2017 (arXiv 1701.06538, softmax after top-k), Switch Tra
 softmax before, Eq. 4-6 for the balance loss), ST-MoE (arXiv 2202.08906, Eq. 5 for the z-loss), DeepSeek-V3
 (arXiv 2412.19437, Eq. 13-15 for sigmoid scores).
 
-Letters: T tokens, D model width, E experts, K experts a token.
+Letters: T tokens, D model width, E experts, K experts a token, N of either.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from moe.balance import count_load, switch_loss, z_loss
@@ -67,7 +68,7 @@ class TopKConfig(RouterConfig):
 
 
 class TopKRouter(Router[TopKConfig]):
-    """Linear router with top-k selection. Its arithmetic is fp32 whatever the dtype of the model."""
+    """Linear router with top-k selection. Its arithmetic is fp32 in narrower models too, fp64 in fp64 models."""
 
     name = "topk"
     config_class = TopKConfig
@@ -104,7 +105,8 @@ class TopKRouter(Router[TopKConfig]):
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to its K best experts."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = x_TD.float() @ self.weight_ED.float().t()
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)
+            logits_TE = x_TD.to(dtype) @ self.weight_ED.to(dtype).t()
             scores_TE = self._scores(logits_TE)
             ids_TK, weights_TK = self._select(logits_TE, scores_TE)
             losses = self._losses(logits_TE, scores_TE, ids_TK, ctx)
@@ -120,16 +122,19 @@ class TopKRouter(Router[TopKConfig]):
     def _scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
 
+    def _shares(self, logits_TN: Tensor) -> Tensor:
+        """The scores divided by their sum; in log space, where scores that round to zero still compare."""
+        log_scores_TN = logits_TN if self.config.score == "softmax" else F.logsigmoid(logits_TN)
+        return log_scores_TN.softmax(-1)
+
     def _select(self, logits_TE: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         # Selection is by logits: both score functions are monotonic, and logits tie less often.
         top_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1, sorted=False)
-        if self.config.order == "topk_then_score":
-            weights_TK = self._scores(top_TK)
-        else:
-            weights_TK = scores_TE.gather(-1, ids_TK)
         if self.config.renormalise:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return ids_TK, weights_TK
+            return ids_TK, self._shares(top_TK)
+        if self.config.order == "topk_then_score":
+            return ids_TK, self._scores(top_TK)
+        return ids_TK, scores_TE.gather(-1, ids_TK)
 
     def _losses(
         self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, ctx: LayerContext
@@ -140,9 +145,7 @@ class TopKRouter(Router[TopKConfig]):
         mask_T = ctx.token_mask_T(len(ids_TK))
         load = count_load(ids_TK, self.num_experts, mask_T, ctx.run.group)
         if self.config.balance_coef:
-            probs_TE = scores_TE
-            if self.config.score == "sigmoid":
-                probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+            probs_TE = scores_TE if self.config.score == "softmax" else self._shares(logits_TE)
             losses["balance"] = self.config.balance_coef * switch_loss(load, probs_TE, mask_T)
         if self.config.z_coef:
             losses["z"] = self.config.z_coef * z_loss(logits_TE, load.tokens_per_rank, mask_T)

@@ -8,6 +8,7 @@ Letters: T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ def layer_drift(layer: int, dense_TD: Tensor, moe_TD: Tensor) -> LayerDrift:
 
 def logit_drift(dense_TV: Tensor, moe_TV: Tensor) -> LogitDrift:
     """Compares logits, both ``[..., V]``."""
-    dense, moe = dense_TV.float(), moe_TV.float()
+    dtype = torch.promote_types(dense_TV.dtype, torch.float32)
+    dense, moe = dense_TV.to(dtype), moe_TV.to(dtype)
     log_dense, log_moe = dense.log_softmax(-1), moe.log_softmax(-1)
     kl = (log_dense.exp() * (log_dense - log_moe)).sum(-1).mean()
     return LogitDrift(
@@ -105,7 +107,8 @@ def require_exact(method: str, logits: LogitDrift, layers: Sequence[LayerDrift],
             layers, the worst first.
     """
     tolerance = TOLERANCES[dtype]
-    bad = sorted((d for d in layers if not d.max_relative <= tolerance), key=lambda d: -d.max_relative)
+    bad = [d for d in layers if not d.max_relative <= tolerance]
+    bad.sort(key=lambda d: -math.inf if math.isnan(d.max_relative) else -d.max_relative)
     if not bad and logits.relative <= tolerance:
         return
     where = ", ".join(f"layer {d.layer} (by {d.max_relative:.2e})" for d in bad[:8])

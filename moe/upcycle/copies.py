@@ -50,9 +50,13 @@ class Copy(UpcycleMethod[CopyConfig]):
             up_UD = torch.cat([ffn.gate_FD, ffn.up_FD])
             if ffn.b_gate_F is not None and b_up_U is not None:
                 b_up_U = torch.cat([ffn.b_gate_F, b_up_U])
+        w_up_EUD, w_down_EDF = self._copies(up_UD), self._copies(ffn.down_DF)
+        # Gate and up are stacked, but each has a deviation of its own.
+        for matrix_E in (*w_up_EUD.chunk(1 if ffn.gate_FD is None else 2, dim=1), w_down_EDF):
+            self._add_noise(matrix_E, generator)
         return ExpertBank(
-            w_up_EUD=self._noisy(self._copies(up_UD), generator),
-            w_down_EDF=self._noisy(self._copies(ffn.down_DF), generator),
+            w_up_EUD=w_up_EUD,
+            w_down_EDF=w_down_EDF,
             activation=ffn.activation,
             gated=ffn.gate_FD is not None,
             b_up_EU=None if b_up_U is None else self._copies(b_up_U),
@@ -63,8 +67,8 @@ class Copy(UpcycleMethod[CopyConfig]):
         # Contiguous: copies that share storage would train as one, and safetensors refuses them.
         return weight.detach().expand(self.config.num_experts, *weight.shape).contiguous()
 
-    def _noisy(self, stacked_E: Tensor, generator: Generator) -> Tensor:
+    def _add_noise(self, matrix_E: Tensor, generator: Generator) -> None:
         if self.config.noise_std == 0:
-            return stacked_E
-        noise = torch.randn(stacked_E.shape, generator=generator, dtype=torch.float32)
-        return stacked_E + noise.to(stacked_E) * (self.config.noise_std * stacked_E[0].std())
+            return
+        noise_E = torch.randn(matrix_E.shape, generator=generator, dtype=torch.float32)
+        matrix_E += noise_E.to(matrix_E) * (self.config.noise_std * matrix_E[0].std())

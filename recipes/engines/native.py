@@ -145,7 +145,7 @@ class NativeEngine(Engine[NativeConfig]):
             wrapped = self._shard(host, self._mesh)
         else:
             host.model.to(self.device)
-            wrapped = DistributedDataParallel(host.model, broadcast_buffers=False)
+            wrapped = DistributedDataParallel(host.model, forward_sync_buffers=False)
         return NativeTrainable(self, host, wrapped, optim)
 
     def _shard(self, host: HuggingFaceHost, mesh: DeviceMesh) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.errors import ExactnessError
 from moe.upcycle.check import TOLERANCES, LogitDrift, logit_drift
-from recipes.atomic import atomic_write_json
+from recipes.atomic import atomic_write_json, fsync_folder
 from recipes.hosts.exporters.base import Exporter
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.inspection import INDEX_NAME, SINGLE_NAME
@@ -32,6 +32,7 @@ _COMPANIONS = (
     "chat_template*",
     "generation_config.json",
     "*.model",
+    "tekken.json",
 )
 
 
@@ -108,11 +109,16 @@ def export(
                 files.add(new_name, part.to(dtype) if part.is_floating_point() else part)
     if writes:
         files.finish()
-        config = exporter.config(host) | {"dtype": str(dtype).removeprefix("torch.")}
+        config = exporter.config(host) | _dtype_keys(dtype)
         atomic_write_json(temporary / "config.json", config)
         _copy_companions(host.folder, temporary)
         _sync(temporary)
         _replace(temporary, folder)
+
+
+def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:
+    """Under the name of today and under the one that readers before transformers 4.56 look for."""
+    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
 def _tied_names(host: HuggingFaceHost) -> set[str]:
@@ -143,6 +149,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

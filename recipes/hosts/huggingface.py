@@ -88,6 +88,12 @@ def load_host(folder: Path, *, trust_remote_code: bool = False) -> HuggingFaceHo
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
         raise HostError.one("dense", str(folder), rule, "Download the checkpoint again.")
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        rule = (
+            f"its files hold {len(unexpected)} weights that config.json has no place for, {unexpected[0]} the"
+        )
+        raise HostError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
     model.config.use_cache = False
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return HuggingFaceHost(model=model, folder=folder, source_dtype=dtype)

@@ -36,7 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{INDEX_NAME} cannot be read ({error})") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"{INDEX_NAME} names {name!r}, which is not a plain file name")
     return [folder / name for name in names]
 
@@ -84,7 +84,7 @@ def _check_config(path: str, config: dict[str, Any], trust_remote_code: bool) ->
                 "Give a causal language model (architectures: ...ForCausalLM), such as Llama or Qwen.",
             )
         )
-    experts = [key for key in _EXPERT_COUNT_KEYS if (config.get(key) or 0) > 1]
+    experts = [key for key in _EXPERT_COUNT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
     if experts:
         mistakes.append(
             _mistake(

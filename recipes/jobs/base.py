@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ class Session:
 
     Attributes:
         config: What it was told.
+        values: The same as composed, for ``config.yaml``.
         engine: Open.
         run_dir: Where it lives.
         stop: Whether it was asked to stop.
@@ -33,6 +34,7 @@ class Session:
     """
 
     config: RunConfig
+    values: Mapping[str, Any]
     engine: Engine[Any]
     run_dir: RunDir
     stop: StopRequest

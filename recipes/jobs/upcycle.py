@@ -121,10 +121,9 @@ class _TrainedLeg:
             leg.state |= self.session.loop.resume(leg, source)
         result = self.session.loop.run(leg)
         self.results.add_time(f"{self.name}_s", time.time() - started)
-        if result.first_step_time is not None:
-            self.results.content["timings"].setdefault(
-                "first_step_s", result.first_step_time - self.session.started
-            )
+        if self.session.loop.first_step_time is not None:
+            seconds = self.session.loop.first_step_time - self.session.started
+            self.results.content["timings"].setdefault("first_step_s", seconds)
         if result.finished:
             self._finish(leg, result)
             self.results.put_leg(
@@ -171,6 +170,7 @@ class _TrainedLeg:
             costs=costs,
             checkpoints=self.session.run_dir.checkpoints(self.name),
             state=state,
+            first_sample=self._first_sample(),
         )
         self._require_space(leg)
         self.session.say(
@@ -178,6 +178,12 @@ class _TrainedLeg:
             f"utilisation is of {peak.value / 1e9:,.0f} GFLOP/s a rank ({peak.source}: {peak.detail})"
         )
         return leg
+
+    def _first_sample(self) -> int:
+        """The embedded default has seen the run's first samples: training on goes on with unseen ones."""
+        if self.config.dense is not None:
+            return 0
+        return self.config.model.steps * self.config.train.global_batch_size
 
     def _require_space(self, leg: Leg) -> None:
         one = checkpoint_bytes(leg.trainable.checkpoint_tensors())

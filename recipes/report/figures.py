@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _TOKENS = "training tokens after the dense checkpoint"
 _WARM_UP = 0.1  # of the tokens
 _MAX_POINTS = 1500  # of a training curve; more would not be seen
+_SMOOTHING = 20  # a training loss is averaged over this part of its steps
 _BALANCE = (
     ("maxvio", "MaxVio\n(max load / mean - 1)"),
     ("load_cv", "load CV\n(std / mean)"),
@@ -52,7 +53,9 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
     axes.set_ylim(low, high)
     _mark_high_starts(axes, {leg: curves[leg][0] for leg in legs}, high, theme, record)
     canvas.label_lines(axes, [label for label in labels if label is not None], gap=0.13)
-    canvas.note(axes, "Bold: validation loss. Faint: training loss.", theme)
+    canvas.note(
+        axes, f"Bold: validation loss. Faint: training loss, mean of 1/{_SMOOTHING} of the steps.", theme
+    )
     return figure
 
 
@@ -88,7 +91,15 @@ Pair = tuple[Floats, Floats]
 
 
 def _curves(rows: Sequence[Row]) -> tuple[Pair, Pair]:
-    return series(rows, "val_loss"), series(rows, "loss")
+    return series(rows, "val_loss"), _smooth(series(rows, "loss"))
+
+
+def _smooth(curve: Pair) -> Pair:
+    """Trailing means: a step's loss is that of a few samples, and its noise would hide the validation."""
+    tokens, values = curve
+    window = max(1, values.size // _SMOOTHING)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return tokens[window - 1 :], (sums[window:] - sums[:-window]) / window
 
 
 def _name(record: RunRecord, leg: str) -> str:

@@ -94,6 +94,13 @@ def assert_same_logits(model: Any, host: HuggingFaceHost) -> None:
     torch.testing.assert_close(theirs, ours, atol=1e-4 * float(ours.abs().max()), rtol=0)
 
 
+@torch.no_grad()
+def round_parameters(host: HuggingFaceHost) -> None:
+    """To bf16; buffers such as rotary frequencies are in no file."""
+    for parameter in host.model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 def reload(folder: Path) -> Any:
     """By plain transformers, which must find every weight in its place."""
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +133,9 @@ def test_llama_and_mistral_become_mixtral(make_checkpoint: MakeCheckpoint, tmp_p
     assert_same_logits(model, host)
 
     prompt = some_tokens()[:1, :8]
-    generated = model.generate(prompt, max_new_tokens=4, do_sample=False, attention_mask=prompt.new_ones(1, 8))
+    generated = model.generate(
+        prompt, max_new_tokens=4, do_sample=False, attention_mask=prompt.new_ones(1, 8)
+    )
     assert generated.shape[0] == 1
     assert 8 < generated.shape[1] <= 12
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (dense, folder)]
@@ -191,7 +200,7 @@ def test_bf16_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = write(host, tmp_path / "hf", torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    host.model.to(torch.bfloat16).float()
+    round_parameters(host)
     assert_same_logits(reload(folder), host)
 
 
@@ -237,7 +246,7 @@ def test_our_format_in_bf16_loads_as_bf16(make_checkpoint: MakeCheckpoint, tmp_p
     model = load_graft(write(host, tmp_path / "hf", torch.bfloat16)).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    host.model.to(torch.bfloat16).float()
+    round_parameters(host)
     assert_same_logits(model.float(), host)
 
 
@@ -340,3 +349,13 @@ def test_one_tensor_above_the_limit_has_a_file_of_its_own(tmp_path: Path) -> Non
     files.finish()
     held = [sorted(load_file(path)) for path in weight_files(tmp_path)]
     assert held == [["a", "b"], ["c"], ["d"]]
+
+
+def test_what_was_added_may_change_afterwards_and_share_memory(tmp_path: Path) -> None:
+    files, tensor = TensorFiles(tmp_path), torch.zeros(4)
+    files.add("a", tensor)
+    files.add("b", tensor[1:])
+    tensor += 1
+    files.finish()
+    held = load_file(tmp_path / "model.safetensors")
+    assert {name: value.tolist() for name, value in held.items()} == {"a": [0.0] * 4, "b": [0.0] * 3}

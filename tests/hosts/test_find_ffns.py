@@ -174,7 +174,8 @@ def test_unknown_names_are_told_by_shape() -> None:
 
 
 def test_dense_ffn_by_hand() -> None:
-    # x = (1, 2): gate = relu(1, -1) = (1, 0); up = (3, 4); hidden = (3, 0); down = (6, 3) + bias (1, 1) = (7, 4).
+    # x = (1, 2): gate = relu(1, -1) = (1, 0); up = (3, 4); hidden = (3, 0);
+    # down = (2*3 + 5*0, 1*3 + 5*0) = (6, 3), and with the bias (1, 1) it is (7, 4).
     weights = FFNWeights(
         gate_FD=torch.tensor([[1.0, 0.0], [1.0, -1.0]]),
         up_FD=torch.tensor([[1.0, 1.0], [0.0, 2.0]]),
@@ -224,8 +225,8 @@ def test_an_inexact_router_reports_its_drift() -> None:
     assert report.logits.relative > 1e-3
     assert report.logits.kl > 0
     for drift in report.drifts:
-        # Every copy is the dense network, so a mixture of one expert scales it by the gate's softmax, which is
-        # below 1 and above 1/4 for four experts.
+        # Every copy is the dense network, so a mixture of one expert scales it by the gate's softmax,
+        # which is below 1 and above 1/4 for four experts.
         assert 0.25 < drift.gain < 1
         # |g f - f| / |f| = 1 - g where g is the same for all tokens; it varies a little.
         assert drift.relative_error == pytest.approx(1 - drift.gain, abs=0.05)

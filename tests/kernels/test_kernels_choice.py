@@ -33,7 +33,9 @@ def test_names_are_the_keys() -> None:
 
 
 def test_unknown_back_end_is_refused_with_the_list() -> None:
-    with pytest.raises(BackendError, match="no back end is called 'cuda_magic'; there are: auto, cpu, ") as caught:
+    with pytest.raises(
+        BackendError, match="no back end is called 'cuda_magic'; there are: auto, cpu, "
+    ) as caught:
         choose_backend(workload(Sizes(), torch.float32), "cuda_magic")
     assert all(name in str(caught.value) for name in BACKENDS)
 

@@ -133,10 +133,10 @@ STANDARD = [
 
 
 def test_every_backend_is_compared_somewhere() -> None:
-    untested = set(BACKENDS) - {str(param.values[0]) for param in STANDARD}
-    reasons = {name: BACKENDS[name] for name in untested} if "cuda" in DEVICES else {}
-    assert {"cpu", "loop", "grouped_mm"} <= set(BACKENDS) - untested
-    assert not reasons, f"back ends that run the standard case on no device: {reasons}"
+    compared = {str(param.values[0]) for param in STANDARD}
+    # Without a GPU, a back end for GPUs alone has nothing to run on.
+    expected = set(BACKENDS) if "cuda" in DEVICES else {"cpu", "grouped_mm", "loop"}
+    assert expected <= compared, f"run the standard case on no device: {expected - compared}"
 
 
 @pytest.mark.parametrize(("name", "case", "device", "dtype"), RUNNABLE)

@@ -24,7 +24,9 @@ from tests.kernels.expert_reference import (
 
 MEDIUM = Sizes(T=96, K=2, E=4, D=64, F=96)
 LOW = [
-    pytest.param(name, gated, biased, device, dtype, id=f"{name}-{gated=}-{biased=}-{device}-{str(dtype)[6:]}")
+    pytest.param(
+        name, gated, biased, device, dtype, id=f"{name}-{gated=}-{biased=}-{device}-{str(dtype)[6:]}"
+    )
     for name in BACKENDS
     for gated in (True, False)
     for biased in (False, True)

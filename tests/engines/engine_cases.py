@@ -1,0 +1,251 @@
+"""Trains a tiny mixture under an engine, and reports everything that must not depend on the ranks.
+
+One process runs many cases: to start it takes longer than to train.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moe.dispatch.local import LocalDispatcher
+from moe.layer import moe_layers
+from moe.routers.topk import TopKConfig, TopKRouter
+from moe.stats import LoadReport
+from moe.upcycle.copies import Copy, CopyConfig
+from recipes.callbacks.base import Callback, LegInfo
+from recipes.engines import Trainable
+from recipes.engines.native import NativeConfig, NativeEngine
+from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
+from recipes.interrupt import StopRequest
+from recipes.loop import Costs, Leg, Loop
+from recipes.lr_schedule import ScheduleConfig
+from recipes.optim import OptimConfig
+from recipes.schema import TrainConfig
+from tests.conftest import random_model
+
+SEQ_LEN = 12
+GLOBAL_BATCH = 8
+VOCABULARY = 64
+EXPERTS = 4
+# With eps=1 AdamW divides by nearly 1: it is momentum SGD, and rounding is not blown up where gradients are 0.
+SGD = OptimConfig(
+    lr=0.5, eps=1.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig("constant", warmup_steps=0)
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        engine: Fields of `NativeConfig`.
+        micro: Samples of a forward pass on one rank.
+        router: Fields of `TopKConfig`.
+        router_weights: ``random``, or ``equal``: then every token has the same first choices.
+        optim: The optimizer.
+        steps: Optimizer steps.
+        model: Fields of the host's config.
+        family: Of the host.
+        eval_samples: Validation samples.
+    """
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    micro: int = GLOBAL_BATCH
+    router: dict[str, Any] = field(default_factory=lambda: {"balance_coef": 0.5, "z_coef": 0.1})
+    router_weights: str = "random"
+    optim: OptimConfig = SGD
+    steps: int = 3
+    model: dict[str, Any] = field(default_factory=dict)
+    family: str = "llama"
+    eval_samples: int = 5
+
+
+@dataclass
+class Outcome:
+    """What came of it, the same on all ranks.
+
+    Attributes:
+        rows: What the loop reported, by step.
+        loads: Layer by expert, the share of the slots, of every step.
+        grads: Gradients of the first step in full, by name.
+        weights: Model after the last step in full, by name.
+        tokens: What the statistics of each layer counted in the first step, over all ranks.
+        logits: Of two samples, after training.
+        notes: What else a case looks at.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    loads: list[Any] = field(default_factory=list)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    tokens: list[float] = field(default_factory=list)
+    logits: Tensor | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def series(self, name: str) -> list[float]:
+        """A figure over the steps."""
+        return [row[name] for row in self.rows if name in row]
+
+
+def make_host(case: Case) -> HuggingFaceHost:
+    """The same weights in every process."""
+    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
+    host = HuggingFaceHost(random_model(case.family, **small | case.model), Path(), torch.float32)
+    config = TopKConfig(**{"init_std": 0.3} | case.router)
+    surgery = Surgery(
+        # Noise makes experts that differ: otherwise it would not matter which token goes where.
+        method=Copy(CopyConfig(num_experts=EXPERTS, noise_std=0.5)),
+        make_router=lambda width, experts: TopKRouter(config, width, experts),
+        make_dispatcher=LocalDispatcher,
+        backend="auto",
+        seed=0,
+    )
+    swap(host, surgery)
+    if case.router_weights == "equal":
+        for _, layer in moe_layers(host.model):
+            layer.router.weight_ED.data.zero_()
+    return host
+
+
+def tokens(first: int, count: int) -> Any:
+    """``[count, S + 1]`` ids of samples that depend on their number alone."""
+    rows = []
+    for number in range(first, first + count):
+        generator = torch.Generator().manual_seed(1000 + number)
+        rows.append(torch.randint(VOCABULARY, (SEQ_LEN + 1,), generator=generator))
+    return torch.stack(rows).numpy()
+
+
+def make_data() -> Any:
+    """Stands in for `TrainData`; validation are samples that training does not reach."""
+    return SimpleNamespace(
+        train=SimpleNamespace(seq_len=SEQ_LEN, batch=tokens),
+        validation=SimpleNamespace(
+            samples_per_epoch=100, batch=lambda first, count: tokens(500 + first, count)
+        ),
+    )
+
+
+def make_leg(case: Case, trainable: Trainable, checkpoints: Path) -> Leg:
+    """Training as the job does it."""
+    train = TrainConfig(
+        steps=case.steps,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=case.micro,
+        eval_every=1,
+        eval_samples=case.eval_samples,
+        save_every=0,
+    )
+    return Leg(
+        name="moe",
+        title="moe",
+        train=train,
+        optim=case.optim,
+        data=make_data(),
+        trainable=trainable,
+        costs=Costs(0, 0, None, None, None),
+        checkpoints=checkpoints,
+    )
+
+
+class _Record(Callback):
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+        self.outcome.rows.append(dict(row))
+        if load is not None:
+            self.outcome.loads.append(load.load)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A copy of all of it, on every rank."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone()
+
+
+def _look_before_first_step(trainable: Any, outcome: Outcome, engine: NativeEngine) -> None:
+    """Keeps gradients and statistics of the first step: the step itself clears them."""
+    original = trainable.step
+
+    def step(lr_factor: float) -> Tensor:
+        if not outcome.grads:
+            named = trainable.host.model.named_parameters()
+            outcome.grads = {name: full(p.grad) for name, p in named}
+            counts = [
+                sum(float(sums[EXPERTS]) for sums in layer.stats.sums.values())
+                for _, layer in trainable.host.moe_layers()
+            ]
+            total = torch.tensor(counts)
+            torch.distributed.all_reduce(total, group=engine.data_group)
+            outcome.tokens = total.tolist()
+        return original(lr_factor)
+
+    trainable.step = step
+
+
+def open_engine(**config: Any) -> NativeEngine:
+    """An engine on the process group that is open already."""
+    engine = NativeEngine(NativeConfig(**{"device": "cpu", "threads": 1} | config))
+    with patch("torch.distributed.init_process_group"):
+        engine.open()
+    return engine
+
+
+def train(case: Case) -> Outcome:
+    """Runs a case on this rank."""
+    outcome = Outcome()
+    engine = open_engine(**case.engine)
+    trainable = engine.prepare(make_host(case), case.optim)
+    _look_before_first_step(trainable, outcome, engine)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = engine.broadcast(folder)
+        leg = make_leg(case, trainable, Path(folder))
+        Loop(engine, [_Record(outcome)], StopRequest()).run(leg)
+        engine.barrier()
+    outcome.weights = {name: full(tensor) for name, tensor in trainable.full_tensors()}
+    outcome.logits = trainable.logits(torch.from_numpy(tokens(900, 2))[:, :-1])
+    outcome.notes = look(trainable)
+    return outcome
+
+
+def look(trainable: Any) -> dict[str, Any]:
+    """What is where after an evaluation and at the end."""
+    sharded = {name: isinstance(t, DTensor) for name, t in trainable.checkpoint_tensors().items()}
+    dtypes: dict[str, Any] = {}
+
+    def keep(module: Any, args: tuple[Tensor, ...], out: Any) -> None:
+        dtypes["router_weight"] = module.weight_ED.dtype
+        dtypes["router_input"] = args[0].dtype
+        dtypes["router_logits"] = out.logits_TE.dtype
+        dtypes["combine_weights"] = out.weights_TK.dtype
+
+    def keep_experts(module: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        dtypes["expert_weight"] = module.w_up_EUD.dtype
+        dtypes["expert_output"] = out.dtype
+
+    _, layer = trainable.host.moe_layers()[0]
+    handles = [layer.router.register_forward_hook(keep), layer.experts.register_forward_hook(keep_experts)]
+    trainable.token_losses(torch.from_numpy(tokens(0, 1)))
+    for handle in handles:
+        handle.remove()
+    again = {name: isinstance(t, DTensor) for name, t in trainable.checkpoint_tensors().items()}
+    masters = {name: p.dtype for name, p in trainable.host.model.named_parameters()}
+    return {"sharded": sharded, "sharded_after_eval": again, "dtypes": dtypes, "masters": masters}
+
+
+def run_cases(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Outcome]:
+    """For `run_ranks`: all cases, one after the other."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    return {name: train(case) for name, case in cases.items()}

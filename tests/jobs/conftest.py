@@ -1,0 +1,36 @@
+"""Runs that several tests of the job look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.job_runs import Ended, job, write_text
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds ``text``, and the outputs and the cache that the runs below it share."""
+    folder = tmp_path_factory.mktemp("job")
+    write_text(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(workplace: Path) -> str:
+    """The pattern of the text files."""
+    return str(workplace / "text" / "*.txt")
+
+
+@pytest.fixture(scope="session")
+def first_run(workplace: Path, text: str) -> Ended:
+    """An uninterrupted run of everything, in ``outputs/first``; the embedded default is trained in it."""
+    return job(workplace, {"data.path": text, "run.name": "first"}, full=True)
+
+
+@pytest.fixture(scope="session")
+def first(workplace: Path, first_run: Ended) -> Path:
+    """Its directory."""
+    assert first_run.code == 0, first_run.err
+    return workplace / "outputs" / "first"

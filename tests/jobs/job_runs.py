@@ -1,0 +1,270 @@
+"""Runs the whole job on tiny settings, stops it where a test says, and reads what it leaves.
+
+Also a script, for tests that need processes of their own: ``python job_runs.py OPTION=VALUE ...`` is ``train.py``
+with the interference that the environment describes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+_STOP_AT = "GRAFT_TEST_STOP_AT"
+_PATIENCE_S = 60.0
+# What differs from one run to the next whatever it computes.
+TIMES = ("time", "tokens_per_s", "step_s", "mfu")
+
+TINY: dict[str, Any] = {
+    "tracker.mode": "disabled",
+    "engine.threads": 1,
+    "engine.device": "cpu",
+    "model.vocab_size": 300,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 48,
+    "model.num_layers": 2,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.steps": 4,
+    "model.warmup_steps": 1,
+    "data.seq_len": 16,
+    "data.validation_fraction": 0.2,
+    "upcycle.num_experts": 4,
+    "optim.schedule.warmup_steps": 2,
+    "train.steps": 6,
+    "train.global_batch_size": 4,
+    "train.eval_every": 3,
+    "train.eval_samples": 8,
+    "train.save_every": 2,
+    "train.log_every": 1,
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class StopAt:
+    """A signal that comes when the row of a step is written: the step after it is the last.
+
+    Attributes:
+        leg: Name of the leg.
+        step: The step.
+        signal: Name of the signal.
+        target: ``self``, or ``parent``, which under torchrun is torchrun.
+    """
+
+    leg: str
+    step: int
+    signal: str = "SIGINT"
+    target: str = "self"
+
+    def text(self) -> str:
+        """As `read` takes it."""
+        return f"{self.leg} {self.step} {self.signal} {self.target}"
+
+    @staticmethod
+    def read(text: str) -> StopAt:
+        """From the environment."""
+        leg, step, name, target = text.split()
+        return StopAt(leg, int(step), name, target)
+
+
+@contextlib.contextmanager
+def interfering(stop_at: StopAt | None) -> Iterator[None]:
+    """While open, jobs get the signal where `stop_at` says."""
+    if stop_at is None:
+        yield
+        return
+    from recipes.callbacks.recorder import Recorder
+    from recipes.interrupt import StopRequest
+
+    requests: list[StopRequest] = []
+
+    class Noted(StopRequest):
+        def __init__(self) -> None:
+            super().__init__()
+            requests.append(self)
+
+    class Stopping(Recorder):
+        def on_row(self, leg: Any, row: Mapping[str, float], load: Any) -> None:
+            super().on_row(leg, row, load)
+            if (leg.name, row["step"]) == (stop_at.leg, stop_at.step):
+                _send(stop_at, requests[-1])
+
+    with patch("recipes.session.Recorder", Stopping), patch("recipes.session.StopRequest", Noted):
+        yield
+
+
+def _send(stop_at: StopAt, request: Any) -> None:
+    leads = os.environ.get("RANK", "0") == "0"
+    if stop_at.target == "self" or leads:
+        os.kill(
+            os.getpid() if stop_at.target == "self" else os.getppid(), getattr(signal, stop_at.signal)
+        )
+    # Every rank waits until its signal has come, so that all runs end at the same step.
+    deadline = time.monotonic() + _PATIENCE_S
+    while not request.requested and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert request.requested, f"{stop_at.signal} has not come in {_PATIENCE_S} s"
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Leaves out what the tests of resuming do not look at: figures, and the speed of the machine."""
+    from moe.accounting.peaks import Peak
+
+    peak = Peak(1e10, "user", "cpu", "float32", "a test", 1e10)
+    with (
+        patch("recipes.report.build_report", lambda run_dir: Path(run_dir) / "report.html"),
+        patch("recipes.jobs.upcycle.peak_for", lambda device, dtype: peak),
+    ):
+        yield
+
+
+def arguments(folder: Path, changes: Mapping[str, Any] | None = None) -> list[str]:
+    """The command line of a tiny run below ``folder``; a change to None leaves the option out."""
+    places = {"output_dir": folder / "outputs", "cache_dir": folder / "cache"}
+    options = TINY | places | dict(changes or {})
+    return ["+recipe=upcycle", *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def job(
+    folder: Path, changes: Mapping[str, Any] | None = None, stop_at: StopAt | None = None, *, full: bool = False
+) -> Ended:
+    """Runs it in this process, alone; ``full`` with figures and measured peak."""
+    from recipes.launch import main
+
+    out, err = io.StringIO(), io.StringIO()
+    threads = torch.get_num_threads()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            stack.enter_context(contextlib.nullcontext() if full else quick())
+            stack.enter_context(interfering(stop_at))
+            code = main(arguments(folder, changes))
+    finally:
+        torch.set_num_threads(threads)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def process(
+    folder: Path, changes: Mapping[str, Any] | None = None, stop_at: StopAt | None = None, ranks: int = 0
+) -> Ended:
+    """Runs it in a process of its own, or with ``ranks`` under torchrun."""
+    command = [sys.executable, __file__]
+    if ranks:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        command = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}", __file__]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if stop_at is not None:
+        environment[_STOP_AT] = stop_at.text()
+    done = subprocess.run(
+        [*command, *arguments(folder, changes)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=folder,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def write_text(folder: Path, seed: int = 0, suffix: str = "txt") -> str:
+    """Ten documents of invented words below ``folder``; returns the pattern that names them."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [" ".join(draw.choices(words, k=400)) for _ in range(10)]
+    if suffix == "jsonl":
+        lines = [json.dumps({"body": text}) for text in texts]
+        (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(folder / "text.jsonl")
+    for number, text in enumerate(texts):
+        (folder / f"{number}.{suffix}").write_text(text, encoding="utf-8")
+    return str(folder / f"*.{suffix}")
+
+
+def rows(run_dir: Path, leg: str) -> list[dict[str, Any]]:
+    """What was computed, step by step, without the times."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if row["leg"] == leg
+    ]
+
+
+def loads(run_dir: Path) -> list[dict[str, Any]]:
+    """``load.jsonl``."""
+    return [json.loads(line) for line in (run_dir / "load.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an exported model."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"no weights in {folder}"
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in a folder."""
+    return sorted(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What every file below a folder holds."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def same_training(run_dir: Path, reference: Path, legs: tuple[str, ...] = ("moe", "cpt")) -> None:
+    """Asserts that a run has computed what another has, to the last bit."""
+    for leg in legs:
+        assert rows(run_dir, leg) == rows(reference, leg), leg
+    if "moe" in legs:
+        assert loads(run_dir) == loads(reference)
+    ours, theirs = weights(run_dir / "hf"), weights(reference / "hf")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """``summary.json``."""
+    content: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return content
+
+
+def _script() -> int:
+    from recipes.launch import main
+
+    stop_at = os.environ.get(_STOP_AT)
+    with quick(), interfering(StopAt.read(stop_at) if stop_at else None):
+        return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(_script())

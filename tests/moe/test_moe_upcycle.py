@@ -1,0 +1,225 @@
+"""The contract of every upcycling method that discovery finds, and copies in particular.
+
+Letters: T tokens, D model width, E experts, F expert width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from moe.routers.topk import TopKConfig
+from moe.upcycle import ExpertBank, FFNWeights, UpcycleConfig, upcycle_methods
+from moe.upcycle.check import TOLERANCES, layer_drift, logit_drift, require_exact
+from moe.upcycle.copies import CopyConfig
+from tests.kernels.expert_reference import FORMULAS
+from tests.moe.routing_cases import (
+    METHOD_CONFIGS,
+    ROUTER_CONFIGS,
+    label,
+    make_ffn,
+    make_layer,
+    make_method,
+    make_router,
+)
+
+every_config = pytest.mark.parametrize("config", METHOD_CONFIGS, ids=label)
+every_shape = pytest.mark.parametrize(
+    ("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)]
+)
+
+
+def _tensors(owner: FFNWeights | ExpertBank) -> dict[str, Tensor]:
+    values = {field.name: getattr(owner, field.name) for field in fields(owner)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _build(config: UpcycleConfig, ffn: FFNWeights, seed: int = 0) -> ExpertBank:
+    return make_method(config).build(ffn, Generator().manual_seed(seed))
+
+
+def _dense(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
+    up = x_TD @ ffn.up_FD.t() + (0 if ffn.b_up_F is None else ffn.b_up_F)
+    act = FORMULAS[ffn.activation]
+    if ffn.gate_FD is None:
+        hidden = act(up)
+    else:
+        hidden = act(x_TD @ ffn.gate_FD.t() + (0 if ffn.b_gate_F is None else ffn.b_gate_F)) * up
+    return hidden @ ffn.down_DF.t() + (0 if ffn.b_down_D is None else ffn.b_down_D)
+
+
+@pytest.mark.parametrize("name", list(upcycle_methods()))
+def test_name_class_and_config_belong_together(name: str) -> None:
+    cls = upcycle_methods()[name]
+    assert cls.name == name and cls.config_class(name=name).name == name
+    assert issubclass(cls.config_class, UpcycleConfig)
+
+
+@every_config
+@every_shape
+def test_bank_fits_the_layer(config: UpcycleConfig, gated: bool, biased: bool) -> None:
+    ffn = make_ffn(gated, biased)
+    bank = _build(config, ffn)
+    E, U, D = bank.w_up_EUD.shape
+    F = bank.w_down_EDF.shape[2]
+    assert (config.num_experts, ffn.model_width) == (E, D) and bank.num_experts == E
+    assert bank.w_down_EDF.shape == (E, D, F) and (2 * F if gated else F) == U
+    assert (bank.gated, bank.activation) == (gated, ffn.activation)
+    assert bank.b_up_EU is None if not biased else bank.b_up_EU.shape == (E, U)
+    assert bank.b_down_ED is None if not biased else bank.b_down_ED.shape == (E, D)
+    for name, value in _tensors(bank).items():
+        assert value.dtype == torch.float64 and value.is_contiguous() and not value.requires_grad, name
+        assert value.isfinite().all(), name
+
+
+@every_config
+@pytest.mark.parametrize("router", ROUTER_CONFIGS, ids=label)
+@every_shape
+def test_a_claim_to_be_exact_holds(
+    config: UpcycleConfig, router: TopKConfig, gated: bool, biased: bool
+) -> None:
+    if make_router(router).top_k > config.num_experts:
+        pytest.skip("more experts a token than there are")
+    ffn = make_ffn(gated, biased)
+    layer = make_layer(router, config, ffn).eval()
+    x_TD = torch.randn(17, 6, generator=Generator().manual_seed(2), dtype=torch.float64)
+    dense_TD, moe_TD = _dense(ffn, x_TD), layer(x_TD).detach()
+    drift = layer_drift(0, dense_TD, moe_TD)
+    if make_method(config).is_exact(layer.router):
+        assert drift.max_relative <= 1e-12
+        require_exact(config.name, logit_drift(dense_TD, moe_TD), [drift], torch.float64)
+    elif layer.router.top_k < config.num_experts:
+        # A method that is exact after all should say so (all experts of a softmax sum to 1 in any case).
+        assert drift.max_relative > TOLERANCES[torch.float64]
+
+
+@every_config
+@every_shape
+def test_experts_and_dense_network_share_no_memory(config: UpcycleConfig, gated: bool, biased: bool) -> None:
+    ffn = make_ffn(gated, biased)
+    kept = {name: value.clone() for name, value in _tensors(ffn).items()}
+    bank = _build(config, ffn)
+    for name, value in _tensors(ffn).items():
+        assert torch.equal(value, kept[name]), f"building changed {name}"
+    for name, stacked_E in _tensors(bank).items():
+        others = stacked_E[1:].clone()
+        stacked_E[0].fill_(123.0)
+        assert torch.equal(stacked_E[1:], others), f"{name}: experts share storage"
+        stacked_E.fill_(123.0)
+    for name, value in _tensors(ffn).items():
+        assert torch.equal(value, kept[name]), f"{name} shares storage with the experts"
+    pointers = [value.untyped_storage().data_ptr() for value in _tensors(bank).values()]
+    assert len(set(pointers)) == len(pointers), "two parameters share storage"
+
+
+@every_config
+def test_randomness_comes_from_the_generator_alone(config: UpcycleConfig) -> None:
+    ffn = make_ffn(biased=True)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = _tensors(_build(config, ffn, seed=5))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+    torch.manual_seed(2)
+    second = _tensors(_build(config, ffn, seed=5))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@every_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_is_kept(config: UpcycleConfig, dtype: torch.dtype) -> None:
+    ffn = make_ffn(biased=True)
+    narrow = replace(ffn, **{name: value.to(dtype) for name, value in _tensors(ffn).items()})
+    assert {value.dtype for value in _tensors(_build(config, narrow)).values()} == {dtype}
+
+
+@every_config
+def test_trained_parameters_can_be_upcycled(config: UpcycleConfig) -> None:
+    ffn = make_ffn(biased=True)
+    leaves = {name: value.requires_grad_() for name, value in _tensors(ffn).items()}
+    bank = _build(config, replace(ffn, **leaves))
+    assert not any(value.requires_grad for value in _tensors(bank).values())
+
+
+def test_copies_worked_by_hand() -> None:
+    # D = 1, F = 2: gate rows first, then up rows; biases alike.
+    ffn = FFNWeights(
+        up_FD=torch.tensor([[1.0], [2.0]]),
+        gate_FD=torch.tensor([[3.0], [4.0]]),
+        down_DF=torch.tensor([[5.0, 6.0]]),
+        activation="gelu",
+        b_gate_F=torch.tensor([7.0, 8.0]),
+        b_up_F=torch.tensor([9.0, 10.0]),
+        b_down_D=torch.tensor([11.0]),
+    )
+    bank = _build(CopyConfig(num_experts=2), ffn)
+    assert bank.w_up_EUD.tolist() == [[[3.0], [4.0], [1.0], [2.0]]] * 2
+    assert bank.w_down_EDF.tolist() == [[[5.0, 6.0]]] * 2
+    assert bank.b_up_EU is not None and bank.b_up_EU.tolist() == [[7.0, 8.0, 9.0, 10.0]] * 2
+    assert bank.b_down_ED is not None and bank.b_down_ED.tolist() == [[11.0]] * 2
+    assert (bank.activation, bank.gated) == ("gelu", True)
+
+
+def test_noise_is_a_share_of_each_matrix_own_deviation() -> None:
+    ffn = make_ffn(D=64, F=96)
+    assert ffn.gate_FD is not None
+    # Gate and up a hundredfold apart: stacked, they would share the larger one's deviation.
+    ffn = replace(ffn, gate_FD=100 * ffn.gate_FD)
+    bank = _build(CopyConfig(num_experts=4, noise_std=0.2), ffn)
+    pairs = {
+        "gate": (bank.w_up_EUD[:, :96] - ffn.gate_FD, ffn.gate_FD),
+        "up": (bank.w_up_EUD[:, 96:] - ffn.up_FD, ffn.up_FD),
+        "down": (bank.w_down_EDF - ffn.down_DF, ffn.down_DF),
+    }
+    for name, (noise_E, dense) in pairs.items():
+        # 24576 draws: the standard error of the deviation is 0.5%, of the mean 0.6% of a deviation.
+        scale = 0.2 * float(dense.std())
+        assert float(noise_E.std()) == pytest.approx(scale, rel=0.03), name
+        assert abs(float(noise_E.mean())) < 0.03 * scale, name
+        # Each expert has its own.
+        flat = torch.corrcoef(noise_E.flatten(1))
+        assert (flat - torch.eye(4)).abs().max() < 0.07, name
+
+
+def test_noise_depends_on_the_seed_and_leaves_biases_alone() -> None:
+    config, ffn = CopyConfig(num_experts=3, noise_std=0.1), make_ffn(biased=True)
+    first, other = _build(config, ffn, seed=1), _build(config, ffn, seed=2)
+    assert not torch.equal(first.w_up_EUD, other.w_up_EUD)
+    assert not torch.equal(first.w_down_EDF, other.w_down_EDF)
+    clean = _build(CopyConfig(num_experts=3), ffn)
+    for name in ("b_up_EU", "b_down_ED"):
+        assert torch.equal(getattr(first, name), getattr(clean, name)), name
+
+
+def test_copies_claim_exactness_under_the_right_conditions_alone() -> None:
+    summing, other = make_router(TopKConfig()), make_router(TopKConfig(renormalise=False))
+    assert make_method(CopyConfig()).is_exact(summing)
+    assert not make_method(CopyConfig()).is_exact(other)
+    assert not make_method(CopyConfig(noise_std=1e-9)).is_exact(summing)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_experts": 1}, "num_experts=1: a mixture has at least two experts. Set it to 2 or more"),
+        ({"noise_std": -0.1}, "noise_std=-0.1: a deviation is not negative. Set it to 0 or more"),
+        ({"layers": "some"}, "layers='some' is none of the known forms. Use all, every:N"),
+        ({"layers": [1, 1]}, "names a layer twice"),
+    ],
+)
+def test_refused_configs(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CopyConfig(**given)  # type: ignore[arg-type]
+
+
+def test_weights_of_the_wrong_shape_are_caught() -> None:
+    with pytest.raises(AssertionError, match=r"down is \(3, 2\), expected \(2, 3\)"):
+        FFNWeights(torch.zeros(3, 2), torch.zeros(3, 2), "silu")
+    with pytest.raises(AssertionError, match=r"gate is \(2, 2\), expected \(3, 2\)"):
+        FFNWeights(torch.zeros(3, 2), torch.zeros(2, 3), "silu", gate_FD=torch.zeros(2, 2))
+    with pytest.raises(AssertionError, match="both or no biases"):
+        FFNWeights(
+            torch.zeros(3, 2), torch.zeros(2, 3), "silu", gate_FD=torch.zeros(3, 2), b_up_F=torch.zeros(3)
+        )

@@ -1,0 +1,137 @@
+"""A run goes on only as what it began as, and every difference is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe.errors import CheckpointError
+from recipes.compose import compose_config
+from recipes.identity import identity, read_run_file, refuse_changes, write_run_file
+from recipes.run_dir import RunDir
+from recipes.schema import parse_config
+
+DENSE = Path("/models/dense")
+
+
+def check(run: RunDir, *overrides: str, fingerprint: str = "f00d", dense: Path = DENSE) -> None:
+    """`refuse_changes` on one rank."""
+    values = compose_config(["+recipe=upcycle", *overrides])
+    session: Any = SimpleNamespace(
+        config=parse_config(values), values=values, run_dir=run, on_rank_zero=lambda work: work()
+    )
+    data: Any = SimpleNamespace(fingerprint=fingerprint)
+    refuse_changes(session, dense, data)
+
+
+def changes(run: RunDir, *overrides: str, **given: Any) -> list[str]:
+    """The config paths that are refused."""
+    try:
+        check(run, *overrides, **given)
+    except CheckpointError as error:
+        return [mistake.path for mistake in error.mistakes]
+    return []
+
+
+def test_a_new_run_is_written_down(tmp_path: Path) -> None:
+    check(RunDir(tmp_path), "router.top_k=3")
+    written = read_run_file(tmp_path)["identity"]
+    assert written["dense"] == str(DENSE)
+    assert (written["router.top_k"], written["data"]) == (3, "f00d")
+    assert "top_k: 3" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "router.top_k=3",
+        "router.score=sigmoid",
+        "router.balance_coef=0.5",
+        "upcycle.num_experts=4",
+        "upcycle.layers=last:2",
+        "upcycle.layers=[0,1]",
+        "upcycle.noise_std=0.1",
+        "seed=1",
+        "data.seq_len=64",
+        "train.global_batch_size=8",
+    ],
+)
+def test_a_changed_field_is_refused_by_name(tmp_path: Path, override: str) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    check(run)
+    assert changes(run, override) == [override.partition("=")[0]]
+    check(run)
+
+
+def test_the_other_choices_and_sources_count(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    check(run)
+    assert changes(run, "optim=muon") == ["optim.name"]
+    assert changes(run, fingerprint="beef") == ["data"]
+    assert changes(run, dense=Path("/models/other")) == ["dense"]
+    assert changes(run, "router=switch", "seed=1") == ["router.renormalise", "router.top_k", "seed"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.steps=900", "train.save_every=7", "optim.lr=0.1", "train.micro_batch_size=1", "run.name=x"],
+)
+def test_what_does_not_change_the_meaning_of_weights_may_change(tmp_path: Path, override: str) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    check(run)
+    assert changes(run, override) == []
+
+
+def test_values_that_json_changes_are_the_same_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    check(run, "upcycle.layers=[0,2]")
+    assert changes(run, "upcycle.layers=[0,2]") == []
+    config = parse_config(compose_config(["+recipe=upcycle"]))
+    config = dataclasses.replace(config, upcycle=dataclasses.replace(config.upcycle, layers=(0, 2)))  # type: ignore[arg-type]
+    data: Any = SimpleNamespace(fingerprint="f00d")
+    assert identity(config, DENSE, data)["upcycle.layers"] == [0, 2]
+
+
+def test_a_refusal_says_both_values_and_changes_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    check(run)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError) as caught:
+        check(run, "router.top_k=4")
+    assert str(caught.value) == (
+        f"router.top_k=4: the run in {tmp_path} began with 2. "
+        "Set it back to go on, or start a new run with resume=none."
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_fork_is_compared_with_its_origin(tmp_path: Path) -> None:
+    check(RunDir(tmp_path / "a"))
+    fork = RunDir(tmp_path / "b", fork=tmp_path / "a" / "checkpoints" / "step-5")
+    assert changes(fork, "router.top_k=4") == ["router.top_k"]
+    assert not fork.path.exists()
+    check(fork, "train.steps=900")
+    assert read_run_file(fork.path)["identity"] == read_run_file(tmp_path / "a")["identity"]
+
+
+def test_every_field_of_router_and_method_counts() -> None:
+    config = parse_config(compose_config(["+recipe=upcycle"]))
+    data: Any = SimpleNamespace(fingerprint="f00d")
+    fields = identity(config, DENSE, data)
+    for section in ("router", "upcycle"):
+        for field in dataclasses.fields(getattr(config, section)):
+            assert f"{section}.{field.name}" in fields
+
+
+def test_the_run_file_keeps_what_it_held(tmp_path: Path) -> None:
+    assert read_run_file(tmp_path) == {}
+    write_run_file(tmp_path, a=1, b=None)
+    write_run_file(tmp_path, b=2)
+    assert read_run_file(tmp_path) == {"a": 1, "b": 2}
+    (tmp_path / "run.json").write_text('{"a": ')
+    with pytest.raises(CheckpointError, match=r"resume='.*run.json': it is not valid JSON .* Restore it"):
+        read_run_file(tmp_path)
