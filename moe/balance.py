@@ -10,11 +10,14 @@ Letters: T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from moe.step_sums import StepSums
+from moe.types import LayerContext
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,43 @@ def attach_loss(activation: Tensor, loss: Tensor, scale: float) -> Tensor:
     """
     out: Tensor = _AttachLoss.apply(activation, loss, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+BalanceScope = Literal["micro_batch", "sequence", "global_batch"]
+
+
+def balance_loss(
+    scope: BalanceScope, probs_TE: Tensor, ids_TK: Tensor, ctx: LayerContext, history: StepSums
+) -> Tensor:
+    """The Switch loss with load counted over the tokens of a scope; 1 when perfectly balanced.
+
+    Args:
+        scope: ``micro_batch``: the micro-batch of all ranks. ``global_batch``: the micro-batches of the step
+            up to this one, of all ranks (arXiv 2501.11873; P stays that of the micro-batch).
+            ``sequence``: each sequence by itself, then the mean over sequences (DeepSeek-V3, arXiv
+            2412.19437, Eq. 17-20; summed over sequences of all ranks alike).
+        probs_TE: ``[T, E]`` probabilities that sum to 1 over E; they carry the gradient.
+        ids_TK: ``[T, K]`` chosen experts.
+        ctx: Padding, ranks, and the shape of the batch.
+        history: The layer's; used by ``global_batch``.
+    """
+    E = probs_TE.shape[1]
+    mask_T = ctx.token_mask_T(len(ids_TK))
+    if scope == "sequence":
+        return _sequence_loss(probs_TE, ids_TK, mask_T, ctx.num_sequences(len(ids_TK)))
+    load = count_load(ids_TK, E, mask_T, ctx.run.group)
+    if scope == "global_batch":
+        history.write(ctx.run, load.counts_E)
+        counts_E = history.so_far(ctx.run)
+        load = Load(counts_E, counts_E.sum(), load.tokens_per_rank)
+    return switch_loss(load, probs_TE, mask_T)
+
+
+def _sequence_loss(probs_TE: Tensor, ids_TK: Tensor, mask_T: Tensor | None, num_sequences: int) -> Tensor:
+    E, K = probs_TE.shape[1], ids_TK.shape[1]
+    real_T1 = probs_TE.new_ones(len(probs_TE), 1) if mask_T is None else mask_T[:, None].to(probs_TE.dtype)
+    real_B1 = real_T1.view(num_sequences, -1).sum(1, keepdim=True).clamp_min(1)
+    chosen_TE = torch.zeros_like(probs_TE).scatter_add_(1, ids_TK, real_T1.expand(-1, K).contiguous())
+    f_BE = chosen_TE.view(num_sequences, -1, E).sum(1) / (K * real_B1)
+    p_BE = (probs_TE * real_T1).view(num_sequences, -1, E).sum(1) / real_B1
+    return E * (f_BE * p_BE).sum(1).mean()

@@ -30,8 +30,9 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
-        self.dispatcher = dispatcher
+        self.dispatcher = router.wrap_dispatcher(dispatcher)
         self.experts = experts
+        router.attach(experts)
         self.context = context
         self.stats = LayerStats()
 

@@ -29,7 +29,7 @@ class LayerStats:
     Attributes:
         sums: Micro-batch to ``[E + 4]`` vector that adds up over micro-batches and ranks.
         logit_max: Micro-batch to the largest absolute router logit.
-        losses: Micro-batch to named losses, averaged over micro-batches and ranks.
+        losses: Micro-batch to named losses and metrics, averaged over micro-batches and ranks.
     """
 
     sums: dict[int, Tensor] = field(default_factory=dict)
@@ -54,7 +54,8 @@ class LayerStats:
         self.sums[micro_batch] = packed
         if routing.logits_TE is not None and routing.logits_TE.numel():
             self.logit_max[micro_batch] = routing.logits_TE.abs().amax()
-        self.losses[micro_batch] = {name: loss.detach() for name, loss in routing.losses.items()}
+        named = {f"{name}_loss": loss for name, loss in routing.losses.items()} | dict(routing.metrics)
+        self.losses[micro_batch] = {name: value.detach() for name, value in named.items()}
 
     def clear(self) -> None:
         """Forgets the step."""
@@ -84,7 +85,7 @@ class LoadReport:
             arXiv 2408.15664), ``load_cv`` (standard deviation over mean), ``entropy`` (of a token's
             router distribution, in units of ln E), ``dead_experts`` (experts without a token),
             ``dropped_fraction`` (slots that were not used), ``logit_max`` (largest absolute logit), and
-            ``<name>_loss`` for each loss, with its coefficient.
+            ``<name>_loss`` for each loss, with its coefficient, and the router's own metrics.
     """
 
     layers: tuple[int, ...]
@@ -150,7 +151,7 @@ def _unpack(
         figures = _figures(vector[:E], *vector[E : E + _NUM_SUMS].tolist())
         figures["logit_max"] = float(maxima[position])
         for name, value in zip(names, vector[E + _NUM_SUMS :].tolist(), strict=True):
-            figures[f"{name}_loss"] = value / ranks
+            figures[name] = value / ranks
         for key, number in figures.items():
             per_layer.setdefault(key, []).append(number)
         load.append(tuple((vector[:E] / vector[:E].sum().clamp_min(1)).tolist()))

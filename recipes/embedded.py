@@ -62,24 +62,34 @@ def cache_dir(config: RunConfig) -> Path:
     return Path(config.cache_dir).expanduser().absolute()
 
 
-def embedded_dense(session: Session) -> tuple[Path | None, TrainData]:
-    """The folder of the trained default, and the data it was trained on.
-
-    Returns:
-        None in place of the folder when the run was asked to stop before the default was trained.
-    """
+def embedded_dense(session: Session) -> tuple[Path, TrainData]:
+    """The folder of the default, which `train_embedded` fills, and the data it is trained on."""
     config = session.config
     tokenizer = embedded_tokenizer(session)
     data = shared_data(session, tokenizer, config.model.vocab_size)
     settings = dataclasses.asdict(config.model), config.train.global_batch_size, config.data.seq_len
     folder = cache_dir(config) / f"dense-{_key('dense', settings, config.seed, data.fingerprint)}"
-    if session.on_rank_zero(lambda: (folder / "hf" / "config.json").is_file()):
-        session.say(f"dense: using the embedded default cached in {folder / 'hf'}")
-        return folder / "hf", data
+    return folder / "hf", data
+
+
+def train_embedded(session: Session, dense: Path, data: TrainData) -> bool:
+    """Trains the default unless it is cached.
+
+    Args:
+        session: The run.
+        dense: Its folder, as `embedded_dense` says.
+        data: What it is trained on.
+
+    Returns:
+        False when the run was asked to stop before the default was trained.
+    """
+    if session.on_rank_zero(lambda: (dense / "config.json").is_file()):
+        session.say(f"dense: using the embedded default cached in {dense}")
+        return True
     started = time.time()
-    finished = _train(session, folder, tokenizer, data)
+    finished = _train(session, dense.parent, embedded_tokenizer(session), data)
     session.say(f"dense: the embedded default took {time.time() - started:.0f} s")
-    return (folder / "hf" if finished else None), data
+    return finished
 
 
 def shared_data(session: Session, tokenizer: Path, vocab_size: int) -> TrainData:
@@ -108,11 +118,12 @@ def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> 
         trainable=session.engine.prepare(host, optim),
         costs=costs,
         checkpoints=folder / "checkpoints",
+        seed=config.seed,
     )
     found = find_checkpoint(leg.checkpoints)
     if found.path is not None:
         session.say(f"dense: going on from {found.path}")
-        session.loop.resume(leg, found.path)
+        leg.state |= session.loop.resume(leg, found.path)
     result = session.loop.run(leg)
     if result.finished:
         _save(session, leg, result, folder, tokenizer)

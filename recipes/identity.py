@@ -82,7 +82,9 @@ def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
             ]
             if changed:
                 raise CheckpointError(changed)
-        write_run_file(run_dir.path, identity=wanted)
+        # A run that is killed before its first checkpoint starts from there again.
+        fork = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
+        write_run_file(run_dir.path, identity=wanted, **fork)
         atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(session.values)))
 
     session.on_rank_zero(compare)

@@ -69,6 +69,7 @@ class Leg:
         state: What every checkpoint carries besides tensors: identity of the run, reports.
         first_step: Steps done already.
         first_sample: The sample that step 0 begins with: past those that the model was trained on before.
+        seed: Of dropout and the like; each rank has its own, and a resumed leg goes on with what was saved.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Leg:
     state: dict[str, Any] = field(default_factory=dict)
     first_step: int = 0
     first_sample: int = 0
+    seed: int = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -153,6 +155,8 @@ class Loop:
     def _train(self, leg: Leg, info: LegInfo, result: LegResult) -> None:
         speeds: list[float] = []
         if leg.first_step == 0:
+            # Not what the legs before have left: those may have been trained by another process.
+            torch.manual_seed(leg.seed + self.engine.rank)
             result.val_loss = result.first_val_loss = self.evaluate(leg)
             self._emit(info, {"step": 0, "tokens": 0, "val_loss": result.val_loss}, None)
         step, saved, stopping = leg.first_step, leg.first_step, False

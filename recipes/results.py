@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.atomic import atomic_write_json
-from recipes.loop import Costs, LegResult
+from recipes.loop import Costs
 
 
 class Results:
@@ -64,6 +64,6 @@ class Results:
             atomic_write_json(self.path, self.content)
 
 
-def leg_label(model: str, result: LegResult | None = None) -> str:
+def leg_label(model: str) -> str:
     """How a model is called in tables."""
     return {"dense": "Dense (start)", "cpt": "Dense, continued (CPT)", "moe": "Upcycled (MoE)"}[model]

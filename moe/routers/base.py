@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from torch import Generator, Tensor, nn
 
@@ -21,6 +21,10 @@ class RouterConfig(Config):
     name: str
     """The router's name, as in ``conf/router/NAME.yaml``."""
 
+
+if TYPE_CHECKING:
+    from moe.dispatch.base import Dispatcher
+    from moe.experts import Experts
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig)
 
@@ -68,6 +72,14 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     @abstractmethod
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes T tokens of width D."""
+
+    def attach(self, experts: Experts) -> None:
+        """Told once which experts it routes to; for routers that read the experts' own weights."""
+        return
+
+    def wrap_dispatcher(self, dispatcher: Dispatcher) -> Dispatcher:
+        """The dispatcher of its layer; for routers whose experts see something else than single tokens."""
+        return dispatcher
 
     def after_optimizer_step(self, ctx: LayerContext) -> None:
         """Changes what changes between steps (biases, temperatures); never done in forward."""

@@ -5,7 +5,6 @@ Attention, norms, embeddings and generation stay transformers' own.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch import Dispatcher
+from moe.draws import seeded_generator
 from moe.errors import ConfigError, HostError
 from moe.experts import Experts
 from moe.layer import MoELayer, moe_layers
@@ -97,12 +97,6 @@ def load_host(folder: Path, *, trust_remote_code: bool = False) -> HuggingFaceHo
     model.config.use_cache = False
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return HuggingFaceHost(model=model, folder=folder, source_dtype=dtype)
-
-
-def seeded_generator(seed: int, *where: object) -> torch.Generator:
-    """A generator that depends on the seed and on what it is for, not on the rank or on the order."""
-    digest = hashlib.blake2b(repr((seed, *where)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from moe.errors import Mistake
 from moe.routers import Router, router_class
 from moe.upcycle import upcycle_methods
 from moe.upcycle.check import TOLERANCES
-from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space
+from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
 from recipes.costs import measure_costs, peak_memory_bytes
 from recipes.data.build import TrainData
 from recipes.data.sources import resolve
-from recipes.embedded import embedded_dense, shared_data
+from recipes.embedded import embedded_dense, shared_data, train_embedded
 from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, SurgeryReport, load_host, swap, upcycle
-from recipes.identity import refuse_changes
+from recipes.identity import read_run_file, refuse_changes
 from recipes.jobs.base import Job, Session
 from recipes.loop import Leg, LegResult, validation_loss
 from recipes.metrics import Metric, reduce_metrics
@@ -57,25 +57,27 @@ class UpcycleJob(Job):
         config = session.config
         if config.dense is None:
             folder, data = embedded_dense(session)
-            if folder is None:
-                return False
         else:
             folder = Path(config.dense).expanduser().absolute()
             vocab_size = session.on_rank_zero(lambda: _vocab_size(folder))
             data = shared_data(session, folder, vocab_size)
+        # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         refuse_changes(session, folder, data)
+        if config.dense is None and not train_embedded(session, folder, data):
+            return False
         content = session.engine.broadcast(Results.read(session.run_dir.summary) if session.leads else None)
         results = Results(session.run_dir.summary, content, writes=session.leads)
         _describe(session, data)
         legs = [_MoELeg(session, folder, data, results)]
         if config.trains_cpt:
             legs.append(_CPTLeg(session, folder, data, results))
-        for leg in legs:
-            if not leg.run():
-                return False
-            gc.collect()
-        _conclude(session, results)
-        return True
+        trains = not all(leg.finished for leg in legs)
+        ended = all(leg.run() for leg in legs)
+        if trains:
+            _account(session, results)
+        if ended:
+            session.on_rank_zero(lambda: _conclude(session, results))
+        return ended
 
 
 def _vocab_size(folder: Path) -> int:
@@ -108,11 +110,19 @@ class _TrainedLeg:
         self.results = results
         self.config = session.config
 
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done; a finished run goes on when it is resumed with more of them."""
+        row = self.results.row(self.name)
+        tokens = self.config.train.steps * self.config.train.global_batch_size * self.data.train.seq_len
+        return row is not None and row["tokens"] >= tokens
+
     def run(self) -> bool:
         """Trains the leg, unless an earlier process has; returns whether it is finished."""
-        if self.results.row(self.name) is not None:
+        if self.finished:
             self.session.say(f"{self.name}: finished by an earlier process of this run")
             return True
+        gc.collect()
         started = time.time()
         source = self._source()
         leg = self._build(source)
@@ -140,14 +150,17 @@ class _TrainedLeg:
     def _source(self) -> Path | None:
         """The checkpoint that this leg goes on from."""
         run_dir = self.session.run_dir
-        if self.name == "moe" and run_dir.fork is not None:
-            return run_dir.fork
-        if not run_dir.resumed:
+        if run_dir.resumed:
+            found = find_checkpoint(run_dir.checkpoints(self.name))
+            for path, reason in found.rejected:
+                self.session.say(f"{self.name}: passing over the checkpoint {path}: {reason}")
+            if found.path is not None:
+                return found.path
+        fork = self.session.on_rank_zero(lambda: read_run_file(run_dir.path).get("fork"))
+        if self.name != "moe" or fork is None:
             return None
-        found = find_checkpoint(run_dir.checkpoints(self.name))
-        for path, reason in found.rejected:
-            self.session.say(f"{self.name}: passing over the checkpoint {path}: {reason}")
-        return found.path
+        verify_checkpoint(fork)
+        return Path(fork)
 
     def _build(self, source: Path | None) -> Leg:
         raise AssertionError("a subclass builds")
@@ -171,6 +184,7 @@ class _TrainedLeg:
             checkpoints=self.session.run_dir.checkpoints(self.name),
             state=state,
             first_sample=self._first_sample(),
+            seed=self.config.seed,
         )
         self._require_space(leg)
         self.session.say(
@@ -323,22 +337,23 @@ def _export_dtype(config: RunConfig, host: HuggingFaceHost) -> torch.dtype:
     return named[config.export.dtype]
 
 
-def _conclude(session: Session, results: Results) -> None:
-    """Summary, report and the table."""
+def _account(session: Session, results: Results) -> None:
+    """Time and memory of this process; a run that was resumed took the sum of the times of its parts."""
     engine = session.engine
     used = reduce_metrics(
         {"bytes": Metric(float(peak_memory_bytes(engine.device)), "sum")}, engine.data_group
     )
-    results.content["peak_memory_bytes"] = int(used["bytes"])
+    before = results.content.get("peak_memory_bytes", 0)
+    results.content["peak_memory_bytes"] = max(before, int(used["bytes"]))
     results.add_time("total_s", time.time() - session.started)
     results.write()
 
-    def report() -> None:
-        from recipes.report import build_report, results_table
 
-        path = build_report(session.run_dir.path)
-        print()
-        print(results_table(results.content))
-        print(f"\nreport: {path}\nmodel:  {session.run_dir.export}")
+def _conclude(session: Session, results: Results) -> None:
+    """Report and table."""
+    from recipes.report import build_report, results_table
 
-    session.on_rank_zero(report)
+    path = build_report(session.run_dir.path)
+    print()
+    print(results_table(results.content))
+    print(f"\nreport: {path}\nmodel:  {session.run_dir.export}")

@@ -120,9 +120,7 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
 def _send(stop_at: StopAt, request: Any) -> None:
     leads = os.environ.get("RANK", "0") == "0"
     if stop_at.target == "self" or leads:
-        os.kill(
-            os.getpid() if stop_at.target == "self" else os.getppid(), getattr(signal, stop_at.signal)
-        )
+        os.kill(os.getpid() if stop_at.target == "self" else os.getppid(), getattr(signal, stop_at.signal))
     # Every rank waits until its signal has come, so that all runs end at the same step.
     deadline = time.monotonic() + _PATIENCE_S
     while not request.requested and time.monotonic() < deadline:
@@ -151,7 +149,11 @@ def arguments(folder: Path, changes: Mapping[str, Any] | None = None) -> list[st
 
 
 def job(
-    folder: Path, changes: Mapping[str, Any] | None = None, stop_at: StopAt | None = None, *, full: bool = False
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+    stop_at: StopAt | None = None,
+    *,
+    full: bool = False,
 ) -> Ended:
     """Runs it in this process, alone; ``full`` with figures and measured peak."""
     from recipes.launch import main

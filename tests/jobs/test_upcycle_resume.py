@@ -179,13 +179,31 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(
     assert summary(outputs / "finished") == figures
 
 
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(
+    go: Callable[..., Ended], outputs: Path, first: Path
+) -> None:
+    shutil.copytree(first, outputs / "extended")
+    resumed = go("extended", resume="auto", train__steps=8)
+    assert resumed.code == 0, resumed.err
+    for leg in ("moe", "cpt"):
+        assert rows(outputs / "extended", leg)[:7] == rows(first, leg)
+        assert [row["step"] for row in rows(outputs / "extended", leg)[7:]] == [7, 8]
+    _, cpt, moe = summary(outputs / "extended")["results"]
+    # 8 steps of 4 samples of 16 tokens
+    assert cpt["tokens"] == moe["tokens"] == 512
+    assert moe["val_loss"] == rows(outputs / "extended", "moe")[-1]["val_loss"]
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
         ({"router__top_k": 3}, ["router.top_k=3", "began with 2"]),
         ({"upcycle__num_experts": 8}, ["upcycle.num_experts=8", "began with 4"]),
         ({"data__path": "other"}, ["data=", "dense="]),
-        ({"train__global_batch_size": 8, "router__z_coef": 0.5}, ["train.global_batch_size=8", "router.z_coef"]),
+        (
+            {"train__global_batch_size": 8, "router__z_coef": 0.5},
+            ["train.global_batch_size=8", "router.z_coef"],
+        ),
         ({"optim__name": "muon"}, ["optim.name='muon'"]),
     ],
 )
@@ -230,9 +248,8 @@ def test_a_new_run_from_a_checkpoint_that_was_killed_at_once_goes_on_from_there(
     go: Callable[..., Ended], outputs: Path, first: Path
 ) -> None:
     origin = first / "checkpoints" / "step-00000004"
-    assert go("forked-killed", StopAt("moe", 5), resume=origin).code == 0  # step 6 is the last
-    shutil.rmtree(outputs / "forked-killed")
-    go("forked-killed", StopAt("moe", 5), resume=origin, train__steps=8)
+    assert go("forked-killed", StopAt("moe", 5), resume=origin).code == 130
+    (outputs / "forked-killed" / "summary.json").unlink()
     shutil.rmtree(outputs / "forked-killed" / "checkpoints")
     resumed = go("forked-killed", resume="auto")
     assert resumed.code == 0, resumed.err

@@ -77,6 +77,12 @@ def _strided(inputs: Inputs) -> Inputs:
     return replace(inputs, tensors=small)
 
 
+def _shared(inputs: Inputs) -> Inputs:
+    """All experts are one piece of memory; the gradients must not be."""
+    weights = {n: v[:1].expand_as(v) for n, v in inputs.tensors.items() if n not in ("x", "weights")}
+    return replace(inputs, tensors={**inputs.tensors, **weights})
+
+
 CASES: dict[str, tuple[Sizes, Edit]] = {
     "standard": (Sizes(), _same),
     "ungated": (Sizes(gated=False), _same),
@@ -105,6 +111,7 @@ CASES: dict[str, tuple[Sizes, Edit]] = {
     "one slot, masked": (Sizes(K=1), _mask(_checkerboard)),
     "transposed storage": (Sizes(), _transposed),
     "strided storage": (Sizes(), _strided),
+    "one storage for all experts": (Sizes(), _shared),
     "up bias": (Sizes(b_up=True), _same),
     "down bias": (Sizes(b_down=True), _same),
     "both biases": (Sizes(b_up=True, b_down=True), _same),

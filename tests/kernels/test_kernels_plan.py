@@ -87,6 +87,14 @@ def test_combine_adds_up_in_fp32(weighted: bool) -> None:
     assert combine_rows(rows_RD, plan, torch.ones(1, 3) if weighted else None).item() == 258.0
 
 
+def test_combine_weighs_in_fp32() -> None:
+    # 1.001 * 256 - 256 = 0.256; with weights rounded to bf16 it would be 0.
+    plan = make_plan(torch.tensor([[0, 1]]), 2)
+    rows_RD = torch.tensor([[256.0], [-256.0]], dtype=torch.bfloat16)
+    found = combine_rows(rows_RD, plan, torch.tensor([[1.001, 1.0]])).item()
+    assert found == pytest.approx(0.256, rel=2**-8)
+
+
 def test_combine_without_tokens() -> None:
     plan = make_plan(torch.zeros(0, 2, dtype=torch.int64), 3)
     assert combine_rows(torch.zeros(0, 4), plan, torch.zeros(0, 2)).shape == (0, 4)

@@ -71,6 +71,11 @@ def test_a_forced_back_end_that_cannot_run_refuses_by_name() -> None:
         Experts(_bank(biased=True), backend="grouped_mm")(_sent())
     with pytest.raises(BackendError, match=r"the back end 'cpu' cannot run this: .*not torch\.float16"):
         Experts(_bank(torch.float16), backend="cpu")(_sent(torch.float16))
+    # What runs in one dtype is asked again for the next.
+    experts = Experts(_bank(), backend="cpu")
+    experts(_sent())
+    with pytest.raises(BackendError, match=r"not torch\.float16"):
+        experts(_sent(torch.float16))
 
 
 @pytest.mark.parametrize("which", ["b_up_EU", "b_down_ED"])

@@ -66,6 +66,8 @@ def test_entropy_worked_by_hand() -> None:
     # Token 2 as padding: (0 + 1) / 2;  token 0 as padding: (1 + 1/2) / 2
     for mask, expected in (([True, True, False], 0.5), ([False, True, True], 0.75)):
         assert _only(_report((routing, torch.tensor(mask))), "entropy") == pytest.approx(expected)
+    # Scores that all round to zero have none.
+    assert _only(_report((_routing([[0], [1]], 2, scores_TE=torch.zeros(2, 2)), None)), "entropy") == 0.0
     assert _only(_report((_routing([[0], [0]], 1, scores_TE=torch.ones(2, 1)), None)), "entropy") == 0.0
     assert _only(_report((_routing([[0], [1]], 2), None)), "entropy") == 0.0
 

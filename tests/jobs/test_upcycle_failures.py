@@ -1,0 +1,157 @@
+"""What goes wrong while a run is going on: it ends with a sentence, an exit code, and its checkpoints whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from recipes.checkpoint import verify_checkpoint
+from recipes.engines.native import NativeTrainable
+from recipes.loop import DivergedError
+from recipes.metrics import read_rows
+from tests.jobs.job_runs import Ended, job, rows, same_training, steps
+
+
+@pytest.fixture
+def go(workplace: Path, text: str, first: Path) -> Callable[..., Ended]:
+    """Runs under a name, from the default that the first run has cached."""
+
+    def run(name: str, changes: Mapping[str, Any] | None = None) -> Ended:
+        return job(workplace, {"data.path": text, "run.name": name, "compare.cpt": False} | dict(changes or {}))
+
+    return run
+
+
+def diverging(at_step: int) -> Any:
+    """Makes the loss NaN in the step of this number, counted from 1 over all legs of the process."""
+    original = NativeTrainable._losses
+    trained = [0]
+
+    def losses(self: NativeTrainable, tokens_BS1: Tensor) -> Tensor:
+        found = original(self, tokens_BS1)
+        trained[0] += torch.is_grad_enabled()
+        return found * float("nan") if torch.is_grad_enabled() and trained[0] == at_step else found
+
+    return patch.object(NativeTrainable, "_losses", losses)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    go: Callable[..., Ended], workplace: Path, text: str, first: Path
+) -> None:
+    assert DivergedError.exit_code == 1
+    with diverging(5):
+        ended = go("diverged")
+    assert ended.code == 1
+    run_dir = workplace / "outputs" / "diverged"
+    assert ended.err.startswith("error: moe: at step 5 the loss is nan and the gradient norm nan")
+    for part in ("weights were not updated", str(run_dir / "checkpoints"), "optim.lr (now 0.001)", "resume=auto"):
+        assert part in ended.err
+    assert "Traceback" not in ended.err
+    # What was saved is whole and finite, and no row of the step that failed is there.
+    assert steps(run_dir / "checkpoints") == [2, 4]
+    verify_checkpoint(run_dir / "checkpoints" / "step-00000004")
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    # Nothing of it is left in the weights: without the NaN the run goes on as one that never had it.
+    resumed = job(workplace, {"data.path": text, "run.name": "diverged", "resume": "auto"})
+    assert resumed.code == 0, resumed.err
+    same_training(run_dir, first)
+
+
+def test_a_full_disk_is_said_in_a_sentence(go: Callable[..., Ended], workplace: Path, text: str, first: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    written = [0]
+
+    def write(*args: Any) -> Any:
+        from recipes.checkpoint.stream import write_tensors
+
+        written[0] += 1
+        if written[0] == 2:
+            raise full
+        return write_tensors(*args)
+
+    with patch("recipes.checkpoint.writer.write_tensors", write):
+        ended = go("full")
+    assert ended.code == 2
+    run_dir = workplace / "outputs" / "full"
+    assert "No space left on device" in ended.err and "Free some space" in ended.err
+    assert str(run_dir / "checkpoints") in ended.err
+    assert "Traceback" not in ended.err
+    # The save that failed leaves nothing, the one before it is whole.
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    verify_checkpoint(run_dir / "checkpoints" / "step-00000002")
+    resumed = job(workplace, {"data.path": text, "run.name": "full", "resume": "auto"})
+    assert resumed.code == 0, resumed.err
+    same_training(run_dir, first)
+
+
+def test_too_little_space_is_said_before_training(
+    go: Callable[..., Ended], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    free = shutil.disk_usage(workplace)._replace(free=1000)
+    monkeypatch.setattr("recipes.checkpoint.space.shutil.disk_usage", lambda path: free)
+    ended = go("small")
+    assert ended.code == 2
+    assert "Traceback" not in ended.err and "checkpoints and the export" in ended.err
+    assert rows(workplace / "outputs" / "small", "moe") == []
+
+
+def test_a_full_disk_while_rows_are_written(go: Callable[..., Ended], workplace: Path) -> None:
+    import os
+
+    original = os.write
+
+    def write(descriptor: int, data: bytes) -> int:
+        if b'"step": 3' in bytes(data).replace(b'":3', b'": 3'):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor, data)
+
+    with patch("recipes.metrics.os.write", write):
+        ended = go("full-rows")
+    assert ended.code == 2
+    assert "metrics.jsonl" in ended.err and "Traceback" not in ended.err
+    lines = (workplace / "outputs" / "full-rows" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+def test_a_surgery_that_is_not_exact_is_refused(go: Callable[..., Ended], workplace: Path) -> None:
+    from moe.experts import Experts
+
+    original = Experts.forward
+    with patch.object(Experts, "forward", lambda self, sent: 1.01 * original(self, sent)):
+        ended = go("inexact")
+    assert ended.code == 1
+    assert "Traceback" not in ended.err and "layer" in ended.err
+    assert rows(workplace / "outputs" / "inexact", "moe") == []
+
+
+def test_a_method_that_is_not_exact_says_how_far_off_it_is(go: Callable[..., Ended]) -> None:
+    ended = go("noisy", {"upcycle.noise_std": 0.5, "train.steps": 3, "train.save_every": 0})
+    assert ended.code == 0, ended.err
+    assert "this method is not exact under this router; layer" in ended.out
+
+
+def test_a_second_ctrl_c_ends_it_at_once(
+    go: Callable[..., Ended], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    def impatient(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("recipes.loop.lr_factor", impatient)
+    ended = go("impatient")
+    assert ended.code == 130
+    # The handlers are put back: the next Ctrl-C is Python's own.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
