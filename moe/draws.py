@@ -1,4 +1,4 @@
-"""Randomness that depends on what it is for, and on nothing else: the same on every rank and when replayed."""
+"""Randomness that depends on what it is for and on nothing else: alike on every rank and when replayed."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ class RouterContext:
         group: Process group over which expert load is counted; None counts this rank alone.
         token_ids: ``[B, S]`` ids of the batch, or None.
         padding_mask: ``[B, S]`` bool, True where a token is real, or None when all are.
+        keys: What else the caller knows of every token, by name (modality, class, timestep): ``[B, S]``.
+            The caller sets it before each forward pass; routers by key read it.
     """
 
     step: int = 0
@@ -49,6 +51,7 @@ class RouterContext:
     group: torch.distributed.ProcessGroup | None = None
     token_ids: Tensor | None = None
     padding_mask: Tensor | None = None
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> 
     config = session.config
     host = _fresh_model(config.model, config.data.seq_len, config.seed, tokenizer)
     costs = measure_costs(host, config.data.seq_len, None)
-    session.say(f"dense: no checkpoint given, training a Llama of {costs.total_params:,} parameters")
+    what = "training a Llama" if config.model.steps else "drawing the weights of a Llama"
+    session.say(f"dense: no checkpoint given, {what} of {costs.total_params:,} parameters")
     optim = _optim(config)
     leg = Leg(
         name="dense",
@@ -177,7 +178,7 @@ def _save(session: Session, leg: Leg, result: LegResult, folder: Path, tokenizer
         plain.config.use_cache = True
         plain.save_pretrained(temporary)
         temporary.rename(folder / "hf")
-        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     session.on_rank_zero(save)
     session.say(f"dense: validation loss {result.val_loss:.3f}, saved in {folder / 'hf'}")

@@ -90,6 +90,8 @@ def check_engine(config: RunConfig) -> list[Mistake]:
 
 def check_schedule(config: RunConfig) -> list[Mistake]:
     """Warm-up and decay must fit into the run."""
+    if config.train.steps == 0:
+        return []
     try:
         config.optim.schedule.check(config.train.steps)
     except ValueError as error:
@@ -102,7 +104,7 @@ def check_schedule(config: RunConfig) -> list[Mistake]:
 def check_model(config: RunConfig) -> list[Mistake]:
     """The embedded default's own schedule and depth must fit as well."""
     mistakes = check_layers(config, config.model.num_layers)
-    if config.model.warmup_steps >= config.model.steps:
+    if 0 < config.model.steps <= config.model.warmup_steps:
         rule = f"it does not fit into model.steps={config.model.steps}"
         mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
     return mistakes

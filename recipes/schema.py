@@ -45,7 +45,7 @@ class TrainConfig(Config):
     """How long and in what steps."""
 
     steps: int = 600
-    """Optimizer steps."""
+    """Optimizer steps; 0 converts, compares and exports without training."""
     global_batch_size: int = 16
     """Samples of each step, over all ranks and micro-batches."""
     micro_batch_size: int | Literal["auto"] = "auto"
@@ -62,7 +62,7 @@ class TrainConfig(Config):
     """Steps between lines of progress where there is no terminal."""
 
     def __post_init__(self) -> None:
-        minimum = {"steps": 1, "global_batch_size": 1, "eval_every": 0, "eval_samples": 1, "log_every": 1}
+        minimum = {"steps": 0, "global_batch_size": 1, "eval_every": 0, "eval_samples": 1, "log_every": 1}
         wrong = [
             f"{name}={getattr(self, name)} must be at least {low}. Raise it."
             for name, low in (minimum | {"save_every": 0}).items()
@@ -98,6 +98,7 @@ class DefaultModelConfig(Config):
     num_kv_heads: int = 4
     tie_embeddings: bool = True
     steps: int = 800
+    """Optimizer steps of its training; 0 keeps the weights as they were drawn."""
     lr: float = 3e-3
     warmup_steps: int = 40
 
@@ -105,8 +106,10 @@ class DefaultModelConfig(Config):
         wrong = [
             f"{f.name}={getattr(self, f.name)} must be at least 1. Raise it."
             for f in fields(self)
-            if f.name not in ("tie_embeddings", "lr", "warmup_steps") and getattr(self, f.name) < 1
+            if f.name not in ("tie_embeddings", "lr", "warmup_steps", "steps") and getattr(self, f.name) < 1
         ]
+        if self.steps < 0:
+            wrong.append(f"steps={self.steps} must be at least 0. Set 0 to keep the weights as drawn.")
         if 1 <= self.vocab_size < _SMALLEST_VOCABULARY:
             wrong.append(
                 f"vocab_size={self.vocab_size} must be at least {_SMALLEST_VOCABULARY}, for all bytes and "

@@ -38,11 +38,14 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         name: The value of ``router.name`` that picks this class.
         config_class: The typed config it is built from.
         parameter_role: Tells the optimizer which parameter group these parameters are in.
+        is_causal: Whether in evaluation no token's routing depends on a later token. What is not causal
+            cannot generate the text that it was trained on: use it for encoders and diffusion.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[RouterConfig]]
     parameter_role: ClassVar[str] = "router"
+    is_causal: ClassVar[bool] = True
 
     def __init__(self, config: ConfigT, model_width: int, num_experts: int) -> None:
         super().__init__()

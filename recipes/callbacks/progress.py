@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ class Progress(Callback):
         """Opens the bar."""
         self._started = time.perf_counter()
         self._val_loss = None
-        if sys.stderr.isatty():
+        if _has_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -79,3 +80,8 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _has_terminal() -> bool:
+    """A terminal without a width, as containers have them, would show an empty bar."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0

@@ -98,7 +98,8 @@ def test_every_router_is_built_and_routes(choice: str) -> None:
     assert cls.check(config, 8) is None
     router = cls(config, 16, 8)
     router.reset_parameters(torch.Generator().manual_seed(0))
-    routing = router(torch.randn(5, 16), LayerContext(RouterContext(), 0))
+    batch = RouterContext(token_ids=torch.arange(5).view(1, 5), keys={"modality": torch.zeros(1, 5).long()})
+    routing = router(torch.randn(5, 16), LayerContext(batch, 0))
     assert routing.num_experts == 8
     assert routing.expert_ids_TK.shape[0] == 5
     assert bool((routing.expert_ids_TK < 8).all())

@@ -1,0 +1,164 @@
+"""COMET: k decision trees choose among the experts; cost falls by itself as the trees harden.
+
+Source: Ibrahim et al., "COMET: Learning Cardinality Constrained Mixture of Experts with Trees and Local
+Search" (KDD 2023, arXiv 2306.02824). Its local search is `moe.routers.permuted`.
+
+Letters: T tokens, D model width, E experts, K slots a token, J trees, N = E - 1 inner nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from moe.dense_gates import slots_of_gates
+from moe.routers.base import Router, RouterConfig
+from moe.smooth_step import log_smooth_step
+from moe.token_mean import figure_mean, loss_mean
+from moe.types import LayerContext, Routing
+
+#: Half-width of the leaves' uniform initial weights, and of the nodes' as a share of gamma.
+_LEAF_INIT, _NODE_INIT = 0.05, 0.01
+
+
+@dataclass(frozen=True)
+class CometConfig(RouterConfig):
+    """Config of `CometRouter`."""
+
+    name: Literal["comet"] = "comet"
+    top_k: int = 2
+    """Trees: experts that a token uses at most once its nodes are hard. Before that it uses up to all."""
+    gamma: float = 1.0
+    """Width of the band in which a node sends a token both ways; the wider, the later trees harden."""
+    entropy_coef: float = 0.1
+    """Coefficient of the entropy of each tree's leaves, which drives nodes to 0 or 1; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: a token needs at least one tree. Set it to 1 or more.")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma={self.gamma}: the band has a width. Set it above 0; 1 is usual.")
+        if self.entropy_coef < 0:
+            raise ValueError(
+                f"entropy_coef={self.entropy_coef}: a coefficient is not negative. Set it to 0 or more."
+            )
+
+
+class CometRouter(Router[CometConfig]):
+    """J trees of one topology: a heap of E - 1 inner nodes and E leaves, for every E.
+
+    Node q has the children 2q + 1 and 2q + 2 and is a leaf iff q >= E - 1; expert e is the e-th leaf from the
+    left. Leaves stand at depth floor(log2 E) or one below, and each can be reached.
+
+    Attributes:
+        node_weight_NJD: ``[N, J, D]`` of the nodes' tests, which send a token left with probability S(w x + b).
+        node_bias_NJ: ``[N, J]``.
+        leaf_weight_EJD: ``[E, J, D]`` of the leaves' logits.
+        leaf_bias_EJ: ``[E, J]``.
+    """
+
+    name = "comet"
+    config_class = CometConfig
+
+    def __init__(self, config: CometConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        nodes, trees = num_experts - 1, config.top_k
+        self.node_weight_NJD = nn.Parameter(torch.empty(nodes, trees, model_width))
+        self.node_bias_NJ = nn.Parameter(torch.empty(nodes, trees))
+        self.leaf_weight_EJD = nn.Parameter(torch.empty(num_experts, trees, model_width))
+        self.leaf_bias_EJ = nn.Parameter(torch.empty(num_experts, trees))
+        self.reset_parameters()
+
+    @classmethod
+    def check(cls, config: CometConfig, num_experts: int) -> str | None:
+        """More trees than experts choose none that fewer could not."""
+        if config.top_k > num_experts:
+            return (
+                f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
+                f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
+            )
+        return None
+
+    @property
+    def top_k(self) -> int:
+        """Trees: the most experts that a token uses when its nodes are hard; up to E before."""
+        return self.config.top_k
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """They do: one softmax over all leaves of all trees."""
+        return True
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Nodes uniform in +-gamma/100, so that every token reaches every leaf; leaves in +-0.05."""
+        bounds = [_NODE_INIT * self.config.gamma] * 2 + [_LEAF_INIT] * 2
+        for parameter, bound in zip(self.parameters(), bounds, strict=True):
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes each token to the experts whose leaves it reaches in some tree."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+            log_left_TNJ, log_right_TNJ = log_smooth_step(
+                _affine(x_TD, self.node_weight_NJD, self.node_bias_NJ), self.config.gamma
+            )
+            log_p_TEJ = leaf_log_probs(log_left_TNJ, log_right_TNJ)
+            scores_TEJ = _affine(x_TD, self.leaf_weight_EJD, self.leaf_bias_EJ) + log_p_TEJ
+            shares_TEJ = scores_TEJ.flatten(1).softmax(-1).view_as(scores_TEJ)
+            gates_TE = shares_TEJ.sum(-1)
+            gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True)
+            losses = {}
+            if self.training and self.config.entropy_coef:
+                losses["entropy"] = self.config.entropy_coef * loss_mean(_entropy_T(log_p_TEJ), ctx)
+        ids_TK, weights_TK, used_TK = slots_of_gates(gates_TE)
+        hard_TNJ = (log_left_TNJ.isinf() | log_right_TNJ.isinf()).to(weights_TK.dtype)
+        hard_T = hard_TNJ.mean((1, 2)) if hard_TNJ.shape[1] else hard_TNJ.new_ones(len(x_TD))
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            slot_mask_TK=used_TK,
+            scores_TE=gates_TE,
+            losses=losses,
+            metrics={
+                "hard_nodes": figure_mean(hard_T, ctx),
+                "active_experts": figure_mean(used_TK.sum(-1).to(weights_TK.dtype), ctx),
+            },
+        )
+
+
+def leaf_log_probs(log_left_TNJ: Tensor, log_right_TNJ: Tensor) -> Tensor:
+    """``[T, E, J]`` log probability of each leaf from the left: the sum of the logs on its path.
+
+    Level by level: the nodes of depth d are the heap's 2^d - 1 ... 2^(d+1) - 2. On the last full level the
+    first E - 2^d nodes are inner ones, whose leaves come before the leaves that are nodes of this level.
+
+    Args:
+        log_left_TNJ: ``[T, E - 1, J]`` log of the share that each node sends left; -inf for none.
+        log_right_TNJ: To the right.
+    """
+    T, N, J = log_left_TNJ.shape
+    level_TnJ = log_left_TNJ.new_zeros(T, 1, J)
+    first = 0
+    while first < N:
+        inner = min(level_TnJ.shape[1], N - first)
+        above_TnJ, here = level_TnJ[:, :inner], slice(first, first + inner)
+        children = (above_TnJ + log_left_TNJ[:, here], above_TnJ + log_right_TNJ[:, here])
+        first += level_TnJ.shape[1]
+        level_TnJ = torch.cat([torch.stack(children, 2).flatten(1, 2), level_TnJ[:, inner:]], 1)
+    return level_TnJ
+
+
+def _affine(x_TD: Tensor, weight_NJD: Tensor, bias_NJ: Tensor) -> Tensor:
+    """``[T, N, J]``."""
+    out = x_TD @ weight_NJD.flatten(0, 1).to(x_TD.dtype).t() + bias_NJ.flatten().to(x_TD.dtype)
+    return out.view(len(x_TD), *bias_NJ.shape)
+
+
+def _entropy_T(log_p_TEJ: Tensor) -> Tensor:
+    """Sum over trees of the entropy of a token's leaves, in nats; leaves of probability 0 add 0."""
+    finite_TEJ = log_p_TEJ.masked_fill(log_p_TEJ.isinf(), 0)
+    return -(log_p_TEJ.exp() * finite_TEJ).sum((1, 2))

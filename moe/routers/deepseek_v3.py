@@ -1,0 +1,194 @@
+"""DeepSeek's routers: sigmoid or softmax scores, group-limited selection, and a bias that balances without a loss.
+
+Sources: DeepSeek-V3 (arXiv 2412.19437, Eq. 13-20: sigmoid scores, a bias for selection alone, the sequence-wise
+loss), Wang et al. 2024 (arXiv 2408.15664: the bias update), DeepSeek-V2 (arXiv 2405.04434: groups by their best
+softmax score). DeepSeek-V3's inference code scores a group by the sum of its two best biased scores.
+
+Letters: T tokens, E experts, K experts a token, G groups of experts, N of any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from moe.balance import BalanceScope, count_load
+from moe.fp32_buffers import Fp32Buffers
+from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.step_sums import StepSums
+from moe.types import LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class DeepSeekV3Config(LinearRouterConfig):
+    """Config of `DeepSeekV3Router`. With softmax scores, groups by their best and no bias it is DeepSeek-V2's."""
+
+    name: Literal["deepseek_v3"] = "deepseek_v3"
+    balance_coef: float = 1e-4
+    """Coefficient of the balance loss that complements the bias; 0 leaves it out."""
+    balance_scope: BalanceScope = "sequence"
+    """Over which tokens that loss counts load."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Score function over the logits."""
+    renormalise: bool = True
+    """Divide the selected scores by their sum."""
+    routed_scaling: float = 1.0
+    """What the weights are multiplied by: 2.5 in DeepSeek-V3, 16 in V2. Copied experts are exact only at 1."""
+    num_groups: int = 1
+    """Groups of neighbouring experts, one for each node that holds some: 8 in DeepSeek-V3."""
+    top_groups: int = 1
+    """Groups that the experts of a token are chosen from: 4 in DeepSeek-V3."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """What a group is chosen by: the sum of its two best scores (V3) or the best (V2)."""
+    bias_rate: float = 1e-3
+    """Size of a bias step; 0 leaves the bias at 0. A spread of the bias of 1 or more (metric ``bias_alarm``)
+    means that some choices do not depend on the token any more; it takes at least 1 / (2 bias_rate) steps."""
+    bias_update: Literal["sign", "proportional"] = "sign"
+    """Step by the sign of mean load - load, or by (mean load - load) / mean load."""
+    bias_stop_step: int | None = None
+    """Optimizer step after which the bias stays; null: never. DeepSeek-V3 froze it for its last 3 percent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k == 1 and self.renormalise:
+            raise ValueError(
+                "top_k=1: the only weight is then always the same, and the router gets no gradient from the "
+                "loss. Set router.renormalise=false, or top_k to 2 or more."
+            )
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"top_groups={self.top_groups}: a token chooses from at least one of the num_groups="
+                f"{self.num_groups} groups, and from no more than there are. Set it from 1 to num_groups."
+            )
+        if self.routed_scaling <= 0:
+            raise ValueError(
+                f"routed_scaling={self.routed_scaling}: experts that count nothing cannot learn. "
+                "Set it above 0; 1 keeps copied experts exact."
+            )
+        if self.bias_rate < 0:
+            raise ValueError(
+                f"bias_rate={self.bias_rate}: the bias would favour the loaded experts. Set it to 0 or more."
+            )
+
+
+class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
+    """Selects by score plus bias within the best groups of experts; weighs by the score alone.
+
+    Attributes:
+        bias_E: ``[E]`` fp32, saved with the model; it has no gradient and moves after optimizer steps only.
+    """
+
+    name = "deepseek_v3"
+    config_class = DeepSeekV3Config
+    fp32_buffers: ClassVar[tuple[str, ...]] = ("bias_E",)
+    bias_E: Tensor
+
+    def __init__(self, config: DeepSeekV3Config, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        self._slots = StepSums()
+
+    @classmethod
+    def check(cls, config: DeepSeekV3Config, num_experts: int) -> str | None:
+        """The groups are of one size, and those that are chosen hold K experts."""
+        if message := super().check(config, num_experts):
+            return message
+        if num_experts % config.num_groups:
+            return (
+                f"groups are of one size, and the {num_experts} experts of upcycle.num_experts do not divide "
+                f"into router.num_groups={config.num_groups}. Set num_groups to a divisor of {num_experts}"
+            )
+        in_reach = config.top_groups * (num_experts // config.num_groups)
+        if config.top_k > in_reach:
+            return (
+                f"a token uses router.top_k={config.top_k} experts, and router.top_groups={config.top_groups} "
+                f"of {config.num_groups} groups hold {in_reach}. Raise top_groups, or lower top_k"
+            )
+        return None
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """True for renormalised weights that are not scaled."""
+        return self.config.renormalise and self.config.routed_scaling == 1.0
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Normal weights; a bias of 0."""
+        super().reset_parameters(generator)
+        if "bias_E" in self._buffers:
+            self.bias_E.zero_()
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes each token to the K experts of highest biased score in its best groups."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
+            ids_TK = self._select(scores_TE.detach() + self.bias_E)
+            weights_TK = self._weights(logits_TE, scores_TE, ids_TK)
+            probs_TE = scores_TE if self.config.score == "softmax" else self._shares(logits_TE)
+            losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
+        if self.training and self.config.bias_rate:
+            # This rank's own: the ranks add up once a step instead of once a micro-batch.
+            self._slots.write(
+                ctx.run, count_load(ids_TK, self.num_experts, ctx.token_mask_T(len(ids_TK))).counts_E
+            )
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            scores_TE=scores_TE,
+            logits_TE=logits_TE,
+            losses=losses,
+            metrics=self._bias_metrics(),
+        )
+
+    def _select(self, choice_TE: Tensor) -> Tensor:
+        """``[T, K]`` experts by the scores that they are chosen by."""
+        config, T = self.config, len(choice_TE)
+        if config.num_groups > 1:
+            size = self.num_experts // config.num_groups
+            choice_TGN = choice_TE.view(T, config.num_groups, size)
+            best = min(2, size) if config.group_score == "top2_sum" else 1
+            score_TG = choice_TGN.topk(best, dim=-1).values.sum(-1)
+            top_TN = score_TG.topk(config.top_groups, dim=-1, sorted=False).indices
+            shut_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter_(1, top_TN, False)
+            # Not 0: a biased score may be below it.
+            choice_TE = choice_TGN.masked_fill(shut_TG[:, :, None], -torch.inf).view(T, -1)
+        return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        if self.config.renormalise:
+            weights_TK = self._shares(logits_TE.gather(-1, ids_TK))
+        else:
+            weights_TK = scores_TE.gather(-1, ids_TK)
+        return weights_TK if self.config.routed_scaling == 1.0 else weights_TK * self.config.routed_scaling
+
+    def _shares(self, logits_TN: Tensor) -> Tensor:
+        """The scores divided by their sum; in log space, where scores that round to zero still compare."""
+        return (F.logsigmoid(logits_TN) if self.config.score == "sigmoid" else logits_TN).softmax(-1)
+
+    def _bias_metrics(self) -> dict[str, Tensor]:
+        if not self.config.bias_rate:
+            return {}
+        spread = self.bias_E.amax() - self.bias_E.amin()
+        return {"bias_spread": spread, "bias_alarm": (spread >= 1).float()}
+
+    @torch.no_grad()
+    def after_optimizer_step(self, ctx: LayerContext) -> None:
+        """Moves the bias of every expert towards even load over the whole batch of the step, of all ranks."""
+        config, run = self.config, ctx.run
+        taken_E = self._slots.take()
+        stopped = config.bias_stop_step is not None and run.step > config.bias_stop_step
+        if config.bias_rate == 0 or stopped:
+            return
+        counts_E = torch.zeros_like(self.bias_E) if taken_E is None else taken_E
+        if run.group is not None:
+            torch.distributed.all_reduce(counts_E, group=run.group)
+        excess_E = counts_E.mean() - counts_E
+        if config.bias_update == "sign":
+            self.bias_E.add_(excess_E.sign(), alpha=config.bias_rate)
+        else:
+            self.bias_E.add_(excess_E / counts_E.mean().clamp_min(1e-20), alpha=config.bias_rate)

@@ -1,0 +1,203 @@
+"""Entropic optimal transport between tokens and experts: Sinkhorn's iteration in the log domain.
+
+The plan ``P_te = exp(K_te + u_t + v_e)`` of a kernel K (scores over a temperature) is the one with the wanted
+row and column sums that is closest to ``exp(K)`` (Cuturi 2013, arXiv 1306.0895). Only sums over tokens cross
+ranks, so N ranks that hold a share of the tokens each find the potentials that one rank would.
+
+Letters: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+Residual = Literal["column_sums", "column_potentials"]
+
+
+@dataclass(frozen=True)
+class SinkhornRule:
+    """When the iteration starts and stops.
+
+    Attributes:
+        max_iterations: Upper bound; an iteration updates rows and columns once each.
+        tolerance: Stop when the residual is at most this; None never stops early and never synchronises.
+        residual: ``column_sums``: L2 norm over experts of the plan's column sums minus the wanted ones (the
+            row sums are exact when it is taken). ``column_potentials``: mean absolute change of ``exp(v)``
+            over an iteration, which is Megatron-core's rule.
+        rows_last: Columns are updated first and rows last, so that every token's row sums to its mass
+            exactly; False is the other way round, as in Megatron-core.
+        check_every: Iterations between two looks of the host at the residual. The result does not depend on
+            it: what has converged stays as it is on the device.
+    """
+
+    max_iterations: int = 100
+    tolerance: float | None = 1e-4
+    residual: Residual = "column_sums"
+    rows_last: bool = True
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 1 or self.check_every < 1:
+            raise ValueError(
+                f"max_iterations={self.max_iterations}, check_every={self.check_every}: "
+                "both count iterations. Set them to 1 or more."
+            )
+        if self.tolerance is not None and not self.tolerance >= 0:
+            raise ValueError(f"tolerance={self.tolerance}: a residual is not negative. Set it to 0 or more.")
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """What Sinkhorn's iteration found.
+
+    Attributes:
+        row_T: ``[T]`` u, logarithm of the row scaling; -inf for padding.
+        column_E: ``[E]`` v, logarithm of the column scaling; the same on every rank.
+        iterations: int64 scalar on the device: iterations until the rule was met.
+        residual: Scalar on the device: the residual when it stopped.
+    """
+
+    row_T: Tensor
+    column_E: Tensor
+    iterations: Tensor
+    residual: Tensor
+
+    def plan(self, kernel_TE: Tensor) -> Tensor:
+        """``[T, E]`` plan ``exp(K + u + v)``; rows of padding are zero."""
+        return (kernel_TE + self.row_T[:, None] + self.column_E).exp()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over a group; its gradient is the sum over the group as well."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = value.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_over_ranks(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of a group (None: the value itself), differentiable.
+
+    The gradient is that of the sum of all ranks' losses, which data parallelism averages.
+    """
+    if group is None:
+        return value
+    total: Tensor = _SumOverRanks.apply(value, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+def column_logsumexp(value_TE: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """``[E]`` logarithm of the sum of exponentials over the tokens of all ranks of a group.
+
+    Where there is no token, or all have -inf, the result is a large negative number and not -inf.
+    """
+    E = value_TE.shape[1]
+    floor = torch.finfo(value_TE.dtype).min / 4
+    padded_TE = torch.cat([value_TE.detach(), value_TE.new_full((1, E), floor)])
+    largest_E = padded_TE.amax(0)
+    if group is not None:
+        torch.distributed.all_reduce(largest_E, op=ReduceOp.MAX, group=group)
+    total_E = sum_over_ranks((value_TE - largest_E).exp().sum(0), group)
+    return largest_E + total_E.clamp_min(torch.finfo(value_TE.dtype).tiny).log()
+
+
+class _Problem:
+    """The two half steps of a problem, and the residual."""
+
+    def __init__(
+        self,
+        kernel_TE: Tensor,
+        mask_T: Tensor | None,
+        row_mass_T: Tensor | None,
+        column_mass_E: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> None:
+        T, E = kernel_TE.shape
+        mass_T = kernel_TE.new_ones(T) if row_mass_T is None else row_mass_T.to(kernel_TE)
+        if mask_T is not None:
+            mass_T = mass_T.masked_fill(~mask_T, 0)
+        if column_mass_E is None:
+            with torch.no_grad():
+                total = sum_over_ranks(mass_T.sum(), group)
+            # A batch of padding alone has no mass; any will do, as long as its logarithm is finite.
+            column_mass_E = torch.where(total > 0, total, 1).expand(E) / E
+        self.kernel_TE = kernel_TE
+        self.group = group
+        self.log_rows_T = mass_T.log()
+        self.mass_E = column_mass_E.to(kernel_TE)
+        self.log_columns_E = self.mass_E.log()
+        # Before the first update every scaling is 1; tokens without mass are left out of every sum.
+        self.start_T = torch.zeros_like(mass_T).masked_fill(mass_T == 0, -torch.inf)
+
+    def rows(self, column_E: Tensor) -> Tensor:
+        return self.log_rows_T - (self.kernel_TE + column_E).logsumexp(1)
+
+    def columns(self, row_T: Tensor) -> Tensor:
+        return self.log_columns_E - column_logsumexp(self.kernel_TE + row_T[:, None], self.group)
+
+    @torch.no_grad()
+    def residual(self, kind: Residual, old_E: Tensor, new_E: Tensor) -> Tensor:
+        # With rows exact, the column sums are c * exp(old - new): the next update brings them to c.
+        if kind == "column_sums":
+            return torch.linalg.vector_norm(self.mass_E * torch.expm1(old_E - new_E))
+        return (old_E.exp() - new_E.exp()).abs().mean()
+
+
+def sinkhorn(
+    kernel_TE: Tensor,
+    rule: SinkhornRule | None = None,
+    *,
+    mask_T: Tensor | None = None,
+    row_mass_T: Tensor | None = None,
+    column_mass_E: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Potentials:
+    """Finds potentials u, v such that ``exp(K + u + v)`` has the wanted row and column sums.
+
+    Differentiable through the iterations when the kernel requires a gradient; call it under ``no_grad`` where
+    that is not wanted. Arithmetic is that of the kernel's dtype: in fp32 a column sum of mass m cannot be met
+    better than about ``max|K| * m * 1e-7``, so pass fp64 for a tight tolerance or a sharp kernel.
+
+    Args:
+        kernel_TE: ``[T, E]`` finite scores divided by the temperature, this rank's tokens.
+        rule: Order, stop and bound; ``SinkhornRule()`` by default.
+        mask_T: ``[T]`` bool, True for real tokens; padding has no mass.
+        row_mass_T: ``[T]`` row sums of this rank's tokens; 1 for each by default.
+        column_mass_E: ``[E]`` positive column sums over all ranks; the mass of all rows over E by default.
+        group: The ranks whose tokens belong together; all must call. None for this rank alone.
+    """
+    rule = SinkhornRule() if rule is None else rule
+    problem = _Problem(kernel_TE, mask_T, row_mass_T, column_mass_E, group)
+    column_E = problem.columns(problem.start_T) if rule.rows_last else torch.zeros_like(problem.mass_E)
+    row_T = problem.start_T
+    done = torch.zeros((), dtype=torch.bool, device=kernel_TE.device)
+    iterations = torch.zeros((), dtype=torch.int64, device=kernel_TE.device)
+    residual = torch.full((), torch.inf, dtype=kernel_TE.dtype, device=kernel_TE.device)
+    for number in range(1, rule.max_iterations + 1):
+        new_T = problem.rows(column_E)
+        new_E = problem.columns(new_T)
+        row_T = torch.where(done, row_T, new_T)
+        iterations = iterations + ~done
+        residual = torch.where(done, residual, problem.residual(rule.residual, column_E, new_E))
+        met = done if rule.tolerance is None else done | (residual <= rule.tolerance)
+        # With rows last, the columns that the last rows belong to are kept.
+        keep = met | (number == rule.max_iterations) if rule.rows_last else done
+        column_E = torch.where(keep, column_E, new_E)
+        done = met
+        if rule.tolerance is not None and number % rule.check_every == 0 and bool(done):
+            break
+    return Potentials(row_T, column_E, iterations, residual)

@@ -1,0 +1,107 @@
+"""What a person sees of a run: lines where there is no terminal, a bar where there is one; and stop requests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import signal
+from collections.abc import Iterator
+from typing import TextIO
+
+import pytest
+
+from recipes.callbacks.base import LegInfo
+from recipes.callbacks.progress import Progress
+from recipes.interrupt import StopRequest
+
+FIGURES = {"loss": 2.3456, "tokens_per_s": 12345.6, "mfu": 0.4321, "router/maxvio": 0.256}
+
+
+def leg(total: int = 10, first: int = 0) -> LegInfo:
+    return LegInfo("moe", "moe", total, first, 64)
+
+
+def show(progress: Progress, info: LegInfo, upto: int) -> None:
+    progress.on_leg_start(info)
+    if info.first_step == 0:
+        progress.on_row(info, {"step": 0, "val_loss": 3.0}, None)
+    for step in range(info.first_step + 1, upto + 1):
+        progress.on_row(info, {"step": step} | FIGURES, None)
+    progress.on_leg_end(info)
+
+
+def test_lines_come_at_the_interval_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Progress(log_every=4), leg(), 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["moe 0/10", "moe 4/10", "moe 8/10", "moe 10/10"]
+    assert lines[0] == "moe 0/10  val 3.000"
+    assert lines[1].startswith(
+        "moe 4/10  loss 2.346  val 3.000  12,346 tok/s  mfu 43.2%  maxvio 0.26  eta 0:0"
+    )
+    assert "eta" not in lines[-1]
+
+
+def test_the_time_left_counts_the_steps_of_this_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr("recipes.callbacks.progress.time.perf_counter", lambda: next(clock))
+    progress = Progress(log_every=1)
+    progress.on_leg_start(leg(total=100, first=90))
+    progress.on_row(leg(total=100, first=90), {"step": 92} | FIGURES, None)
+    # 2 steps in 30 s: the 8 that are left take 120 s.
+    assert capsys.readouterr().out.endswith("eta 2:00\n")
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[TextIO, int]]:
+    """A terminal to write to, and where to read what it shows."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as stream:
+        yield stream, master
+    os.close(master)
+
+
+def test_a_terminal_gets_a_bar(terminal: tuple[TextIO, int], capsys: pytest.CaptureFixture[str]) -> None:
+    stream, master = terminal
+    with contextlib.redirect_stderr(stream):
+        show(Progress(log_every=1), leg(), 10)
+        stream.flush()
+    shown = os.read(master, 100_000).decode()
+    last = shown.replace("\n", "\r").rstrip("\r").split("\r")[-1]
+    assert re.match(r"moe +100%\|.*\| 10/10 \[\d+:\d+<\d+:\d+, loss 2\.346  val 3\.000", last), shown
+    assert "12,346 tok/s  mfu 43.2%  maxvio 0.26" in last
+    # The bar is all there is: no lines beside it.
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_bar_starts_where_the_leg_does(terminal: tuple[TextIO, int]) -> None:
+    stream, master = terminal
+    with contextlib.redirect_stderr(stream):
+        progress = Progress(log_every=1)
+        progress.on_leg_start(leg(first=7))
+        progress.on_row(leg(first=7), {"step": 8} | FIGURES, None)
+        progress.on_leg_end(leg(first=7))
+        stream.flush()
+    shown = os.read(master, 100_000).decode()
+    assert "7/10" in shown and "8/10" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request(number: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        # What torchrun passes on after a Ctrl-C is no second request.
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
