@@ -32,7 +32,5 @@ def gates_of_slots(routing: Routing) -> Tensor:
     if routing.slot_mask_TK is not None:
         ids_TK = ids_TK.masked_fill(~routing.slot_mask_TK, 0)
         weights_TK = weights_TK.masked_fill(~routing.slot_mask_TK, 0)
-    gates_TE = torch.zeros(
-        len(ids_TK), routing.num_experts, dtype=weights_TK.dtype, device=weights_TK.device
-    )
+    gates_TE = torch.zeros(len(ids_TK), routing.num_experts, dtype=weights_TK.dtype, device=weights_TK.device)
     return gates_TE.scatter_add(1, ids_TK, weights_TK)

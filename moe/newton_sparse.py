@@ -3,11 +3,12 @@
 Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao, Ying, ICLR 2024 (arXiv 2401.12253), after
 notes of it. The dual of ``max <K, P> - sum P log P`` with row sums r and column sums c is the concave
 ``f(u, v) = r.u + c.v - sum exp(K + u + v)``; its gradient is what the sums lack, and minus its Hessian is
-``[[diag(P 1), P], [P^T, diag(P^T 1)]]``. A few Sinkhorn updates come near, where P is almost sparse, and Newton
-steps with the largest entries of P finish in a handful. When one side is small (E experts), eliminating the
-other leaves an E x E system that needs neither sparsity nor conjugate gradients.
+``[[diag(P 1), P], [P^T, diag(P^T 1)]]``. A few Sinkhorn updates come near, where P is almost sparse, and
+Newton steps with the largest entries of P finish in a handful. When one side is small (E experts),
+eliminating the other leaves an E x E system that needs neither sparsity nor conjugate gradients.
 
-With the paper's cost C and sharpness eta, K is ``-eta C``; its potentials are ``x = (u + 1) / eta``, ``y = v / eta``.
+With the paper's cost C and sharpness eta, K is ``-eta C``, and its potentials are ``x = (u + 1) / eta`` and
+``y = v / eta``.
 
 Letters: T rows (tokens), E columns (experts), N kept entries.
 """
@@ -15,6 +16,7 @@ Letters: T rows (tokens), E columns (experts), N kept entries.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +40,7 @@ class NewtonRule:
     Attributes:
         sinkhorn_iterations: Sinkhorn iterations before the first Newton step.
         max_newton_steps: Upper bound on Newton steps.
-        tolerance: Stop when the L1 norm of both marginals' errors is at most this, relative to the total mass.
+        tolerance: Stop when the L1 norm of both marginals' errors over the total mass is at most this.
         solver: ``sparse_cg``: conjugate gradients on the sparsified Hessian, the paper's. ``schur``: a direct
             solve of the E x E Schur complement of the full Hessian; cost T*E^2, for small E.
         kept_per_row: ``sparse_cg`` keeps this many times ``max(T, E)`` entries of P.
@@ -116,7 +118,9 @@ def sinkhorn_newton(
 class _State:
     """The potentials on their way."""
 
-    def __init__(self, row_T: Tensor, column_E: Tensor, masses: tuple[Tensor, Tensor], rule: NewtonRule) -> None:
+    def __init__(
+        self, row_T: Tensor, column_E: Tensor, masses: tuple[Tensor, Tensor], rule: NewtonRule
+    ) -> None:
         self.row_T, self.column_E = row_T, column_E
         self.mass_T, self.mass_E = masses
         self.rule = rule
@@ -168,9 +172,9 @@ def _schur_direction(
 ) -> tuple[Tensor, Tensor]:
     """Newton's direction with the full Hessian, by elimination of the rows.
 
-    ``(diag(P^T 1) - P^T diag(P 1)^-1 P) dv = lack_E - P^T diag(P 1)^-1 lack_T``. The matrix is the Laplacian of
-    a graph of experts; its diagonal is taken as the sum of the other entries of the row, which is exact where
-    the difference would cancel (plans close to a permutation). Constants are its null space.
+    ``(diag(P^T 1) - P^T diag(P 1)^-1 P) dv = lack_E - P^T diag(P 1)^-1 lack_T``. The matrix is the Laplacian
+    of a graph of experts; its diagonal is taken as the sum of the other entries of the row, which is exact
+    where the difference would cancel (plans close to a permutation). Constants are its null space.
     """
     E = plan_TE.shape[1]
     row_T = plan_TE.sum(1)
@@ -200,18 +204,23 @@ def _sparse_direction(
     row_N, column_N = flat_N // E, flat_N % E
     diagonal = torch.cat([plan_TE.sum(1), plan_TE.sum(0)])
     scale = diagonal.clamp_min(torch.finfo(plan_TE.dtype).tiny).rsqrt()
-    # Scaled, the diagonal is 1 and only the two mirrored blocks are stored.
     value_N = value_N * scale[row_N] * scale[T + column_N]
-    ones = torch.stack([torch.cat([row_N, T + column_N]), torch.cat([T + column_N, row_N])])
-    blocks = torch.sparse_coo_tensor(ones, value_N.repeat(2), (T + E, T + E)).to_sparse_csr()
-    solution = scale * _conjugate_gradients(
-        blocks, scale * torch.cat([lack_T, lack_E]), rule.cg_tolerance, max_iterations=4 * (T + E)
-    )
+    # The kept block and its mirror image; scaled, the diagonal is 1.
+    to_N, from_N = torch.cat([row_N, T + column_N]), torch.cat([T + column_N, row_N])
+    value_N = value_N.repeat(2)
+
+    def product(vector: Tensor) -> Tensor:
+        return vector.index_add(0, to_N, value_N * vector[from_N])
+
+    right = scale * torch.cat([lack_T, lack_E])
+    solution = scale * _conjugate_gradients(product, right, rule.cg_tolerance, max_iterations=4 * (T + E))
     return solution[:T], solution[T:]
 
 
-def _conjugate_gradients(blocks: Tensor, right: Tensor, tolerance: float, max_iterations: int) -> Tensor:
-    """Solves ``(I + blocks) x = right`` for a positive semi-definite matrix."""
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], right: Tensor, tolerance: float, max_iterations: int
+) -> Tensor:
+    """Solves ``product(x) = right`` for a positive semi-definite matrix."""
     solution = torch.zeros_like(right)
     rest = right.clone()
     direction = rest.clone()
@@ -220,7 +229,7 @@ def _conjugate_gradients(blocks: Tensor, right: Tensor, tolerance: float, max_it
     for _ in range(max_iterations):
         if squared <= goal:
             break
-        image = direction + blocks @ direction
+        image = product(direction)
         curvature = float(direction @ image)
         if curvature <= 0:
             break

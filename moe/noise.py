@@ -1,9 +1,10 @@
 """Noise for every token and column that depends on what it is for, and on nothing else.
 
-A counter-based hash in place of a random generator: the value of a token follows from the seed, the step, the
-micro-batch, the layer, and the position of the token among the real tokens of its rank. Hence recomputation draws
-the same again, a resumed run goes on with the same draws, padding moves nothing, the ranks draw what one rank
-would (where they have equally many tokens and no padding), CPU and GPU agree, and no generator's state changes.
+A counter-based hash in place of a random generator: the value of a token follows from the seed, the step,
+the micro-batch, the layer, and the position of the token among the real tokens of its rank. Hence
+recomputation draws the same again, a resumed run goes on with the same draws, padding moves nothing, the
+ranks draw what one rank would (where they have equally many tokens and no padding), CPU and GPU agree, and
+no generator's state changes.
 
 Letters: T tokens, N columns (experts, or draws a token).
 """
@@ -56,8 +57,8 @@ def uniform_noise(
 def _mix(bits: Tensor) -> Tensor:
     """A bijection of 32-bit integers (held in int64) that flips about half of the bits for any one flipped.
 
-    Multiplications by odd numbers below 2**31, so that no product leaves int64, and shifted exclusive ors. The
-    two multipliers are constants found by C. Wellons' search for such functions ("hash prospector").
+    Multiplications by odd numbers below 2**31, so that no product leaves int64, and shifted exclusive ors.
+    The two multipliers are constants found by C. Wellons' search for such functions ("hash prospector").
     """
     bits = bits ^ (bits >> 16)
     bits = (bits * 0x21F0AAAD) & _BITS32
@@ -71,7 +72,8 @@ def normal_noise(
 ) -> Tensor:
     """``[T, N]`` fp32, standard normal, within 5.3 of 0: see `uniform_noise`."""
     uniform_TN = uniform_noise(seed, purpose, num_tokens, columns, ctx, device)
-    return torch.special.erfinv(2 * uniform_TN - 1) * math.sqrt(2)
+    normal_TN: Tensor = torch.special.erfinv(2 * uniform_TN - 1) * math.sqrt(2)
+    return normal_TN
 
 
 def gumbel_noise(

@@ -2,7 +2,7 @@
 
 Source: Hazimeh et al., "The Tree Ensemble Layer" (arXiv 2002.07772, Eq. 4); used by DSelect-k (arXiv
 2106.03760) and COMET (arXiv 2306.02824). With ``u = t / gamma + 1/2`` the cubic is ``S = u^2 (3 - 2u)`` and
-``1 - S = v^2 (3 - 2v)`` for ``v = 1 - u``: neither subtracts from 1, so that both keep their relative precision.
+``1 - S = v^2 (3 - 2v)`` for ``v = 1 - u``: neither subtracts from 1, so that both keep their precision.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ class LayerContext:
     layer_index: int
 
     def num_sequences(self, num_tokens: int) -> int:
-        """Sequences that the T tokens are of, all of one length; 1 when the batch is not known."""
+        """Sequences that the T tokens are of, all of one length; 1 when the batch is not known or empty."""
         ids = self.run.token_ids
-        return ids.shape[0] if ids is not None and ids.dim() == 2 and ids.numel() == num_tokens else 1
+        return ids.shape[0] if ids is not None and ids.dim() == 2 and ids.numel() == num_tokens > 0 else 1
 
     def token_mask_T(self, num_tokens: int) -> Tensor | None:
         """``[T]`` bool, True for real tokens; None when no mask is set or it is of another batch."""

@@ -68,7 +68,7 @@ def embedded_dense(session: Session) -> tuple[Path, TrainData]:
     tokenizer = embedded_tokenizer(session)
     data = shared_data(session, tokenizer, config.model.vocab_size)
     settings = dataclasses.asdict(config.model), config.train.global_batch_size, config.data.seq_len
-    folder = cache_dir(config) / f"dense-{_key('dense', settings, config.seed, data.fingerprint)}"
+    folder = cache_dir(config) / f"dense-{_key('dense', settings, data.fingerprint)}"
     return folder / "hf", data
 
 
@@ -105,7 +105,7 @@ def shared_data(session: Session, tokenizer: Path, vocab_size: int) -> TrainData
 
 def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> bool:
     config = session.config
-    host = _fresh_model(config.model, config.data.seq_len, config.seed, tokenizer)
+    host = _fresh_model(config.model, config.data.seq_len, tokenizer)
     costs = measure_costs(host, config.data.seq_len, None)
     what = "training a Llama" if config.model.steps else "drawing the weights of a Llama"
     session.say(f"dense: no checkpoint given, {what} of {costs.total_params:,} parameters")
@@ -119,7 +119,7 @@ def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> 
         trainable=session.engine.prepare(host, optim),
         costs=costs,
         checkpoints=folder / "checkpoints",
-        seed=config.seed,
+        seed=config.model.seed,
     )
     found = find_checkpoint(leg.checkpoints)
     if found.path is not None:
@@ -138,7 +138,7 @@ def _optim(config: RunConfig) -> OptimConfig:
     return dataclasses.replace(config.optim, name="adamw", lr=config.model.lr, schedule=schedule)
 
 
-def _fresh_model(model: DefaultModelConfig, seq_len: int, seed: int, tokenizer: Path) -> HuggingFaceHost:
+def _fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> HuggingFaceHost:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     end = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id
@@ -156,7 +156,7 @@ def _fresh_model(model: DefaultModelConfig, seq_len: int, seed: int, tokenizer: 
         pad_token_id=end,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(model.seed)
         built = LlamaForCausalLM(llama)
     built.config.use_cache = False
     return HuggingFaceHost(model=built, folder=tokenizer, source_dtype=torch.float32)

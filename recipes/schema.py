@@ -97,6 +97,8 @@ class DefaultModelConfig(Config):
     num_heads: int = 4
     num_kv_heads: int = 4
     tie_embeddings: bool = True
+    seed: int = 0
+    """Of its weights; the run's own seed may vary while this model stays."""
     steps: int = 800
     """Optimizer steps of its training; 0 keeps the weights as they were drawn."""
     lr: float = 3e-3
@@ -106,7 +108,8 @@ class DefaultModelConfig(Config):
         wrong = [
             f"{f.name}={getattr(self, f.name)} must be at least 1. Raise it."
             for f in fields(self)
-            if f.name not in ("tie_embeddings", "lr", "warmup_steps", "steps") and getattr(self, f.name) < 1
+            if f.name not in ("tie_embeddings", "lr", "warmup_steps", "steps", "seed")
+            and getattr(self, f.name) < 1
         ]
         if self.steps < 0:
             wrong.append(f"steps={self.steps} must be at least 0. Set 0 to keep the weights as drawn.")

@@ -54,7 +54,7 @@ class CometRouter(Router[CometConfig]):
     left. Leaves stand at depth floor(log2 E) or one below, and each can be reached.
 
     Attributes:
-        node_weight_NJD: ``[N, J, D]`` of the nodes' tests, which send a token left with probability S(w x + b).
+        node_weight_NJD: ``[N, J, D]`` tests of the nodes: a token goes left with probability S(w x + b).
         node_bias_NJ: ``[N, J]``.
         leaf_weight_EJD: ``[E, J, D]`` of the leaves' logits.
         leaf_bias_EJ: ``[E, J]``.
@@ -94,9 +94,11 @@ class CometRouter(Router[CometConfig]):
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """Nodes uniform in +-gamma/100, so that every token reaches every leaf; leaves in +-0.05."""
-        bounds = [_NODE_INIT * self.config.gamma] * 2 + [_LEAF_INIT] * 2
-        for parameter, bound in zip(self.parameters(), bounds, strict=True):
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        node = _NODE_INIT * self.config.gamma
+        for parameter in (self.node_weight_NJD, self.node_bias_NJ):
+            nn.init.uniform_(parameter, -node, node, generator=generator)
+        for parameter in (self.leaf_weight_EJD, self.leaf_bias_EJ):
+            nn.init.uniform_(parameter, -_LEAF_INIT, _LEAF_INIT, generator=generator)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to the experts whose leaves it reaches in some tree."""

@@ -1,8 +1,9 @@
-"""DeepSeek's routers: sigmoid or softmax scores, group-limited selection, and a bias that balances without a loss.
+"""DeepSeek's routers: sigmoid or softmax scores, groups, and a bias that balances without a loss.
 
-Sources: DeepSeek-V3 (arXiv 2412.19437, Eq. 13-20: sigmoid scores, a bias for selection alone, the sequence-wise
-loss), Wang et al. 2024 (arXiv 2408.15664: the bias update), DeepSeek-V2 (arXiv 2405.04434: groups by their best
-softmax score). DeepSeek-V3's inference code scores a group by the sum of its two best biased scores.
+Sources: DeepSeek-V3 (arXiv 2412.19437, Eq. 13-20: sigmoid scores, a bias for selection alone, the
+sequence-wise loss), Wang et al. 2024 (arXiv 2408.15664: the bias update), DeepSeek-V2 (arXiv 2405.04434:
+groups by their best softmax score). DeepSeek-V3's inference code scores a group by the sum of its two best
+biased scores.
 
 Letters: T tokens, E experts, K experts a token, G groups of experts, N of any.
 """
@@ -25,7 +26,7 @@ from moe.types import LayerContext, Routing
 
 @dataclass(frozen=True)
 class DeepSeekV3Config(LinearRouterConfig):
-    """Config of `DeepSeekV3Router`. With softmax scores, groups by their best and no bias it is DeepSeek-V2's."""
+    """Config of `DeepSeekV3Router`; of V2 with softmax scores, groups by their best, and no bias."""
 
     name: Literal["deepseek_v3"] = "deepseek_v3"
     balance_coef: float = 1e-4
@@ -37,7 +38,7 @@ class DeepSeekV3Config(LinearRouterConfig):
     renormalise: bool = True
     """Divide the selected scores by their sum."""
     routed_scaling: float = 1.0
-    """What the weights are multiplied by: 2.5 in DeepSeek-V3, 16 in V2. Copied experts are exact only at 1."""
+    """What the weights are multiplied by: 2.5 in V3, 16 in V2. Copied experts are exact only at 1."""
     num_groups: int = 1
     """Groups of neighbouring experts, one for each node that holds some: 8 in DeepSeek-V3."""
     top_groups: int = 1
@@ -105,8 +106,9 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
         in_reach = config.top_groups * (num_experts // config.num_groups)
         if config.top_k > in_reach:
             return (
-                f"a token uses router.top_k={config.top_k} experts, and router.top_groups={config.top_groups} "
-                f"of {config.num_groups} groups hold {in_reach}. Raise top_groups, or lower top_k"
+                f"a token uses router.top_k={config.top_k} experts, and router.top_groups="
+                f"{config.top_groups} of {config.num_groups} groups hold {in_reach}. Raise top_groups, or "
+                "lower top_k"
             )
         return None
 
@@ -156,7 +158,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
             top_TN = score_TG.topk(config.top_groups, dim=-1, sorted=False).indices
             shut_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter_(1, top_TN, False)
             # Not 0: a biased score may be below it.
-            choice_TE = choice_TGN.masked_fill(shut_TG[:, :, None], -torch.inf).view(T, -1)
+            choice_TE = choice_TGN.masked_fill(shut_TG[:, :, None], -torch.inf).view(T, self.num_experts)
         return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:

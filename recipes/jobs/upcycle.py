@@ -356,4 +356,10 @@ def _conclude(session: Session, results: Results) -> None:
     path = build_report(session.run_dir.path)
     print()
     print(results_table(results.content))
-    print(f"\nreport: {path}\nmodel:  {session.run_dir.export}")
+    timings, memory = results.content["timings"], results.content.get("peak_memory_bytes")
+    if "first_step_s" in timings and memory is not None:
+        print(
+            f"\ntime:   {timings['total_s']:.0f} s in all, {timings['first_step_s']:.0f} s from the command "
+            f"to the end of the first step; peak memory of all ranks {memory / 2**30:.2f} GiB"
+        )
+    print(f"report: {path}\nmodel:  {session.run_dir.export}")

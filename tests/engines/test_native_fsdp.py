@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from recipes.callbacks.base import Callback, LegInfo
 from recipes.engines.native import NativeConfig, NativeEngine
+from recipes.interrupt import StopRequest
+from recipes.loop import Loop
 from tests.distributed_helper import run_ranks
 from tests.engines.conftest import RunOnRanks
 from tests.engines.engine_cases import (
@@ -17,6 +24,7 @@ from tests.engines.engine_cases import (
     Case,
     full,
     make_host,
+    make_leg,
     open_engine,
     tokens,
 )
@@ -73,9 +81,33 @@ def test_logits_are_of_the_trained_weights(run_on_ranks: RunOnRanks) -> None:
         assert torch.allclose(logits, outcome.logits, rtol=1e-5, atol=1e-5), (world_size, name)
 
 
-def _refuse_step(rank: int, world_size: int) -> dict[str, bool]:
-    """A gradient that is not finite on one rank alone."""
+def _one_rank_differs(rank: int, world_size: int) -> tuple[dict[str, bool], int]:
+    """A gradient that is not finite, and then a stop request, on one rank alone."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    return _refuse_step(rank), _stop(rank)
+
+
+def _stop(rank: int) -> int:
+    """The step after which a run of eight ends."""
+    case = Case(micro=4, steps=8)
+    engine = open_engine()
+    stop = StopRequest()
+    leg_steps = []
+
+    class AskOnce(Callback):
+        def on_row(self, leg: LegInfo, row: Mapping[str, float], load: Any) -> None:
+            leg_steps.append(row["step"])
+            stop.requested = stop.requested or (rank == 1 and row["step"] == 2)
+
+    with tempfile.TemporaryDirectory() as folder:
+        leg = make_leg(case, engine.prepare(make_host(case), case.optim), Path(engine.broadcast(folder)))
+        result = Loop(engine, [AskOnce()], stop).run(leg)
+        engine.barrier()
+    assert not result.finished and result.step == leg_steps[-1]
+    return result.step
+
+
+def _refuse_step(rank: int) -> dict[str, bool]:
     same = {}
     for strategy in ("fsdp", "ddp"):
         case = Case()
@@ -98,8 +130,9 @@ def _refuse_step(rank: int, world_size: int) -> dict[str, bool]:
 
 
 @pytest.mark.distributed
-def test_a_gradient_that_is_not_finite_updates_nothing_on_any_rank() -> None:
-    assert run_ranks(_refuse_step, 2) == [{"fsdp": True, "ddp": True}] * 2
+def test_all_ranks_heed_what_only_one_has_seen() -> None:
+    # A gradient that is not finite updates nothing anywhere; a signal at step 2 makes step 3 the last of all.
+    assert run_ranks(_one_rank_differs, 2) == [({"fsdp": True, "ddp": True}, 3)] * 2
 
 
 def _compiled_and_eager(rank: int, world_size: int) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:

@@ -1,7 +1,7 @@
 """Runs the whole job on tiny settings, stops it where a test says, and reads what it leaves.
 
-Also a script, for tests that need processes of their own: ``python job_runs.py OPTION=VALUE ...`` is ``train.py``
-with the interference that the environment describes.
+Also a script, for tests that need processes of their own: ``python job_runs.py OPTION=VALUE ...`` is
+``train.py`` with the interference that the environment describes.
 """
 
 from __future__ import annotations

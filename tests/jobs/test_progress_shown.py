@@ -1,12 +1,15 @@
-"""What a person sees of a run: lines where there is no terminal, a bar where there is one; and stop requests."""
+"""What a person sees of a run: lines, or a bar where there is a terminal; and what Ctrl-C does."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import signal
+import struct
+import termios
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -37,9 +40,8 @@ def test_lines_come_at_the_interval_and_at_the_end(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["moe 0/10", "moe 4/10", "moe 8/10", "moe 10/10"]
     assert lines[0] == "moe 0/10  val 3.000"
-    assert lines[1].startswith(
-        "moe 4/10  loss 2.346  val 3.000  12,346 tok/s  mfu 43.2%  maxvio 0.26  eta 0:0"
-    )
+    figures = "loss 2.346  val 3.000  12,346 tok/s  mfu 43.2%  maxvio 0.26"
+    assert lines[1].startswith(f"moe 4/10  {figures}  eta 0:0")
     assert "eta" not in lines[-1]
 
 
@@ -55,10 +57,16 @@ def test_the_time_left_counts_the_steps_of_this_process(
     assert capsys.readouterr().out.endswith("eta 2:00\n")
 
 
+def resize(descriptor: int, columns: int) -> None:
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+
+
 @pytest.fixture
 def terminal() -> Iterator[tuple[TextIO, int]]:
     """A terminal to write to, and where to read what it shows."""
     master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    resize(slave, 120)
     with os.fdopen(slave, "w") as stream:
         yield stream, master
     os.close(master)
@@ -87,6 +95,16 @@ def test_a_resumed_bar_starts_where_the_leg_does(terminal: tuple[TextIO, int]) -
         stream.flush()
     shown = os.read(master, 100_000).decode()
     assert "7/10" in shown and "8/10" in shown
+
+
+def test_a_terminal_without_a_width_gets_lines(
+    terminal: tuple[TextIO, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream, _ = terminal
+    resize(stream.fileno(), 0)
+    with contextlib.redirect_stderr(stream):
+        show(Progress(log_every=5), leg(), 5)
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

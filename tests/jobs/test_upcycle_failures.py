@@ -1,4 +1,4 @@
-"""What goes wrong while a run is going on: it ends with a sentence, an exit code, and its checkpoints whole."""
+"""What goes wrong during a run: it ends with a sentence, an exit code, and its checkpoints whole."""
 
 from __future__ import annotations
 

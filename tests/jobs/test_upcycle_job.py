@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from recipes.data.packing import OrderedDataset, PackedDataset
 from tests.jobs.job_runs import Ended, job, loads, rows, steps, summary, weights, write_text
 
 
@@ -116,6 +118,21 @@ def test_the_second_run_uses_what_the_first_has_cached(workplace: Path, text: st
     assert rows(second, "dense") == []
     assert rows(second, "moe") == rows(first, "moe")
     assert rows(second, "cpt") == rows(first, "cpt")
+
+
+def test_the_mixture_and_its_baseline_see_samples_that_the_default_has_not(tmp_path: Path, text: str) -> None:
+    taken: list[int] = []
+    original = PackedDataset.batch
+
+    def batch(self: PackedDataset, first: int, count: int) -> Any:
+        if not isinstance(self, OrderedDataset):
+            taken.extend(range(first, first + count))
+        return original(self, first, count)
+
+    with patch.object(PackedDataset, "batch", batch):
+        assert job(tmp_path, {"data.path": text}).code == 0
+    # 4 steps of 4 samples for the default, then the same 6 steps of 4 for the mixture and for the baseline.
+    assert taken == list(range(16)) + 2 * list(range(16, 40))
 
 
 def test_a_dense_checkpoint_of_ones_own(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_the_name_of_a_run_cannot_be_taken_twice(go: Callable[..., Ended], first
 def test_dropout_goes_on_exactly_as_well(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The random state is part of the checkpoint, and every leg starts from one that depends on the seed alone.
+    # The random state is part of the checkpoint, and every leg starts from that of the seed.
     options = {
         "dense": make_checkpoint("gpt2"),
         "data.path": write_text(tmp_path / "text"),

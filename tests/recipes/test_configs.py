@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from moe.experts import Experts
 from moe.routers import router_class, router_classes
 from moe.types import Config, LayerContext, RouterContext
 from moe.upcycle import upcycle_methods
@@ -18,6 +19,7 @@ from recipes.engines import engine_classes
 from recipes.jobs import job_classes
 from recipes.jobs.upcycle import make_surgery
 from recipes.schema import RunConfig, TrainConfig, parse_config
+from tests.moe.routing_cases import make_bank
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "recipe")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -98,6 +100,7 @@ def test_every_router_is_built_and_routes(choice: str) -> None:
     assert cls.check(config, 8) is None
     router = cls(config, 16, 8)
     router.reset_parameters(torch.Generator().manual_seed(0))
+    router.attach(Experts(make_bank(16, 8)))
     batch = RouterContext(token_ids=torch.arange(5).view(1, 5), keys={"modality": torch.zeros(1, 5).long()})
     routing = router(torch.randn(5, 16), LayerContext(batch, 0))
     assert routing.num_experts == 8

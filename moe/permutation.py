@@ -1,0 +1,161 @@
+"""A learned permutation of the experts: COMET's local search, for a router of any kind.
+
+A hard gate has no gradient towards experts it does not use. Relabelling the experts it leads to is a step
+that it can take all the same; a soft permutation, hardened on a schedule, learns which.
+
+Source: Ibrahim et al., COMET (KDD 2023, arXiv 2306.02824), section on local search and released settings.
+
+Letters: E experts; rows are what the router chose, columns the experts it is led to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe.types import Config
+
+#: Half-width of the uniform initial scores.
+_INIT = 0.05
+#: Weight of the scores where Sinkhorn's matrix leaves assignments equal.
+_TIE_BREAK = 1e-6
+
+
+@dataclass(frozen=True)
+class PermutationConfig(Config):
+    """How long the permutation is learned, and how it hardens meanwhile."""
+
+    steps: int = 0
+    """Optimizer steps of the search, from the first on; 1% to 10% of the run is usual. 0: none, each
+    expert keeps its place."""
+    entropy_coef: float = 1e-4
+    """Coefficient of the entropy of rows and columns."""
+    log10_tau_start: float = -3.0
+    """Decimal logarithm of the temperature at the first step."""
+    log10_tau_end: float = -7.0
+    """The same after the last step; linear in between."""
+    iterations_start: int = 20
+    """Sinkhorn iterations at the first step."""
+    iterations_end: int = 150
+    """The same after the last step; linear in between."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps}: a search cannot be negative. Set 0 for none.")
+        if self.entropy_coef < 0:
+            raise ValueError(
+                f"entropy_coef={self.entropy_coef}: a coefficient is not negative. Set it to 0 or more."
+            )
+        for name in ("iterations_start", "iterations_end"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: Sinkhorn needs one. Set it to 1 or more.")
+
+    def temperature(self, step: int) -> float:
+        """tau after so many steps."""
+        share = min(step / self.steps, 1.0) if self.steps else 1.0
+        return float(10 ** (self.log10_tau_start + share * (self.log10_tau_end - self.log10_tau_start)))
+
+    def iterations(self, step: int) -> int:
+        """Sinkhorn iterations after so many steps."""
+        share = min(step / self.steps, 1.0) if self.steps else 1.0
+        return round(self.iterations_start + share * (self.iterations_end - self.iterations_start))
+
+
+def log_sinkhorn(scores_EE: Tensor, tau: float, iterations: int) -> Tensor:
+    """``[E, E]`` log of scores/tau, scaled to rows and then columns of sum 1, so many times.
+
+    In fp64: scores of 0.05 at tau 1e-7 are 5e5, which fp32 holds to 0.03 only.
+    """
+    log_p_EE = scores_EE.double() / tau
+    for _ in range(iterations):
+        log_p_EE = log_p_EE - log_p_EE.logsumexp(1, keepdim=True)
+        log_p_EE = log_p_EE - log_p_EE.logsumexp(0, keepdim=True)
+    return log_p_EE
+
+
+@torch.no_grad()
+def harden(log_p_EE: Tensor, scores_EE: Tensor) -> Tensor:
+    """``[E]`` int64: the column of each row in the permutation that holds most of ``exp(log_p_EE)``.
+
+    By the Hungarian algorithm. At low temperatures Sinkhorn leaves rows whose entries all round to 0; the
+    scores, weighed 1e-6, decide between what is then equal.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    scores_EE = scores_EE.double()
+    spread = (scores_EE.max() - scores_EE.min()).clamp_min(torch.finfo(torch.float64).tiny)
+    value_EE = log_p_EE.exp() + _TIE_BREAK * (scores_EE - scores_EE.min()) / spread
+    _, columns = linear_sum_assignment(-value_EE.cpu().numpy())
+    return torch.from_numpy(columns).to(scores_EE.device, torch.int64)
+
+
+@dataclass(frozen=True)
+class SoftPermutation:
+    """A permutation that is still being learned.
+
+    Attributes:
+        matrix_EE: ``[E, E]`` fp64, rows of sum 1; columns as well where Sinkhorn has converged.
+        entropy: Mean over columns of their entropy, plus mean over rows of theirs, in nats.
+    """
+
+    matrix_EE: Tensor
+    entropy: Tensor
+
+
+class PermutationSearch(nn.Module):
+    """The learned scores, and the permutation they stand for at present.
+
+    Attributes:
+        scores_EE: ``[E, E]`` parameter.
+        column_E: ``[E]`` int64 buffer: the hardened permutation, renewed after each step of the search.
+        is_frozen: bool buffer: whether the search is over, whatever step another run is at.
+    """
+
+    scores_EE: nn.Parameter
+    column_E: Tensor
+    is_frozen: Tensor
+
+    def __init__(self, config: PermutationConfig, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.scores_EE = nn.Parameter(torch.empty(num_experts, num_experts))
+        self.register_buffer("column_E", torch.arange(num_experts))
+        self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Scores uniform in +-0.05; the search begins anew."""
+        nn.init.uniform_(self.scores_EE, -_INIT, _INIT, generator=generator)
+        self.is_frozen.fill_(False)
+        self._renew(0)
+
+    def is_searching(self, step: int) -> bool:
+        """Whether a training step of this number uses the soft permutation."""
+        # The buffer is asked only where it matters: reading it makes the host wait for the device.
+        return step < self.config.steps and not bool(self.is_frozen)
+
+    def soft(self, step: int) -> SoftPermutation:
+        """The soft permutation of a step, with its gradient."""
+        log_p_EE = log_sinkhorn(self.scores_EE, self.config.temperature(step), self.config.iterations(step))
+        log_rows_EE = log_p_EE.log_softmax(1)
+        matrix_EE = log_rows_EE.exp()
+        entropy = -(log_p_EE.exp() * log_p_EE).sum(0).mean() - (matrix_EE * log_rows_EE).sum(1).mean()
+        return SoftPermutation(matrix_EE, entropy)
+
+    @torch.no_grad()
+    def advance(self, step: int) -> None:
+        """After a step: renews the hardened permutation, and freezes it after the last step of the search."""
+        if bool(self.is_frozen):
+            return
+        self._renew(step)
+        self.is_frozen.fill_(step >= self.config.steps)
+
+    def _renew(self, step: int) -> None:
+        scores_EE = self.scores_EE.detach()
+        if isinstance(scores_EE, DTensor):
+            scores_EE = scores_EE.full_tensor()
+        log_p_EE = log_sinkhorn(scores_EE, self.config.temperature(step), self.config.iterations(step))
+        self.column_E.copy_(harden(log_p_EE, scores_EE))

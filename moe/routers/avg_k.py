@@ -1,0 +1,135 @@
+"""Avg-K: an expert's gate is the mean of its own keys, so that routing needs no parameters and no loss.
+
+Source: Liu et al., "Towards A Unified View of Sparse Feed-Forward Network in Pretraining Large Language Model"
+(arXiv 2305.13999), Section 4. Reconstructed: that the dot product is raw, and that a gated expert's keys are its gate
+rows.
+
+Identical experts have identical gates: after plain copying it cannot tell the copies apart, and every token would go
+to the same ones for ever. It warns, and refuses to train.
+
+Letters: T tokens, D model width, E experts, K experts a token, F expert width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from moe.errors import ConfigError
+from moe.routers.base import Router, RouterConfig
+from moe.types import LayerContext, Routing
+
+if TYPE_CHECKING:
+    from moe.experts import Experts
+
+_LOG = logging.getLogger("graft.avg_k")
+_RULE = "the experts' mean keys are all the same, so that it cannot tell the experts apart"
+_REMEDY = (
+    "Make experts that differ (upcycle.noise_std above 0, or a method that splits), or choose another router."
+)
+
+
+@dataclass(frozen=True)
+class AvgKConfig(RouterConfig):
+    """Config of `AvgKRouter`."""
+
+    name: Literal["avg_k"] = "avg_k"
+    top_k: int = 2
+    """Experts a token."""
+    weights: Literal["one", "softmax"] = "one"
+    """Sum the chosen experts as they are (the paper), or weigh them by the softmax over their logits."""
+    normalise: bool = False
+    """Compare directions alone: divide every mean key by its length."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
+
+
+class AvgKRouter(Router[AvgKConfig]):
+    """Chooses the K experts with the largest ``x . mean of keys``. The keys learn in their experts alone."""
+
+    name = "avg_k"
+    config_class = AvgKConfig
+
+    def __init__(self, config: AvgKConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        # In a tuple: as an attribute they would be part of this module, and be saved and trained twice.
+        self._attached: tuple[Experts, ...] = ()
+        self._differ = False
+
+    @classmethod
+    def check(cls, config: AvgKConfig, num_experts: int) -> str | None:
+        """A token cannot go to more experts than there are."""
+        if config.top_k > num_experts:
+            return (
+                f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
+                f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
+            )
+        return None
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.config.top_k
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """Whether weights are a softmax, or the one expert weighs 1."""
+        return self.config.weights == "softmax" or self.top_k == 1
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """There are none."""
+        return
+
+    def attach(self, experts: Experts) -> None:
+        """Takes the experts whose keys it reads; warns where they are all the same."""
+        self._attached, self._differ = (experts,), False
+        if self._are_same(self.mean_keys()):
+            _LOG.warning("router=%s: %s. Training will be refused. %s", self.name, _RULE, _REMEDY)
+
+    @torch.no_grad()
+    def mean_keys(self) -> Tensor:
+        """``[E, D]`` mean of each expert's gate rows (of the rows of its up projection, when it is not gated)."""
+        assert self._attached, "attach() comes before routing: the experts' weights are the gates"
+        (experts,) = self._attached
+        w_up_EUD = experts.w_up_EUD
+        keys_EFD = w_up_EUD.chunk(2, dim=1)[0] if experts.gated else w_up_EUD
+        keys_ED = keys_EFD.mean(1, dtype=torch.promote_types(keys_EFD.dtype, torch.float32))
+        return F.normalize(keys_ED, dim=-1) if self.config.normalise else keys_ED
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes by the keys as they are now.
+
+        Raises:
+            ConfigError: It is to be trained over experts that are all the same.
+        """
+        with torch.autocast(x_TD.device.type, enabled=False):
+            keys_ED = self.mean_keys()
+            if self.training and not self._differ:
+                self._refuse_same(keys_ED)
+            dtype = torch.promote_types(x_TD.dtype, keys_ED.dtype)
+            logits_TE = x_TD.to(dtype) @ keys_ED.to(dtype).t()
+            top_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
+            weights_TK = top_TK.softmax(-1) if self.config.weights == "softmax" else torch.ones_like(top_TK)
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            scores_TE=logits_TE.softmax(-1),
+            logits_TE=logits_TE,
+        )
+
+    def _are_same(self, keys_ED: Tensor) -> bool:
+        return self.num_experts > 1 and bool((keys_ED == keys_ED[:1]).all())
+
+    def _refuse_same(self, keys_ED: Tensor) -> None:
+        if self._are_same(keys_ED):
+            raise ConfigError.one("router.name", self.name, _RULE, _REMEDY)
+        # Experts that differ stay different: asked once, since the answer makes the host wait.
+        self._differ = True

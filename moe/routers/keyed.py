@@ -1,0 +1,133 @@
+"""Routing by what the caller knows of a token: its modality, class, or timestep. Nothing is learned.
+
+Sources: Mixture-of-Transformers (arXiv 2411.04996: one feed-forward network for each modality, positions gathered by
+masks that partition the sequence), and mixtures that split a sample space by label or diffusion timestep.
+
+The caller sets ``RouterContext.keys[name]`` before each forward pass, to one of
+
+- ``[B, S]`` integers: the expert of each token;
+- ``[B]``: the same for all tokens of a sequence;
+- ``[E, B, S]`` bool: a mask for each expert, which together hold every token once;
+- ``[B, S]`` or ``[B]`` numbers, with ``edges``: token goes to the first expert whose upper edge is above its number.
+
+Letters: T tokens, E experts, B sequences, S tokens a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from moe.errors import ConfigError
+from moe.routers.base import Router, RouterConfig
+from moe.types import LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class KeyedConfig(RouterConfig):
+    """Config of `KeyedRouter`."""
+
+    name: Literal["keyed"] = "keyed"
+    key: str = "modality"
+    """Which of the caller's keys routes."""
+    edges: list[float] = field(default_factory=list)
+    """Edges between the experts' ranges of a number, ascending, one fewer than experts; none where the key is
+    the expert itself. A number on an edge belongs to the range above it."""
+
+    def __post_init__(self) -> None:
+        if any(low >= high for low, high in pairwise(self.edges)):
+            raise ValueError(f"edges={self.edges}: they do not ascend. Sort them, each once.")
+
+
+class KeyedRouter(Router[KeyedConfig]):
+    """One expert a token, of weight 1, as the caller says. Has no parameters and gives no gradient."""
+
+    name = "keyed"
+    config_class = KeyedConfig
+
+    @classmethod
+    def check(cls, config: KeyedConfig, num_experts: int) -> str | None:
+        """Every range of numbers has its expert, and every expert its range."""
+        if config.edges and len(config.edges) + 1 != num_experts:
+            return (
+                f"{len(config.edges)} edges make {len(config.edges) + 1} ranges, and there are {num_experts} "
+                f"experts. Give {max(num_experts - 1, 0)} edges, or set upcycle.num_experts to "
+                f"{len(config.edges) + 1}"
+            )
+        return None
+
+    @property
+    def top_k(self) -> int:
+        """1."""
+        return 1
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """True: there is one, and it is 1."""
+        return True
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """There are none."""
+        return
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Looks the tokens' keys up.
+
+        Raises:
+            ConfigError: The caller gave no such key, one of another batch, or one that names no expert.
+        """
+        T = len(x_TD)
+        mask_T = ctx.token_mask_T(T)
+        experts_T = self._experts(self._key(ctx), T, mask_T).to(x_TD.device)
+        wrong_T = (experts_T < 0) | (experts_T >= self.num_experts)
+        if mask_T is not None:
+            # Padding may have any key.
+            experts_T, wrong_T = experts_T.masked_fill(wrong_T & ~mask_T, 0), wrong_T & mask_T
+        if bool(wrong_T.any()):
+            value = experts_T[wrong_T][0].item()
+            raise self._error(f"a token has key {value}, and experts are 0 to {self.num_experts - 1}")
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        weights_T1 = torch.ones(T, 1, dtype=dtype, device=x_TD.device)
+        return Routing(expert_ids_TK=experts_T[:, None], weights_TK=weights_T1, num_experts=self.num_experts)
+
+    def _key(self, ctx: LayerContext) -> Tensor:
+        name, keys = self.config.key, ctx.run.keys
+        if name not in keys:
+            given = ", ".join(sorted(keys)) or "none"
+            raise self._error(
+                f"it routes by a key of each token, and of {name!r} the caller gave none ({given})"
+            )
+        return keys[name]
+
+    def _experts(self, key: Tensor, num_tokens: int, mask_T: Tensor | None) -> Tensor:
+        """``[T]`` int64 expert of each token."""
+        shape, is_mask = tuple(key.shape), key.dtype == torch.bool
+        if is_mask:
+            if shape[0] != self.num_experts or key[0].numel() != num_tokens:
+                raise self._error(f"masks are {shape}: not one of {num_tokens} tokens for each expert")
+            masks_ET = key.reshape(self.num_experts, -1)
+            holders_T = masks_ET.sum(0)
+            broken_T = holders_T != 1 if mask_T is None else (holders_T != 1) & mask_T.to(key.device)
+            if bool(broken_T.any()):
+                place = int(broken_T.nonzero()[0])
+                raise self._error(f"token {place} is in {int(holders_T[place])} masks, and not in one")
+            return masks_ET.to(torch.int8).argmax(0)
+        if key.dim() == 1 and len(key) and num_tokens % len(key) == 0:
+            key = key.repeat_interleave(num_tokens // len(key))
+        if key.numel() != num_tokens:
+            raise self._error(f"the key is {shape}, and there are {num_tokens} tokens")
+        key = key.reshape(-1)
+        if self.config.edges:
+            edges = torch.tensor(self.config.edges, dtype=torch.float64, device=key.device)
+            return torch.bucketize(key.double(), edges, right=True)
+        if key.is_floating_point():
+            raise self._error("the key is a number that is not whole, and there are no edges")
+        return key.to(torch.int64)
+
+    def _error(self, rule: str) -> ConfigError:
+        remedy = f"Set RouterContext.keys[{self.config.key!r}] before every forward pass: see moe/routers/keyed.py."
+        return ConfigError.one("router.key", self.config.key, rule, remedy)

@@ -1,0 +1,144 @@
+"""Mixture of Depths around the feed-forward network: only some tokens of each sequence use experts at all.
+
+Source: Raposo et al., "Mixture-of-Depths" (arXiv 2404.02258, Eq. 1 for the gate, Section 3.5 for a predictor of
+membership); with experts inside it is their integrated form. There whole blocks are skipped, attention included, in
+every second layer (``upcycle.layers=every:2``); here attention always runs. Reconstructed: all constants but the
+capacity of 12.5 percent, and that the predictor is linear.
+
+Training takes the best tokens of a sequence, which depends on later ones. Evaluation asks a predictor that sees one
+token alone and has learned to tell membership, and so it is causal; it holds the capacity in the mean only.
+
+Letters: T tokens, D model width, E experts, K experts a token that is taken, B sequences, S tokens a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from moe.balance import count_load, switch_loss
+from moe.chosen import coverage_metrics, sequence_shape, top_of_sequences
+from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.token_mean import figure_mean, loss_mean
+from moe.types import LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class MoDConfig(ProjectionConfig):
+    """Config of `MoDRouter`. ``top_k`` is of the tokens that are taken; the others use no expert."""
+
+    name: Literal["mod"] = "mod"
+    top_k: int = 1
+    """Experts of a token that is taken."""
+    capacity: float = 0.125
+    """Share of each sequence's tokens that is taken."""
+    gate: Literal["linear", "sigmoid"] = "linear"
+    """What the experts' output is multiplied by: the score of taking the token (the paper), or its sigmoid."""
+    balance_coef: float = 0.01
+    """Coefficient of the Switch balance loss over the tokens taken; 0 leaves it out."""
+    predictor_coef: float = 0.01
+    """Coefficient of the predictor's cross-entropy. It trains the predictor alone: tokens are detached."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.capacity <= 1:
+            raise ValueError(
+                f"capacity={self.capacity}: it is a share of the tokens. Set it above 0, to 1 at most."
+            )
+        if self.balance_coef < 0:
+            raise ValueError(
+                f"balance_coef={self.balance_coef}: a coefficient is not negative. Set it to 0 or more."
+            )
+        if self.predictor_coef < 0:
+            raise ValueError(
+                f"predictor_coef={self.predictor_coef}: a coefficient is not negative. Set it to 0 or more."
+            )
+
+
+class MoDRouter(ProjectionRouter[MoDConfig]):
+    """Takes the best tokens of each sequence to their K experts; the rest pass by, on the residual alone.
+
+    Attributes:
+        take_D: ``[D]`` weight of the score r of taking a token.
+        predictor_D: ``[D]`` weight of the predictor of membership.
+        predictor_bias: ``[1]``.
+    """
+
+    name = "mod"
+    config_class = MoDConfig
+
+    def __init__(self, config: MoDConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        self.take_D = nn.Parameter(torch.empty(model_width))
+        self.predictor_D = nn.Parameter(torch.empty(model_width))
+        self.predictor_bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """False: most tokens have no weight at all."""
+        return False
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Normal with ``init_std``; the predictor's bias 0."""
+        super().reset_parameters(generator)
+        for weight in (self.take_D, self.predictor_D):
+            nn.init.normal_(weight, std=self.config.init_std, generator=generator)
+        nn.init.zeros_(self.predictor_bias)
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Takes by rank within the sequence in training, by the predictor in evaluation."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+            score_T = x_TD @ self.take_D.to(x_TD.dtype)
+            guess_T = x_TD.detach() @ self.predictor_D.to(x_TD.dtype) + self.predictor_bias.to(x_TD.dtype)
+            taken_T = self._best(score_T.detach(), ctx) if self.training else guess_T > 0
+            logits_TE = self.logits(x_TD)
+            probs_TE = logits_TE.softmax(-1)
+            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+            gate_T = score_T if self.config.gate == "linear" else score_T.sigmoid()
+            weights_TK = gate_T[:, None] * probs_TE.gather(-1, ids_TK)
+            losses = self._losses(guess_T, taken_T, probs_TE, ids_TK, ctx) if self.training else {}
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            slot_mask_TK=taken_T[:, None].expand_as(ids_TK),
+            scores_TE=probs_TE,
+            logits_TE=logits_TE,
+            losses=losses,
+            metrics=self._metrics(guess_T, taken_T, ctx) if self.training else {},
+        )
+
+    def _best(self, score_T: Tensor, ctx: LayerContext) -> Tensor:
+        """``[T]`` bool: the best tokens of each sequence."""
+        B, S = sequence_shape(len(score_T), ctx)
+        mask_T = ctx.token_mask_T(len(score_T))
+        real_BS = None if mask_T is None else mask_T.view(B, S)
+        share = Fraction(self.config.capacity).limit_denominator(10**6)
+        return top_of_sequences(score_T.view(B, S, 1), real_BS, share).view(-1)
+
+    def _losses(
+        self, guess_T: Tensor, taken_T: Tensor, probs_TE: Tensor, ids_TK: Tensor, ctx: LayerContext
+    ) -> dict[str, Tensor]:
+        config, losses = self.config, dict[str, Tensor]()
+        if config.predictor_coef:
+            values_T = F.binary_cross_entropy_with_logits(
+                guess_T, taken_T.to(guess_T.dtype), reduction="none"
+            )
+            losses["predictor"] = config.predictor_coef * loss_mean(values_T, ctx)
+        if config.balance_coef:
+            # Tokens that are taken are real, so that their mask holds both.
+            load = count_load(ids_TK, self.num_experts, taken_T, ctx.run.group)
+            losses["balance"] = config.balance_coef * switch_loss(load, probs_TE, taken_T)
+        return losses
+
+    def _metrics(self, guess_T: Tensor, taken_T: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
+        right_T = ((guess_T > 0) == taken_T).float()
+        metrics = coverage_metrics(taken_T[:, None], ctx)
+        return {"uncovered": metrics["uncovered"], "predictor_right": figure_mean(right_T, ctx)}

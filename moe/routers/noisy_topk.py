@@ -1,0 +1,197 @@
+"""Noisy top-k gating: noise on the logits lets every expert be tried, two losses keep them busy.
+
+Sources: Shazeer et al. 2017 (arXiv 1701.06538, Eq. 3-5 for the gate, Eq. 6-7 for importance, appendix A for
+load); V-MoE (arXiv 2106.05974, sections 2.1 and appendix A). The 0.01 that the learned noise does not fall
+below is that of Tensor2Tensor's code; the paper has none.
+
+Letters: T tokens, D model width, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.distributed import ProcessGroup
+
+from moe.noise import normal_noise
+from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.types import LayerContext, Routing
+
+_NOISE_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class NoisyTopKConfig(LinearRouterConfig):
+    """Config of `NoisyTopKRouter`."""
+
+    name: Literal["noisy_topk"] = "noisy_topk"
+    balance_coef: float = 0.0
+    """Coefficient of the Switch balance loss, which neither source has; 0 leaves it out."""
+    form: Literal["shazeer", "vmoe"] = "shazeer"
+    """``shazeer``: learned noise ``softplus(x W)``, softmax over the selected logits. ``vmoe``: noise of
+    standard deviation 1/E, softmax over all logits before the selection, weights not renormalised."""
+    noise_scale: float = 1.0
+    """Factor on the noise; 0 turns it off."""
+    importance_coef: float = 0.1
+    """Coefficient of the squared coefficient of variation of the experts' summed gates."""
+    load_coef: float = 0.1
+    """Coefficient of the same of the expected number of tokens of each expert, were the noise redrawn."""
+    noise_seed: int = 0
+    """Seed of the draws; conf/router follows the run's seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form == "shazeer" and self.top_k == 1:
+            raise ValueError(
+                "top_k=1: the only weight is then always 1, and the router gets no gradient from the loss. "
+                "Set router.form=vmoe, or top_k to 2 or more."
+            )
+        for name in ("noise_scale", "importance_coef", "load_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it is not negative. Set it to 0 or more.")
+        if self.noise_scale == 0 and self.load_coef:
+            raise ValueError(
+                f"load_coef={self.load_coef}: the load is an expectation over noise, and there is none. "
+                "Set router.load_coef=0, or router.noise_scale above 0."
+            )
+
+
+class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
+    """Top-k of logits plus Gaussian noise in training, of the logits in evaluation.
+
+    Attributes:
+        noise_weight_ED: ``[E, D]``, what the learned noise is made of; None with ``form=vmoe``.
+    """
+
+    name = "noisy_topk"
+    config_class = NoisyTopKConfig
+
+    def __init__(self, config: NoisyTopKConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        learned = torch.zeros(num_experts, model_width)
+        self.noise_weight_ED = nn.Parameter(learned) if self._learns_noise else None
+
+    @property
+    def _learns_noise(self) -> bool:
+        return self.config.form == "shazeer" and self.config.noise_scale > 0
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """True for the softmax over the selected logits."""
+        return self.config.form == "shazeer"
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Normal gate weights; noise weights of 0, that is noise of standard deviation ln 2."""
+        super().reset_parameters(generator)
+        noise_weight_ED = self._parameters.get("noise_weight_ED")
+        if noise_weight_ED is not None:
+            nn.init.zeros_(noise_weight_ED)
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes each token to the K experts of highest noisy logit."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            std_TE = self._noise_std(x_TD, logits_TE)
+            noisy_TE = logits_TE if std_TE is None else self._add_noise(logits_TE, std_TE, ctx)
+            top_TK, ids_TK = noisy_TE.topk(self.top_k, dim=-1)
+            if self.config.form == "shazeer":
+                weights_TK = top_TK.softmax(-1)
+            else:
+                weights_TK = noisy_TE.softmax(-1).gather(-1, ids_TK)
+            probs_TE = logits_TE.softmax(-1)
+            losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
+            if self.training:
+                if self.config.form == "shazeer":
+                    gates_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK)
+                else:
+                    gates_TE = probs_TE
+                losses |= self._variation_losses(gates_TE, logits_TE, noisy_TE, std_TE, ctx)
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            scores_TE=probs_TE,
+            logits_TE=logits_TE,
+            losses=losses,
+        )
+
+    def _noise_std(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor | None:
+        """``[T, E]`` standard deviation of the noise, or None where there is none."""
+        if not self.training or self.config.noise_scale == 0:
+            return None
+        if self.noise_weight_ED is None:
+            return torch.full_like(logits_TE, self.config.noise_scale / self.num_experts)
+        dtype = logits_TE.dtype
+        raw_TE = x_TD.to(dtype) @ self.noise_weight_ED.to(dtype).t()
+        return self.config.noise_scale * (F.softplus(raw_TE) + _NOISE_FLOOR)
+
+    def _add_noise(self, logits_TE: Tensor, std_TE: Tensor, ctx: LayerContext) -> Tensor:
+        (T, E), device = logits_TE.shape, logits_TE.device
+        return logits_TE + std_TE * normal_noise(self.config.noise_seed, "noisy_topk", T, E, ctx, device)
+
+    def _variation_losses(
+        self,
+        gates_TE: Tensor,
+        logits_TE: Tensor,
+        noisy_TE: Tensor,
+        std_TE: Tensor | None,
+        ctx: LayerContext,
+    ) -> dict[str, Tensor]:
+        config, mask_T = self.config, ctx.token_mask_T(len(gates_TE))
+        parts = {}
+        if config.importance_coef:
+            parts["importance"] = gates_TE
+        # With K = E every expert gets every token whatever the noise.
+        if config.load_coef and std_TE is not None and self.top_k < self.num_experts:
+            parts["load"] = chance_of_selection(logits_TE, noisy_TE, std_TE, self.top_k)
+        if not parts:
+            return {}
+        stacked_TNE = torch.stack(list(parts.values()), 1)
+        if mask_T is not None:
+            stacked_TNE = stacked_TNE * mask_T[:, None, None]
+        # The variance is a small difference of sums: in fp32 their order would show in the sixth digit.
+        sums_NE = _sum_over_ranks(stacked_TNE.sum(0, dtype=torch.float64), ctx.run.group)
+        coefs = {"importance": config.importance_coef, "load": config.load_coef}
+        return {
+            name: (coefs[name] * cv_squared(sum_E)).to(gates_TE.dtype)
+            for name, sum_E in zip(parts, sums_NE, strict=True)
+        }
+
+
+def chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
+    """``[T, E]`` probability that an expert is among the K best if its own noise were drawn again.
+
+    Shazeer et al., appendix A, Eq. 8-9: the expert must beat the K-th highest noisy logit of the others.
+
+    Args:
+        logits_TE: Without noise.
+        noisy_TE: With it.
+        std_TE: Standard deviation of the noise, above 0.
+        top_k: K, below E.
+    """
+    best_TK = noisy_TE.topk(top_k + 1, dim=-1).values
+    kth_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
+    # An expert at or above the K-th has K - 1 others above it, so that the next below is its bar.
+    bar_TE = torch.where(noisy_TE >= kth_T1, next_T1, kth_T1)
+    # Bounded, so that an expert at -infinity has a probability of 0 and no gradient in place of NaN.
+    margin_TE = (logits_TE - bar_TE).clamp(-1e30, 1e30)
+    chance_TE: Tensor = torch.special.ndtr(margin_TE / std_TE)
+    return chance_TE
+
+
+def cv_squared(sums_E: Tensor) -> Tensor:
+    """Variance over the squared mean of the experts' sums (Shazeer et al., Eq. 7); 0 when all are 0."""
+    return sums_E.var(correction=0) / (sums_E.mean().square() + 1e-10)
+
+
+def _sum_over_ranks(local_NE: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over ranks; its gradient is this rank's part times the ranks, since gradients are averaged."""
+    if group is None:
+        return local_NE
+    total_NE = local_NE.detach().clone()
+    torch.distributed.all_reduce(total_NE, group=group)
+    return total_NE + group.size() * (local_NE - local_NE.detach())

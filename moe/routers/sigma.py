@@ -1,0 +1,77 @@
+"""Sigma-MoE-Tiny's router: one of many experts, balanced by a loss that flat probabilities cannot satisfy.
+
+Source: Sigma-MoE-Tiny (arXiv 2512.16248) and its project page for the loss. Reconstructed: that the temperature
+belongs to the loss alone, and the gates are the plain softmax.
+
+Letters: T tokens, D model width, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe.balance_top1 import top1_loss
+from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.types import LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class SigmaConfig(ProjectionConfig):
+    """Config of `SigmaRouter`."""
+
+    name: Literal["sigma"] = "sigma"
+    top_k: int = 1
+    """Experts a token."""
+    top1_coef: float = 0.01
+    """Coefficient of the Top-1 balance loss; 0 leaves it out."""
+    temperature: float = 0.1
+    """What the logits are divided by for the loss. At 1 it asks for sharper gates than tasks may want."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top1_coef < 0:
+            raise ValueError(
+                f"top1_coef={self.top1_coef}: a coefficient is not negative. Set it to 0 or more."
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: logits are divided by it. Set it above 0.")
+
+
+class SigmaRouter(ProjectionRouter[SigmaConfig]):
+    """Top-k by softmax probability, not renormalised, with the Top-1 balance loss over all ranks."""
+
+    name = "sigma"
+    config_class = SigmaConfig
+
+    def __init__(self, config: SigmaConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        self.reset_parameters()
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """False: a weight is a probability, so that one expert has a gradient as well."""
+        return False
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes each token to its K best experts."""
+        losses: dict[str, Tensor] = {}
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            scores_TE = logits_TE.softmax(-1)
+            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+            if self.training and self.config.top1_coef:
+                sharp_TE = (logits_TE / self.config.temperature).softmax(-1)
+                value = top1_loss(sharp_TE, ids_TK, ctx.token_mask_T(len(ids_TK)), ctx.run.group)
+                losses["top1"] = self.config.top1_coef * value
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=scores_TE.gather(-1, ids_TK),
+            num_experts=self.num_experts,
+            scores_TE=scores_TE,
+            logits_TE=logits_TE,
+            losses=losses,
+        )

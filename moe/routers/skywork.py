@@ -1,0 +1,175 @@
+"""Skywork-MoE's routing: normalised logits, and a balance coefficient that follows each layer's imbalance.
+
+Source: Skywork-MoE (arXiv 2406.06563, sections on gating logit normalisation and adaptive auxiliary loss
+coefficients); constants from notes of it. Ours where its text was not at hand: the standard deviation is that
+of the population, the weights are renormalised, and the drop rate is computed as if experts had a capacity.
+
+Letters: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from moe.balance import count_load
+from moe.fp32_buffers import Fp32Buffers
+from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.step_sums import StepSums
+from moe.types import LayerContext, Routing
+
+# Below logits of standard deviation 0.001 the normalisation fades: noise is not blown up into a decision.
+_VARIANCE_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class SkyworkConfig(LinearRouterConfig):
+    """Config of `SkyworkRouter`. ``balance_coef`` is what the coefficient starts from; 0: no loss."""
+
+    name: Literal["skywork"] = "skywork"
+    logit_scale: float = 1.0
+    """Lambda: standard deviation of a token's logits after normalisation; larger is sharper."""
+    renormalise: bool = True
+    """Divide the selected probabilities by their sum."""
+    adaptive: bool = True
+    """Whether the balance coefficient follows the drop rate, layer by layer."""
+    sensitivity: float = 0.2
+    """Xi: the coefficient that the moving average strives for, per unit of drop rate."""
+    momentum: float = 0.99
+    """Beta: share of the old coefficient that a step keeps."""
+    balance_coef_max: float = 0.01
+    """Upper bound of the coefficient that it strives for."""
+    capacity_factor: float = 1.0
+    """Capacity, in units of even load, above which a slot counts as dropped. No slot is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k == 1 and self.renormalise:
+            raise ValueError(
+                "top_k=1: the only weight is then always 1, and the router gets no gradient from the loss. "
+                "Set router.renormalise=false, or top_k to 2 or more."
+            )
+        for name in ("logit_scale", "capacity_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it is positive. Set it above 0; 1 is usual.")
+        for name in ("sensitivity", "balance_coef_max"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it is not negative. Set it to 0 or more.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum={self.momentum}: the coefficient would never move, or run away. "
+                "Set it from 0 to below 1; 0.99 is the paper's."
+            )
+
+
+class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
+    """Top-k of ``softmax(lambda (z - mean) / std)``, with mean and std over a token's logits.
+
+    Attributes:
+        balance_alpha: ``[1]`` fp32, the present balance coefficient; saved with the model.
+    """
+
+    name = "skywork"
+    config_class = SkyworkConfig
+    fp32_buffers: ClassVar[tuple[str, ...]] = ("balance_alpha",)
+    balance_alpha: Tensor
+
+    def __init__(self, config: SkyworkConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        self.register_buffer("balance_alpha", torch.full((1,), config.balance_coef, dtype=torch.float32))
+        self._slots = StepSums()
+
+    @classmethod
+    def check(cls, config: SkyworkConfig, num_experts: int) -> str | None:
+        """Two normalised logits are +lambda and -lambda whatever the token is."""
+        if message := super().check(config, num_experts):
+            return message
+        if num_experts == 2:
+            return (
+                "two normalised logits are always +logit_scale and -logit_scale, so that the router's "
+                "weights are constants. Set upcycle.num_experts to 3 or more, or use router=topk"
+            )
+        return None
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """True for renormalised weights."""
+        return self.config.renormalise
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Normal weights; the balance coefficient of the config."""
+        super().reset_parameters(generator)
+        if "balance_alpha" in self._buffers:
+            self.balance_alpha.fill_(self.config.balance_coef)
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes each token to its K best experts."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            normalised_TE = normalise_logits(logits_TE, self.config.logit_scale)
+            probs_TE = normalised_TE.softmax(-1)
+            top_TK, ids_TK = normalised_TE.topk(self.top_k, dim=-1, sorted=False)
+            weights_TK = top_TK.softmax(-1) if self.config.renormalise else probs_TE.gather(-1, ids_TK)
+            losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
+            if "balance" in losses:
+                factor = self.balance_alpha[0].to(probs_TE.dtype) / self.config.balance_coef
+                losses["balance"] = losses["balance"] * factor
+        if self.training and self._adapts:
+            counts_E = count_load(ids_TK, self.num_experts, ctx.token_mask_T(len(ids_TK))).counts_E
+            self._slots.write(ctx.run, counts_E)
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            scores_TE=probs_TE,
+            logits_TE=logits_TE,
+            losses=losses,
+            # A copy: what is reported of a step is not what comes after it.
+            metrics={"balance_alpha": self.balance_alpha[0].clone()} if self._adapts else {},
+        )
+
+    @property
+    def _adapts(self) -> bool:
+        return self.config.adaptive and self.config.balance_coef > 0
+
+    @torch.no_grad()
+    def after_optimizer_step(self, ctx: LayerContext) -> None:
+        """``alpha = beta alpha + (1 - beta) min(xi d, alpha_max)`` with d the step's drop rate."""
+        config, group = self.config, ctx.run.group
+        if not self._adapts:
+            return
+        taken_E = self._slots.take()
+        zeros_E = torch.zeros(self.num_experts, device=self.balance_alpha.device)
+        counts_E = zeros_E if taken_E is None else taken_E
+        if group is not None:
+            torch.distributed.all_reduce(counts_E, group=group)
+        dropped = drop_rate(counts_E, config.capacity_factor)
+        target = (config.sensitivity * dropped).clamp_max(config.balance_coef_max)
+        # Without a token there is nothing to follow.
+        moved = self.balance_alpha.lerp(target, 1 - config.momentum)
+        self.balance_alpha.copy_(torch.where(counts_E.sum() > 0, moved, self.balance_alpha))
+
+
+def normalise_logits(logits_TE: Tensor, scale: float) -> Tensor:
+    """``scale (z - mean) / std`` of each token over its finite logits; experts at -infinity stay there.
+
+    Args:
+        logits_TE: ``[T, E]``.
+        scale: Lambda.
+    """
+    finite_TE = logits_TE.isfinite()
+    num_T1 = finite_TE.sum(-1, keepdim=True).clamp_min(1)
+    known_TE = logits_TE.masked_fill(~finite_TE, 0)
+    centred_TE = (known_TE - known_TE.sum(-1, keepdim=True) / num_T1).masked_fill(~finite_TE, 0)
+    variance_T1 = centred_TE.square().sum(-1, keepdim=True) / num_T1
+    normalised_TE = scale * centred_TE * (variance_T1 + _VARIANCE_FLOOR).rsqrt()
+    return normalised_TE.masked_fill(~finite_TE, -torch.inf)
+
+
+def drop_rate(counts_E: Tensor, capacity_factor: float) -> Tensor:
+    """Share of the slots above a capacity of ``capacity_factor`` times the even load; 0 without slots."""
+    over_E = (counts_E - capacity_factor * counts_E.mean()).clamp_min(0)
+    return over_E.sum() / counts_E.sum().clamp_min(1)

@@ -1,0 +1,163 @@
+"""Selective Sinkhorn Routing: top-k softmax, with a balanced transport plan in its place on a few steps.
+
+Source: Nguyen, Ta, Le Duc, Nguyen, Tran 2025 (arXiv 2511.08972). Its algorithm reached us through two
+secondary accounts that agree on the objective, the gate and the selection; where they differ (cost, noise
+site, gradient, draw) each choice is an option here, see docs/routers/transport.md.
+
+Letters: T tokens, D model width, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe.draws import hashed_uniform
+from moe.noise import normal_noise
+from moe.routers.assigned import AssignedConfig, AssignedRouter
+from moe.transport import SinkhornRule, sinkhorn
+from moe.types import LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class SSRConfig(AssignedConfig):
+    """Config of `SSRRouter`."""
+
+    name: Literal["ssr"] = "ssr"
+    probability: float = 0.001
+    """Probability that a (step, layer) is routed by the transport plan; 0.001 to 0.01 is published."""
+    cost: Literal["softmax", "linear"] = "softmax"
+    """What the plan transports by: the softmax of the logits (SSR-S) or the logits (SSR-L)."""
+    xi: float = 0.05
+    """Entropy weight: the plan's temperature. About 0.05 for softmax cost, 0.5 to 1 for linear cost."""
+    max_iterations: int = 100
+    """Upper bound on Sinkhorn iterations."""
+    tolerance: float = 1e-4
+    """L2 norm of the error of the plan's column sums, in tokens, at which Sinkhorn stops."""
+    check_every: int = 10
+    """Iterations between two looks of the host at the tolerance; the result does not depend on it."""
+    gate_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the logits of ordinary training steps."""
+    transport_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the cost of transport steps."""
+    gradient: Literal["potentials_detached", "unrolled", "none"] = "potentials_detached"
+    """Of a transport step: through the softmax of cost/xi + bias with the bias constant, through Sinkhorn's
+    iterations as well, or none."""
+    draw_per: Literal["step", "micro_batch"] = "step"
+    """Whether the micro-batches of a step share one draw (a layer draws by itself in any case)."""
+    seed: int = 0
+    """Of the draws and the noise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.probability <= 1:
+            raise ValueError(
+                f"probability={self.probability}: it is a share of the steps. Set it between 0 and 1."
+            )
+        if self.xi <= 0:
+            raise ValueError(f"xi={self.xi}: a temperature is positive. Set it above 0; 0.05 to 1 is usual.")
+        for noise in ("gate_noise", "transport_noise"):
+            if getattr(self, noise) < 0:
+                raise ValueError(
+                    f"{noise}={getattr(self, noise)}: a standard deviation is not negative. "
+                    "Set it to 0 or more."
+                )
+        # Refuses its own fields by name.
+        SinkhornRule(self.max_iterations, self.tolerance, check_every=self.check_every)
+
+
+class SSRRouter(AssignedRouter[SSRConfig]):
+    """Top-k softmax routing; on a step drawn with a small probability, top-k of a balanced transport plan.
+
+    The plan only acts in training. As u cancels in a row, a transport step is top-k softmax of
+    ``cost / xi + v`` with a bias v for each expert that is made for this batch.
+    """
+
+    name = "ssr"
+    config_class = SSRConfig
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """Always for two experts and more; a single weight is not renormalised, or it would be constant."""
+        return self.config.top_k > 1
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
+        """Routes each token to K experts."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            if self.training and self.transports(ctx):
+                ids_TK, weights_TK, metrics = self._by_plan(logits_TE, ctx)
+            else:
+                ids_TK, weights_TK = self._by_softmax(logits_TE, ctx)
+                metrics = _metrics(logits_TE, 0.0)
+        return Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            num_experts=self.num_experts,
+            scores_TE=logits_TE.softmax(-1),
+            logits_TE=logits_TE,
+            metrics=metrics if self.training else {},
+        )
+
+    def transports(self, ctx: LayerContext) -> bool:
+        """Whether this (step, layer), or micro-batch of it, is one of those drawn: the same on every rank."""
+        return hashed_uniform(self.config.seed, "ssr", *self._where(ctx)) < self.config.probability
+
+    def _where(self, ctx: LayerContext) -> tuple[int, ...]:
+        where = (ctx.run.step, ctx.layer_index)
+        return where if self.config.draw_per == "step" else (*where, ctx.run.micro_batch)
+
+    def _by_softmax(self, logits_TE: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        if self.training and self.config.gate_noise:
+            logits_TE = logits_TE + self.config.gate_noise * self._noise(logits_TE, ctx)
+        return self._top(logits_TE)
+
+    def _by_plan(self, logits_TE: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        config = self.config
+        # In fp32 the sharp kernels of small xi cannot meet the tolerance.
+        cost_TE = logits_TE.double()
+        if config.cost == "softmax":
+            cost_TE = cost_TE.softmax(-1)
+        if config.transport_noise:
+            cost_TE = cost_TE + config.transport_noise * self._noise(cost_TE, ctx)
+        kernel_TE = cost_TE / config.xi
+        rule = SinkhornRule(config.max_iterations, config.tolerance, check_every=config.check_every)
+        found = sinkhorn(
+            kernel_TE if config.gradient == "unrolled" else kernel_TE.detach(),
+            rule,
+            mask_T=ctx.token_mask_T(len(kernel_TE)),
+            group=ctx.run.group,
+        )
+        ids_TK, weights_TK = self._top(kernel_TE + found.column_E)
+        weights_TK = weights_TK.to(logits_TE.dtype)
+        if config.gradient == "none":
+            # Zero, and not absent: data parallelism waits for a gradient of every parameter.
+            weights_TK = weights_TK.detach() + 0.0 * logits_TE.gather(-1, ids_TK)
+        metrics = _metrics(logits_TE, 1.0, found.iterations, found.residual)
+        return ids_TK, weights_TK, metrics
+
+    def _top(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        top_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1, sorted=False)
+        if self.top_k == 1:
+            return ids_TK, scores_TE.softmax(-1).gather(-1, ids_TK)
+        return ids_TK, top_TK.softmax(-1)
+
+    def _noise(self, like_TE: Tensor, ctx: LayerContext) -> Tensor:
+        """Standard normal; the same when the micro-batch is recomputed."""
+        T, E = like_TE.shape
+        return normal_noise(self.config.seed, "ssr", T, E, ctx, like_TE.device).to(like_TE.dtype)
+
+
+def _metrics(
+    like: Tensor, transported: float, iterations: Tensor | None = None, residual: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The same names on every step, so that every rank and layer reports alike."""
+    zero = like.new_zeros(())
+    return {
+        "transported": zero + transported,
+        "sinkhorn_iterations": zero if iterations is None else iterations.to(zero),
+        "sinkhorn_residual": zero if residual is None else residual.detach().to(zero),
+    }

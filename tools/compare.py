@@ -1,0 +1,89 @@
+"""Compares routers: ``python -m tools.compare routers=[topk,ssr,sinkhorn] seeds=3 [OPTION=VALUE ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from moe.errors import ConfigError, Mistake
+from recipes.compose import CONF, compose_config
+from tools.command import run_command
+
+_DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare",
+        description="Trains the upcycling job under each router and seed, everything else equal, and "
+        "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
+        "the others down.",
+        epilog="Every other OPTION=VALUE is passed to train.py, such as train.steps=200 or upcycle.num_experts=16.",
+    )
+    parser.add_argument(
+        "options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's"
+    )
+    parser.add_argument("--name", default="routers", help="folder below outputs/compare (default routers)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
+    parser.add_argument("--only-page", action="store_true", help="train nothing, draw what is there")
+    arguments = parser.parse_args()
+    return arguments, arguments.options
+
+
+def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
+    """Routers, seeds, and what is train.py's."""
+    own = dict(o.split("=", 1) for o in options if o.startswith(("routers=", "seeds=")))
+    rest = [o for o in options if not o.startswith(("routers=", "seeds="))]
+    routers = [r.strip() for r in own.get("routers", _DEFAULT_ROUTERS).strip("[]").split(",") if r.strip()]
+    known = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+    mistakes = [
+        Mistake("routers", router, "there is no such router", f"Choose from: {', '.join(known)}.")
+        for router in routers
+        if router not in known
+    ]
+    seeds = own.get("seeds", "3")
+    if not seeds.isdigit() or int(seeds) < 1:
+        mistakes.append(Mistake("seeds", seeds, "it must be a whole number of at least 1", "Give 3."))
+    if not routers:
+        mistakes.append(Mistake("routers", own["routers"], "the list is empty", "Name at least one router."))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return routers, int(seeds), rest
+
+
+def main() -> int:
+    """Runs what is missing, then writes the page; 1 when a run failed."""
+    arguments, options = _parse()
+    routers, seeds, overrides = _split(options)
+    for router in routers:
+        compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
+    from recipes.comparison.collect import collect
+    from recipes.comparison.page import text_table, write_page
+    from recipes.comparison.plan import plan_trials, start
+
+    folder = Path("outputs").absolute() / "compare" / arguments.name
+    trials = plan_trials(folder, routers, seeds)
+    for number, trial in enumerate(trials, start=1):
+        if arguments.only_page or trial.done:
+            continue
+        began = time.perf_counter()
+        code = start(trial, overrides, arguments.ranks)
+        outcome = "done" if code == 0 else f"FAILED with exit code {code}, see {trial.log}"
+        seconds = time.perf_counter() - began
+        print(
+            f"{number}/{len(trials)} {trial.router} seed {trial.seed}: {outcome} ({seconds:.0f} s)",
+            flush=True,
+        )
+    results = collect(trials)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = (
+        f"{len(routers)} routers, {seeds} seeds; {' '.join(overrides) or 'the defaults of the main job'}"
+    )
+    page = write_page(folder, results, description)
+    print(f"\n{text_table(results)}\n\npage: {page}")
+    return 0 if all(trial.done for trial in trials) else 1
+
+
+if __name__ == "__main__":
+    run_command(main)
