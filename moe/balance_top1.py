@@ -15,8 +15,9 @@ def top1_loss(
 ) -> Tensor:
     """``E sum_e fhat_e^2 / mean_t(sum_k p_t,k)`` with ``fhat = mean_t p`` (Sigma-MoE-Tiny, arXiv 2512.16248).
 
-    Where the Switch loss is at its minimum when *either* load or probabilities are uniform, this one is 1 only
-    with one-hot probabilities and uniform load: the divisor punishes flat ones. Differentiable throughout.
+    Where the Switch loss is at its minimum when *either* load or probabilities are uniform, this one is 1
+    only with one-hot probabilities and uniform load: the divisor punishes flat ones. It is differentiable
+    throughout.
 
     Args:
         probs_TE: ``[T, E]`` probabilities, softmax of the logits over a temperature; they carry the gradient.

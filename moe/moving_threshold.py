@@ -18,8 +18,8 @@ from moe.types import RouterContext
 class MovingThreshold(Fp32Buffers, nn.Module):
     """An exponential moving average of N thresholds over optimizer steps; the first step sets it.
 
-    What a step measures is the mean over its micro-batches and ranks, each by its real tokens, so that N ranks
-    equal one rank with N times the micro-batches.
+    What a step measures is the mean over its micro-batches and ranks, each by its real tokens, so that N
+    ranks equal one rank with N times the micro-batches.
 
     Attributes:
         value_N: ``[N]`` fp32.

@@ -23,7 +23,7 @@ from recipes.data.sources import fingerprint, read_documents
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.jobs.base import Session
 from recipes.loop import Leg, LegResult
-from recipes.optim import OptimConfig
+from recipes.optim import OptimConfig, ScheduleConfig
 from recipes.schema import DefaultModelConfig, RunConfig
 
 # Raised when the code changes what the default becomes, so that old caches are not taken for it.
@@ -109,7 +109,7 @@ def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> 
     costs = measure_costs(host, config.data.seq_len, None)
     what = "training a Llama" if config.model.steps else "drawing the weights of a Llama"
     session.say(f"dense: no checkpoint given, {what} of {costs.total_params:,} parameters")
-    optim = _optim(config)
+    optim = _optim(config.model)
     leg = Leg(
         name="dense",
         title="dense",
@@ -131,11 +131,10 @@ def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> 
     return result.finished
 
 
-def _optim(config: RunConfig) -> OptimConfig:
-    schedule = dataclasses.replace(
-        config.optim.schedule, kind="cosine", warmup_steps=config.model.warmup_steps, min_lr_ratio=0.1
-    )
-    return dataclasses.replace(config.optim, name="adamw", lr=config.model.lr, schedule=schedule)
+def _optim(model: DefaultModelConfig) -> OptimConfig:
+    """The default's own: what ``optim`` says is of the run, and the cache does not depend on it."""
+    schedule = ScheduleConfig(kind="cosine", warmup_steps=model.warmup_steps, min_lr_ratio=0.1)
+    return OptimConfig(name="adamw", lr=model.lr, schedule=schedule)
 
 
 def _fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> HuggingFaceHost:

@@ -19,7 +19,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         description="Trains the upcycling job under each router and seed, everything else equal, and "
         "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
         "the others down.",
-        epilog="Every other OPTION=VALUE is passed to train.py, such as train.steps=200 or upcycle.num_experts=16.",
+        epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
     )
     parser.add_argument(
         "options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's"

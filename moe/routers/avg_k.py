@@ -1,11 +1,11 @@
 """Avg-K: an expert's gate is the mean of its own keys, so that routing needs no parameters and no loss.
 
-Source: Liu et al., "Towards A Unified View of Sparse Feed-Forward Network in Pretraining Large Language Model"
-(arXiv 2305.13999), Section 4. Reconstructed: that the dot product is raw, and that a gated expert's keys are its gate
-rows.
+Source: Liu et al., "Towards A Unified View of Sparse Feed-Forward Network in Pretraining Large Language
+Model" (arXiv 2305.13999), Section 4. Reconstructed: that the dot product is raw, and that a gated expert's
+keys are its gate rows.
 
-Identical experts have identical gates: after plain copying it cannot tell the copies apart, and every token would go
-to the same ones for ever. It warns, and refuses to train.
+Identical experts have identical gates: after plain copying it cannot tell the copies apart, and every token
+would go to the same ones for ever. It warns, and refuses to train.
 
 Letters: T tokens, D model width, E experts, K experts a token, F expert width, U = 2F when gated, else F.
 """
@@ -95,7 +95,7 @@ class AvgKRouter(Router[AvgKConfig]):
 
     @torch.no_grad()
     def mean_keys(self) -> Tensor:
-        """``[E, D]`` mean of each expert's gate rows (of the rows of its up projection, when it is not gated)."""
+        """``[E, D]`` mean of each expert's gate rows (of its up projection's rows, when it is not gated)."""
         assert self._attached, "attach() comes before routing: the experts' weights are the gates"
         (experts,) = self._attached
         w_up_EUD = experts.w_up_EUD

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from moe.dense_gates import slots_of_gates
 from moe.routers.base import Router, RouterConfig
 from moe.smooth_step import log_smooth_step
+from moe.soft_balance import soft_balance_loss
 from moe.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
 
@@ -35,16 +36,20 @@ class CometConfig(RouterConfig):
     """Width of the band in which a node sends a token both ways; the wider, the later trees harden."""
     entropy_coef: float = 0.1
     """Coefficient of the entropy of each tree's leaves, which drives nodes to 0 or 1; 0 leaves it out."""
+    balance_coef: float = 0.0
+    """Coefficient of the Switch balance loss, load counted in weight; 0 leaves it out. The paper has none;
+    without it all tokens of a language model harden towards the same experts."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: a token needs at least one tree. Set it to 1 or more.")
         if self.gamma <= 0:
             raise ValueError(f"gamma={self.gamma}: the band has a width. Set it above 0; 1 is usual.")
-        if self.entropy_coef < 0:
-            raise ValueError(
-                f"entropy_coef={self.entropy_coef}: a coefficient is not negative. Set it to 0 or more."
-            )
+        for name in ("entropy_coef", "balance_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: a coefficient is not negative. Set it to 0 or more."
+                )
 
 
 class CometRouter(Router[CometConfig]):
@@ -112,9 +117,7 @@ class CometRouter(Router[CometConfig]):
             shares_TEJ = scores_TEJ.flatten(1).softmax(-1).view_as(scores_TEJ)
             gates_TE = shares_TEJ.sum(-1)
             gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True)
-            losses = {}
-            if self.training and self.config.entropy_coef:
-                losses["entropy"] = self.config.entropy_coef * loss_mean(_entropy_T(log_p_TEJ), ctx)
+            losses = self._losses(log_p_TEJ, gates_TE, ctx) if self.training else {}
         ids_TK, weights_TK, used_TK = slots_of_gates(gates_TE)
         hard_TNJ = (log_left_TNJ.isinf() | log_right_TNJ.isinf()).to(weights_TK.dtype)
         hard_T = hard_TNJ.mean((1, 2)) if hard_TNJ.shape[1] else hard_TNJ.new_ones(len(x_TD))
@@ -130,6 +133,14 @@ class CometRouter(Router[CometConfig]):
                 "active_experts": figure_mean(used_TK.sum(-1).to(weights_TK.dtype), ctx),
             },
         )
+
+    def _losses(self, log_p_TEJ: Tensor, gates_TE: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
+        losses = {}
+        if self.config.entropy_coef:
+            losses["entropy"] = self.config.entropy_coef * loss_mean(_entropy_T(log_p_TEJ), ctx)
+        if self.config.balance_coef:
+            losses["balance"] = self.config.balance_coef * soft_balance_loss(gates_TE, ctx)
+        return losses
 
 
 def leaf_log_probs(log_left_TNJ: Tensor, log_right_TNJ: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from moe.dense_gates import slots_of_gates
 from moe.routers.base import Router, RouterConfig
 from moe.smooth_step import smooth_step
+from moe.soft_balance import soft_balance_loss
 from moe.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
 
@@ -38,6 +39,9 @@ class DSelectKConfig(RouterConfig):
     entropy_coef: float = 0.1
     """Coefficient of the entropy of each selector, mean over tokens; 0 leaves it out. The paper's code
     sums over the batch: its coefficient is this one divided by the batch."""
+    balance_coef: float = 0.0
+    """Coefficient of the Switch balance loss, load counted in weight; 0 leaves it out. The paper has none;
+    without it all tokens of a language model harden towards the same experts."""
     unreachable: Literal["renormalise", "penalise"] = "renormalise"
     """What becomes of codes without an expert, where E is no power of 2. ``renormalise``: at each bit, the
     half that holds none gets nothing, so that weights sum to 1. ``penalise``: the paper's loss pushes mass
@@ -50,7 +54,7 @@ class DSelectKConfig(RouterConfig):
             raise ValueError(f"top_k={self.top_k}: a token needs at least one selector. Set it to 1 or more.")
         if self.gamma <= 0:
             raise ValueError(f"gamma={self.gamma}: the band has a width. Set it above 0; 1 is usual.")
-        for name in ("entropy_coef", "penalty_coef"):
+        for name in ("entropy_coef", "balance_coef", "penalty_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: a coefficient is not negative. Set it to 0 or more."
@@ -124,7 +128,7 @@ class DSelectKRouter(Router[DSelectKConfig]):
             gates_TE = (mix_TJ.softmax(-1)[..., None] * chosen_TJE).sum(1)
             if self.weights_sum_to_one:
                 gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True)
-            losses = self._losses(chosen_TJE, ctx) if self.training else {}
+            losses = self._losses(chosen_TJE, gates_TE, ctx) if self.training else {}
         ids_TK, weights_TK, used_TK = slots_of_gates(gates_TE)
         hard_TJM = ((one_TJM == 0) | (zero_TJM == 0)).to(weights_TK.dtype)
         hard_T = hard_TJM.mean((1, 2)) if hard_TJM.shape[2] else hard_TJM.new_ones(len(x_TD))
@@ -150,13 +154,15 @@ class DSelectKRouter(Router[DSelectKConfig]):
         bits_TN = x_TD @ self.bit_weight_JMD.flatten(0, 1).to(dtype).t()
         return bits_TN.view(T, *bits_JM.shape) + bits_JM, x_TD @ self.mix_weight_JD.to(dtype).t() + mix_J
 
-    def _losses(self, chosen_TJE: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
+    def _losses(self, chosen_TJE: Tensor, gates_TE: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
         losses = {}
         if self.config.entropy_coef:
             # A probability of 0 adds 0; its own gradient is cut, as its bits are flat there.
             safe_TJE = torch.where(chosen_TJE > 0, chosen_TJE, 1.0)
             entropy_T = -(safe_TJE * safe_TJE.log()).sum((1, 2))
             losses["entropy"] = self.config.entropy_coef * loss_mean(entropy_T, ctx)
+        if self.config.balance_coef:
+            losses["balance"] = self.config.balance_coef * soft_balance_loss(gates_TE, ctx)
         if self.config.penalty_coef and not self.weights_sum_to_one:
             excess_T = (1 / (chosen_TJE.sum(-1) + _PENALTY_FLOOR)).sum(-1)
             losses["unreachable"] = self.config.penalty_coef * loss_mean(excess_T, ctx)

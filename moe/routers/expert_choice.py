@@ -1,10 +1,10 @@
 """Expert choice: every expert takes its best tokens, so that load is perfect and no loss is needed.
 
-Source: Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing" (arXiv 2202.09368, Section 3.2: scores
-S = softmax(X W), then the top k = n c / e tokens of each column).
+Source: Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing" (arXiv 2202.09368, Section 3.2:
+scores S = softmax(X W), then the top k = n c / e tokens of each column).
 
-Which tokens an expert takes depends on all tokens, later ones too: a language model that is trained this way
-sees the future, and generates from another distribution. Use it for encoders, diffusion and vision.
+Which tokens an expert takes depends on all tokens, later ones too: a language model that is trained this
+way sees the future, and generates from another distribution. Use it for encoders, diffusion and vision.
 
 Letters: T tokens, D model width, E experts, K slots a token, B sequences, S tokens a sequence.
 """

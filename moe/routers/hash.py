@@ -1,8 +1,9 @@
-"""Hash layers: a fixed table sends every token id to its experts. Nothing is learned, and nothing can collapse.
+"""Hash layers: a fixed table sends every token id to its experts. Nothing is learned, and nothing can
+collapse.
 
-Source: Roller et al., "Hash Layers For Large Sparse Models" (arXiv 2106.04426): random and balanced tables, weight
-1, several hashes. Reconstructed: what the weight of several experts is (1/K), and the frequencies that a balanced
-table starts from.
+Source: Roller et al., "Hash Layers For Large Sparse Models" (arXiv 2106.04426): random and balanced tables,
+weight 1, several hashes. Reconstructed: what the weight of several experts is (1/K), and the frequencies
+that a balanced table starts from.
 
 Letters: T tokens, E experts, K experts a token, V token ids.
 """
@@ -29,7 +30,7 @@ class HashConfig(RouterConfig):
     top_k: int = 1
     """Hashes: different experts a token."""
     table: Literal["random", "balanced", "modulo"] = "random"
-    """How ids get their experts: drawn; the most frequent first to the least loaded expert; or id modulo E."""
+    """How ids get experts: drawn; the most frequent first, to the least loaded expert; or id modulo E."""
     table_size: int = 131072
     """Entries of the table. Ids beyond it share the entries of id modulo this."""
 
@@ -38,7 +39,8 @@ class HashConfig(RouterConfig):
             raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
         if self.table_size < 1:
             raise ValueError(
-                f"table_size={self.table_size}: a table has at least one entry. Set it to the vocabulary's size."
+                f"table_size={self.table_size}: a table has at least one entry. "
+                "Set it to the size of the vocabulary."
             )
 
 
@@ -81,8 +83,11 @@ class HashRouter(Router[HashConfig]):
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Fills the table. A balanced one is made for ids whose frequency falls as 1 / (id + 1), as those of most
-        tokenizers roughly do; `balance` makes it for counted frequencies."""
+        """Fills the table.
+
+        A balanced one is made for ids whose frequency falls as 1 / (id + 1), roughly as in tokenizers that
+        merge the most frequent pair first; `balance` makes it for counted frequencies.
+        """
         V, K = self.table_VK.shape
         if self.config.table == "random":
             table_VK = random_table(V, K, self.num_experts, generator)

@@ -1,14 +1,16 @@
 """Routing by what the caller knows of a token: its modality, class, or timestep. Nothing is learned.
 
-Sources: Mixture-of-Transformers (arXiv 2411.04996: one feed-forward network for each modality, positions gathered by
-masks that partition the sequence), and mixtures that split a sample space by label or diffusion timestep.
+Sources: Mixture-of-Transformers (arXiv 2411.04996: one feed-forward network for each modality, positions
+gathered by masks that partition the sequence), and mixtures that split a sample space by label or diffusion
+timestep.
 
 The caller sets ``RouterContext.keys[name]`` before each forward pass, to one of
 
 - ``[B, S]`` integers: the expert of each token;
 - ``[B]``: the same for all tokens of a sequence;
 - ``[E, B, S]`` bool: a mask for each expert, which together hold every token once;
-- ``[B, S]`` or ``[B]`` numbers, with ``edges``: token goes to the first expert whose upper edge is above its number.
+- ``[B, S]`` or ``[B]`` numbers, with ``edges``: token goes to the first expert whose upper edge is above
+  its number.
 
 Letters: T tokens, E experts, B sequences, S tokens a sequence.
 """
@@ -98,9 +100,7 @@ class KeyedRouter(Router[KeyedConfig]):
         name, keys = self.config.key, ctx.run.keys
         if name not in keys:
             given = ", ".join(sorted(keys)) or "none"
-            raise self._error(
-                f"it routes by a key of each token, and of {name!r} the caller gave none ({given})"
-            )
+            raise self._error(f"it routes by this key of each token, and the caller gave only: {given}")
         return keys[name]
 
     def _experts(self, key: Tensor, num_tokens: int, mask_T: Tensor | None) -> Tensor:
@@ -129,5 +129,6 @@ class KeyedRouter(Router[KeyedConfig]):
         return key.to(torch.int64)
 
     def _error(self, rule: str) -> ConfigError:
-        remedy = f"Set RouterContext.keys[{self.config.key!r}] before every forward pass: see moe/routers/keyed.py."
-        return ConfigError.one("router.key", self.config.key, rule, remedy)
+        key = self.config.key
+        remedy = f"Set RouterContext.keys[{key!r}] before every forward pass: see moe/routers/keyed.py."
+        return ConfigError.one("router.key", key, rule, remedy)

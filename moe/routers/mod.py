@@ -1,14 +1,16 @@
 """Mixture of Depths around the feed-forward network: only some tokens of each sequence use experts at all.
 
-Source: Raposo et al., "Mixture-of-Depths" (arXiv 2404.02258, Eq. 1 for the gate, Section 3.5 for a predictor of
-membership); with experts inside it is their integrated form. There whole blocks are skipped, attention included, in
-every second layer (``upcycle.layers=every:2``); here attention always runs. Reconstructed: all constants but the
-capacity of 12.5 percent, and that the predictor is linear.
+Source: Raposo et al., "Mixture-of-Depths" (arXiv 2404.02258, Eq. 1 for the gate, Section 3.5 for a
+predictor of membership); with experts inside it is their integrated form. There whole blocks are skipped,
+attention included, in every second layer (``upcycle.layers=every:2``); here attention always runs.
+Reconstructed: all constants but the capacity of 12.5 percent, and that the predictor is linear.
 
-Training takes the best tokens of a sequence, which depends on later ones. Evaluation asks a predictor that sees one
-token alone and has learned to tell membership, and so it is causal; it holds the capacity in the mean only.
+Training takes the best tokens of a sequence, which depends on later ones. Evaluation asks a predictor that
+sees one token alone and has learned to tell membership, and so it is causal; it holds the capacity in the
+mean only.
 
-Letters: T tokens, D model width, E experts, K experts a token that is taken, B sequences, S tokens a sequence.
+Letters: T tokens, D model width, E experts, K experts a token that is taken, B sequences, S tokens a
+sequence.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class MoDConfig(ProjectionConfig):
     capacity: float = 0.125
     """Share of each sequence's tokens that is taken."""
     gate: Literal["linear", "sigmoid"] = "linear"
-    """What the experts' output is multiplied by: the score of taking the token (the paper), or its sigmoid."""
+    """What the experts' output is multiplied by: the score of taking the token (paper), or its sigmoid."""
     balance_coef: float = 0.01
     """Coefficient of the Switch balance loss over the tokens taken; 0 leaves it out."""
     predictor_coef: float = 0.01

@@ -2,8 +2,9 @@
 
 Source: Ayonrinde 2024, "Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders"
 (arXiv 2411.02124), where the features of an autoencoder stand in for experts; the same as BatchTopK there.
-Reconstructed for mixtures: the scores, the guard for tokens without an expert, and the threshold that replaces the
-batch in evaluation. It balances nothing: hard tokens get more experts, and popular experts more tokens.
+Reconstructed for mixtures: the scores, the guard for tokens without an expert, and the threshold that
+replaces the batch in evaluation. It balances nothing: hard tokens get more experts, and popular experts
+more tokens.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -76,7 +77,7 @@ class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
         self.threshold.reset()
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes the best pairs; in evaluation those above the threshold, or top-k while nothing has set it."""
+        """Routes the best pairs; in evaluation those above the threshold, or top-k while none is set."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             probs_TE = logits_TE.softmax(-1)

@@ -1,8 +1,9 @@
-"""Quantile balancing: thresholds of the experts follow the quantiles of their scores; causal and without a loss.
+"""Quantile balancing: thresholds of the experts follow the quantiles of their scores; causal and without a
+loss.
 
 Source: Su, "MoE Odyssey" (kexue.fm 11619: K experts for every token; 11626: a token uses every expert whose
-threshold it exceeds), known to us from notes. Reconstructed: the guard for tokens without an expert, the cap, and
-selection by plain top-k until the first step has set the thresholds.
+threshold it exceeds), known to us from notes. Reconstructed: the guard for tokens without an expert, the
+cap, and selection by plain top-k until the first step has set the thresholds.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """

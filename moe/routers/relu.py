@@ -1,8 +1,9 @@
 """ReMoE: the gates are ReLUs, so that routing is differentiable and the number of experts a token varies.
 
-Source: Wang, Zhu and Chen, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing" (arXiv 2412.14711,
-Eq. 5 for the gate, 7-9 for the penalty and its controller); thu-ml/ReMoE for the constants. There one penalty
-serves all layers and follows their mean sparsity; here every layer has its own, so that each settles at K.
+Source: Wang, Zhu and Chen, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing" (arXiv
+2412.14711, Eq. 5 for the gate, 7-9 for the penalty and its controller); thu-ml/ReMoE for the constants.
+There one penalty serves all layers and follows their mean sparsity; here every layer has its own, so that
+each settles at K.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -50,7 +51,7 @@ class ReLUConfig(ProjectionConfig):
             )
         if self.penalty_factor <= 1:
             raise ValueError(
-                f"penalty_factor={self.penalty_factor}: a penalty that does not grow cannot make gates sparse. "
+                f"penalty_factor={self.penalty_factor}: a penalty that does not grow makes no gate sparse. "
                 "Set it above 1; 1.2 is usual."
             )
 
@@ -118,7 +119,7 @@ class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):
 
     @torch.no_grad()
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Raises the penalty when the tokens of the step, of all ranks, used more than K experts in the mean."""
+        """Raises the penalty when the tokens of the step, of all ranks, used more than K experts each."""
         sums = self._sums.take()
         if sums is None:
             return

@@ -1,7 +1,7 @@
 """Sigma-MoE-Tiny's router: one of many experts, balanced by a loss that flat probabilities cannot satisfy.
 
-Source: Sigma-MoE-Tiny (arXiv 2512.16248) and its project page for the loss. Reconstructed: that the temperature
-belongs to the loss alone, and the gates are the plain softmax.
+Source: Sigma-MoE-Tiny (arXiv 2512.16248) and its project page for the loss. Reconstructed: that the
+temperature belongs to the loss alone, and the gates are the plain softmax.
 
 Letters: T tokens, D model width, E experts, K experts a token.
 """

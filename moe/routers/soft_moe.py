@@ -1,12 +1,13 @@
 """Soft MoE: experts see mixtures of all tokens, and tokens get mixtures of all experts' outputs.
 
-Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts" (arXiv 2308.00951, Eq. 1-3, Section 2.3 for the
-normalisation); V-MoE's code for the constants. Mixtures are of one sequence (there: image) each.
+Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts" (arXiv 2308.00951, Eq. 1-3, Section 2.3
+for the normalisation); V-MoE's code for the constants. Mixtures are of one sequence (there: image) each.
 
-Every slot mixes tokens from the whole sequence: not causal, never for language models that generate. Copied experts
-are not exact either, since they see mixtures.
+Every slot mixes tokens from the whole sequence: not causal, never for language models that generate. Copied
+experts are not exact either, since they see mixtures.
 
-Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence, P slots an expert, N = E P slots.
+Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence, P slots an expert, N = E P
+slots.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ _HEAD = (
 )
 _NOTE = (
     "Mean over seeds, with the sample standard deviation behind +-. MaxVio, load CV, dead experts and "
-    "unused slots are means over layers and the last tenth of the steps. A step's time is the median of its run; runs "
-    "follow one another, so that small differences are the machine's."
+    "unused slots are means over layers and the last tenth of the steps. A step's time is the median of its "
+    "run; runs follow one another, so that small differences are the machine's."
 )
 
 

@@ -106,7 +106,8 @@ def export(
     for name, tensor in tensors:
         if writes and name not in tied:
             for new_name, part in exporter.rename(name, tensor):
-                files.add(new_name, part.to(dtype) if part.is_floating_point() else part)
+                kept = exporter.keeps_dtype(name) or not part.is_floating_point()
+                files.add(new_name, part if kept else part.to(dtype))
     if writes:
         files.finish()
         config = exporter.config(host) | _dtype_keys(dtype)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recipes.data.packing import OrderedDataset, PackedDataset
-from tests.jobs.job_runs import Ended, job, loads, rows, steps, summary, weights, write_text
+from tests.jobs.job_runs import Ended, StopAt, job, loads, rows, steps, summary, weights, write_text
 
 
 def test_a_run_leaves_everything_that_was_promised(first: Path) -> None:
@@ -118,6 +118,16 @@ def test_the_second_run_uses_what_the_first_has_cached(workplace: Path, text: st
     assert rows(second, "dense") == []
     assert rows(second, "moe") == rows(first, "moe")
     assert rows(second, "cpt") == rows(first, "cpt")
+
+
+def test_the_default_does_not_depend_on_the_optimizer_of_the_run(
+    tmp_path: Path, text: str, first: Path
+) -> None:
+    # Its place in the cache does not either: another optimizer must not find another default there.
+    changes = {"optim.name": "muon", "optim.weight_decay": 0.5, "optim.clip_norm": 0.01}
+    stopped = job(tmp_path, {"data.path": text, "run.name": "muon"} | changes, StopAt("dense", 2))
+    assert stopped.code == 130
+    assert rows(tmp_path / "outputs" / "muon", "dense") == rows(first, "dense")[:4]
 
 
 def test_the_mixture_and_its_baseline_see_samples_that_the_default_has_not(tmp_path: Path, text: str) -> None:

@@ -35,6 +35,10 @@ class Exporter(ABC):
     def rename(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The names and tensors that one of the host's tensors is written as."""
 
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor of the host is written as it is, whatever dtype the export has."""
+        return False
+
     @abstractmethod
     def load(self, folder: Path) -> Any:
         """Loads what was exported, as its users would, for the comparison of logits."""

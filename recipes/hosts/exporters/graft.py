@@ -65,6 +65,10 @@ class GraftExporter(Exporter):
         """Names stay."""
         yield name, tensor
 
+    def keeps_dtype(self, name: str) -> bool:
+        """Routers choose by small differences (a bias moves by 1e-3) that bf16 would round away."""
+        return ".router." in name
+
     def load(self, folder: Path) -> Any:
         """By `load_graft`."""
         return load_graft(folder).model
