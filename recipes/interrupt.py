@@ -1,12 +1,14 @@
-"""Ctrl-C and SIGTERM ask a run to stop; the loop saves and ends at the next step."""
+"""Ctrl-C, SIGTERM and a closed terminal ask a run to stop; the loop saves and ends at the next step."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NOTICE = b"\nstopping: this step is finished and saved first; Ctrl-C once more ends at once\n"
 
 
 class StopRequest:
@@ -16,13 +18,17 @@ class StopRequest:
         requested: Whether a signal has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool = False) -> None:
+        """Says so on stderr when a signal comes, on the rank that ``speaks``."""
         self.requested = False
+        self._speaks = speaks
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            # What the command was told to ignore (SIGHUP under nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -34,5 +40,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._speaks and not self.requested:
+            os.write(2, _NOTICE)  # not by print: a signal may come while stderr is being written
         # torchrun passes a SIGTERM on to ranks that already had the terminal's Ctrl-C: that is one request.
         self.requested = True

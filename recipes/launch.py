@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return _guarded(lambda: _run(arguments, started))
     except KeyboardInterrupt:
         if _speaks():
-            print("interrupted before there was anything to save", file=sys.stderr)
+            print("interrupted: whatever checkpoints there are, are complete", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -236,6 +236,8 @@ class Loop:
             callback.on_row(info, row, load)
 
     def _save(self, leg: Leg, info: LegInfo, step: int, result: LegResult) -> None:
+        for callback in self.callbacks:
+            callback.before_checkpoint(info, step)
         figures = {"val_loss": result.val_loss, "first_val_loss": result.first_val_loss}
         save_checkpoint(
             leg.checkpoints,
@@ -245,8 +247,6 @@ class Loop:
             _rng(self.engine.device),
             keep_last=leg.train.keep_last,
         )
-        for callback in self.callbacks:
-            callback.on_checkpoint(info, step)
 
 
 def validation_loss(engine: Engine[Any], trainable: Trainable, data: TrainData, train: TrainConfig) -> float:

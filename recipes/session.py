@@ -72,7 +72,7 @@ def _run_open(
     if engine.rank == 0:
         callbacks.append(Progress(config.train.log_every))
     try:
-        with StopRequest() as stop:
+        with StopRequest(speaks=engine.rank == 0) as stop:
             loop = Loop(engine, callbacks, stop)
             session = Session(config, values, engine, run_dir, stop, logger, loop, started)
             finished = job.run(session)

@@ -36,8 +36,8 @@ class Callback:
     def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """A step is done (or step 0 was validated); ``row`` holds its figures."""
 
-    def on_checkpoint(self, leg: LegInfo, step: int) -> None:
-        """A checkpoint of this step is complete."""
+    def before_checkpoint(self, leg: LegInfo, step: int) -> None:
+        """A checkpoint of this step is about to be saved."""
 
     def on_leg_end(self, leg: LegInfo) -> None:
         """After the last step, also when the run stops early."""

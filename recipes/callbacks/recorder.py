@@ -25,6 +25,6 @@ class Recorder(Callback):
         experts = None if load is None else ExpertLoad(load.layers, load.load)
         self.logger.log({"leg": leg.name, **row, "time": time.time()}, experts)
 
-    def on_checkpoint(self, leg: LegInfo, step: int) -> None:
-        """A checkpoint counts when the rows up to it are on the disk."""
+    def before_checkpoint(self, leg: LegInfo, step: int) -> None:
+        """The rows up to a checkpoint are on the disk before it is: a resume counts on them."""
         self.logger.sync()

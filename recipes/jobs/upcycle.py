@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.accounting.peaks import peak_for
+from moe.accounting.peaks import Peak, peak_for
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake
 from moe.routers import Router, router_class
@@ -68,9 +68,11 @@ class UpcycleJob(Job):
         content = session.engine.broadcast(Results.read(session.run_dir.summary) if session.leads else None)
         results = Results(session.run_dir.summary, content, writes=session.leads)
         _describe(session, data)
-        legs = [_MoELeg(session, folder, data, results)]
+        # Once for all legs, so that their utilisations compare.
+        peak = peak_for(session.engine.device, session.engine.compute_dtype)
+        legs = [_MoELeg(session, folder, data, results, peak)]
         if config.trains_cpt:
-            legs.append(_CPTLeg(session, folder, data, results))
+            legs.append(_CPTLeg(session, folder, data, results, peak))
         trains = not all(leg.finished for leg in legs)
         ended = all(leg.run() for leg in legs)
         if trains:
@@ -103,8 +105,9 @@ class _TrainedLeg:
 
     name: str
 
-    def __init__(self, session: Session, folder: Path, data: TrainData, results: Results) -> None:
+    def __init__(self, session: Session, folder: Path, data: TrainData, results: Results, peak: Peak) -> None:
         self.session = session
+        self.peak = peak
         self.folder = folder
         self.data = data
         self.results = results
@@ -170,7 +173,7 @@ class _TrainedLeg:
 
     def _leg(self, host: HuggingFaceHost, state: dict[str, Any]) -> Leg:
         engine = self.session.engine
-        peak = peak_for(engine.device, engine.compute_dtype)
+        peak = self.peak
         costs = measure_costs(host, self.config.data.seq_len, peak.value)
         trainable = engine.prepare(host, self.config.optim)
         leg = Leg(

@@ -25,7 +25,7 @@ from tests.engines.engine_cases import (
     tokens,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SUMS = 5e-6
 ADAPTED = 1e-4

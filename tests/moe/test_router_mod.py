@@ -37,8 +37,7 @@ def _taken(mask_TK: Tensor | None) -> list[bool]:
 
 def test_training_takes_the_best_of_each_sequence() -> None:
     x_TD = torch.tensor(X)
-    # Half of four: tokens 1 and 3, with scores 3 and 2. Of two sequences one each: 1 and 3 as well; of three in
-    # one sequence (the first is padding) ceil(1.5) = 2.
+    # Half of four: tokens 1 and 3, with scores 3 and 2. One of each of two sequences; ceil(1.5) = 2 of three.
     routing = _router()(x_TD, make_context())
     assert _taken(routing.slot_mask_TK) == [False, True, False, True]
     halves = _router()(x_TD.flip(0)[[0, 1, 3, 2]], make_context(token_ids=torch.zeros(2, 2)))

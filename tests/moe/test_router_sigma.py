@@ -88,8 +88,8 @@ def _maxvio(logits: Tensor) -> float:
 
 
 def test_it_balances_where_the_switch_loss_does_not_look() -> None:
-    # Gradient descent on the loss alone, over logits, from a MaxVio of 4: uniform load, sharp probabilities. The
-    # mean probabilities are uniform in the end, counts only nearly.
+    # Gradient descent on the loss alone, over logits: uniform mean probabilities, sharp ones of a token, and
+    # counts that are nearly uniform.
     g = torch.Generator().manual_seed(1)
     logits = (torch.randn(240, 12, generator=g) + 2 * torch.randn(12, generator=g)).requires_grad_()
     assert _maxvio(logits) > 3

@@ -530,7 +530,7 @@ def test_an_interrupt_ends_quietly(
 
     monkeypatch.setattr(recipes.session, "run_job", interrupt)
     assert main([UPCYCLE, f"dense={command.checkpoint}", "data.seq_len=32"]) == 130
-    assert capsys.readouterr().err == "interrupted before there was anything to save\n"
+    assert capsys.readouterr().err == "interrupted: whatever checkpoints there are, are complete\n"
 
 
 def test_our_own_bugs_are_not_hidden(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
