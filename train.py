@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from recipes.launch import main
+from recipes.launch import end_process, main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

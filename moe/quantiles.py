@@ -28,8 +28,9 @@ def top_thresholds(scores_TE: Tensor, counts: Tensor, most: int, mask_T: Tensor 
         scores_TE = scores_TE.masked_fill(~mask_T[:, None], -torch.inf)
     top_NE = scores_TE.topk(min(most + 1, T), dim=0).values
     last = (counts.clamp_min(1) - 1).clamp_max(len(top_NE) - 1)
-    inside_E = top_NE[last]
-    outside_E = top_NE[(last + 1).clamp_max(len(top_NE) - 1)]
+    # Not by top_NE[last], for which the host would wait.
+    inside_E = top_NE.index_select(0, last.view(1))[0]
+    outside_E = top_NE.index_select(0, (last + 1).clamp_max(len(top_NE) - 1).view(1))[0]
     none_left_E = ~outside_E.isfinite() | (last + 1 >= len(top_NE))
     # Halves are added: the sum of two huge numbers may be infinite.
     middle_E = torch.where(none_left_E, inside_E - 1, inside_E / 2 + outside_E / 2)

@@ -6,6 +6,7 @@ after every check.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
 from recipes.compose import compose_config, to_yaml
@@ -49,6 +51,19 @@ def main(arguments: Sequence[str]) -> int:
         if _speaks():
             print("interrupted: whatever checkpoints there are, are complete", file=sys.stderr)
         return INTERRUPTED
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process once everything is closed and written.
+
+    The interpreter is not taken apart: torch's own threads (gloo, autograd) that reach for it meanwhile
+    abort the process ("terminate called without an active exception"), and a run that is finished and saved
+    would count as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _guarded(work: Callable[[], int]) -> int:

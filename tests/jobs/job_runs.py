@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -103,8 +103,8 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
     requests: list[StopRequest] = []
 
     class Noted(StopRequest):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, *, speaks: bool = False) -> None:
+            super().__init__(speaks=speaks)
             requests.append(self)
 
     class Stopping(Recorder):
@@ -260,13 +260,14 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return content
 
 
-def _script() -> int:
-    from recipes.launch import main
+def _script() -> NoReturn:
+    from recipes.launch import end_process, main
 
     stop_at = os.environ.get(_STOP_AT)
     with quick(), interfering(StopAt.read(stop_at) if stop_at else None):
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+    end_process(code)
 
 
 if __name__ == "__main__":
-    sys.exit(_script())
+    _script()

@@ -242,18 +242,18 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "appended": (["+data.foo=3"], ["data.foo=3: there is no such option. Run train.py --cfg to see what..."]),
     "no such choice": (
         ["router=nope"],
-        ["router='nope': there is no such choice. Choose one of: sigmoid, switch, topk."],
+        ["router='nope': there is no such choice. Choose one of: avg_k, base_l..."],
     ),
     "null for a choice": (
         ["router=null"],
-        ["router='null': there is no such choice. Choose one of: sigm..."],
+        ["router='null': there is no such choice. Choose one of: avg_k, base_l..."],
     ),
     "no such recipe": (
         ["+recipe=upcyle"],
-        ["recipe='upcyle': there is no such choice. Choose one of: upcy..."],
+        ["recipe='upcyle': there is no such choice. Choose one of: pretrain, upcycle."],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
-    "no such job": (["job=foo"], ["job='foo': there is no such job. One of upcycle."]),
+    "no such job": (["job=foo"], ["job='foo': there is no such job. One of pretrain, upcycle."]),
     "no such flag": (["--resume"], ["command line='--resume': there is no such flag. See train.py --help."]),
     "no value": (["data.seq_len"], ["command line='data.seq_len': this sets nothing. Write OPTION=VALUE."]),
     "an equals sign": (
@@ -437,7 +437,7 @@ def test_ranks_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recipe(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err == (
-        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: upcycle.\n"
+        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: pretrain, upcycle.\n"
     )
 
 
@@ -470,7 +470,7 @@ def test_mistakes_of_form_do_not_hide_each_other(command: Command) -> None:
 
 
 def test_mistakes_of_type_do_not_hide_missing_files(command: Command) -> None:
-    arguments = ["router.top_k=x", "train.steps=0", "engine.threads=0", "dense=/no", "data.path=/none.txt"]
+    arguments = ["router.top_k=x", "train.steps=-1", "engine.threads=0", "dense=/no", "data.path=/none.txt"]
     assert command.run(*arguments) == 2
     told = [line.partition("=")[0] for line in command.lines]
     assert told == ["router.top_k", "engine.threads", "train.steps", "data.path", "dense"]
