@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound=RouterConfig)
 
 
+def refuse_more_than(top_k: int, num_experts: int) -> str | None:
+    """For `Router.check`: a token cannot use more experts than there are."""
+    if top_k <= num_experts:
+        return None
+    return (
+        f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
+        f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
+    )
+
+
 class Router(nn.Module, ABC, Generic[ConfigT]):
     """Decides for each token which experts it goes to and with what weight.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moe.auction import balanced_assignment
-from moe.routers.assigned import linear_logits
 from moe.routers.base import Router, RouterConfig
+from moe.routers.projection import linear_logits
 from moe.token_mean import figure_mean
 from moe.types import LayerContext, Routing
 

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moe.dense_gates import slots_of_gates
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, refuse_more_than
 from moe.smooth_step import log_smooth_step
 from moe.soft_balance import soft_balance_loss
 from moe.token_mean import figure_mean, loss_mean
@@ -80,12 +80,7 @@ class CometRouter(Router[CometConfig]):
     @classmethod
     def check(cls, config: CometConfig, num_experts: int) -> str | None:
         """More trees than experts choose none that fewer could not."""
-        if config.top_k > num_experts:
-            return (
-                f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
-                f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
-            )
-        return None
+        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

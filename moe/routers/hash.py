@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from moe.errors import ConfigError
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, refuse_more_than
 from moe.types import LayerContext, Routing
 
 
@@ -64,12 +64,7 @@ class HashRouter(Router[HashConfig]):
     @classmethod
     def check(cls, config: HashConfig, num_experts: int) -> str | None:
         """A token cannot go to more experts than there are."""
-        if config.top_k > num_experts:
-            return (
-                f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
-                f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
-            )
-        return None
+        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router, RouterConfig, refuse_more_than
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ProjectionConfig(RouterConfig):
             raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
         if self.init_std <= 0:
             raise ValueError(
-                f"init_std={self.init_std}: a router of zeros cannot tell tokens apart. "
+                f"init_std={self.init_std}: a router of zeros sends every token to the first experts. "
                 "Set it above 0; 0.02 is usual."
             )
 
@@ -50,12 +50,7 @@ class ProjectionRouter(Router[ProjectionConfigT], Generic[ProjectionConfigT]):
     @classmethod
     def check(cls, config: ProjectionConfigT, num_experts: int) -> str | None:
         """A token cannot go to more experts than there are."""
-        if config.top_k > num_experts:
-            return (
-                f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
-                f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
-            )
-        return None
+        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:
@@ -68,5 +63,10 @@ class ProjectionRouter(Router[ProjectionConfigT], Generic[ProjectionConfigT]):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``[T, E]`` logits in at least fp32; call it with autocast off."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return x_TD.to(dtype) @ self.weight_ED.to(dtype).t()
+        return linear_logits(x_TD, self.weight_ED)
+
+
+def linear_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """``[T, E]``: ``x W^T`` in at least fp32; call it with autocast off."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return x_TD.to(dtype) @ weight_ED.to(dtype).t()
