@@ -1,0 +1,105 @@
+"""The comparison of routers: which runs there are, what they add up to, and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe.errors import ConfigError
+from recipes.comparison.collect import collect, spread
+from recipes.comparison.page import table_rows, text_table, write_page
+from recipes.comparison.plan import Trial, plan_trials
+from recipes.compose import compose_config
+from recipes.schema import parse_config
+from tools.compare import _split
+
+
+def finish(trial: Trial, val_loss: float, maxvio: list[float], step_s: float) -> None:
+    """Writes what a run that came to its end leaves."""
+    trial.folder.mkdir(parents=True)
+    row = {"model": "moe", "val_loss": val_loss, "active_params": 7}
+    (trial.folder / "summary.json").write_text(json.dumps({"results": [row]}))
+    rows = [{"leg": "moe", "step": 0, "val_loss": 9.0}]
+    rows += [
+        {"leg": "moe", "step": i + 1, "loss": 1.0, "router/maxvio": value, "step_s": step_s}
+        for i, value in enumerate(maxvio)
+    ]
+    (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def trials(tmp_path: Path) -> list[Trial]:
+    """Two seeds of two routers; the second seed of ssr has failed."""
+    planned = plan_trials(tmp_path, ["topk", "ssr"], 2)
+    by_name = {trial.folder.name: trial for trial in planned}
+    # Twenty steps: the last tenth are two, and their mean is 3.
+    finish(by_name["topk-s0"], 2.0, [0.0] * 18 + [2.0, 4.0], 0.5)
+    finish(by_name["topk-s1"], 4.0, [0.0] * 18 + [2.0, 4.0], 0.5)
+    finish(by_name["ssr-s0"], 2.5, [1.0] * 20, 0.6)
+    return planned
+
+
+def test_seed_by_seed(tmp_path: Path) -> None:
+    planned = plan_trials(tmp_path, ["topk", "ssr"], 2)
+    assert [(trial.router, trial.seed) for trial in planned] == [
+        ("topk", 0), ("ssr", 0), ("topk", 1), ("ssr", 1)
+    ]  # fmt: skip
+    assert not any(trial.done for trial in planned)
+
+
+def test_a_trial_varies_router_and_seed_alone(tmp_path: Path) -> None:
+    one, other = plan_trials(tmp_path, ["topk"], 2)
+    first, second = (
+        parse_config(compose_config(trial.arguments(["train.steps=3"]))) for trial in (one, other)
+    )
+    assert (first.seed, second.seed) == (0, 1)
+    assert first.data == second.data
+    assert first.model == second.model
+    assert first.train.steps == 3
+    assert first.resume == "auto"
+
+
+def test_means_and_spread(trials: list[Trial]) -> None:
+    ssr, topk = collect(trials)
+    assert (ssr.router, ssr.seeds, ssr.failed) == ("ssr", 1, 1)
+    assert (topk.router, topk.seeds, topk.failed) == ("topk", 2, 0)
+    assert topk.val_loss == spread([2.0, 4.0])
+    # Mean 3, deviation sqrt((1 + 1) / 1).
+    assert topk.val_loss is not None
+    assert topk.val_loss.mean == 3.0
+    assert topk.val_loss.deviation == pytest.approx(2**0.5)
+    assert topk.figures["maxvio"].mean == 3.0
+    assert ssr.val_loss is not None
+    assert ssr.val_loss.deviation is None
+
+
+def test_the_page(trials: list[Trial], tmp_path: Path) -> None:
+    results = collect(trials)
+    cells = {row[0]: row for row in table_rows(results)}
+    assert cells["ssr"][1] == "1 (1 not done)"
+    assert cells["topk"][2] == "3.0000 +-1.4142"
+    assert cells["ssr"][7] == "1.20"  # 0.6 s over 0.5 s
+    assert "ssr" in text_table(results)
+    page = write_page(tmp_path, results, "a <test>")
+    text = page.read_text()
+    assert "a &lt;test&gt;" in text
+    assert "http" not in text.replace("http-equiv", "")
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "comparison.json").read_text())["routers"][1]["seeds"] == 2
+
+
+def test_nothing_is_done_yet(tmp_path: Path) -> None:
+    results = collect(plan_trials(tmp_path, ["topk"], 1))
+    assert table_rows(results)[0][2] == ""
+    assert write_page(tmp_path, results, "none").is_file()
+
+
+def test_mistakes_are_told_together() -> None:
+    with pytest.raises(ConfigError, match=r"routers='foo': there is no such router(.|\n)*seeds='0'"):
+        _split(["routers=[topk,foo]", "seeds=0"])
+
+
+def test_what_is_passed_on() -> None:
+    assert _split(["routers=[topk, ssr]", "train.steps=3"]) == (["topk", "ssr"], 3, ["train.steps=3"])
