@@ -141,7 +141,7 @@ def test_transformers_models_are_counted_exactly(family: str, name: str, change:
 
 
 # Published models (Mixtral-8x7B 46.7B / 12.9B, Qwen3-30B-A3B 30.5B / 3.3B, Qwen1.5-MoE 14.3B / 2.7B), counted
-# apart from this code in shared/papers/moe_cap.md, section 5.
+# apart from this code by hand.
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
     "vocab_size": 32000,

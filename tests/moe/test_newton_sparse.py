@@ -24,7 +24,7 @@ def l1_error(plan_TE: Tensor, row_T: Tensor, column_E: Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("kept_per_row", "fewest", "most"),
-    # Steps that the notes measured: 61, 20, 12, 9, 8 (the paper: 9); the costs are other draws.
+    # Steps that the reference measured: 61, 20, 12, 9, 8 (the paper: 9); the costs are other draws.
     [(2, 50, 72), (3, 15, 25), (4, 10, 14), (5, 7, 11), (15, 6, 9)],
 )
 def test_the_published_experiment(kept_per_row: int, fewest: int, most: int) -> None:

@@ -1,4 +1,4 @@
-"""Mutual choice worked by hand, and the rows of the notes' table on the logits they were made on.
+"""Mutual choice worked by hand, and the rows of the reference's table on the logits they were made on.
 
 Letters: T tokens, E experts.
 """
@@ -29,7 +29,7 @@ def _chosen(routing: Routing) -> torch.Tensor:
     return dense_TE.scatter_(1, routing.expert_ids_TK, routing.slot_mask_TK)
 
 
-# mean k, deviation, most, tokens with none, CV, MaxVio, as the notes print them
+# mean k, deviation, most, tokens with none, CV, MaxVio, as the reference prints them
 @pytest.mark.parametrize(
     ("score", "expected"),
     [("sigmoid", (2.0, 1.07, 6, 0.062, 1.53, 4.54)), ("softmax", (2.0, 0.75, 5, 0.0, 1.59, 4.85))],

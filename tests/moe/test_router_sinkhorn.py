@@ -53,7 +53,7 @@ def test_two_of_three_experts_keep_the_softmax_over_all() -> None:
 
 
 def by_multiplication(logits_TE: Tensor, tolerance: float = 1e-4) -> tuple[Tensor, int]:
-    """Megatron's loop as the notes give it, without the 1e-8 in its divisors: plan of mass 1, iterations."""
+    """Megatron's loop as the reference gives it, without the 1e-8 in its divisors: plan of mass 1, iterations."""
     T, E = logits_TE.shape
     kernel_TE, d1_E, iterations, change = logits_TE.exp(), logits_TE.new_ones(E), 0, 1.0
     while change > tolerance:
@@ -106,7 +106,7 @@ def test_logits_that_megatrons_loop_overflows_on() -> None:
 
 
 def test_it_balances_a_skewed_batch_in_few_iterations() -> None:
-    # On such logits the notes count 6 iterations.
+    # On such logits the reference counts 6 iterations.
     logits_TE = normal(4096, 16) + 1.5 * normal(16, seed=1)
     routing = of_logits(SinkhornConfig(top_k=1), 16)(logits_TE, make_context())
     counts_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=16).double()

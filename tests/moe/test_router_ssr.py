@@ -82,7 +82,7 @@ def load(ids_TK: Tensor, E: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("cost", "xi", "iterations", "top2", "top1"),
-    # Iterations, and CV and MaxVio by the two and the one best entries of the plan, as measured for the notes
+    # Iterations, and CV and MaxVio by the two and the one best entries of the plan, as measured for the reference
     # on other draws of the same distribution. Between draws they differ by about a tenth.
     [
         ("linear", 0.05, 168, (0.050, 0.096), (0.008, 0.016)),
@@ -106,7 +106,7 @@ def test_balance_by_cost_and_temperature(
         assert routing.metrics["sinkhorn_iterations"].item() == pytest.approx(iterations, rel=0.2)
         for found, wanted in zip(load(routing.expert_ids_TK, E), expected, strict=True):
             assert found == pytest.approx(wanted, rel=0.25, abs=0.025)
-    # Plain top-2 is far from that: CV 1.57 and MaxVio 4.71 in the notes.
+    # Plain top-2 is far from that: CV 1.57 and MaxVio 4.71 in the reference.
     assert load(logits_TE.topk(2).indices, E)[0] > 1.3
 
 
