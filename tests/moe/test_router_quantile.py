@@ -20,7 +20,7 @@ T, E, K = 4096, 16, 2
 
 
 def synthetic_logits() -> tuple[Tensor, Tensor]:
-    """The reference's logits, N(0, 1) + expert offset 1.5 N(0, 1), and a fresh batch with the same offsets."""
+    """The reference's logits, N(0, 1) + expert offset 1.5 N(0, 1), and a fresh batch of the same offsets."""
     draw = np.random.default_rng(0).standard_normal
     offsets_E = 1.5 * draw(E)
     return torch.tensor(draw((T, E)) + offsets_E), torch.tensor(draw((T, E)) + offsets_E)
@@ -49,7 +49,7 @@ def test_these_are_the_logits_of_the_notes() -> None:
     assert (round(found["cv"], 3), round(found["maxvio"], 2)) == (1.568, 4.71)
 
 
-# As the reference prints them. Where a quantile lies between two values it does not say, and it decides single
+# As the reference has them. Where a quantile lies between two values it does not say, and it decides single
 # tokens of 512 an expert: ours are .230/.083/.013/.004 and .574/.129/.012/.002.
 @pytest.mark.parametrize(
     ("iterations", "cv", "maxvio"),

@@ -53,7 +53,7 @@ def test_two_of_three_experts_keep_the_softmax_over_all() -> None:
 
 
 def by_multiplication(logits_TE: Tensor, tolerance: float = 1e-4) -> tuple[Tensor, int]:
-    """Megatron's loop as the reference gives it, without the 1e-8 in its divisors: plan of mass 1, iterations."""
+    """Megatron's loop without the 1e-8 in its divisors: plan of mass 1, iterations."""
     T, E = logits_TE.shape
     kernel_TE, d1_E, iterations, change = logits_TE.exp(), logits_TE.new_ones(E), 0, 1.0
     while change > tolerance:

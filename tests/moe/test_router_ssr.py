@@ -82,7 +82,7 @@ def load(ids_TK: Tensor, E: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("cost", "xi", "iterations", "top2", "top1"),
-    # Iterations, and CV and MaxVio by the two and the one best entries of the plan, as measured for the reference
+    # Iterations, and CV and MaxVio by the two and the one best entries of the plan, as in the reference
     # on other draws of the same distribution. Between draws they differ by about a tenth.
     [
         ("linear", 0.05, 168, (0.050, 0.096), (0.008, 0.016)),
