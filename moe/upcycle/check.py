@@ -64,6 +64,23 @@ class LogitDrift:
         return self.max_diff / max(self.max_logit, 1e-30)
 
 
+#: Mean KL divergence in nats up to which models agree that compute in 16 bits. There, single tokens go to
+#: another expert for a rounding step in their logits, and the largest difference says nothing.
+MAX_KL = 1e-3
+
+
+def agree(logits: LogitDrift, dtype: torch.dtype) -> bool:
+    """Whether two models compute the same function, as far as a dtype can tell.
+
+    Args:
+        logits: Measured on real tokens.
+        dtype: The lower of the models' precisions. 16 bits: by `MAX_KL`; else by `TOLERANCES`.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        return logits.kl <= MAX_KL
+    return logits.relative <= TOLERANCES[dtype]
+
+
 def layer_drift(layer: int, dense_TD: Tensor, moe_TD: Tensor) -> LayerDrift:
     """Compares a layer's outputs, both ``[..., D]``."""
     dense, moe = dense_TD.double().flatten(), moe_TD.double().flatten()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.errors import ExactnessError
-from moe.upcycle.check import TOLERANCES, LogitDrift, logit_drift
+from moe.upcycle.check import MAX_KL, TOLERANCES, LogitDrift, agree, logit_drift
 from recipes.atomic import atomic_write_json, fsync_folder
 from recipes.hosts.exporters.base import Exporter
 from recipes.hosts.huggingface import HuggingFaceHost
@@ -191,10 +191,12 @@ def verify_export(
     """
     model = exporter.load(folder).float().eval()
     drift = logit_drift(logits_BSV.cpu(), model(input_ids=tokens_BS.cpu()).logits)
-    if not drift.relative <= TOLERANCES[dtype]:
+    if not agree(drift, dtype):
+        allowed = f"KL {MAX_KL:.0e}" if dtype.itemsize == 2 else f"{TOLERANCES[dtype]:.0e} of the largest"
         raise ExactnessError(
             f"the model exported to {folder} as {exporter.name} does not compute what was trained: logits "
-            f"differ by {drift.relative:.2e} of the largest, and at most {TOLERANCES[dtype]:.0e} is allowed"
+            f"differ by {drift.relative:.2e} of the largest, KL {drift.kl:.1e}, and at most {allowed} is "
+            f"allowed for {dtype}. The checkpoints are whole"
         )
     return ExportReport(exporter.name, exporter.is_native, folder, drift, _sample(model, folder, tokens_BS))
 

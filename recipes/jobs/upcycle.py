@@ -279,6 +279,7 @@ class _MoELeg(_TrainedLeg):
                 "path": session.run_dir.export.name,
                 "relative": report.logits.relative,
                 "max_diff": report.logits.max_diff,
+                "kl": report.logits.kl,
                 "sample": report.sample,
             },
         )

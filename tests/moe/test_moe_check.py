@@ -9,9 +9,11 @@ import torch
 
 from moe.errors import ExactnessError
 from moe.upcycle.check import (
+    MAX_KL,
     TOLERANCES,
     LayerDrift,
     LogitDrift,
+    agree,
     layer_drift,
     logit_drift,
     require_exact,
@@ -109,3 +111,19 @@ def test_zero_outputs_do_not_divide_by_zero() -> None:
     zero = torch.zeros(2, 3)
     assert layer_drift(0, zero, zero).max_relative == 0.0
     assert logit_drift(zero, zero).relative == 0.0
+
+
+def test_in_16_bits_a_token_may_go_elsewhere_and_the_whole_may_not_move() -> None:
+    # One of 4000 tokens differs by a tenth: the largest difference is large, the mean divergence is not.
+    dense = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    one_token = dense.clone()
+    one_token[7, 3] += 0.1 * float(dense.abs().max())
+    drift = logit_drift(dense, one_token)
+    assert drift.relative > TOLERANCES[torch.bfloat16]
+    assert agree(drift, torch.bfloat16)
+    assert not agree(drift, torch.float32)
+    # Every token is a little off: the largest difference is small, and it is another model.
+    everywhere = dense * 1.08
+    drift = logit_drift(dense, everywhere)
+    assert drift.kl > MAX_KL
+    assert not agree(drift, torch.bfloat16)
