@@ -280,6 +280,7 @@ class _MoELeg(_TrainedLeg):
                 "relative": report.logits.relative,
                 "max_diff": report.logits.max_diff,
                 "kl": report.logits.kl,
+                "argmax_agreement": report.logits.argmax_agreement,
                 "sample": report.sample,
             },
         )
