@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +11,33 @@ from moe.accounting.flops import forward_flops_per_token, training_flops_per_tok
 from moe.accounting.params import count_parameters
 from moe.accounting.shape import attention_from_config
 from moe.errors import ConfigError
+from moe.layer import moe_layers
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.loop import Costs
 
 
-def measure_costs(host: HuggingFaceHost, seq_len: int, peak_flops: float | None) -> Costs:
+def measure_costs(
+    host: HuggingFaceHost,
+    seq_len: int,
+    peak_flops: float | None,
+    top_k: Mapping[int, int] | None = None,
+) -> Costs:
     """Counts parameters exactly and FLOPs by the ``exact`` convention; call it before the model is sharded.
 
     FLOPs are None where the accounting does not know the host's attention: they are never guessed.
+
+    Args:
+        host: The decoder.
+        seq_len: Tokens a sample.
+        peak_flops: Of one rank's device; None when unknown.
+        top_k: Layer index to experts a token, where that is another number than the router's own.
     """
-    count = count_parameters(host.model)
+    numbers = {
+        f"{name}.experts": top_k[layer.context.layer_index]
+        for name, layer in moe_layers(host.model)
+        if top_k and layer.context.layer_index in top_k
+    }
+    count = count_parameters(host.model, numbers)
     content: dict[str, Any] = host.config.to_dict()
     forward = training = None
     try:
@@ -35,6 +53,18 @@ def measure_costs(host: HuggingFaceHost, seq_len: int, peak_flops: float | None)
         flops_per_token_forward=forward,
         flops_per_token_train=training,
         peak_flops=peak_flops,
+    )
+
+
+def scheduled_costs(
+    host: HuggingFaceHost, seq_len: int, peak_flops: float | None
+) -> tuple[tuple[int, Costs], ...]:
+    """What a token costs from each step on at which the host's schedule changes K; empty without one."""
+    if host.schedule is None:
+        return ()
+    return tuple(
+        (start, measure_costs(host, seq_len, peak_flops, host.schedule.at(start)))
+        for start in host.schedule.starts
     )
 
 

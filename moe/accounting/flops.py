@@ -3,44 +3,88 @@
 One multiplication with its addition is two FLOPs. What a number counts is decided by its convention, and
 the same model at the same speed has another utilisation under another: always name it.
 
-=================  ==============================  ==============================
-                   ``exact``                       ``palm``
-=================  ==============================  ==============================
-linear layers      matrices a token meets,         all active parameters, norms,
-                   router and head included        biases and embeddings included
-embedding look-up  not counted                     counted as a matrix
-attention          keys a query can see: causal    all keys of the sequence
-                   and sliding windows respected
-norms, softmax,    not counted                     not counted
-rotary, top-k
-recomputation      not counted                     not counted
-=================  ==============================  ==============================
+=================  ===================  ===================  ===================  ===================
+                   ``exact``            ``palm``             ``torchtitan``       ``megatron``
+=================  ===================  ===================  ===================  ===================
+linear layers      matrices a token     all active           all active           matrices a token
+                   meets                parameters           parameters           meets
+norms and biases   no                   yes                  yes                  no
+router             yes                  yes                  yes                  no
+head               yes                  yes                  yes                  yes
+embedding look-up  no                   as a matrix          no                   no
+attention          keys that a query    all keys of the      all keys, at most    half of all keys,
+                   can see: causal,     sequence             the window           windows ignored
+                   windows, chunks
+state-space scan   yes                  no                   no                   yes
+layers for         no                   no                   no                   yes
+further tokens
+=================  ===================  ===================  ===================  ===================
+
+None counts softmax, rotary embeddings, top-k or recomputation. Training is three forward passes.
 
 ``palm`` is ``6N + 12 L H Q T`` for training (A. Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B),
-with N the active parameters, L layers, H heads, Q their width, T the sequence length.
+with N the active parameters, L layers, H heads, Q their width, T the sequence length. ``torchtitan`` is
+``models/utils.py`` of pytorch/torchtitan at b5bcd76, with windows as of its pull request 4300. ``megatron``
+is ``num_floating_point_operations`` of NVIDIA/Megatron-LM at d98e8a6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from moe.accounting.params import ParameterCount
-from moe.accounting.shape import AttentionShape
+from moe.accounting.layers import LayerShape, Mixer, ModelShape, MoEShape, mean_context
+from moe.accounting.params import ParameterCount, count_from_shape
 
-Convention = Literal["exact", "palm"]
+__all__ = [
+    "CONVENTIONS",
+    "COUNTED",
+    "TRAINING_FORWARDS",
+    "Convention",
+    "Flops",
+    "all_experts",
+    "flops_from_shape",
+    "forward_flops_per_token",
+    "mean_context",
+    "training_flops_per_token",
+]
+
+Convention = Literal["exact", "palm", "torchtitan", "megatron"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+
+COUNTED: Mapping[Convention, str] = {
+    "exact": "matrices a token meets, router and head included; keys it can see (causal, windows)",
+    "palm": "all active parameters, embeddings included; all keys of the sequence",
+    "torchtitan": "active parameters without the input embedding; all keys, at most the window",
+    "megatron": "matrices without the router, layers for further tokens included; half of all keys",
+}
 
 # Forward, gradient of the inputs, gradient of the weights: three products of the same size.
 TRAINING_FORWARDS = 3
 
 
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token, on average over the positions of a sequence."""
+
+    forward: float
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, without recomputation."""
+        return TRAINING_FORWARDS * self.forward
+
+
 def forward_flops_per_token(
     count: ParameterCount,
-    attention: Sequence[AttentionShape],
+    attention: Sequence[Mixer],
     seq_len: int,
     convention: Convention = "exact",
 ) -> float:
     """FLOPs of a token's forward pass, on average over the positions of a sequence.
+
+    Layers that only predict further tokens are not known here: see `flops_from_shape`.
 
     Args:
         count: From a live module or a shape.
@@ -53,18 +97,23 @@ def forward_flops_per_token(
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be 1 or more.")
-    if convention not in get_args(Convention):
-        known = ", ".join(get_args(Convention))
-        raise ValueError(f"convention={convention!r} is unknown. Choose one of {known}.")
+    scans = sum(mixer.scan_flops for mixer in attention)
+    if convention == "exact":
+        return 2 * count.matmul + scans + sum(_scores(mixer, mixer.mean_keys(seq_len)) for mixer in attention)
     if convention == "palm":
-        return 2 * count.active + sum(_attention_flops(layer, seq_len) for layer in attention)
-    seen = (_attention_flops(layer, mean_context(seq_len, layer.sliding_window)) for layer in attention)
-    return 2 * count.matmul + sum(seen)
+        return 2 * count.active + sum(_scores(mixer, seq_len) for mixer in attention)
+    if convention == "torchtitan":
+        seen = sum(_scores(mixer, mixer.most_keys(seq_len)) for mixer in attention)
+        return 2 * count.active_without_input_embedding + seen
+    if convention == "megatron":
+        halved = sum(_scores(mixer, seq_len / 2) for mixer in attention)
+        return 2 * (count.matmul - count.router) + scans + halved
+    raise ValueError(f"convention={convention!r} is unknown. Choose one of {', '.join(CONVENTIONS)}.")
 
 
 def training_flops_per_token(
     count: ParameterCount,
-    attention: Sequence[AttentionShape],
+    attention: Sequence[Mixer],
     seq_len: int,
     convention: Convention = "exact",
 ) -> float:
@@ -72,16 +121,32 @@ def training_flops_per_token(
     return TRAINING_FORWARDS * forward_flops_per_token(count, attention, seq_len, convention)
 
 
-def mean_context(seq_len: int, window: int | None = None) -> float:
-    """Keys that a query sees under causal attention, itself included, on average over a sequence.
-
-    The query at position t (from 1) sees ``min(t, window)``; without a window the mean is ``(S + 1) / 2``.
-    """
-    reach = seq_len if window is None else min(window, seq_len)
-    # a triangle while the window fills, then a band
-    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+def flops_from_shape(shape: ModelShape, seq_len: int, convention: Convention = "exact") -> Flops:
+    """FLOPs of a token, from the shape alone. See `forward_flops_per_token`."""
+    count, further = count_from_shape(shape), 0.0
+    if convention == "megatron" and shape.next_token_layers:
+        further = shape.next_token_layers * _further_layer(shape, seq_len)
+    return Flops(forward_flops_per_token(count, shape.attention, seq_len, convention) + further)
 
 
-def _attention_flops(layer: AttentionShape, context: float) -> float:
-    """Scores and weighted values over ``context`` keys: two products of two FLOPs."""
-    return 2 * 2 * layer.num_heads * layer.head_dim * context
+def _further_layer(shape: ModelShape, seq_len: int) -> float:
+    """A layer like the last, two hidden states joined into one before it, and the head once more."""
+    alone = replace(shape, layers=shape.layers[-1:])
+    one = forward_flops_per_token(count_from_shape(alone), alone.attention, seq_len, "megatron")
+    return one + 2 * 2 * shape.hidden_size**2
+
+
+def all_experts(shape: ModelShape) -> ModelShape:
+    """The same model when every token uses every expert: what MFU and MBU of dense models take it for."""
+    layers: list[LayerShape] = []
+    for layer in shape.layers:
+        ffn = layer.ffn
+        if isinstance(ffn, MoEShape):
+            layer = replace(layer, ffn=replace(ffn, top_k=ffn.num_experts))
+        layers.append(layer)
+    return replace(shape, layers=tuple(layers))
+
+
+def _scores(mixer: Mixer, keys: float) -> float:
+    """Scores and weighted values over ``keys`` keys: two products of two FLOPs."""
+    return 2 * mixer.score_width * keys

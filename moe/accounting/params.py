@@ -6,13 +6,16 @@ Letters: E experts of a layer, K experts a token uses.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import nn
 
-from moe.accounting.shape import DenseFFNShape, ModelShape
+from moe.accounting.layers import DenseFFNShape, ModelShape
+
+# Parameters with two axes that no token is multiplied by as by a matrix: the decay of a state-space model.
+ELEMENTWISE = frozenset({"A_log"})
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class ParameterCount:
             that is only looked up. Two FLOPs each.
         routed: All routed experts together.
         per_expert: One routed expert of the first mixture of experts; 0 in a dense model.
+        router: Matrices of the routers.
+        looked_up: Embeddings that are only looked up: 0 where the one embedding is tied to the head.
+        head: The head, with its bias; only the bias where it is tied. None where a module does not say
+            which of its parts that is.
     """
 
     total: int
@@ -36,6 +43,22 @@ class ParameterCount:
     matmul: int
     routed: int = 0
     per_expert: int = 0
+    router: int = field(default=0, compare=False)
+    looked_up: int = field(default=0, compare=False)
+    head: int | None = field(default=None, compare=False)
+
+    @property
+    def active_without_input_embedding(self) -> int:
+        """What a decode step reads whole for one token; a tied table is, as the head.
+
+        DeepSeek and gpt-oss publish this; Mixtral, Qwen and OLMoE publish ``active``.
+        """
+        return self.active - self.looked_up
+
+    @property
+    def active_without_embeddings(self) -> int | None:
+        """Active parameters of the layers and the last norm; None where the head is not known."""
+        return None if self.head is None else self.active - self.embedding - self.head
 
 
 @dataclass(frozen=True)
@@ -47,12 +70,14 @@ class ExpertModule:
         experts: Holds parameters stacked ``[E, ...]``, or is a `torch.nn.ModuleList` of E like modules.
         num_experts: E.
         top_k: K, as a mean where it varies from token to token.
+        router: Chooses them; None where the layer has no child of that name.
     """
 
     name: str
     experts: nn.Module
     num_experts: int
     top_k: int
+    router: nn.Module | None = None
 
 
 def expert_modules(model: nn.Module) -> Iterator[ExpertModule]:
@@ -76,7 +101,8 @@ def expert_modules(model: nn.Module) -> Iterator[ExpertModule]:
                 f"{name or 'the model'} has experts, but its router has no num_experts and top_k, so "
                 "active parameters cannot be counted. Give the router these two attributes."
             )
-        yield ExpertModule(f"{name}.experts".lstrip("."), experts, num_experts, top_k)
+        router = router if isinstance(router, nn.Module) else None
+        yield ExpertModule(f"{name}.experts".lstrip("."), experts, num_experts, top_k, router)
 
 
 def _first_int(places: tuple[object, ...], key: str) -> int | None:
@@ -84,10 +110,14 @@ def _first_int(places: tuple[object, ...], key: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def count_parameters(model: nn.Module) -> ParameterCount:
+def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -> ParameterCount:
     """Counts the parameters of a live module, on any device (meta too), sharded or not.
 
     A DTensor counts in full. Experts that are spread over ranks without DTensor must be counted before.
+
+    Args:
+        model: The module.
+        top_k: Experts a token by `ExpertModule.name`, where that is another number than the router says.
 
     Raises:
         ValueError: The experts of a layer cannot be told apart: see `expert_modules`, or a parameter of them
@@ -96,21 +126,34 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     looked_up = _embeddings_only_looked_up(model)
     embeddings = _embeddings(model)
     shares: dict[int, _Share] = {}
+    routers: set[int] = set()
     per_expert = 0
     for found in expert_modules(model):
-        shares |= _shares(found)
+        shares |= _shares(replace(found, top_k=(top_k or {}).get(found.name, found.top_k)))
+        routers |= set() if found.router is None else {id(param) for param in found.router.parameters()}
         per_expert = per_expert or sum(p.numel() for p in found.experts.parameters()) // found.num_experts
-    total = active = embedding = matmul = routed = 0
-    for param in model.parameters():  # each shared tensor once
+    sums = dict.fromkeys(("total", "active", "embedding", "matmul", "routed", "router", "looked_up"), 0)
+    for name, param in model.named_parameters():  # each shared tensor once
         share = shares.get(id(param), _Share())
         size, used = param.numel(), param.numel() // share.of * share.used
-        total += size
-        active += used
-        routed += size if id(param) in shares else 0
-        embedding += size if id(param) in embeddings else 0
-        if id(param) not in looked_up and param.ndim - share.stacked >= 2:
-            matmul += used
-    return ParameterCount(total, active, embedding, matmul, routed, per_expert)
+        is_matrix = param.ndim - share.stacked >= 2 and name.rpartition(".")[2] not in ELEMENTWISE
+        sums["total"] += size
+        sums["active"] += used
+        sums["routed"] += size if id(param) in shares else 0
+        sums["embedding"] += size if id(param) in embeddings else 0
+        sums["looked_up"] += size if id(param) in looked_up else 0
+        sums["matmul"] += used if is_matrix and id(param) not in looked_up else 0
+        sums["router"] += size if is_matrix and id(param) in routers else 0
+    return ParameterCount(**sums, per_expert=per_expert, head=_head(model, embeddings))
+
+
+def _head(model: nn.Module, embeddings: set[int]) -> int | None:
+    """Elements of the head beside an embedding it is tied to, of models that can say which it is."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if not isinstance(head, nn.Module):
+        return None
+    return sum(param.numel() for param in head.parameters() if id(param) not in embeddings)
 
 
 def _embeddings(model: nn.Module) -> set[int]:
@@ -162,12 +205,12 @@ def _shares(found: ExpertModule) -> dict[int, _Share]:
 def count_from_shape(shape: ModelShape) -> ParameterCount:
     """Counts what `count_parameters` counts, from the shape alone."""
     width = shape.hidden_size
-    embedding = shape.vocab_size * width
-    vectors = width  # the last norm
-    matmul, unused, routed, per_expert = embedding, 0, 0, 0  # the head
+    head_bias = shape.head_bias * shape.vocab_size
+    vectors = shape.final_norms * width + head_bias
+    matmul, unused, routed, per_expert, router = shape.embedding, 0, 0, 0, 0  # the head
     for layer in shape.layers:
         matmul += layer.attention.matrix_parameters(width)
-        vectors += layer.attention.vector_parameters(width) + layer.num_norms * width
+        vectors += layer.attention.vector_parameters(width) + layer.norm_parameters(width)
         ffn = layer.ffn
         if isinstance(ffn, DenseFFNShape):
             matmul += ffn.matrix_parameters(width)
@@ -175,9 +218,21 @@ def count_from_shape(shape: ModelShape) -> ParameterCount:
             continue
         one_matrix, one_vector = ffn.expert.matrix_parameters(width), ffn.expert.vector_parameters(width)
         matmul += ffn.always_matrix_parameters(width) + ffn.top_k * one_matrix
-        vectors += ffn.top_k * one_vector
+        vectors += ffn.always_vector_parameters(width) + ffn.top_k * one_vector
         unused += (ffn.num_experts - ffn.top_k) * (one_matrix + one_vector)
         routed += ffn.num_experts * (one_matrix + one_vector)
+        router += ffn.router_matrix_parameters(width)
         per_expert = per_expert or one_matrix + one_vector
-    active = matmul + vectors + (0 if shape.tied_embeddings else embedding)
-    return ParameterCount(active + unused, active, embedding, matmul, routed, per_expert)
+    looked_up = 0 if shape.tied_embeddings else shape.embedding
+    active = matmul + vectors + looked_up
+    return ParameterCount(
+        total=active + unused,
+        active=active,
+        embedding=shape.embedding,
+        matmul=matmul,
+        routed=routed,
+        per_expert=per_expert,
+        router=router,
+        looked_up=looked_up,
+        head=head_bias + looked_up,
+    )

@@ -1,0 +1,83 @@
+"""Graft's own export: a dense config, and the mixtures that stand in its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moe.accounting.families.reading import LayerConfig, check_keys, refuse
+from moe.accounting.layers import ModelShape, MoEShape
+from moe.routers import router_class
+
+MODEL_TYPE = "graft_moe"
+# The first has no shared experts.
+FORMAT_VERSIONS = (1, 2)
+LAYER_KEYS = ("index", "router", "gated", "shapes.w_up_EUD", "shapes.w_down_EDF")
+KNOWN_SHAPES = {"w_up_EUD", "w_down_EDF", "b_up_EU", "b_down_ED"}
+KNOWN_KEYS = {"index", "name", "router", "activation", "gated", "shapes", "shared_width"}
+
+
+def with_mixtures(config: LayerConfig, dense: ModelShape) -> ModelShape:
+    """The dense model with its mixtures in place.
+
+    Routers are built without memory, so that whatever they hold is counted.
+
+    Args:
+        config: The content of an exported ``config.json``.
+        dense: Of its ``dense_config``.
+
+    Raises:
+        ConfigError: The format is another than the one known here.
+    """
+    version = config.get("format_version")
+    if version not in FORMAT_VERSIONS:
+        rule = f"only formats {FORMAT_VERSIONS} are known here"
+        refuse("format_version", version, rule, "Use the version of Graft that wrote it.")
+    check_keys(config, MODEL_TYPE, ("moe_layers",))
+    layers = list(dense.layers)
+    for number, entry in enumerate(config["moe_layers"]):
+        where = f"moe_layers[{number}]"
+        check_keys(entry, f"{MODEL_TYPE} in {where}", LAYER_KEYS)
+        unknown = {*(set(entry) - KNOWN_KEYS), *(set(entry["shapes"]) - KNOWN_SHAPES)}
+        if unknown:
+            refuse(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
+        index = entry["index"]
+        if not 0 <= index < len(layers):
+            refuse(f"{where}.index", index, f"the dense model has {len(layers)} layers", "Correct it.")
+        layers[index] = replace(layers[index], ffn=_mixture(entry, where))
+    return replace(dense, layers=tuple(layers))
+
+
+def _mixture(entry: Mapping[str, Any], where: str) -> MoEShape:
+    shapes = entry["shapes"]
+    experts, _, hidden = shapes["w_up_EUD"]
+    biases = {name in shapes for name in ("b_up_EU", "b_down_ED")}
+    if len(biases) == 2:
+        refuse(f"{where}.shapes", sorted(shapes), "one of two biases is known only with the other", "Add it.")
+    name = entry["router"]["name"]
+    try:
+        cls = router_class(name)
+    except KeyError as error:
+        refuse(f"{where}.router.name", name, "there is no such router", f"{error.args[0]}.")
+    try:
+        options = cls.config_class(**entry["router"])
+    except (TypeError, ValueError) as error:
+        refuse(f"{where}.router", entry["router"], f"it is no config of {name} ({error})", "Correct it.")
+    with torch.device("meta"):
+        router = cls(options, hidden, experts)
+    sizes = [(param.ndim >= 2, param.numel()) for param in router.parameters()]
+    bias = biases == {True}
+    return MoEShape(
+        num_experts=experts,
+        top_k=router.top_k,
+        width=shapes["w_down_EDF"][2],
+        gated=entry["gated"],
+        bias=bias,
+        shared_width=entry.get("shared_width", 0),
+        shared_bias=bias,
+        router_matrix=sum(size for is_matrix, size in sizes if is_matrix),
+        router_vector=sum(size for is_matrix, size in sizes if not is_matrix),
+    )

@@ -1,0 +1,388 @@
+"""The layers that decoders are made of, as far as their cost depends on them. All counts are exact integers.
+
+A layer has a *mixer*, which moves information between tokens (attention, latent attention, a state-space
+model), and a feed-forward network, dense or a mixture of experts. A *matrix* is what a token is multiplied
+by: two FLOPs an element. A *vector* (bias, norm, sink) is not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+QKNorm = Literal["none", "head", "full"]
+
+
+class Mixer(ABC):
+    """What moves information between tokens."""
+
+    @abstractmethod
+    def matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of the matrices that a token meets."""
+
+    @abstractmethod
+    def vector_parameters(self, hidden_size: int) -> int:
+        """All other elements."""
+
+    @abstractmethod
+    def bias_parameters(self, hidden_size: int) -> int:
+        """Those of the other elements that are biases of the projections."""
+
+    @property
+    def score_width(self) -> int:
+        """Channels of queries and of values, over all heads: two FLOPs each for every key that is seen."""
+        return 0
+
+    @property
+    def cache_width(self) -> int:
+        """Elements that the cache keeps of every token."""
+        return 0
+
+    @property
+    def state_size(self) -> int:
+        """Elements of the state that stands for all tokens so far."""
+        return 0
+
+    @property
+    def scan_flops(self) -> int:
+        """FLOPs a token that are neither of a matrix nor of attention."""
+        return 0
+
+    def keys_at(self, position: int) -> int:
+        """Keys that the query at a position (from 1) sees, itself included."""
+        return position
+
+    def mean_keys(self, seq_len: int) -> float:
+        """Keys that a query sees on average over a sequence, under causal attention."""
+        return mean_context(seq_len)
+
+    def most_keys(self, seq_len: int) -> int:
+        """Keys that a query can be asked to see of a sequence: what conventions that halve nothing count."""
+        return seq_len
+
+
+def mean_context(seq_len: int, window: int | None = None) -> float:
+    """Keys that a query sees under causal attention, itself included, on average over a sequence.
+
+    The query at position t (from 1) sees ``min(t, window)``; without a window the mean is ``(S + 1) / 2``.
+    """
+    reach = seq_len if window is None else min(window, seq_len)
+    # a triangle while the window fills, then a band
+    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+
+
+@dataclass(frozen=True)
+class AttentionShape(Mixer):
+    """Multi-head or grouped-query attention.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        sliding_window: Positions that a query sees, itself included; None for all before it.
+        bias: The query, key and value projections have biases.
+        output_bias: The output projection has one.
+        qk_norm: Scale of the norm on queries and keys: none, one value per channel of a ``head``, or
+            one per channel of all heads (``full``).
+        qk_norm_bias: That norm has a bias beside its scale.
+        chunk: Queries see the keys of their own chunk of this many positions; None where there are none.
+        sinks: Every head has a learned logit that takes part in its softmax.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    bias: bool = False
+    output_bias: bool = False
+    qk_norm: QKNorm = "none"
+    qk_norm_bias: bool = False
+    chunk: int | None = None
+    sinks: bool = False
+
+    def matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of the four projections."""
+        return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+    def vector_parameters(self, hidden_size: int) -> int:
+        """Elements of biases, query-key norms and sinks."""
+        norm = {"none": 0, "head": 2, "full": self.num_heads + self.num_kv_heads}[self.qk_norm]
+        norm *= self.head_dim * (1 + self.qk_norm_bias)
+        return self.bias_parameters(hidden_size) + norm + self.sinks * self.num_heads
+
+    def bias_parameters(self, hidden_size: int) -> int:
+        """Elements of the projections' biases."""
+        channels = self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+        return self.bias * channels + self.output_bias * hidden_size
+
+    @property
+    def score_width(self) -> int:
+        """Query and value channels of all query heads."""
+        return 2 * self.num_heads * self.head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Key and value channels."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def keys_at(self, position: int) -> int:
+        """Within the window, or since the chunk began."""
+        if self.chunk is not None:
+            return (position - 1) % self.chunk + 1
+        return position if self.sliding_window is None else min(position, self.sliding_window)
+
+    def mean_keys(self, seq_len: int) -> float:
+        """See `mean_context`; a chunk is a sequence of its own."""
+        if self.chunk is None:
+            return mean_context(seq_len, self.sliding_window)
+        whole, rest = divmod(seq_len, self.chunk)
+        return (whole * self.chunk * (self.chunk + 1) / 2 + rest * (rest + 1) / 2) / seq_len
+
+    def most_keys(self, seq_len: int) -> int:
+        """The window or chunk, where it is shorter than the sequence."""
+        return min(seq_len, self.sliding_window or seq_len, self.chunk or seq_len)
+
+
+@dataclass(frozen=True)
+class LatentAttentionShape(Mixer):
+    """Multi-head latent attention (A. Liu et al., "DeepSeek-V2", arXiv:2405.04434, section 2.1).
+
+    The cache holds the latent of keys and values and one rotary key for all heads. Training and prefill
+    expand the latent to keys and values of every head; FLOPs are counted for that.
+
+    Attributes:
+        num_heads: Heads.
+        query_rank: Width of the queries' latent; None where they are projected at once.
+        kv_rank: Width of the latent of keys and values.
+        nope_dim: Channels of a query or key without position.
+        rope_dim: Channels of a query or key with position.
+        value_dim: Channels of a value.
+        bias: The projections down to the latents and the output projection have biases.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    bias: bool = False
+
+    def matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of the projections: down to the latents, up from them, and out."""
+        queries = self.num_heads * (self.nope_dim + self.rope_dim)
+        rank = self.query_rank
+        query = hidden_size * queries if rank is None else rank * (hidden_size + queries)
+        down = hidden_size * (self.kv_rank + self.rope_dim)
+        up = self.kv_rank * self.num_heads * (self.nope_dim + self.value_dim)
+        return query + down + up + self.num_heads * self.value_dim * hidden_size
+
+    def vector_parameters(self, hidden_size: int) -> int:
+        """Elements of biases and of the norms on the latents."""
+        return self.bias_parameters(hidden_size) + (self.query_rank or 0) + self.kv_rank
+
+    def bias_parameters(self, hidden_size: int) -> int:
+        """Elements of the projections' biases."""
+        return self.bias * ((self.query_rank or 0) + self.kv_rank + self.rope_dim + hidden_size)
+
+    @property
+    def score_width(self) -> int:
+        """Query and value channels of all heads."""
+        return self.num_heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+    @property
+    def cache_width(self) -> int:
+        """The latent and the rotary key."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True)
+class MambaShape(Mixer):
+    """A selective state-space model of the first kind (A. Gu, T. Dao, "Mamba", arXiv:2312.00752).
+
+    Attributes:
+        inner: Channels.
+        state: Values of state a channel.
+        conv: Positions of the convolution.
+        dt_rank: Rank of the step size.
+        conv_bias: The convolution has a bias.
+        bias: The projections in and out have biases.
+        inner_norms: Step size, B and C are normed, as in Jamba.
+    """
+
+    inner: int
+    state: int
+    conv: int
+    dt_rank: int
+    conv_bias: bool = True
+    bias: bool = False
+    inner_norms: bool = False
+
+    def matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of the projections and of the convolution."""
+        selection = self.inner * (self.dt_rank + 2 * self.state) + self.dt_rank * self.inner
+        return 3 * hidden_size * self.inner + selection + self.inner * self.conv
+
+    def vector_parameters(self, hidden_size: int) -> int:
+        """Elements of A, D, biases and norms."""
+        norms = self.inner_norms * (self.dt_rank + 2 * self.state)
+        return self.inner * (self.state + 1) + norms + self.bias_parameters(hidden_size)
+
+    def bias_parameters(self, hidden_size: int) -> int:
+        """Elements of the biases, of which the step size always has one."""
+        return self.inner * (1 + self.conv_bias) + self.bias * (2 * self.inner + hidden_size)
+
+    @property
+    def state_size(self) -> int:
+        """The state, and what the convolution still needs."""
+        return self.inner * (self.state + self.conv)
+
+    @property
+    def scan_flops(self) -> int:
+        """Seven a value of state: three to discretise, two to update, two to read."""
+        return 7 * self.inner * self.state
+
+    def keys_at(self, position: int) -> int:
+        """None: there are no keys."""
+        return 0
+
+    def mean_keys(self, seq_len: int) -> float:
+        """None: there are no keys."""
+        return 0.0
+
+    def most_keys(self, seq_len: int) -> int:
+        """None: there are no keys."""
+        return 0
+
+
+@dataclass(frozen=True)
+class DenseFFNShape:
+    """A feed-forward network: up and down, and a gate beside up when ``gated``."""
+
+    width: int
+    gated: bool = True
+    bias: bool = False
+
+    def matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of the projections."""
+        return (3 if self.gated else 2) * hidden_size * self.width
+
+    def vector_parameters(self, hidden_size: int) -> int:
+        """Elements of the biases."""
+        return self.bias * ((2 if self.gated else 1) * self.width + hidden_size)
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """A mixture of experts.
+
+    Attributes:
+        num_experts: Routed experts.
+        top_k: Routed experts that a token uses.
+        width: Inner width of a routed expert.
+        gated: Each expert has a gate beside its up projection; the shared one too.
+        bias: Each expert has biases.
+        shared_width: Inner width of the shared expert that every token uses; 0 for none. Several shared
+            experts are one of their joint width.
+        shared_gate: The shared expert's output is scaled by a learned gate, one row of the hidden size.
+        shared_bias: The shared expert has biases.
+        router_matrix: Elements of the router's matrices; None for one row of the hidden size an expert.
+        router_vector: Its other elements.
+    """
+
+    num_experts: int
+    top_k: int
+    width: int
+    gated: bool = True
+    bias: bool = False
+    shared_width: int = 0
+    shared_gate: bool = False
+    shared_bias: bool = False
+    router_matrix: int | None = None
+    router_vector: int = 0
+
+    @property
+    def expert(self) -> DenseFFNShape:
+        """One routed expert."""
+        return DenseFFNShape(self.width, self.gated, self.bias)
+
+    @property
+    def shared(self) -> DenseFFNShape:
+        """What every token uses beside its routed experts; of width 0 where there is none."""
+        return DenseFFNShape(self.shared_width, self.gated, self.shared_bias and self.shared_width > 0)
+
+    def router_matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of the router's matrices."""
+        return self.num_experts * hidden_size if self.router_matrix is None else self.router_matrix
+
+    def always_matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of what every token is multiplied by: router, shared expert and its gate."""
+        own = self.router_matrix_parameters(hidden_size) + self.shared_gate * hidden_size
+        return own + self.shared.matrix_parameters(hidden_size)
+
+    def always_vector_parameters(self, hidden_size: int) -> int:
+        """Elements of the router's and the shared expert's vectors."""
+        return self.router_vector + self.shared.vector_parameters(hidden_size)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One block: mixer, feed-forward network, and its norms.
+
+    Attributes:
+        attention: The mixer.
+        ffn: The feed-forward network.
+        num_norms: Norms with a scale over the hidden size.
+        norm_bias: These norms have a bias too.
+    """
+
+    attention: Mixer
+    ffn: DenseFFNShape | MoEShape
+    num_norms: int = 2
+    norm_bias: bool = False
+
+    def norm_parameters(self, hidden_size: int) -> int:
+        """Elements of the norms over the hidden size."""
+        return self.num_norms * (1 + self.norm_bias) * hidden_size
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder: embedding, layers, a norm, and a language-model head.
+
+    Attributes:
+        layers: In order.
+        hidden_size: Width between layers.
+        vocab_size: Rows of embedding and head.
+        tied_embeddings: Embedding and head are one matrix.
+        final_norms: Vectors of the norm after the last layer: 1 for a scale, 2 with a bias, 0 for neither.
+        head_bias: The head has a bias.
+        next_token_layers: Layers that only help training to predict further tokens. They are not among the
+            parameters, since transformers does not build them; the ``megatron`` convention counts them.
+        part: What of a larger model this is, such as its text tower; empty for the whole.
+    """
+
+    layers: tuple[LayerShape, ...]
+    hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    final_norms: int = 1
+    head_bias: bool = False
+    next_token_layers: int = 0
+    part: str = ""
+
+    @property
+    def attention(self) -> tuple[Mixer, ...]:
+        """The mixer of every layer, in order."""
+        return tuple(layer.attention for layer in self.layers)
+
+    @property
+    def moe(self) -> tuple[MoEShape, ...]:
+        """The mixtures of experts, in order."""
+        return tuple(layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEShape))
+
+    @property
+    def embedding(self) -> int:
+        """Elements of the embedding, and as many of the head."""
+        return self.vocab_size * self.hidden_size

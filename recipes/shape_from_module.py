@@ -1,0 +1,63 @@
+"""What a model costs that the table of families does not know: from the module that transformers builds.
+
+The module is built on the meta device: it takes no memory and reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe.accounting.layers import Mixer
+from moe.accounting.params import ParameterCount, count_parameters
+from moe.accounting.shape import attention_from_config
+from moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """What a module says about its costs.
+
+    Attributes:
+        count: Exact.
+        attention: Of every layer, where the config says that it is plain; else None, and so are FLOPs and
+            cache: they are never guessed.
+    """
+
+    count: ParameterCount
+    attention: tuple[Mixer, ...] | None
+
+
+def shape_from_module(config: Mapping[str, Any]) -> ModuleShape:
+    """Builds the decoder of a ``config.json`` without memory and counts its parameters.
+
+    Args:
+        config: The content of the file. Code beside it is not run.
+
+    Raises:
+        ConfigError: transformers does not know the family or refuses the config, or its experts cannot be
+            told apart.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    content = dict(config)
+    family = content.pop("model_type", None)
+    try:
+        built = AutoConfig.for_model(family, **content)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(built)
+        count = count_parameters(model)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "Check that the file is complete and that this version of transformers knows the model."
+        raise ConfigError.one(
+            "model_type", family, f"transformers cannot build it for counting ({first})", remedy
+        ) from error
+    try:
+        attention = attention_from_config(built.to_dict())
+    except ConfigError:
+        attention = None
+    return ModuleShape(count, attention)

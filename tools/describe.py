@@ -1,0 +1,96 @@
+"""Says what a model costs, from its config alone: ``python -m tools.describe --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe.errors import ConfigError, Mistake
+from tools.command import STDOUT, check_json_target, run_command, write_json
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.describe",
+        description="Prints parameters, FLOPs, and memory for training and serving of a model, from its "
+        "config.json. No weights are read and nothing is downloaded.",
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="config.json, or the folder of a checkpoint that holds one")
+    add("--sequence-length", type=int, default=4096, metavar="N", help="tokens (default: %(default)s)")
+    add("--batch-size", type=int, default=1, metavar="B", help="sequences at once (default: %(default)s)")
+    add("--kv-dtype", default="bfloat16", metavar="DTYPE", help="of the cache (default: %(default)s)")
+    add(
+        "--bits",
+        nargs="+",
+        default=[],
+        metavar="CLASS=BITS",
+        help="bits an element in serving, scales included, of a class of tensors, instead of what the "
+        "config says: expert=4.25 attention=16",
+    )
+    add(
+        "--from-module",
+        action="store_true",
+        help="for families that are not in the table: build the model of transformers without memory and "
+        "count it; what its config does not say is then left out",
+    )
+    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0 when the model is described.
+
+    Raises:
+        ConfigError: The config or a flag cannot be used.
+    """
+    args = build_parser().parse_args(argv)
+    content = _read(args)
+    from moe.accounting.description import Request, describe_counted, describe_model, lines_of
+
+    request = Request(args.sequence_length, args.batch_size, args.kv_dtype, tuple(args.bits))
+    if args.from_module:
+        from recipes.shape_from_module import shape_from_module
+
+        found = shape_from_module(content)
+        figures = describe_counted(content, found.count, found.attention, request)
+    else:
+        figures = describe_model(content, request)
+    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    for line in lines_of(figures):
+        say(line)
+    write_json(args.json, figures)
+    return 0
+
+
+def _read(args: argparse.Namespace) -> Mapping[str, Any]:
+    """The content of the config, when it and all flags are in order."""
+    mistakes = check_json_target(args.json)
+    for flag, value in (("--sequence-length", args.sequence_length), ("--batch-size", args.batch_size)):
+        if value < 1:
+            mistakes.append(Mistake(flag, value, "it must be 1 or more", "Raise it."))
+    path = Path(args.config).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    content: Any = None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        mistakes.append(Mistake("CONFIG", str(path), f"it cannot be read ({error.strerror})", "Correct it."))
+    except ValueError as error:
+        mistakes.append(Mistake("CONFIG", str(path), f"it is no JSON ({error})", "Give a config.json."))
+    else:
+        if not isinstance(content, dict):
+            mistakes.append(Mistake("CONFIG", str(path), "it holds no mapping", "Give a config.json."))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return dict(content)
+
+
+if __name__ == "__main__":
+    run_command(main)
