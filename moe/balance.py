@@ -54,7 +54,8 @@ def count_load(
     # The last element carries the token count, so that one all-reduce does.
     packed = torch.zeros(num_experts + 1, device=ids_TK.device)
     packed.scatter_add_(0, ids_TK.reshape(-1), ones_TK.reshape(-1))
-    packed[-1] = T if mask_T is None else mask_T.sum()
+    # Not assigned: for a number that is assigned to an element the host waits.
+    packed[-1].fill_(T) if mask_T is None else packed[-1].copy_(mask_T.sum())
     ranks = 1
     if group is not None:
         ranks = group.size()

@@ -35,7 +35,7 @@ def top1_loss(
         probs_TE, chosen_T = probs_TE * mask_T[:, None], chosen_T * mask_T
     local = torch.cat([probs_TE.sum(0), chosen_T.sum()[None]])
     with torch.no_grad():
-        tokens = mask_T.sum() if mask_T is not None else torch.tensor(len(probs_TE), device=local.device)
+        tokens = mask_T.sum() if mask_T is not None else torch.full((), len(probs_TE), device=local.device)
         every = torch.cat([local.detach(), tokens[None].to(local)])
         ranks = 1
         if group is not None:

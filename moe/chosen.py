@@ -5,7 +5,6 @@ Letters: T tokens, E experts, K slots a token, B sequences, S tokens a sequence.
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import torch
@@ -41,7 +40,8 @@ def chosen_load(chosen_TE: Tensor, ctx: LayerContext) -> Load:
     real_TE = chosen_TE if mask_T is None else chosen_TE & mask_T[:, None]
     packed = torch.empty(E + 1, device=chosen_TE.device)
     packed[:E] = real_TE.sum(0)
-    packed[E] = T if mask_T is None else mask_T.sum()
+    # Not assigned: for a number that is assigned to an element the host waits.
+    packed[E].fill_(T) if mask_T is None else packed[E].copy_(mask_T.sum())
     ranks = 1
     if ctx.run.group is not None:
         ranks = ctx.run.group.size()
@@ -58,7 +58,8 @@ def top_of_sequences(scores_BSE: Tensor, real_BS: Tensor | None, share: Fraction
         share: Of the real tokens, in (0, 1]. A fraction, since ``0.1 * 30`` rounded up may be 4.
     """
     _, S, E = scores_BSE.shape
-    budget = math.ceil(share * S)
+    # Rounded up in whole numbers: torch.compile does not follow fractions.
+    budget = -(-share.numerator * S // share.denominator)
     chosen_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool)
     if real_BS is None:
         return chosen_BSE.scatter_(1, scores_BSE.topk(budget, dim=1).indices, True)
@@ -77,10 +78,14 @@ def coverage_metrics(chosen_TE: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
     """Of this rank's real tokens: mean and largest number of experts, and the share that has none."""
     used_T = chosen_TE.sum(-1).float()
     mask_T = ctx.token_mask_T(len(used_T))
-    used_T = used_T if mask_T is None else used_T[mask_T]
-    count = max(len(used_T), 1)
+    bare_T = used_T == 0
+    count: Tensor | int = max(len(used_T), 1)
+    if mask_T is not None:
+        # Filled, not picked: how many are real only the device knows.
+        used_T, bare_T = used_T.masked_fill(~mask_T, 0), bare_T & mask_T
+        count = mask_T.sum().clamp_min(1)
     return {
         "experts_per_token": used_T.sum() / count,
         "most_experts": used_T.max() if len(used_T) else used_T.sum(),
-        "uncovered": (used_T == 0).sum() / count,
+        "uncovered": bare_T.sum() / count,
     }

@@ -32,8 +32,8 @@ def loss_mean(values_T: Tensor, ctx: LayerContext) -> Tensor:
 def figure_mean(values_T: Tensor, ctx: LayerContext) -> Tensor:
     """The mean over this rank's real tokens; 0 where there is none."""
     mask_T = ctx.token_mask_T(len(values_T))
-    count = len(values_T) if mask_T is None else mask_T.sum().clamp_min(1)
-    return _real(values_T, mask_T).sum() / (count or 1)
+    count = max(len(values_T), 1) if mask_T is None else mask_T.sum().clamp_min(1)
+    return _real(values_T, mask_T).sum() / count
 
 
 def _real(values_T: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -149,8 +149,9 @@ class _Problem:
     def columns(self, row_T: Tensor) -> Tensor:
         return self.log_columns_E - column_logsumexp(self.kernel_TE + row_T[:, None], self.group)
 
-    @torch.no_grad()
     def residual(self, kind: Residual, old_E: Tensor, new_E: Tensor) -> Tensor:
+        # Not by a decorator, which torch.compile does not follow here.
+        old_E, new_E = old_E.detach(), new_E.detach()
         # With rows exact, the column sums are c * exp(old - new): the next update brings them to c.
         if kind == "column_sums":
             return (self.mass_E * torch.expm1(old_E - new_E)).square().sum().sqrt()
