@@ -47,14 +47,14 @@ def uniform_noise(
     keys = [int(hashed_uniform(seed, *where, part) * 2**32) for part in (0, 1)]
     rank = 0 if run.group is None else run.group.rank()
     position_T = token_positions(num_tokens, ctx.token_mask_T(num_tokens), device) + rank * num_tokens
-    row_T1 = _mix((position_T & _BITS32) ^ keys[0])[:, None]
+    row_T1 = mix32((position_T & _BITS32) ^ keys[0])[:, None]
     # Odd multiples of one number are as many different numbers modulo 2**32.
     column_N = torch.arange(columns, device=device) * 0x1E3779B1 & _BITS32
-    bits_TN = _mix(((_mix(row_T1 ^ keys[1]) + column_N) & _BITS32) ^ row_T1)
+    bits_TN = mix32(((mix32(row_T1 ^ keys[1]) + column_N) & _BITS32) ^ row_T1)
     return ((bits_TN >> 9).float() + 0.5) * 2.0**-23
 
 
-def _mix(bits: Tensor) -> Tensor:
+def mix32(bits: Tensor) -> Tensor:
     """A bijection of 32-bit integers (held in int64) that flips about half of the bits for any one flipped.
 
     Multiplications by odd numbers below 2**31, so that no product leaves int64, and shifted exclusive ors.

@@ -18,7 +18,8 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from moe.types import Routing
 
-# Entries behind the E counts of a layer's packed vector: tokens, slots, unused slots, entropy sum.
+# Entries of a layer's packed vector behind its E counts and E sums of probabilities: tokens, slots, unused
+# slots, entropy sum.
 _NUM_SUMS = 4
 
 
@@ -27,7 +28,7 @@ class LayerStats:
     """The statistics of one layer in the current step.
 
     Attributes:
-        sums: Micro-batch to ``[E + 4]`` vector that adds up over micro-batches and ranks.
+        sums: Micro-batch to ``[2 E + 4]`` vector that adds up over micro-batches and ranks.
         logit_max: Micro-batch to the largest absolute router logit.
         losses: Micro-batch to named losses and metrics, averaged over micro-batches and ranks.
     """
@@ -45,12 +46,13 @@ class LayerStats:
         if routing.slot_mask_TK is not None:
             used_TK = used_TK * routing.slot_mask_TK
         used_TK = used_TK * real_TK
-        packed = torch.zeros(E + _NUM_SUMS, device=ids_TK.device)
-        packed.scatter_add_(0, ids_TK.clamp(0, E - 1).reshape(-1), used_TK.reshape(-1))
-        packed[E] = real_TK[:, 0].sum()
-        packed[E + 1] = real_TK.sum()
-        packed[E + 2] = real_TK.sum() - used_TK.sum()
-        packed[E + 3] = _entropy_sum(routing.scores_TE, mask_T)
+        packed = torch.zeros(2 * E + _NUM_SUMS, device=ids_TK.device)
+        packed[:E].scatter_add_(0, ids_TK.clamp(0, E - 1).reshape(-1), used_TK.reshape(-1))
+        if routing.scores_TE is not None:
+            packed[E : 2 * E], packed[-1] = _probability_sums(routing.scores_TE, mask_T)
+        packed[2 * E] = real_TK[:, 0].sum()
+        packed[2 * E + 1] = real_TK.sum()
+        packed[2 * E + 2] = real_TK.sum() - used_TK.sum()
         self.sums[micro_batch] = packed
         if routing.logits_TE is not None and routing.logits_TE.numel():
             self.logit_max[micro_batch] = routing.logits_TE.abs().amax()
@@ -64,14 +66,14 @@ class LayerStats:
         self.losses.clear()
 
 
-def _entropy_sum(scores_TE: Tensor | None, mask_T: Tensor | None) -> Tensor | float:
-    """Sum over tokens of the entropy of the normalised scores, in units of ln E."""
-    if scores_TE is None or scores_TE.shape[1] == 1:
-        return 0.0
+def _probability_sums(scores_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of the normalised scores of each expert, and of their entropy in units of ln E."""
+    E = scores_TE.shape[1]
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-    entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(scores_TE.shape[1])
-    total: Tensor = entropy_T.sum() if mask_T is None else (entropy_T * mask_T).sum()
-    return total
+    entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(max(E, 2))
+    if mask_T is not None:
+        probs_TE, entropy_T = probs_TE * mask_T[:, None], entropy_T * mask_T
+    return probs_TE.sum(0), entropy_T.sum()
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,12 @@ class LoadReport:
         layers: Index of each MoE layer in the host.
         load: Layer by expert, the share of routed slots; a layer's shares sum to 1.
         per_layer: Figure to one value a layer: ``maxvio`` (largest load over the mean, minus 1;
-            arXiv 2408.15664), ``load_cv`` (standard deviation over mean), ``entropy`` (of a token's
-            router distribution, in units of ln E), ``dead_experts`` (experts without a token),
-            ``dropped_fraction`` (slots that were not used), ``logit_max`` (largest absolute logit), and
-            ``<name>_loss`` for each loss, with its coefficient, and the router's own metrics.
+            arXiv 2408.15664), ``load_cv`` (standard deviation over mean), ``importance_cv`` (the same of the
+            experts' summed probabilities; 0 where a router has none), ``entropy`` (of a token's router
+            distribution, in units of ln E), ``dead_experts`` (experts without a token),
+            ``experts_per_token`` (slots that were used, over tokens), ``dropped_fraction`` (slots that were
+            not used), ``logit_max`` (largest absolute logit), and ``<name>_loss`` for each loss, with its
+            coefficient, and the router's own metrics.
     """
 
     layers: tuple[int, ...]
@@ -145,12 +149,13 @@ def _unpack(
     load = []
     offset = 0
     for position, (_, layer) in enumerate(stats):
-        E = next(iter(layer.sums.values())).numel() - _NUM_SUMS
-        vector = sums[offset : offset + E + _NUM_SUMS + len(names)]
+        E = (next(iter(layer.sums.values())).numel() - _NUM_SUMS) // 2
+        vector = sums[offset : offset + 2 * E + _NUM_SUMS + len(names)]
         offset += vector.numel()
-        figures = _figures(vector[:E], *vector[E : E + _NUM_SUMS].tolist())
+        behind = 2 * E + _NUM_SUMS
+        figures = _figures(vector[:E], vector[E : 2 * E], *vector[2 * E : behind].tolist())
         figures["logit_max"] = float(maxima[position])
-        for name, value in zip(names, vector[E + _NUM_SUMS :].tolist(), strict=True):
+        for name, value in zip(names, vector[behind:].tolist(), strict=True):
             figures[name] = value / ranks
         for key, number in figures.items():
             per_layer.setdefault(key, []).append(number)
@@ -163,14 +168,16 @@ def _unpack(
 
 
 def _figures(
-    counts_E: Tensor, tokens: float, slots: float, unused: float, entropy: float
+    counts_E: Tensor, importance_E: Tensor, tokens: float, slots: float, unused: float, entropy: float
 ) -> dict[str, float]:
-    mean = float(counts_E.mean())
+    mean, importance = float(counts_E.mean()), float(importance_E.mean())
     safe = mean if mean > 0 else 1.0
     return {
         "maxvio": float(counts_E.max()) / safe - 1.0,
         "load_cv": float(counts_E.std(correction=0)) / safe,
+        "importance_cv": float(importance_E.std(correction=0)) / (importance if importance > 0 else 1.0),
         "entropy": entropy / max(tokens, 1.0),
         "dead_experts": float((counts_E == 0).sum()),
+        "experts_per_token": (slots - unused) / max(tokens, 1.0),
         "dropped_fraction": unused / max(slots, 1.0),
     }

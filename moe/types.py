@@ -42,6 +42,8 @@ class RouterContext:
         padding_mask: ``[B, S]`` bool, True where a token is real, or None when all are.
         keys: What else the caller knows of every token, by name (modality, class, timestep): ``[B, S]``.
             The caller sets it before each forward pass; routers by key read it.
+        top_k: Layer index to experts a token, where that is another number than the router's own at this step
+            (`moe.top_k_schedule`). Set before each forward pass; read by `LayerContext.top_k`.
     """
 
     step: int = 0
@@ -52,6 +54,7 @@ class RouterContext:
     token_ids: Tensor | None = None
     padding_mask: Tensor | None = None
     keys: Mapping[str, Tensor] = field(default_factory=dict)
+    top_k: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class LayerContext:
 
     run: RouterContext
     layer_index: int
+
+    def top_k(self, own: int) -> int:
+        """Experts a token of this layer at this step: ``own``, the router's, unless a schedule differs."""
+        return self.run.top_k.get(self.layer_index, own)
 
     def num_sequences(self, num_tokens: int) -> int:
         """Sequences that the T tokens are of, all of one length; 1 when the batch is not known or empty."""

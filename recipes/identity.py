@@ -13,6 +13,7 @@ from recipes.compose import to_yaml
 from recipes.data.build import TrainData
 from recipes.jobs.base import Session
 from recipes.schema import RunConfig
+from recipes.sparsify import sparsify_identity
 
 _FILE = "run.json"
 
@@ -30,6 +31,7 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
     for section in ("router", "upcycle"):
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             fields[f"{section}.{key}"] = value
+    fields["sparsify"] = sparsify_identity(config)
     return json.loads(json.dumps(fields))
 
 

@@ -64,7 +64,9 @@ class Leg:
         optim: Optimizer and schedule.
         data: Samples.
         trainable: The model under its engine.
-        costs: What a token costs.
+        costs: What a token costs, at the end where that changes.
+        scheduled_costs: What it costs from each of these steps on, ascending from 0; empty where that is
+            ``costs`` throughout.
         checkpoints: Folder of its checkpoints.
         state: What every checkpoint carries besides tensors: identity of the run, reports.
         first_step: Steps done already.
@@ -81,6 +83,7 @@ class Leg:
     costs: Costs
     checkpoints: Path
     state: dict[str, Any] = field(default_factory=dict)
+    scheduled_costs: Sequence[tuple[int, Costs]] = ()
     first_step: int = 0
     first_sample: int = 0
     seed: int = 0
@@ -89,6 +92,11 @@ class Leg:
     def tokens_per_step(self) -> int:
         """Over all ranks."""
         return self.train.global_batch_size * self.data.train.seq_len
+
+    def costs_at(self, step: int) -> Costs:
+        """What a token costs in a step that has so many before it."""
+        begun = [costs for start, costs in self.scheduled_costs if start <= step]
+        return begun[-1] if begun else self.costs
 
 
 @dataclass
@@ -206,10 +214,7 @@ class Loop:
             "tokens_per_s": speed,
             "step_s": seconds,
         }
-        if leg.costs.peak_flops is not None and leg.costs.flops_per_token_train is not None:
-            row["mfu"] = mfu(
-                leg.costs.flops_per_token_train, speed, leg.costs.peak_flops, self.engine.world_size
-            )
+        row |= _cost_figures(leg.costs_at(step), speed, self.engine.world_size)
         return row | _router_figures(load), load, reduced["stop"] > 0
 
     def _refuse_nonfinite(self, leg: Leg, step: int, loss: float, grad_norm: float) -> None:
@@ -275,6 +280,16 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _cost_figures(costs: Costs, tokens_per_s: float, world_size: int) -> dict[str, float]:
+    """Of a step: what is not known is left out."""
+    row: dict[str, float] = {"active_params": costs.active_params}
+    if costs.flops_per_token_train is not None:
+        row["flops_per_token"] = costs.flops_per_token_train
+        if costs.peak_flops is not None:
+            row["mfu"] = mfu(costs.flops_per_token_train, tokens_per_s, costs.peak_flops, world_size)
+    return row
 
 
 def _router_figures(load: LoadReport | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,10 @@ class AvgKRouter(Router[AvgKConfig]):
 
     name = "avg_k"
     config_class = AvgKConfig
+    host_syncs: ClassVar[str | None] = "once, before the first training pass: whether the experts differ"
+    compile_refusal: ClassVar[str | None] = (
+        "its first training pass asks whether the experts differ. Run one before compiling"
+    )
 
     def __init__(self, config: AvgKConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -91,7 +95,7 @@ class AvgKRouter(Router[AvgKConfig]):
     @torch.no_grad()
     def mean_keys(self) -> Tensor:
         """``[E, D]`` mean of each expert's gate rows (of its up projection's rows, when it is not gated)."""
-        assert self._attached, "attach() comes before routing: the experts' weights are the gates"
+        assert len(self._attached) == 1, "attach() comes before routing: the experts' weights are the gates"
         (experts,) = self._attached
         w_up_EUD = experts.w_up_EUD
         keys_EFD = w_up_EUD.chunk(2, dim=1)[0] if experts.gated else w_up_EUD

@@ -50,12 +50,19 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         parameter_role: Tells the optimizer which parameter group these parameters are in.
         is_causal: Whether in evaluation no token's routing depends on a later token. What is not causal
             cannot generate the text that it was trained on: use it for encoders and diffusion.
+        varies_top_k: Whether K may change between steps: whether it routes by `LayerContext.top_k`.
+        host_syncs: Why the host waits for a GPU in a training pass, and how often; None where it never does.
+        compile_refusal: Why ``torch.compile(router, fullgraph=True)`` cannot hold the training passes of all
+            steps in one graph, and what to do; None where it can.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[RouterConfig]]
     parameter_role: ClassVar[str] = "router"
     is_causal: ClassVar[bool] = True
+    varies_top_k: ClassVar[bool] = False
+    host_syncs: ClassVar[str | None] = None
+    compile_refusal: ClassVar[str | None] = None
 
     def __init__(self, config: ConfigT, model_width: int, num_experts: int) -> None:
         super().__init__()
@@ -68,15 +75,28 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         """Why this config cannot route over E experts, as "rule. Remedy."; None when it can."""
         return None
 
+    @classmethod
+    def needed_keys(cls, config: ConfigT) -> frozenset[str]:
+        """The keys of `RouterContext.keys` that it cannot route without."""
+        return frozenset()
+
     @property
     @abstractmethod
     def top_k(self) -> int:
-        """Experts that a token uses (the mean, where it varies): what active parameters are counted by."""
+        """Experts that a token uses (the mean, where it varies): what active parameters are counted by.
+
+        With a schedule of K (`moe.top_k_schedule`) those that it uses in the end.
+        """
 
     @property
     @abstractmethod
     def weights_sum_to_one(self) -> bool:
         """Whether the combine weights of every token sum to 1, so that copied experts are exact."""
+
+    @property
+    def weighs_one(self) -> bool:
+        """Whether every chosen expert weighs exactly 1, as long as training has not changed the router."""
+        return False
 
     @abstractmethod
     def reset_parameters(self, generator: Generator | None = None) -> None:
@@ -89,6 +109,10 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     def attach(self, experts: Experts) -> None:
         """Told once which experts it routes to; for routers that read the experts' own weights."""
         return
+
+    def rows_ED(self) -> Tensor | None:
+        """The parameter with one row for each expert, which upcycling may set; None when there is none."""
+        return None
 
     def wrap_dispatcher(self, dispatcher: Dispatcher) -> Dispatcher:
         """The dispatcher of its layer; for routers whose experts see something else than single tokens."""

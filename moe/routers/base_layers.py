@@ -8,7 +8,7 @@ Letters: T tokens, D model width, E experts; N real tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -51,6 +51,12 @@ class BaseLayersRouter(Router[BaseLayersConfig]):
 
     name = "base_layers"
     config_class = BaseLayersConfig
+    host_syncs: ClassVar[str | None] = (
+        "the auction asks once a round of bidding whether every token is held, and places the rest by index"
+    )
+    compile_refusal: ClassVar[str | None] = (
+        "the auction lasts as many rounds as the tokens need. Compile the experts alone"
+    )
 
     def __init__(self, config: BaseLayersConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -107,5 +113,5 @@ class BaseLayersRouter(Router[BaseLayersConfig]):
         agreement = figure_mean((chosen_T == best_T).float(), ctx)
         return chosen_T, {
             "choice_agreement": agreement,
-            "auction_rounds": agreement.new_tensor(float(found.rounds)),
+            "auction_rounds": torch.full_like(agreement, found.rounds),
         }

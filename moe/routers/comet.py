@@ -9,7 +9,7 @@ Letters: T tokens, D model width, E experts, K slots a token, J trees, N = E - 1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -67,6 +67,9 @@ class CometRouter(Router[CometConfig]):
 
     name = "comet"
     config_class = CometConfig
+    host_syncs: ClassVar[str | None] = (
+        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
+    )
 
     def __init__(self, config: CometConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)

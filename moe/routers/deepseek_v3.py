@@ -85,6 +85,11 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
 
     name = "deepseek_v3"
     config_class = DeepSeekV3Config
+    varies_top_k: ClassVar[bool] = True
+    compile_refusal: ClassVar[str | None] = (
+        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
+        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
+    )
     fp32_buffers: ClassVar[tuple[str, ...]] = ("bias_E",)
     bias_E: Tensor
 
@@ -128,7 +133,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
-            ids_TK = self._select(scores_TE.detach() + self.bias_E)
+            ids_TK = self._select(scores_TE.detach() + self.bias_E, ctx.top_k(self.top_k))
             weights_TK = self._weights(logits_TE, scores_TE, ids_TK)
             probs_TE = scores_TE if self.config.score == "softmax" else self._shares(logits_TE)
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
@@ -147,7 +152,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
             metrics=self._bias_metrics(),
         )
 
-    def _select(self, choice_TE: Tensor) -> Tensor:
+    def _select(self, choice_TE: Tensor, top_k: int) -> Tensor:
         """``[T, K]`` experts by the scores that they are chosen by."""
         config, T = self.config, len(choice_TE)
         if config.num_groups > 1:
@@ -159,7 +164,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
             shut_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter_(1, top_TN, False)
             # Not 0: a biased score may be below it.
             choice_TE = choice_TGN.masked_fill(shut_TG[:, :, None], -torch.inf).view(T, self.num_experts)
-        return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        return choice_TE.topk(top_k, dim=-1, sorted=False).indices
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         if self.config.renormalise:

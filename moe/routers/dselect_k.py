@@ -9,7 +9,7 @@ Letters: T tokens, D model width, E experts, K slots a token, J selectors, M = c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -73,6 +73,9 @@ class DSelectKRouter(Router[DSelectKConfig]):
 
     name = "dselect_k"
     config_class = DSelectKConfig
+    host_syncs: ClassVar[str | None] = (
+        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
+    )
 
     def __init__(self, config: DSelectKConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)

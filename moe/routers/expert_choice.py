@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ class ExpertChoiceRouter(ProjectionRouter[ExpertChoiceConfig]):
 
     name = "expert_choice"
     config_class = ExpertChoiceConfig
+    host_syncs: ClassVar[str | None] = (
+        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
+    )
     is_causal = False
 
     def __init__(self, config: ExpertChoiceConfig, model_width: int, num_experts: int) -> None:

@@ -9,7 +9,7 @@ Letters: T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class ForcedRouter(LinearRouter[ForcedConfig]):
 
     name = "forced"
     config_class = ForcedConfig
+    varies_top_k: ClassVar[bool] = True
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -46,7 +47,7 @@ class ForcedRouter(LinearRouter[ForcedConfig]):
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Deals the tokens out in turn."""
-        T, K, E = len(x_TD), self.top_k, self.num_experts
+        T, K, E = len(x_TD), ctx.top_k(self.top_k), self.num_experts
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             position_T = token_positions(T, ctx.token_mask_T(T), x_TD.device)

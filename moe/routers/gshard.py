@@ -10,7 +10,7 @@ Letters: T tokens, E experts, K = 2 experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class GShardRouter(LinearRouter[GShardConfig]):
 
     name = "gshard"
     config_class = GShardConfig
+    compile_refusal: ClassVar[str | None] = (
+        "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host in each pass. "
+        "Compile the experts alone"
+    )
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -1,10 +1,13 @@
-"""Routing by what the caller knows of a token: its modality, class, or timestep. Nothing is learned.
+"""Routing by what is known of a token: its modality, class, or timestep. Nothing is learned.
 
 Sources: Mixture-of-Transformers (arXiv 2411.04996: one feed-forward network for each modality, positions
 gathered by masks that partition the sequence), and mixtures that split a sample space by label or diffusion
 timestep.
 
-The caller sets ``RouterContext.keys[name]`` before each forward pass, to one of
+With ``key: token_ids`` the ids of the batch are the key, and ranges of ids the modalities: early-fusion
+models, whose vocabulary has a range of image tokens, say by the id alone what a token is, in training and
+in generation. For any other key the caller sets ``RouterContext.keys[name]`` before each forward pass, to one
+of
 
 - ``[B, S]`` integers: the expert of each token;
 - ``[B]``: the same for all tokens of a sequence;
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -28,6 +31,8 @@ from moe.errors import ConfigError
 from moe.routers.base import Router, RouterConfig
 from moe.types import LayerContext, Routing
 
+TOKEN_IDS = "token_ids"
+
 
 @dataclass(frozen=True)
 class KeyedConfig(RouterConfig):
@@ -35,14 +40,30 @@ class KeyedConfig(RouterConfig):
 
     name: Literal["keyed"] = "keyed"
     key: str = "modality"
-    """Which of the caller's keys routes."""
+    """Which of the caller's keys routes; ``token_ids``: the ids of the batch."""
     edges: list[float] = field(default_factory=list)
-    """Edges between the experts' ranges of a number, ascending, one fewer than experts; none where the key is
-    the expert itself. A number on an edge belongs to the range above it."""
+    """Edges between ranges of a number, ascending; none where the key is the expert itself. A number on an
+    edge belongs to the range above it: an edge is the first id of its range."""
+    experts: list[int] = field(default_factory=list)
+    """The expert of each range; none: range n has expert n. With edges [4, 8196] and experts [0, 1, 0] ids
+    from 4 to 8195 go to expert 1, those below and above to expert 0."""
 
     def __post_init__(self) -> None:
+        wrong = []
         if any(low >= high for low, high in pairwise(self.edges)):
-            raise ValueError(f"edges={self.edges}: they do not ascend. Sort them, each once.")
+            wrong.append(f"edges={self.edges}: they do not ascend. Sort them, each once.")
+        if self.experts and len(self.experts) != len(self.edges) + 1:
+            wrong.append(
+                f"experts={self.experts}: {len(self.edges)} edges make {len(self.edges) + 1} ranges, each "
+                "with its expert. Name as many, or leave experts empty."
+            )
+        if self.key == TOKEN_IDS and not self.edges:
+            wrong.append(
+                f"edges={self.edges}: ids of tokens are not experts. Set router.edges to the first id of "
+                "every range but the first."
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
 
 class KeyedRouter(Router[KeyedConfig]):
@@ -50,17 +71,34 @@ class KeyedRouter(Router[KeyedConfig]):
 
     name = "keyed"
     config_class = KeyedConfig
+    host_syncs: ClassVar[str | None] = "asks once a pass whether every key names an expert"
+    compile_refusal: ClassVar[str | None] = (
+        "asks whether every key names an expert, and then raises an error. Compile the experts alone"
+    )
 
     @classmethod
     def check(cls, config: KeyedConfig, num_experts: int) -> str | None:
-        """Every range of numbers has its expert, and every expert its range."""
-        if config.edges and len(config.edges) + 1 != num_experts:
+        """Every range of numbers has its expert, and every expert a range."""
+        if not config.edges:
+            return None
+        experts = set(config.experts or range(len(config.edges) + 1))
+        if experts == set(range(num_experts)):
+            return None
+        if config.experts:
             return (
-                f"{len(config.edges)} edges make {len(config.edges) + 1} ranges, and there are {num_experts} "
-                f"experts. Give {max(num_experts - 1, 0)} edges, or set upcycle.num_experts to "
-                f"{len(config.edges) + 1}"
+                f"router.experts={config.experts} must name each of the {num_experts} experts, and no other. "
+                f"Correct it, or set upcycle.num_experts to {max(experts) + 1}"
             )
-        return None
+        return (
+            f"{len(config.edges)} edges make {len(experts)} ranges, and there are {num_experts} experts. "
+            f"Give {max(num_experts - 1, 0)} edges, say by router.experts which expert each range has, or "
+            f"set upcycle.num_experts to {len(experts)}"
+        )
+
+    @classmethod
+    def needed_keys(cls, config: KeyedConfig) -> frozenset[str]:
+        """The key, unless the batch itself has it."""
+        return frozenset({config.key} - {TOKEN_IDS})
 
     @property
     def top_k(self) -> int:
@@ -98,6 +136,10 @@ class KeyedRouter(Router[KeyedConfig]):
 
     def _key(self, ctx: LayerContext) -> Tensor:
         name, keys = self.config.key, ctx.run.keys
+        if name == TOKEN_IDS:
+            if ctx.run.token_ids is None:
+                raise self._error("the host was given embeddings, and no ids", "Call it with input_ids.")
+            return ctx.run.token_ids
         if name not in keys:
             given = ", ".join(sorted(keys)) or "none"
             raise self._error(f"it routes by this key of each token, and the caller gave only: {given}")
@@ -123,12 +165,15 @@ class KeyedRouter(Router[KeyedConfig]):
         key = key.reshape(-1)
         if self.config.edges:
             edges = torch.tensor(self.config.edges, dtype=torch.float64, device=key.device)
-            return torch.bucketize(key.double(), edges, right=True)
+            range_T = torch.bucketize(key.double(), edges, right=True)
+            if not self.config.experts:
+                return range_T
+            return torch.tensor(self.config.experts, device=key.device)[range_T]
         if key.is_floating_point():
             raise self._error("the key is a number that is not whole, and there are no edges")
         return key.to(torch.int64)
 
-    def _error(self, rule: str) -> ConfigError:
+    def _error(self, rule: str, remedy: str | None = None) -> ConfigError:
         key = self.config.key
-        remedy = f"Set RouterContext.keys[{key!r}] before every forward pass: see moe/routers/keyed.py."
-        return ConfigError.one("router.key", key, rule, remedy)
+        otherwise = f"Set RouterContext.keys[{key!r}] before every forward pass: see moe/routers/keyed.py."
+        return ConfigError.one("router.key", key, rule, remedy or otherwise)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from moe.balance import BalanceScope, balance_loss, count_load, z_loss
+from moe.importance import importance_loss
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.step_sums import StepSums
 from moe.types import LayerContext
@@ -23,14 +24,17 @@ class LinearRouterConfig(ProjectionConfig):
     balance_coef: float = 0.01
     """Coefficient of the Switch balance loss; 0 leaves it out."""
     balance_scope: BalanceScope = "micro_batch"
-    """Over which tokens load is counted: the micro-batch of all ranks, each sequence by itself, or all
-    micro-batches of the step so far."""
+    """Over which tokens load and importance are counted: the micro-batch of all ranks, each sequence by
+    itself, or all micro-batches of the step so far."""
+    importance_coef: float = 0.0
+    """Coefficient of the squared coefficient of variation of the experts' summed probabilities; 0 leaves it
+    out. See `moe.importance`."""
     z_coef: float = 0.0
     """Coefficient of the router z-loss; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("balance_coef", "z_coef"):
+        for name in ("balance_coef", "importance_coef", "z_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: a coefficient is not negative. Set it to 0 or more."
@@ -41,15 +45,21 @@ LinearConfigT = TypeVar("LinearConfigT", bound=LinearRouterConfig)
 
 
 class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
-    """A router whose logits are ``x W^T``, with the Switch balance loss and the z-loss."""
+    """A router whose logits are ``x W^T``, with the Switch, importance and z-losses."""
 
     def __init__(self, config: LinearConfigT, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
         self._load_history = StepSums()
+        self._importance_history = StepSums()
         self.reset_parameters()
 
     def balance_losses(
-        self, logits_TE: Tensor, probs_TE: Tensor, ids_TK: Tensor, ctx: LayerContext
+        self,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        ids_TK: Tensor,
+        ctx: LayerContext,
+        gates_TE: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses that the config asks for, with their coefficients; none in evaluation.
 
@@ -58,6 +68,7 @@ class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
             probs_TE: Probabilities that sum to 1 over E; they carry the gradient of the balance loss.
             ids_TK: The chosen experts.
             ctx: For padding, ranks, and the shape of the batch.
+            gates_TE: What importance is summed of; the probabilities when None.
         """
         if not self.training:
             return {}
@@ -66,6 +77,10 @@ class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
         if config.balance_coef:
             value = balance_loss(config.balance_scope, probs_TE, ids_TK, ctx, self._load_history)
             losses["balance"] = config.balance_coef * value
+        if config.importance_coef:
+            gates_TE = probs_TE if gates_TE is None else gates_TE
+            value = importance_loss(config.balance_scope, gates_TE, ctx, self._importance_history)
+            losses["importance"] = config.importance_coef * value
         if config.z_coef:
             load = count_load(ids_TK, self.num_experts, mask_T, ctx.run.group)
             losses["z"] = config.z_coef * z_loss(logits_TE, load.tokens_per_rank, mask_T)

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from moe.balance import count_load, switch_loss
-from moe.chosen import coverage_metrics, sequence_shape, top_of_sequences
+from moe.chosen import sequence_shape, top_of_sequences
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
@@ -73,6 +73,7 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
 
     name = "mod"
     config_class = MoDConfig
+    varies_top_k: ClassVar[bool] = True
 
     def __init__(self, config: MoDConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -102,7 +103,7 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
             taken_T = self._best(score_T.detach(), ctx) if self.training else guess_T > 0
             logits_TE = self.logits(x_TD)
             probs_TE = logits_TE.softmax(-1)
-            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+            ids_TK = logits_TE.topk(ctx.top_k(self.top_k), dim=-1).indices
             gate_T = score_T if self.config.gate == "linear" else score_T.sigmoid()
             weights_TK = gate_T[:, None] * probs_TE.gather(-1, ids_TK)
             losses = self._losses(guess_T, taken_T, probs_TE, ids_TK, ctx) if self.training else {}
@@ -128,7 +129,8 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
     def _losses(
         self, guess_T: Tensor, taken_T: Tensor, probs_TE: Tensor, ids_TK: Tensor, ctx: LayerContext
     ) -> dict[str, Tensor]:
-        config, losses = self.config, dict[str, Tensor]()
+        config = self.config
+        losses: dict[str, Tensor] = {}
         if config.predictor_coef:
             values_T = F.binary_cross_entropy_with_logits(
                 guess_T, taken_T.to(guess_T.dtype), reduction="none"
@@ -142,5 +144,7 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
 
     def _metrics(self, guess_T: Tensor, taken_T: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
         right_T = ((guess_T > 0) == taken_T).float()
-        metrics = coverage_metrics(taken_T[:, None], ctx)
-        return {"uncovered": metrics["uncovered"], "predictor_right": figure_mean(right_T, ctx)}
+        return {
+            "uncovered": figure_mean((~taken_T).float(), ctx),
+            "predictor_right": figure_mean(right_T, ctx),
+        }

@@ -12,7 +12,7 @@ Letters: T tokens, D model width, E experts, K slots a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -60,6 +60,13 @@ class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
 
     name = "mutual_choice"
     config_class = MutualChoiceConfig
+    host_syncs: ClassVar[str | None] = (
+        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
+    )
+    compile_refusal: ClassVar[str | None] = (
+        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
+        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
+    )
 
     def __init__(self, config: MutualChoiceConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)

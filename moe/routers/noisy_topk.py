@@ -10,13 +10,13 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.distributed import ProcessGroup
 
+from moe.importance import importance_loss
 from moe.noise import normal_noise
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.types import LayerContext, Routing
@@ -50,7 +50,7 @@ class NoisyTopKConfig(LinearRouterConfig):
                 "top_k=1: the only weight is then always 1, and the router gets no gradient from the loss. "
                 "Set router.form=vmoe, or top_k to 2 or more."
             )
-        for name in ("noise_scale", "importance_coef", "load_coef"):
+        for name in ("noise_scale", "load_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it is not negative. Set it to 0 or more.")
         if self.noise_scale == 0 and self.load_coef:
@@ -69,6 +69,11 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
 
     name = "noisy_topk"
     config_class = NoisyTopKConfig
+    varies_top_k: ClassVar[bool] = True
+    compile_refusal: ClassVar[str | None] = (
+        "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host. Compile the "
+        "experts alone"
+    )
 
     def __init__(self, config: NoisyTopKConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -97,19 +102,17 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
             logits_TE = self.logits(x_TD)
             std_TE = self._noise_std(x_TD, logits_TE)
             noisy_TE = logits_TE if std_TE is None else self._add_noise(logits_TE, std_TE, ctx)
-            top_TK, ids_TK = noisy_TE.topk(self.top_k, dim=-1)
+            top_TK, ids_TK = noisy_TE.topk(ctx.top_k(self.top_k), dim=-1)
             if self.config.form == "shazeer":
                 weights_TK = top_TK.softmax(-1)
             else:
                 weights_TK = noisy_TE.softmax(-1).gather(-1, ids_TK)
             probs_TE = logits_TE.softmax(-1)
-            losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
-            if self.training:
-                if self.config.form == "shazeer":
-                    gates_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK)
-                else:
-                    gates_TE = probs_TE
-                losses |= self._variation_losses(gates_TE, logits_TE, noisy_TE, std_TE, ctx)
+            gates_TE = probs_TE
+            if self.training and self.config.form == "shazeer":
+                gates_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK)
+            losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx, gates_TE)
+            losses |= self._load_loss(logits_TE, noisy_TE, std_TE, ctx)
         return Routing(
             expert_ids_TK=ids_TK,
             weights_TK=weights_TK,
@@ -133,33 +136,15 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
         (T, E), device = logits_TE.shape, logits_TE.device
         return logits_TE + std_TE * normal_noise(self.config.noise_seed, "noisy_topk", T, E, ctx, device)
 
-    def _variation_losses(
-        self,
-        gates_TE: Tensor,
-        logits_TE: Tensor,
-        noisy_TE: Tensor,
-        std_TE: Tensor | None,
-        ctx: LayerContext,
+    def _load_loss(
+        self, logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor | None, ctx: LayerContext
     ) -> dict[str, Tensor]:
-        config, mask_T = self.config, ctx.token_mask_T(len(gates_TE))
-        parts = {}
-        if config.importance_coef:
-            parts["importance"] = gates_TE
         # With K = E every expert gets every token whatever the noise.
-        if config.load_coef and std_TE is not None and self.top_k < self.num_experts:
-            parts["load"] = chance_of_selection(logits_TE, noisy_TE, std_TE, self.top_k)
-        if not parts:
+        top_k = ctx.top_k(self.top_k)
+        if not self.config.load_coef or std_TE is None or top_k == self.num_experts:
             return {}
-        stacked_TNE = torch.stack(list(parts.values()), 1)
-        if mask_T is not None:
-            stacked_TNE = stacked_TNE * mask_T[:, None, None]
-        # The variance is a small difference of sums: in fp32 their order would show in the sixth digit.
-        sums_NE = _sum_over_ranks(stacked_TNE.sum(0, dtype=torch.float64), ctx.run.group)
-        coefs = {"importance": config.importance_coef, "load": config.load_coef}
-        return {
-            name: (coefs[name] * cv_squared(sum_E)).to(gates_TE.dtype)
-            for name, sum_E in zip(parts, sums_NE, strict=True)
-        }
+        chance_TE = chance_of_selection(logits_TE, noisy_TE, std_TE, top_k)
+        return {"load": self.config.load_coef * importance_loss("micro_batch", chance_TE, ctx)}
 
 
 def chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
@@ -181,17 +166,3 @@ def chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top
     margin_TE = (logits_TE - bar_TE).clamp(-1e30, 1e30)
     chance_TE: Tensor = torch.special.ndtr(margin_TE / std_TE)
     return chance_TE
-
-
-def cv_squared(sums_E: Tensor) -> Tensor:
-    """Variance over the squared mean of the experts' sums (Shazeer et al., Eq. 7); 0 when all are 0."""
-    return sums_E.var(correction=0) / (sums_E.mean().square() + 1e-10)
-
-
-def _sum_over_ranks(local_NE: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over ranks; its gradient is this rank's part times the ranks, since gradients are averaged."""
-    if group is None:
-        return local_NE
-    total_NE = local_NE.detach().clone()
-    torch.distributed.all_reduce(total_NE, group=group)
-    return total_NE + group.size() * (local_NE - local_NE.detach())

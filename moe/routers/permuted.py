@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -96,6 +96,10 @@ class PermutedRouter(Router[PermutedConfig]):
 
     name = "permuted"
     config_class = PermutedConfig
+    host_syncs: ClassVar[str | None] = (
+        "while it searches: once whether the permutation is frozen, and once how many slots a token has. "
+        "After that as the inner router"
+    )
 
     def __init__(self, config: PermutedConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -114,6 +118,11 @@ class PermutedRouter(Router[PermutedConfig]):
                 f"Set router.inner to another router"
             )
         return inner.check(config.inner, num_experts)
+
+    @classmethod
+    def needed_keys(cls, config: PermutedConfig) -> frozenset[str]:
+        """The inner router's."""
+        return router_class(config.inner.name).needed_keys(config.inner)
 
     @property
     def top_k(self) -> int:

@@ -57,6 +57,10 @@ class ProjectionRouter(Router[ProjectionConfigT], Generic[ProjectionConfigT]):
         """K."""
         return self.config.top_k
 
+    def rows_ED(self) -> Tensor | None:
+        """The projection."""
+        return self.weight_ED
+
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """Normal with ``init_std``."""
         nn.init.normal_(self.weight_ED, std=self.config.init_std, generator=generator)

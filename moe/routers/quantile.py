@@ -11,7 +11,7 @@ Letters: T tokens, D model width, E experts, K slots a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,13 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
 
     name = "quantile"
     config_class = QuantileConfig
+    host_syncs: ClassVar[str | None] = (
+        "when dynamic only: K, the slots of a token, is the most experts that any token uses: asked once"
+    )
+    compile_refusal: ClassVar[str | None] = (
+        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
+        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
+    )
 
     def __init__(self, config: QuantileConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -99,33 +106,46 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
             choice_TE = (logits_TE if self.config.select_by == "logits" else scores_TE).detach()
             if self.training:
                 self._measure(choice_TE, ctx)
-            chosen_TE = self._choose(choice_TE)
-            weights_TE = scores_TE
-            if self.config.renormalise:
-                # In log space, where scores that round to zero still compare.
-                logs_TE = logits_TE if softmax else F.logsigmoid(logits_TE)
-                weights_TE = shares_of_chosen(logs_TE, chosen_TE)
-            ids_TK, weights_TK, used_TK = slots_of_mask(chosen_TE, weights_TE)
+            # In log space, where scores that round to zero still compare.
+            logs_TE = logits_TE if softmax or not self.config.renormalise else F.logsigmoid(logits_TE)
+            used_TK: Tensor | None = None
+            if self.config.mode == "fixed":
+                ids_TK, weights_TK, chosen_TE = self._fixed(choice_TE, scores_TE, logs_TE)
+            else:
+                chosen_TE = self._above(choice_TE)
+                weights_TE = shares_of_chosen(logs_TE, chosen_TE) if self.config.renormalise else scores_TE
+                ids_TK, weights_TK, used_TK = slots_of_mask(chosen_TE, weights_TE)
         return Routing(
             expert_ids_TK=ids_TK,
             weights_TK=weights_TK,
             num_experts=self.num_experts,
-            slot_mask_TK=None if self.config.mode == "fixed" else used_TK,
+            slot_mask_TK=used_TK,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
             metrics=coverage_metrics(chosen_TE, ctx) if self.training else {},
         )
 
-    def _choose(self, choice_TE: Tensor) -> Tensor:
-        """``[T, E]`` bool; by plain top-k as long as no step has set the thresholds."""
+    def _margins(self, choice_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T, E]`` scores minus thresholds, and each token's experts by falling margin."""
         is_set = self.threshold.steps > 0
         margin_TE = choice_TE - torch.where(is_set, self.threshold.value_N, 0)
+        return margin_TE, margin_TE.argsort(dim=-1, descending=True, stable=True)
+
+    def _fixed(self, choice_TE: Tensor, scores_TE: Tensor, logs_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and weights of the K best, and their mask; K is known, so that no one waits for the device."""
+        _, order_TE = self._margins(choice_TE)
+        ids_TK = order_TE[:, : self.top_k].sort(-1).values
+        weights_TK = (logs_TE if self.config.renormalise else scores_TE).gather(-1, ids_TK)
+        chosen_TE = torch.zeros_like(choice_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
+        return ids_TK, weights_TK.softmax(-1) if self.config.renormalise else weights_TK, chosen_TE
+
+    def _above(self, choice_TE: Tensor) -> Tensor:
+        """``[T, E]`` bool: above the thresholds; the K best as long as no step has set any."""
+        margin_TE, order_TE = self._margins(choice_TE)
         # The place of each expert in its token's order: 0 is the largest margin.
-        place_TE = margin_TE.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        best_TE = place_TE < self.top_k
-        if self.config.mode == "fixed":
-            return best_TE
-        chosen_TE = torch.where(is_set, (margin_TE > 0) | (place_TE == 0), best_TE)
+        place_TE = order_TE.argsort(dim=-1)
+        chosen_TE = (margin_TE > 0) | (place_TE == 0)
+        chosen_TE = torch.where(self.threshold.steps > 0, chosen_TE, place_TE < self.top_k)
         if self.config.max_experts is not None:
             chosen_TE &= place_TE < self.config.max_experts
         return chosen_TE

@@ -9,7 +9,7 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class SigmaRouter(ProjectionRouter[SigmaConfig]):
 
     name = "sigma"
     config_class = SigmaConfig
+    varies_top_k: ClassVar[bool] = True
 
     def __init__(self, config: SigmaConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
@@ -62,7 +63,7 @@ class SigmaRouter(ProjectionRouter[SigmaConfig]):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.softmax(-1)
-            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+            ids_TK = logits_TE.topk(ctx.top_k(self.top_k), dim=-1).indices
             if self.training and self.config.top1_coef:
                 sharp_TE = (logits_TE / self.config.temperature).softmax(-1)
                 value = top1_loss(sharp_TE, ids_TK, ctx.token_mask_T(len(ids_TK)), ctx.run.group)

@@ -10,7 +10,7 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class SinkhornRouter(AssignedRouter[SinkhornConfig]):
 
     name = "sinkhorn"
     config_class = SinkhornConfig
+    host_syncs: ClassVar[str | None] = "every check_every iterations, whether Sinkhorn has converged"
+    compile_refusal: ClassVar[str | None] = (
+        "it iterates until it has converged. router=s_base iterates a fixed number of times"
+    )
 
     @property
     def weights_sum_to_one(self) -> bool:

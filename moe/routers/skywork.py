@@ -74,6 +74,11 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
 
     name = "skywork"
     config_class = SkyworkConfig
+    varies_top_k: ClassVar[bool] = True
+    compile_refusal: ClassVar[str | None] = (
+        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
+        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
+    )
     fp32_buffers: ClassVar[tuple[str, ...]] = ("balance_alpha",)
     balance_alpha: Tensor
 
@@ -111,7 +116,7 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
             logits_TE = self.logits(x_TD)
             normalised_TE = normalise_logits(logits_TE, self.config.logit_scale)
             probs_TE = normalised_TE.softmax(-1)
-            top_TK, ids_TK = normalised_TE.topk(self.top_k, dim=-1, sorted=False)
+            top_TK, ids_TK = normalised_TE.topk(ctx.top_k(self.top_k), dim=-1, sorted=False)
             weights_TK = top_TK.softmax(-1) if self.config.renormalise else probs_TE.gather(-1, ids_TK)
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
             if "balance" in losses:

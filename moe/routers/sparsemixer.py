@@ -15,7 +15,7 @@ Letters: T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class SparseMixerRouter(LinearRouter[SparseMixerConfig]):
 
     name = "sparsemixer"
     config_class = SparseMixerConfig
+    compile_refusal: ClassVar[str | None] = (
+        "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host in each pass. "
+        "Compile the experts alone"
+    )
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -10,7 +10,7 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +78,13 @@ class SSRRouter(AssignedRouter[SSRConfig]):
 
     name = "ssr"
     config_class = SSRConfig
+    host_syncs: ClassVar[str | None] = (
+        "only on steps that transport: every check_every iterations, whether Sinkhorn has converged"
+    )
+    compile_refusal: ClassVar[str | None] = (
+        "whether a step transports is a hash of seed, step and layer, which the host computes in every pass. "
+        "Compile the experts alone"
+    )
 
     @property
     def weights_sum_to_one(self) -> bool:

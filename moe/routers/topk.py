@@ -10,7 +10,7 @@ Letters: T tokens, D model width, E experts, K experts a token, N of either.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class TopKRouter(LinearRouter[TopKConfig]):
 
     name = "topk"
     config_class = TopKConfig
+    varies_top_k: ClassVar[bool] = True
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -63,7 +64,7 @@ class TopKRouter(LinearRouter[TopKConfig]):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = self._scores(logits_TE)
-            ids_TK, weights_TK = self._select(logits_TE, scores_TE)
+            ids_TK, weights_TK = self._select(logits_TE, scores_TE, ctx.top_k(self.top_k))
             probs_TE = scores_TE if self.config.score == "softmax" else self._shares(logits_TE)
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
         return Routing(
@@ -83,9 +84,9 @@ class TopKRouter(LinearRouter[TopKConfig]):
         log_scores_TN = logits_TN if self.config.score == "softmax" else F.logsigmoid(logits_TN)
         return log_scores_TN.softmax(-1)
 
-    def _select(self, logits_TE: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         # Selection is by logits: both score functions are monotonic, and logits tie less often.
-        top_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1, sorted=False)
+        top_TK, ids_TK = logits_TE.topk(top_k, dim=-1, sorted=False)
         if self.config.renormalise:
             return ids_TK, self._shares(top_TK)
         if self.config.order == "topk_then_score":

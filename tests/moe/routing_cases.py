@@ -1,12 +1,14 @@
 """Every router and upcycling method with its interesting configs, found by discovery, and layers of them.
 
-A router's configs beyond its default stand in ``tests/moe/router_cases/NAME.py``, as ``CASE``.
+A router's configs beyond its default stand in ``tests/moe/router_cases/NAME.py``, a method's in
+``tests/moe/method_cases/NAME.py``, as ``CASE``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +18,18 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.routers import Router, RouterConfig, router_class, router_classes
+from moe.routers.topk import TopKConfig
+from moe.shared import SharedExpert
 from moe.types import LayerContext, RouterContext
 from moe.upcycle import FFNWeights, UpcycleConfig, UpcycleMethod, upcycle_methods
+from moe.upcycle.build import BuiltLayer, ffn_shape
 from moe.upcycle.copies import CopyConfig
+from moe.upcycle.plan import Draws
+from moe.upcycle.router_start import start_rows
 from moe.upcycle.weights import ExpertBank
+from tests.moe.gathered import gathered
+from tests.moe.method_case import MethodCase
 from tests.moe.router_case import RouterCase
-
-_METHOD_VARIANTS: dict[str, list[UpcycleConfig]] = {
-    "copy": [CopyConfig(num_experts=4, noise_std=0.1), CopyConfig(num_experts=2)],
-}
 
 
 def router_case(name: str) -> RouterCase:
@@ -37,6 +42,17 @@ def router_case(name: str) -> RouterCase:
     return case
 
 
+def method_case(name: str) -> MethodCase:
+    """What ``tests/moe/method_cases/NAME.py`` says of a method; nothing where there is no such file."""
+    module = f"tests.moe.method_cases.{name}"
+    if importlib.util.find_spec(module) is None:
+        return MethodCase()
+    case: MethodCase = importlib.import_module(module).CASE
+    assert all(config.name == name for config in case.variants), name
+    return case
+
+
+_METHODS = upcycle_methods()
 ROUTER_CONFIGS = [
     config
     for name, cls in router_classes().items()
@@ -44,8 +60,8 @@ ROUTER_CONFIGS = [
 ]
 METHOD_CONFIGS = [
     config
-    for name, cls in upcycle_methods().items()
-    for config in (cls.config_class(name=name), *_METHOD_VARIANTS.get(name, []))
+    for name, cls in _METHODS.items()
+    for config in (cls.config_class(name=name), *method_case(name).variants)
 ]
 
 
@@ -75,9 +91,31 @@ def make_router(
     return router
 
 
-def make_method(config: UpcycleConfig) -> UpcycleMethod[Any]:
-    """The upcycling method of a config."""
-    return upcycle_methods()[config.name](config)
+def make_method(config: UpcycleConfig, router: RouterConfig | None = None) -> UpcycleMethod[Any]:
+    """The upcycling method of a config, for a router: by default top-2 with weights that sum to 1."""
+    method: UpcycleMethod[Any] = _METHODS[config.name](config)
+    return method.for_router(router or TopKConfig())
+
+
+def build(
+    config: UpcycleConfig, ffn: FFNWeights, router: RouterConfig | None = None, seed: int = 1
+) -> BuiltLayer:
+    """What a method makes of a network; its further sources are other random networks of the same shape."""
+    method = make_method(config, router)
+    others = [_alike(ffn, 100 + number) for number in range(method.num_sources - 1)]
+    given = method_case(config.name).statistics(ffn)
+    measured = gathered(method, ffn)
+    found = {name: given.get(name, measured[name]) for name in method.statistics}
+    return method.build([ffn, *others], Draws(seed, layer=0), found)
+
+
+def _alike(ffn: FFNWeights, seed: int) -> FFNWeights:
+    shape = ffn_shape(ffn)
+    other = make_ffn(shape.gated, shape.up_bias, shape.activation, shape.model_width, shape.width, seed)
+    named = {
+        name: value.to(ffn.up_FD.dtype) for name, value in vars(other).items() if isinstance(value, Tensor)
+    }
+    return replace(other, **named)
 
 
 def make_context(layer_index: int = 0, **fields: object) -> LayerContext:
@@ -130,8 +168,10 @@ def make_layer(
     ffn = make_ffn() if ffn is None else ffn
     if method is None:
         method = router_case(router.name).method or CopyConfig(num_experts=4)
-    bank = make_method(method).build(ffn, torch.Generator().manual_seed(1))
-    made = make_router(router, ffn.model_width, bank.num_experts)
-    layer = MoELayer(made, LocalDispatcher(), Experts(bank), make_context(**fields)).double()
+    built = build(method, ffn, router)
+    made = make_router(router, ffn.model_width, built.bank.num_experts)
+    start_rows(made, built.router)
+    shared = None if built.shared is None else SharedExpert(built.shared)
+    layer = MoELayer(made, LocalDispatcher(), Experts(built.bank), make_context(**fields), shared).double()
     layer.register_forward_pre_hook(_tell_batch)
     return layer

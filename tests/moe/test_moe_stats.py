@@ -72,6 +72,21 @@ def test_entropy_worked_by_hand() -> None:
     assert _only(_report((_routing([[0], [1]], 2), None)), "entropy") == 0.0
 
 
+def test_importance_and_experts_per_token_worked_by_hand() -> None:
+    # Probabilities sum to 1.5 and 0.5 over the real tokens: mean 1, deviation 1/2. Slots: 3 of 2 tokens.
+    scores_TE = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 9.0]])
+    used_TK = torch.tensor([[True, False], [True, True], [True, True]])
+    routing = _routing([[0, 1], [0, 1], [1, 0]], 2, scores_TE=scores_TE, slot_mask_TK=used_TK)
+    report = _report((routing, torch.tensor([True, True, False])))
+    assert _only(report, "importance_cv") == pytest.approx(0.5)
+    assert _only(report, "experts_per_token") == 1.5
+    # Two micro-batches: (1.5, 0.5) + (0, 1) = (1.5, 1.5).
+    other = _routing([[1]], 2, scores_TE=torch.tensor([[0.0, 3.0]]))
+    report = _report((routing, torch.tensor([True, True, False])), (other, None))
+    assert _only(report, "importance_cv") == pytest.approx(0, abs=1e-7)
+    assert _only(_report((_routing([[0], [1]], 2), None)), "importance_cv") == 0.0
+
+
 def test_unused_slots_are_dropped_and_padding_is_not() -> None:
     # Six slots; the last token is padding, so four count; of these one is unused: 1 / 4.
     # Used: expert 0 twice, expert 1 once. The id in the unused slot is nonsense.

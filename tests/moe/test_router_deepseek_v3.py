@@ -17,6 +17,10 @@ from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.types import Routing
 from tests.moe import test_moe_routers as contract
+from tests.moe import test_moe_routers_gradients as gradients
+from tests.moe import test_moe_routers_invariance as invariance
+from tests.moe import test_moe_routers_state as states
+from tests.moe.router_contract import assert_sound, dense_weights, tokens
 from tests.moe.routing_cases import make_context, make_router
 
 # sigmoid(ln n) = n / (1 + n): logits ln 1, ln 3, ln 4, ln 9 score 1/2, 3/4, 4/5, 9/10.
@@ -270,15 +274,15 @@ def test_groups_keep_the_contract(config: DeepSeekV3Config) -> None:
         for num_experts in (4, 16):
             router = make_router(config, 6, num_experts).train(training)
             for num in (0, 1, 23):
-                contract._assert_sound(router, router(torch.randn(num, 6), make_context()), num, num_experts)
+                assert_sound(router, router(torch.randn(num, 6), make_context()), num, num_experts)
         contract.test_same_input_same_routing(config, training)
-        contract.test_permuting_tokens_permutes_the_routing(config, training)
-        contract.test_padding_does_not_change_where_real_tokens_go(config, training)
-        contract.test_combine_weights_carry_a_gradient_to_every_parameter(config, training)
-    contract.test_padding_does_not_enter_the_losses(config)
-    contract.test_gradients_agree_with_finite_differences(config)
-    contract.test_recomputed_and_evaluated_batches_are_not_counted(config)
-    contract.test_state_round_trip(config)
+        invariance.test_permuting_tokens_permutes_the_routing(config, training)
+        invariance.test_padding_does_not_change_where_real_tokens_go(config, training)
+        gradients.test_combine_weights_carry_a_gradient_to_every_parameter(config, training)
+    invariance.test_padding_does_not_enter_the_losses(config)
+    gradients.test_gradients_agree_with_finite_differences(config)
+    states.test_recomputed_and_evaluated_batches_are_not_counted(config)
+    states.test_state_round_trip(config)
 
 
 @pytest.mark.parametrize("config", GROUPED)
@@ -288,11 +292,11 @@ def test_relabelling_within_groups_and_of_whole_groups(config: DeepSeekV3Config)
     router.bias_E.copy_(torch.randn(E, generator=torch.Generator().manual_seed(2)) * 0.1)
     groups = torch.arange(E).view(config.num_groups, size).roll(1, 0).flip(1)
     order_E = groups.reshape(-1)
-    x_TD = contract._tokens()
-    expected_TE = contract._dense(router(x_TD, make_context()))
+    x_TD = tokens()
+    expected_TE = dense_weights(router(x_TD, make_context()))
     moved = make_router(config, 6, E)
     moved.load_state_dict({name: value[order_E] for name, value in router.state_dict().items()})
-    found_TE = contract._dense(moved(x_TD, make_context()))
+    found_TE = dense_weights(moved(x_TD, make_context()))
     torch.testing.assert_close(found_TE, expected_TE[:, order_E], rtol=1e-6, atol=0, equal_nan=True)
 
 
@@ -303,7 +307,7 @@ def test_an_expert_that_nothing_can_choose() -> None:
 
     for config in (DeepSeekV3Config(), *GROUPED, DeepSeekV3Config(renormalise=False)):
         router = OneShut(config, 6, 4)
-        x_TD = contract._tokens().requires_grad_()
+        x_TD = tokens().requires_grad_()
         routing = router(x_TD, make_context())
         assert routing.weights_TK.isfinite().all()
         if config.num_groups != 2:

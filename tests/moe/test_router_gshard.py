@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.routers.gshard import GShardConfig, GShardRouter
 from moe.types import Routing
-from tests.moe import test_moe_routers as contract
+from tests.moe.router_contract import D, tokens
 from tests.moe.routing_cases import make_context
 
 # softmax of ln n: [.3, .1, .4, .2]
@@ -123,8 +123,8 @@ def test_an_expert_that_nothing_can_choose(second: Any) -> None:
         def logits(self, x_TD: Tensor) -> Tensor:
             return super().logits(x_TD).index_fill(1, torch.tensor([1]), -torch.inf)
 
-    router = OneShut(GShardConfig(second=second), contract.D, 4)
-    x_TD = contract._tokens().requires_grad_()
+    router = OneShut(GShardConfig(second=second), D, 4)
+    x_TD = tokens().requires_grad_()
     routing = router(x_TD, make_context())
     assert not (routing.expert_ids_TK == 1).any()
     (routing.weights_TK.square().sum() + routing.losses["balance"]).backward()

@@ -44,6 +44,25 @@ def test_ranges_of_a_number() -> None:
     assert _experts(torch.tensor([[0.1, 0.5, 0.9]] * 2), edges=[0.5, 0.7]) == [0, 1, 2] * 2
 
 
+def test_ranges_of_token_ids() -> None:
+    # Chameleon's kind of vocabulary: image tokens 4 to 8195 for expert 1, text around them for expert 0.
+    router = KeyedRouter(KeyedConfig(key="token_ids", edges=[4, 8196], experts=[0, 1, 0]), 4, 2)
+    ids = torch.tensor([[0, 3, 4, 100], [8195, 8196, 65535, 5]])
+    found = router(torch.randn(8, 4), make_context(token_ids=ids)).expert_ids_TK.view(-1)
+    assert found.tolist() == [0, 0, 1, 1, 1, 0, 0, 1]
+    # Generation: one token a sequence, each by itself.
+    for column in range(4):
+        step = make_context(token_ids=ids[:, column : column + 1])
+        alone = router.eval()(torch.randn(2, 4), step).expert_ids_TK.view(-1)
+        assert alone.tolist() == found.view(2, 4)[:, column].tolist()
+    assert KeyedRouter.needed_keys(router.config) == frozenset()
+    assert KeyedRouter.needed_keys(KeyedConfig()) == {"modality"}
+    with pytest.raises(
+        ConfigError, match="the host was given embeddings, and no ids. Call it with input_ids"
+    ):
+        router(torch.randn(8, 4), make_context())
+
+
 def test_padding_may_have_any_key() -> None:
     mask = torch.tensor([[True, True, False]] * 2)
     assert _experts(torch.tensor([[0, 1, -100], [2, 2, 99]]), mask=mask) == [0, 1, 0, 2, 2, 0]
@@ -85,6 +104,15 @@ def test_edges_ascend_and_make_as_many_ranges_as_there_are_experts() -> None:
     message = KeyedRouter.check(KeyedConfig(edges=[1, 2]), 4)
     assert message is not None and "2 edges make 3 ranges, and there are 4 experts. Give 3 edges" in message
     assert KeyedRouter.check(KeyedConfig(edges=[1, 2]), 3) is None
+    # Two ranges may share an expert; an expert without a range would never be trained.
+    assert KeyedRouter.check(KeyedConfig(edges=[1, 2], experts=[1, 0, 1]), 2) is None
+    for experts in ([0, 1, 0], [0, 1, 3], [0, 1, -1]):
+        message = KeyedRouter.check(KeyedConfig(edges=[1, 2], experts=experts), 3)
+        assert message is not None and "must name each of the 3 experts, and no other. Correct it" in message
+    with pytest.raises(
+        ValueError, match=r"experts=\[0, 1\]: 0 edges make 1 ranges.*\nedges=\[\]: ids of tokens"
+    ):
+        KeyedConfig(key="token_ids", experts=[0, 1])
 
 
 def test_nothing_is_trained() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.routers.skywork import SkyworkConfig, SkyworkRouter, drop_rate, normalise_logits
-from tests.moe import test_moe_routers as contract
+from tests.moe.router_contract import tokens
 from tests.moe.routing_cases import make_context, make_router
 
 # Mean 3, deviations -3, -1, 1, 3, variance (9 + 1 + 1 + 9) / 4 = 5; expert 2 has 6, expert 0 has 4.
@@ -161,7 +161,7 @@ def test_an_expert_that_nothing_can_choose() -> None:
             return super().logits(x_TD).index_fill(1, torch.tensor([1]), -torch.inf)
 
     router = OneShut(SkyworkConfig(), 6, 4)
-    x_TD = contract._tokens().requires_grad_()
+    x_TD = tokens().requires_grad_()
     routing = router(x_TD, make_context())
     assert not (routing.expert_ids_TK == 1).any()
     (routing.weights_TK.square().sum() + routing.losses["balance"]).backward()

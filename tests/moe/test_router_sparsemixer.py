@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe.routers.sparsemixer import SparseMixerConfig, SparseMixerRouter, estimate, mask_out_of_reach
 from moe.types import Routing
-from tests.moe import test_moe_routers as contract
+from tests.moe.router_contract import tokens
 from tests.moe.routing_cases import make_context
 
 
@@ -209,7 +209,7 @@ def test_an_expert_that_nothing_can_choose(fields: dict[str, Any]) -> None:
             return super().logits(x_TD).index_fill(1, torch.tensor([1]), -torch.inf)
 
     router = OneShut(SparseMixerConfig(jitter=1.0, **fields), 6, 4)
-    x_TD = contract._tokens().requires_grad_()
+    x_TD = tokens().requires_grad_()
     routing = router(x_TD, make_context())
     assert not (routing.expert_ids_TK == 1).any()
     (routing.weights_TK.square().sum() + routing.losses["balance"]).backward()

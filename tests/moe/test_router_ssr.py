@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import tests.moe.test_moe_routers as contract
 from moe.routers.ssr import SSRConfig, SSRRouter
 from moe.transport import SinkhornRule, sinkhorn
+from tests.moe import test_moe_routers as contract
+from tests.moe import test_moe_routers_gradients as gradients
+from tests.moe import test_moe_routers_invariance as invariance
+from tests.moe import test_moe_routers_state as states
 from tests.moe.routing_cases import label, make_context, make_router
 from tests.moe.test_transport import normal
 
@@ -116,22 +119,22 @@ def test_the_contract_on_transport_steps(config: SSRConfig) -> None:
         for scale in (0.0, 1e-20, 1.0, 1e5):
             contract.test_weights_are_finite_and_ids_in_range(config, training, scale)
         contract.test_same_input_same_routing(config, training)
-        contract.test_padding_does_not_change_where_real_tokens_go(config, training)
+        invariance.test_padding_does_not_change_where_real_tokens_go(config, training)
         for num_experts in (1, 2, 3, 5, 7, 16):
             if config.top_k <= num_experts:
                 contract.test_any_number_of_experts(config, num_experts, training)
         if not (config.gate_noise or config.transport_noise):
-            contract.test_permuting_tokens_permutes_the_routing(config, training)
-            contract.test_relabelling_experts_relabels_the_routing(config, training)
+            invariance.test_permuting_tokens_permutes_the_routing(config, training)
+            invariance.test_relabelling_experts_relabels_the_routing(config, training)
     for scale in (0.0, 1.0, 1e5):
-        contract.test_gradients_stay_finite(config, scale)
+        gradients.test_gradients_stay_finite(config, scale)
     for num in (0, 1):
         contract.test_few_tokens(config, num)
     contract.test_arithmetic_is_fp32_on_bf16_tokens_and_parameters(config)
     contract.test_arithmetic_is_fp32_under_autocast(config)
     contract.test_fp64_models_are_routed_in_fp64(config)
     contract.test_evaluation_makes_no_losses_and_no_noise(config)
-    contract.test_recomputed_and_evaluated_batches_are_not_counted(config)
+    states.test_recomputed_and_evaluated_batches_are_not_counted(config)
 
 
 def weighed(router: SSRRouter, x_TD: Tensor) -> Tensor:

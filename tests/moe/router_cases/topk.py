@@ -14,6 +14,7 @@ CASE = RouterCase(
             for renormalise in (True, False)
         ),
         TopKConfig(top_k=1, renormalise=False),
+        TopKConfig(balance_coef=0.0, importance_coef=0.1),
         TopKConfig(top_k=4),
         TopKConfig(top_k=4, score="sigmoid"),
     )

@@ -1,0 +1,49 @@
+"""A linear router for experts that divide a dense network: chosen by a dot product, at weight 1 at first.
+
+MoEfication (arXiv 2110.01786) chooses experts by the similarity of the token to their mean row and sums them;
+its trained selector, a small network, is not here. The learned share of the weight is CMoE's.
+
+Letters: T tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe.routers.projection import linear_logits
+from moe.routers.unit_gate import UnitGateConfig, UnitGateRouter
+
+
+@dataclass(frozen=True)
+class UnitLinearConfig(UnitGateConfig):
+    """Config of `UnitLinearRouter`."""
+
+    name: Literal["unit_linear"] = "unit_linear"
+
+
+class UnitLinearRouter(UnitGateRouter[UnitLinearConfig]):
+    """Scores ``x W^T``.
+
+    Attributes:
+        weight_ED: ``[E, D]``.
+    """
+
+    name = "unit_linear"
+    config_class = UnitLinearConfig
+
+    def __init__(self, config: UnitLinearConfig, model_width: int, num_experts: int) -> None:
+        super().__init__(config, model_width, num_experts)
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, model_width))
+        self.reset_parameters()
+
+    def rows_ED(self) -> Tensor | None:
+        """The projection."""
+        return self.weight_ED
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """See the class."""
+        return linear_logits(x_TD, self.weight_ED)
