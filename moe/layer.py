@@ -13,6 +13,7 @@ from moe.balance import attach_loss
 from moe.dispatch.base import Dispatcher
 from moe.experts import Experts
 from moe.routers.base import Router
+from moe.shared import SharedExpert
 from moe.stats import LayerStats
 from moe.types import LayerContext
 
@@ -21,17 +22,24 @@ class MoELayer(nn.Module):
     """A mixture of experts, ``[..., D] -> [..., D]``. It only orders its parts.
 
     Attributes:
+        shared: The expert that every token uses besides; None for none.
         context: The run as this layer sees it; the host fills it.
         stats: What was routed where in the current step.
     """
 
     def __init__(
-        self, router: Router[Any], dispatcher: Dispatcher, experts: Experts, context: LayerContext
+        self,
+        router: Router[Any],
+        dispatcher: Dispatcher,
+        experts: Experts,
+        context: LayerContext,
+        shared: SharedExpert | None = None,
     ) -> None:
         super().__init__()
         self.router = router
         self.dispatcher = router.wrap_dispatcher(dispatcher)
         self.experts = experts
+        self.shared = shared
         router.attach(experts)
         self.context = context
         self.stats = LayerStats()
@@ -42,6 +50,8 @@ class MoELayer(nn.Module):
         routing = self.router(x_TD, self.context)
         sent = self.dispatcher.dispatch(x_TD, routing)
         out_TD = self.dispatcher.combine(self.experts(sent), sent)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
         run = self.context.run
         if self.training:
             for loss in routing.losses.values():

@@ -12,13 +12,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe.errors import Mistake, UserError
 from moe.routers import router_class
+from moe.upcycle import upcycle_methods
+from moe.upcycle.plan import FFNShape
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
+from recipes.hosts.branches import check_sources
+from recipes.hosts.header_shape import read_ffn_shape
 from recipes.hosts.inspection import check_dense, read_config
+from recipes.hosts.method_fit import method_mistakes
 from recipes.run_dir import choose_run_dir
 from recipes.schema import RunConfig
+from recipes.sparsify import check_sparsify, check_sparsify_layers
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -27,15 +33,18 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
     mistakes = check_batch(config, world_size) + check_router(config) + check_engine(config)
-    mistakes += check_schedule(config) + check_paths(config.data) + check_folders(config)
-    mistakes += check_run_dir(config)
+    mistakes += (
+        check_sparsify(config) + check_schedule(config) + check_paths(config.data) + check_folders(config)
+    )
+    mistakes += check_calibration(config) + check_run_dir(config)
     if config.dense is None:
-        return mistakes + check_model(config)
+        return mistakes + check_method(config, _embedded_shape(config)) + check_model(config)
     found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
     if found:
-        return mistakes + found
-    dense = read_config(Path(config.dense).expanduser())
-    return mistakes + check_fit(config, dense)
+        return mistakes + check_method(config, None) + found
+    folder = Path(config.dense).expanduser()
+    mistakes += check_method(config, read_ffn_shape(folder))
+    return mistakes + check_fit(config, read_config(folder))
 
 
 def check_places(values: Mapping[str, Any]) -> list[Mistake]:
@@ -68,13 +77,38 @@ def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
 
 
 def check_router(config: RunConfig) -> list[Mistake]:
-    """The router must be able to route over so many experts."""
-    found = router_class(config.router.name).check(config.router, config.upcycle.num_experts)
-    if found is None:
-        return []
-    rule, _, remedy = found.partition(". ")
-    value = getattr(config.router, "top_k", config.router.name)
-    return [Mistake("router.top_k", value, rule, f"{remedy}.")]
+    """The router must be able to route over so many experts, by what a run knows of its tokens."""
+    cls = router_class(config.router.name)
+    mistakes = []
+    for key in sorted(cls.needed_keys(config.router)):
+        rule = "the data of a run carries no such key of its tokens: it is for callers of the library"
+        remedy = "Set router.key=token_ids, and router.edges to the first ids of the ranges."
+        mistakes.append(Mistake("router.key", key, rule, remedy))
+    found = cls.check(config.router, config.upcycle.num_experts)
+    if found is not None:
+        rule, _, remedy = found.partition(". ")
+        leaf = "top_k" if hasattr(config.router, "top_k") else "name"
+        mistakes.append(Mistake(f"router.{leaf}", getattr(config.router, leaf), rule, f"{remedy}."))
+    return mistakes
+
+
+def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
+    """The upcycling method must fit the router and the dense network, and its own sources the dense model.
+
+    Args:
+        config: The run.
+        shape: Of the dense network, where it can be told.
+    """
+    method = upcycle_methods()[config.upcycle.name](config.upcycle)
+    mistakes = []
+    if not check_router(config):
+        mistakes += method_mistakes(method, config.router, shape)
+    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
+
+
+def _embedded_shape(config: RunConfig) -> FFNShape:
+    model = config.model
+    return FFNShape(model.intermediate_size, model.hidden_size, gated=True, activation="silu")
 
 
 def check_engine(config: RunConfig) -> list[Mistake]:
@@ -101,6 +135,14 @@ def check_schedule(config: RunConfig) -> list[Mistake]:
     return []
 
 
+def check_calibration(config: RunConfig) -> list[Mistake]:
+    """Text of the calibration's own must be there, as the run's."""
+    if config.calibration.path is None:
+        return []
+    own = DataConfig(path=config.calibration.path, text_key=config.data.text_key)
+    return check_paths(own, "calibration")
+
+
 def check_model(config: RunConfig) -> list[Mistake]:
     """The embedded default's own schedule and depth must fit as well."""
     mistakes = check_layers(config, config.model.num_layers)
@@ -113,11 +155,11 @@ def check_model(config: RunConfig) -> list[Mistake]:
 def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
     """The model must have the layers that are to become mixtures."""
     try:
-        config.upcycle.layer_choice.pick(depth)
+        picked = config.upcycle.layer_choice.pick(depth)
     except ValueError as error:
         rule, _, remedy = str(error).partition(". ")
         return [Mistake("upcycle.layers", config.upcycle.layers, rule, remedy)]
-    return []
+    return check_sparsify_layers(config, len(picked))
 
 
 def check_run_dir(config: RunConfig) -> list[Mistake]:

@@ -90,6 +90,7 @@ def _from_path(config: RunConfig, outputs: Path) -> RunDir:
             rule = f"{target} holds a run already, and a checkpoint starts a new one"
             raise ConfigError.one("run.name", name, rule, "Give another name.")
         return RunDir(target, fork=path)
-    if not (path / "checkpoints").is_dir():
+    # A run that was stopped while it calibrated has no checkpoint yet.
+    if not any((path / name).is_dir() for name in ("checkpoints", "calibration")):
         raise ConfigError.one("resume", config.resume, "it holds no checkpoints", remedy)
     return RunDir(path, resumed=True)

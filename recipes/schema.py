@@ -16,8 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from moe.errors import ConfigError, Mistake
 from moe.experts import ExpertsConfig
 from moe.routers import RouterConfig, router_classes
+from moe.top_k_schedule import SparsePhase
 from moe.types import Config
 from moe.upcycle import UpcycleConfig, upcycle_methods
+from recipes.calibration.config import CalibrationConfig
 from recipes.data.config import DataConfig
 from recipes.engines import EngineConfig, engine_classes
 from recipes.optim import OptimConfig
@@ -175,7 +177,10 @@ class RunConfig(Config):
     run: RunSection = field(default_factory=RunSection)
     data: DataConfig = field(default_factory=DataConfig)
     model: DefaultModelConfig = field(default_factory=DefaultModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    sparsify: list[SparsePhase] = field(default_factory=list)
+    """Stretches of the run in which lower layers use more experts than ``router.top_k``; none: K stays."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

@@ -28,7 +28,13 @@ OURS = {
 THEIRS = {"kernels": {"torch", "triton"}, "moe": {"torch", "numpy", "scipy"}, "train": set[str]()}
 HEAVY = {"transformers", "datasets", "megatron", "deepspeed", "wandb", "matplotlib"}
 # Adapter files: nothing imports them before their library is needed.
-MAY_BE_HEAVY = {"recipes/engines/deepspeed.py", "recipes/engines/megatron.py", "recipes/hosts/megatron.py"}
+MAY_BE_HEAVY = {
+    "recipes/engines/deepspeed.py",
+    "recipes/engines/megatron.py",
+    "recipes/hosts/megatron.py",
+    # Registers a class of transformers: who imports it has transformers already.
+    "recipes/hosts/auto.py",
+}
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 PICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 # Import names that differ from the name of the distribution.

@@ -2,20 +2,21 @@
 
 Exact at step 0 for any router whose combine weights sum to 1, since ``sum_k w_k f(x) = f(x)``.
 
-Letters: D model width, E experts, F width, U = 2F when gated, else F.
+Letters: F width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
-from moe.upcycle.weights import ExpertBank, FFNWeights
+from moe.upcycle.plan import Draws, ExpertPlan, FFNShape, LayerPlan, Noise
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,18 @@ class CopyConfig(UpcycleConfig):
     noise_std: float = 0.0
     """Standard deviation of Gaussian noise on each copy, as a share of the standard deviation of the
     weight matrix. 0 keeps the copies identical and the function exact."""
+    permute: bool = False
+    """Whether each copy has its neurons in an order of its own. The function stays; methods that
+    compare or merge experts neuron by neuron then see different experts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise_std < 0:
+        if not self.noise_std >= 0:
             raise ValueError(f"noise_std={self.noise_std}: a deviation is not negative. Set it to 0 or more.")
 
 
 class Copy(UpcycleMethod[CopyConfig]):
-    """E copies of the dense network, optionally with noise."""
+    """E copies of the dense network, optionally with noise or permuted neurons."""
 
     name = "copy"
     config_class = CopyConfig
@@ -43,32 +47,17 @@ class Copy(UpcycleMethod[CopyConfig]):
         """Exact without noise, under weights that sum to 1."""
         return self.config.noise_std == 0 and router.weights_sum_to_one
 
-    def build(self, ffn: FFNWeights, generator: Generator) -> ExpertBank:
-        """Stacks the copies."""
-        up_UD, b_up_U = ffn.up_FD, ffn.b_up_F
-        if ffn.gate_FD is not None:
-            up_UD = torch.cat([ffn.gate_FD, ffn.up_FD])
-            if ffn.b_gate_F is not None and b_up_U is not None:
-                b_up_U = torch.cat([ffn.b_gate_F, b_up_U])
-        w_up_EUD, w_down_EDF = self._copies(up_UD), self._copies(ffn.down_DF)
-        # Gate and up are stacked, but each has a deviation of its own.
-        for matrix_E in (*w_up_EUD.chunk(1 if ffn.gate_FD is None else 2, dim=1), w_down_EDF):
-            self._add_noise(matrix_E, generator)
-        return ExpertBank(
-            w_up_EUD=w_up_EUD,
-            w_down_EDF=w_down_EDF,
-            activation=ffn.activation,
-            gated=ffn.gate_FD is not None,
-            b_up_EU=None if b_up_U is None else self._copies(b_up_U),
-            b_down_ED=None if ffn.b_down_D is None else self._copies(ffn.b_down_D),
+    def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
+        """Every neuron in every expert."""
+        noise = Noise(self.config.noise_std) if self.config.noise_std else None
+        return LayerPlan(
+            tuple(
+                ExpertPlan(shape.width, self._neurons(shape.width, draws, e), noise=noise)
+                for e in range(self.config.num_experts)
+            )
         )
 
-    def _copies(self, weight: Tensor) -> Tensor:
-        # Contiguous: copies that share storage would train as one, and safetensors refuses them.
-        return weight.detach().expand(self.config.num_experts, *weight.shape).contiguous()
-
-    def _add_noise(self, matrix_E: Tensor, generator: Generator) -> None:
-        if self.config.noise_std == 0:
-            return
-        noise_E = torch.randn(matrix_E.shape, generator=generator, dtype=torch.float32)
-        matrix_E += noise_E.to(matrix_E) * (self.config.noise_std * matrix_E[0].std())
+    def _neurons(self, width: int, draws: Draws, expert: int) -> slice | Tensor:
+        if not self.config.permute:
+            return slice(0, width)
+        return torch.randperm(width, generator=draws.generator("order", expert))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_FORMS = "Use all, every:N, every:N:OFFSET, last:N, or a list of layer indices such as [0,2,5]."
+_FORMS = "Use all, every:N, every:N:OFFSET, last:N, inner:N, or a list of layer indices such as [0,2,5]."
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,14 @@ class LayerChoice:
         every: Take each ``every``-th layer.
         offset: The first of them.
         last: Take only the last so many layers; None for no such limit.
+        ends: Leave so many layers out at either end.
         listed: Take exactly these; None when the other fields rule.
     """
 
     every: int = 1
     offset: int = 0
     last: int | None = None
+    ends: int = 0
     listed: tuple[int, ...] | None = None
 
     def pick(self, num_layers: int) -> list[int]:
@@ -41,7 +43,7 @@ class LayerChoice:
         if self.last is not None and self.last > num_layers:
             raise ValueError(f"last:{self.last} asks for more than the model's {num_layers} layers. {_FORMS}")
         first = 0 if self.last is None else num_layers - self.last
-        picked = list(range(first + self.offset, num_layers, self.every))
+        picked = list(range(first + self.offset + self.ends, num_layers - self.ends, self.every))
         if not picked:
             raise ValueError(f"no layer is left of the model's {num_layers}. {_FORMS}")
         return picked
@@ -63,4 +65,6 @@ def parse_layers(layers: str | list[int]) -> LayerChoice:
         return LayerChoice(every=int(match[1]), offset=int(match[2] or 0))
     if match := re.fullmatch(r"last:([1-9]\d*)", layers):
         return LayerChoice(last=int(match[1]))
+    if match := re.fullmatch(r"inner:([1-9]\d*)", layers):
+        return LayerChoice(ends=int(match[1]))
     raise ValueError(f"layers={layers!r} is none of the known forms. {_FORMS}")

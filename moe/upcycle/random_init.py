@@ -1,19 +1,16 @@
-"""Experts drawn anew: a mixture from scratch, the baseline that every upcycling method is measured against.
-
-Letters: D model width, E experts, F width, U = 2F when gated, else F.
-"""
+"""Experts drawn anew: a mixture from scratch, the baseline of every upcycling method."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Generator
+from torch import Tensor
 
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
-from moe.upcycle.weights import ExpertBank, FFNWeights
+from moe.upcycle.plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
 
 
 @dataclass(frozen=True)
@@ -46,20 +43,8 @@ class Random(UpcycleMethod[RandomConfig]):
         """Never: it is another function."""
         return False
 
-    def build(self, ffn: FFNWeights, generator: Generator) -> ExpertBank:
-        """Draws the experts."""
-        E, D = self.config.num_experts, ffn.model_width
-        F = self.config.expert_width or ffn.width
-        U = F if ffn.gate_FD is None else 2 * F
-        like = ffn.up_FD
-        return ExpertBank(
-            w_up_EUD=self._draw((E, U, D), like, generator),
-            w_down_EDF=self._draw((E, D, F), like, generator),
-            activation=ffn.activation,
-            gated=ffn.gate_FD is not None,
-            b_up_EU=None if ffn.b_up_F is None else like.new_zeros(E, U),
-            b_down_ED=None if ffn.b_down_D is None else like.new_zeros(E, D),
-        )
-
-    def _draw(self, shape: tuple[int, ...], like: torch.Tensor, generator: Generator) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * self.config.init_std).to(like)
+    def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
+        """Experts that read no dense neuron."""
+        width = self.config.expert_width or shape.width
+        expert = ExpertPlan(width, None, drawn=Drawn(std=self.config.init_std), down_bias=0.0)
+        return LayerPlan((expert,) * self.config.num_experts)

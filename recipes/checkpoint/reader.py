@@ -87,7 +87,7 @@ def load_checkpoint(
     loaded: list[Loaded] = []
 
     def read() -> None:
-        with _Files(folder) as files:
+        with RankFiles(folder) as files:
             for name, held in placed.items():
                 for piece in held.pieces:
                     _fill(piece, index.tensors[name].boxes, files)
@@ -135,7 +135,7 @@ def _refuse_differences(folder: Path, differences: list[dict[str, list[str]]]) -
         raise CheckpointError(mistakes)
 
 
-class _Files(ExitStack):
+class RankFiles(ExitStack):
     """The rank files of a checkpoint, each opened once, when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
@@ -177,7 +177,7 @@ class _Files(ExitStack):
 
 
 @torch.no_grad()
-def _fill(piece: Piece, stored_boxes: list[StoredBox], files: _Files) -> None:
+def _fill(piece: Piece, stored_boxes: list[StoredBox], files: RankFiles) -> None:
     """Overwrites one local piece from all the stored boxes that reach into it."""
     filled = 0
     for stored in stored_boxes:

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.errors import ExactnessError
 from moe.upcycle.check import MAX_KL, TOLERANCES, LogitDrift, agree, logit_drift
 from recipes.atomic import atomic_write_json, fsync_folder
-from recipes.hosts.exporters.base import Exporter
+from recipes.hosts.exporters.base import Exporter, Layout
 from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.hosts.inspection import INDEX_NAME, SINGLE_NAME
+from recipes.hosts.live_tensors import LiveNames
+from recipes.hosts.placement import Placement
+from recipes.hosts.spec import describe_host
+from recipes.hosts.tensor_files import TensorFiles, TensorSpec
 
-_MAX_FILE_BYTES = 5 * 10**9
 # What travels with a checkpoint besides weights and config.
 _COMPANIONS = (
     "tokenizer*",
@@ -36,48 +37,6 @@ _COMPANIONS = (
 )
 
 
-class TensorFiles:
-    """Collects tensors into safetensors files of limited size; memory holds one file at a time."""
-
-    def __init__(self, folder: Path, max_bytes: int = _MAX_FILE_BYTES) -> None:
-        self.folder = folder
-        self.max_bytes = max_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._files: list[tuple[Path, list[str]]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a copy: tensors that share storage are refused by the format."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += size
-        self._total += size
-
-    def _flush(self) -> None:
-        path = self.folder / f"part-{len(self._files):05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        self._files.append((path, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        """Writes what is left, gives the files their names, and the index where there are several."""
-        if self._pending:
-            self._flush()
-        if len(self._files) == 1:
-            self._files[0][0].rename(self.folder / SINGLE_NAME)
-            return
-        weight_map = {}
-        for number, (path, names) in enumerate(self._files, start=1):
-            final = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
-            path.rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        atomic_write_json(self.folder / INDEX_NAME, index)
-
-
 def export(
     host: HuggingFaceHost,
     exporter: Exporter,
@@ -86,6 +45,7 @@ def export(
     dtype: torch.dtype,
     *,
     writes: bool,
+    layout: Layout = "per_expert",
 ) -> None:
     """Writes the model. A folder that exists is replaced at the end, by a rename.
 
@@ -96,28 +56,59 @@ def export(
         folder: Where to.
         dtype: Of the floating-point weights in the files.
         writes: Whether this rank writes (rank 0); the others only take part in gathering.
+        layout: One of the exporter's.
     """
-    tied = _tied_names(host)
+    spec, tied = describe_host(host), _tied_names(host)
+    live = LiveNames(spec)
+    kept = [
+        TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in host.model.state_dict().items()
+        if name not in tied and live.pieces(name) is None and live.router(name) is None
+    ]
+    placement = Placement(spec, exporter, kept, dtype, layout)
     temporary = folder.with_name(f".tmp-{folder.name}")
     if writes:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    files = TensorFiles(temporary)
+    files = TensorFiles(temporary, placement.specs) if writes else None
     for name, tensor in tensors:
-        if writes and name not in tied:
-            for new_name, part in exporter.rename(name, tensor):
-                kept = exporter.keeps_dtype(name) or not part.is_floating_point()
-                files.add(new_name, part if kept else part.to(dtype))
-    if writes:
+        if files is not None and name not in tied:
+            write_live(files, name, tensor.detach(), live, placement)
+    if files is not None:
+        for name, constant in placement.constants.items():
+            files.write(name, constant)
         files.finish()
-        config = exporter.config(host) | _dtype_keys(dtype)
-        atomic_write_json(temporary / "config.json", config)
-        _copy_companions(host.folder, temporary)
-        _sync(temporary)
-        _replace(temporary, folder)
+        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), host.folder)
+        publish(temporary, folder)
 
 
-def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:
+def write_live(files: TensorFiles, name: str, tensor: Tensor, live: LiveNames, placement: Placement) -> None:
+    """Writes one of the host's tensors to wherever it goes."""
+    router, parts = live.router(name), live.pieces(name)
+    if router is not None:
+        files.write(placement.router(router.layer, router.key), tensor)
+    elif parts is None:
+        files.write(placement.kept(name), tensor)
+    else:
+        for part in parts:
+            slot = placement.slot(part.piece)
+            values = part.of(tensor)
+            files.write(slot.name, values if slot.factor == 1.0 else values * slot.factor, slot.offset)
+
+
+def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None:
+    """Writes ``config.json`` and copies the tokenizer and what else travels with a checkpoint."""
+    atomic_write_json(folder / "config.json", config)
+    _copy_companions(source, folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Gives a finished folder its name; one that has it already is replaced."""
+    _sync(temporary)
+    _replace(temporary, folder)
+
+
+def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
     """Under the name of today and under the one that readers before transformers 4.56 look for."""
     return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 

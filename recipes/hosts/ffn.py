@@ -64,12 +64,13 @@ class FFNSite:
         setattr(model.get_submodule(parent), child, module)
 
 
-def find_ffns(model: nn.Module, config: Any) -> list[FFNSite]:
+def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFNSite]:
     """The feed-forward network of every block, in order.
 
     Args:
         model: A decoder of transformers.
         config: Its config, for the number of layers and the name of the activation.
+        verify: Whether to compare every network with what it is taken for; not for a model without weights.
 
     Raises:
         HostError: The blocks or their network cannot be told, or the network computes something else.
@@ -79,8 +80,9 @@ def find_ffns(model: nn.Module, config: Any) -> list[FFNSite]:
     activation = _activation(config)
     sites = []
     for layer, (name, ffn) in enumerate(found):
-        weights = _read(ffn, activation, f"{prefix}.{layer}.{name}", config)
-        _verify(ffn, weights, f"{prefix}.{layer}.{name}", config)
+        weights = _read(ffn, activation)
+        if verify:
+            _verify(ffn, weights, f"{prefix}.{layer}.{name}", config)
         sites.append(FFNSite(layer, f"{prefix}.{layer}.{name}", weights))
     return sites
 
@@ -122,8 +124,23 @@ def _activation(config: Any) -> str:
     raise _refuse(config, "its config names no activation", f"Set one of {', '.join(_ACTIVATION_KEYS)}.")
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a layer is GPT-2's, which stores its weight as ``[in, out]``."""
+    return type(module).__name__ == "Conv1D"
+
+
+def linear_names(network: nn.Module) -> tuple[str | None, str, str]:
+    """The names of gate, up and down among a network's linear layers.
+
+    Gate is None when the network is not gated, and the name of up when one matrix holds both.
+    """
+    names = _match(network)
+    assert names is not None, network
+    return names
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Module]:
@@ -185,13 +202,11 @@ def _ffn_of_block(block: nn.Module, where: str, config: Any) -> tuple[str, nn.Mo
 def _weight(linear: nn.Module) -> Tensor:
     """``[out, in]``, whichever way the layer stores it."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
-    return weight.t() if type(linear).__name__ == "Conv1D" else weight
+    return weight.t() if is_conv1d(linear) else weight
 
 
-def _read(ffn: nn.Module, activation: str, where: str, config: Any) -> FFNWeights:
-    names = _match(ffn)
-    assert names is not None, where
-    gate, up, down = names
+def _read(ffn: nn.Module, activation: str) -> FFNWeights:
+    gate, up, down = linear_names(ffn)
     linears = _linears(ffn)
     up_FD, b_up = _weight(linears[up]), linears[up].bias
     gate_FD = b_gate = None

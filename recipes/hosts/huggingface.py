@@ -5,7 +5,7 @@ Attention, norms, embeddings and generation stay transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,18 @@ from moe.errors import ConfigError, HostError
 from moe.experts import Experts
 from moe.layer import MoELayer, moe_layers
 from moe.routers import Router
+from moe.shared import SharedExpert
+from moe.top_k_schedule import TopKSchedule
 from moe.types import LayerContext, RouterContext
 from moe.upcycle import UpcycleMethod
+from moe.upcycle.build import ffn_shape
 from moe.upcycle.check import LayerDrift, LogitDrift, layer_drift, logit_drift, require_exact
+from moe.upcycle.plan import Draws
+from moe.upcycle.router_start import start_rows
 from moe.upcycle.weights import FFNWeights
+from recipes.hosts.branches import average, require_same
 from recipes.hosts.ffn import FFNSite, dense_ffn, find_ffns
+from recipes.hosts.method_fit import method_mistakes
 
 
 @dataclass
@@ -36,12 +43,14 @@ class HuggingFaceHost:
         folder: The checkpoint it was loaded from.
         source_dtype: The dtype of that checkpoint's weights.
         context: The run as routers see it; filled before every forward pass.
+        schedule: Of the experts a token uses; None where they stay as they are.
     """
 
     model: Any
     folder: Path
     source_dtype: torch.dtype
     context: RouterContext = field(default_factory=RouterContext)
+    schedule: TopKSchedule | None = None
 
     def __post_init__(self) -> None:
         self.model.register_forward_pre_hook(self._fill_context, with_kwargs=True)
@@ -56,6 +65,8 @@ class HuggingFaceHost:
         return [(layer.context.layer_index, layer) for _, layer in moe_layers(self.model)]
 
     def _fill_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.schedule is not None:
+            self.context.top_k = self.schedule.at(self.context.step)
         self.context.token_ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
         self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -137,13 +148,37 @@ class SurgeryReport:
     drifts: tuple[LayerDrift, ...]
 
 
-def make_layer(weights: FFNWeights, layer: int, surgery: Surgery, context: RouterContext) -> MoELayer:
-    """The mixture that replaces one dense network."""
-    bank = surgery.method.build(weights, seeded_generator(surgery.seed, "experts", layer))
-    router = surgery.make_router(weights.model_width, bank.num_experts)
+def make_layer(
+    ffns: Sequence[FFNWeights],
+    layer: int,
+    surgery: Surgery,
+    context: RouterContext,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> MoELayer:
+    """The mixture that replaces one dense network.
+
+    Args:
+        ffns: The network in each of the dense models.
+        layer: Index of its block.
+        surgery: How.
+        context: Of the host.
+        statistics: What the method must be told of the layer.
+
+    Raises:
+        ConfigError: The method fits neither the router nor the network.
+    """
+    method = surgery.method
+    router = surgery.make_router(ffns[0].model_width, method.config.num_experts)
     router.reset_parameters(seeded_generator(surgery.seed, "router", layer))
-    experts = Experts(bank, surgery.backend)
-    return MoELayer(router, surgery.make_dispatcher(), experts, LayerContext(context, layer))
+    if mistakes := method_mistakes(method, router.config, ffn_shape(ffns[0])):
+        raise ConfigError(mistakes)
+    missing = set(method.statistics) - set(statistics or {})
+    assert not missing, f"nobody has gathered {sorted(missing)} of layer {layer} for {method.name}"
+    built = method.for_router(router.config).build(ffns, Draws(surgery.seed, layer), statistics)
+    start_rows(router, built.router)
+    experts = Experts(built.bank, surgery.backend)
+    shared = None if built.shared is None else SharedExpert(built.shared)
+    return MoELayer(router, surgery.make_dispatcher(), experts, LayerContext(context, layer), shared)
 
 
 def chosen_sites(host: HuggingFaceHost, method: UpcycleMethod[Any]) -> list[FFNSite]:
@@ -161,34 +196,66 @@ def chosen_sites(host: HuggingFaceHost, method: UpcycleMethod[Any]) -> list[FFNS
         raise ConfigError.one("upcycle.layers", method.config.layers, rule, remedy) from error
 
 
-def swap(host: HuggingFaceHost, surgery: Surgery) -> list[tuple[FFNSite, MoELayer]]:
-    """Puts mixtures in the place of the chosen networks; returns each with the site it took."""
+def swap(
+    host: HuggingFaceHost,
+    surgery: Surgery,
+    sources: Sequence[HuggingFaceHost] = (),
+    statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> list[tuple[FFNSite, MoELayer]]:
+    """Puts mixtures in the place of the chosen networks; returns each with the site it took.
+
+    Args:
+        host: The dense decoder; changed in place.
+        surgery: How.
+        sources: The decoders of the method's own `sources`; their weights are read.
+        statistics: What the method must be told of each layer, by its index.
+
+    Raises:
+        ConfigError: The method does not fit, or its sources are of other shapes.
+    """
+    method, found = surgery.method, statistics or {}
+    assert len(sources) == len(method.sources), (len(sources), method.sources)
+    require_same(host.model, [source.model for source in sources], method.sources)
+    models = [chosen_sites(one, method) for one in (host, *sources)]
+    # The networks themselves become experts: they are read as they are.
+    average([one.model for one in (host, *sources)], method.averaged, [f"{site.name}." for site in models[0]])
     swapped = []
-    for site in chosen_sites(host, surgery.method):
-        layer = make_layer(site.weights, site.layer, surgery, host.context)
+    for sites in zip(*models, strict=True):
+        site = sites[0]
+        ffns = [one.weights for one in sites]
+        layer = make_layer(ffns, site.layer, surgery, host.context, found.get(site.layer))
         site.replace(host.model, layer)
         swapped.append((site, layer))
     return swapped
 
 
 @torch.no_grad()
-def upcycle(host: HuggingFaceHost, surgery: Surgery, tokens_BS: Tensor) -> SurgeryReport:
+def upcycle(
+    host: HuggingFaceHost,
+    surgery: Surgery,
+    tokens_BS: Tensor,
+    sources: Sequence[HuggingFaceHost] = (),
+    statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> SurgeryReport:
     """Turns the host into a mixture of experts and measures whether it still computes the same.
 
     Args:
         host: A dense decoder; changed in place.
         surgery: How.
         tokens_BS: ``[B, S]`` real tokens.
+        sources: As for `swap`.
+        statistics: As for `swap`.
 
     Raises:
+        ConfigError: As `swap`.
         ExactnessError: The method claims to be exact under this router and is not.
     """
     host.model.eval()
     dense_logits = host.model(input_ids=tokens_BS).logits
-    swapped = swap(host, surgery)
+    swapped = swap(host, surgery, sources, statistics)
     host.model.eval()
     drifts: list[LayerDrift] = []
-    with _measuring(swapped, drifts):
+    with measuring(swapped, drifts):
         moe_logits = host.model(input_ids=tokens_BS).logits
     exact = all(surgery.method.is_exact(layer.router) for _, layer in swapped)
     logits = logit_drift(dense_logits, moe_logits)
@@ -199,7 +266,7 @@ def upcycle(host: HuggingFaceHost, surgery: Surgery, tokens_BS: Tensor) -> Surge
 
 
 @contextmanager
-def _measuring(swapped: list[tuple[FFNSite, MoELayer]], drifts: list[LayerDrift]) -> Iterator[None]:
+def measuring(swapped: list[tuple[FFNSite, MoELayer]], drifts: list[LayerDrift]) -> Iterator[None]:
     """While open, every forward pass of a mixture is compared with its dense network on the same input.
 
     Comparing on the spot keeps no activations, so that it works for models of any depth.

@@ -15,16 +15,18 @@ from moe.accounting.peaks import Peak, peak_for
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake
 from moe.routers import Router, router_class
-from moe.upcycle import upcycle_methods
+from moe.upcycle import UpcycleMethod, upcycle_methods
 from moe.upcycle.check import TOLERANCES
+from recipes.calibration.gather import Calibration, LayerTensors, kept_statistics
 from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
-from recipes.costs import measure_costs, peak_memory_bytes
+from recipes.costs import measure_costs, peak_memory_bytes, scheduled_costs
 from recipes.data.build import TrainData
 from recipes.data.sources import resolve
 from recipes.embedded import embedded_dense, shared_data, train_embedded
 from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, SurgeryReport, load_host, swap, upcycle
+from recipes.hosts.spec import describe_host
 from recipes.identity import read_run_file, refuse_changes
 from recipes.jobs.base import Job, Session
 from recipes.loop import Leg, LegResult, validation_loss
@@ -32,6 +34,7 @@ from recipes.metrics import Metric, reduce_metrics
 from recipes.preflight import check_run
 from recipes.results import Results, leg_label
 from recipes.schema import RunConfig
+from recipes.sparsify import describe_phases, host_schedule, summarise_phases
 
 # Real tokens of the step-0 gate and of the comparison after export.
 _CHECK_SAMPLES = 8
@@ -129,6 +132,8 @@ class _TrainedLeg:
         started = time.time()
         source = self._source()
         leg = self._build(source)
+        if leg is None:
+            return False
         if source is not None:
             self.session.say(f"{self.name}: going on from {source}")
             leg.state |= self.session.loop.resume(leg, source)
@@ -165,7 +170,8 @@ class _TrainedLeg:
         verify_checkpoint(fork)
         return Path(fork)
 
-    def _build(self, source: Path | None) -> Leg:
+    def _build(self, source: Path | None) -> Leg | None:
+        """The leg; None when the run was asked to stop before it was made."""
         raise AssertionError("a subclass builds")
 
     def _finish(self, leg: Leg, result: LegResult) -> None:
@@ -184,6 +190,7 @@ class _TrainedLeg:
             data=self.data,
             trainable=trainable,
             costs=costs,
+            scheduled_costs=scheduled_costs(host, self.config.data.seq_len, peak.value),
             checkpoints=self.session.run_dir.checkpoints(self.name),
             state=state,
             first_sample=self._first_sample(),
@@ -194,6 +201,8 @@ class _TrainedLeg:
             f"{self.name}: {costs.total_params:,} parameters, {costs.active_params:,} active a token; "
             f"utilisation is of {peak.value / 1e9:,.0f} GFLOP/s a rank ({peak.source}: {peak.detail})"
         )
+        for line in describe_phases(host.schedule, leg.scheduled_costs):
+            self.session.say(f"{self.name}: {line}")
         return leg
 
     def _first_sample(self) -> int:
@@ -217,16 +226,34 @@ class _MoELeg(_TrainedLeg):
 
     name = "moe"
 
-    def _build(self, source: Path | None) -> Leg:
+    def _build(self, source: Path | None) -> Leg | None:
         host = load_host(self.folder, trust_remote_code=self.config.trust_remote_code)
         surgery = make_surgery(self.config)
+        statistics = self._statistics(host, surgery.method, source)
+        if statistics is None:
+            return None
+        host.schedule = host_schedule(self.config, host, surgery.method)
         if source is not None:
             # The weights come from the checkpoint: exactness was measured when the run began.
-            swap(host, surgery)
+            swap(host, surgery, [host] * len(surgery.method.sources), statistics)
             return self._leg(host, {})
-        report = upcycle(host, surgery, self._check_tokens())
+        sources = [
+            load_host(Path(folder).expanduser(), trust_remote_code=self.config.trust_remote_code)
+            for folder in surgery.method.sources
+        ]
+        report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
         self.session.say(describe_exactness(report))
         return self._leg(host, {"exactness": exactness_summary(report)})
+
+    def _statistics(
+        self, host: HuggingFaceHost, method: UpcycleMethod[Any], source: Path | None
+    ) -> LayerTensors | None:
+        """What the method must be told of the dense model; None when the run was asked to stop meanwhile."""
+        if not method.statistics:
+            return {}
+        if source is not None:
+            return kept_statistics(self.session, source)
+        return Calibration(self.session, host, method, self.data).run()
 
     def _check_tokens(self) -> Tensor:
         batch = self.data.validation.batch(0, _CHECK_SAMPLES)
@@ -234,6 +261,8 @@ class _MoELeg(_TrainedLeg):
 
     def _finish(self, leg: Leg, result: LegResult) -> None:
         self.results.put("exactness", leg.state["exactness"])
+        if leg.scheduled_costs:
+            self.results.put("sparsify", summarise_phases(leg.trainable.host.schedule, leg.scheduled_costs))
         self._put_dense(leg, result)
         self._export(leg)
         self._log_backend(leg)
@@ -254,7 +283,7 @@ class _MoELeg(_TrainedLeg):
 
     def _export(self, leg: Leg) -> None:
         session, host = self.session, leg.trainable.host
-        exporter, refusals = choose_exporter(host)
+        exporter, refusals = choose_exporter(describe_host(host))
         dtype = _export_dtype(self.config, host)
         if not exporter.is_native:
             session.say(f"export: in Graft's own format, since {'; '.join(refusals)}")

@@ -185,7 +185,7 @@ def _look_before_first_step(trainable: Any, outcome: Outcome, engine: NativeEngi
             named = trainable.host.model.named_parameters()
             outcome.grads = {name: full(p.grad) for name, p in named}
             counts = [
-                sum(float(sums[EXPERTS]) for sums in layer.stats.sums.values())
+                sum(float(sums[-4]) for sums in layer.stats.sums.values())
                 for _, layer in trainable.host.moe_layers()
             ]
             total = torch.tensor(counts)

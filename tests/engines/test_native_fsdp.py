@@ -146,7 +146,7 @@ def _compiled_and_eager(rank: int, world_size: int) -> dict[str, tuple[float, di
         loss = trainable.forward_backward(torch.from_numpy(tokens(0, GLOBAL_BATCH)), 0, 1)
         grads = {key: full(p.grad) for key, p in trainable.host.model.named_parameters()}
         layer = trainable.host.moe_layers()[0][1]
-        assert [float(sums[4]) for sums in layer.stats.sums.values()] == [GLOBAL_BATCH * SEQ_LEN]
+        assert [float(sums[-4]) for sums in layer.stats.sums.values()] == [GLOBAL_BATCH * SEQ_LEN]
         found[name] = float(loss), grads
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled > 0, "nothing was compiled"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from moe.dispatch.local import LocalDispatcher
 from moe.errors import ExactnessError, HostError
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
-from recipes.hosts.export import TensorFiles, export, verify_export
+from moe.upcycle.plan import Matrix
+from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
 from recipes.hosts.exporters.graft import load_graft
 from recipes.hosts.exporters.mixtral import MixtralExporter
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap
 from recipes.hosts.inspection import INDEX_NAME, weight_files
+from recipes.hosts.spec import MixtureSpec, describe_host
+from recipes.hosts.tensor_files import TensorFiles, TensorSpec
 from tests.conftest import VOCABULARY, MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,7 +83,7 @@ def trained_host(folder: Path, layers: str = "all", **router: Any) -> HuggingFac
 
 def write(host: HuggingFaceHost, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Exports as the job does."""
-    exporter, _ = choose_exporter(host)
+    exporter, _ = choose_exporter(describe_host(host))
     export(host, exporter, host.model.state_dict().items(), folder, dtype, writes=True)
     return folder
 
@@ -126,7 +129,7 @@ def test_llama_and_mistral_become_mixtral(make_checkpoint: MakeCheckpoint, tmp_p
     family, options = MIXTRAL_HOSTS[case]
     dense = make_checkpoint(family, **options)
     host = trained_host(dense)
-    exporter, refusals = choose_exporter(host)
+    exporter, refusals = choose_exporter(describe_host(host))
     assert (exporter.name, refusals) == ("mixtral", [])
     folder = write(host, tmp_path / "hf")
     model = reload(folder)
@@ -208,15 +211,14 @@ def test_bf16_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "layers", "router", "reason"),
     [
-        ("qwen3", {}, "all", {}, "Mixtral holds Llama and Mistral hosts, not qwen3"),
-        ("qwen3", {"tied": True}, "last:1", {}, "not qwen3"),
-        ("gpt2", {"tied": True}, "all", {}, "not gpt2"),
-        ("gemma3_text", {"tied": True}, "all", {}, "not gemma3_text"),
+        ("qwen3", {"tied": True}, "last:1", {"score": "sigmoid"}, "Qwen3-MoE's gates are a softmax"),
+        ("gpt2", {"tied": True}, "all", {}, "no class of transformers holds a mixture in a host of gpt2"),
+        ("gemma3_text", {"tied": True}, "all", {}, "in a host of gemma3_text"),
         ("llama", {}, "every:2", {}, "2 of 3 are mixtures"),
         ("llama", {"mlp_bias": True}, "all", {}, "Mixtral has no biases"),
         ("llama", {"attention_bias": True}, "all", {}, "Mixtral has no biases"),
-        ("llama", {}, "all", {"score": "sigmoid"}, "this router's are not in layer 0"),
-        ("llama", {}, "all", {"renormalise": False}, "this router's are not in layer 0"),
+        ("llama", {}, "all", {"score": "sigmoid"}, "this router's are a sigmoid"),
+        ("llama", {}, "all", {"renormalise": False}, "renormalised to sum to 1, and this router's are not"),
     ],
 )
 def test_what_is_no_mixtral_goes_into_our_own_format(
@@ -229,7 +231,7 @@ def test_what_is_no_mixtral_goes_into_our_own_format(
     reason: str,
 ) -> None:
     host = trained_host(make_checkpoint(family, **options), layers, **router)
-    exporter, refusals = choose_exporter(host)
+    exporter, refusals = choose_exporter(describe_host(host))
     assert exporter.name == "graft"
     assert not exporter.is_native
     assert any(reason in refusal for refusal in refusals), refusals
@@ -243,7 +245,7 @@ def test_what_is_no_mixtral_goes_into_our_own_format(
 
 
 def test_our_format_in_bf16_keeps_routers_in_fp32(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("qwen3", tied=True))
+    host = trained_host(make_checkpoint("gemma3_text", tied=True))
     model = load_graft(write(host, tmp_path / "hf", torch.bfloat16)).model
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
@@ -255,7 +257,7 @@ def test_our_format_in_bf16_keeps_routers_in_fp32(make_checkpoint: MakeCheckpoin
 def test_load_graft_refuses_what_is_not_its_own(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="its model_type is 'llama', not 'graft_moe'"):
         load_graft(make_checkpoint("llama"))
-    folder = write(trained_host(make_checkpoint("qwen3")), tmp_path / "hf")
+    folder = write(trained_host(make_checkpoint("gemma3_text", tied=True)), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     del config["moe_layers"][1]
     (folder / "config.json").write_text(json.dumps(config))
@@ -282,13 +284,13 @@ def test_a_swapped_gate_would_be_found(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The verification is as good as what it refuses.
-    plain: Callable[..., Iterator[tuple[str, Tensor]]] = MixtralExporter.rename
+    plain = MixtralExporter.expert_name
 
-    def swapped(self: MixtralExporter, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for new, part in plain(self, name, tensor):
-            yield new.translate(str.maketrans("13", "31")) if "experts.0.w" in new else new, part
+    def swapped(self: MixtralExporter, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+        other: dict[Matrix, Matrix] = {"gate": "up", "up": "gate", "down": "down"}
+        return plain(self, mixture, expert, other[matrix] if expert == 0 else matrix, bias)
 
-    monkeypatch.setattr(MixtralExporter, "rename", swapped)
+    monkeypatch.setattr(MixtralExporter, "expert_name", swapped)
     host = trained_host(make_checkpoint("llama", num_hidden_layers=1))
     folder = write(host, tmp_path / "hf")
     with torch.no_grad():
@@ -345,19 +347,32 @@ def test_companions_travel_along(make_checkpoint: MakeCheckpoint, tmp_path: Path
 
 
 def test_one_tensor_above_the_limit_has_a_file_of_its_own(tmp_path: Path) -> None:
-    files = TensorFiles(tmp_path, max_bytes=8)
-    for name, size in {"a": 1, "b": 1, "c": 5, "d": 1}.items():
-        files.add(name, torch.full((size,), 7.0))
+    specs = [
+        TensorSpec(name, torch.float32, (size,)) for name, size in {"a": 1, "b": 1, "c": 5, "d": 1}.items()
+    ]
+    files = TensorFiles(tmp_path, specs, max_bytes=8)
+    for spec in reversed(specs):
+        files.write(spec.name, torch.full(spec.shape, 7.0))
     files.finish()
     held = [sorted(load_file(path)) for path in weight_files(tmp_path)]
     assert held == [["a", "b"], ["c"], ["d"]]
 
 
-def test_what_was_added_may_change_afterwards_and_share_memory(tmp_path: Path) -> None:
-    files, tensor = TensorFiles(tmp_path), torch.zeros(4)
-    files.add("a", tensor)
-    files.add("b", tensor[1:])
-    tensor += 1
+def test_tensors_are_written_piece_by_piece_and_aligned(tmp_path: Path) -> None:
+    specs = [TensorSpec("odd", torch.bfloat16, (3,)), TensorSpec("wide", torch.float32, (2, 2))]
+    files = TensorFiles(tmp_path, specs)
+    # In any order, in any dtype, from memory that changes afterwards.
+    source = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    files.write("wide", source, offset=2)
+    source += 1
+    files.write("odd", torch.tensor([1.0, 2.0, 3.0]))
+    files.write("wide", torch.tensor([1.0, 2.0]))
     files.finish()
     held = load_file(tmp_path / "model.safetensors")
-    assert {name: value.tolist() for name, value in held.items()} == {"a": [0.0] * 4, "b": [0.0] * 3}
+    assert {name: value.tolist() for name, value in held.items()} == {
+        "odd": [1.0, 2.0, 3.0],
+        "wide": [[1.0, 2.0], [3.0, 4.0]],
+    }
+    assert held["odd"].dtype == torch.bfloat16
+    header = json.loads((tmp_path / "model.safetensors").read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
+    assert header["wide"]["data_offsets"][0] % 4 == 0

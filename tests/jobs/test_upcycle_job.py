@@ -166,9 +166,9 @@ def test_a_host_without_a_native_form_is_exported_in_grafts_own(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
-        "dense": make_checkpoint("qwen3", dtype="bfloat16"),
+        "dense": make_checkpoint("starcoder2", dtype="bfloat16"),
         "data.path": write_text(tmp_path / "text"),
-        "run.name": "qwen",
+        "run.name": "star",
         "compare.cpt": True,
         "engine.strategy": "ddp",
         "train.micro_batch_size": 2,
@@ -177,7 +177,7 @@ def test_a_host_without_a_native_form_is_exported_in_grafts_own(
     ended = job(tmp_path, options)
     assert ended.code == 0, ended.err
     assert "export: in Graft's own format, since" in ended.out
-    run_dir = tmp_path / "outputs" / "qwen"
+    run_dir = tmp_path / "outputs" / "star"
     assert [row["model"] for row in summary(run_dir)["results"]] == ["dense", "cpt", "moe"]
     assert summary(run_dir)["export"]["format"] == "graft"
     assert loads(run_dir)[0]["layers"] == [1]

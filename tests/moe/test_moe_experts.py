@@ -18,6 +18,7 @@ from moe.experts import Experts, ExpertsConfig
 from moe.types import Routing
 from moe.upcycle import ExpertBank
 from moe.upcycle.copies import CopyConfig
+from moe.upcycle.plan import Draws
 from tests.moe.routing_cases import make_ffn, make_method
 
 D, F, E = 8, 16, 3
@@ -25,7 +26,7 @@ D, F, E = 8, 16, 3
 
 def _bank(dtype: torch.dtype = torch.float32, gated: bool = True, biased: bool = False) -> ExpertBank:
     ffn = make_ffn(gated, biased, D=D, F=F)
-    bank = make_method(CopyConfig(num_experts=E, noise_std=0.5)).build(ffn, torch.Generator().manual_seed(0))
+    bank = make_method(CopyConfig(num_experts=E, noise_std=0.5)).build(ffn, Draws(0, 0)).bank
     return replace(
         bank,
         w_up_EUD=bank.w_up_EUD.to(dtype),

@@ -19,6 +19,8 @@ from moe.upcycle.layers import LayerChoice, parse_layers
         ("every:9", 5, [0]),
         ("last:2", 5, [3, 4]),
         ("last:5", 5, [0, 1, 2, 3, 4]),
+        ("inner:1", 5, [1, 2, 3]),
+        ("inner:2", 5, [2]),
         ([2, 0], 3, [0, 2]),
         ([4], 5, [4]),
     ],
@@ -40,13 +42,17 @@ def test_picked_layers(layers: str | list[int], num_layers: int, picked: list[in
         " all",
         "all\n",
         "last:1\n",
+        "inner",
+        "inner:0",
         "0,1",
         "[0,1]",
         "first:2",
     ],
 )
 def test_unknown_forms_are_refused_with_the_known_ones(layers: str) -> None:
-    with pytest.raises(ValueError, match=r"none of the known forms\. Use all, every:N, .*last:N, or a list"):
+    with pytest.raises(
+        ValueError, match=r"none of the known forms\. Use all, every:N, .*last:N, inner:N, or a list"
+    ):
         parse_layers(layers)
 
 
@@ -63,6 +69,7 @@ def test_lists_that_make_no_sense(layers: list[int]) -> None:
         ([-1], 4, r"layers \[-1\] do not exist"),
         ("last:5", 4, "last:5 asks for more than the model's 4 layers. Use all"),
         ("every:2:4", 4, "no layer is left of the model's 4. Use all"),
+        ("inner:2", 4, "no layer is left of the model's 4"),
         ("all", 0, "no layer is left of the model's 0"),
     ],
 )

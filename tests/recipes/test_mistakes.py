@@ -242,11 +242,11 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "appended": (["+data.foo=3"], ["data.foo=3: there is no such option. Run train.py --cfg to see what..."]),
     "no such choice": (
         ["router=nope"],
-        ["router='nope': there is no such choice. Choose one of: avg_k, base_l..."],
+        ["router='nope': there is no such choice. Choose one of: analytical, avg_k, ..."],
     ),
     "null for a choice": (
         ["router=null"],
-        ["router='null': there is no such choice. Choose one of: avg_k, base_l..."],
+        ["router='null': there is no such choice. Choose one of: analytical, avg_k, ..."],
     ),
     "no such recipe": (
         ["+recipe=upcyle"],

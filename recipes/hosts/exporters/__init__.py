@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from moe.discovery import discover
 from recipes.hosts.exporters.base import Exporter
-from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.hosts.spec import ModelSpec
 
-__all__ = ["Exporter", "choose_exporter"]
+__all__ = ["Exporter", "choose_exporter", "exporters"]
 
 
-def choose_exporter(host: HuggingFaceHost) -> tuple[Exporter, list[str]]:
-    """The best format that holds the host exactly: a native one if there is one.
+def exporters() -> dict[str, Exporter]:
+    """Every format by its name."""
+    return {name: cls() for name, cls in discover(__name__, Exporter).items()}
+
+
+def choose_exporter(spec: ModelSpec) -> tuple[Exporter, list[str]]:
+    """The best format that holds the model exactly: a native one if there is one.
 
     Returns:
-        The exporter, and why each native format was refused.
+        The exporter; where it is no native one, why each native one for such hosts was refused.
     """
-    exporters: list[Exporter] = [cls() for cls in discover(__name__, Exporter).values()]
+    family = spec.config.model_type
+    fitting = [e for e in exporters().values() if not e.hosts or family in e.hosts]
     refusals = []
-    for exporter in sorted(exporters, key=lambda exporter: not exporter.is_native):
-        refusal = exporter.refusal(host)
+    for exporter in sorted(fitting, key=lambda exporter: not exporter.is_native):
+        refusal = exporter.refusal(spec)
         if refusal is None:
-            return exporter, refusals
+            none = f"no class of transformers holds a mixture in a host of {family}"
+            return exporter, [] if exporter.is_native else refusals or [none]
         refusals.append(refusal)
-    raise AssertionError(f"no format holds the host: {refusals}")
+    raise AssertionError(f"no format holds the model: {refusals}")

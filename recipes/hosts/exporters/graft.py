@@ -1,15 +1,16 @@
 """Graft's own format, for mixtures that no class of transformers computes exactly.
 
-A folder with safetensors under the host's own names, and a ``config.json`` of model type ``graft_moe``
-that holds the dense host's config and how to rebuild router and experts. transformers refuses to
-load it as something else; `load_graft` does.
+A folder with safetensors under the host's own names, experts by their global number, and a
+``config.json`` of model type ``graft_moe`` that holds the dense host's config and how to rebuild router and
+experts. transformers loads it after ``import recipes.hosts.auto``, and refuses to load it as something else
+before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +23,57 @@ from moe.errors import HostError
 from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.routers import router_class
+from moe.shared import SharedExpert
 from moe.types import LayerContext
-from moe.upcycle.weights import ExpertBank
+from moe.upcycle.plan import Matrix
+from moe.upcycle.weights import ExpertBank, FFNWeights
 from recipes.hosts.exporters.base import Exporter
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.inspection import weight_files
+from recipes.hosts.live_tensors import LiveNames
+from recipes.hosts.placement import Placement
+from recipes.hosts.spec import MixtureSpec, ModelSpec, describe_host
+from recipes.hosts.tensor_files import TensorSpec
 
 MODEL_TYPE = "graft_moe"
+FORMAT_VERSION = 2
 
 
 class GraftExporter(Exporter):
     """Writes what any host with any router is, exactly."""
 
     name = "graft"
+    title = "Graft's own format"
     is_native = False
 
-    def refusal(self, host: HuggingFaceHost) -> str | None:
+    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
         """Holds everything."""
         return None
 
-    def config(self, host: HuggingFaceHost) -> dict[str, Any]:
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
         """The host's config and, block by block, router and experts."""
-        dense = host.config.to_dict()
-        dense["architectures"] = [type(host.model).__name__]
-        named = {id(layer): name for name, layer in _named_layers(host)}
-        layers = [
-            {
-                "index": index,
-                "name": named[id(layer)],
-                "router": dataclasses.asdict(layer.router.config),
-                "activation": layer.experts.activation,
-                "gated": layer.experts.gated,
-                "shapes": {
-                    key: list(value.shape) for key, value in layer.experts.named_parameters(recurse=False)
-                },
-            }
-            for index, layer in host.moe_layers()
-        ]
-        return {"model_type": MODEL_TYPE, "format_version": 1, "dense_config": dense, "moe_layers": layers}
+        # Of the weights' dtype config.json tells itself; the cache is off for training alone.
+        dense = {k: v for k, v in spec.config.to_dict().items() if k not in ("dtype", "use_cache")}
+        dense["architectures"] = [spec.architecture]
+        return {
+            "model_type": MODEL_TYPE,
+            "format_version": FORMAT_VERSION,
+            "architectures": ["GraftMoEForCausalLM"],
+            "dense_config": dense,
+            "moe_layers": [_entry(mixture) for mixture in spec.mixtures],
+        }
 
-    def rename(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Names stay."""
-        yield name, tensor
+    def expert_name(self, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+        """By the expert's number over all ranks."""
+        return f"{mixture.site}.experts.{expert}.{matrix}.{'bias' if bias else 'weight'}"
+
+    def shared_name(self, mixture: MixtureSpec, matrix: Matrix, bias: bool) -> str:
+        """Beside the experts."""
+        return f"{mixture.site}.shared.{matrix}.{'bias' if bias else 'weight'}"
+
+    def router_name(self, mixture: MixtureSpec, key: str) -> str:
+        """As in the model."""
+        return f"{mixture.site}.router.{key}"
 
     def keeps_dtype(self, name: str) -> bool:
         """Routers choose by small differences (a bias moves by 1e-3) that bf16 would round away."""
@@ -74,12 +84,32 @@ class GraftExporter(Exporter):
         return load_graft(folder).model
 
 
-def _named_layers(host: HuggingFaceHost) -> list[tuple[str, MoELayer]]:
-    return [(name, module) for name, module in host.model.named_modules() if isinstance(module, MoELayer)]
+def _entry(mixture: MixtureSpec) -> dict[str, Any]:
+    shape = mixture.expert
+    E, D, F = mixture.num_experts, shape.model_width, shape.width
+    U = 2 * F if shape.gated else F
+    shapes = {"w_up_EUD": [E, U, D], "w_down_EDF": [E, D, F]}
+    if shape.up_bias:
+        shapes["b_up_EU"] = [E, U]
+    if shape.down_bias:
+        shapes["b_down_ED"] = [E, D]
+    return {
+        "index": mixture.index,
+        "name": mixture.site,
+        "router": dataclasses.asdict(mixture.router.config),
+        "activation": shape.activation,
+        "gated": shape.gated,
+        "shapes": shapes,
+        "shared_width": mixture.shared_width,
+    }
 
 
-def load_graft(folder: Path) -> HuggingFaceHost:
+def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHost:
     """Loads a folder that `GraftExporter` wrote; the model generates as any of transformers does.
+
+    Args:
+        folder: The export.
+        dtype: Of the floating-point tensors; None as in the files.
 
     Raises:
         HostError: The folder holds something else, or its tensors do not fit its config.
@@ -90,6 +120,9 @@ def load_graft(folder: Path) -> HuggingFaceHost:
     if content.get("model_type") != MODEL_TYPE:
         rule = f"its model_type is {content.get('model_type')!r}, not {MODEL_TYPE!r}"
         raise HostError.one("path", str(folder), rule, "Load it with transformers' AutoModelForCausalLM.")
+    if content.get("format_version") != FORMAT_VERSION:
+        rule = f"its format_version is {content.get('format_version')}, and {FORMAT_VERSION} is known here"
+        raise HostError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
     dense = dict(content["dense_config"])
     config = AutoConfig.for_model(dense.pop("model_type"), **dense)
     model = AutoModelForCausalLM.from_config(config)
@@ -97,11 +130,11 @@ def load_graft(folder: Path) -> HuggingFaceHost:
     for entry in content["moe_layers"]:
         parent, _, child = entry["name"].rpartition(".")
         setattr(model.get_submodule(parent), child, _empty_layer(entry, host))
-    _fill(model, folder)
+    _fill(host, folder, dtype)
     return host
 
 
-def _empty_layer(entry: dict[str, Any], host: HuggingFaceHost) -> MoELayer:
+def _empty_layer(entry: Mapping[str, Any], host: HuggingFaceHost) -> MoELayer:
     shapes = entry["shapes"]
     bank = ExpertBank(
         activation=entry["activation"],
@@ -113,20 +146,87 @@ def _empty_layer(entry: dict[str, Any], host: HuggingFaceHost) -> MoELayer:
     )
     cls = router_class(entry["router"]["name"])
     router = cls(cls.config_class(**entry["router"]), shapes["w_up_EUD"][2], bank.num_experts)
-    return MoELayer(router, LocalDispatcher(), Experts(bank), LayerContext(host.context, entry["index"]))
+    shared = SharedExpert(_empty_shared(entry, bank)) if entry["shared_width"] else None
+    context = LayerContext(host.context, entry["index"])
+    return MoELayer(router, LocalDispatcher(), Experts(bank), context, shared)
 
 
-def _fill(model: Any, folder: Path) -> None:
-    found: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            found.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
-    missing, unexpected = model.load_state_dict(found, strict=False, assign=True)
-    model.tie_weights()
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in model.named_parameters()
+def _empty_shared(entry: Mapping[str, Any], bank: ExpertBank) -> FFNWeights:
+    F, D = entry["shared_width"], bank.w_up_EUD.shape[2]
+    biased = bank.b_up_EU is not None
+    return FFNWeights(
+        up_FD=torch.empty(F, D),
+        down_DF=torch.empty(D, F),
+        activation=bank.activation,
+        gate_FD=torch.empty(F, D) if bank.gated else None,
+        b_gate_F=torch.empty(F) if bank.gated and biased else None,
+        b_up_F=torch.empty(F) if biased else None,
+        b_down_D=None if bank.b_down_ED is None else torch.empty(D),
+    )
+
+
+class _Files:
+    """The tensors of a folder by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {}
+        for path in weight_files(folder):
+            file = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+@torch.no_grad()
+def _fill(host: HuggingFaceHost, folder: Path, dtype: torch.dtype | None) -> None:
+    """Reads every tensor of the model; what is missing or left over is a mistake."""
+    spec, files = describe_host(host), _Files(folder)
+    live = LiveNames(spec)
+    own = host.model.state_dict()
+    kept = [
+        TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in own.items()
+        if live.pieces(name) is None and live.router(name) is None
+    ]
+    placement = Placement(spec, GraftExporter(), kept, None)
+    wanted = {spec.name for spec in placement.specs}
+    tied = {name for name, _ in host.model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in host.model.named_parameters()
     }
-    missing = [name for name in missing if name not in tied and name in model.state_dict()]
+    missing, unexpected = sorted(wanted - files.names() - tied), sorted(files.names() - wanted)
     if missing or unexpected:
         rule = f"missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
         raise HostError.one("path", str(folder), rule, "Export the run again.")
+    filled = {
+        name: _read(name, tensor, live, placement, files, dtype)
+        for name, tensor in own.items()
+        if name not in tied
+    }
+    host.model.load_state_dict(filled, strict=False, assign=True)
+    host.model.tie_weights()
+
+
+def _read(
+    name: str,
+    like: Tensor,
+    live: LiveNames,
+    placement: Placement,
+    files: _Files,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    router, parts = live.router(name), live.pieces(name)
+    if router is not None:
+        return files.read(placement.router(router.layer, router.key))
+    if parts is None:
+        tensor = files.read(placement.kept(name))
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    first = files.read(placement.slot(parts[0].piece).name)
+    stacked = torch.empty(like.shape, dtype=dtype or first.dtype)
+    for part in parts:
+        part.of(stacked).copy_(files.read(placement.slot(part.piece).name))
+    return stacked

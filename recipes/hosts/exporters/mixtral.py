@@ -7,122 +7,71 @@ there and 1e4 here).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from moe.layer import MoELayer
-from moe.routers.topk import TopKRouter
-from recipes.hosts.exporters.base import Exporter
-from recipes.hosts.huggingface import HuggingFaceHost
-
-# What Mixtral's config has under the same name and meaning as Llama's and Mistral's.
-_CARRIED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "rope_parameters",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+from moe.upcycle.plan import Matrix
+from recipes.hosts.exporters.carried import (
+    block_of,
+    carried_values,
+    refuse_other_than_softmax,
+    refuse_unlike_llama,
+    with_old_rope_keys,
 )
-_MOE_NAME = re.compile(r"(model\.layers\.\d+)\.mlp\.(.+)")
+from recipes.hosts.exporters.native import NativeExporter
+from recipes.hosts.spec import MixtureSpec, ModelSpec
+
+_MATRIX_NAMES: dict[Matrix, str] = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
-class MixtralExporter(Exporter):
+class MixtralExporter(NativeExporter):
     """Writes `MixtralForCausalLM`."""
 
     name = "mixtral"
-    is_native = True
+    title = "Mixtral"
+    hosts = ("llama", "mistral")
+    layouts = ("per_expert",)
 
-    def refusal(self, host: HuggingFaceHost) -> str | None:
+    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
         """Mixtral has a softmax router whose weights sum to 1, in every block, and no biases."""
-        config = host.config
-        if config.model_type not in ("llama", "mistral"):
-            return f"Mixtral holds Llama and Mistral hosts, not {config.model_type}"
+        config = spec.config
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
             return "Mixtral has no biases, and the host has"
-        layers = host.moe_layers()
-        if len(layers) != config.num_hidden_layers:
-            return (
-                f"Mixtral has no dense layers, and {len(layers)} of {config.num_hidden_layers} are mixtures"
-            )
-        for index, layer in layers:
-            if reason := _layer_refusal(layer):
-                return f"{reason} in layer {index}"
-        return None
+        if spec.dense_layers:
+            count = len(spec.mixtures)
+            return f"Mixtral has no dense layers, and {count} of {spec.num_layers} are mixtures"
+        if spec.mixtures[0].shared_width:
+            return "Mixtral has no shared expert, and this mixture has"
+        return refuse_unlike_llama("Mixtral", spec) or refuse_other_than_softmax(
+            "Mixtral", spec, must_sum_to_one=True
+        )
 
-    def config(self, host: HuggingFaceHost) -> dict[str, Any]:
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
         """Mixtral's config with everything that changes the function carried over."""
         from transformers import MixtralConfig
 
-        layer = host.moe_layers()[0][1]
-        source = host.config
-        values = {key: getattr(source, key) for key in _CARRIED if hasattr(source, key)}
+        mixture, source = spec.mixtures[0], spec.config
         config = MixtralConfig(
-            **values,
-            intermediate_size=layer.experts.w_down_EDF.shape[2],
-            num_local_experts=layer.router.num_experts,
-            num_experts_per_tok=layer.router.top_k,
+            **carried_values(source),
+            intermediate_size=mixture.expert.width,
+            num_local_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.router.top_k,
             sliding_window=getattr(source, "sliding_window", None),
-            router_aux_loss_coef=layer.router.config.balance_coef,
+            router_aux_loss_coef=mixture.router.config.balance_coef,
             router_jitter_noise=0.0,
         )
         config.architectures = ["MixtralForCausalLM"]
-        content: dict[str, Any] = config.to_dict()
-        # Readers before transformers 5 know rope_theta and rope_scaling, and nothing of rope_parameters.
-        rope = content.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            content["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            content["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
-        return content
+        return with_old_rope_keys(config.to_dict())
 
-    def rename(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Router and experts under Mixtral's names, one tensor an expert; the rest as it is."""
-        match = _MOE_NAME.fullmatch(name)
-        if match is None:
-            yield name, tensor
-            return
-        block, leaf = f"{match[1]}.block_sparse_moe", match[2]
-        if leaf == "router.weight_ED":
-            yield f"{block}.gate.weight", tensor
-        elif leaf == "experts.w_up_EUD":
-            for e, expert in enumerate(tensor):
-                gate, up = expert.chunk(2)
-                yield f"{block}.experts.{e}.w1.weight", gate
-                yield f"{block}.experts.{e}.w3.weight", up
-        elif leaf == "experts.w_down_EDF":
-            for e, expert in enumerate(tensor):
-                yield f"{block}.experts.{e}.w2.weight", expert
-        else:
-            raise AssertionError(f"no Mixtral name for {name}")
+    def expert_name(self, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+        """Mixtral calls gate, up and down w1, w3 and w2."""
+        assert not bias, "Mixtral has no biases; its refusal says so"
+        return f"{block_of(mixture)}.block_sparse_moe.experts.{expert}.{_MATRIX_NAMES[matrix]}.weight"
 
-    def load(self, folder: Path) -> Any:
-        """By plain `AutoModelForCausalLM`."""
-        from transformers import AutoModelForCausalLM
+    def router_name(self, mixture: MixtureSpec, key: str) -> str:
+        """The gate."""
+        assert key == "weight_ED", key
+        return f"{block_of(mixture)}.block_sparse_moe.gate.weight"
 
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-
-
-def _layer_refusal(layer: MoELayer) -> str | None:
-    router = layer.router
-    if not isinstance(router, TopKRouter):
-        return f"Mixtral has a top-k router, not {router.name!r}"
-    if router.config.score != "softmax" or not router.weights_sum_to_one:
-        return "Mixtral's gates are a softmax renormalised to sum to 1, and this router's are not"
-    if not layer.experts.gated or layer.experts.b_up_EU is not None:
-        return "Mixtral's experts are gated and without biases, and these are not"
-    return None
+    def exact_in(self, spec: ModelSpec) -> list[str]:
+        """All three renormalise; llama.cpp's converter knows these names and takes the head from a tie."""
+        return ["transformers", "vllm", "llama.cpp"]

@@ -1,0 +1,167 @@
+"""LLaMA-MoE: experts divide the dense neurons by chance, weights, what fires together, or importance.
+
+Source: Zhu et al. 2024 (arXiv 2406.16554) and its release. The release counts importance on 16 clusters of
+texts, one for each expert; here the clusters are of the layer's inputs, as in v2. Of METIS stands a spectral
+partition refined by exchanges (`moe.neuron_split.coactivation_groups`).
+
+Letters: E experts, F width of the dense network or of an expert, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe.neuron_split import (
+    coactivation_groups,
+    greedy_groups,
+    groups_of,
+    most_wanted,
+    random_groups,
+    top_groups,
+)
+from moe.routers.base import Router, RouterConfig
+from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.gates import Gates, observe
+from moe.upcycle.partition import is_whole, parts_plan
+from moe.upcycle.plan import Draws, FFNShape, LayerPlan
+
+Split = Literal["random", "cluster", "coactivation", "gradient", "sharing_inner", "sharing_inter"]
+_STATISTIC = {
+    "cluster": "row_clusters_F",
+    "coactivation": "coactivation_FF",
+    "gradient": "importance_EF",
+    "sharing_inner": "importance_EF",
+    "sharing_inter": "importance_EF",
+}
+# Of the neurons of an activation that is never 0, so many percent count as active at once.
+_ACTIVE_PERCENT = 10
+
+
+@dataclass(frozen=True)
+class LlamaMoEConfig(UpcycleConfig):
+    """Config of `LlamaMoE`."""
+
+    name: Literal["llama_moe"] = "llama_moe"
+    split: Split = "random"
+    """``random``; ``cluster``: balanced k-means of the normalised up rows; ``coactivation``: a balanced
+    partition of the graph of neurons that are active together; ``gradient``: by importance for clusters of
+    tokens, each neuron once; ``sharing_inner``: every expert takes its most important neurons, some twice
+    and some never; ``sharing_inter``: what most experts would take is shared, the rest as ``gradient``."""
+    num_shared: int = 1
+    """With ``sharing_inter``, width of the shared expert in widths of a routed one."""
+    cluster_tokens: int = 8192
+    """Tokens that the clusters are of, where importance decides."""
+    scale_factor: float | None = None
+    """Factor on the routed experts' output, folded into their down projections; None takes ``E / K`` as the
+    release. Where weights sum to 1, each of K experts then weighs about E / K^2; K makes it 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_factor is not None and not self.scale_factor > 0:
+            raise ValueError(
+                f"scale_factor={self.scale_factor}: experts that count nothing cannot learn. Set it above 0."
+            )
+        if self.num_shared < 1:
+            raise ValueError(
+                f"num_shared={self.num_shared}: sharing_inter shares at least one. Set 1 or more, or another "
+                "split."
+            )
+        if self.cluster_tokens < self.num_experts:
+            raise ValueError(
+                f"cluster_tokens={self.cluster_tokens}: every cluster needs a token. Set it to num_experts "
+                "or more; thousands are usual."
+            )
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of one width that the dense neurons are cut into."""
+        return self.num_experts + (self.num_shared if self.split == "sharing_inter" else 0)
+
+
+class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
+    """A division of the dense neurons, with the exceptions that `LlamaMoEConfig.split` tells."""
+
+    name = "llama_moe"
+    config_class = LlamaMoEConfig
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """By the split."""
+        found = _STATISTIC.get(self.config.split)
+        return () if found is None else (found,)
+
+    @property
+    def statistic_options(self) -> Mapping[str, Mapping[str, int]]:
+        """As many clusters as experts."""
+        E = self.config.num_experts
+        if self.config.split == "cluster":
+            return {"row_clusters_F": {"num_clusters": E}}
+        if self.config.split == "coactivation":
+            return {"coactivation_FF": {"top_percent": _ACTIVE_PERCENT}}
+        if self.statistics:
+            tokens = self.config.cluster_tokens
+            return {"centroids_ED": {"num_clusters": E}, "inputs_TD": {"num_tokens": tokens}}
+        return {}
+
+    def is_exact(self, router: Router[Any]) -> bool:
+        """Only where each neuron is used once, by every token, at weight 1."""
+        gates = observe(router.config, router.num_experts)
+        divides = self.config.split != "sharing_inner"
+        return divides and is_whole(gates, router.num_experts, self._factor(gates))
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+        """Parts of one width."""
+        if shape is None or shape.width % self.config.num_parts == 0:
+            return []
+        rule = (
+            f"the {shape.width} neurons of the dense network do not divide into {self.config.num_parts} parts"
+        )
+        return [Unfit("upcycle.num_experts", self.config.num_experts, rule, "Set another number.")]
+
+    def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
+        """By the split."""
+        groups_EM, shared_F = self._divide(shape, draws, statistics)
+        return parts_plan(list(groups_EM), self._factor(self.gates), self.gates, shared_F)
+
+    def _divide(
+        self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        E, split = self.config.num_experts, self.config.split
+        generator = draws.generator("split")
+        if split == "random":
+            return random_groups(shape.width, E, generator), None
+        found = statistics[_STATISTIC[split]]
+        if split == "cluster":
+            return groups_of(found, E), None
+        if split == "coactivation":
+            return coactivation_groups(found, E, generator), None
+        if split == "sharing_inner":
+            return top_groups(found, shape.width // E), None
+        if split == "gradient":
+            return greedy_groups(found), None
+        return share_and_divide(found, self.config.num_shared)
+
+    def _factor(self, gates: Gates) -> float:
+        return self.config.scale_factor or self.config.num_experts / gates.top_k
+
+
+def share_and_divide(score_EF: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
+    """Shares what most experts find important, and divides the rest by importance.
+
+    Args:
+        score_EF: ``[E, F]`` importance of each neuron to each expert.
+        num_shared: Width of the shared expert in widths of a routed one, at least 1.
+
+    Returns:
+        ``[E, M]`` neurons of the routed experts, and those of the shared one.
+    """
+    E, F = score_EF.shape
+    width = F // (E + num_shared)
+    shared_F = most_wanted(score_EF, width, num_shared * width)
+    left_F = torch.ones(F, dtype=torch.bool).index_fill(0, shared_F, False).nonzero().squeeze(1)
+    return left_F[greedy_groups(score_EF[:, left_F])], shared_F

@@ -1,0 +1,84 @@
+"""Experts of equal importance, dealt out there and back, under weights of ``1 + logit``.
+
+Source: He et al. 2025 (arXiv 2512.02351, sparsity in unified multimodal models). The released code treats one
+part of one model, and its shared expert has a learned weight of ``1 + gate(x)``; ours counts 1.
+
+Letters: E routed experts, F width of the dense network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moe.neuron_split import snake_groups
+from moe.routers import router_class
+from moe.routers.base import Router, RouterConfig
+from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.partition import parts_plan
+from moe.upcycle.plan import Draws, FFNShape, LayerPlan
+
+
+@dataclass(frozen=True)
+class SnakeConfig(UpcycleConfig):
+    """Config of `Snake`."""
+
+    name: Literal["snake"] = "snake"
+    num_shared: int = 0
+    """Width of the shared expert, of the most important neurons, in widths of a routed one; 0 for none."""
+    importance: Literal["output", "gradient"] = "output"
+    """``output``: mean of ``|h_i * mean_d W2[d, i]|``, as the source. ``gradient``: of ``|h * dL/dh|``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_shared < 0:
+            raise ValueError(f"num_shared={self.num_shared} must be at least 0. Raise it.")
+
+
+class Snake(UpcycleMethod[SnakeConfig]):
+    """A division in which every expert has as much importance as the others."""
+
+    name = "snake"
+    config_class = SnakeConfig
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Importance."""
+        return ("output_importance_F" if self.config.importance == "output" else "importance_F",)
+
+    def is_exact(self, router: Router[Any]) -> bool:
+        """Where every token uses every expert, as long as the router has not been trained."""
+        return router.weighs_one and router.top_k == router.num_experts
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+        """Parts of one width, and a router under which experts are summed."""
+        config, found = self.config, unit_faults(router, self.config.num_experts)
+        parts = config.num_experts + config.num_shared
+        if shape is not None and shape.width % parts:
+            rule = f"the {shape.width} neurons of the dense network do not divide into {parts} parts"
+            remedy = "Set another number, or another num_shared."
+            found.append(Unfit("upcycle.num_experts", config.num_experts, rule, remedy))
+        return found
+
+    def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
+        """The most important neurons are shared, the others dealt out."""
+        config, score_F = self.config, statistics[self.statistics[0]]
+        order_F = score_F.argsort(descending=True, stable=True)
+        count = config.num_shared * (shape.width // (config.num_experts + config.num_shared))
+        shared_F, left_F = order_F[:count].sort().values, order_F[count:]
+        groups_EM = left_F[snake_groups(score_F[left_F], config.num_experts)].sort(dim=1).values
+        return parts_plan(list(groups_EM), 1.0, self.gates, shared_F if count else None)
+
+
+def unit_faults(router: RouterConfig, num_experts: int) -> list[Unfit]:
+    """A router under which chosen experts do not begin at weight 1 each."""
+    if router_class(router.name)(router, 8, num_experts).weighs_one:
+        return []
+    rule = "its experts do not begin at weight 1 each, and those of this method are summed"
+    remedy = (
+        "Set router=one_plus or router=unit_linear, or choose upcycle=llama_moe, which scales its experts."
+    )
+    return [Unfit("router.name", router.name, rule, remedy)]

@@ -1,0 +1,166 @@
+"""A run's checkpoint as a model for others: tensor by tensor, without building the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from moe.errors import ConfigError
+from recipes.atomic import atomic_write_json
+from recipes.calibration.gather import read_statistics
+from recipes.calibration.store import CalibrationFolder
+from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
+from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
+from recipes.convert.plan import ConversionRequest, plan_conversion
+from recipes.convert.run import RECORD
+from recipes.hosts.export import dtype_keys, publish, write_companions, write_live
+from recipes.hosts.exporters import Exporter
+from recipes.hosts.exporters.base import Layout
+from recipes.hosts.live_tensors import LiveNames
+from recipes.hosts.placement import Placement
+from recipes.hosts.spec import ModelSpec
+from recipes.hosts.tensor_files import TensorFiles, TensorSpec
+from recipes.identity import read_run_file
+from recipes.run_dir import RunDir
+from recipes.schema import RunConfig, parse_config
+
+# What a model's tensors are called in a checkpoint, beside those of the optimizer.
+_MODEL_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a user asks for.
+
+    Attributes:
+        run: The run's directory.
+        step: Of the checkpoint; None for the newest complete one.
+        dtype: Of the output; None as the dense checkpoint.
+        target: Name of a format; ``auto`` for the best that holds it exactly.
+        layout: Of the experts' tensors.
+    """
+
+    run: Path
+    step: int | None = None
+    dtype: torch.dtype | None = None
+    target: str = "auto"
+    layout: Layout = "per_expert"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        format: Of it.
+        exact_in: Programs that compute exactly this function from it.
+        checkpoint: Where the weights come from.
+        step: Of the checkpoint.
+        total_bytes: Of the tensors.
+    """
+
+    path: Path
+    format: str
+    exact_in: list[str]
+    checkpoint: Path
+    step: int
+    total_bytes: int
+
+
+def export_run(request: ExportRequest, out: Path) -> Exported:
+    """Writes the mixture of a run's checkpoint.
+
+    Raises:
+        ConfigError: The folder is no run, has no such checkpoint, or the output exists.
+        CheckpointError: The checkpoint is damaged.
+    """
+    if out.exists():
+        raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
+    config, dense = _read_run(request.run)
+    checkpoint = _checkpoint(request)
+    verify_checkpoint(checkpoint)
+    statistics = read_statistics(CalibrationFolder.of_run(request.run))
+    conversion = plan_conversion(
+        ConversionRequest(
+            dense=dense,
+            method=config.upcycle,
+            router=config.router,
+            seed=config.seed,
+            target=request.target,
+            layout=request.layout,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        None if statistics is None else statistics.by_layer(),
+    )
+    with open_checkpoint(checkpoint) as tensors:
+        dtype = request.dtype or conversion.main_dtype
+        total = _write(tensors, conversion.spec, conversion.exporter, request.layout, dtype, dense, out)
+        step = tensors.step
+    exact_in = conversion.exporter.exact_in(conversion.spec)
+    return Exported(out, conversion.exporter.name, exact_in, checkpoint, step, total)
+
+
+def _read_run(run: Path) -> tuple[RunConfig, Path]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError.one("run", str(run), "there is no config.yaml in it", "Give a run's directory.")
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    config = parse_config(values)
+    known = read_run_file(run).get("identity")
+    if known is None:
+        raise ConfigError.one("run", str(run), "it has no dense model yet", "Let it train to a checkpoint.")
+    return config, Path(known["dense"])
+
+
+def _checkpoint(request: ExportRequest) -> Path:
+    folder = RunDir(request.run).checkpoints("moe")
+    if request.step is None:
+        found = find_checkpoint(folder).path
+        if found is None:
+            raise ConfigError.one("run", str(request.run), "it has no complete checkpoint", "Resume the run.")
+        return found
+    path = folder / f"step-{request.step:08d}"
+    if not path.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
+        raise ConfigError.one("--step", request.step, f"{folder} holds {there}", "Choose one of these.")
+    return path
+
+
+def _write(
+    tensors: CheckpointTensors,
+    spec: ModelSpec,
+    exporter: Exporter,
+    layout: Layout,
+    dtype: torch.dtype,
+    dense: Path,
+    out: Path,
+) -> int:
+    live, names = LiveNames(spec), tensors.names(_MODEL_PREFIX)
+    kept = [
+        TensorSpec(name, tensors.dtype(_MODEL_PREFIX + name), tensors.shape(_MODEL_PREFIX + name))
+        for name in names
+        if live.pieces(name) is None and live.router(name) is None
+    ]
+    placement = Placement(spec, exporter, kept, dtype, layout)
+    total = sum(tensor.num_bytes for tensor in placement.specs)
+    require_space(out, total, "the model")
+    temporary = out.with_name(f".tmp-{out.name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    files = TensorFiles(temporary, placement.specs)
+    for name in names:
+        write_live(files, name, tensors.read(_MODEL_PREFIX + name), live, placement)
+    for name, constant in placement.constants.items():
+        files.write(name, constant)
+    files.finish()
+    config: dict[str, Any] = exporter.config(spec) | dtype_keys(dtype)
+    write_companions(temporary, config, dense)
+    record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
+    router = asdict(spec.mixtures[0].router.config)
+    atomic_write_json(temporary / RECORD, record | {"router": router})
+    publish(temporary, out)
+    return total

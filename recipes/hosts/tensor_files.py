@@ -1,0 +1,182 @@
+"""Writes safetensors files whose tensors come piece by piece, in any order.
+
+The format is a header that lists every tensor with its place, then their bytes. Sizes are known before the
+first weight is read, so the files are laid out at once and filled as weights come: memory holds what is being
+written and nothing else, and a conversion that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recipes.atomic import atomic_write_json
+from recipes.hosts.inspection import INDEX_NAME, SINGLE_NAME
+
+MAX_FILE_BYTES = 5 * 10**9
+#: The names that the format has for dtypes.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    offset: int
+    spec: TensorSpec
+
+
+class TensorFiles:
+    """The weight files of one checkpoint folder, laid out and open for writing.
+
+    Attributes:
+        total_bytes: Of all tensors.
+    """
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_bytes: int = MAX_FILE_BYTES) -> None:
+        """Lays the files out, or finds them as an earlier process has left them.
+
+        Raises:
+            OSError: The disk has no room for them.
+        """
+        self.folder = folder
+        self.total_bytes = sum(spec.num_bytes for spec in specs)
+        self._places: dict[str, _Place] = {}
+        self._handles: dict[Path, int] = {}
+        files = list(_split(specs, max_bytes))
+        for number, members in enumerate(files, start=1):
+            name = SINGLE_NAME
+            if len(files) > 1:
+                name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            self._lay_out(folder / name, members)
+        self._index = None if len(files) < 2 else {s.name: self._places[s.name].file.name for s in specs}
+
+    def _lay_out(self, path: Path, members: Sequence[TensorSpec]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # The widest elements first: every tensor is then aligned to its element.
+        ordered = sorted(members, key=lambda spec: -spec.dtype.itemsize)
+        for spec in ordered:
+            end = offset + spec.num_bytes
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._handles[path] = handle
+        os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(handle, start + offset)
+        place = start
+        for spec in ordered:
+            self._places[spec.name] = _Place(path, place, spec)
+            place += spec.num_bytes
+
+    def spec(self, name: str) -> TensorSpec:
+        """Of one of the tensors."""
+        return self._places[name].spec
+
+    def write(self, name: str, tensor: Tensor, offset: int = 0) -> int:
+        """Writes a run of a tensor's elements, converted to its dtype; returns how many.
+
+        Args:
+            name: Of the tensor.
+            tensor: Its next elements, in row-major order.
+            offset: Elements of the tensor before them.
+        """
+        place = self._places[name]
+        assert offset + tensor.numel() <= torch.Size(place.spec.shape).numel(), (name, offset, tensor.shape)
+        data = tensor.detach().to("cpu", place.spec.dtype).contiguous()
+        start = place.offset + offset * place.spec.dtype.itemsize
+        _write_all(self._handles[place.file], memoryview(data.flatten().view(torch.uint8).numpy()), start)
+        return data.numel()
+
+    def copy(self, name: str, source: int, start: int) -> None:
+        """Copies a tensor's bytes out of an open file, without taking them into this process.
+
+        Args:
+            name: Of the tensor; the file holds it in the same dtype and shape.
+            source: File descriptor.
+            start: Where in that file.
+        """
+        place = self._places[name]
+        left, done = place.spec.num_bytes, 0
+        while left:
+            moved = os.copy_file_range(
+                source, self._handles[place.file], left, start + done, place.offset + done
+            )
+            if not moved:
+                raise OSError(f"the file of {name} ends before its tensor does")
+            left, done = left - moved, done + moved
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on the disk."""
+        for handle in self._handles.values():
+            os.fdatasync(handle)
+
+    def finish(self) -> None:
+        """Closes the files and writes the index, where there are several."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+        self.close()
+        if self._index is not None:
+            content = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._index}
+            atomic_write_json(self.folder / INDEX_NAME, content)
+
+    def close(self) -> None:
+        """Closes the files as they are."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
+
+
+def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorSpec]]:
+    pending: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        if pending and size + spec.num_bytes > max_bytes:
+            yield pending
+            pending, size = [], 0
+        pending.append(spec)
+        size += spec.num_bytes
+    yield pending
+
+
+def _write_all(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written

@@ -1,0 +1,100 @@
+"""The commands around conversion: what they print, write, refuse and return."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tools.upcycle
+import tools.verify
+from moe.errors import ConfigError
+from tests.conftest import MakeCheckpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Call = Callable[..., int]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs a tool's main with a command line."""
+
+    def run(tool: Any, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        code: int = tool.main()
+        return code
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Enough for the gate."""
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return str(path)
+
+
+def test_a_conversion_with_its_gate(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, text: str, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, out = make_checkpoint("qwen3", max_position_embeddings=256), tmp_path / "moe"
+    arguments = ["--dense", dense, "--out", out, "--experts", 4, "--top-k", 2, "--verify", "--text", text]
+    assert call(tools.upcycle, *arguments, "--json", tmp_path / "figures.json") == 0
+    said = capsys.readouterr().out
+    assert "copy, 3 layers with 4 experts 48 wide, router topk, top 2" in said
+    assert "qwen3_moe, exact in transformers, vllm, llama.cpp" in said
+    assert "1024 tokens: the same function" in said
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["format"] == "qwen3_moe" and figures["claims_exact"] and figures["gate"]["agrees"]
+    assert figures["bytes_written"] == figures["total_bytes"]
+    # The same gate by itself, and on another function.
+    gate = ["--dense", dense, "--text", text, "--samples", 2, "--length", 32]
+    assert call(tools.verify, *gate, "--moe", out, "--gradients", "--json", "-") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["agrees"] and shown["tokens"] == 64 and max(shown["gradients"].values()) < 1e-4
+    call(tools.upcycle, "--dense", dense, "--out", tmp_path / "noisy", "upcycle.noise_std=0.5")
+    assert "another function than the dense model" in capsys.readouterr().out
+    assert call(tools.verify, *gate, "--moe", tmp_path / "noisy") == 1
+    assert "NOT the same function" in capsys.readouterr().out
+
+
+def test_figures_on_stdout_are_alone_there(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(tools.upcycle, "--dense", make_checkpoint("llama"), "--out", tmp_path / "moe", "--json", "-")
+    assert json.loads(capsys.readouterr().out)["gate"] is None
+
+
+def test_all_mistakes_at_once(make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        call(
+            tools.upcycle, "--dense", tmp_path / "none", "--out", tmp_path / "there", "--target", "gguf",
+            "--experts", 2, "--top-k", 3, "--json", tmp_path,
+        )  # fmt: skip
+    said = "\n".join(str(mistake) for mistake in caught.value.mistakes)
+    for part in ("the folder does not exist", "--out=", "--target='gguf'", "router.top_k=3", "--json="):
+        assert part in said, said
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--method", "copies"], "upcycle"),
+        (["upcycle.noise=1"], "noise_std"),
+        (["--router", "topp"], "router"),
+        (["upcycle.layers=[9]"], "upcycle.layers"),
+        (["--target", "mixtral"], "Mixtral holds hosts of llama, mistral, not of qwen3"),
+    ],
+)
+def test_mistakes_have_path_and_remedy(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call, options: list[str], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        call(tools.upcycle, "--dense", make_checkpoint("qwen3"), "--out", tmp_path / "moe", *options)
+    assert not list(tmp_path.iterdir())

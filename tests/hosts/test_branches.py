@@ -1,0 +1,115 @@
+"""Several dense models become one mixture: experts of each, the mean of the rest, and what must agree.
+
+Letters: D model width, F width.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe.dispatch.local import LocalDispatcher
+from moe.errors import ConfigError
+from moe.routers.topk import TopKConfig, TopKRouter
+from moe.upcycle.branch_train_mix import BranchTrainMix, BranchTrainMixConfig
+from recipes.hosts.branches import check_sources
+from recipes.hosts.ffn import find_ffns
+from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap, upcycle
+from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def host_of(seed: int, **config: Any) -> HuggingFaceHost:
+    """A model whose weights differ from seed to seed."""
+    model = random_model("llama", **config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05 * seed)
+    return HuggingFaceHost(model=model, folder=Path("nowhere"), source_dtype=torch.float32)
+
+
+def surgery_of(**config: Any) -> Surgery:
+    """Top-2 under copies of several models."""
+    router = TopKConfig()
+    return Surgery(
+        method=BranchTrainMix(BranchTrainMixConfig(**config)),
+        make_router=lambda width, experts: TopKRouter(router, width, experts),
+        make_dispatcher=LocalDispatcher,
+        backend="auto",
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(("keep_seed", "owners"), [(True, [0, 0, 1, 1, 2, 2]), (False, [1, 1, 1, 2, 2, 2])])
+@pytest.mark.parametrize("tied", [True, False])
+def test_experts_are_the_branches_and_the_rest_their_mean(
+    keep_seed: bool, owners: list[int], tied: bool
+) -> None:
+    hosts = [host_of(seed, tie_word_embeddings=tied) for seed in range(3)]
+    before = [{k: v.clone() for k, v in host.model.state_dict().items()} for host in hosts]
+    networks = [find_ffns(host.model, host.config)[1].weights.down_DF.clone() for host in hosts]
+    surgery = surgery_of(num_experts=6, sources=["a", "b"], keep_seed=keep_seed, layers=[1])
+    swap(hosts[0], surgery, hosts[1:])
+    ((_, layer),) = hosts[0].moe_layers()
+    for expert, owner in enumerate(owners):
+        assert torch.equal(layer.experts.w_down_EDF[expert], networks[owner]), expert
+    members = before if keep_seed else before[1:]
+    for name, value in hosts[0].model.state_dict().items():
+        if ".layers.1.mlp." in name:
+            continue
+        # Dense layers that stay are of the mean as well.
+        mean = torch.stack([state[name] for state in members]).mean(0)
+        torch.testing.assert_close(value, mean, rtol=1e-6, atol=1e-7, msg=name)
+    assert (hosts[0].model.lm_head.weight is hosts[0].model.model.embed_tokens.weight) == tied
+    for host, state in zip(hosts[1:], before[1:], strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in host.model.state_dict().items())
+
+
+def test_the_mixture_of_branches_claims_nothing_and_drifts() -> None:
+    hosts = [host_of(0), host_of(1)]
+    tokens = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    report = upcycle(hosts[0], surgery_of(num_experts=4, sources=["a"]), tokens, hosts[1:])
+    assert not report.claimed_exact and report.logits.relative > 1e-3
+
+
+def test_models_that_do_not_agree_are_named() -> None:
+    hosts = [host_of(0), host_of(0, rope_theta=5.0), host_of(0, intermediate_size=40)]
+    with pytest.raises(ConfigError) as caught:
+        swap(hosts[0], surgery_of(num_experts=3, sources=["a", "b"]), hosts[1:])
+    message = str(caught.value)
+    assert "upcycle.sources.1='b': its intermediate_size is 40, the dense model's is 48" in message
+    assert "has shape (32, 40), the dense model's has (32, 48)" in message
+    assert "upcycle.sources.0='a': its rope_" in message
+
+
+def test_models_that_do_not_fit_the_experts_are_refused_by_the_surgery() -> None:
+    hosts = [host_of(0), host_of(1)]
+    with pytest.raises(ConfigError, match="upcycle.num_experts=5: it does not divide over 2 dense models"):
+        swap(hosts[0], surgery_of(num_experts=5, sources=["a"]), hosts[1:])
+
+
+def test_folders_are_checked_before_weights_are_read(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    seed = make_checkpoint("llama")
+    branch = Path(shutil.copytree(seed, tmp_path / "branch"))
+    assert check_sources([str(branch)], str(seed), trust_remote_code=False) == []
+    assert check_sources([str(branch)], None, trust_remote_code=False) == []
+
+    config = json.loads((branch / "config.json").read_text())
+    (branch / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "dtype": "bfloat16"}))
+    tokenizer = json.loads((branch / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["more"] = 300
+    (branch / "tokenizer.json").write_text(json.dumps(tokenizer))
+    given = [str(branch), str(tmp_path / "nothing")]
+    found = check_sources(given, str(seed), trust_remote_code=False)
+    assert [(mistake.path, mistake.rule) for mistake in found] == [
+        ("upcycle.sources.0", "its hidden_size is 64, the dense model's is 32"),
+        ("upcycle.sources.0", "its tokenizer has another vocabulary than the dense model's"),
+        ("upcycle.sources.1", "the folder does not exist"),
+    ]

@@ -1,0 +1,8 @@
+"""MoEfication."""
+
+from __future__ import annotations
+
+from moe.upcycle.moefication import MoEficationConfig
+from tests.moe.method_case import MethodCase
+
+CASE = MethodCase(variants=(MoEficationConfig(num_experts=4, split="cluster"),))

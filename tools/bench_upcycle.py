@@ -1,0 +1,87 @@
+"""Times conversions against ``cp`` and shows their memory: ``python -m tools.bench_upcycle --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe.errors import Mistake, UserError
+from tools.command import check_json_target, run_command, write_json
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_upcycle",
+        description="Converts random Llamas of three sizes (75, 300 and 880 million parameters, bf16) and "
+        "copies each result with cp on the same disk, in turn; prints medians, draws memory against size.",
+    )
+    add = parser.add_argument
+    add(
+        "--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary folder)"
+    )
+    add("--method", default="copy", help="a choice of conf/upcycle (default copy)")
+    add("--experts", type=int, default=8, help="routed experts (default 8)")
+    add("--rounds", type=int, default=3, help="conversions and copies of each size (default 3)")
+    add("--figure", default=None, metavar="PNG", help="draw memory against size")
+    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measures every size and prints the table."""
+    arguments = _parse()
+    mistakes = check_json_target(arguments.json)
+    if arguments.rounds < 1:
+        mistakes.append(Mistake("--rounds", arguments.rounds, "it must be 1 or more", "Raise it."))
+    if arguments.folder is not None and not Path(arguments.folder).is_dir():
+        mistakes.append(Mistake("--folder", arguments.folder, "there is no such folder", "Create it."))
+    if mistakes:
+        raise UserError(mistakes)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from recipes.benchmarks.conversion import SIZES, draw_memory, make_dense, measure_conversion
+
+    print(f"{arguments.method}, {arguments.experts} experts, bf16; {arguments.rounds} rounds, medians")
+    print(
+        f"{'dense':>8}{'output':>10}{'convert':>10}{'cp':>8}{'cp+sync':>9}{'rate of cp+sync':>17}"
+        f"{'start':>8}{'peak':>10}"
+    )
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for size in SIZES:
+            dense = Path(folder) / f"dense-{size.hidden_size}"
+            parameters = make_dense(size, dense)
+            timings = list(
+                measure_conversion(dense, Path(folder), arguments.method, arguments.experts, arguments.rounds)
+            )
+            row: dict[str, Any] = {
+                key: statistics.median(getattr(timing, key) for timing in timings)
+                for key in asdict(timings[0])
+            }
+            row |= {"parameters": parameters, "largest_tensor_bytes": size.largest_tensor_bytes}
+            row["rounds"] = [asdict(timing) for timing in timings]
+            rows.append(row)
+            print(_line(row), flush=True)
+    if arguments.figure is not None:
+        draw_memory(rows, Path(arguments.figure))
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    write_json(arguments.json, machine | {"method": arguments.method, "rows": rows})
+    return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['parameters'] / 1e6:7.0f}M{row['output_bytes'] / 2**30:6.2f} GiB{row['seconds']:8.1f} s"
+        f"{row['copy_seconds']:6.1f} s{row['copy_sync_seconds']:7.1f} s"
+        f"{row['copy_sync_seconds'] / row['seconds']:17.2f}{row['start_seconds']:6.1f} s"
+        f"{row['peak_bytes'] / 2**20:6.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

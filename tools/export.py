@@ -1,0 +1,72 @@
+"""A run's checkpoint as a Hugging Face folder: ``python -m tools.export RUN --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from moe.errors import ConfigError, Mistake
+from tools.command import check_json_target, run_command, write_json
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export",
+        description="Writes the mixture of any checkpoint of a run as a folder that transformers loads, or "
+        "in Graft's own format where no class of transformers computes the same. Reads tensor by tensor.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the run's directory")
+    add("--out", required=True, metavar="DIR", help="where the model goes; must not exist")
+    add("--step", type=int, default=None, help="of the checkpoint (default: the newest complete one)")
+    add(
+        "--dtype",
+        choices=("source", "fp32", "bf16", "fp16"),
+        default="source",
+        help="default: the dense one's",
+    )
+    add("--target", default="auto", metavar="FORMAT", help="format (default auto: the best exact)")
+    add("--layout", choices=("per_expert", "fused"), default="per_expert", help="of the experts' tensors")
+    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Checks, writes, says what reads it."""
+    arguments = _parse()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    from recipes.convert.from_run import ExportRequest, export_run
+    from recipes.hosts.exporters import exporters
+
+    mistakes = check_json_target(arguments.json)
+    if arguments.target not in ("auto", *exporters()):
+        remedy = f"Choose auto, {', '.join(exporters())}."
+        mistakes.append(Mistake("--target", arguments.target, "there is no such format", remedy))
+    if mistakes:
+        raise ConfigError(mistakes)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    request = ExportRequest(
+        run=Path(arguments.run).expanduser().absolute(),
+        step=arguments.step,
+        dtype=dtypes.get(arguments.dtype),
+        target=arguments.target,
+        layout=arguments.layout,
+    )
+    done = export_run(request, Path(arguments.out).expanduser().absolute())
+    print(
+        f"step {done.step} of {request.run.name} as {done.format}, exact in {', '.join(done.exact_in)}; "
+        f"{done.total_bytes / 2**30:.2f} GiB in {done.path}",
+        file=sys.stderr if arguments.json == "-" else sys.stdout,
+    )
+    figures = asdict(done)
+    write_json(arguments.json, {k: str(v) if isinstance(v, Path) else v for k, v in figures.items()})
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

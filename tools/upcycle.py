@@ -1,0 +1,249 @@
+"""Dense checkpoint in, mixture of experts out: ``python -m tools.upcycle --dense DIR --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.errors import ConfigError, Mistake
+from tools.command import check_json_target, run_command, write_json
+from tools.verify import describe_gate, gate_figures
+
+if TYPE_CHECKING:
+    from recipes.convert.gate import GateReport
+    from recipes.convert.plan import Conversion, ConversionRequest
+    from recipes.convert.run import ConversionResult
+    from recipes.schema import RunConfig
+
+_DTYPES = ("source", "fp32", "bf16", "fp16")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.upcycle",
+        description="Turns a dense Hugging Face checkpoint into a mixture of experts, tensor by tensor: no "
+        "GPU, no training, memory for one matrix. An interrupted conversion goes on when it is run again.",
+        epilog="Further OPTION=VALUE are those of train.py, for method and router: upcycle.ratio=0.5, "
+        "upcycle.layers=every:2, router.top_k=4, ...",
+    )
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of the method (upcycle.*) and router.*")
+    add("--dense", required=True, metavar="DIR", help="the dense checkpoint")
+    add("--out", default=None, metavar="DIR", help="where the mixture goes; must not exist")
+    add(
+        "--compare",
+        default=None,
+        metavar="METHODS",
+        help="write nothing, measure the drift of several methods on real text: "
+        "copy,drop[ratio=0.25],snake[router=one_plus], ...",
+    )
+    add("--method", default="copy", help="a choice of conf/upcycle (default copy)")
+    add("--router", default="topk", help="a choice of conf/router (default topk)")
+    add(
+        "--experts",
+        type=int,
+        default=None,
+        metavar="E",
+        help="routed experts of a layer (default: the method's)",
+    )
+    add("--top-k", type=int, default=None, metavar="K", help="experts a token (default: the router's)")
+    add("--seed", type=int, default=0, help="of routers and of methods that draw (default 0)")
+    add("--dtype", choices=_DTYPES, default="source", help="of the output (default source: as the input)")
+    add(
+        "--target",
+        default="auto",
+        metavar="FORMAT",
+        help="format of the output (default auto: the best exact)",
+    )
+    add("--layout", choices=("per_expert", "fused"), default="per_expert", help="of the experts' tensors")
+    add("--untie", action="store_true", help="write the head although it is tied to the embeddings")
+    add("--verify", action="store_true", help="load both afterwards and compare their logits on real text")
+    add("--text", default=None, metavar="PATH", help="text for --verify (default: Python's standard library)")
+    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Checks, plans, converts, and verifies when asked to."""
+    arguments = _parse()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = _config(arguments)
+    mistakes = _check(arguments, config)
+    if mistakes:
+        raise ConfigError(mistakes)
+    if arguments.compare is not None:
+        return _compare(arguments, config)
+
+    from recipes.convert.plan import plan_conversion
+
+    conversion = plan_conversion(_request(arguments, config))
+    out = Path(arguments.out).expanduser().absolute()
+    # Figures on stdout are for programs: nothing else goes there.
+    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    print(_describe(conversion), file=stream)
+    result = _convert(conversion, out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(_conclude(conversion, result, peak), file=stream)
+    gate = _verify(arguments, config, out) if arguments.verify else None
+    if gate is not None:
+        print(describe_gate(gate), file=stream)
+    write_json(arguments.json, _figures(conversion, result, peak, gate))
+    return 0 if gate is None or gate.agrees or not conversion.claims_exact else 1
+
+
+def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
+    from recipes.convert.compare import compare_methods, drift_figures, drift_table, parse_candidates
+    from recipes.convert.gate import real_tokens
+
+    candidates = parse_candidates(arguments.compare)
+    dense = Path(arguments.dense).expanduser().absolute()
+    tokens = real_tokens(dense, config.data, samples=8, length=128)
+    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    print(
+        f"{tokens.numel()} tokens of real text. Relative error, cosine and gain of each layer's output, "
+        "mean over the layers; load: entropy over that of even load",
+        file=stream,
+    )
+    # What calibration says of its progress is for people as well.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = compare_methods(
+            dense, candidates, _overrides(arguments), tokens, lambda label, _: print(f"measured {label}")
+        )
+    print(drift_table(results), file=stream)
+    write_json(arguments.json, drift_figures(results))
+    return 0 if any(hasattr(result, "logits") for result in results.values()) else 1
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """Method and router by the same options, with the same checks, as in a training run."""
+    from recipes.compose import compose_config
+    from recipes.schema import parse_config
+
+    chosen = [f"upcycle={arguments.method}", f"router={arguments.router}", *_overrides(arguments)]
+    return parse_config(compose_config(["+recipe=upcycle", *chosen]) | {"dense": arguments.dense})
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """What the flags say, as train.py would be told."""
+    overrides = [f"seed={arguments.seed}"]
+    if arguments.experts is not None:
+        overrides.append(f"upcycle.num_experts={arguments.experts}")
+    if arguments.top_k is not None:
+        overrides.append(f"router.top_k={arguments.top_k}")
+    if arguments.text is not None:
+        overrides.append(f"data.path={arguments.text}")
+    return [*overrides, *arguments.options]
+
+
+def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
+    from recipes.data.sources import check_paths
+    from recipes.hosts.exporters import exporters
+    from recipes.hosts.inspection import check_dense
+    from recipes.preflight import check_folder, check_router
+
+    mistakes = check_json_target(arguments.json) + check_router(config)
+    mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code)
+    if arguments.out is not None:
+        mistakes += check_folder("--out", str(Path(arguments.out).expanduser().absolute().parent))
+        if Path(arguments.out).expanduser().exists():
+            mistakes.append(
+                Mistake("--out", arguments.out, "it exists already", "Give another, or delete it.")
+            )
+    elif arguments.compare is None:
+        mistakes.append(Mistake("--out", None, "it says where the mixture goes", "Give it, or --compare."))
+    if arguments.target not in ("auto", *exporters()):
+        remedy = f"Choose auto, {', '.join(exporters())}."
+        mistakes.append(Mistake("--target", arguments.target, "there is no such format", remedy))
+    if arguments.verify or arguments.compare is not None:
+        mistakes += check_paths(config.data)
+    return mistakes
+
+
+def _request(arguments: argparse.Namespace, config: RunConfig) -> ConversionRequest:
+    import torch
+
+    from recipes.convert.plan import ConversionRequest
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return ConversionRequest(
+        dense=Path(arguments.dense).expanduser().absolute(),
+        method=config.upcycle,
+        router=config.router,
+        seed=config.seed,
+        dtype=dtypes.get(arguments.dtype),
+        target=arguments.target,
+        layout=arguments.layout,
+        untie=arguments.untie,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _convert(conversion: Conversion, out: Path) -> ConversionResult:
+    from tqdm import tqdm
+
+    from recipes.convert.run import convert
+
+    with tqdm(
+        total=conversion.total_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="writing"
+    ) as bar:
+        return convert(conversion, out, bar.update)
+
+
+def _verify(arguments: argparse.Namespace, config: RunConfig, out: Path) -> GateReport:
+    from recipes.convert.gate import compare_folders, real_tokens
+
+    dense = Path(arguments.dense).expanduser()
+    return compare_folders(dense, out, real_tokens(dense, config.data, samples=8, length=128))
+
+
+def _describe(conversion: Conversion) -> str:
+    spec, first = conversion.spec, conversion.spec.mixtures[0]
+    shared = f" and a shared one {first.shared_width} wide" if first.shared_width else ""
+    dense_width = conversion.names.ffns[0].shape.width
+    lines = [
+        f"dense:   {spec.architecture}, {spec.num_layers} layers, networks {dense_width} wide",
+        f"mixture: {conversion.request.method.name}, {len(spec.mixtures)} layers with {first.num_experts} "
+        f"experts {first.expert.width} wide{shared}, router {first.router.name}, top {first.router.top_k}",
+        f"format:  {conversion.exporter.name}, exact in {', '.join(conversion.exporter.exact_in(spec))}",
+        f"size:    {conversion.total_bytes / 2**30:.2f} GiB",
+    ]
+    if not conversion.exporter.is_native:
+        lines.append(f"         in Graft's own format, since {'; '.join(conversion.refusals)}")
+    if conversion.skipped:
+        skipped = conversion.skipped
+        lines.append(f"skipped: {len(skipped)} tensors that readers compute anew, such as {skipped[0]}")
+    return "\n".join(lines)
+
+
+def _conclude(conversion: Conversion, result: ConversionResult, peak: int) -> str:
+    rate = result.bytes_written / max(result.seconds, 1e-9) / 2**20
+    went_on = f", going on from {result.resumed} finished tensors" if result.resumed else ""
+    claim = "exact" if conversion.claims_exact else "another function than the dense model"
+    return (
+        f"wrote {result.bytes_written / 2**30:.2f} GiB in {result.seconds:.1f} s ({rate:.0f} MiB/s), flushed "
+        f"to disk{went_on}; peak memory {peak / 2**20:.0f} MiB\nat step 0 it is {claim}: {result.path}"
+    )
+
+
+def _figures(
+    conversion: Conversion, result: ConversionResult, peak: int, gate: GateReport | None
+) -> dict[str, Any]:
+    return {
+        "format": conversion.exporter.name,
+        "exact_in": conversion.exporter.exact_in(conversion.spec),
+        "claims_exact": conversion.claims_exact,
+        "total_bytes": conversion.total_bytes,
+        "bytes_written": result.bytes_written,
+        "seconds": result.seconds,
+        "peak_memory_bytes": peak,
+        "gate": None if gate is None else gate_figures(gate),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,105 @@
+"""Do two checkpoints compute the same? ``python -m tools.verify --dense DIR --moe DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.errors import ConfigError, Mistake
+from tools.command import check_json_target, run_command, write_json
+
+if TYPE_CHECKING:
+    from recipes.convert.gate import GateReport
+    from recipes.data.config import DataConfig
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify",
+        description="The step-0 gate on any two folders: logits on real text in fp32, and with --gradients "
+        "the gradients of every parameter that both have. Exit code 0 when they agree, 1 when not.",
+    )
+    add = parser.add_argument
+    add("--dense", required=True, metavar="DIR", help="the dense checkpoint")
+    add("--moe", required=True, metavar="DIR", help="the mixture: of transformers or in Graft's own format")
+    add("--text", default=None, metavar="PATH", help="text (default: Python's standard library)")
+    add("--samples", type=int, default=8, help="sequences (default 8)")
+    add("--length", type=int, default=128, help="tokens of each (default 128)")
+    add("--gradients", action="store_true", help="compare gradients, too: takes memory for both models'")
+    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Checks, loads, compares."""
+    arguments = _parse()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from recipes.data.config import DataConfig
+
+    data = DataConfig(path=arguments.text)
+    mistakes = _check(arguments, data)
+    if mistakes:
+        raise ConfigError(mistakes)
+
+    from recipes.convert.gate import compare_folders, real_tokens
+
+    dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
+    tokens = real_tokens(dense, data, arguments.samples, arguments.length)
+    report = compare_folders(dense, moe, tokens, gradients=arguments.gradients)
+    print(describe_gate(report), file=sys.stderr if arguments.json == "-" else sys.stdout)
+    write_json(arguments.json, gate_figures(report))
+    return 0 if report.agrees else 1
+
+
+def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
+    from recipes.data.sources import check_paths
+    from recipes.hosts.inspection import check_dense
+
+    mistakes = check_json_target(arguments.json) + check_dense(arguments.dense) + check_paths(data, "--text")
+    if not (Path(arguments.moe).expanduser() / "config.json").is_file():
+        mistakes.append(
+            Mistake("--moe", arguments.moe, "there is no config.json in it", "Give a checkpoint.")
+        )
+    for name in ("samples", "length"):
+        if getattr(arguments, name) < 1:
+            mistakes.append(
+                Mistake(f"--{name}", getattr(arguments, name), "it must be at least 1", "Raise it.")
+            )
+    return mistakes
+
+
+def describe_gate(report: GateReport) -> str:
+    """The figures for people."""
+    drift = report.logits
+    verdict = "the same function" if report.agrees else "NOT the same function"
+    lines = [
+        f"{report.tokens} tokens: {verdict}, as far as {str(report.dtype).removeprefix('torch.')} can tell",
+        f"logits differ by {drift.max_diff:.2e}, {drift.relative:.1e} of the largest; KL {drift.kl:.1e}; "
+        f"{drift.argmax_agreement:.2%} of the most likely tokens agree",
+    ]
+    if report.gradients is not None:
+        worst = list(report.gradients.items())[:3]
+        named = ", ".join(f"{name} by {value:.1e}" for name, value in worst)
+        lines.append(f"gradients of {len(report.gradients)} shared parameters; most differ {named}")
+    return "\n".join(lines)
+
+
+def gate_figures(report: GateReport) -> dict[str, Any]:
+    """The figures for programs."""
+    return {
+        "agrees": report.agrees,
+        "dtype": str(report.dtype).removeprefix("torch."),
+        "tokens": report.tokens,
+        "relative": report.logits.relative,
+        "kl": report.logits.kl,
+        "argmax_agreement": report.logits.argmax_agreement,
+        "gradients": report.gradients,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
