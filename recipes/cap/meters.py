@@ -1,0 +1,162 @@
+"""Peak memory and energy of what runs in between, where the machine tells; else None with the reason.
+
+Energy of a CPU is of its counters under ``/sys/class/powercap`` (RAPL): packages and memory, everything that
+ran on them. Of an NVIDIA GPU it is of its counter in NVML. Nothing is estimated from a load here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_RAPL = Path("/sys/class/powercap")
+_PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A measured quantity.
+
+    Attributes:
+        value: None where it could not be measured.
+        detail: What it covers, or why there is none.
+    """
+
+    value: float | None
+    detail: str
+
+
+class MemoryMeter:
+    """Peak bytes since `start`: allocated on a GPU, resident of this process on a CPU."""
+
+    def __init__(self, device: torch.device, proc: Path = _PROC) -> None:
+        self._device, self._proc = device, proc
+        self._reason: str | None = None
+
+    def start(self) -> None:
+        """Forgets the peak so far."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        try:
+            (self._proc / "clear_refs").write_text("5")
+        except OSError as error:
+            self._reason = f"the peak of the process cannot be reset ({error.strerror})"
+
+    def read(self) -> Reading:
+        """The peak since."""
+        if self._device.type == "cuda":
+            return Reading(float(torch.cuda.max_memory_allocated(self._device)), "allocated on the GPU")
+        if self._reason is not None:
+            return Reading(None, self._reason)
+        try:
+            lines = (self._proc / "status").read_text().splitlines()
+        except OSError as error:
+            return Reading(None, f"{self._proc}/status cannot be read ({error.strerror})")
+        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+        if peak is None:
+            return Reading(None, "the system does not tell the peak of a process")
+        return Reading(1024.0 * int(peak), "resident memory of the process, libraries included")
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """A counter of energy: reads joules, and where it starts over."""
+
+    name: str
+    read: Callable[[], float]
+    wraps_at: float | None
+
+
+class EnergyMeter:
+    """Joules between `start` and `read`, with the time in between."""
+
+    def __init__(self, device: torch.device, rapl: Path = _RAPL, nvml: Any = None) -> None:
+        self._counters, self.reason = _counters(device, rapl, nvml)
+        self._before: dict[str, float] = {}
+        self._began = 0.0
+
+    def start(self) -> None:
+        """Reads the counters."""
+        self._before = {counter.name: counter.read() for counter in self._counters}
+        self._began = time.perf_counter()
+
+    def read(self) -> tuple[Reading, float]:
+        """Joules since, and seconds."""
+        seconds = time.perf_counter() - self._began
+        if not self._counters:
+            return Reading(None, self.reason), seconds
+        joules = {}
+        for counter in self._counters:
+            used = counter.read() - self._before[counter.name]
+            if used < 0 and counter.wraps_at is not None:
+                used += counter.wraps_at
+            joules[counter.name] = used
+        names = ", ".join(joules)
+        still = [name for name, used in joules.items() if not used > 0]
+        if still:
+            return Reading(None, f"{', '.join(still)} did not tick in {seconds:.3f} s"), seconds
+        return Reading(sum(joules.values()), f"{names}; all that ran on them"), seconds
+
+
+def _counters(device: torch.device, rapl: Path, nvml: Any) -> tuple[list[_Counter], str]:
+    """The counters of a device, or why there are none."""
+    if device.type == "cuda":
+        try:
+            return [_nvml_counter(device, nvml or ctypes.CDLL("libnvidia-ml.so.1"))], ""
+        except (OSError, AttributeError) as error:
+            return [], f"NVML tells no energy ({error})"
+    if device.type != "cpu":
+        return [], f"no meter for {device.type}"
+    found, refused = [], []
+    for folder in sorted(rapl.glob("intel-rapl:*")):
+        try:
+            name = (folder / "name").read_text().strip()
+            # psys covers the packages again, core and uncore are parts of them
+            if not name.startswith(("package", "dram")):
+                continue
+            counter = _rapl_counter(folder, f"{name} ({folder.name})")
+            counter.read()
+            found.append(counter)
+        except (OSError, ValueError) as error:
+            refused.append(f"{folder.name}: {getattr(error, 'strerror', None) or error}")
+    if refused:
+        return [], f"RAPL cannot be read ({'; '.join(refused)}); root may"
+    return found, "" if found else f"there is no RAPL counter under {rapl}"
+
+
+def _rapl_counter(folder: Path, name: str) -> _Counter:
+    wraps_at = int((folder / "max_energy_range_uj").read_text()) / 1e6
+    return _Counter(name, lambda: int((folder / "energy_uj").read_text()) / 1e6, wraps_at)
+
+
+def _nvml_counter(device: torch.device, library: Any) -> _Counter:
+    """The counter of a GPU, found by its UUID: NVML numbers devices otherwise than CUDA.
+
+    Raises:
+        OSError: A call of NVML fails.
+    """
+
+    def call(name: str, *arguments: Any) -> None:
+        code = getattr(library, name)(*arguments)
+        if code != 0:
+            raise OSError(f"{name} returned {code}")
+
+    call("nvmlInit_v2")
+    handle = ctypes.c_void_p()
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    call("nvmlDeviceGetHandleByUUID", ctypes.c_char_p(uuid), ctypes.byref(handle))
+
+    def read() -> float:
+        millijoules = ctypes.c_ulonglong()
+        call("nvmlDeviceGetTotalEnergyConsumption", handle, ctypes.byref(millijoules))
+        return millijoules.value / 1e3
+
+    read()
+    return _Counter("GPU (NVML)", read, None)

@@ -1,0 +1,189 @@
+"""What a report is asked for, and every mistake in it that shows before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.errors import Mistake
+from recipes.cap.accuracy import read_questions
+from recipes.cap.cost import Prices
+from recipes.cap.loading import DTYPES, longest_sequence
+from recipes.cap.measure import Workload
+from recipes.cap.peaks import ORIGINS, Origin
+from recipes.data.config import DataConfig
+from recipes.data.sources import check_paths
+from recipes.data.tokenizer import check_tokenizer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What is asked of accuracy; nothing by default.
+
+    Attributes:
+        samples: Samples of text for perplexity; 0 for none.
+        length: Tokens of each.
+        choices: A file of questions; None for none.
+    """
+
+    samples: int = 0
+    length: int = 256
+    choices: Path | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A report.
+
+    Attributes:
+        systems: Name and folder of each.
+        work: What they are given.
+        device: Such as ``cpu`` or ``cuda``.
+        dtype: A key of `DTYPES`; None as in the files.
+        experts: transformers' implementation of experts; None is its own choice.
+        text: Where prompts and the text of perplexity are from; None is Python's standard library.
+        tokenizer: A folder for all systems; None is each one's own.
+        accuracy: What is asked of it.
+        origin: Of the peaks.
+        peak_bytes_per_s: The user's own.
+        peak_flops: The user's own.
+        prices: What the user knows.
+        overhead: Whether to measure what watching costs.
+    """
+
+    systems: tuple[tuple[str, Path], ...]
+    work: Workload = field(default_factory=Workload)
+    device: str = "cpu"
+    dtype: str | None = None
+    experts: str | None = None
+    text: str | None = None
+    tokenizer: Path | None = None
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    origin: Origin = "measured"
+    peak_bytes_per_s: float | None = None
+    peak_flops: float | None = None
+    prices: Prices = field(default_factory=Prices)
+    overhead: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is run."""
+        scored = self.accuracy.length if self.accuracy.samples else 0
+        return max(self.work.prompt + self.work.new, scored)
+
+
+def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
+    """``NAME=FOLDER`` or ``FOLDER``, whose name is then that of the folder."""
+    systems = []
+    for text in given:
+        name, equals, rest = text.partition("=")
+        if not equals or Path(text).expanduser().exists():
+            name, rest = Path(text).expanduser().resolve().name, text
+        systems.append((name, Path(rest).expanduser()))
+    return tuple(systems)
+
+
+def check_request(request: Request) -> list[Mistake]:
+    """Every mistake that shows from flags and small files."""
+    mistakes = [*_check_numbers(request), *_check_choices(request)]
+    names = [name for name, _ in request.systems]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        remedy = "Name them apart: NAME=FOLDER OTHER=FOLDER."
+        mistakes.append(Mistake("FOLDER", name, "two systems have this name", remedy))
+    for _, folder in request.systems:
+        mistakes += _check_folder(folder, request)
+    mistakes += check_paths(DataConfig(path=request.text), "--text") if request.text != "" else []
+    if request.accuracy.choices is not None:
+        mistakes += read_questions(request.accuracy.choices)[1]
+    return mistakes
+
+
+def _check_numbers(request: Request) -> list[Mistake]:
+    work, prices = request.work, request.prices
+    whole: list[tuple[str, Any, int]] = [
+        *(("--batch-sizes", size, 1) for size in work.batch_sizes),
+        ("--prompt", work.prompt, 1),
+        ("--new", work.new, 2),
+        ("--rounds", work.rounds, 1),
+        ("--perplexity", request.accuracy.samples, 0),
+        ("--perplexity-length", request.accuracy.length, 2),
+    ]
+    mistakes = [
+        Mistake(flag, value, f"it must be {least} or more", "Raise it.")
+        for flag, value, least in whole
+        if value < least
+    ]
+    if len(set(work.batch_sizes)) < len(work.batch_sizes):
+        mistakes.append(
+            Mistake("--batch-sizes", list(work.batch_sizes), "one stands there twice", "Drop it.")
+        )
+    above = {
+        "--peak-bandwidth": request.peak_bytes_per_s,
+        "--peak-flops": request.peak_flops,
+        "--price-usd": prices.price_usd,
+        "--power-watts": prices.power_watts,
+        "--usd-per-kwh": prices.usd_per_kwh,
+        "--life-years": prices.life_years,
+    }
+    for flag, value in above.items():
+        if value is not None and not value > 0:
+            mistakes.append(Mistake(flag, value, "it must be above 0", "Leave it out if it is not known."))
+    if not prices.pue >= 1:
+        mistakes.append(Mistake("--pue", prices.pue, "a building draws what its machines do", "Give 1.2."))
+    if not 0 < prices.busy <= 1:
+        mistakes.append(Mistake("--busy", prices.busy, "a share lies above 0 and at most at 1", "Give 0.5."))
+    return mistakes
+
+
+def _check_choices(request: Request) -> list[Mistake]:
+    mistakes = []
+    named: list[tuple[str, Any, Mapping[str, Any] | tuple[str, ...]]] = [
+        ("--dtype", request.dtype, DTYPES),
+        ("--peaks", request.origin, ORIGINS),
+    ]
+    for flag, value, known in named:
+        if value is not None and value not in known:
+            mistakes.append(Mistake(flag, value, "it is not known", f"Choose from: {', '.join(known)}."))
+    try:
+        device = torch.device(request.device)
+    except RuntimeError:
+        mistakes.append(
+            Mistake("--device", request.device, "torch knows no such device", "Give cpu or cuda.")
+        )
+        return mistakes
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        rule = f"torch sees {torch.cuda.device_count()} GPUs"
+        mistakes.append(Mistake("--device", request.device, rule, "Give cpu, or a GPU that is there."))
+    return mistakes
+
+
+def _check_folder(folder: Path, request: Request) -> list[Mistake]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        rule = f"its config.json cannot be read ({error.strerror})"
+        return [Mistake("FOLDER", str(folder), rule, "Give the folder of a local checkpoint.")]
+    except ValueError as error:
+        return [Mistake("FOLDER", str(folder), f"its config.json is no JSON ({error})", "Fetch it again.")]
+    if not isinstance(config, dict):
+        return [Mistake("FOLDER", str(folder), "its config.json holds no mapping", "Fetch it again.")]
+    longest, mistakes = longest_sequence(config), []
+    if longest is not None and request.longest > longest:
+        rule = f"{folder} takes {longest} tokens, and {request.longest} are asked for"
+        mistakes.append(Mistake("--prompt", request.work.prompt, rule, "Lower --prompt, --new or both."))
+    tokenizer = request.tokenizer or folder
+    where = "FOLDER" if request.tokenizer is None else "--tokenizer"
+    return mistakes + check_tokenizer(tokenizer, _vocabulary(config), where)
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
+        if isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
+    return None

@@ -1,0 +1,170 @@
+"""A report as a table for the terminal and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from recipes.report import formats
+
+ABSENT = "-"
+HEAD = (
+    "system",
+    "batch",
+    "TTFT",
+    "TPOT",
+    "tokens/s",
+    "experts a layer",
+    "S-MBU",
+    "strict",
+    "MBU",
+    "S-MFU",
+    "S-MFU prefill",
+    "peak memory",
+    "J/token",
+    "$/M tokens",
+)
+NOTE = (
+    "Decode passes unless said otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
+    "Tokens/s: written, prefill in the time. Experts a layer: different ones that a decode pass touches, of "
+    "all there are. '-' was not measured."
+)
+Figures = Mapping[str, Any]
+
+
+def table_rows(report: Figures) -> list[list[str]]:
+    """The cells of every system and batch size."""
+    return [_row(system, point) for system in report["systems"] for point in system["points"]]
+
+
+def _row(system: Figures, point: Figures) -> list[str]:
+    decode, prefill = point["decode"], point["prefill"]
+    return [
+        system["name"],
+        str(point["batch_size"]),
+        duration(point["ttft_s"] and point["ttft_s"]["median"]),
+        duration(point["tpot_s"] and point["tpot_s"]["mean"]),
+        _known(point["tokens_per_s"], formats.count),
+        _experts(system, decode["distinct"]),
+        *(_known(decode[key], formats.share) for key in ("s_mbu", "s_mbu_strict", "mbu", "s_mfu")),
+        _known(prefill["s_mfu"], formats.share),
+        _known(point["memory"]["peak_bytes"], formats.size),
+        _known(point["energy"]["joules_per_token"], formats.small),
+        _known(point["cost"]["usd_per_mtok"], formats.small),
+    ]
+
+
+def duration(seconds: float | None) -> str:
+    """``12.3 ms`` below a second."""
+    if seconds is None:
+        return ABSENT
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else formats.seconds(seconds)
+
+
+def _known(value: float | None, shown: Any) -> str:
+    return ABSENT if value is None else str(shown(value))
+
+
+def _experts(system: Figures, distinct: Figures | None) -> str:
+    if distinct is None:
+        return ABSENT
+    return f"{distinct['mean']:.1f}/{'|'.join(str(most) for most in sorted(set(system['experts'])))}"
+
+
+def accuracy_rows(report: Figures) -> list[list[str]]:
+    """Name, perplexity, bits a byte, share right with its error and chance; of systems that have one."""
+    rows = []
+    for system in report["systems"]:
+        text, choices = system["accuracy"]["perplexity"], system["accuracy"]["choices"]
+        if text is None and choices is None:
+            continue
+        right = error = ABSENT
+        if choices is not None:
+            right = f"{formats.share(choices['accuracy'])} +-{100 * choices['standard_error']:.1f}"
+            error = formats.share(choices["chance"])
+        rows.append(
+            [
+                system["name"],
+                _known(text and text["perplexity"], formats.small),
+                _known(text and text["bits_per_byte"], formats.small),
+                right,
+                error,
+            ]
+        )
+    return rows
+
+
+ACCURACY_HEAD = ("system", "perplexity", "bits/byte", "choices right", "chance")
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns for the terminal: the first to the left, the others to the right."""
+    lines = [list(head), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+
+
+def text_of(report: Figures) -> str:
+    """Everything that the terminal shows."""
+    parts = [*peak_lines(report), "", aligned(HEAD, table_rows(report))]
+    accuracy = accuracy_rows(report)
+    if accuracy:
+        parts += ["", aligned(ACCURACY_HEAD, accuracy)]
+    remarks = remarks_of(report)
+    if remarks:
+        parts += ["", *remarks]
+    return "\n".join(parts)
+
+
+def peak_lines(report: Figures) -> list[str]:
+    """The device and the peaks that utilisations are shares of."""
+    place = report["environment"]
+    lines = [f"{place['processor']}; {place['device']}; torch {place['torch']}"]
+    seen = []
+    for system in report["systems"]:
+        for key, unit in (("bytes_per_s", "GB/s"), ("flops", "GFLOP/s")):
+            peak = system["peaks"][key]
+            value = "not known" if peak["value"] is None else f"{peak['value'] / 1e9:,.2f} {unit}"
+            half = "" if peak["median"] is None else f", median {peak['median'] / 1e9:,.2f}"
+            line = f"peak {value}{half}: {peak['source'] or 'none'} ({peak['detail']})"
+            if line not in seen:
+                seen.append(line)
+    return lines + seen
+
+
+def remarks_of(report: Figures) -> list[str]:
+    """Why figures are missing, and warnings, each once."""
+    return list(dict.fromkeys(line for system in report["systems"] for line in _remarks(system)))
+
+
+def _remarks(system: Figures) -> Iterator[str]:
+    name = system["name"]
+    for point in system["points"]:
+        if point["reason"] is not None:
+            yield f"{name}, batch {point['batch_size']}: {point['reason']}"
+            continue
+        for phase in ("prefill", "decode"):
+            reason = point[phase]["utilisation_reason"]
+            if reason is not None:
+                yield f"utilisation is missing: {reason}"
+            for warning in point[phase]["warnings"]:
+                yield f"{name}, batch {point['batch_size']}, {phase}: {warning}"
+        for key, value in (("memory", "peak_bytes"), ("energy", "joules")):
+            if point[key][value] is None:
+                yield f"{key} is missing: {point[key]['detail']}"
+        if point["cost"]["usd_per_mtok"] is None:
+            yield f"cost is missing: {point['cost']['reason']}"
+    overhead = system["overhead"]
+    if overhead is not None:
+        ratio = overhead["ratio"]
+        yield (
+            f"{name}: watching experts takes {ratio['median'] - 1:+.1%} of TPOT "
+            f"({ratio['p10'] - 1:+.1%} to {ratio['p90'] - 1:+.1%})"
+        )

@@ -1,0 +1,182 @@
+"""What models really use of the hardware: ``python -m tools.cap FOLDER [FOLDER ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.errors import ConfigError, Mistake
+from tools.command import STDOUT, check_json_target, run_command, write_json
+
+if TYPE_CHECKING:
+    from recipes.cap.plan import Request
+    from recipes.cap.radar import Anchors
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cap",
+        description="Prefill and greedy decoding of local checkpoints: time to the first token, time per "
+        "output token, memory, energy, and the sparsity-aware shares of bandwidth and compute of MoE-CAP "
+        "(arXiv 2412.07067), with the experts that every pass really touched. What cannot be measured is "
+        "null, with the reason.",
+    )
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="[NAME=]FOLDER", help="checkpoint of transformers, or export of Graft")
+    add("--compare", nargs="+", metavar="JSON", help="measure nothing; put these reports beside each other")
+    work = parser.add_argument_group("what is run").add_argument
+    work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="(default: %(default)s)")
+    work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: %(default)s)")
+    work("--new", type=int, default=32, metavar="N", help="tokens written a sequence (default: %(default)s)")
+    work("--rounds", type=int, default=3, metavar="N", help="timed repetitions (default: %(default)s)")
+    work("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
+    work("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
+    work(
+        "--experts",
+        choices=("eager", "batched_mm", "grouped_mm"),
+        help="transformers' way to compute experts (default: its own choice)",
+    )
+    work("--text", metavar="PATH", help="of prompts and perplexity (default: Python's standard library)")
+    work("--tokenizer", metavar="DIR", help="of all systems (default: each one's own)")
+    work("--overhead", action="store_true", help="measure what watching the experts costs, too")
+    _add_more(parser)
+    return parser
+
+
+def _add_more(parser: argparse.ArgumentParser) -> None:
+    good = parser.add_argument_group("accuracy").add_argument
+    good("--perplexity", type=int, default=0, metavar="N", help="of N samples of the text (default: none)")
+    good("--perplexity-length", type=int, default=256, metavar="N", help="tokens each (default: %(default)s)")
+    good("--choices", metavar="JSONL", help='lines of {"question": ..., "choices": [...], "answer": 0}')
+    top = parser.add_argument_group("peaks").add_argument
+    top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
+    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes a second")
+    top("--peak-flops", type=float, metavar="GFLOP/S", help="your own, dense, of the dtype that is used")
+    cost = parser.add_argument_group("cost").add_argument
+    cost("--price-usd", type=float, metavar="USD", help="purchase (default: the table's, else none)")
+    cost("--power-watts", type=float, metavar="W", help="where energy is not measured (default: the table's)")
+    cost("--usd-per-kwh", type=float, metavar="USD", help="electricity (default: the table's)")
+    cost("--pue", type=float, default=1.2, help="of the building (default: %(default)s)")
+    cost("--life-years", type=float, default=4.0, metavar="Y", help="(default: %(default)s)")
+    cost("--busy", type=float, default=0.5, metavar="SHARE", help="of its life (default: %(default)s)")
+    out = parser.add_argument_group("output").add_argument
+    out("--out", metavar="DIR", help="write cap.json, cap.html, curves.png and radar.png there")
+    out("--json", metavar="PATH", help="write the figures to this file, or to stdout for -")
+    out("--radar", choices=("fixed", "min-max"), default="fixed", help="ends of axes (default: %(default)s)")
+    out("--radar-batch", type=int, metavar="B", help="(default: the largest that all systems reached)")
+    out("--anchors", nargs="+", default=[], metavar="AXIS=WORSE:BETTER", help="such as tpot_s=1:0.001")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures or compares; returns 0.
+
+    Raises:
+        ConfigError: A flag or a file cannot be used.
+    """
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from recipes.cap.radar import parse_anchors
+
+    anchors, mistakes = parse_anchors(args.anchors)
+    mistakes += check_json_target(args.json)
+    if args.out is not None and Path(args.out).is_file():
+        mistakes.append(Mistake("--out", args.out, "is a file", "Name a folder."))
+    if bool(args.folders) == bool(args.compare):
+        remedy = "Name checkpoints to measure, or --compare reports."
+        mistakes.append(Mistake("FOLDER", args.folders, "either folders or --compare is needed", remedy))
+    report = _compared(args, mistakes) if args.compare else _measured(args, mistakes)
+    _show(args, report, anchors)
+    return 0
+
+
+def _measured(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:
+    import torch
+
+    from recipes.cap.plan import check_request
+    from recipes.cap.run import measure
+
+    request, wrong = _request(args)
+    if args.threads is not None and args.threads < 1:
+        wrong.append(Mistake("--threads", args.threads, "it must be 1 or more", "Raise it."))
+    mistakes = [*mistakes, *wrong, *check_request(request)]
+    if mistakes:
+        raise ConfigError(mistakes)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return measure(request, partial(print, file=sys.stderr))
+
+
+def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
+    """What is asked for, and the mistakes in what had to be read for it."""
+    from recipes.cap.cost import Prices
+    from recipes.cap.measure import Workload
+    from recipes.cap.plan import Accuracy, Request, name_systems
+
+    mistakes, sizes = [], []
+    for text in args.batch_sizes.split(","):
+        if text.strip().isdigit():
+            sizes.append(int(text))
+        else:
+            remedy = "Write numbers with commas: 1,4,16."
+            mistakes.append(Mistake("--batch-sizes", text, "it is no whole number", remedy))
+    path = None if args.choices is None else Path(args.choices).expanduser()
+    request = Request(
+        systems=name_systems(args.folders),
+        work=Workload(tuple(sizes) or (1,), args.prompt, args.new, args.rounds),
+        device=args.device,
+        dtype=args.dtype,
+        experts=args.experts,
+        text=args.text,
+        tokenizer=None if args.tokenizer is None else Path(args.tokenizer).expanduser(),
+        accuracy=Accuracy(args.perplexity, args.perplexity_length, path),
+        origin=args.peaks,
+        peak_bytes_per_s=None if args.peak_bandwidth is None else 1e9 * args.peak_bandwidth,
+        peak_flops=None if args.peak_flops is None else 1e9 * args.peak_flops,
+        prices=Prices(
+            args.price_usd, args.power_watts, args.usd_per_kwh, args.pue, args.life_years, args.busy
+        ),
+        overhead=args.overhead,
+    )
+    return request, mistakes
+
+
+def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:
+    from recipes.cap.compare import RATIO_HEAD, differences, join_reports, ratio_rows, read_reports
+    from recipes.cap.table import aligned
+
+    if mistakes:
+        raise ConfigError(mistakes)
+    paths = [Path(path).expanduser() for path in args.compare]
+    reports = read_reports(paths)
+    report = join_reports(reports, [path.stem for path in paths])
+    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    for line in differences(reports):
+        say(f"note: {line}")
+    say(f"{aligned(RATIO_HEAD, ratio_rows(report))}\n")
+    return report
+
+
+def _show(args: argparse.Namespace, report: dict[str, Any], anchors: dict[str, Anchors]) -> None:
+    """The table, and the files that are asked for."""
+    from recipes.cap.radar import make_radar
+    from recipes.cap.table import text_of
+
+    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    say(text_of(report))
+    write_json(args.json, report)
+    if args.out is not None:
+        from recipes.cap.page import write_report
+
+        radar = make_radar(report, anchors, args.radar, args.radar_batch)
+        say(f"\npage: {write_report(Path(args.out).expanduser(), report, radar)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

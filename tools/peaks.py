@@ -1,0 +1,108 @@
+"""Measures what this machine can do: ``python -m tools.peaks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from moe.errors import ConfigError, Mistake
+from tools.command import STDOUT, check_json_target, run_command, write_json
+
+if TYPE_CHECKING:
+    from recipes.benchmarks.peaks import Rate
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.peaks",
+        description="Bandwidth (read, copy, triad, matrix times vector, on arrays larger than the cache) and "
+        "square products by dtype: best, median and spread. A median far below the best says that the "
+        "machine is not quiet.",
+    )
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    add("--dtypes", default="fp32,bf16", help=f"of products: {', '.join(_DTYPES)} (default: %(default)s)")
+    add("--rounds", type=int, default=10, metavar="N", help="of bandwidth (default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="of each of three sweeps of products, about (default: %(default)s)",
+    )
+    add("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's own)")
+    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures and prints.
+
+    Raises:
+        ConfigError: A flag cannot be used.
+    """
+    args = build_parser().parse_args(argv)
+    import torch
+
+    from recipes.benchmarks.peaks import describe_device, figures_of, measure_machine
+
+    names = [name.strip() for name in args.dtypes.split(",")]
+    mistakes = check_json_target(args.json)
+    for flag, value, fits in (
+        ("--rounds", args.rounds, args.rounds >= 1),
+        ("--seconds", args.seconds, args.seconds > 0),
+        ("--threads", args.threads, args.threads is None or args.threads >= 1),
+    ):
+        if not fits:
+            mistakes.append(Mistake(flag, value, "it is too small", "Raise it."))
+    for name in names:
+        if name not in _DTYPES:
+            mistakes.append(Mistake("--dtypes", name, "it is not known", f"Known are {', '.join(_DTYPES)}."))
+    kind, _, index = args.device.partition(":")
+    there = kind == "cpu" or (kind == "cuda" and int(index or 0) < torch.cuda.device_count())
+    if not there:
+        rule = f"it is not there; torch sees {torch.cuda.device_count()} GPUs"
+        mistakes.append(Mistake("--device", args.device, rule, "Give cpu, or a GPU that is there."))
+    if mistakes:
+        raise ConfigError(mistakes)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    load = os.getloadavg()[0]
+    dtypes = [getattr(torch, _DTYPES[name]) for name in names]
+    rates = measure_machine(device, dtypes, args.rounds, args.seconds)
+    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    say(f"{describe_device(device)}, torch {torch.__version__}, load {load:.1f}")
+    for line in _lines(rates):
+        say(line)
+    figures = {
+        "device": describe_device(device),
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load_average": load,
+        "bytes_per_s": figures_of(rates["bytes_per_s"]),
+        "flops": figures_of(rates["flops"]),
+    }
+    write_json(args.json, figures)
+    return 0
+
+
+def _lines(rates: dict[str, dict[str, Rate]]) -> list[str]:
+    lines = [f"{'':12}{'best':>10}{'median':>10}{'p10':>10}{'p90':>10}"]
+    for part, unit in (("bytes_per_s", "GB/s"), ("flops", "GFLOP/s")):
+        for name, rate in rates[part].items():
+            shown = "".join(f"{value / 1e9:10.2f}" for value in (rate.best, rate.median, rate.p10, rate.p90))
+            lines.append(f"{name:12}{shown}  {unit:8} {rate.detail}{'  (noisy)' if rate.noisy else ''}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_command(main)
