@@ -14,6 +14,7 @@ from moe.errors import ConfigError
 from moe.layer import moe_layers
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.loop import Costs
+from recipes.resident import peak_resident_bytes
 
 
 def measure_costs(
@@ -72,8 +73,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The largest resident memory of this process so far, or on a GPU its largest allocation."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

@@ -27,7 +27,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--name", default="routers", help="folder below outputs/compare (default routers)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
     parser.add_argument("--only-page", action="store_true", help="train nothing, draw what is there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     return arguments, arguments.options
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,9 @@ from tools.command import check_json_target, run_command, write_json
 from tools.verify import describe_gate, gate_figures
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from recipes.calibration.gather import LayerTensors
     from recipes.convert.gate import GateReport
     from recipes.convert.plan import Conversion, ConversionRequest
     from recipes.convert.run import ConversionResult
@@ -63,7 +65,7 @@ def _parse() -> argparse.Namespace:
     add("--layout", choices=("per_expert", "fused"), default="per_expert", help="of the experts' tensors")
     add("--untie", action="store_true", help="write the head although it is tied to the embeddings")
     add("--verify", action="store_true", help="load both afterwards and compare their logits on real text")
-    add("--text", default=None, metavar="PATH", help="text for --verify (default: Python's standard library)")
+    add("--text", default=None, metavar="PATH", help="text to look at (default: Python's standard library)")
     add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_intermixed_args()
 
@@ -72,7 +74,7 @@ def main() -> int:
     """Checks, plans, converts, and verifies when asked to."""
     arguments = _parse()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config = _config(arguments)
+    config, values = _config(arguments)
     mistakes = _check(arguments, config)
     if mistakes:
         raise ConfigError(mistakes)
@@ -80,14 +82,17 @@ def main() -> int:
         return _compare(arguments, config)
 
     from recipes.convert.plan import plan_conversion
+    from recipes.convert.statistics import discard_statistics
+    from recipes.resident import peak_resident_bytes
 
-    conversion = plan_conversion(_request(arguments, config))
     out = Path(arguments.out).expanduser().absolute()
+    conversion = plan_conversion(_request(arguments, config), _statistics(config, values, out))
     # Figures on stdout are for programs: nothing else goes there.
     stream = sys.stderr if arguments.json == "-" else sys.stdout
     print(_describe(conversion), file=stream)
     result = _convert(conversion, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    discard_statistics(out)
+    peak = peak_resident_bytes()
     print(_conclude(conversion, result, peak), file=stream)
     gate = _verify(arguments, config, out) if arguments.verify else None
     if gate is not None:
@@ -119,13 +124,28 @@ def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
     return 0 if any(hasattr(result, "logits") for result in results.values()) else 1
 
 
-def _config(arguments: argparse.Namespace) -> RunConfig:
-    """Method and router by the same options, with the same checks, as in a training run."""
+def _statistics(config: RunConfig, values: Mapping[str, Any], out: Path) -> LayerTensors | None:
+    """What the method wants to know of real text; None where it asks for nothing."""
+    from recipes.convert.statistics import gather_statistics, needs_statistics
+
+    if not needs_statistics(config):
+        return None
+    # What calibration says of its progress is for people.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = gather_statistics(config, values, out)
+    if found is None:
+        raise KeyboardInterrupt
+    return found
+
+
+def _config(arguments: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
+    """Method and router by the same options, with the same checks, as in a training run; and as composed."""
     from recipes.compose import compose_config
     from recipes.schema import parse_config
 
     chosen = [f"upcycle={arguments.method}", f"router={arguments.router}", *_overrides(arguments)]
-    return parse_config(compose_config(["+recipe=upcycle", *chosen]) | {"dense": arguments.dense})
+    values = compose_config(["+recipe=upcycle", *chosen]) | {"dense": arguments.dense}
+    return parse_config(values), values
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -141,6 +161,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
+    from recipes.convert.statistics import needs_statistics
     from recipes.data.sources import check_paths
     from recipes.hosts.exporters import exporters
     from recipes.hosts.inspection import check_dense
@@ -159,7 +180,7 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
     if arguments.target not in ("auto", *exporters()):
         remedy = f"Choose auto, {', '.join(exporters())}."
         mistakes.append(Mistake("--target", arguments.target, "there is no such format", remedy))
-    if arguments.verify or arguments.compare is not None:
+    if arguments.verify or arguments.compare is not None or needs_statistics(config):
         mistakes += check_paths(config.data)
     return mistakes
 
@@ -210,7 +231,7 @@ def _describe(conversion: Conversion) -> str:
         f"mixture: {conversion.request.method.name}, {len(spec.mixtures)} layers with {first.num_experts} "
         f"experts {first.expert.width} wide{shared}, router {first.router.name}, top {first.router.top_k}",
         f"format:  {conversion.exporter.name}, exact in {', '.join(conversion.exporter.exact_in(spec))}",
-        f"size:    {conversion.total_bytes / 2**30:.2f} GiB",
+        f"size:    {_size(conversion.total_bytes)}",
     ]
     if not conversion.exporter.is_native:
         lines.append(f"         in Graft's own format, since {'; '.join(conversion.refusals)}")
@@ -225,9 +246,13 @@ def _conclude(conversion: Conversion, result: ConversionResult, peak: int) -> st
     went_on = f", going on from {result.resumed} finished tensors" if result.resumed else ""
     claim = "exact" if conversion.claims_exact else "another function than the dense model"
     return (
-        f"wrote {result.bytes_written / 2**30:.2f} GiB in {result.seconds:.1f} s ({rate:.0f} MiB/s), flushed "
-        f"to disk{went_on}; peak memory {peak / 2**20:.0f} MiB\nat step 0 it is {claim}: {result.path}"
+        f"wrote {_size(result.bytes_written)} in {result.seconds:.1f} s ({rate:.0f} MiB/s), flushed to "
+        f"disk{went_on}; peak memory {_size(peak)}\nat step 0 it is {claim}: {result.path}"
     )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _figures(

@@ -147,6 +147,12 @@ class RouterStart:
     rows_ED: Tensor | NeuronRows | None = None
     tensors: Mapping[str, Tensor | NeuronRows] = field(default_factory=dict)
 
+    @property
+    def matrices(self) -> frozenset[Matrix]:
+        """The dense matrices whose rows it names."""
+        values = (self.rows_ED, *self.tensors.values())
+        return frozenset(value.matrix for value in values if isinstance(value, NeuronRows))
+
 
 @dataclass(frozen=True)
 class LayerPlan:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe.errors import HostError
+from recipes.hosts.ffn_names import MatrixName
 from recipes.hosts.inspection import weight_files
 from recipes.hosts.tensor_files import DTYPE_NAMES, TensorSpec
 
@@ -76,6 +77,22 @@ class DenseFiles:
         """A tensor, whole, in memory of its own."""
         shape = self.tensors[name].spec.shape
         return self.read_run(name, 0, torch.Size(shape).numel()).view(shape)
+
+    def read_matrix(self, where: MatrixName) -> Tensor:
+        """A matrix ``[out, in]`` or bias ``[out]``, whichever way the files hold it.
+
+        Args:
+            where: By its name in these files.
+        """
+        part, number = where.part
+        shape = self.tensors[where.tensor].spec.shape
+        if number == 1:
+            tensor = self.read(where.tensor)
+        else:
+            run = torch.Size(shape).numel() // number
+            tensor = self.read_run(where.tensor, part * run, (part + 1) * run)
+            tensor = tensor.view(shape[0] // number, *shape[1:])
+        return tensor.t() if where.transposed else tensor
 
     def read_run(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a tensor, in row-major order: ``[stop - start]``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moe.routers import Router, router_class
 from moe.routers.base import RouterConfig
 from moe.upcycle import UpcycleMethod, upcycle_methods
 from moe.upcycle.base import UpcycleConfig
+from moe.upcycle.build import DenseMatrix, router_start
 from moe.upcycle.plan import Draws, FFNShape, LayerPlan, Matrix
 from moe.upcycle.router_start import start_rows
 from recipes.convert.dense import DenseFiles
@@ -204,11 +205,11 @@ def plan_conversion(
         ffn.layer: method.plan(ffn.shape, Draws(request.seed, ffn.layer), _known(method, statistics, ffn))
         for ffn in chosen
     }
-    routers = {ffn.layer: _router(request, ffn, plans[ffn.layer]) for ffn in chosen}
+    stored, skipped = _resolve(files, names)
+    routers = {ffn.layer: _router(request, ffn, plans[ffn.layer], files[0], stored[0]) for ffn in chosen}
     mixtures = tuple(_mixture(ffn, plans[ffn.layer], routers[ffn.layer]) for ffn in chosen)
     spec = ModelSpec(names.config, names.architecture, mixtures)
     exporter, refusals = _exporter(request, spec)
-    stored, skipped = _resolve(files, names)
     kept = list(_kept(names, chosen, stored, method.averaged, request.untie))
     kept_specs = [
         TensorSpec(work.name, files[0].tensors[first].spec.dtype, names.state[same])
@@ -280,12 +281,18 @@ def _chosen(names: HostNames, config: UpcycleConfig) -> list[FFNNames]:
         raise ConfigError.one("upcycle.layers", config.layers, rule, remedy) from error
 
 
-def _router(request: ConversionRequest, ffn: FFNNames, plan: LayerPlan) -> Router[Any]:
-    """As a training run draws it, so that both begin alike."""
+def _router(
+    request: ConversionRequest, ffn: FFNNames, plan: LayerPlan, files: DenseFiles, stored: Mapping[str, str]
+) -> Router[Any]:
+    """As a training run draws it, so that both begin alike; rows of dense neurons are read from the files."""
     cls = router_class(request.router.name)
     router: Router[Any] = cls(request.router, ffn.shape.model_width, len(plan.experts))
     router.reset_parameters(seeded_generator(request.seed, "router", ffn.layer))
-    start_rows(router, plan.router)
+    dense = {
+        matrix: DenseMatrix(files.read_matrix(_in_files(ffn.matrices[matrix], stored)))
+        for matrix in plan.router.matrices
+    }
+    start_rows(router, router_start(plan.router, dense))
     return router
 
 
@@ -356,5 +363,9 @@ def _expert_work(
         for source in range(num_sources):
             for bias, where in ((False, ffn.matrices), (True, ffn.biases)):
                 for matrix, name in where.items():
-                    there = MatrixName(stored[source][name.tensor], name.part, name.transposed)
-                    yield ExpertWork(ffn, source, matrix, bias, there)
+                    yield ExpertWork(ffn, source, matrix, bias, _in_files(name, stored[source]))
+
+
+def _in_files(name: MatrixName, stored: Mapping[str, str]) -> MatrixName:
+    """Where a matrix is in the files, whose tensors may have other names than the host's."""
+    return replace(name, tensor=stored[name.tensor])

@@ -23,7 +23,6 @@ from moe.upcycle.build import DenseMatrix, expert_bias, expert_blocks
 from moe.upcycle.plan import Draws, ExpertPlan
 from recipes.atomic import atomic_write_json
 from recipes.checkpoint import require_space
-from recipes.convert.dense import DenseFiles
 from recipes.convert.plan import ConstantWork, Conversion, ExpertWork, KeptWork, RouterWork, Work
 from recipes.hosts.export import dtype_keys, publish, write_companions
 from recipes.hosts.placement import Piece
@@ -198,7 +197,7 @@ class _Writer:
             yield self._put(name, block, start)
 
     def _matrix(self, work: ExpertWork) -> Iterator[int]:
-        dense = DenseMatrix(read_matrix(self._conversion.files[work.source], work))
+        dense = DenseMatrix(self._conversion.files[work.source].read_matrix(work.where))
         draws = Draws(self._conversion.request.seed, work.ffn.layer)
         for expert, plan in self._of_source(work):
             slot = self._placement.slot(Piece(work.ffn.layer, expert, work.matrix))
@@ -209,7 +208,7 @@ class _Writer:
                 offset += block.numel()
 
     def _bias(self, work: ExpertWork) -> Iterator[int]:
-        dense = read_matrix(self._conversion.files[work.source], work)
+        dense = self._conversion.files[work.source].read_matrix(work.where)
         for expert, plan in self._of_source(work):
             slot = self._placement.slot(Piece(work.ffn.layer, expert, work.matrix, bias=True))
             yield self._put(slot.name, expert_bias(plan, work.matrix, dense) * slot.factor, slot.offset)
@@ -223,16 +222,3 @@ class _Writer:
         for expert, expert_plan in experts:
             if expert_plan.source == work.source:
                 yield expert, expert_plan
-
-
-def read_matrix(files: DenseFiles, work: ExpertWork) -> Tensor:
-    """A dense matrix ``[out, in]`` or bias ``[out]``, whichever way the files hold it."""
-    part, number = work.where.part
-    shape = files.tensors[work.where.tensor].spec.shape
-    if number == 1:
-        tensor = files.read(work.where.tensor)
-    else:
-        run = torch.Size(shape).numel() // number
-        tensor = files.read_run(work.where.tensor, part * run, (part + 1) * run)
-        tensor = tensor.view(shape[0] // number, *shape[1:])
-    return tensor.t() if work.where.transposed else tensor

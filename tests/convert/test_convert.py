@@ -17,22 +17,33 @@ from torch import Tensor
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError, HostError
 from moe.routers import router_class
+from moe.routers.analytical import AnalyticalConfig
 from moe.routers.base import RouterConfig
 from moe.routers.deepseek_v3 import DeepSeekV3Config
+from moe.routers.one_plus import OnePlusConfig
 from moe.routers.topk import TopKConfig
+from moe.routers.unit_linear import UnitLinearConfig
 from moe.upcycle import upcycle_methods
 from moe.upcycle.base import UpcycleConfig
+from moe.upcycle.cmoe import CMoEConfig
 from moe.upcycle.copies import CopyConfig
+from moe.upcycle.llama_moe import LlamaMoEConfig
+from moe.upcycle.llama_moe_v2 import LlamaMoEV2Config
+from moe.upcycle.moefication import MoEficationConfig
 from moe.upcycle.random_init import RandomConfig
+from moe.upcycle.shared_routed import SharedRoutedConfig
+from moe.upcycle.snake import SnakeConfig
 from recipes.convert.gate import compare_folders, load_any
 from recipes.convert.plan import ConversionRequest, plan_conversion
 from recipes.convert.run import RECORD, convert
 from recipes.hosts.export import export
 from recipes.hosts.exporters import choose_exporter
+from recipes.hosts.ffn import find_ffns
 from recipes.hosts.huggingface import Surgery, load_host, swap
 from recipes.hosts.inspection import weight_files
 from recipes.hosts.spec import describe_host
 from tests.conftest import VOCABULARY, MakeCheckpoint
+from tests.moe.gathered import gathered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +75,12 @@ def request(dense: Path, method: UpcycleConfig = COPY, router: RouterConfig = TO
 
 
 def in_memory(
-    dense: Path, method: UpcycleConfig, router: RouterConfig, folder: Path, dtype: torch.dtype
+    dense: Path,
+    method: UpcycleConfig,
+    router: RouterConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    statistics: dict[int, dict[str, Tensor]] | None = None,
 ) -> Path:
     """The same mixture by the surgery and the export of a training run."""
     host = load_host(dense)
@@ -76,7 +92,7 @@ def in_memory(
         backend="auto",
         seed=3,
     )
-    swap(host, surgery)
+    swap(host, surgery, statistics=statistics)
     exporter, _ = choose_exporter(describe_host(host))
     export(host, exporter, host.model.state_dict().items(), folder, dtype, writes=True)
     return folder
@@ -118,6 +134,33 @@ def test_files_are_those_of_the_surgery_in_memory(
     )
     assert_same_files(result.path, in_memory(dense, method, router, tmp_path / "memory", dtype))
     assert (result.path / "tokenizer.json").is_file()
+
+
+# What they were told of text; cmoe's and moefication's routers take rows of the dense network.
+TOLD: list[tuple[str, UpcycleConfig, RouterConfig]] = [
+    ("llama", CMoEConfig(num_experts=4, num_shared=2), AnalyticalConfig(top_k=2)),
+    ("phi3", CMoEConfig(num_experts=4, num_shared=0), AnalyticalConfig(top_k=2)),
+    ("llama", LlamaMoEV2Config(num_experts=3, layers="all"), TOPK),
+    ("qwen2", LlamaMoEConfig(num_experts=4, split="gradient"), TOPK),
+    ("llama", SnakeConfig(num_experts=4), OnePlusConfig(top_k=2)),
+    ("relu", MoEficationConfig(num_experts=4), UnitLinearConfig(top_k=2)),
+    ("llama", SharedRoutedConfig(order="activation_rate"), TOPK),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "router"), TOLD)
+def test_methods_that_look_at_text(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, family: str, method: UpcycleConfig, router: RouterConfig
+) -> None:
+    dense = make_checkpoint("llama", hidden_act="relu") if family == "relu" else make_checkpoint(family)
+    chosen = upcycle_methods()[method.name](method).for_router(router)
+    host = load_host(dense)
+    statistics = {site.layer: gathered(chosen, site.weights) for site in find_ffns(host.model, host.config)}
+    convert(plan_conversion(request(dense, method, router), statistics), tmp_path / "out")
+    memory = in_memory(dense, method, router, tmp_path / "memory", torch.float32, statistics)
+    assert_same_files(tmp_path / "out", memory)
+    with pytest.raises(ConfigError, match="needs statistics"):
+        plan_conversion(request(dense, method, router))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2", "phi3", "gpt2"])

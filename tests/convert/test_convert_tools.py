@@ -39,6 +39,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def test_a_method_that_looks_at_text(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, text: str, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, out = make_checkpoint("llama", max_position_embeddings=256), tmp_path / "moe"
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(Path(text).read_text()[number:])
+    arguments = ["--method", "cmoe", "--router", "analytical", "--experts", 4, "--text", tmp_path / "*.txt"]
+    options = ["calibration.samples=4", "data.seq_len=32", f"cache_dir={tmp_path / 'cache'}"]
+    options += ["data.validation_fraction=0.3"]
+    assert call(tools.upcycle, "--dense", dense, "--out", out, *arguments, *options) == 0
+    said = capsys.readouterr()
+    assert "cmoe, 3 layers with 4 experts 8 wide and a shared one 16 wide" in said.out
+    assert "calibration: " in said.err
+    # Nothing of the calibration is left beside the output.
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".txt") == ["cache", "moe"]
+
+
 def test_a_conversion_with_its_gate(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, text: str, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
