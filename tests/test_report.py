@@ -147,6 +147,16 @@ def test_a_complete_run_is_one_page_that_loads_nothing(tmp_path: Path) -> None:
     assert all(p.read_bytes().startswith(PNG) for p in (tmp_path / "run" / "figures").iterdir())
 
 
+def test_what_an_inexact_method_did_to_each_layer(tmp_path: Path) -> None:
+    layer = {"layer": 3, "relative_error": 0.5921, "cosine": 0.8819, "gain": 0.5231, "load_entropy": None}
+    exactness = {"method": "drop", "claimed_exact": False, "layers": [layer]}
+    text = _Page(build_report(_make(tmp_path / "drop", SUMMARY | {"exactness": exactness}))).text
+    for figure in ("relative error", "0.592", "0.882", "0.523", "does not claim to be exact"):
+        assert figure in text, figure
+    exact = exactness | {"claimed_exact": True}
+    assert "0.592" not in _Page(build_report(_make(tmp_path / "copy", SUMMARY | {"exactness": exact}))).text
+
+
 def test_what_comes_from_a_run_is_escaped(tmp_path: Path) -> None:
     raw = build_report(_make(tmp_path, SUMMARY)).read_text()
     assert "<script" not in raw and "<MoE>" not in raw and "demo <b>" not in raw

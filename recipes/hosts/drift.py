@@ -1,25 +1,23 @@
 """How far each method moves a dense model before any training: per layer and for the logits, on real text.
 
-Letters: B samples, S sequence length, T tokens, E experts.
+Letters: B samples, S sequence length.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from moe.layer import MoELayer
-from moe.types import Routing
 from moe.upcycle.check import LayerDrift, LogitDrift, logit_drift
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, chosen_sites, measuring, swap
+from recipes.hosts.huggingface import HuggingFaceHost, Surgery, SurgeryReport, chosen_sites, measuring, swap
+from recipes.hosts.loads import load_entropies
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
@@ -77,7 +75,7 @@ def measure_drift(
     dense_logits = host.model(input_ids=tokens_BS).logits
     with _swapped(host, surgery, sources, known) as swapped:
         drifts: list[LayerDrift] = []
-        with measuring(swapped, drifts), _routings([layer for _, layer in swapped]) as routings:
+        with measuring(swapped, drifts), load_entropies([layer for _, layer in swapped]) as loads:
             logits = host.model(input_ids=tokens_BS).logits
         return MethodDrift(
             claims_exact=all(surgery.method.is_exact(layer.router) for _, layer in swapped),
@@ -85,7 +83,7 @@ def measure_drift(
             dense_loss=_loss(dense_logits, tokens_BS),
             loss=_loss(logits, tokens_BS),
             layers=tuple(drifts),
-            load_entropy=tuple(_load_entropy(routing) for routing in routings),
+            load_entropy=tuple(loads),
             parameters=sum(parameter.numel() for parameter in host.model.parameters()),
         )
 
@@ -105,31 +103,45 @@ def _swapped(
             site.replace(host.model, module)
 
 
-@contextmanager
-def _routings(layers: Sequence[MoELayer]) -> Iterator[list[Routing]]:
-    found: list[Routing] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        found.append(routing)
-
-    handles = [layer.router.register_forward_hook(keep) for layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
     flat = logits_BSV[:, :-1].flatten(0, 1).float()
     return float(functional.cross_entropy(flat, tokens_BS[:, 1:].flatten()))
 
 
-def _load_entropy(routing: Routing) -> float:
-    used_TK = torch.ones_like(routing.weights_TK, dtype=torch.bool)
-    if routing.slot_mask_TK is not None:
-        used_TK = routing.slot_mask_TK
-    counts_E = torch.bincount(routing.expert_ids_TK[used_TK], minlength=routing.num_experts).double()
-    share_E = counts_E / counts_E.sum().clamp_min(1)
-    entropy = float(torch.special.entr(share_E).sum())
-    return entropy / math.log(routing.num_experts)
+def layer_table(layers: Sequence[LayerDrift], load_entropy: Sequence[float]) -> str:
+    """A line for each layer, for people."""
+    lines = [f"{'layer':>7}{'rel. error':>12}{'cosine':>9}{'gain':>8}{'load':>7}"]
+    for drift, load in zip(layers, load_entropy, strict=True):
+        figures = f"{drift.relative_error:>12.3f}{drift.cosine:>9.3f}{drift.gain:>8.2f}{load:>7.2f}"
+        lines.append(f"{drift.layer:>7}{figures}")
+    return "\n".join(lines)
+
+
+def describe_surgery(report: SurgeryReport) -> str:
+    """The step-0 gate in a line, and what an inexact method did to each layer."""
+    head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and mixture differ by "
+    figures = f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
+    if report.claimed_exact:
+        return f"{head}{figures}: exact"
+    return (
+        f"{head}{figures}, KL {report.logits.kl:.2e}: this method is not exact under this router. Outputs of "
+        "each mixture against its dense network's, and the entropy of its load (1: even):\n"
+        f"{layer_table(report.drifts, report.load_entropy)}"
+    )
+
+
+def summarise_surgery(report: SurgeryReport) -> dict[str, Any]:
+    """The step-0 gate for ``summary.json``."""
+    return {
+        "method": report.method,
+        "claimed_exact": report.claimed_exact,
+        "max_logit_diff": report.logits.max_diff,
+        "max_logit": report.logits.max_logit,
+        "relative": report.logits.relative,
+        "kl": report.logits.kl,
+        "argmax_agreement": report.logits.argmax_agreement,
+        "layers": [
+            asdict(drift) | {"load_entropy": load}
+            for drift, load in zip(report.drifts, report.load_entropy, strict=True)
+        ],
+    }

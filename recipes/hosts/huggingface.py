@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.attention import AttentionMoE, attention_layers
 from moe.dispatch import Dispatcher
 from moe.draws import seeded_generator
 from moe.errors import ConfigError, HostError
@@ -31,6 +32,7 @@ from moe.upcycle.router_start import start_rows
 from moe.upcycle.weights import FFNWeights
 from recipes.hosts.branches import average, require_same
 from recipes.hosts.ffn import FFNSite, dense_ffn, find_ffns
+from recipes.hosts.loads import load_entropies
 from recipes.hosts.method_fit import method_mistakes
 
 
@@ -63,6 +65,15 @@ class HuggingFaceHost:
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """Block index and MoE layer, in order."""
         return [(layer.context.layer_index, layer) for _, layer in moe_layers(self.model)]
+
+    def attention_layers(self) -> list[tuple[int, AttentionMoE]]:
+        """Block index and layer of attention experts, in order."""
+        return [(layer.context.layer_index, layer) for _, layer in attention_layers(self.model)]
+
+    def routed_layers(self) -> list[MoELayer | AttentionMoE]:
+        """Every layer with a router."""
+        mixtures: list[MoELayer | AttentionMoE] = [layer for _, layer in self.moe_layers()]
+        return mixtures + [layer for _, layer in self.attention_layers()]
 
     def _fill_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.schedule is not None:
@@ -139,6 +150,7 @@ class SurgeryReport:
         claimed_exact: Whether the method claims to keep the function under this router.
         logits: Drift of the logits on real tokens.
         drifts: Drift of each layer on its own.
+        load_entropy: Of each layer, entropy of where the tokens go over that of even load: 1 is balanced.
     """
 
     method: str
@@ -146,6 +158,7 @@ class SurgeryReport:
     claimed_exact: bool
     logits: LogitDrift
     drifts: tuple[LayerDrift, ...]
+    load_entropy: tuple[float, ...]
 
 
 def make_layer(
@@ -255,14 +268,14 @@ def upcycle(
     swapped = swap(host, surgery, sources, statistics)
     host.model.eval()
     drifts: list[LayerDrift] = []
-    with measuring(swapped, drifts):
+    with measuring(swapped, drifts), load_entropies([layer for _, layer in swapped]) as loads:
         moe_logits = host.model(input_ids=tokens_BS).logits
     exact = all(surgery.method.is_exact(layer.router) for _, layer in swapped)
     logits = logit_drift(dense_logits, moe_logits)
     if exact:
         require_exact(surgery.method.name, logits, drifts, moe_logits.dtype)
     layers = tuple(site.layer for site, _ in swapped)
-    return SurgeryReport(surgery.method.name, layers, exact, logits, tuple(drifts))
+    return SurgeryReport(surgery.method.name, layers, exact, logits, tuple(drifts), tuple(loads))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from recipes.costs import measure_costs, peak_memory_bytes, scheduled_costs
 from recipes.data.build import TrainData
 from recipes.data.sources import resolve
 from recipes.embedded import embedded_dense, shared_data, train_embedded
+from recipes.hosts.drift import describe_surgery, summarise_surgery
 from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, SurgeryReport, load_host, swap, upcycle
+from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap, upcycle
 from recipes.hosts.spec import describe_host
 from recipes.identity import read_run_file, refuse_changes
 from recipes.jobs.base import Job, Session
@@ -55,6 +55,10 @@ class UpcycleJob(Job):
             mistakes.append(Mistake("data.path", config.data.path, rule, remedy))
         return mistakes
 
+    def kinds(self, config: RunConfig) -> list[type[TrainedLeg]]:
+        """The legs of a run, in order."""
+        return [MoELeg, CPTLeg] if config.trains_cpt else [MoELeg]
+
     def run(self, session: Session) -> bool:
         """Trains what is to be trained, leg by leg; a resumed run skips the legs that are finished."""
         config = session.config
@@ -73,9 +77,7 @@ class UpcycleJob(Job):
         _describe(session, data)
         # Once for all legs, so that their utilisations compare.
         peak = peak_for(session.engine.device, session.engine.compute_dtype)
-        legs = [_MoELeg(session, folder, data, results, peak)]
-        if config.trains_cpt:
-            legs.append(_CPTLeg(session, folder, data, results, peak))
+        legs = [kind(session, folder, data, results, peak) for kind in self.kinds(config)]
         trains = not all(leg.finished for leg in legs)
         ended = all(leg.run() for leg in legs)
         if trains:
@@ -103,7 +105,7 @@ def _describe(session: Session, data: TrainData) -> None:
     )
 
 
-class _TrainedLeg:
+class TrainedLeg:
     """What the upcycled model and its baseline have in common."""
 
     name: str
@@ -178,8 +180,7 @@ class _TrainedLeg:
         """What follows the last step."""
 
     def _leg(self, host: HuggingFaceHost, state: dict[str, Any]) -> Leg:
-        engine = self.session.engine
-        peak = self.peak
+        engine, peak = self.session.engine, self.peak
         costs = measure_costs(host, self.config.data.seq_len, peak.value)
         trainable = engine.prepare(host, self.config.optim)
         leg = Leg(
@@ -221,7 +222,7 @@ class _TrainedLeg:
         )
 
 
-class _MoELeg(_TrainedLeg):
+class MoELeg(TrainedLeg):
     """The upcycled model."""
 
     name = "moe"
@@ -242,8 +243,8 @@ class _MoELeg(_TrainedLeg):
             for folder in surgery.method.sources
         ]
         report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
-        self.session.say(describe_exactness(report))
-        return self._leg(host, {"exactness": exactness_summary(report)})
+        self.session.say(describe_surgery(report))
+        return self._leg(host, {"exactness": summarise_surgery(report)})
 
     def _statistics(
         self, host: HuggingFaceHost, method: UpcycleMethod[Any], source: Path | None
@@ -315,7 +316,7 @@ class _MoELeg(_TrainedLeg):
         )
 
 
-class _CPTLeg(_TrainedLeg):
+class CPTLeg(TrainedLeg):
     """The baseline of both sparse-upcycling papers: the dense model on the same tokens."""
 
     name = "cpt"
@@ -337,33 +338,6 @@ def make_surgery(config: RunConfig) -> Surgery:
         backend=config.experts.backend,
         seed=config.seed,
     )
-
-
-def describe_exactness(report: SurgeryReport) -> str:
-    """One line on the step-0 gate."""
-    head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and mixture differ by "
-    figures = f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
-    if report.claimed_exact:
-        return f"{head}{figures}: exact"
-    worst = max(report.drifts, key=lambda drift: drift.relative_error)
-    return (
-        f"{head}{figures}, KL {report.logits.kl:.2e}: this method is not exact under this router; layer "
-        f"{worst.layer} drifts most, relative error {worst.relative_error:.2f}, gain {worst.gain:.2f}"
-    )
-
-
-def exactness_summary(report: SurgeryReport) -> dict[str, Any]:
-    """The step-0 gate for ``summary.json``."""
-    return {
-        "method": report.method,
-        "claimed_exact": report.claimed_exact,
-        "max_logit_diff": report.logits.max_diff,
-        "max_logit": report.logits.max_logit,
-        "relative": report.logits.relative,
-        "kl": report.logits.kl,
-        "argmax_agreement": report.logits.argmax_agreement,
-        "layers": [asdict(drift) for drift in report.drifts],
-    }
 
 
 def _export_dtype(config: RunConfig, host: HuggingFaceHost) -> torch.dtype:

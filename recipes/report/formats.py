@@ -51,6 +51,12 @@ def small(value: Any) -> str:
     return NOT_MEASURED if known is None else f"{known:.3g}"
 
 
+def decimal(value: Any) -> str:
+    """A plain number to three decimals: ``0.983``."""
+    known = number(value)
+    return NOT_MEASURED if known is None else f"{known:.3f}"
+
+
 def share(value: Any) -> str:
     """A fraction as a percentage: ``31.2 %``."""
     known = number(value)

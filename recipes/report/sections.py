@@ -152,7 +152,30 @@ def exactness(record: RunRecord) -> list[str]:
     if "argmax_agreement" in measured:
         facts.append(("tokens with the same best prediction", formats.share(measured["argmax_agreement"])))
     text = "Logits of the dense model and of the mixture before its first training step, on real tokens."
-    return [*pieces, html.paragraph(text, "note"), html.facts(facts, NOT_MEASURED)]
+    pieces += [html.paragraph(text, "note"), html.facts(facts, NOT_MEASURED)]
+    layers = measured.get("layers")
+    return (
+        [*pieces, *_layer_drifts(layers)] if layers and measured.get("claimed_exact") is not True else pieces
+    )
+
+
+def _layer_drifts(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What an inexact method did to each layer."""
+    columns = {
+        "relative error": "relative_error",
+        "cosine": "cosine",
+        "gain": "gain",
+        "entropy of the load": "load_entropy",
+    }
+    rows = [
+        [str(row.get("layer")), *(formats.decimal(row.get(key)) for key in columns.values())]
+        for row in layers
+    ]
+    text = (
+        "Each mixture against its dense network on the same input: |moe - dense| / |dense|, the cosine of "
+        "the outputs, |moe| / |dense|, and where the tokens go (1: evenly to all experts)."
+    )
+    return [html.paragraph(text, "note"), html.table(["layer", *columns], rows, NOT_MEASURED)]
 
 
 def export(record: RunRecord) -> list[str]:

@@ -1,0 +1,46 @@
+"""Where tokens go in a pass through a host, for reports that are made before any training.
+
+Letters: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe.layer import MoELayer
+from moe.types import Routing
+
+
+@contextmanager
+def load_entropies(layers: Sequence[MoELayer]) -> Iterator[list[float]]:
+    """While open, collects `load_entropy` of every forward pass of every one of the layers, in order."""
+    found: list[float] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        found.append(load_entropy(routing))
+
+    handles = [layer.router.register_forward_hook(keep) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_entropy(routing: Routing) -> float:
+    """Entropy of where the slots go over that of even load: 1 is balanced, 0 is one expert for all."""
+    if routing.num_experts == 1:
+        return 1.0
+    used_TK = torch.ones_like(routing.weights_TK, dtype=torch.bool)
+    if routing.slot_mask_TK is not None:
+        used_TK = routing.slot_mask_TK
+    counts_E = torch.bincount(routing.expert_ids_TK[used_TK], minlength=routing.num_experts).double()
+    share_E = counts_E / counts_E.sum().clamp_min(1)
+    entropy = float(torch.special.entr(share_E).sum())
+    return entropy / math.log(routing.num_experts)
