@@ -22,7 +22,7 @@ from recipes.schema import RunConfig, parse_config
 
 # Of the columns after the method's name.
 _WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
-_ENTRY = re.compile(r"(\w+)(?:\[([^\]]*)\])?")
+_ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,30 @@ def parse_candidates(text: str) -> list[Candidate]:
     """
     known = sorted(path.stem for path in (CONF / "upcycle").glob("*.yaml"))
     found, mistakes = [], []
-    for part in re.split(r",(?![^\[]*\])", text):
+    for part in _parts(text):
         match = _ENTRY.fullmatch(part.strip())
         if match is None or match[1] not in known:
             remedy = f"Write NAME or NAME[option=value,...]; names are {', '.join(known)}."
             mistakes.append(Mistake("--compare", part.strip(), "there is no such method", remedy))
             continue
-        options = [option.strip() for option in (match[2] or "").split(",") if option.strip()]
+        options = [option.strip() for option in _parts(match[2] or "") if option.strip()]
         named = [o if "." in o.split("=")[0] or o.startswith("router=") else f"upcycle.{o}" for o in options]
         found.append(Candidate(part.strip(), (f"upcycle={match[1]}", *named)))
     if mistakes:
         raise ConfigError(mistakes)
     return found
+
+
+def _parts(text: str) -> list[str]:
+    """Splits at the commas that are in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def compare_methods(

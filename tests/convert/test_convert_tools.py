@@ -13,6 +13,7 @@ import pytest
 import tools.upcycle
 import tools.verify
 from moe.errors import ConfigError
+from recipes.convert.compare import parse_candidates
 from tests.conftest import MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,3 +116,16 @@ def test_mistakes_have_path_and_remedy(
     with pytest.raises(ConfigError, match=match):
         call(tools.upcycle, "--dense", make_checkpoint("qwen3"), "--out", tmp_path / "moe", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_methods_to_compare_are_read_with_their_options() -> None:
+    text = "copy, drop[ratio=0.25,independent=true],branch_train_mix[sources=[a,b],router.top_k=1]"
+    copy, drop, branches = parse_candidates(text)
+    assert copy.overrides == ("upcycle=copy",)
+    assert drop.overrides == ("upcycle=drop", "upcycle.ratio=0.25", "upcycle.independent=true")
+    assert branches.overrides[1:] == ("upcycle.sources=[a,b]", "router.top_k=1")
+    with pytest.raises(ConfigError) as caught:
+        parse_candidates("drop[,nope")
+    assert len(caught.value.mistakes) == 1
+    with pytest.raises(ConfigError, match="nope"):
+        parse_candidates("copy,nope")
