@@ -18,7 +18,7 @@ from moe.types import Config
 from recipes.clipping import clip_grad_norm
 from recipes.lr_schedule import ScheduleConfig, lr_factor
 from recipes.muon import Adjustment, StackedMuon
-from recipes.parameter_groups import fused_rows, group_parameters
+from recipes.parameter_groups import GROUPS, fused_rows, group_parameters
 from recipes.rules import require
 
 __all__ = [
@@ -65,6 +65,33 @@ class MuonConfig(Config):
 
 
 @dataclass(frozen=True)
+class FrozenConfig(Config):
+    """A first stage in which some parameters do not train.
+
+    With the experts frozen, a fresh router finds its way among experts that were divided well, before they
+    move (expert-frozen tuning, arXiv 2512.02351). Gradients are computed all the same.
+
+    Attributes:
+        steps: Updates of the run that it lasts; 0 for no such stage.
+        groups: What is frozen, of `recipes.parameter_groups.GROUPS`.
+    """
+
+    steps: int = 0
+    groups: tuple[str, ...] = ("experts", "expert_biases")
+
+    def __post_init__(self) -> None:
+        unknown = [group for group in self.groups if group not in GROUPS]
+        require(
+            (self.steps >= 0, f"steps={self.steps} must be at least 0. Give 0 for no frozen stage."),
+            (
+                not unknown,
+                f"groups={list(self.groups)}: {unknown} are unknown. Choose of {', '.join(GROUPS)}.",
+            ),
+            (set(self.groups) != set(GROUPS), "groups: nothing is left to train. Leave one out."),
+        )
+
+
+@dataclass(frozen=True)
 class OptimConfig(Config):
     """The optimizer.
 
@@ -77,6 +104,7 @@ class OptimConfig(Config):
         betas: AdamW's.
         eps: AdamW's.
         clip_norm: Gradients are scaled down to this norm, all parameters together; None does not clip.
+        frozen: What the first updates leave alone.
         muon: Settings of Muon.
         schedule: How the learning rate moves.
     """
@@ -89,6 +117,7 @@ class OptimConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_norm: float | None = 1.0
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -143,10 +172,12 @@ class OptimizerSet:
 
     Attributes:
         optimizers: One or two torch optimizers. Every parameter group carries ``name`` and ``base_lr``.
+        frozen: What the first updates leave alone.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], frozen: FrozenConfig) -> None:
         self.optimizers = tuple(optimizers)
+        self.frozen = frozen
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -161,6 +192,19 @@ class OptimizerSet:
         """Sets every learning rate to ``factor`` times its full value."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def drop_frozen(self, step: int) -> None:
+        """Frees the gradients of the groups that do not train yet: neither clipping nor updates see them.
+
+        Args:
+            step: Updates before this one.
+        """
+        if step >= self.frozen.steps:
+            return
+        for group in self.param_groups:
+            if group["name"] in self.frozen.groups:
+                for param in group["params"]:
+                    param.grad = None
 
     def step(self) -> None:
         """Updates every parameter that has a gradient."""
@@ -260,7 +304,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerSet:
             muon += _muon_groups(group_name, rules[group_name], members, blocks, config)
         else:
             adamw += _adamw_groups(group_name, rules[group_name], members, config)
-    return OptimizerSet([*_build_adamw(adamw, config), *_build_muon(muon, config)])
+    return OptimizerSet([*_build_adamw(adamw, config), *_build_muon(muon, config)], config.frozen)
 
 
 def _torch_group(name: str, rule: GroupRule, members: list[Tensor], config: OptimConfig) -> dict[str, Any]:

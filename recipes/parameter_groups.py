@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+#: What parameters may be for.
+GROUPS = ("router", "experts", "expert_biases", "matrices", "tensors", "head", "embeddings", "vectors")
+
 
 def group_parameters(model: nn.Module) -> dict[str, list[str]]:
     """Sorts the trainable parameters of a model into groups, by what they are for.

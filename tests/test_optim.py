@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.optim import (
+    FrozenConfig,
     MuonConfig,
     OptimConfig,
     OptimizerSet,
@@ -22,6 +23,7 @@ from recipes.optim import (
     group_parameters,
     lr_factor,
 )
+from recipes.parameter_groups import GROUPS
 
 VOCAB, WIDTH, EXPERTS, FFN = 11, 6, 3, 4
 
@@ -195,6 +197,45 @@ def test_materialised_state_is_what_the_first_step_makes(name: str) -> None:
         assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_groups_stay_and_then_begin_afresh(name: str) -> None:
+    """Steps 0 and 1 leave the experts alone; step 2 is to them what a first step is."""
+    frozen = OptimConfig(name=name, frozen=FrozenConfig(2), clip_norm=None)
+    model, plain = tiny(), tiny()
+    optimizer = build_optimizer(model, frozen)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    ids = torch.randint(VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        if step == 2:
+            plain.load_state_dict(model.state_dict())
+            for (_, param), (_, other) in zip(
+                model.named_parameters(), plain.named_parameters(), strict=True
+            ):
+                other.grad = None if param.grad is None else param.grad.clone()
+        optimizer.drop_frozen(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step < 2:
+            for key, value in model.named_parameters():
+                assert torch.equal(value, before[key]) == ("experts." in key), (step, key)
+    fresh = build_optimizer(plain, replace(frozen, frozen=FrozenConfig()))
+    fresh.step()
+    for key in ("experts.gate_up", "experts.down", "experts.bias"):
+        assert torch.equal(model.get_parameter(key), plain.get_parameter(key)), key
+
+
+def test_frozen_gradients_do_not_count_in_the_norm() -> None:
+    model = tiny()
+    optimizer = build_optimizer(model, OptimConfig(frozen=FrozenConfig(1, ("experts",))))
+    ids = torch.arange(10).view(2, 5) % VOCAB
+    nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    rest = [p.grad for n, p in model.named_parameters() if n not in ("experts.gate_up", "experts.down")]
+    wanted = torch.stack([g.norm() for g in rest if g is not None]).norm()
+    optimizer.drop_frozen(0)
+    torch.testing.assert_close(clip_grad_norm(model.parameters(), None), wanted)
+
+
 def test_state_names() -> None:
     model = tiny(tied=True)
     optimizer = build_optimizer(model, OptimConfig(name="muon"))
@@ -295,6 +336,9 @@ def test_all_mistakes_at_once() -> None:
     for wrong in ({"kind": "step"}, {"warmup_steps": -1}, {"decay_fraction": 0.0}, {"min_lr_ratio": 2.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ScheduleConfig(**wrong)
+    for wrong in ({"steps": -1}, {"groups": ("expert",)}, {"groups": GROUPS}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            FrozenConfig(**wrong)
     for wrong in ({"lr_scale": -1}, {"momentum": 1.0}, {"ns_steps": 0}, {"adjustment": "rms"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MuonConfig(**wrong)
