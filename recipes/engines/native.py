@@ -226,6 +226,7 @@ class NativeTrainable(Trainable):
 
     def step(self, lr_factor: float) -> Tensor:
         """See `Trainable.step`."""
+        self.optimizer.drop_frozen(self.host.context.step)
         norm = clip_grad_norm(self.host.model.parameters(), self.optim_config.clip_norm)
         if torch.isfinite(norm):
             self.optimizer.set_lr_factor(lr_factor)
