@@ -23,7 +23,7 @@ def _parse() -> argparse.Namespace:
         "the gradients of every parameter that both have. Exit code 0 when they agree, 1 when not.",
     )
     add = parser.add_argument
-    add("--dense", required=True, metavar="DIR", help="the dense checkpoint")
+    add("--dense", required=True, metavar="DIR", help="the dense checkpoint, or any other to compare with")
     add("--moe", required=True, metavar="DIR", help="the mixture: of transformers or in Graft's own format")
     add("--text", default=None, metavar="PATH", help="text (default: Python's standard library)")
     add("--samples", type=int, default=8, help="sequences (default 8)")
@@ -57,13 +57,11 @@ def main() -> int:
 
 def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     from recipes.data.sources import check_paths
-    from recipes.hosts.inspection import check_dense
+    from recipes.hosts.inspection import check_checkpoint
 
-    mistakes = check_json_target(arguments.json) + check_dense(arguments.dense) + check_paths(data, "--text")
-    if not (Path(arguments.moe).expanduser() / "config.json").is_file():
-        mistakes.append(
-            Mistake("--moe", arguments.moe, "there is no config.json in it", "Give a checkpoint.")
-        )
+    mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
+    for option in ("dense", "moe"):
+        mistakes += check_checkpoint(getattr(arguments, option), f"--{option}")
     for name in ("samples", "length"):
         if getattr(arguments, name) < 1:
             mistakes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,49 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
 
     Reads ``config.json`` and the headers of the weight files, never the weights.
     """
+    config, mistakes = _read(path)
+    if config is None:
+        return mistakes
+    mistakes = _check_config(path, config, trust_remote_code) + _check_dense_config(path, config)
+    return mistakes + _check_weights(path, Path(path).expanduser())
+
+
+def check_checkpoint(path: str, option: str) -> list[Mistake]:
+    """Every reason why a folder is no checkpoint, dense or a mixture.
+
+    Args:
+        path: The folder.
+        option: The config path or flag that mistakes carry.
+    """
+    config, mistakes = _read(path)
+    if config is not None:
+        mistakes = _check_config(path, config, trust_remote_code=False)
+        mistakes += _check_weights(path, Path(path).expanduser())
+    return [replace(mistake, path=option) for mistake in mistakes]
+
+
+def _read(path: str) -> tuple[dict[str, Any] | None, list[Mistake]]:
     folder = Path(path).expanduser()
     if not folder.exists():
-        return [_mistake(path, "the folder does not exist", "Give the path of a local checkpoint folder.")]
+        rule, remedy = "the folder does not exist", "Give the path of a local checkpoint folder."
+        return None, [_mistake(path, rule, remedy)]
     if not folder.is_dir():
-        return [_mistake(path, "this is a file, not a folder", "Give the folder that holds config.json.")]
+        rule, remedy = "this is a file, not a folder", "Give the folder that holds config.json."
+        return None, [_mistake(path, rule, remedy)]
     try:
         config = read_config(folder)
     except FileNotFoundError:
-        return [_mistake(path, "there is no config.json in it", "Give a checkpoint in Hugging Face format.")]
+        rule, remedy = "there is no config.json in it", "Give a checkpoint in Hugging Face format."
+        return None, [_mistake(path, rule, remedy)]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return [_mistake(path, f"its config.json is not valid JSON ({error})", "Download it again.")]
+        rule = f"its config.json is not valid JSON ({error})"
+        return None, [_mistake(path, rule, "Download it again.")]
     except OSError as error:
-        return [_mistake(path, f"its config.json cannot be read ({error.strerror})", "Check permissions.")]
+        rule = f"its config.json cannot be read ({error.strerror})"
+        return None, [_mistake(path, rule, "Check permissions.")]
     if not isinstance(config, dict):
-        return [_mistake(path, "its config.json is not a JSON object", "Download it again.")]
-    return _check_config(path, config, trust_remote_code) + _check_weights(path, folder)
+        return None, [_mistake(path, "its config.json is not a JSON object", "Download it again.")]
+    return config, []
 
 
 def _mistake(path: str, rule: str, remedy: str) -> Mistake:
@@ -84,15 +112,6 @@ def _check_config(path: str, config: dict[str, Any], trust_remote_code: bool) ->
                 "Give a causal language model (architectures: ...ForCausalLM), such as Llama or Qwen.",
             )
         )
-    experts = [key for key in _EXPERT_COUNT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
-    if experts:
-        mistakes.append(
-            _mistake(
-                path,
-                f"this model is a mixture of experts already ({experts[0]}={config[experts[0]]})",
-                "Give a dense checkpoint.",
-            )
-        )
     if "auto_map" in config and not trust_remote_code:
         mistakes.append(
             _mistake(
@@ -102,6 +121,14 @@ def _check_config(path: str, config: dict[str, Any], trust_remote_code: bool) ->
             )
         )
     return mistakes
+
+
+def _check_dense_config(path: str, config: dict[str, Any]) -> list[Mistake]:
+    experts = [key for key in _EXPERT_COUNT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
+    if not experts:
+        return []
+    rule = f"this model is a mixture of experts already ({experts[0]}={config[experts[0]]})"
+    return [_mistake(path, rule, "Give a dense checkpoint.")]
 
 
 def _check_weights(path: str, folder: Path) -> list[Mistake]:
