@@ -15,6 +15,7 @@ from tools.command import STDOUT, check_json_target, run_command, write_json
 if TYPE_CHECKING:
     from recipes.cap.plan import Request
     from recipes.cap.radar import Anchors
+    from recipes.cap.server import Server
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         "null, with the reason.",
     )
     add = parser.add_argument
-    add("folders", nargs="*", metavar="[NAME=]FOLDER", help="checkpoint of transformers, or export of Graft")
+    add(
+        "folders",
+        nargs="*",
+        metavar="[NAME=]FOLDER",
+        help="checkpoint of transformers, export of Graft, run of Graft (its mixture), RUN/dense, RUN/cpt",
+    )
     add("--compare", nargs="+", metavar="JSON", help="measure nothing; put these reports beside each other")
     work = parser.add_argument_group("what is run").add_argument
     work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="(default: %(default)s)")
@@ -54,6 +60,15 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     good("--perplexity", type=int, default=0, metavar="N", help="of N samples of the text (default: none)")
     good("--perplexity-length", type=int, default=256, metavar="N", help="tokens each (default: %(default)s)")
     good("--choices", metavar="JSONL", help='lines of {"question": ..., "choices": [...], "answer": 0}')
+    good("--lm-eval", metavar="TASK,...", help="tasks of lm-evaluation-harness, which must be installed")
+    good("--lm-eval-dir", metavar="DIR", help="further task files for it")
+    good("--lm-eval-limit", type=int, metavar="N", help="questions of each task (default: all)")
+    far = parser.add_argument_group("a server (speed alone; FOLDER gives config and tokenizer)").add_argument
+    far("--server", metavar="URL", help="OpenAI-compatible: vLLM, SGLang; streams /v1/completions")
+    far("--model", default="", metavar="NAME", help="as the server calls it")
+    far("--server-device", metavar="NAME", help="such as 'NVIDIA H100 80GB HBM3', for peaks and prices")
+    far("--server-devices", type=int, default=1, metavar="N", help="that hold it (default: %(default)s)")
+    far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
     top = parser.add_argument_group("peaks").add_argument
     top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
     top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes a second")
@@ -126,7 +141,14 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
         else:
             remedy = "Write numbers with commas: 1,4,16."
             mistakes.append(Mistake("--batch-sizes", text, "it is no whole number", remedy))
-    path = None if args.choices is None else Path(args.choices).expanduser()
+    accuracy = Accuracy(
+        args.perplexity,
+        args.perplexity_length,
+        _path(args.choices),
+        tuple(filter(None, (args.lm_eval or "").split(","))),
+        _path(args.lm_eval_dir),
+        args.lm_eval_limit,
+    )
     request = Request(
         systems=name_systems(args.folders),
         work=Workload(tuple(sizes) or (1,), args.prompt, args.new, args.rounds),
@@ -134,8 +156,8 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
         dtype=args.dtype,
         experts=args.experts,
         text=args.text,
-        tokenizer=None if args.tokenizer is None else Path(args.tokenizer).expanduser(),
-        accuracy=Accuracy(args.perplexity, args.perplexity_length, path),
+        tokenizer=_path(args.tokenizer),
+        accuracy=accuracy,
         origin=args.peaks,
         peak_bytes_per_s=None if args.peak_bandwidth is None else 1e9 * args.peak_bandwidth,
         peak_flops=None if args.peak_flops is None else 1e9 * args.peak_flops,
@@ -143,8 +165,31 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
             args.price_usd, args.power_watts, args.usd_per_kwh, args.pue, args.life_years, args.busy
         ),
         overhead=args.overhead,
+        server=_server(args, mistakes),
     )
     return request, mistakes
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
+
+
+def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
+    """Where to ask; its flags without it are mistakes."""
+    from recipes.cap.server import Server
+
+    given = {"--model": args.model, "--server-device": args.server_device, "--server-key": args.server_key}
+    if args.server is None:
+        rule, remedy = "it is of a server, and none is named", "Give --server URL, or leave it out."
+        mistakes += [Mistake(flag, value, rule, remedy) for flag, value in given.items() if value]
+        return None
+    key = None
+    if args.server_key is not None:
+        key = os.environ.get(args.server_key)
+        if not key:
+            rule = "there is no such environment variable"
+            mistakes.append(Mistake("--server-key", args.server_key, rule, "Set it, or leave it out."))
+    return Server(args.server, args.model, args.server_device, args.server_devices, key)
 
 
 def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:

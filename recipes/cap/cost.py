@@ -104,8 +104,14 @@ class Rates:
         }
 
 
-def find_rates(device: str, prices: Prices) -> Rates:
-    """The user's numbers, else the table's by the name of the device, else None: no price is guessed."""
+def find_rates(device: str, prices: Prices, devices: int = 1) -> Rates:
+    """The user's numbers, else the table's by the name of the device, else None: no price is guessed.
+
+    Args:
+        device: Its name.
+        prices: The user's, of everything together.
+        devices: How many there are of the table's.
+    """
     listing = next((row for pattern, row in LISTINGS.items() if re.fullmatch(pattern, device)), None)
     unknown = f"the table of {_DATE} does not know {device!r}"
     price, price_source = prices.price_usd, "given by the user"
@@ -113,12 +119,13 @@ def find_rates(device: str, prices: Prices) -> Rates:
     if price is None:
         price, price_source = None, unknown
         if listing is not None:
-            price, price_source = listing.usd, f"one device alone; {listing.source}, {listing.date}"
+            price = devices * listing.usd
+            price_source = f"{devices} x the device alone; {listing.source}, {listing.date}"
     if watts is None:
         watts, power_source = None, unknown
         if listing is not None:
-            watts = listing.watts
-            power_source = f"the maker's limit, not measured; {listing.source}, {listing.date}"
+            watts = devices * listing.watts
+            power_source = f"{devices} x the maker's limit, not measured; {listing.source}, {listing.date}"
     kwh, kwh_source = prices.usd_per_kwh, "given by the user"
     if kwh is None:
         kwh, kwh_source = USD_PER_KWH, f"{KWH_SOURCE}, {KWH_DATE}"

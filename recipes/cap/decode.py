@@ -17,26 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.accounting.distinct import DistinctExperts
 from recipes.cap.hooks import ExpertTrace, Site
+from recipes.cap.phases import Passes
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One batch of sequences from prompt to last token.
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Passes):
+    """One batch of sequences from prompt to last token; the time of a pass holds the choice of its token.
 
     Attributes:
-        seconds: Of every pass, the prefill first; each with the choice of its token.
         sequences: Of every pass, as its logits say.
-        distinct: Experts of every pass; None where they were not watched.
         ids_BS: The tokens chosen.
         cache_bytes: Of the cache as it was held at the end; None where it cannot be told.
         cache_length: Tokens in it; None where it cannot be told.
     """
 
-    seconds: tuple[float, ...]
     sequences: tuple[int, ...]
-    distinct: tuple[DistinctExperts, ...] | None
     ids_BS: Tensor
     cache_bytes: int | None
     cache_length: int | None

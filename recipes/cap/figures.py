@@ -5,6 +5,7 @@ Letters: B sequences a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,10 @@ def curves_figure(report: Figures, theme: Theme) -> Figure | None:
     shown = [system for system in report["systems"] if _measured(system, "flops_per_s")]
     if not shown:
         return None
+    sparse = [system for system in shown if _distinct_points(system)]
+    above = ["memory", "compute", *(["experts"] if sparse else [])]
     figure = canvas.new_figure(7.8, theme)
-    places = figure.subplot_mosaic([["memory", "compute"], ["roof", "roof"]], height_ratios=[1, 1.15])
+    places = figure.subplot_mosaic([above, ["roof"] * len(above)], height_ratios=[1, 1.15])
     _draw_shares(
         places["memory"], shown, theme, [("decode", "s_mbu", "-"), ("decode", "mbu", _DASHED)], "of bandwidth"
     )
@@ -49,8 +52,11 @@ def curves_figure(report: Figures, theme: Theme) -> Figure | None:
         [("decode", "s_mfu", "-"), ("prefill", "s_mfu", _DOTTED)],
         "of FLOP/s",
     )
-    canvas.note(places["memory"], "Solid: S-MBU. Dashed: MBU, as if every expert was read.", theme)
+    canvas.note(places["memory"], "Solid: S-MBU. Dashed: MBU.", theme)
     canvas.note(places["compute"], "S-MFU. Solid: decode. Dotted: prefill.", theme)
+    if sparse:
+        _draw_experts(places["experts"], shown, theme)
+        canvas.note(places["experts"], "Solid: counted. Dotted: uniform bound.", theme)
     _draw_roof(places["roof"], shown, theme)
     _legend(figure, shown, theme)
     return figure
@@ -94,6 +100,34 @@ def _draw_shares(
         axes.axhline(100, color=theme.muted, linewidth=1.0, zorder=1)
 
 
+def _distinct_points(system: Figures) -> list[Figures]:
+    return [point for point in system["points"] if point["decode"]["distinct"] is not None]
+
+
+def _draw_experts(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
+    """Different experts of a decode pass, of all there are, and what uniform routing would touch."""
+    canvas.style(axes, theme, x="batch size", y="experts a pass touches (%)")
+    sizes: set[int] = set()
+    for number, system in enumerate(systems):
+        colour = colours_of(theme)[number % len(colours_of(theme))]
+        marker = _MARKERS[number % len(_MARKERS)]
+        points = _distinct_points(system)
+        if not points:
+            continue
+        x = [point["batch_size"] for point in points]
+        most = sum(system["experts"]) / len(system["experts"])
+        sizes |= set(x)
+        drawn = [point["decode"]["distinct"] for point in points]
+        if drawn[0]["source"] == "traced":
+            axes.plot(
+                x, [100 * one["mean"] / most for one in drawn], color=colour, marker=marker, markersize=5
+            )
+        bounds = [100 * (one["uniform_bound"] or math.nan) / most for one in drawn]
+        axes.plot(x, bounds, color=colour, linestyle=_DOTTED, linewidth=1.4, alpha=0.75)
+    _batch_axis(axes, sorted(sizes))
+    axes.set_ylim(0, 105)
+
+
 def _batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
     from matplotlib.ticker import NullLocator
 
@@ -124,15 +158,16 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
     roofs = sorted({roof for system in systems if (roof := _roof(system)) is not None})
     low, high = _span([x for _, _, _, x, _ in points] + [flops / width for width, flops in roofs])
     grid = np.geomspace(low, high, 200)
-    for width, flops in roofs:
+    for row, (width, flops) in enumerate(roofs):
         axes.plot(grid, np.minimum(flops, width * grid) / 1e9, color=theme.muted, linewidth=1.6, zorder=1)
         text = f"{width / 1e9:,.1f} GB/s, {flops / 1e9:,.0f} GFLOP/s"
-        axes.annotate(
+        # above the slope nothing can lie
+        axes.text(
+            0.01,
+            0.96 - 0.08 * row,
             text,
-            xy=(high, flops / 1e9),
-            xytext=(-4, 5),
-            textcoords="offset points",
-            ha="right",
+            transform=axes.transAxes,
+            va="top",
             fontsize=8.5,
             color=theme.muted,
         )
@@ -150,13 +185,15 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
             color=colour,
         )
     axes.set_xlim(low, high)
+    axes.set_ylim(top=2 * axes.get_ylim()[1])
     canvas.note(axes, "Filled: decode. Hollow: prefill. Numbers: batch size. Line: the roofline.", theme)
 
 
 def _roof(system: Figures) -> tuple[float, float] | None:
     peaks = system["peaks"]
     width, flops = peaks["bytes_per_s"]["value"], peaks["flops"]["value"]
-    return None if width is None or flops is None else (width, flops)
+    devices = system["devices"]
+    return None if width is None or flops is None else (devices * width, devices * flops)
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

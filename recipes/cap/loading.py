@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,15 @@ from moe.accounting.bytes import BitWidths, uniform_bits, weight_bytes
 from moe.accounting.layers import ModelShape
 from moe.accounting.params import count_from_shape
 from moe.accounting.quantisation import bits_from_config
-from moe.accounting.shape import known_families, shape_from_config
-from moe.errors import ConfigError, HostError
+from moe.accounting.shape import GRAFT, known_families, shape_from_config
+from moe.errors import ConfigError, HostError, Mistake
 from moe.layer import moe_layers
+from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
+from recipes.checkpoint.offline import open_checkpoint
 
+# What a model's tensors are called in a checkpoint of a run.
+_IN_CHECKPOINT = "model."
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -27,32 +30,41 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-@dataclass(frozen=True)
-class System:
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the accounting knows of a system.
+
+    Attributes:
+        shape: None where it does not know the family, and utilisations are then None.
+        shape_reason: Why it is None.
+        bits: Of the tensors as they are in memory.
+        bits_source: Where these are from.
+    """
+
+    shape: ModelShape | None
+    shape_reason: str | None
+    bits: BitWidths
+    bits_source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(Known):
     """A model that is ready to run.
 
     Attributes:
         name: In tables and figures.
-        folder: Where it is from.
+        source: Where it is from.
         model: In evaluation mode, on its device.
         config: The content of its ``config.json``.
-        shape: For the accounting; None where it does not know the family, and utilisations are then None.
-        shape_reason: Why it is None.
-        bits: Of the tensors as they are in memory.
-        bits_source: Where these are from.
         sites: Its mixtures of experts.
         dtype: Of its products.
         device: Where it is.
     """
 
     name: str
-    folder: Path
+    source: Source
     model: Any
     config: Mapping[str, Any]
-    shape: ModelShape | None
-    shape_reason: str | None
-    bits: BitWidths
-    bits_source: str
     sites: tuple[Site, ...]
     dtype: torch.dtype
     device: torch.device
@@ -78,16 +90,16 @@ def longest_sequence(config: Mapping[str, Any]) -> int | None:
 
 def load_system(
     name: str,
-    folder: Path,
+    source: Source,
     device: torch.device,
     dtype: torch.dtype | None = None,
     experts: str | None = None,
 ) -> System:
-    """Loads a checkpoint of transformers or an export of Graft.
+    """Loads a checkpoint of transformers, an export of Graft, or a model of a run.
 
     Args:
         name: In tables and figures.
-        folder: Local.
+        source: Of `recipes.cap.folders.find_source`.
         device: Where to.
         dtype: Of the weights; None as in the files.
         experts: transformers' implementation of experts: ``eager``, ``batched_mm``, ``grouped_mm``; None is
@@ -97,28 +109,62 @@ def load_system(
         HostError: It cannot be loaded, or has other parameters than its config says.
         ConfigError: Its config cannot be used.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    shape, reason = _shape(config)
-    model = _load(folder, config, dtype).to(device).eval()
+    config = read_config(source)
+    if isinstance(config, Mistake):
+        raise ConfigError([config])
+    shape, reason = shape_of(config)
+    model = _load(source.folder, config, dtype)
+    if source.trained is not None:
+        _take_weights(model, source.trained)
+    model = model.to(device).eval()
     if experts is not None and not moe_layers(model):
         model.set_experts_implementation(experts)
     sites = tuple(find_sites(model))
     if shape is not None:
-        check_sites(sites, shape, str(folder))
-    bits, source = _bits(model, config)
+        check_sites(sites, shape, str(source.given))
+    bits, bits_source = _bits(model, config)
     system = System(
-        name, folder, model, config, shape, reason, bits, source, sites, _main_dtype(model), device
+        shape=shape,
+        shape_reason=reason,
+        bits=bits,
+        bits_source=bits_source,
+        name=name,
+        source=source,
+        model=model,
+        config=config,
+        sites=sites,
+        dtype=_main_dtype(model),
+        device=device,
     )
     _check_parameters(system)
     return system
 
 
-def _shape(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
+def shape_of(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
     """Of a family that the accounting knows; a mistake in such a config is one, another family is not."""
     family = config.get("model_type")
+    if family == GRAFT and "attention_layers" in config:
+        return None, "no accounting knows heads that are experts"
     if family in known_families():
         return shape_from_config(config), None
     return None, f"no accounting knows the family {family!r}"
+
+
+@torch.no_grad()
+def _take_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Puts the weights of a run's checkpoint into the model that it was trained from.
+
+    Raises:
+        HostError: It lacks some.
+    """
+    with open_checkpoint(checkpoint) as tensors:
+        there = set(tensors.names(_IN_CHECKPOINT))
+        lost = [name for name, _ in model.named_parameters() if name not in there]
+        if lost:
+            rule = f"it lacks {len(lost)} tensors of the model, such as {lost[0]}"
+            raise HostError.one("FOLDER", str(checkpoint), rule, "Give the folder of a checkpoint.")
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors.read(_IN_CHECKPOINT + name))
 
 
 def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
@@ -166,9 +212,26 @@ def _check_parameters(system: System) -> None:
     loaded = sum(parameter.numel() for parameter in system.model.parameters())
     if counted != loaded:
         rule = f"{loaded:,} parameters were loaded, its config describes {counted:,}"
-        raise ConfigError.one("FOLDER", str(system.folder), rule, "Give the config that the weights are of.")
+        remedy = "Give the config that the weights are of."
+        raise ConfigError.one("FOLDER", str(system.source.given), rule, remedy)
 
 
-def counted_weights(system: System) -> float | None:
+def counted_weights(known: Known) -> float | None:
     """Bytes of all weights by the accounting; should be `System.weights_in_memory`."""
-    return None if system.shape is None else weight_bytes(system.shape, system.bits)
+    return None if known.shape is None else weight_bytes(known.shape, known.bits)
+
+
+def known_from_config(config: Mapping[str, Any], dtype: str | None) -> tuple[Known, torch.dtype]:
+    """Of a model that is not loaded: bits and dtype as its config says, else as the user does.
+
+    Args:
+        config: The content of its ``config.json``.
+        dtype: A key of `DTYPES` for everything that is not quantised; None is the config's.
+    """
+    shape, reason = shape_of(config)
+    if dtype is not None:
+        config = {**config, "dtype": dtype}
+    bits, source = bits_from_config(config)
+    known = Known(shape=shape, shape_reason=reason, bits=bits, bits_source=source)
+    # norms are never quantised
+    return known, {32.0: torch.float32}.get(bits.vector, torch.bfloat16)

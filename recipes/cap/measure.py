@@ -6,28 +6,26 @@ Letters: B sequences, S tokens.
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.timing import interleave, median_ratio, summarise
-from moe.accounting.bytes import BitWidths, StepBytes, cache_bytes, step_bytes
-from moe.accounting.distinct import DistinctExperts, estimated_distinct, touched_share
-from moe.accounting.layers import ModelShape
-from moe.accounting.passes import Batch, decode_batch, pass_flops, prefill_batch
-from moe.accounting.utilisation import Machine, Pass, utilisations
+from moe.accounting.bytes import cache_bytes
+from moe.accounting.passes import decode_batch, prefill_batch
+from moe.accounting.utilisation import Machine
 from moe.errors import HostError
 from recipes.cap.cost import Rates, cost_figures
 from recipes.cap.decode import Rollout, roll_out
+from recipes.cap.efficiency import efficiency
 from recipes.cap.loading import System
-from recipes.cap.meters import EnergyMeter, MemoryMeter, Reading
+from recipes.cap.meters import EnergyMeter, MemoryMeter, MemorySampler, Reading
+from recipes.cap.phases import phase_figures, unmeasured_phase
 
 _WARM_UP_TOKENS = 3
-UTILISATIONS = ("s_mbu", "s_mbu_strict", "mbu", "s_mfu", "s_mfu_strict", "mfu")
 
 
 @dataclass(frozen=True)
@@ -67,54 +65,64 @@ def measure_point(
     B, S = prompt_BS.shape
     point: dict[str, Any] = {"batch_size": B, "prompt": S, "new": work.new, "rounds": work.rounds}
     memory, energy = MemoryMeter(system.device), EnergyMeter(system.device)
+    held = MemorySampler(system.device)
     prompt_BS = prompt_BS.to(system.device)
     sites = system.sites if work.trace else None
     memory.start()
     try:
         roll_out(system.model, prompt_BS, min(work.new, _WARM_UP_TOKENS), sites)
         energy.start()
-        runs = [roll_out(system.model, prompt_BS, work.new, sites) for _ in range(work.rounds)]
+        with held:
+            runs = [roll_out(system.model, prompt_BS, work.new, sites) for _ in range(work.rounds)]
     except RuntimeError as error:
         if not _out_of_memory(error):
-            raise
-        return {**point, **_unmeasured(rates, "out of memory")}
+            raise _refused(system, error) from error
+        return point | unmeasured_point(rates, "out of memory")
     joules, elapsed = energy.read()
     for run in runs:
         _check_run(run, B, S + work.new - 1, system)
-    return {
-        **point,
+    decoded = [decode_batch(B, S + i + 1) for i in range(work.new - 1)]
+    point |= {
         "reason": None,
         "reached_batch_size": B,
-        **_speeds(runs, B, S),
-        "prefill": _phase(system, runs, slice(0, 1), [prefill_batch(B, S)], machine),
-        "decode": _phase(
-            system, runs, slice(1, None), [decode_batch(B, S + i + 1) for i in range(work.new - 1)], machine
-        ),
+        **_speeds(runs, B),
+        "prefill": phase_figures(system, runs, slice(0, 1), [prefill_batch(B, S)], machine),
+        "decode": phase_figures(system, runs, slice(1, None), decoded, machine),
         "cache": _cache(system, runs[0], B, S + work.new - 1),
         "memory": _reading(memory.read(), "peak_bytes"),
         "energy": _energy(joules, elapsed, B * work.new * work.rounds),
-        "cost": _cost(rates, runs, B, joules, elapsed),
+        "cost": cost_figures(rates, _written(runs, B), _watts(joules, elapsed)),
     }
+    return point | {"efficientllm": efficiency(point, held.read(), held.total, machine.flops)}
+
+
+def _refused(system: System, error: RuntimeError) -> Exception:
+    """What a user can do about products that refuse a shape; else the error as it is."""
+    way = getattr(system.model.config, "_experts_implementation", None)
+    if way in (None, "eager") or not any(site.kind == "indices" for site in system.sites):
+        return error
+    rule = f"the model does not run with it ({str(error).strip().splitlines()[0]})"
+    return HostError.one("--experts", way, rule, "Give --experts eager.")
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _unmeasured(rates: Rates, reason: str) -> dict[str, Any]:
+def unmeasured_point(rates: Rates, reason: str) -> dict[str, Any]:
     """The keys of a point without their values."""
-    phase = dict.fromkeys(_PHASE_KEYS)
-    return {
+    point: dict[str, Any] = {
         "reason": reason,
         "reached_batch_size": None,
-        **dict.fromkeys(("ttft_s", "tpot_s", "tokens_per_s")),
-        "prefill": {**phase, "warnings": []},
-        "decode": {**phase, "warnings": []},
+        **dict.fromkeys(("ttft_s", "tpot_s", "request_s", "tokens_per_s")),
+        "prefill": unmeasured_phase(),
+        "decode": unmeasured_phase(),
         "cache": dict.fromkeys(("held_bytes", "counted_bytes")),
         "memory": {"peak_bytes": None, "detail": reason},
-        "energy": {"joules": None, "joules_per_token": None, "detail": reason},
+        "energy": {"joules": None, "joules_per_token": None, "watts": None, "detail": reason},
         "cost": cost_figures(rates, None, None),
     }
+    return point | {"efficientllm": efficiency(point, Reading(None, reason), None, None)}
 
 
 def _check_run(run: Rollout, sequences: int, length: int, system: System) -> None:
@@ -122,128 +130,31 @@ def _check_run(run: Rollout, sequences: int, length: int, system: System) -> Non
     reached = set(run.sequences)
     if reached != {sequences}:
         rule = f"passes ran with batches of {sorted(reached)}"
-        raise HostError.one("--batch-sizes", sequences, rule, f"Look into the model of {system.folder}.")
+        raise HostError.one("--batch-sizes", sequences, rule, f"Look into {system.source.given}.")
     if run.cache_length not in (None, length):
         rule = f"the cache holds {run.cache_length} tokens a sequence after {length}"
-        raise HostError.one("FOLDER", str(system.folder), rule, "Its cache is of a kind not known here.")
+        remedy = "Its cache is of a kind not known here."
+        raise HostError.one("FOLDER", str(system.source.given), rule, remedy)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread_of(values: Sequence[float]) -> dict[str, float]:
     timing = summarise(list(values))
     return {"mean": statistics.fmean(values), "median": timing.median, "p10": timing.p10, "p90": timing.p90}
 
 
-def _speeds(runs: Sequence[Rollout], sequences: int, prompt: int) -> dict[str, Any]:
-    """Time to the first token, time of every further one, and tokens/s over both."""
-    first = [run.seconds[0] for run in runs]
-    later = [seconds for run in runs for seconds in run.seconds[1:]]
-    whole = sum(first) + sum(later)
+def _speeds(runs: Sequence[Rollout], sequences: int) -> dict[str, Any]:
+    """Time to the first token, time of every further one, of a whole request, and tokens/s over all."""
     return {
-        "ttft_s": _spread(first),
-        "tpot_s": _spread(later),
-        "tokens_per_s": sequences * sum(len(run.seconds) for run in runs) / whole,
+        "ttft_s": spread_of([run.seconds[0] for run in runs]),
+        "tpot_s": spread_of([seconds for run in runs for seconds in run.seconds[1:]]),
+        "request_s": spread_of([sum(run.seconds) for run in runs]),
+        "tokens_per_s": _written(runs, sequences),
     }
 
 
-_PHASE_KEYS = (
-    "passes",
-    "seconds",
-    "tokens_per_s",
-    *UTILISATIONS,
-    "utilisation_reason",
-    "distinct",
-    "bytes",
-    "flops",
-    "bytes_per_s",
-    "flops_per_s",
-    "flops_per_byte",
-    "warnings",
-)
-
-
-def _phase(
-    system: System, runs: Sequence[Rollout], part: slice, batches: Sequence[Batch], machine: Machine
-) -> dict[str, Any]:
-    """Figures of all prefill passes, or of all decode passes: ratios of sums."""
-    seconds = [value for run in runs for value in run.seconds[part]]
-    distinct: list[DistinctExperts | None] = []
-    for run in runs:
-        distinct += [None] * len(batches) if run.distinct is None else list(run.distinct[part])
-    each = [batch for _ in runs for batch in batches]
-    took = sum(seconds)
-    figures: dict[str, Any] = dict.fromkeys(_PHASE_KEYS)
-    figures |= {
-        "passes": len(seconds),
-        "seconds": took,
-        "tokens_per_s": sum(batch.tokens for batch in each) / took,
-        "distinct": _distinct(system.shape, distinct, each[0].tokens),
-        "warnings": [],
-    }
-    if system.shape is None:
-        return figures | {"utilisation_reason": system.shape_reason}
-    passes = [Pass(*row) for row in zip(each, seconds, distinct, strict=True)]
-    return figures | _use(system.shape, passes, machine, system.bits)
-
-
-def _use(shape: ModelShape, passes: Sequence[Pass], machine: Machine, bits: BitWidths) -> dict[str, Any]:
-    """Utilisations, and the bytes and FLOPs behind them."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = utilisations(shape, passes, machine, bits)
-    flops = sum(pass_flops(shape, one.batch) for one in passes)
-    took = sum(one.seconds or 0.0 for one in passes)
-    use: dict[str, Any] = {name: getattr(found, name) for name in UTILISATIONS}
-    use |= {
-        "utilisation_reason": _missing(machine, passes),
-        "flops": flops,
-        "flops_per_s": flops / took,
-        "warnings": sorted({str(warning.message) for warning in caught}),
-    }
-    traced = [one for one in passes if one.distinct is not None]
-    if len(traced) < len(passes):
-        return use
-    total = StepBytes()
-    for one in traced:
-        assert one.distinct is not None
-        total += step_bytes(shape, one.batch, one.distinct.per_layer, bits)
-    return use | {
-        "bytes": {**asdict(total), "strict": total.strict, "complete": total.complete},
-        "bytes_per_s": total.complete / took,
-        "flops_per_byte": flops / total.complete,
-    }
-
-
-def _missing(machine: Machine, passes: Sequence[Pass]) -> str | None:
-    """Why some utilisation is None, in words; None where none is."""
-    lacks = [
-        words
-        for words, value in (("bandwidth", machine.bytes_per_s), ("FLOP/s", machine.flops))
-        if value is None
-    ]
-    reasons = [f"the peak {' and '.join(lacks)} is not known"] if lacks else []
-    if any(one.distinct is None for one in passes):
-        reasons.append("experts were not watched")
-    return "; ".join(reasons) or None
-
-
-def _distinct(
-    shape: ModelShape | None, distinct: Sequence[DistinctExperts | None], tokens: int
-) -> dict[str, Any] | None:
-    """Different experts a layer and pass; None where nothing was watched or there is no mixture."""
-    known = [one for one in distinct if one is not None and one.per_layer]
-    if not known or len(known) < len(distinct):
-        return None
-    layers = list(zip(*(one.per_layer for one in known), strict=True))
-    means = [statistics.fmean(layer) for layer in layers]
-    return {
-        "source": known[0].source,
-        "mean": statistics.fmean(means),
-        "per_layer": means,
-        "least": min(min(layer) for layer in layers),
-        "most": max(max(layer) for layer in layers),
-        "uniform_bound": None if shape is None else estimated_distinct(shape, tokens).mean,
-        "parameters_touched": None if shape is None else touched_share(shape, means),
-    }
+def _written(runs: Sequence[Rollout], sequences: int) -> float:
+    """Tokens/s, prefill in the time."""
+    return sequences * sum(len(run.seconds) for run in runs) / sum(sum(run.seconds) for run in runs)
 
 
 def _cache(system: System, run: Rollout, sequences: int, length: int) -> dict[str, Any]:
@@ -261,16 +172,12 @@ def _reading(reading: Reading, key: str) -> dict[str, Any]:
 def _energy(joules: Reading, elapsed: float, tokens: int) -> dict[str, Any]:
     """Of all timed rounds, prefill included; a token is one that was written."""
     each = None if joules.value is None else joules.value / tokens
-    return {"joules": joules.value, "joules_per_token": each, "detail": joules.detail}
+    watts = _watts(joules, elapsed)
+    return {"joules": joules.value, "joules_per_token": each, "watts": watts, "detail": joules.detail}
 
 
-def _cost(
-    rates: Rates, runs: Sequence[Rollout], sequences: int, joules: Reading, elapsed: float
-) -> dict[str, Any]:
-    took = sum(sum(run.seconds) for run in runs)
-    written = sequences * sum(len(run.seconds) for run in runs)
-    watts = None if joules.value is None else joules.value / elapsed
-    return cost_figures(rates, written / took, watts)
+def _watts(joules: Reading, elapsed: float) -> float | None:
+    return None if joules.value is None else joules.value / elapsed
 
 
 def measure_overhead(

@@ -7,11 +7,15 @@ ran on them. Of an NVIDIA GPU it is of its counter in NVML. Nothing is estimated
 from __future__ import annotations
 
 import ctypes
+import os
+import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -63,6 +67,66 @@ class MemoryMeter:
         if peak is None:
             return Reading(None, "the system does not tell the peak of a process")
         return Reading(1024.0 * int(peak), "resident memory of the process, libraries included")
+
+
+class MemorySampler:
+    """Mean bytes in use while it is entered: looked at 20 times a second by a thread.
+
+    Attributes:
+        total: Bytes of the device, or of the machine; None where it does not tell.
+    """
+
+    def __init__(self, device: torch.device, proc: Path = _PROC, every: float = 0.05) -> None:
+        self._device, self._proc, self._every = device, proc, every
+        self._values: list[float] = []
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.total = _memory_of(device)
+
+    def __enter__(self) -> Self:
+        """Begins to look."""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def read(self) -> Reading:
+        """The mean."""
+        if not self._values:
+            return Reading(None, f"{self._device.type} does not tell what is in use")
+        where = "allocated on the GPU" if self._device.type == "cuda" else "resident of the process"
+        return Reading(statistics.fmean(self._values), f"{where}, mean of {len(self._values)} looks")
+
+    def _run(self) -> None:
+        while (used := self._used()) is not None:
+            self._values.append(used)
+            if self._ended.wait(self._every):
+                return
+
+    def _used(self) -> float | None:
+        if self._device.type == "cuda":
+            return float(torch.cuda.memory_allocated(self._device))
+        try:
+            pages = int((self._proc / "statm").read_text().split()[1])
+        except OSError:
+            return None
+        return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _memory_of(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)

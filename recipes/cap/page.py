@@ -12,9 +12,13 @@ from recipes.cap.radar import Radar, draw_radar
 from recipes.cap.table import (
     ABSENT,
     ACCURACY_HEAD,
+    EFFICIENCY_HEAD,
+    HARNESS_HEAD,
     HEAD,
     NOTE,
     accuracy_rows,
+    efficiency_rows,
+    harness_rows,
     peak_lines,
     remarks_of,
     table_rows,
@@ -27,6 +31,12 @@ _MEANING = (
     "S-MBU: bytes of the weights that the batch touches and of the cache, over what memory could move in "
     "that time. S-MFU: FLOPs that the tokens need, over what the device could do. Both are ratios of sums "
     "over all timed passes. MBU counts every expert as read. What was not measured is left out, never 0."
+)
+_EFFICIENCY = (
+    "After arXiv 2505.13840, equations 1 to 9. AMU: memory in use over all there is, mean over time. PCU: "
+    "FLOPs that the tokens need over the peak, prefill included. AL: mean time of a request. IT: tokens "
+    "written a second. AEC: mean power. MCR: times smaller than the first system, times the share of its "
+    "accuracy that is kept. TT and ST are of training."
 )
 Figures = Mapping[str, Any]
 
@@ -63,6 +73,13 @@ def write_report(folder: Path, report: Figures, radar: Radar) -> Path:
     ]
     if accuracy_rows(report):
         body += [html.heading("Accuracy"), html.table(ACCURACY_HEAD, accuracy_rows(report), ABSENT)]
+    if harness_rows(report):
+        body.append(html.table(HARNESS_HEAD, harness_rows(report), ABSENT))
+    body += [
+        html.heading("EfficientLLM's metrics"),
+        html.table(EFFICIENCY_HEAD, efficiency_rows(report), ABSENT),
+        html.paragraph(_EFFICIENCY, "note"),
+    ]
     if remarks_of(report):
         body += [html.heading("Remarks"), html.box([html.bullets(remarks_of(report))])]
     body += [html.paragraph(_MEANING, "note"), html.heading("Conditions"), html.facts(_facts(report), ABSENT)]
@@ -84,7 +101,7 @@ def _facts(report: Figures) -> list[tuple[str, str]]:
     ]
     for system in report["systems"]:
         experts = f"{system['mixtures']} mixtures" if system["mixtures"] else "dense"
-        parameters = formats.count(system["parameters"])
+        parameters = "unknown" if system["parameters"] is None else formats.count(system["parameters"])
         rows.append(
             (
                 system["name"],

@@ -74,6 +74,20 @@ def find_ceilings(
     return Ceilings(bandwidth, compute)
 
 
+def served_ceilings(
+    device: str | None, dtype: torch.dtype, bytes_per_s: float | None = None, flops: float | None = None
+) -> Ceilings:
+    """The peaks of a device on another machine: the user's own, else the table's by its name."""
+    reduced = dtype in (torch.bfloat16, torch.float16)
+    if device is None:
+        unknown = Ceiling(None, None, "name the server's device with --server-device, or give the peak")
+        return Ceilings(_user(bytes_per_s) or unknown, _user(flops) or unknown)
+    return Ceilings(
+        _user(bytes_per_s) or _listed(table_bandwidth(device), device, TABLE_DATE),
+        _user(flops) or _listed(table_peak(device, "bf16") if reduced else None, device, FLOPS_DATE),
+    )
+
+
 def _user(value: float | None) -> Ceiling | None:
     return None if value is None else Ceiling(value, "user", "given by the user")
 
@@ -94,15 +108,16 @@ def _measured(rate: Rate, detail: str) -> Ceiling:
 
 
 def _table_bytes(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    return _listed(table_bandwidth(device_name(device)), device, TABLE_DATE)
+    return _listed(table_bandwidth(device_name(device)), device_name(device), TABLE_DATE)
 
 
 def _table_flops(device: torch.device, dtype: torch.dtype) -> Ceiling:
     mode = math_mode(device, dtype)
-    return _listed(None if mode is None else table_peak(device_name(device), mode), device, FLOPS_DATE)
+    name = device_name(device)
+    return _listed(None if mode is None else table_peak(name, mode), name, FLOPS_DATE)
 
 
-def _listed(value: float | None, device: torch.device, date: str) -> Ceiling:
+def _listed(value: float | None, device: str, date: str) -> Ceiling:
     if value is None:
-        return Ceiling(None, None, f"the table of {date} does not know {device_name(device)!r}")
+        return Ceiling(None, None, f"the table of {date} does not know {device!r} in this dtype")
     return Ceiling(value, "datasheet-dense", f"data sheets, table of {date}, without sparsity")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import torch
 from moe.errors import Mistake
 from recipes.cap.accuracy import read_questions
 from recipes.cap.cost import Prices
+from recipes.cap.folders import find_source, read_config
+from recipes.cap.harness import check_harness
 from recipes.cap.loading import DTYPES, longest_sequence
 from recipes.cap.measure import Workload
 from recipes.cap.peaks import ORIGINS, Origin
+from recipes.cap.server import Server
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
@@ -29,11 +31,22 @@ class Accuracy:
         samples: Samples of text for perplexity; 0 for none.
         length: Tokens of each.
         choices: A file of questions; None for none.
+        tasks: Of lm-evaluation-harness.
+        task_folder: Of further ones; None for none.
+        task_limit: Questions of each; None for all.
     """
 
     samples: int = 0
     length: int = 256
     choices: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    task_limit: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is asked."""
+        return bool(self.samples or self.choices or self.tasks)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Request:
         peak_flops: The user's own.
         prices: What the user knows.
         overhead: Whether to measure what watching costs.
+        server: That the one system runs behind; None runs the systems here.
     """
 
     systems: tuple[tuple[str, Path], ...]
@@ -69,6 +83,7 @@ class Request:
     peak_flops: float | None = None
     prices: Prices = field(default_factory=Prices)
     overhead: bool = False
+    server: Server | None = None
 
     @property
     def longest(self) -> int:
@@ -90,16 +105,47 @@ def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
 
 def check_request(request: Request) -> list[Mistake]:
     """Every mistake that shows from flags and small files."""
-    mistakes = [*_check_numbers(request), *_check_choices(request)]
+    mistakes = [*_check_numbers(request), *_check_choices(request), *_check_server(request)]
     names = [name for name, _ in request.systems]
     for name in sorted({name for name in names if names.count(name) > 1}):
         remedy = "Name them apart: NAME=FOLDER OTHER=FOLDER."
         mistakes.append(Mistake("FOLDER", name, "two systems have this name", remedy))
     for _, folder in request.systems:
         mistakes += _check_folder(folder, request)
-    mistakes += check_paths(DataConfig(path=request.text), "--text") if request.text != "" else []
-    if request.accuracy.choices is not None:
-        mistakes += read_questions(request.accuracy.choices)[1]
+    mistakes += [replace(wrong, path="--text") for wrong in check_paths(DataConfig(path=request.text))]
+    asked = request.accuracy
+    if asked.choices is not None:
+        mistakes += read_questions(asked.choices)[1]
+    return mistakes + check_harness(asked.tasks, asked.task_folder)
+
+
+def _check_server(request: Request) -> list[Mistake]:
+    server = request.server
+    if server is None:
+        return []
+    mistakes = []
+    if not server.url.startswith(("http://", "https://")):
+        rule = "it is no address of http or https"
+        mistakes.append(Mistake("--server", server.url, rule, "Give http://HOST:PORT."))
+    if not server.model:
+        rule = "a server needs the name that it gives the model"
+        mistakes.append(Mistake("--model", server.model, rule, "Look at URL/v1/models."))
+    if server.devices < 1:
+        mistakes.append(Mistake("--server-devices", server.devices, "it must be 1 or more", "Raise it."))
+    if len(request.systems) != 1:
+        rule = "a server holds one model, whose config and tokenizer are in one folder"
+        mistakes.append(Mistake("FOLDER", [name for name, _ in request.systems], rule, "Name one."))
+    not_there: dict[str, Any] = {
+        "--perplexity": request.accuracy.samples,
+        "--choices": request.accuracy.choices,
+        "--lm-eval": request.accuracy.tasks,
+        "--overhead": request.overhead,
+        "--experts": request.experts,
+    }
+    for flag, value in not_there.items():
+        if value:
+            rule = "it needs the model itself, and a server gives its speed alone"
+            mistakes.append(Mistake(flag, str(value), rule, "Leave it out, or leave --server out."))
     return mistakes
 
 
@@ -112,6 +158,7 @@ def _check_numbers(request: Request) -> list[Mistake]:
         ("--rounds", work.rounds, 1),
         ("--perplexity", request.accuracy.samples, 0),
         ("--perplexity-length", request.accuracy.length, 2),
+        *((("--lm-eval-limit", request.accuracy.task_limit, 1),) if request.accuracy.task_limit else ()),
     ]
     mistakes = [
         Mistake(flag, value, f"it must be {least} or more", "Raise it.")
@@ -163,21 +210,18 @@ def _check_choices(request: Request) -> list[Mistake]:
 
 
 def _check_folder(folder: Path, request: Request) -> list[Mistake]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        rule = f"its config.json cannot be read ({error.strerror})"
-        return [Mistake("FOLDER", str(folder), rule, "Give the folder of a local checkpoint.")]
-    except ValueError as error:
-        return [Mistake("FOLDER", str(folder), f"its config.json is no JSON ({error})", "Fetch it again.")]
-    if not isinstance(config, dict):
-        return [Mistake("FOLDER", str(folder), "its config.json holds no mapping", "Fetch it again.")]
+    source = find_source(folder)
+    if isinstance(source, Mistake):
+        return [source]
+    config = read_config(source)
+    if isinstance(config, Mistake):
+        return [config]
     longest, mistakes = longest_sequence(config), []
     if longest is not None and request.longest > longest:
         rule = f"{folder} takes {longest} tokens, and {request.longest} are asked for"
-        mistakes.append(Mistake("--prompt", request.work.prompt, rule, "Lower --prompt, --new or both."))
-    tokenizer = request.tokenizer or folder
+        remedy = "Lower --prompt, --new or --perplexity-length."
+        mistakes.append(Mistake("--prompt", request.work.prompt, rule, remedy))
+    tokenizer = request.tokenizer or source.folder
     where = "FOLDER" if request.tokenizer is None else "--tokenizer"
     return mistakes + check_tokenizer(tokenizer, _vocabulary(config), where)
 

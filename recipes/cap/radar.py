@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEAST = 0.2
+# Systems whose values have a line each, and whose shapes are filled.
+_ROOMY, _FILLED = 5, 3
 _RINGS = (0.2, 0.4, 0.6, 0.8, 1.0)
 Figures = Mapping[str, Any]
 
@@ -197,11 +199,12 @@ def draw_radar(radar: Radar, theme: Theme) -> Figure:
         each.set_axis_off()
     axes.set_aspect("equal")
     axes.set_xlim(-1.45, 1.45)
-    axes.set_ylim(-0.98, 1.38)
+    axes.set_ylim(-0.92, 1.34)
     _draw_grid(axes, radar, theme)
     palette = colours_of(theme)
     for number, (_, corners) in enumerate(radar.systems):
-        _draw_system(axes, corners, palette[number % len(palette)])
+        alpha = 0.10 if len(radar.systems) <= _FILLED else 0.0
+        _draw_system(axes, corners, palette[number % len(palette)], alpha)
     _write_values(side, radar, theme)
     return figure
 
@@ -242,8 +245,12 @@ def _draw_grid(axes: Axes, radar: Radar, theme: Theme) -> None:
 def _write_end(axes: Axes, axis: int, ring: float, text: str, theme: Theme) -> None:
     offset = {0: (5, 0), 1: (2, 7), 2: (-2, 7)}[axis]
     across = {0: "left", 1: "left", 2: "right"}[axis]
+    from matplotlib.patheffects import withStroke
+
     axes.annotate(
         text,
+        path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+        zorder=4,
         xy=_at(axis, ring),
         xytext=offset,
         textcoords="offset points",
@@ -254,12 +261,12 @@ def _write_end(axes: Axes, axis: int, ring: float, text: str, theme: Theme) -> N
     )
 
 
-def _draw_system(axes: Axes, corners: Sequence[Corner], colour: str) -> None:
+def _draw_system(axes: Axes, corners: Sequence[Corner], colour: str, alpha: float) -> None:
     """A closed shape where all three corners are known; else a line between those that are."""
     known = [(i, corner.place) for i, corner in enumerate(corners) if corner.place is not None]
     points = [_at(i, place) for i, place in known]
     if len(points) == len(corners):
-        axes.fill(*zip(*points, strict=True), facecolor=colour, alpha=0.10, zorder=2)
+        axes.fill(*zip(*points, strict=True), facecolor=colour, alpha=alpha, zorder=2)
         points.append(points[0])
     if points:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker="o", markersize=5, zorder=3)
@@ -272,10 +279,15 @@ def _write_values(axes: Axes, radar: Radar, theme: Theme) -> None:
     axes.set_ylim(0, 1)
     size = "no batch size was measured for all" if radar.batch_size is None else f"batch {radar.batch_size}"
     scale = "fixed anchors" if radar.scale == "fixed" else "from worst to best of these"
-    axes.text(0, 0.97, f"{size}, {scale}; outward is better", fontsize=8.5, color=theme.muted, va="top")
-    step = min(0.27, 0.86 / max(1, len(radar.systems)))
+    said = f"{size}, {scale}; outward is better"
+    if any(_beyond(corner, ends) for _, row in radar.systems for corner, ends in _paired(row, radar)):
+        said += "; *: beyond them"
+    axes.text(0, 0.98, said, fontsize=8.5, color=theme.muted, va="top")
+    # four lines a system where there is room for them, else two
+    short = len(radar.systems) > _ROOMY
+    step = min(0.27, 0.9 / max(1, len(radar.systems)))
     for number, (name, corners) in enumerate(radar.systems):
-        top = 0.87 - step * number
+        top = 0.9 - step * number
         axes.text(
             0, top, name, fontsize=9.5, fontweight="bold", color=palette[number % len(palette)], va="top"
         )
@@ -283,15 +295,25 @@ def _write_values(axes: Axes, radar: Radar, theme: Theme) -> None:
             f"{_TITLES[key].partition(chr(10))[0]}: {_told(key, corner, ends)}"
             for key, corner, ends in zip(radar.axes, corners, radar.anchors, strict=True)
         ]
+        if short:
+            lines = [", ".join(line.partition(": ")[2] for line in lines)]
         axes.text(
-            0, top - 0.052, "\n".join(lines), fontsize=8.5, color=theme.text, va="top", linespacing=1.35
+            0, top - 0.048, "\n".join(lines), fontsize=8.5, color=theme.text, va="top", linespacing=1.35
         )
+
+
+def _paired(corners: Sequence[Corner], radar: Radar) -> list[tuple[Corner, Anchors]]:
+    return list(zip(corners, radar.anchors, strict=True))
+
+
+def _beyond(corner: Corner, ends: Anchors) -> bool:
+    return corner.value is not None and not ends.covers(corner.value)
 
 
 def _told(key: str, corner: Corner, ends: Anchors) -> str:
     if corner.value is None:
         return formats.NOT_MEASURED
-    return shown(key, corner.value) + ("" if ends.covers(corner.value) else ", beyond the anchors")
+    return shown(key, corner.value) + ("*" if _beyond(corner, ends) else "")
 
 
 def shown(key: str, value: float) -> str:

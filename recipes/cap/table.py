@@ -27,7 +27,7 @@ HEAD = (
 NOTE = (
     "Decode passes unless said otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
     "Tokens/s: written, prefill in the time. Experts a layer: different ones that a decode pass touches, of "
-    "all there are. '-' was not measured."
+    "all there are; '<=' is the bound of uniform routing, not a count. '-' was not measured."
 )
 Figures = Mapping[str, Any]
 
@@ -68,7 +68,8 @@ def _known(value: float | None, shown: Any) -> str:
 def _experts(system: Figures, distinct: Figures | None) -> str:
     if distinct is None:
         return ABSENT
-    return f"{distinct['mean']:.1f}/{'|'.join(str(most) for most in sorted(set(system['experts'])))}"
+    bound = "" if distinct["source"] == "traced" else "<="
+    return f"{bound}{distinct['mean']:.1f}/{'|'.join(str(most) for most in sorted(set(system['experts'])))}"
 
 
 def accuracy_rows(report: Figures) -> list[list[str]]:
@@ -91,6 +92,43 @@ def accuracy_rows(report: Figures) -> list[list[str]]:
                 error,
             ]
         )
+    return rows
+
+
+HARNESS_HEAD = ("system", "task of lm-evaluation-harness", "metric", "value")
+
+
+def harness_rows(report: Figures) -> list[list[str]]:
+    """Name, task, metric and value; nothing where the harness did not run."""
+    return [
+        [system["name"], task, metric, _known(value, formats.small)]
+        for system in report["systems"]
+        for task, metrics in ((system["accuracy"]["harness"] or {}).get("tasks") or {}).items()
+        for metric, value in metrics.items()
+    ]
+
+
+EFFICIENCY_HEAD = ("system", "batch", "AMU", "PCU", "AL", "IT, tokens/s", "AEC, W", "MCR")
+
+
+def efficiency_rows(report: Figures) -> list[list[str]]:
+    """EfficientLLM's metrics of every system and batch size."""
+    rows = []
+    for system in report["systems"]:
+        for point in system["points"]:
+            found = point["efficientllm"]
+            rows.append(
+                [
+                    system["name"],
+                    str(point["batch_size"]),
+                    _known(found["amu"], formats.share),
+                    _known(found["pcu"], formats.share),
+                    duration(found["al_s"]),
+                    _known(found["it_tokens_per_s"], formats.count),
+                    _known(found["aec_watts"], formats.small),
+                    _known(system["efficientllm"]["mcr"], formats.small),
+                ]
+            )
     return rows
 
 
@@ -117,6 +155,9 @@ def text_of(report: Figures) -> str:
     accuracy = accuracy_rows(report)
     if accuracy:
         parts += ["", aligned(ACCURACY_HEAD, accuracy)]
+    harness = harness_rows(report)
+    if harness:
+        parts += ["", aligned(HARNESS_HEAD, harness)]
     remarks = remarks_of(report)
     if remarks:
         parts += ["", *remarks]
@@ -127,6 +168,8 @@ def peak_lines(report: Figures) -> list[str]:
     """The device and the peaks that utilisations are shares of."""
     place = report["environment"]
     lines = [f"{place['processor']}; {place['device']}; torch {place['torch']}"]
+    if place["server"] is not None:
+        lines = [f"{place['server']}: {place['devices']} x {place['device']}"]
     seen = []
     for system in report["systems"]:
         for key, unit in (("bytes_per_s", "GB/s"), ("flops", "GFLOP/s")):
@@ -153,7 +196,7 @@ def _remarks(system: Figures) -> Iterator[str]:
         for phase in ("prefill", "decode"):
             reason = point[phase]["utilisation_reason"]
             if reason is not None:
-                yield f"utilisation is missing: {reason}"
+                yield f"{name}, {phase}: utilisation is missing: {reason}"
             for warning in point[phase]["warnings"]:
                 yield f"{name}, batch {point['batch_size']}, {phase}: {warning}"
         for key, value in (("memory", "peak_bytes"), ("energy", "joules")):
@@ -161,6 +204,9 @@ def _remarks(system: Figures) -> Iterator[str]:
                 yield f"{key} is missing: {point[key]['detail']}"
         if point["cost"]["usd_per_mtok"] is None:
             yield f"cost is missing: {point['cost']['reason']}"
+        reached = point["reached_batch_size"]
+        if reached < 0.9 * point["batch_size"]:
+            yield f"{name}, batch {point['batch_size']}: only {reached:.1f} requests decoded at once"
     overhead = system["overhead"]
     if overhead is not None:
         ratio = overhead["ratio"]

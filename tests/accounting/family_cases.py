@@ -34,6 +34,14 @@ LATENT = {
     "n_group": 2,
     "topk_group": 1,
 }
+GROUPED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 14,
+    "first_k_dense_replace": 2,
+    "n_group": 2,
+    "topk_group": 1,
+}
 JAMBA = {
     "num_hidden_layers": 6,
     "attn_layer_period": 3,
@@ -107,6 +115,8 @@ SMALL_CASES = (
     _small("deepseek_v2", "no_latent_query", **{**LATENT, "q_lora_rank": None}, attention_bias=True),
     _small("deepseek_v3", **LATENT, n_shared_experts=1),
     _small("deepseek_v3", "biased", **LATENT, n_shared_experts=2, attention_bias=True),
+    _small("glm4_moe", **GROUPED, n_shared_experts=2, head_dim=8),
+    _small("glm4_moe", "normed", **GROUPED, n_shared_experts=1, attention_bias=True, use_qk_norm=True),
     _small("gpt_oss", **MIXTRAL_EXPERTS, head_dim=8, sliding_window=3),
     _small("gpt_oss", "tied", **MIXTRAL_EXPERTS, head_dim=8, tie_word_embeddings=True),
     _small(
@@ -146,6 +156,7 @@ DEFAULT_CASES = (
             "phi3",
             "phimoe",
             "deepseek_v3",
+            "glm4_moe",
             "gpt_oss",
             "llama4_text",
             "jamba",

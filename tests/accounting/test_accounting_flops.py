@@ -16,6 +16,7 @@ from moe.accounting.flops import (
     mean_context,
     training_flops_per_token,
 )
+from moe.accounting.grouped_flops import grouped_formulas, grouped_product_flops
 from moe.accounting.params import ParameterCount, count_from_shape, count_parameters
 from moe.accounting.shape import (
     AttentionShape,
@@ -104,10 +105,10 @@ def test_layers_for_further_tokens_count_for_megatron_alone() -> None:
         assert extra == 2 * (2 * (layer + 2 * 24 * 24 + 101 * 24) + 2 * attention.score_width * 4)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_the_tiny_qwen3_moe_of_the_page(implementation: str) -> None:
     # Attention 25,165,824, experts 100,663,296, router 524,288, head 16,777,216; nothing of the scores,
-    # which the CPU's fused attention hides from the counter. With grouped products it loses the experts.
+    # which the CPU's fused attention hides from the counter. Of grouped products it needs our formula.
     from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -127,11 +128,37 @@ def test_the_tiny_qwen3_moe_of_the_page(implementation: str) -> None:
     config._experts_implementation = implementation
     model = Qwen3MoeForCausalLM(config)
     tokens = torch.randint(3, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=grouped_formulas()) as counter:
         model(tokens, use_cache=False)
     shape = shape_from_config(config.to_dict())
+    if implementation == "grouped_mm":
+        with torch.no_grad(), FlopCounterMode(display=False) as blind:
+            model(tokens, use_cache=False)
+        assert blind.get_total_flops() == 42_467_328, "without the formula the experts are lost"
     assert counter.get_total_flops() == 143_130_624
     assert 2 * count_from_shape(shape).matmul * tokens.numel() == 143_130_624
+
+
+def test_grouped_products_by_hand() -> None:
+    # 6 rows of width 4 through experts 4 -> 5: 2 * 6 * 4 * 5, however they fall into 3 groups
+    rows, experts = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=grouped_formulas()) as counter:
+        out = torch.nn.functional.grouped_mm(rows, experts, offs=torch.tensor([1, 1, 6], dtype=torch.int32))
+    assert counter.get_total_flops() == 2 * 6 * 4 * 8 and out.shape == (6, 8)
+    assert grouped_product_flops([6, 4], [3, 4, 5]) == 240
+    assert grouped_product_flops([4, 6], [6, 5]) == 240  # the gradient of the weights: as many again
+    assert grouped_product_flops([3, 2, 4], [3, 4, 5]) == 240
+    assert grouped_product_flops([3, 2, 4], [4, 5]) == 80
+    with pytest.raises(ValueError, match="no operands of a grouped product"):
+        grouped_product_flops([6, 4], [3, 5, 4])
+
+
+def test_a_training_step_of_grouped_products_is_three_forwards() -> None:
+    rows, experts = torch.randn(8, 4, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=grouped_formulas()) as counter:
+        out = torch.nn.functional.grouped_mm(rows, experts, offs=torch.tensor([4, 8], dtype=torch.int32))
+        (out * out.detach()).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 8 * 4 * 8
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ def with_mixtures(config: LayerConfig, dense: ModelShape) -> ModelShape:
     Raises:
         ConfigError: The format is another than the one known here.
     """
+    if "attention_layers" in config:
+        rule = "which keys a query meets depends on the text where heads are experts: it is not counted"
+        refuse("attention_layers", len(config["attention_layers"]), rule, "Count the model without them.")
     version = config.get("format_version")
     if version not in FORMAT_VERSIONS:
         rule = f"only formats {FORMAT_VERSIONS} are known here"

@@ -1,0 +1,86 @@
+"""What a user's folder is: a checkpoint, a run of Graft, or a dense model that belongs to a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.errors import CheckpointError, Mistake
+from recipes.checkpoint import find_checkpoint
+from recipes.identity import read_run_file
+from recipes.run_dir import RunDir
+
+_SETTINGS = "config.yaml"
+_DENSE, _CONTINUED = "dense", "cpt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a system's files are.
+
+    Attributes:
+        given: The folder as the user named it.
+        folder: Holds ``config.json``, weights and tokenizer.
+        trained: A checkpoint of a run whose weights take the place of the folder's; None for none.
+    """
+
+    given: Path
+    folder: Path
+    trained: Path | None = None
+
+
+def find_source(given: Path) -> Source | Mistake:
+    """Looks a folder up.
+
+    A folder with ``config.json`` is taken as it is. ``RUN`` is a run's exported mixture, ``RUN/dense`` the
+    dense model it began with, ``RUN/cpt`` that model trained on the same tokens (``compare.cpt=true``).
+    """
+    if (given / "config.json").exists():
+        return Source(given, given)
+    if _is_run(given):
+        export = RunDir(given).export
+        if (export / "config.json").exists():
+            return Source(given, export)
+        remedy = f"Let the run end, or write one: python -m tools.export {given} --out DIR."
+        return Mistake("FOLDER", str(given), "this run has no exported model yet", remedy)
+    if given.name in (_DENSE, _CONTINUED) and _is_run(given.parent):
+        return _leg(given)
+    rule = "there is no config.json in it, and it is no run"
+    return Mistake("FOLDER", str(given), rule, "Give the folder of a local checkpoint, or of a run.")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / _SETTINGS).is_file()
+
+
+def _leg(given: Path) -> Source | Mistake:
+    run = given.parent
+    try:
+        dense = read_run_file(run).get("identity", {}).get("dense")
+    except CheckpointError as error:
+        return Mistake("FOLDER", str(given), f"{run} cannot be read ({error})", "Restore it.")
+    if dense is None or not (Path(dense) / "config.json").exists():
+        rule = f"the dense model of {run} is not there ({dense})"
+        return Mistake("FOLDER", str(given), rule, "Give the folder of the dense checkpoint itself.")
+    if given.name == _DENSE:
+        return Source(given, Path(dense))
+    trained = find_checkpoint(RunDir(run).checkpoints(_CONTINUED)).path
+    if trained is None:
+        rule = f"{run} has no complete checkpoint of it"
+        return Mistake("FOLDER", str(given), rule, "Train it: compare.cpt=true.")
+    return Source(given, Path(dense), trained)
+
+
+def read_config(source: Source) -> Mapping[str, Any] | Mistake:
+    """The content of ``config.json``."""
+    try:
+        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        rule = f"its config.json cannot be read ({error})"
+        return Mistake("FOLDER", str(source.given), rule, "Fetch it again.")
+    if not isinstance(config, dict):
+        return Mistake("FOLDER", str(source.given), "its config.json holds no mapping", "Fetch it again.")
+    return config

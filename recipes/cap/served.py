@@ -1,0 +1,106 @@
+"""Measures a model behind a server: speed as a client sees it, experts as the labelled bound.
+
+Letters: B requests, S tokens, R rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moe.accounting.distinct import estimated_distinct
+from moe.accounting.passes import decode_batch
+from moe.accounting.utilisation import Machine
+from moe.errors import HostError
+from recipes.cap.cost import Rates, cost_figures
+from recipes.cap.efficiency import efficiency
+from recipes.cap.loading import Known
+from recipes.cap.measure import Workload, spread_of, unmeasured_point
+from recipes.cap.meters import Reading
+from recipes.cap.phases import Passes, phase_figures, unmeasured_phase
+from recipes.cap.server import Reply, Server, ask_together, together
+
+# Requests that decode together on average, of those asked for; below it no utilisation is given.
+_TOGETHER = 0.9
+_OTHER_MACHINE = "of the server's machine, which does not tell it here"
+_NO_PASSES = "a server does not tell which passes were prefill, and the time to the first token holds a queue"
+
+
+def measure_served(
+    server: Server, known: Known, prompts_RBS: Tensor, work: Workload, machine: Machine, rates: Rates
+) -> dict[str, Any]:
+    """All figures of one batch size that a client can have; None, with the reason, for the others.
+
+    Args:
+        server: Where to ask.
+        known: What the accounting knows of the model.
+        prompts_RBS: Other prompts in every round, so that no cache of prefixes answers; the first round is to
+            warm up.
+        work: How long and how often.
+        machine: Its peaks.
+        rates: What its hours cost.
+
+    Raises:
+        HostError: The server cannot be reached, or refuses.
+    """
+    _, B, S = prompts_RBS.shape
+    point: dict[str, Any] = {"batch_size": B, "prompt": S, "new": work.new, "rounds": work.rounds}
+    rounds = [ask_together(server, prompts_BS.tolist(), work.new) for prompts_BS in prompts_RBS]
+    failed = [reply.error for replies in rounds for reply in replies if reply.error is not None]
+    requests = {"attempted": len(rounds) * B, "failed": len(failed)}
+    if failed:
+        if len(failed) == requests["attempted"]:
+            remedy = "Look at the server's log, --server and --model."
+            raise HostError.one("--server", server.url, f"every request failed: {failed[0]}", remedy)
+        reason = f"{len(failed)} of {requests['attempted']} requests failed: {failed[0]}"
+        return point | unmeasured_point(rates, reason) | {"requests": requests}
+    timed = rounds[1:]
+    at_once = min(together(replies) for replies in timed)
+    written = _written(timed, work.new)
+    point |= {
+        "reason": None,
+        "requests": requests,
+        "reached_batch_size": at_once,
+        "ttft_s": spread_of([reply.first for replies in timed for reply in replies]),
+        "tpot_s": spread_of([reply.each for replies in timed for reply in replies]),
+        "request_s": spread_of([reply.arrived[-1] - reply.sent for replies in timed for reply in replies]),
+        "tokens_per_s": written,
+        "prefill": unmeasured_phase(_NO_PASSES),
+        "decode": _decode(known, timed, B, S, work.new, machine, at_once),
+        "cache": dict.fromkeys(("held_bytes", "counted_bytes")),
+        "memory": {"peak_bytes": None, "detail": _OTHER_MACHINE},
+        "energy": {"joules": None, "joules_per_token": None, "watts": None, "detail": _OTHER_MACHINE},
+        "cost": cost_figures(rates, written, None),
+    }
+    return point | {"efficientllm": efficiency(point, Reading(None, _OTHER_MACHINE), None, machine.flops)}
+
+
+def _written(rounds: Sequence[Sequence[Reply]], new: int) -> float:
+    """Tokens/s from the first request sent to the last token, of all rounds together."""
+    seconds = [
+        max(reply.arrived[-1] for reply in replies) - min(reply.sent for reply in replies)
+        for replies in rounds
+    ]
+    return new * sum(len(replies) for replies in rounds) / sum(seconds)
+
+
+def _decode(
+    known: Known,
+    rounds: Sequence[Sequence[Reply]],
+    sequences: int,
+    prompt: int,
+    new: int,
+    machine: Machine,
+    at_once: float,
+) -> dict[str, Any]:
+    """As if every round was ``new - 1`` passes of the whole batch, each of the mean time of a token."""
+    if at_once < _TOGETHER * sequences:
+        rule = f"{at_once:.1f} of {sequences} requests decoded at once; the server's largest batch is smaller"
+        return unmeasured_phase(rule)
+    times = [sum(reply.each for reply in replies) / len(replies) for replies in rounds]
+    distinct = None if known.shape is None else (estimated_distinct(known.shape, sequences),) * (new - 1)
+    runs = [Passes(seconds=(seconds,) * (new - 1), distinct=distinct) for seconds in times]
+    batches = [decode_batch(sequences, prompt + i + 1) for i in range(new - 1)]
+    return phase_figures(known, runs, slice(None), batches, machine)

@@ -1,0 +1,162 @@
+"""A client of an OpenAI-compatible server (vLLM, SGLang): streamed completions, timed as they come.
+
+Letters: B requests, S tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Any
+
+_SHOWN = 300  # characters of a server's own message
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where to ask.
+
+    Attributes:
+        url: Up to ``/v1``, with it or without.
+        model: As the server calls it.
+        device: Name of one of its devices, as ``torch.cuda.get_device_name`` gives it; None if not said.
+        devices: How many of them hold the model.
+        key: For the header of authorisation; None for none.
+        timeout: Seconds without a byte after which a request has failed.
+    """
+
+    url: str
+    model: str
+    device: str | None = None
+    devices: int = 1
+    key: str | None = field(default=None, repr=False)
+    timeout: float = 600.0
+
+    @property
+    def completions(self) -> str:
+        """The address of completions."""
+        root = self.url.rstrip("/").removesuffix("/v1")
+        return f"{root}/v1/completions"
+
+
+@dataclass
+class Reply:
+    """One request as it went.
+
+    Attributes:
+        sent: When, on the clock of `time.perf_counter`.
+        arrived: When each piece of text came.
+        prompt_tokens: As the server counts them; None where it does not say.
+        tokens: Written, as the server counts them; None where it does not say.
+        error: Why it failed; None if it did not.
+    """
+
+    sent: float = 0.0
+    arrived: list[float] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    error: str | None = None
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.arrived[0] - self.sent
+
+    @property
+    def each(self) -> float:
+        """Mean seconds of every further token: pieces may hold several."""
+        assert self.tokens is not None and self.tokens > 1, self
+        return (self.arrived[-1] - self.arrived[0]) / (self.tokens - 1)
+
+
+def ask(server: Server, ids: Sequence[int], new: int) -> Reply:
+    """Sends token ids, reads the stream; the reply says whether it is what was asked for."""
+    body = {
+        "model": server.model,
+        "prompt": list(ids),
+        "max_tokens": new,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    if server.key is not None:
+        headers["Authorization"] = f"Bearer {server.key}"
+    request = urllib.request.Request(server.completions, json.dumps(body).encode(), headers)
+    reply = Reply(sent=time.perf_counter())
+    try:
+        with urllib.request.urlopen(request, timeout=server.timeout) as stream:
+            for line in stream:
+                _take(reply, line, time.perf_counter())
+    except urllib.error.HTTPError as error:
+        message = " ".join(error.read(_SHOWN).decode(errors="replace").split())
+        reply.error = f"HTTP {error.code}: {message or error.reason}"
+    except (OSError, HTTPException, ValueError) as error:
+        reply.error = f"{type(error).__name__}: {error}"
+    if reply.error is None:
+        reply.error = _wrong(reply, len(ids), new)
+    return reply
+
+
+def _take(reply: Reply, line: bytes, now: float) -> None:
+    """Reads one line of the stream.
+
+    Raises:
+        ValueError: It is no JSON, or an error that the server sends inside it.
+    """
+    text = line.decode(errors="replace").strip()
+    if not text.startswith("data:") or text == "data: [DONE]":
+        return
+    event: Any = json.loads(text.removeprefix("data:"))
+    if not isinstance(event, dict) or event.get("error"):
+        raise ValueError(f"the server says {str(event)[:_SHOWN]}")
+    if event.get("choices"):
+        reply.arrived.append(now)
+    usage = event.get("usage")
+    if usage:
+        reply.prompt_tokens = usage.get("prompt_tokens")
+        reply.tokens = usage.get("completion_tokens")
+
+
+def _wrong(reply: Reply, prompt: int, new: int) -> str | None:
+    """What differs from what was asked for."""
+    if not reply.arrived:
+        return "no token came"
+    if reply.tokens is None:
+        return "the server does not say how many tokens it wrote (stream_options.include_usage)"
+    if reply.tokens != new:
+        return f"it wrote {reply.tokens} tokens instead of {new}: it does not know ignore_eos, or has a limit"
+    if reply.prompt_tokens not in (None, prompt):
+        return f"it read {reply.prompt_tokens} tokens instead of {prompt}: its tokenizer adds some, or cuts"
+    return None
+
+
+def ask_together(server: Server, prompts: Sequence[Sequence[int]], new: int) -> list[Reply]:
+    """Sends all at once, a thread each, and waits for all."""
+    replies: list[Reply | None] = [None] * len(prompts)
+    barrier = threading.Barrier(len(prompts))
+
+    def run(index: int) -> None:
+        barrier.wait()
+        replies[index] = ask(server, prompts[index], new)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [reply or Reply(error="the request ended without a reply") for reply in replies]
+
+
+def together(replies: Sequence[Reply]) -> float:
+    """Requests that decoded at once, on average over the time in which any did."""
+    spans = [(reply.arrived[0], reply.arrived[-1]) for reply in replies]
+    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    return sum(end - begin for begin, end in spans) / whole if whole > 0 else float(len(spans))
