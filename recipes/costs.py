@@ -25,7 +25,9 @@ def measure_costs(
 ) -> Costs:
     """Counts parameters exactly and FLOPs by the ``exact`` convention; call it before the model is sharded.
 
-    FLOPs are None where the accounting does not know the host's attention: they are never guessed.
+    FLOPs are None where the accounting does not know the host's attention: they are never guessed. With
+    attention experts the keys that a query meets are those of the tokens that went to the same head, which
+    depends on the text.
 
     Args:
         host: The decoder.
@@ -42,7 +44,7 @@ def measure_costs(
     content: dict[str, Any] = host.config.to_dict()
     forward = training = None
     try:
-        attention = attention_from_config(content)
+        attention = None if host.attention_layers() else attention_from_config(content)
     except ConfigError:
         attention = None
     if attention is not None:

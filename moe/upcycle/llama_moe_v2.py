@@ -2,7 +2,7 @@
 
 Source: Qu et al. 2024 (arXiv 2411.15708), MLP-MoE, and its release. The clusters are of the layer's inputs,
 and their centroids are the router's rows, so that a token goes where its neurons are. Its attention experts
-and its alignment of output moments (which needs a bias that Mixtral lacks) are not here.
+are `moe.attention`; its alignment of output moments (which needs a bias that Mixtral lacks) is not here.
 
 Letters: D model width, E experts, F width of the dense network or of an expert, K experts a token.
 """
@@ -72,6 +72,7 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
 
     name = "llama_moe_v2"
     config_class = LlamaMoEV2Config
+    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

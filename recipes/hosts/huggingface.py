@@ -28,7 +28,7 @@ from moe.upcycle import UpcycleMethod
 from moe.upcycle.build import ffn_shape
 from moe.upcycle.check import LayerDrift, LogitDrift, layer_drift, logit_drift, require_exact
 from moe.upcycle.plan import Draws
-from moe.upcycle.router_start import start_rows
+from moe.upcycle.router_start import start_rows, take_given_rows
 from moe.upcycle.weights import FFNWeights
 from recipes.hosts.branches import average, require_same
 from recipes.hosts.ffn import FFNSite, dense_ffn, find_ffns
@@ -189,6 +189,7 @@ def make_layer(
     assert not missing, f"nobody has gathered {sorted(missing)} of layer {layer} for {method.name}"
     built = method.for_router(router.config).build(ffns, Draws(surgery.seed, layer), statistics)
     start_rows(router, built.router)
+    take_given_rows(router, statistics or {})
     experts = Experts(built.bank, surgery.backend)
     shared = None if built.shared is None else SharedExpert(built.shared)
     return MoELayer(router, surgery.make_dispatcher(), experts, LayerContext(context, layer), shared)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moe.attention import attention_layers
 from moe.layer import MoELayer
 from moe.routers import Router
 from moe.upcycle.plan import FFNShape
@@ -36,18 +37,37 @@ class MixtureSpec:
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """One layer of attention experts.
+
+    Attributes:
+        index: Of its block.
+        site: Module path of the attention that it takes the place of.
+        router: Its router.
+        scale: What the router's weights are multiplied by.
+    """
+
+    index: int
+    site: str
+    router: Router[Any]
+    scale: float
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder some of whose feed-forward networks are mixtures.
+    """A decoder some of whose feed-forward networks, and of whose attention, are mixtures.
 
     Attributes:
         config: Of the dense host (transformers').
         architecture: Name of the host's class.
         mixtures: In the order of their blocks.
+        attention: Those of attention experts.
     """
 
     config: Any
     architecture: str
     mixtures: tuple[MixtureSpec, ...]
+    attention: tuple[AttentionSpec, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -64,7 +84,11 @@ def describe_host(host: HuggingFaceHost) -> ModelSpec:
     """The description of a host in memory."""
     named = {id(layer): name for name, layer in host.model.named_modules() if isinstance(layer, MoELayer)}
     mixtures = tuple(_describe(index, named[id(layer)], layer) for index, layer in host.moe_layers())
-    return ModelSpec(host.config, type(host.model).__name__, mixtures)
+    attention = tuple(
+        AttentionSpec(layer.context.layer_index, name, layer.router, layer.scale)
+        for name, layer in attention_layers(host.model)
+    )
+    return ModelSpec(host.config, type(host.model).__name__, mixtures, attention)
 
 
 def _describe(index: int, site: str, layer: MoELayer) -> MixtureSpec:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +114,6 @@ def test_plain_transformers_computes_what_was_exported(
 def test_every_native_format_has_a_case() -> None:
     tested = {case[0] for case in CASES} | {"mixtral"}
     assert tested == {name for name, exporter in exporters().items() if exporter.is_native}
-
-
-@pytest.fixture
-def auto_classes() -> Iterator[None]:
-    """The import, undone afterwards: other tests look at transformers without it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from recipes.hosts.auto import GraftMoEConfig
-
-    yield
-    CONFIG_MAPPING._extra_content.pop("graft_moe")
-    MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(GraftMoEConfig)
-    del sys.modules["recipes.hosts.auto"]
 
 
 @pytest.mark.usefixtures("auto_classes")

@@ -38,6 +38,8 @@ class Exporter(ABC):
         """Why this format cannot hold the model exactly, as a clause; None when it can."""
         if self.hosts and spec.config.model_type not in self.hosts:
             return f"{self.title} holds hosts of {', '.join(self.hosts)}, not of {spec.config.model_type}"
+        if spec.attention and self.is_native:
+            return f"{self.title} has no attention experts"
         return self.refusal_of_its_hosts(spec)
 
     @abstractmethod

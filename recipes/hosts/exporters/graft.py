@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moe.attention import AttentionContext
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import HostError
 from moe.experts import Experts
@@ -27,16 +28,19 @@ from moe.shared import SharedExpert
 from moe.types import LayerContext
 from moe.upcycle.plan import Matrix
 from moe.upcycle.weights import ExpertBank, FFNWeights
+from recipes.hosts.attention import RoutedSelfAttention, attention_sites
 from recipes.hosts.exporters.base import Exporter
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.inspection import weight_files
 from recipes.hosts.live_tensors import LiveNames
 from recipes.hosts.placement import Placement
-from recipes.hosts.spec import MixtureSpec, ModelSpec, describe_host
+from recipes.hosts.spec import AttentionSpec, MixtureSpec, ModelSpec, describe_host
 from recipes.hosts.tensor_files import TensorSpec
 
 MODEL_TYPE = "graft_moe"
 FORMAT_VERSION = 2
+#: Of models with attention experts, which readers of the other would take for dense attention.
+ATTENTION_VERSION = 3
 
 
 class GraftExporter(Exporter):
@@ -55,13 +59,17 @@ class GraftExporter(Exporter):
         # Of the weights' dtype config.json tells itself; the cache is off for training alone.
         dense = {k: v for k, v in spec.config.to_dict().items() if k not in ("dtype", "use_cache")}
         dense["architectures"] = [spec.architecture]
-        return {
+        content = {
             "model_type": MODEL_TYPE,
             "format_version": FORMAT_VERSION,
             "architectures": ["GraftMoEForCausalLM"],
             "dense_config": dense,
             "moe_layers": [_entry(mixture) for mixture in spec.mixtures],
         }
+        if not spec.attention:
+            return content
+        attention = [_attention_entry(one) for one in spec.attention]
+        return content | {"format_version": ATTENTION_VERSION, "attention_layers": attention}
 
     def expert_name(self, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
         """By the expert's number over all ranks."""
@@ -104,6 +112,15 @@ def _entry(mixture: MixtureSpec) -> dict[str, Any]:
     }
 
 
+def _attention_entry(attention: AttentionSpec) -> dict[str, Any]:
+    return {
+        "index": attention.index,
+        "name": attention.site,
+        "router": dataclasses.asdict(attention.router.config),
+        "scale": attention.scale,
+    }
+
+
 def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHost:
     """Loads a folder that `GraftExporter` wrote; the model generates as any of transformers does.
 
@@ -120,8 +137,9 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHos
     if content.get("model_type") != MODEL_TYPE:
         rule = f"its model_type is {content.get('model_type')!r}, not {MODEL_TYPE!r}"
         raise HostError.one("path", str(folder), rule, "Load it with transformers' AutoModelForCausalLM.")
-    if content.get("format_version") != FORMAT_VERSION:
-        rule = f"its format_version is {content.get('format_version')}, and {FORMAT_VERSION} is known here"
+    known = ATTENTION_VERSION if "attention_layers" in content else FORMAT_VERSION
+    if content.get("format_version") != known:
+        rule = f"its format_version is {content.get('format_version')}, and {known} is known here"
         raise HostError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
     dense = dict(content["dense_config"])
     config = AutoConfig.for_model(dense.pop("model_type"), **dense)
@@ -130,8 +148,20 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHos
     for entry in content["moe_layers"]:
         parent, _, child = entry["name"].rpartition(".")
         setattr(model.get_submodule(parent), child, _empty_layer(entry, host))
+    for entry in content.get("attention_layers", []):
+        _cut_attention(entry, host)
     _fill(host, folder, dtype)
     return host
+
+
+def _cut_attention(entry: Mapping[str, Any], host: HuggingFaceHost) -> None:
+    """Puts attention experts in their place; their weights are read later."""
+    (site,) = attention_sites(host, [entry["index"]])
+    heads, width = host.config.num_key_value_heads, host.config.hidden_size
+    cls = router_class(entry["router"]["name"])
+    router = cls(cls.config_class(**entry["router"]), width, heads)
+    context = AttentionContext(host.context, entry["index"])
+    site.replace(RoutedSelfAttention(site.dense, router, context, entry["scale"]))
 
 
 def _empty_layer(entry: Mapping[str, Any], host: HuggingFaceHost) -> MoELayer:
@@ -224,7 +254,8 @@ def _read(
         return files.read(placement.router(router.layer, router.key))
     if parts is None:
         tensor = files.read(placement.kept(name))
-        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+        casts = dtype is not None and tensor.is_floating_point() and not GraftExporter().keeps_dtype(name)
+        return tensor.to(dtype) if casts else tensor
     first = files.read(placement.slot(parts[0].piece).name)
     stacked = torch.empty(like.shape, dtype=dtype or first.dtype)
     for part in parts:
