@@ -105,9 +105,17 @@ def shared_data(session: Session, tokenizer: Path, vocab_size: int) -> TrainData
     return load_data(session.config.data, tokenizer, cache, vocab_size, lambda line: None)
 
 
+def vocab_size_of(folder: Path) -> int:
+    """Rows of the embedding of a checkpoint."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return int(config.get_text_config().vocab_size)
+
+
 def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> bool:
     config = session.config
-    host = _fresh_model(config.model, config.data.seq_len, tokenizer)
+    host = fresh_model(config.model, config.data.seq_len, tokenizer)
     costs = measure_costs(host, config.data.seq_len, None)
     what = "training a Llama" if config.model.steps else "drawing the weights of a Llama"
     session.say(f"dense: no checkpoint given, {what} of {costs.total_params:,} parameters")
@@ -139,7 +147,8 @@ def _optim(model: DefaultModelConfig) -> OptimConfig:
     return OptimConfig(name="adamw", lr=model.lr, schedule=schedule)
 
 
-def _fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> HuggingFaceHost:
+def fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> HuggingFaceHost:
+    """The default with its weights as they are drawn."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     end = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).eos_token_id

@@ -31,6 +31,13 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
     for section in ("router", "upcycle"):
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             fields[f"{section}.{key}"] = value
+    if config.attention is not None:
+        for key, value in dataclasses.asdict(config.attention).items():
+            fields[f"attention.{key}"] = value
+    if config.job == "two_stage":
+        # Where the first stage ends, the second has begun.
+        fields |= {"train.steps": config.train.steps, "stage2.path": config.stage2.path}
+        fields["stage2.validation_path"] = config.stage2.validation_path
     fields["sparsify"] = sparsify_identity(config)
     return json.loads(json.dumps(fields))
 

@@ -23,6 +23,7 @@ from recipes.callbacks.base import Callback, LegInfo
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.data.build import TrainData
 from recipes.data.packing import rank_slice
+from recipes.data.samples import Marks
 from recipes.engines import Engine, Trainable
 from recipes.interrupt import StopRequest
 from recipes.metrics import Metric, reduce_metrics
@@ -188,8 +189,9 @@ class Loop:
     def _step(self, leg: Leg, step: int) -> tuple[dict[str, float], LoadReport | None, bool]:
         started = time.perf_counter()
         count = leg.train.num_micro_batches(self.engine.world_size)
+        share = self._share(leg, step, count)
         losses = [
-            leg.trainable.forward_backward(self._tokens(leg, step, micro), micro, count)
+            leg.trainable.forward_backward(*self._micro_batch(leg, step, micro, count, share))
             for micro in range(count)
         ]
         factor = lr_factor(step, leg.train.steps, leg.optim.schedule)
@@ -199,9 +201,9 @@ class Loop:
             {"loss": Metric(loss, "mean"), "stop": Metric(float(self.stop.requested), "max")},
             self.engine.data_group,
         )
-        load = report_load(
-            [(index, layer.stats) for index, layer in leg.trainable.host.moe_layers()], self.engine.data_group
-        )
+        host, group = leg.trainable.host, self.engine.data_group
+        load = report_load([(index, layer.stats) for index, layer in host.moe_layers()], group)
+        attention = report_load([(index, layer.stats) for index, layer in host.attention_layers()], group)
         seconds = time.perf_counter() - started
         self._refuse_nonfinite(leg, step, reduced["loss"], grad_norm)
         speed = leg.tokens_per_step / seconds
@@ -215,7 +217,8 @@ class Loop:
             "step_s": seconds,
         }
         row |= _cost_figures(leg.costs_at(step), speed, self.engine.world_size)
-        return row | _router_figures(load), load, reduced["stop"] > 0
+        row |= _router_figures(load) | _router_figures(attention, "attention/")
+        return row, load, reduced["stop"] > 0
 
     def _refuse_nonfinite(self, leg: Leg, step: int, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -226,11 +229,26 @@ class Loop:
             f"{leg.optim.lr}) or raise optim.schedule.warmup_steps, and set resume=auto."
         )
 
-    def _tokens(self, leg: Leg, step: int, micro: int) -> Tensor:
+    def _share(self, leg: Leg, step: int, num_micro: int) -> float:
+        """What a counted target weighs in its rank's and micro-batch's sum.
+
+        The step's loss is the mean over the counted targets of all ranks and micro-batches together, however
+        they are spread; the average over ranks and micro-batches has divided it by their number already.
+        """
+        first = leg.first_sample + step * leg.train.global_batch_size
+        counted = leg.data.train.num_counted(first, leg.train.global_batch_size)
+        return num_micro * self.engine.world_size / counted
+
+    def _micro_batch(
+        self, leg: Leg, step: int, micro: int, num_micro: int, share: float
+    ) -> tuple[Tensor, int, int, Marks | None]:
+        """What this rank's forward pass takes."""
         size = leg.train.micro_size(self.engine.world_size)
         of_step = leg.first_sample + step * leg.train.global_batch_size
         first, count = rank_slice(of_step, micro, size, self.engine.rank, self.engine.world_size)
-        return torch.from_numpy(leg.data.train.batch(first, count))
+        marks = leg.data.train.marks(first, count)
+        tokens = torch.from_numpy(leg.data.train.batch(first, count))
+        return tokens, micro, num_micro, None if marks is None else marks.times(share)
 
     def evaluate(self, leg: Leg) -> float:
         """Mean validation loss a token, over all ranks; the same samples whatever their number."""
@@ -255,7 +273,7 @@ class Loop:
 
 
 def validation_loss(engine: Engine[Any], trainable: Trainable, data: TrainData, train: TrainConfig) -> float:
-    """Mean cross-entropy a token over the first validation samples, the same for any number of ranks."""
+    """Mean cross-entropy a target over the first validation samples, the same for any number of ranks."""
     wanted = min(train.eval_samples, data.validation.samples_per_epoch)
     size = train.micro_size(engine.world_size)
     total, count = 0.0, 0.0
@@ -265,11 +283,14 @@ def validation_loss(engine: Engine[Any], trainable: Trainable, data: TrainData, 
         # Past the end a rank repeats the first samples with weight 0: sharded models need every rank.
         real = max(0, min(size, wanted - start))
         tokens = data.validation.batch(start if real == size else 0, size)
+        marks = data.validation.marks(start if real == size else 0, size)
         if 0 < real < size:
             tokens[:real] = data.validation.batch(start, real)
-        losses = trainable.token_losses(torch.from_numpy(tokens))[:real]
-        total += float(losses.double().sum())
-        count += losses.numel()
+            marks = marks and Marks.together([data.validation.marks(start, real), marks.after(real)])
+        losses = trainable.token_losses(torch.from_numpy(tokens), marks)[:real].double()
+        weights = torch.ones_like(losses) if marks is None else marks.weights_BS[:real].to(losses)
+        total += float((losses * weights).sum())
+        count += float(weights.sum())
     sums = reduce_metrics({"total": Metric(total, "sum"), "count": Metric(count, "sum")}, engine.data_group)
     return sums["total"] / sums["count"]
 
@@ -292,13 +313,13 @@ def _cost_figures(costs: Costs, tokens_per_s: float, world_size: int) -> dict[st
     return row
 
 
-def _router_figures(load: LoadReport | None) -> dict[str, float]:
+def _router_figures(load: LoadReport | None, kind: str = "") -> dict[str, float]:
     if load is None:
         return {}
-    row = {f"router/{name}": value for name, value in load.means().items()}
+    row = {f"{kind}router/{name}": value for name, value in load.means().items()}
     for name, values in load.per_layer.items():
         for layer, value in zip(load.layers, values, strict=True):
-            row[f"layer/{layer:02d}/{name}"] = value
+            row[f"layer/{layer:02d}/{kind}{name}"] = value
     return row
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from moe.errors import Mistake, UserError
 from moe.routers import router_class
 from moe.upcycle import upcycle_methods
 from moe.upcycle.plan import FFNShape
+from recipes.data.chat_template import check_chat_template
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
+from recipes.hosts.attention import attention_mistakes
 from recipes.hosts.branches import check_sources
 from recipes.hosts.header_shape import read_ffn_shape
 from recipes.hosts.inspection import check_dense, read_config
 from recipes.hosts.method_fit import method_mistakes
+from recipes.prompts.rows import check_prompts
 from recipes.run_dir import choose_run_dir
 from recipes.schema import RunConfig
 from recipes.sparsify import check_sparsify, check_sparsify_layers
@@ -37,6 +41,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
         check_sparsify(config) + check_schedule(config) + check_paths(config.data) + check_folders(config)
     )
     mistakes += check_calibration(config) + check_run_dir(config)
+    mistakes += check_chat_template(config.data, config.dense)
     if config.dense is None:
         return mistakes + check_method(config, _embedded_shape(config)) + check_model(config)
     found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
@@ -102,13 +107,33 @@ def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     method = upcycle_methods()[config.upcycle.name](config.upcycle)
     mistakes = []
     if not check_router(config):
-        mistakes += method_mistakes(method, config.router, shape)
+        mistakes += method_mistakes(method, config.router, shape) + check_prompts(config)
     return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 
 def _embedded_shape(config: RunConfig) -> FFNShape:
     model = config.model
     return FFNShape(model.intermediate_size, model.hidden_size, gated=True, activation="silu")
+
+
+def _embedded_config(config: RunConfig) -> dict[str, Any]:
+    model = config.model
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+    }
+
+
+def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
+    """Attention that is to become experts must be of a kind that can.
+
+    Args:
+        config: The run.
+        dense: The content of the dense model's ``config.json``.
+    """
+    return [] if config.attention is None else attention_mistakes(config.attention, dense)
 
 
 def check_engine(config: RunConfig) -> list[Mistake]:
@@ -139,13 +164,14 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
     """Text of the calibration's own must be there, as the run's."""
     if config.calibration.path is None:
         return []
-    own = DataConfig(path=config.calibration.path, text_key=config.data.text_key)
+    own = replace(config.data, path=config.calibration.path, validation_path=None)
     return check_paths(own, "calibration")
 
 
 def check_model(config: RunConfig) -> list[Mistake]:
     """The embedded default's own schedule and depth must fit as well."""
     mistakes = check_layers(config, config.model.num_layers)
+    mistakes += check_attention(config, _embedded_config(config))
     if 0 < config.model.steps <= config.model.warmup_steps:
         rule = f"it does not fit into model.steps={config.model.steps}"
         mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
@@ -193,7 +219,7 @@ def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
     """Tokenizer, layers and sequence length must fit the dense model."""
     text = dense.get("text_config") or dense
     vocab_size = text.get("vocab_size")
-    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense")
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)
     depth = _first(text, _DEPTH_KEYS)
     if depth is not None:
         mistakes += check_layers(config, depth)

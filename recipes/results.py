@@ -10,6 +10,14 @@ from typing import Any
 from recipes.atomic import atomic_write_json
 from recipes.loop import Costs
 
+_LABELS = {
+    "dense": "Dense (start)",
+    "cpt": "Dense, continued (CPT)",
+    "stage1": "MoE after stage 1",
+    "moe": "Upcycled (MoE)",
+    "scratch": "MoE from scratch",
+}
+
 
 class Results:
     """The summary of a run in progress. Every rank holds the same; rank 0 writes.
@@ -40,12 +48,12 @@ class Results:
     def put_leg(
         self, model: str, label: str, val_loss: float | None, tokens: int, costs: Costs, speed: float | None
     ) -> None:
-        """Adds or replaces the row of a model, in the order dense, cpt, moe."""
+        """Adds or replaces the row of a model, in the order of `_LABELS`."""
         row = {"model": model, "label": label, "val_loss": val_loss, "tokens": tokens}
         row |= {key: value for key, value in asdict(costs).items() if key != "peak_flops"}
         row["tokens_per_s"] = speed
         rows = [old for old in self.content["results"] if old["model"] != model] + [row]
-        self.content["results"] = sorted(rows, key=lambda r: ("dense", "cpt", "moe").index(r["model"]))
+        self.content["results"] = sorted(rows, key=lambda r: _place(r["model"]))
         self.write()
 
     def put(self, key: str, value: Any) -> None:
@@ -65,5 +73,12 @@ class Results:
 
 
 def leg_label(model: str) -> str:
-    """How a model is called in tables."""
-    return {"dense": "Dense (start)", "cpt": "Dense, continued (CPT)", "moe": "Upcycled (MoE)"}[model]
+    """How a model is called in tables: ``cpt_tokens`` and ``scratch_400`` are shorter runs of an arm."""
+    kind, _, which = model.partition("_")
+    if not which:
+        return _LABELS[kind]
+    return f"{_LABELS[kind]}, {'equal tokens' if which == 'tokens' else f'+{which} dense steps'}"
+
+
+def _place(model: str) -> tuple[int, str]:
+    return list(_LABELS).index(model.partition("_")[0]), model

@@ -90,7 +90,8 @@ def _from_path(config: RunConfig, outputs: Path) -> RunDir:
             rule = f"{target} holds a run already, and a checkpoint starts a new one"
             raise ConfigError.one("run.name", name, rule, "Give another name.")
         return RunDir(target, fork=path)
-    # A run that was stopped while it calibrated has no checkpoint yet.
-    if not any((path / name).is_dir() for name in ("checkpoints", "calibration")):
+    # A run that was stopped while it calibrated, or in the first of two stages, has no checkpoint there yet;
+    # one that trains from scratch alone never has.
+    if not any((path / name).is_dir() for name in ("checkpoints", "calibration", "stage1", "scratch")):
         raise ConfigError.one("resume", config.resume, "it holds no checkpoints", remedy)
     return RunDir(path, resumed=True)

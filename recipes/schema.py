@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from moe.attention_config import AttentionConfig
 from moe.errors import ConfigError, Mistake
 from moe.experts import ExpertsConfig
 from moe.routers import RouterConfig, router_classes
@@ -23,7 +24,10 @@ from recipes.calibration.config import CalibrationConfig
 from recipes.data.config import DataConfig
 from recipes.engines import EngineConfig, engine_classes
 from recipes.optim import OptimConfig
+from recipes.prompts.config import PromptsConfig
+from recipes.stage2 import Stage2Config
 from recipes.tracking import TrackerConfig
+from recipes.versus.config import VersusConfig
 
 # A byte-level tokenizer has 256 bytes and the end token.
 _SMALLEST_VOCABULARY = 257
@@ -178,12 +182,17 @@ class RunConfig(Config):
     data: DataConfig = field(default_factory=DataConfig)
     model: DefaultModelConfig = field(default_factory=DefaultModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    attention: AttentionConfig | None = None
+    """Key-value heads as experts; None leaves attention dense."""
     sparsify: list[SparsePhase] = field(default_factory=list)
     """Stretches of the run in which lower layers use more experts than ``router.top_k``; none: K stays."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stage2: Stage2Config = field(default_factory=Stage2Config)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    versus: VersusConfig = field(default_factory=VersusConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
@@ -205,6 +214,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     families = {"router": router_classes(), "upcycle": upcycle_methods(), "engine": engine_classes()}
     for section, classes in families.items():
         content[section] = _parse_family(section, content.get(section), classes, mistakes)
+    content["attention"] = _parse_attention(content.get("attention"), families["router"], mistakes)
     if mistakes:
         # The sections that failed get a stand-in, so that the mistakes of the others are found as well.
         for section in families:
@@ -236,6 +246,23 @@ def _parse_family(
         mistakes += found
         return None
     return TypeAdapter(config_class).validate_python(dict(value))
+
+
+def _parse_attention(value: Any, routers: Mapping[str, Any], mistakes: list[Mistake]) -> Any | None:
+    """Reads the section ``attention``, whose router is a section of its own; None for dense attention."""
+    if value is None or value == {"name": "none"}:
+        return None
+    if not isinstance(value, Mapping) or value.get("name") != "moe":
+        rule = "options of attention experts stand in a section whose name is moe"
+        mistakes.append(Mistake("attention", value, rule, "Set attention=moe, or attention=none alone."))
+        return None
+    router = _parse_family("attention.router", value.get("router"), routers, mistakes)
+    if router is None:
+        return None
+    content = {**value, "router": router}
+    found = _validate(AttentionConfig, content, "attention")
+    mistakes += found
+    return None if found else TypeAdapter(AttentionConfig).validate_python(content)
 
 
 def _list(names: Mapping[str, Any]) -> str:

@@ -34,13 +34,15 @@ MAY_BE_HEAVY = {
     "recipes/hosts/megatron.py",
     # Registers a class of transformers: who imports it has transformers already.
     "recipes/hosts/auto.py",
+    # A layer of its cache: nothing needs it before a model of transformers generates.
+    "recipes/hosts/attention_cache.py",
 }
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 PICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 # Import names that differ from the name of the distribution.
 DISTRIBUTIONS = {"hydra": "hydra-core", "omegaconf": "hydra-core", "megatron": "megatron-core"}
-# What comes with torch or datasets and is pinned by them.
-TRANSITIVE = {"triton", "pyarrow", "zstandard"}
+# What comes with torch, datasets or hydra and is pinned by them.
+TRANSITIVE = {"triton", "pyarrow", "zstandard", "yaml"}
 
 
 @cache

@@ -166,8 +166,9 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
     from recipes.hosts.exporters import exporters
     from recipes.hosts.inspection import check_dense
     from recipes.preflight import check_folder, check_router
+    from recipes.prompts.rows import check_prompts
 
-    mistakes = check_json_target(arguments.json) + check_router(config)
+    mistakes = check_json_target(arguments.json) + check_router(config) + check_prompts(config)
     mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code)
     if arguments.out is not None:
         mistakes += check_folder("--out", str(Path(arguments.out).expanduser().absolute().parent))
@@ -177,6 +178,9 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
             )
     elif arguments.compare is None:
         mistakes.append(Mistake("--out", None, "it says where the mixture goes", "Give it, or --compare."))
+    if config.attention is not None:
+        remedy = "Leave attention=none, or run train.py with attention=moe train.steps=0."
+        mistakes.append(Mistake("attention", config.attention.name, "only networks are converted", remedy))
     if arguments.target not in ("auto", *exporters()):
         remedy = f"Choose auto, {', '.join(exporters())}."
         mistakes.append(Mistake("--target", arguments.target, "there is no such format", remedy))

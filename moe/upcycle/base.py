@@ -72,10 +72,12 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
     Attributes:
         name: The value of ``upcycle.name`` that picks this class.
         config_class: The typed config it is built from.
+        starts_router: Whether it sets the router's rows, which others then must not.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[UpcycleConfig]]
+    starts_router: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

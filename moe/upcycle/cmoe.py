@@ -51,6 +51,7 @@ class CMoE(UpcycleMethod[CMoEConfig]):
 
     name = "cmoe"
     config_class = CMoEConfig
+    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class MoEfication(UpcycleMethod[MoEficationConfig]):
 
     name = "moefication"
     config_class = MoEficationConfig
+    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Letters: D model width, E experts, G experts of a group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,25 @@ from torch import Tensor
 
 from moe.routers.base import Router
 from moe.upcycle.plan import RouterStart
+
+#: Among the statistics of a layer: router rows ``[E, D]`` that somebody else has chosen.
+GIVEN_ROWS = "given_rows_ED"
+
+
+@torch.no_grad()
+def take_given_rows(router: Router[Any], known: Mapping[str, Tensor]) -> None:
+    """Sets a router's rows to those given for its layer; nothing where there are none.
+
+    Args:
+        router: Of a method that does not set them itself.
+        known: The layer's statistics.
+    """
+    given_ED = known.get(GIVEN_ROWS)
+    if given_ED is None:
+        return
+    rows_ED = router.rows_ED()
+    assert rows_ED is not None, f"{router.name} has no rows; whoever gives some checks that"
+    rows_ED.copy_(given_ED)
 
 
 @torch.no_grad()

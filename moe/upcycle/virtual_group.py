@@ -52,6 +52,7 @@ class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
 
     name = "virtual_group"
     config_class = VirtualGroupConfig
+    starts_router = True
 
     def is_exact(self, router: Router[Any]) -> bool:
         """With the factor on the down projection, under weights of one sum and a router that keeps ties."""

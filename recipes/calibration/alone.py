@@ -16,6 +16,7 @@ from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.interrupt import StopRequest
 from recipes.jobs.base import Session
 from recipes.loop import Loop
+from recipes.packed_attention import fit_attention
 from recipes.run_dir import RunDir
 from recipes.schema import RunConfig
 from recipes.tracking import RunLogger, TrackerConfig, start
@@ -49,6 +50,7 @@ def calibrate_alone(
     logger = RunLogger(folder, start(quiet, folder, folder.name, {}, say=lambda line: None))
     try:
         data = load_data(config.data, host.folder, cache, vocab_size, lambda line: None)
+        data = fit_attention(data, host.model, print)
         with StopRequest(speaks=True) as stop:
             run_dir = RunDir(folder, resumed=True)
             session = Session(

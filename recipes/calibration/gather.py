@@ -34,11 +34,12 @@ from recipes.calibration.store import (
     write_stored,
 )
 from recipes.data.build import TrainData, load_data
-from recipes.data.packing import PackedDataset
+from recipes.data.samples import Marks, Samples
 from recipes.hosts.ffn import FFNSite
 from recipes.hosts.huggingface import HuggingFaceHost, chosen_sites
 from recipes.jobs.base import Session
 from recipes.metrics import Metric, reduce_metrics
+from recipes.packed_attention import fit_attention
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
@@ -92,7 +93,7 @@ class Calibration:
         assert kept is not None, self.folder.statistics
         return kept.by_layer()
 
-    def _text(self, data: TrainData) -> tuple[PackedDataset, str]:
+    def _text(self, data: TrainData) -> tuple[Samples, str]:
         path = self.config.path
         if path is None:
             return data.train, data.fingerprint
@@ -106,7 +107,7 @@ class Calibration:
             return load_data(own, self.host.folder, cache, vocab_size, log)
 
         session.on_rank_zero(lambda: load(session.say).fingerprint)
-        loaded = load(lambda line: None)
+        loaded = fit_attention(load(lambda line: None), self.host.model, session.say)
         return loaded.train, loaded.fingerprint
 
     def _identity(self, text_fingerprint: str) -> dict[str, Any]:
@@ -197,7 +198,10 @@ class Calibration:
         if own:
             tokens_BS1 = torch.stack([torch.from_numpy(self.text.sample(n)) for n in own])
             first_index_B = torch.tensor(own) * self.text.seq_len
-            observer.show(tokens_BS1, first_index_B, gradient)
+            observer.show(tokens_BS1, first_index_B, gradient, self._marks(own))
+
+    def _marks(self, own: range) -> Marks | None:
+        return Marks.together([self.text.marks(n, 1) for n in own])
 
     def _asked_to_stop(self) -> bool:
         """On all ranks when it is on one."""

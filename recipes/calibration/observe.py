@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe.upcycle.statistics.base import LayerBatch
 from moe.upcycle.statistics.collect import LayerStatistics
+from recipes.data.samples import Marks
 from recipes.hosts.ffn import FFNSite
 from recipes.hosts.huggingface import HuggingFaceHost
 
@@ -39,19 +40,27 @@ class Observer:
     layers: Mapping[int, LayerStatistics]
     compute_dtype: torch.dtype = torch.float32
     _index_T: Tensor | None = None
+    _mask_T: Tensor | None = None
 
-    def show(self, tokens_BS1: Tensor, first_index_B: Tensor, gradient: bool) -> None:
+    def show(
+        self, tokens_BS1: Tensor, first_index_B: Tensor, gradient: bool, marks: Marks | None = None
+    ) -> None:
         """Takes a batch through the model.
 
         Args:
             tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
             first_index_B: ``[B]`` int64 number of each sample's first token in the calibration text.
             gradient: Whether a statistic needs the gradient of the loss.
+            marks: What is known of the tokens: padding is not looked at, and targets count by their weights.
         """
         device = self.sites[0].weights.up_FD.device
         tokens_BS1 = tokens_BS1.to(device)
         S = tokens_BS1.shape[1] - 1
         self._index_T = (first_index_B[:, None] + torch.arange(S)).flatten().to(device)
+        self._mask_T = None if marks is None else marks.real_BS.flatten().to(device)
+        more = {}
+        if marks is not None and marks.positions_BS is not None:
+            more["position_ids"] = marks.positions_BS.to(device)
         model = self.host.model
         low = self.compute_dtype != torch.float32
         with (
@@ -59,13 +68,16 @@ class Observer:
             torch.autocast(device.type, dtype=self.compute_dtype, enabled=low),
         ):
             if not gradient:
-                model.base_model(input_ids=tokens_BS1[:, :-1], use_cache=False)
+                model.base_model(input_ids=tokens_BS1[:, :-1], use_cache=False, **more)
                 return
-            logits_BSV = model(input_ids=tokens_BS1[:, :-1], use_cache=False).logits
+            logits_BSV = model(input_ids=tokens_BS1[:, :-1], use_cache=False, **more).logits
+            flat_TV, targets_T = logits_BSV.float().flatten(0, 1), tokens_BS1[:, 1:].flatten()
             # Summed: a token's gradient does not depend on how many share the batch.
-            loss = F.cross_entropy(
-                logits_BSV.float().flatten(0, 1), tokens_BS1[:, 1:].flatten(), reduction="sum"
-            )
+            if marks is None:
+                loss = F.cross_entropy(flat_TV, targets_T, reduction="sum")
+            else:
+                losses_T = F.cross_entropy(flat_TV, targets_T, reduction="none")
+                loss = (losses_T * marks.weights_BS.flatten().to(device)).sum()
         loss.backward()
 
     @contextmanager
@@ -98,16 +110,16 @@ class Observer:
 
         def look(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             x_TD = args[0].detach().flatten(0, -2).float()
-            index_T = self._index_T
+            index_T, mask_T = self._index_T, self._mask_T
             assert index_T is not None and len(index_T) == len(x_TD), "a batch that show() did not start"
             if not gradient:
-                statistics.update(LayerBatch(site.weights, x_TD, index_T))
+                statistics.update(LayerBatch(site.weights, x_TD, index_T, mask_T=mask_T))
                 return
 
             def take(grad: Tensor) -> None:
                 grad_TD = grad.detach().flatten(0, -2).float()
                 with torch.autocast(x_TD.device.type, enabled=False):
-                    statistics.update(LayerBatch(site.weights, x_TD, index_T, grad_TD))
+                    statistics.update(LayerBatch(site.weights, x_TD, index_T, grad_TD, mask_T))
 
             out.register_hook(take)
 

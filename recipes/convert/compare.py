@@ -18,6 +18,7 @@ from recipes.hosts.drift import MethodDrift, measure_drift
 from recipes.hosts.huggingface import HuggingFaceHost, load_host
 from recipes.jobs.upcycle import make_surgery
 from recipes.preflight import check_router
+from recipes.prompts.rows import check_prompts, with_prompt_rows
 from recipes.schema import RunConfig, parse_config
 
 # Of the columns after the method's name.
@@ -96,7 +97,7 @@ def compare_methods(
         try:
             values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
             config = parse_config(values | {"dense": str(dense)})
-            if mistakes := check_router(config):
+            if mistakes := check_router(config) + check_prompts(config):
                 raise ConfigError(mistakes)
             result: MethodDrift | UserError = _measure(config, values, host, tokens_BS)
         except UserError as error:
@@ -118,7 +119,7 @@ def _measure(
         known = calibrate_alone(config, values, host, Path(folder))
     if known is None:
         raise KeyboardInterrupt
-    return measure_drift(host, surgery, tokens_BS, sources, known)
+    return measure_drift(host, surgery, tokens_BS, sources, with_prompt_rows(known, config, host))
 
 
 def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:

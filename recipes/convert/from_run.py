@@ -82,6 +82,9 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     if out.exists():
         raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
     config, dense = _read_run(request.run)
+    if config.attention is not None:
+        rule = "its key-value heads are experts, which only the run itself exports"
+        raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
     checkpoint = _checkpoint(request)
     verify_checkpoint(checkpoint)
     statistics = read_statistics(CalibrationFolder.of_run(request.run))

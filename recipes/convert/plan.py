@@ -21,7 +21,7 @@ from moe.upcycle import UpcycleMethod, upcycle_methods
 from moe.upcycle.base import UpcycleConfig
 from moe.upcycle.build import DenseMatrix, router_start
 from moe.upcycle.plan import Draws, FFNShape, LayerPlan, Matrix
-from moe.upcycle.router_start import start_rows
+from moe.upcycle.router_start import start_rows, take_given_rows
 from recipes.convert.dense import DenseFiles
 from recipes.hosts.exporters import Exporter, choose_exporter, exporters
 from recipes.hosts.exporters.base import Layout
@@ -191,7 +191,7 @@ def plan_conversion(
 
     Args:
         request: What is asked for.
-        statistics: By block, for methods that need some.
+        statistics: By block, for methods that need some; and the router's rows, where somebody gives them.
 
     Raises:
         HostError: The dense checkpoint or the format cannot be had.
@@ -206,7 +206,12 @@ def plan_conversion(
         for ffn in chosen
     }
     stored, skipped = _resolve(files, names)
-    routers = {ffn.layer: _router(request, ffn, plans[ffn.layer], files[0], stored[0]) for ffn in chosen}
+    routers = {
+        ffn.layer: _router(
+            request, ffn, plans[ffn.layer], (statistics or {}).get(ffn.layer, {}), files[0], stored[0]
+        )
+        for ffn in chosen
+    }
     mixtures = tuple(_mixture(ffn, plans[ffn.layer], routers[ffn.layer]) for ffn in chosen)
     spec = ModelSpec(names.config, names.architecture, mixtures)
     exporter, refusals = _exporter(request, spec)
@@ -282,7 +287,12 @@ def _chosen(names: HostNames, config: UpcycleConfig) -> list[FFNNames]:
 
 
 def _router(
-    request: ConversionRequest, ffn: FFNNames, plan: LayerPlan, files: DenseFiles, stored: Mapping[str, str]
+    request: ConversionRequest,
+    ffn: FFNNames,
+    plan: LayerPlan,
+    known: Mapping[str, torch.Tensor],
+    files: DenseFiles,
+    stored: Mapping[str, str],
 ) -> Router[Any]:
     """As a training run draws it, so that both begin alike; rows of dense neurons are read from the files."""
     cls = router_class(request.router.name)
@@ -293,6 +303,7 @@ def _router(
         for matrix in plan.router.matrices
     }
     start_rows(router, router_start(plan.router, dense))
+    take_given_rows(router, known)
     return router
 
 

@@ -13,6 +13,7 @@ from moe.upcycle import upcycle_methods
 from recipes.calibration.alone import calibrate_alone
 from recipes.calibration.gather import LayerTensors
 from recipes.hosts.huggingface import load_host
+from recipes.prompts.rows import with_prompt_rows
 from recipes.schema import RunConfig
 
 
@@ -22,9 +23,9 @@ def calibration_folder(out: Path) -> Path:
 
 
 def needs_statistics(config: RunConfig) -> bool:
-    """Whether the config's method looks at text."""
+    """Whether the config's method looks at text, or its router's rows come from prompts."""
     method = upcycle_methods()[config.upcycle.name](config.upcycle).for_router(config.router)
-    return bool(method.statistics)
+    return bool(method.statistics) or config.prompts.path is not None
 
 
 def gather_statistics(config: RunConfig, values: Mapping[str, Any], out: Path) -> LayerTensors | None:
@@ -46,7 +47,8 @@ def gather_statistics(config: RunConfig, values: Mapping[str, Any], out: Path) -
     folder = calibration_folder(out)
     host = load_host(Path(config.dense).expanduser(), trust_remote_code=config.trust_remote_code)
     try:
-        return calibrate_alone(config, values, host, folder)
+        found = calibrate_alone(config, values, host, folder)
+        return None if found is None else with_prompt_rows(found, config, host)
     except CheckpointError as error:
         remedy = f"Set it back to go on, or delete {folder}."
         raise CheckpointError([replace(mistake, remedy=remedy) for mistake in error.mistakes]) from error

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from moe.errors import DataError
+from recipes.data.chat_build import load_chat
 from recipes.data.config import DataConfig
-from recipes.data.indexed import IndexedDataset, idx_path
+from recipes.data.content import content_hash
+from recipes.data.indexed import IndexedDataset
 from recipes.data.packing import ORDER_VERSION, OrderedDataset, PackedDataset, split_documents
+from recipes.data.samples import Samples
 from recipes.data.tokenise import ensure_tokenised, read_counts
-
-SAMPLED_BLOCKS = 64
-SAMPLED_TOKENS = 4096
-"""Of the tokens, so many evenly spaced blocks of this many count in the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class TrainData:
             checkpoint keeps it, and a resume against other data is refused.
     """
 
-    train: PackedDataset
-    validation: OrderedDataset
+    train: Samples
+    validation: Samples
     fingerprint: str
 
     @property
@@ -67,6 +66,8 @@ def load_data(
         DataError: Documents cannot be read, ids do not fit the model, or there is less than one sample.
         DiskError: The cache cannot be written.
     """
+    if cfg.format == "chat":
+        return TrainData(*load_chat(cfg, tokenizer_dir, cache_dir, vocab_size, log))
     prefix = ensure_tokenised(cfg, tokenizer_dir, cache_dir, log)
     check_ids(prefix, vocab_size)
     validation_prefix = None
@@ -90,13 +91,13 @@ def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Pat
     """
     indexed = IndexedDataset(prefix)
     if validation_prefix is None:
-        held_out, identity = indexed, [_content_hash(indexed), cfg.validation_fraction]
+        held_out, identity = indexed, [content_hash(indexed), cfg.validation_fraction]
         train_ids, validation_ids = split_documents(
             indexed.document_lengths, cfg.validation_fraction, cfg.seed, cfg.seq_len
         )
     else:
         held_out = IndexedDataset(validation_prefix)
-        identity = [_content_hash(indexed), _content_hash(held_out)]
+        identity = [content_hash(indexed), content_hash(held_out)]
         train_ids, validation_ids = np.arange(indexed.num_documents), np.arange(held_out.num_documents)
     identity += [cfg.seq_len, cfg.seed, ORDER_VERSION]
     return TrainData(
@@ -121,15 +122,3 @@ def check_ids(prefix: str | Path, vocab_size: int) -> None:
             f"holds ids from {low} to {high}, and the model's vocabulary has {vocab_size} entries",
             "Tokenise with the tokenizer that the model was trained with.",
         )
-
-
-def _content_hash(indexed: IndexedDataset) -> str:
-    """A hex sha256 of the index and of sampled tokens: the same wherever the files are copied."""
-    total = hashlib.sha256()
-    with idx_path(indexed.prefix).open("rb") as stream:
-        while block := stream.read(1 << 24):
-            total.update(block)
-    last = max(indexed.num_tokens - SAMPLED_TOKENS, 0)
-    for start in np.unique(np.linspace(0, last, SAMPLED_BLOCKS).astype(np.int64)).tolist():
-        total.update(indexed.tokens(start, min(start + SAMPLED_TOKENS, indexed.num_tokens)).tobytes())
-    return total.hexdigest()

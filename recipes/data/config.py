@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moe.types import Config
 from recipes.rules import require
@@ -23,6 +24,9 @@ class DataConfig(Config):
         validation_path: Documents to validate on, in any form that ``path`` has; None takes some of ``path``.
         append_eos: Whether the tokenizer's end-of-sequence token closes every document.
         seed: Seed of the split and of the order of documents and samples.
+        format: ``text``, or ``chat``: JSON lines of ``{"messages": [{"role": ..., "content": ...}, ...]}``,
+            written by the tokenizer's chat template; only the assistant's tokens count for the loss.
+        chat_template: A jinja file in the place of the tokenizer's own chat template.
     """
 
     path: str | list[str] | None = None
@@ -32,6 +36,8 @@ class DataConfig(Config):
     validation_path: str | list[str] | None = None
     append_eos: bool = True
     seed: int = 0
+    format: Literal["text", "chat"] = "text"
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the values that need no file.
@@ -52,5 +58,9 @@ class DataConfig(Config):
             (
                 self.validation_path not in ("", []),
                 "validation_path is empty. Name files or a glob, or leave it at null.",
+            ),
+            (
+                self.chat_template is None or self.format == "chat",
+                f"chat_template={self.chat_template!r} is for chat data. Set data.format=chat.",
             ),
         )

@@ -47,24 +47,42 @@ def read_text(path: Path) -> Document:
     return Document(text, path.stat().st_size)
 
 
+class Record(NamedTuple):
+    """A JSON value, where it stands, and bytes read since the one before it."""
+
+    value: Any
+    place: str
+    consumed: int
+
+
 def read_json(path: Path, text_key: str) -> Iterator[Document]:
-    """The records of a JSON file: one a line, or one array of them.
+    """The texts of a JSON file: one record a line, or one array of them.
 
     Raises:
         DataError: A line is not JSON, or a record lacks the text; the message names file and line.
     """
+    for record in read_json_records(path):
+        yield Document(_text_of(record.value, text_key, record.place), record.consumed)
+
+
+def read_json_records(path: Path) -> Iterator[Record]:
+    """The records themselves, whatever they hold.
+
+    Raises:
+        DataError: A line is not JSON; the message names file and line.
+    """
     with _opened(path) as (stream, raw):
         if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            yield from _read_array(stream.read(), path, text_key)
+            yield from _read_array(stream.read(), path)
             return
         before = 0
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
-            text = _text_of(_parse(line, place), text_key, place)
+            value = _parse(line, place)
             position = raw.tell()
-            yield Document(text, position - before)
+            yield Record(value, place, position - before)
             before = position
 
 
@@ -123,12 +141,11 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader[Any], BinaryIO]]:
             _fail(str(path), f"cannot be read ({error})", _BROKEN)
 
 
-def _read_array(raw: bytes, path: Path, text_key: str) -> Iterator[Document]:
+def _read_array(raw: bytes, path: Path) -> Iterator[Record]:
     records = _parse(raw, str(path))
     share = path.stat().st_size / max(len(records), 1)
     for i, record in enumerate(records):
-        text = _text_of(record, text_key, f"{path}, record {i + 1}")
-        yield Document(text, int(share * (i + 1)) - int(share * i))
+        yield Record(record, f"{path}, record {i + 1}", int(share * (i + 1)) - int(share * i))
 
 
 def _parse(raw: bytes, place: str) -> Any:
@@ -185,7 +202,8 @@ def _parquet_rows(path: Path, text_key: str) -> int:
 
 def _fail_key(place: str, text_key: str, keys: list[str]) -> NoReturn:
     rule = f"has no {text_key!r}; it has {', '.join(map(repr, keys)) or 'no fields'}"
-    _fail(place, rule, "Set data.text_key (--text-key) to the one that holds the text.")
+    chat = " Or set data=chat for conversations." if {"messages", "conversations"} & set(keys) else ""
+    _fail(place, rule, f"Set data.text_key (--text-key) to the one that holds the text.{chat}")
 
 
 def _fail(place: str, rule: str, remedy: str) -> NoReturn:

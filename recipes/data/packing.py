@@ -91,6 +91,13 @@ class PackedDataset:
             out[row] = self.sample(first + row)
         return out
 
+    def marks(self, first: int, count: int) -> None:
+        """Every token is real and every target counts alike."""
+
+    def num_counted(self, first: int, count: int) -> int:
+        """Targets in samples: all of them."""
+        return count * self.seq_len
+
     def _lengths(self, documents: np.ndarray) -> np.ndarray:
         offsets = self._indexed.document_offsets
         lengths: np.ndarray = offsets[documents + 1] - offsets[documents]

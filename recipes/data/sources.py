@@ -18,6 +18,7 @@ from typing import Literal
 
 from moe.errors import DataError, Mistake
 from recipes.data.config import DataConfig
+from recipes.data.conversations import peek_conversation, read_conversations
 from recipes.data.documents import Document, peek_record, read_json, read_parquet, read_text
 from recipes.data.indexed import IndexedDataset, bin_path, idx_path
 
@@ -67,11 +68,11 @@ def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
         cfg: The data config.
         prefix: Where the config stands in the whole one; mistakes carry ``PREFIX.path``.
     """
-    train, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg.text_key)
+    train, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg)
     if cfg.validation_path is None:
         return mistakes
     where = f"{prefix}.validation_path"
-    validation, more = _inspect(cfg.validation_path, where, cfg.text_key)
+    validation, more = _inspect(cfg.validation_path, where, cfg)
     mistakes += more
     if train and validation:
         shared = sorted(set(train.files) & set(validation.files))
@@ -86,7 +87,7 @@ def resolve(cfg: DataConfig, prefix: str = "data") -> Sources:
     Raises:
         DataError: Every mistake found.
     """
-    sources, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg.text_key)
+    sources, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg)
     if mistakes:
         raise DataError(mistakes)
     assert sources is not None, f"{cfg.path!r} gave neither files nor a mistake"
@@ -94,7 +95,7 @@ def resolve(cfg: DataConfig, prefix: str = "data") -> Sources:
 
 
 def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Document]:
-    """Streams the documents of ``cfg.path`` in a fixed order.
+    """Streams the documents of ``cfg.path`` in a fixed order; of a conversation, what was said in it.
 
     Args:
         cfg: Which files, and the key of the text in a record.
@@ -113,7 +114,10 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
         )
     skipped = []
     for path in sources.files:
-        if sources.kind == "json":
+        if cfg.format == "chat":
+            for messages, _, consumed in read_conversations(path):
+                yield Document("\n".join(message["content"] for message in messages), consumed)
+        elif sources.kind == "json":
             yield from read_json(path, cfg.text_key)
         elif sources.kind == "parquet":
             yield from read_parquet(path, cfg.text_key)
@@ -135,6 +139,8 @@ def fingerprint(cfg: DataConfig) -> str:
     """
     sources = resolve(cfg)
     parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos]
+    if cfg.format == "chat":
+        parts = ["chat"]
     if sources.kind == "stdlib":
         root = _stdlib_root()
         parts += [platform.python_version()]
@@ -159,9 +165,12 @@ def _stdlib_files() -> tuple[Path, ...]:
 
 
 def _inspect(
-    given: str | Sequence[str] | None, where: str, text_key: str
+    given: str | Sequence[str] | None, where: str, cfg: DataConfig
 ) -> tuple[Sources | None, list[Mistake]]:
     """The sources that a path names, or the mistakes in it."""
+    chat = cfg.format == "chat"
+    if given is None and chat:
+        return None, [Mistake(where, None, "there is no chat data to fall back on", "Name files of it.")]
     if given is None:
         return Sources("stdlib", _stdlib_files()), []
     found: dict[Path, Kind] = {}
@@ -176,9 +185,13 @@ def _inspect(
         return None, mistakes
     kind = next(iter(found.values()))
     sources = Sources(kind, tuple(found))
+    if chat and kind != "json":
+        remedy = "Give .jsonl or .json (also .gz or .zst), or set data.format=text."
+        return None, [Mistake(where, str(sources.files[0]), f"chat data is JSON, and this is {kind}", remedy)]
     try:
         if kind in ("json", "parquet"):
-            peek_record(next(path for path in found if path.stat().st_size), text_key)
+            first = next(path for path in found if path.stat().st_size)
+            peek_conversation(first) if chat else peek_record(first, cfg.text_key)
         elif kind == "indexed":
             IndexedDataset(sources.files[0])
     except DataError as error:

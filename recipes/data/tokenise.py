@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe.errors import DataError
-from recipes.atomic import fsync_folder, write_synced
+from recipes.atomic import write_synced
+from recipes.data.cache import cached_folder
 from recipes.data.config import DataConfig
 from recipes.data.documents import Document
 from recipes.data.indexed import (
@@ -132,15 +128,9 @@ def ensure_tokenised(
         return sources.files[0]
     parts = (str(CACHE_VERSION), fingerprint(cfg), tokenizer_fingerprint(tokenizer_dir))
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
-    cache = Path(cache_dir).expanduser().absolute()
-    entry = cache / key
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{key}.lock", log):
-        if entry.is_dir():
-            log(f"data: using the tokens cached in {entry}")
-        else:
-            _fill(entry, cfg, tokenizer_dir, log)
+    entry = cached_folder(
+        cache_dir, key, lambda folder, final: _fill(folder, final, cfg, tokenizer_dir, log), log
+    )
     IndexedDataset(entry / "tokens")
     return entry / "tokens"
 
@@ -153,52 +143,17 @@ def read_counts(prefix: str | Path) -> TokenCounts | None:
     return TokenCounts(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _fill(entry: Path, cfg: DataConfig, tokenizer_dir: str | Path, log: Callable[[str], None]) -> None:
-    """Makes a cache entry under a temporary name and renames it."""
-    temporary = entry.with_name(f".{entry.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        counts = tokenise(cfg, tokenizer_dir, temporary / "tokens", log)
-        with disk_errors(entry):
-            write_synced(temporary / "counts.json", json.dumps(asdict(counts), indent=2).encode())
-            _rename_folder(temporary, entry)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _fill(
+    folder: Path, final: Path, cfg: DataConfig, tokenizer_dir: str | Path, log: Callable[[str], None]
+) -> None:
+    """Makes a cache entry."""
+    counts = tokenise(cfg, tokenizer_dir, folder / "tokens", log)
+    with disk_errors(final):
+        write_synced(folder / "counts.json", json.dumps(asdict(counts), indent=2).encode())
     log(
         f"data: tokenised {counts.documents} documents to {counts.tokens} tokens in {counts.seconds:.1f} s "
-        f"({counts.empty_documents} empty ones left out), kept in {entry}"
+        f"({counts.empty_documents} empty ones left out), kept in {final}"
     )
-
-
-def _rename_folder(temporary: Path, entry: Path) -> None:
-    fsync_folder(temporary)
-    try:
-        os.rename(temporary, entry)
-    except OSError:
-        # Another process finished first, where locks do not hold; its entry is the same.
-        if not entry.is_dir():
-            raise
-    fsync_folder(entry.parent)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds an advisory lock, which the system releases even when the process dies."""
-    with disk_errors(path):
-        stream = path.open("w")
-    with stream:
-        try:
-            _lock(stream, log)
-        except OSError as error:
-            log(f"data: {path} cannot be locked ({error}); other processes may tokenise the same too")
-        yield
-
-
-def _lock(stream: TextIO, log: Callable[[str], None]) -> None:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    log("data: waiting for another process that is tokenising the same documents")
-    fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moe.types import Config
+from recipes.data.samples import Marks
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.optim import OptimConfig
 
@@ -36,16 +37,21 @@ class Trainable(ABC):
     host: HuggingFaceHost
 
     @abstractmethod
-    def forward_backward(self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int) -> Tensor:
+    def forward_backward(
+        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
+    ) -> Tensor:
         """Adds a micro-batch's share of the step's gradients.
 
         Args:
             tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
             micro_batch: Index within the step.
             num_micro_batches: Micro-batches of the step.
+            marks: What is known of the tokens; their weights are such that the mean over ranks and
+                micro-batches of the weighted sums is the step's loss. None: all tokens count alike.
 
         Returns:
-            The mean loss of this rank's tokens, detached; without balance losses.
+            The weighted sum, or the mean, of the losses of this rank's tokens, detached; without balance
+            losses.
         """
 
     @abstractmethod
@@ -56,8 +62,8 @@ class Trainable(ABC):
         """
 
     @abstractmethod
-    def token_losses(self, tokens_BS1: Tensor) -> Tensor:
-        """``[B, S]`` cross-entropy of each target, in evaluation mode and without gradients."""
+    def token_losses(self, tokens_BS1: Tensor, marks: Marks | None = None) -> Tensor:
+        """``[B, S]`` cross-entropy of each target, unweighted, in evaluation mode and without gradients."""
 
     @abstractmethod
     def logits(self, tokens_BS: Tensor) -> Tensor:

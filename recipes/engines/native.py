@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe.layer import moe_layers
+from recipes.data.samples import Marks
 from recipes.engines.base import Engine, EngineConfig, Trainable
 from recipes.hosts.ffn import decoder_blocks
 from recipes.hosts.huggingface import HuggingFaceHost
@@ -155,7 +155,7 @@ class NativeEngine(Engine[NativeConfig]):
         )
         if low:
             # Routers stay fp32: a group of their own that neither casts weights nor inputs.
-            for _, layer in moe_layers(host.model):
+            for layer in host.routed_layers():
                 fully_shard(
                     layer.router, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
                 )
@@ -171,7 +171,7 @@ class NativeEngine(Engine[NativeConfig]):
 
 
 def _compile_blocks(host: HuggingFaceHost) -> None:
-    for _, layer in moe_layers(host.model):
+    for layer in host.routed_layers():
         # Which rows go where is known on the host only: the layer runs between compiled graphs.
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
     for block in decoder_blocks(host.model, host.config):
@@ -189,15 +189,25 @@ class NativeTrainable(Trainable):
         self.wrapped = wrapped
         self.optim_config = optim
         self.optimizer: OptimizerSet = build_optimizer(host.model, optim)
+        self._real_BS: Tensor | None = None
+        # Behind the host's own hook, which knows padding from attention masks alone.
+        host.model.register_forward_pre_hook(self._tell_padding)
 
-    def forward_backward(self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int) -> Tensor:
+    def _tell_padding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._real_BS is not None:
+            self.host.context.padding_mask = self._real_BS
+
+    def forward_backward(
+        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
+    ) -> Tensor:
         """See `Trainable.forward_backward`."""
         run = self.host.context
         run.micro_batch, run.num_micro_batches = micro_batch, num_micro_batches
         run.loss_scale = 1.0 / num_micro_batches
         self.host.model.train()
         with self._gradient_sync(micro_batch == num_micro_batches - 1):
-            loss = self._losses(tokens_BS1).mean()
+            losses_BS = self._losses(tokens_BS1, marks)
+            loss = losses_BS.mean() if marks is None else (losses_BS * marks.weights_BS.to(losses_BS)).sum()
             (loss * run.loss_scale).backward()
         return loss.detach()
 
@@ -209,19 +219,23 @@ class NativeTrainable(Trainable):
         assert isinstance(self.wrapped, DistributedDataParallel)
         return nullcontext() if last else self.wrapped.no_sync()
 
-    def _losses(self, tokens_BS1: Tensor) -> Tensor:
+    def _losses(self, tokens_BS1: Tensor, marks: Marks | None) -> Tensor:
         tokens_BS1 = tokens_BS1.to(self.engine.device)
-        logits_BSV = self._forward(tokens_BS1[:, :-1])
+        logits_BSV = self._forward(tokens_BS1[:, :-1], marks)
         targets_BS = tokens_BS1[:, 1:]
         losses = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
         return losses.view(targets_BS.shape)
 
-    def _forward(self, tokens_BS: Tensor) -> Tensor:
+    def _forward(self, tokens_BS: Tensor, marks: Marks | None = None) -> Tensor:
         device = self.engine.device.type
+        self._real_BS = None if marks is None else marks.real_BS.to(self.engine.device)
+        more = {}
+        if marks is not None and marks.positions_BS is not None:
+            more["position_ids"] = marks.positions_BS.to(self.engine.device)
         # Under FSDP2 the policy casts; under DDP autocast does.
         low = self.engine.config.precision == "bf16" and not isinstance(self.wrapped, FSDPModule)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
-            logits: Tensor = self.wrapped(input_ids=tokens_BS, use_cache=False).logits
+            logits: Tensor = self.wrapped(input_ids=tokens_BS, use_cache=False, **more).logits
         return logits
 
     def step(self, lr_factor: float) -> Tensor:
@@ -232,16 +246,16 @@ class NativeTrainable(Trainable):
             self.optimizer.set_lr_factor(lr_factor)
             self.optimizer.step()
             self.host.context.step += 1
-            for _, layer in self.host.moe_layers():
+            for layer in self.host.routed_layers():
                 layer.router.after_optimizer_step(layer.context)
         self.optimizer.zero_grad()
         return norm
 
     @torch.no_grad()
-    def token_losses(self, tokens_BS1: Tensor) -> Tensor:
+    def token_losses(self, tokens_BS1: Tensor, marks: Marks | None = None) -> Tensor:
         """See `Trainable.token_losses`."""
         self.host.model.eval()
-        return self._losses(tokens_BS1)
+        return self._losses(tokens_BS1, marks)
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:

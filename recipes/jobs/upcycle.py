@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from recipes.calibration.gather import Calibration, LayerTensors, kept_statistic
 from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
 from recipes.costs import measure_costs, peak_memory_bytes, scheduled_costs
 from recipes.data.build import TrainData
+from recipes.data.chat_template import carry_template
 from recipes.data.sources import resolve
-from recipes.embedded import embedded_dense, shared_data, train_embedded
+from recipes.embedded import embedded_dense, shared_data, train_embedded, vocab_size_of
+from recipes.hosts.attention import describe_attention, summarise_attention, swap_attention, upcycle_attention
 from recipes.hosts.drift import describe_surgery, summarise_surgery
 from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
@@ -31,7 +34,9 @@ from recipes.identity import read_run_file, refuse_changes
 from recipes.jobs.base import Job, Session
 from recipes.loop import Leg, LegResult, validation_loss
 from recipes.metrics import Metric, reduce_metrics
+from recipes.packed_attention import fit_attention
 from recipes.preflight import check_run
+from recipes.prompts.rows import with_prompt_rows
 from recipes.results import Results, leg_label
 from recipes.schema import RunConfig
 from recipes.sparsify import describe_phases, host_schedule, summarise_phases
@@ -39,6 +44,8 @@ from recipes.sparsify import describe_phases, host_schedule, summarise_phases
 # Real tokens of the step-0 gate and of the comparison after export.
 _CHECK_SAMPLES = 8
 _CHECK_LENGTH = 512
+# The jobs of this class all of whose mixtures take what ``attention`` says.
+_ATTENTION_JOBS = ("upcycle", "pretrain", "two_stage")
 
 
 class UpcycleJob(Job):
@@ -53,9 +60,12 @@ class UpcycleJob(Job):
             rule = "there is no text in it to train the embedded default's tokenizer on"
             remedy = "Set dense to the checkpoint whose tokenizer made these files."
             mistakes.append(Mistake("data.path", config.data.path, rule, remedy))
+        if config.attention is not None and config.job not in _ATTENTION_JOBS:
+            rule = f"the job {config.job} does not make experts of attention"
+            mistakes.append(Mistake("attention", config.attention.name, rule, "Set attention=none."))
         return mistakes
 
-    def kinds(self, config: RunConfig) -> list[type[TrainedLeg]]:
+    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedLeg]]:
         """The legs of a run, in order."""
         return [MoELeg, CPTLeg] if config.trains_cpt else [MoELeg]
 
@@ -66,7 +76,7 @@ class UpcycleJob(Job):
             folder, data = embedded_dense(session)
         else:
             folder = Path(config.dense).expanduser().absolute()
-            vocab_size = session.on_rank_zero(lambda: _vocab_size(folder))
+            vocab_size = session.on_rank_zero(lambda: vocab_size_of(folder))
             data = shared_data(session, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         refuse_changes(session, folder, data)
@@ -85,13 +95,6 @@ class UpcycleJob(Job):
         if ended:
             session.on_rank_zero(lambda: _conclude(session, results))
         return ended
-
-
-def _vocab_size(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return int(config.get_text_config().vocab_size)
 
 
 def _describe(session: Session, data: TrainData) -> None:
@@ -172,6 +175,12 @@ class TrainedLeg:
         verify_checkpoint(fork)
         return Path(fork)
 
+    def _dense(self) -> HuggingFaceHost:
+        """The dense model; the samples then fit its attention."""
+        host = load_host(self.folder, trust_remote_code=self.config.trust_remote_code)
+        self.data = fit_attention(self.data, host.model, self.session.say)
+        return host
+
     def _build(self, source: Path | None) -> Leg | None:
         """The leg; None when the run was asked to stop before it was made."""
         raise AssertionError("a subclass builds")
@@ -228,7 +237,7 @@ class MoELeg(TrainedLeg):
     name = "moe"
 
     def _build(self, source: Path | None) -> Leg | None:
-        host = load_host(self.folder, trust_remote_code=self.config.trust_remote_code)
+        host = self._dense()
         surgery = make_surgery(self.config)
         statistics = self._statistics(host, surgery.method, source)
         if statistics is None:
@@ -237,6 +246,8 @@ class MoELeg(TrainedLeg):
         if source is not None:
             # The weights come from the checkpoint: exactness was measured when the run began.
             swap(host, surgery, [host] * len(surgery.method.sources), statistics)
+            if self.config.attention is not None:
+                swap_attention(host, self.config.attention, self.config.seed)
             return self._leg(host, {})
         sources = [
             load_host(Path(folder).expanduser(), trust_remote_code=self.config.trust_remote_code)
@@ -244,17 +255,23 @@ class MoELeg(TrainedLeg):
         ]
         report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
         self.session.say(describe_surgery(report))
-        return self._leg(host, {"exactness": summarise_surgery(report)})
+        state = {"exactness": summarise_surgery(report)}
+        if self.config.attention is not None:
+            cut = upcycle_attention(host, self.config.attention, self.config.seed, self._check_tokens())
+            self.session.say(describe_attention(cut))
+            state["attention"] = summarise_attention(cut)
+        return self._leg(host, state)
 
     def _statistics(
         self, host: HuggingFaceHost, method: UpcycleMethod[Any], source: Path | None
     ) -> LayerTensors | None:
         """What the method must be told of the dense model; None when the run was asked to stop meanwhile."""
-        if not method.statistics:
-            return {}
         if source is not None:
-            return kept_statistics(self.session, source)
-        return Calibration(self.session, host, method, self.data).run()
+            return kept_statistics(self.session, source) if method.statistics else {}
+        found: LayerTensors | None = {}
+        if method.statistics:
+            found = Calibration(self.session, host, method, self.data).run()
+        return None if found is None else with_prompt_rows(found, self.config, host)
 
     def _check_tokens(self) -> Tensor:
         batch = self.data.validation.batch(0, _CHECK_SAMPLES)
@@ -262,6 +279,8 @@ class MoELeg(TrainedLeg):
 
     def _finish(self, leg: Leg, result: LegResult) -> None:
         self.results.put("exactness", leg.state["exactness"])
+        if "attention" in leg.state:
+            self.results.put("attention", leg.state["attention"])
         if leg.scheduled_costs:
             self.results.put("sparsify", summarise_phases(leg.trainable.host.schedule, leg.scheduled_costs))
         self._put_dense(leg, result)
@@ -294,6 +313,7 @@ class MoELeg(TrainedLeg):
         tokens = self._check_tokens()
         logits = leg.trainable.logits(tokens)
         loosest = max((dtype, session.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
+        session.on_rank_zero(lambda: carry_template(self.config.data, session.run_dir.export))
         report = session.on_rank_zero(
             lambda: verify_export(exporter, session.run_dir.export, tokens, logits, loosest)
         )
@@ -322,7 +342,7 @@ class CPTLeg(TrainedLeg):
     name = "cpt"
 
     def _build(self, source: Path | None) -> Leg:
-        return self._leg(load_host(self.folder, trust_remote_code=self.config.trust_remote_code), {})
+        return self._leg(self._dense(), {})
 
 
 def make_surgery(config: RunConfig) -> Surgery:

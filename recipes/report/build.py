@@ -15,6 +15,7 @@ from recipes.report.colours import DARK, LIGHT, Theme
 from recipes.report.data import RunRecord, read_run
 from recipes.report.figures import balance_figure, loss_figure
 from recipes.report.heatmap import load_figure
+from recipes.report.stages import stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +47,7 @@ def build_report(run_dir: str | Path) -> Path:
     body = [
         *sections.introduction(record),
         *sections.results(record),
+        *stages(record),
         *_shown("Loss", loss),
         *_shown("Load of the experts", load),
         *_shown("Balance", balance),

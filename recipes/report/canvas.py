@@ -52,10 +52,10 @@ def token_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     """A count without trailing zeros."""
     digits, _, unit = formats.count(float(value)).partition(" ")
     if "." in digits:

@@ -47,10 +47,11 @@ def label_of(model: str) -> str:
 
 
 def read_results(summary: Mapping[str, Any]) -> list[Result]:
-    """The models of ``summary["results"]``, in the order dense, cpt, moe, others; [] where there are none."""
+    """The models of ``summary["results"]``, in the order dense, cpt, stage1, moe, others."""
     entries = summary.get("results")
     results = [_result(e) for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
-    return sorted(results, key=lambda r: MODELS.index(r.model) if r.model in MODELS else len(MODELS))
+    order = ("dense", "cpt", "stage1", "moe")
+    return sorted(results, key=lambda r: order.index(r.model) if r.model in order else len(order))
 
 
 def find(results: Sequence[Result], model: str) -> Result:

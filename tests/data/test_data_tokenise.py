@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError, DiskError
+from recipes.data import cache
 from recipes.data import tokenise as module
 from recipes.data.bpe import train_byte_level_bpe
 from recipes.data.config import DataConfig
@@ -155,11 +156,11 @@ def test_cache_where_nothing_may_be_written(texts_cfg, tokenizer_dir, tmp_path, 
 def test_two_processes_race_for_one_entry(texts_cfg, tokenizer_dir, tmp_path, locks: bool) -> None:
     code = """
 import sys
-from recipes.data import tokenise
+from recipes.data import cache, tokenise
 if sys.argv[4] == "False":
     def no_lock(*_):
         raise OSError(37, "No locks available")
-    tokenise.fcntl.flock = no_lock
+    cache.fcntl.flock = no_lock
 from recipes.data.config import DataConfig
 print("prefix", tokenise.ensure_tokenised(DataConfig(path=sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
@@ -192,13 +193,13 @@ def test_the_second_to_finish_takes_the_entry_of_the_first(
     texts_cfg, tokenizer_dir, tmp_path, monkeypatch
 ) -> None:
     """Where locks do not hold: an entry that appears during the work is kept, and ours is dropped."""
-    real, entry = module._rename_folder, []
+    real, entry = cache._rename_folder, []
 
     def overtaken(temporary: Path, target: Path) -> None:
         entry.append((shutil.copytree(temporary, target) / "tokens.bin").stat().st_ino)
         real(temporary, target)
 
-    monkeypatch.setattr(module, "_rename_folder", overtaken)
+    monkeypatch.setattr(cache, "_rename_folder", overtaken)
     prefix = ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
     assert entry == [Path(f"{prefix}.bin").stat().st_ino]
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]

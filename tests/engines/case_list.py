@@ -13,6 +13,7 @@ _ADAPTIVE = OptimConfig(lr=3e-3, schedule=ScheduleConfig("constant", warmup_step
 _DDP = {"strategy": "ddp"}
 _RECOMPUTE = {"activation_checkpointing": True}
 _BF16 = {"precision": "bf16"}
+_FOUR_HEADS = {"num_key_value_heads": 4}
 _NO_BALANCE = {"balance_coef": 0.0, "z_coef": 0.1}
 _GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -35,6 +36,11 @@ ALONE: dict[str, Case] = {
     ),
     "tied": Case(model={"tie_word_embeddings": True}),
     "biases": Case(family="gpt2", model=_GPT2),
+    "attention_accumulating": Case(attention=True, model=_FOUR_HEADS, micro=4),
+    "attention_ddp": Case(attention=True, model=_FOUR_HEADS, micro=4, engine=_DDP),
+    "attention_recomputing": Case(attention=True, model=_FOUR_HEADS, micro=4, engine=_RECOMPUTE),
+    "attention_bf16": Case(attention=True, model=_FOUR_HEADS, engine=_BF16, micro=4, steps=2),
+    "attention_bf16_ddp": Case(attention=True, model=_FOUR_HEADS, engine=_BF16 | _DDP, micro=4, steps=2),
     "bf16": Case(engine=_BF16, steps=2),
     "bf16_ddp": Case(engine=_BF16 | _DDP, steps=2),
 }

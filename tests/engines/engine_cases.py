@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from moe.attention_config import AttentionConfig
 from moe.dispatch.local import LocalDispatcher
 from moe.layer import moe_layers
 from moe.routers.topk import TopKConfig, TopKRouter
@@ -27,6 +28,7 @@ from moe.upcycle.copies import Copy, CopyConfig
 from recipes.callbacks.base import Callback, LegInfo
 from recipes.engines import Trainable
 from recipes.engines.native import NativeConfig, NativeEngine
+from recipes.hosts.attention import swap_attention
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
 from recipes.interrupt import StopRequest
 from recipes.loop import Costs, Leg, Loop
@@ -59,6 +61,7 @@ class Case:
         model: Fields of the host's config.
         family: Of the host.
         eval_samples: Validation samples.
+        attention: Whether key-value heads are experts as well, two of four a token.
     """
 
     engine: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     eval_samples: int = 5
+    attention: bool = False
 
 
 @dataclass
@@ -113,6 +117,9 @@ def make_host(case: Case) -> HuggingFaceHost:
         seed=0,
     )
     swap(host, surgery)
+    if case.attention:
+        heads = TopKConfig(init_std=0.3, balance_coef=0.5)
+        swap_attention(host, AttentionConfig(router=heads), seed=0)
     if case.router_weights == "equal":
         for _, layer in moe_layers(host.model):
             layer.router.weight_ED.data.zero_()
@@ -131,9 +138,16 @@ def tokens(first: int, count: int) -> Any:
 def make_data() -> Any:
     """Stands in for `TrainData`; validation are samples that training does not reach."""
     return SimpleNamespace(
-        train=SimpleNamespace(seq_len=SEQ_LEN, batch=tokens),
+        train=SimpleNamespace(
+            seq_len=SEQ_LEN,
+            batch=tokens,
+            marks=lambda first, count: None,
+            num_counted=lambda first, count: count * SEQ_LEN,
+        ),
         validation=SimpleNamespace(
-            samples_per_epoch=100, batch=lambda first, count: tokens(500 + first, count)
+            samples_per_epoch=100,
+            batch=lambda first, count: tokens(500 + first, count),
+            marks=lambda first, count: None,
         ),
     )
 

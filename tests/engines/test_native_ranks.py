@@ -106,14 +106,12 @@ def test_the_way_a_batch_is_cut_does_not_show(world_size: int, name: str, run_on
     assert cut.tokens == whole.tokens
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("case", ["fsdp", "ddp", "attention"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_recomputed_activations_change_nothing(
-    strategy: str, world_size: int, run_on_ranks: RunOnRanks
-) -> None:
+def test_recomputed_activations_change_nothing(case: str, world_size: int, run_on_ranks: RunOnRanks) -> None:
     # The same operations on the same numbers: equal to the last bit, and every token is counted once.
     outcomes = run_on_ranks(world_size)[0]
-    kept, recomputed = outcomes[f"{strategy}_accumulating"], outcomes[f"{strategy}_recomputing"]
+    kept, recomputed = outcomes[f"{case}_accumulating"], outcomes[f"{case}_recomputing"]
     assert recomputed.tokens == kept.tokens == [GLOBAL_BATCH * SEQ_LEN] * 2
     assert all(torch.equal(grad, recomputed.grads[name]) for name, grad in kept.grads.items())
     assert all(torch.equal(weight, recomputed.weights[name]) for name, weight in kept.weights.items())
@@ -131,11 +129,11 @@ def test_sharded_and_replicated_are_the_same_on_two_ranks(strategy: str, run_on_
     check_series(outcomes["fsdp"], outcomes[strategy], SUMS)
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16_ddp"])
+@pytest.mark.parametrize("name", ["bf16", "bf16_ddp", "attention_bf16", "attention_bf16_ddp"])
 def test_bf16_on_two_ranks_is_as_near_to_fp32_as_on_one(name: str, run_on_ranks: RunOnRanks) -> None:
     # What bf16 costs is measured on one rank; two may be off by twice as much.
     exact, one, two = (
-        run_on_ranks(1)[0]["fsdp"],
+        run_on_ranks(1)[0]["attention_accumulating" if "attention" in name else "fsdp"],
         run_on_ranks(1)[0][name],
         run_on_ranks(2)[0][name],
     )
@@ -143,6 +141,10 @@ def test_bf16_on_two_ranks_is_as_near_to_fp32_as_on_one(name: str, run_on_ranks:
         want = torch.tensor(exact.series(figure)[: len(one.series(figure))])
         allowed = max(2 * relative(torch.tensor(one.series(figure)), want), 2.0**-8)
         assert relative(torch.tensor(two.series(figure)), want) <= allowed, figure
+    if "attention" in name:
+        # A token that goes to another expert changes gradients by a fifth, and what rounding alone does to
+        # them is compared where routing is held fixed (test_attention_moe.py).
+        return
     for key, grad in exact.grads.items():
         allowed = 2 * float((one.grads[key] - grad).norm() / grad.norm())
         assert float((two.grads[key] - grad).norm() / grad.norm()) <= allowed, key

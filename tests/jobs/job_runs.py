@@ -145,7 +145,8 @@ def arguments(folder: Path, changes: Mapping[str, Any] | None = None) -> list[st
     """The command line of a tiny run below ``folder``; a change to None leaves the option out."""
     places = {"output_dir": folder / "outputs", "cache_dir": folder / "cache"}
     options = TINY | places | dict(changes or {})
-    return ["+recipe=upcycle", *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    recipe = options.pop("+recipe", "upcycle")
+    return [f"+recipe={recipe}", *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
 
 def job(

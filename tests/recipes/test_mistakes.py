@@ -250,10 +250,16 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no such recipe": (
         ["+recipe=upcyle"],
-        ["recipe='upcyle': there is no such choice. Choose one of: pretrain, upcycle."],
+        [
+            "recipe='upcyle': there is no such choice. Choose one of: llama_moe_v2, pretrain, upcycle, "
+            "upcycle_vs_cpt."
+        ],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
-    "no such job": (["job=foo"], ["job='foo': there is no such job. One of pretrain, upcycle."]),
+    "no such job": (
+        ["job=foo"],
+        ["job='foo': there is no such job. One of pretrain, two_stage, upcycle, upcycle_vs_cpt."],
+    ),
     "no such flag": (["--resume"], ["command line='--resume': there is no such flag. See train.py --help."]),
     "no value": (["data.seq_len"], ["command line='data.seq_len': this sets nothing. Write OPTION=VALUE."]),
     "an equals sign": (
@@ -437,7 +443,8 @@ def test_ranks_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recipe(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err == (
-        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: pretrain, upcycle.\n"
+        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, upcycle, "
+        "upcycle_vs_cpt.\n"
     )
 
 
@@ -483,7 +490,7 @@ def test_a_folder_whose_name_is_an_option_does_not_confuse(
     moved = shutil.copytree(recipes.compose.CONF, tmp_path / "seed" / "conf")
     monkeypatch.setattr(recipes.compose, "CONF", moved)
     assert command.run("seed=1", "data=nope") == 2
-    assert_lines(command.lines, ["data='nope': there is no such choice. Choose one of: stdlib."])
+    assert_lines(command.lines, ["data='nope': there is no such choice. Choose one of: chat, stdlib."])
 
 
 def test_torchrun_is_told(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Folders of the cache: made once, whole or not at all, whichever processes want them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from recipes.atomic import fsync_folder
+from recipes.data.indexed import disk_errors
+
+
+def cached_folder(
+    cache_dir: str | Path, key: str, fill: Callable[[Path, Path], None], log: Callable[[str], None]
+) -> Path:
+    """The folder of a key, made now unless it is there.
+
+    It appears by one rename, complete. Processes that want the same one wait for the first; should locks not
+    work on the file system, both do the work and the first rename wins.
+
+    Args:
+        cache_dir: Where entries are kept; created when missing.
+        key: Its name.
+        fill: Makes the entry in the folder that it is given first; the second is where it will lie.
+        log: Takes one line on what was found.
+
+    Raises:
+        DiskError: The cache may not be written to, or the disk is full.
+    """
+    cache = Path(cache_dir).expanduser().absolute()
+    entry = cache / key
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"{key}.lock", log):
+        if entry.is_dir():
+            log(f"data: using the tokens cached in {entry}")
+        else:
+            _fill(entry, fill)
+    return entry
+
+
+def _fill(entry: Path, fill: Callable[[Path, Path], None]) -> None:
+    """Makes an entry under a temporary name and renames it."""
+    temporary = entry.with_name(f".{entry.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        fill(temporary, entry)
+        with disk_errors(entry):
+            _rename_folder(temporary, entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_folder(temporary: Path, entry: Path) -> None:
+    fsync_folder(temporary)
+    try:
+        os.rename(temporary, entry)
+    except OSError:
+        # Another process finished first, where locks do not hold; its entry is the same.
+        if not entry.is_dir():
+            raise
+    fsync_folder(entry.parent)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds an advisory lock, which the system releases even when the process dies."""
+    with disk_errors(path):
+        stream = path.open("w")
+    with stream:
+        try:
+            _lock(stream, log)
+        except OSError as error:
+            log(f"data: {path} cannot be locked ({error}); other processes may tokenise the same too")
+        yield
+
+
+def _lock(stream: TextIO, log: Callable[[str], None]) -> None:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    log("data: waiting for another process that is tokenising the same documents")
+    fcntl.flock(stream, fcntl.LOCK_EX)

@@ -1,0 +1,213 @@
+"""From conversations to samples of one length, whole ones side by side.
+
+Conversations go into samples of S + 1 tokens, the longest first, each where it leaves the least room (best
+fit); what is left of a sample is padding. Longer ones are cut. Which conversations share a sample is a
+function of their lengths alone; the order of the samples is one of the seed and the epoch.
+
+Letters: B samples, S sequence length, C conversations.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe.errors import DataError
+from recipes.data.chat_tokens import ChatTokens
+from recipes.data.packing import EPOCHS_KEPT, permutation
+from recipes.data.samples import Marks
+
+CHAT_ORDER_VERSION = 1
+"""Raised whenever the same tokens and settings would be packed or follow one another differently."""
+
+# What the order is for: `packing` has 0 to 2.
+_CHAT_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What samples of one length do to conversations that are longer.
+
+    Attributes:
+        kept: ``[C]`` ids of the conversations that have a reply left, ascending.
+        lengths: ``[C]`` tokens of each that are kept.
+        longer: How many were cut.
+        dropped: How many of these have no reply left.
+        lost: Tokens cut off.
+    """
+
+    kept: np.ndarray
+    lengths: np.ndarray
+    longer: int
+    dropped: int
+    lost: int
+
+
+def cut(chat: ChatTokens, seq_len: int) -> Cut:
+    """Keeps the first S + 1 tokens of every conversation, and those conversations that then have a reply."""
+    room = seq_len + 1
+    lengths = chat.ids.document_lengths
+    offsets = chat.ids.document_offsets
+    longer = np.flatnonzero(lengths > room)
+    empty = [i for i in longer.tolist() if not chat.counted.tokens(offsets[i], offsets[i] + room).any()]
+    kept = np.setdiff1d(np.arange(len(lengths)), empty, assume_unique=True)
+    lost = int((lengths[longer] - room).sum())
+    return Cut(kept, np.minimum(lengths, room)[kept], len(longer), len(empty), lost)
+
+
+def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Fills samples, best fit by falling length.
+
+    Args:
+        lengths: ``[C]`` tokens of each conversation, none above ``room``.
+        room: Tokens of a sample.
+
+    Returns:
+        For each sample the places in ``lengths`` of what it holds.
+    """
+    samples: list[list[int]] = []
+    by_space: dict[int, list[int]] = {}
+    spaces: list[int] = []
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        at = bisect_left(spaces, length)
+        if at == len(spaces):
+            space, number = room, len(samples)
+            samples.append([])
+        else:
+            space = spaces[at]
+            number = by_space[space].pop()
+            if not by_space[space]:
+                del by_space[space], spaces[at]
+        samples[number].append(i)
+        space -= length
+        if space not in by_space:
+            by_space[space] = []
+            insort(spaces, space)
+        by_space[space].append(number)
+    return samples
+
+
+class ChatSamples:
+    """`recipes.data.samples.Samples` of conversations: sample n belongs to epoch ``n // samples_per_epoch``.
+
+    Attributes:
+        seq_len: S.
+        num_documents: Conversations.
+        num_tokens: Tokens of them, as far as they are kept.
+        samples_per_epoch: Samples that hold them.
+        isolated: Whether positions begin anew with each conversation, so that a host whose attention goes by
+            them keeps conversations apart.
+    """
+
+    def __init__(
+        self,
+        chat: ChatTokens,
+        seq_len: int,
+        seed: int,
+        kept: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        shuffled: bool,
+    ) -> None:
+        """Packs; no token is touched yet.
+
+        Args:
+            chat: The token files.
+            seq_len: S.
+            seed: Of the order of the samples.
+            kept: ``[C]`` ids of the conversations.
+            lengths: ``[C]`` how many tokens of each are taken, at most S + 1.
+            shuffled: Whether every epoch has an order of its own; else samples come as they were packed.
+
+        Raises:
+            DataError: There is no conversation.
+        """
+        if not len(kept):
+            rule = f"no conversation has a reply within {seq_len} + 1 tokens"
+            remedy = "Raise data.seq_len, or give more conversations."
+            raise DataError.one("data.seq_len", seq_len, rule, remedy)
+        self._chat, self._seed, self._shuffled = chat, seed, shuffled
+        self._ids, self._lengths = kept, lengths
+        self._packed = pack(lengths, seq_len + 1)
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.seq_len = seq_len
+        self.num_documents = len(kept)
+        self.num_tokens = int(lengths.sum())
+        self.samples_per_epoch = len(self._packed)
+        self.isolated = True
+
+    def sample(self, n: int) -> np.ndarray:
+        """``[S + 1]`` int64, padding being 0 at the end."""
+        out = np.zeros(self.seq_len + 1, dtype=np.int64)
+        for begin, start, length in self._pieces(n):
+            out[begin : begin + length] = self._chat.ids.tokens(start, start + length)
+        return out
+
+    def batch(self, first: int, count: int) -> np.ndarray:
+        """``[count, S + 1]`` int64: the samples first .. first + count - 1."""
+        return np.stack([self.sample(n) for n in range(first, first + count)])
+
+    def crossing(self) -> ChatSamples:
+        """The same for a host that does not keep conversations apart."""
+        same = copy(self)
+        same.isolated = False
+        return same
+
+    def marks(self, first: int, count: int) -> Marks:
+        """Which of their targets count, where padding is, and where conversations begin."""
+        counted = np.stack([self._counted(n) for n in range(first, first + count)])
+        real = np.zeros((count, self.seq_len + 1), dtype=np.bool_)
+        positions = np.empty((count, self.seq_len + 1), dtype=np.int64)
+        for row in range(count):
+            end = 0
+            for begin, _, length in self._pieces(first + row):
+                end = begin + length
+                positions[row, begin:end] = np.arange(length)
+            real[row, :end] = True
+            positions[row, end:] = np.arange(self.seq_len + 1 - end)
+        return Marks(
+            weights_BS=torch.from_numpy(counted[:, 1:].astype(np.float32)),
+            real_BS=torch.from_numpy(real[:, :-1].copy()),
+            positions_BS=torch.from_numpy(positions[:, :-1].copy()) if self.isolated else None,
+        )
+
+    def num_counted(self, first: int, count: int) -> int:
+        """Targets in samples that are the assistant's."""
+        return sum(int(self._counted(n).sum()) for n in range(first, first + count))
+
+    def _counted(self, n: int) -> np.ndarray:
+        """``[S + 1]`` bool, of tokens; the first of a conversation never counts."""
+        out = np.zeros(self.seq_len + 1, dtype=np.bool_)
+        for begin, start, length in self._pieces(n):
+            out[begin : begin + length] = self._chat.counted.tokens(start, start + length)
+        return out
+
+    def _pieces(self, n: int) -> list[tuple[int, int, int]]:
+        """Where each conversation of a sample begins in it, where in the file, and how long it is."""
+        assert n >= 0, f"sample {n} comes before the first"
+        epoch, place = divmod(n, self.samples_per_epoch)
+        pieces, begin = [], 0
+        for i in self._packed[self._order(epoch)[place]]:
+            length = int(self._lengths[i])
+            pieces.append((begin, int(self._chat.ids.document_offsets[self._ids[i]]), length))
+            begin += length
+        return pieces
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The packed samples in the order of an epoch."""
+        if not self._shuffled:
+            epoch = 0
+        if epoch not in self._orders:
+            size = self.samples_per_epoch
+            order = permutation(size, self._seed, _CHAT_SAMPLES, epoch) if self._shuffled else np.arange(size)
+            self._orders[epoch] = order
+            while len(self._orders) > EPOCHS_KEPT:
+                self._orders.popitem(last=False)
+        self._orders.move_to_end(epoch)
+        return self._orders[epoch]
