@@ -20,7 +20,6 @@ _TERA = 1e-12
 _MARKERS, _SIGNS = ("o", "s", "D", "^", "v", "P"), "\u25cf\u25a0\u25c6\u25b2\u25bc\u271a"
 _LOSS = "validation loss (nats/token)"
 _HEADROOM = 0.35  # of the losses' range: what is far above the dense model is not shown
-_GAPS = ("cpt_tokens", "cpt_flops", "scratch_free", "scratch_total")
 _GAP_NAMES = {
     "cpt_tokens": "dense continued,\nequal tokens",
     "cpt_flops": "dense continued,\nequal FLOPs",
@@ -45,7 +44,12 @@ def draw(found: Found, theme: Theme) -> Figure:
     _share_limits([*over_tokens, *over_flops], found)
     for axes, length in zip(over_tokens, lengths, strict=True):
         _name_ends(axes, found.of(length), theme)
-    _gap_panel(rows[2].subplots(1, 1), found, theme)
+    gaps = rows[2].subplots(1, 2)
+    _gap_panel(gaps[0], found, theme, ("cpt_tokens", "cpt_flops"))
+    _gap_panel(gaps[1], found, theme, ("scratch_free", "scratch_total"))
+    order = ", ".join(f"{length}" for length in lengths)
+    canvas.note(gaps[0], f"Above the line upcycling is ahead. Left to right: {order} dense steps", theme)
+    canvas.note(gaps[1], "Another scale. Marker: a seed, bar: mean", theme)
     served = rows[3].subplots(1, 2)
     _serving_panel(served[0], found, theme, "bytes_per_token", "bytes touched a token, decode (16 bit)")
     _serving_panel(served[1], found, theme, "flops_per_token", "FLOPs a token, decode")
@@ -170,32 +174,25 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _gap_panel(axes: Axes, found: Found, theme: Theme) -> None:
-    """How far each rival is above the upcycled model, seed by seed."""
-    canvas.style(axes, theme, y="loss above upcycled (nats)")
+def _gap_panel(axes: Axes, found: Found, theme: Theme, names: tuple[str, ...]) -> None:
+    """How far rivals are above the upcycled model, seed by seed."""
+    canvas.style(axes, theme, y="loss above upcycled (nats)" if "cpt_tokens" in names else "")
     axes.axhline(0.0, color=theme.moe, linewidth=1.4)
-    width, lengths = len(found.lengths) + 1.0, found.lengths
-    for group, name in enumerate(_GAPS):
+    lengths = found.lengths
+    width = len(lengths) + 0.6
+    for (group, name), (place, length) in itertools.product(enumerate(names), enumerate(lengths)):
+        gap, x = found.behind(length, name), group * width + place
+        if gap is None:
+            continue
         colour = colour_of(READINGS[name][1], theme)
-        for place, length in enumerate(lengths):
-            gap = found.behind(length, name)
-            if gap is None:
-                continue
-            x = group * width + place
-            axes.plot([x] * len(gap.values), gap.values, _MARKERS[place % 6], color=colour, markersize=4.5,
-                      alpha=0.65)  # fmt: skip
-            axes.plot([x], [gap.mean], "_", color=colour, markersize=17, markeredgewidth=2.0)
-            _write(axes, x + 0.18, gap.mean, f"{gap.mean:+.3f}", colour)
+        marker = _MARKERS[place % len(_MARKERS)]
+        axes.plot([x] * len(gap.values), gap.values, marker, color=colour, markersize=4.5, alpha=0.65)
+        axes.plot([x], [gap.mean], "_", color=colour, markersize=17, markeredgewidth=2.0)
+        _write(axes, x + 0.12, gap.mean, f"{gap.mean:+.3f}", colour, theme)
     middle = (len(lengths) - 1) / 2
-    axes.set_xticks([g * width + middle for g in range(len(_GAPS))], [_GAP_NAMES[n] for n in _GAPS])
-    axes.set_xlim(-0.8, (len(_GAPS) - 1) * width + len(lengths) + 0.1)
+    axes.set_xticks([g * width + middle for g in range(len(names))], [_GAP_NAMES[n] for n in names])
+    axes.set_xlim(-0.6, (len(names) - 1) * width + len(lengths) - 0.2)
     axes.margins(y=0.15)
-    order = ", ".join(f"{length}" for length in lengths)
-    canvas.note(
-        axes,
-        f"Above the line upcycling is ahead. In each group: {order} dense steps. Small: a seed, bar: mean.",
-        theme,
-    )
 
 
 def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: str) -> None:
@@ -210,10 +207,12 @@ def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: s
         for name, (x, y) in points.items():
             colour = colour_of(READINGS[name][1], theme)
             face = colour if number == 0 else "none"
-            axes.plot([x], [y], _MARKERS[place % 6], color=colour, markersize=7, markerfacecolor=face)
+            axes.plot(
+                [x], [y], _MARKERS[place % len(_MARKERS)], color=colour, markersize=7, markerfacecolor=face
+            )
     _plain_ticks(axes)
     if figure == "flops_per_token":
-        canvas.note(axes, "The same at every batch: a token computes its K experts", theme)
+        canvas.note(axes, "Colours as above. The same at every batch", theme)
         return
     axes.set_xscale("log")
     _plain_ticks(axes)
@@ -247,7 +246,15 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _write(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+def _write(axes: Axes, x: float, y: float, text: str, colour: str, theme: Theme) -> None:
+    box = {"facecolor": theme.background, "edgecolor": "none", "pad": 0.8}
     axes.annotate(
-        text, (x, y), xytext=(4, 0), textcoords="offset points", color=colour, fontsize=8, va="center"
+        text,
+        (x, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8,
+        va="center",
+        bbox=box,
     )

@@ -1,0 +1,106 @@
+"""Upcycling against its rivals: ``python -m tools.upcycle_vs_cpt lengths=[200,800] seeds=3 [...]``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moe.errors import ConfigError, Mistake
+from recipes.compose import compose_config
+from tools.command import run_command
+
+_OWN = ("lengths=", "seeds=")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.upcycle_vs_cpt",
+        description="Upcycled, the dense model continued, and a mixture from scratch, at equal tokens and at "
+        "equal FLOPs, over the length of the dense pre-training, and against what serving costs. A grid that "
+        "was interrupted goes on; a failed run does not take the others down.",
+        epilog="Every other OPTION=VALUE goes to train.py +recipe=upcycle_vs_cpt: train.steps=200, ... A "
+        "dense checkpoint a length is dense=/path/step-{length}. docs/upcycle_vs_cpt.md says more.",
+    )
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="lengths=[...], seeds=N, and train.py's")
+    add("--name", default="default", help="folder below outputs/upcycle_vs_cpt (%(default)s)")
+    add("--ranks", type=int, default=1, help="processes of each run (%(default)s)")
+    add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it (%(default)s)")
+    add("--only-page", action="store_true", help="train nothing, draw what is there")
+    return parser
+
+
+def split_options(options: list[str]) -> tuple[list[int], int, list[str]]:
+    """Dense lengths, seeds, and what is train.py's.
+
+    Raises:
+        ConfigError: Lengths or seeds are no numbers.
+    """
+    own = dict(option.split("=", 1) for option in options if option.startswith(_OWN))
+    rest = [option for option in options if not option.startswith(_OWN)]
+    given, seeds = own.get("lengths", "[200,800]"), own.get("seeds", "3")
+    words = [word.strip() for word in given.strip("[]").split(",") if word.strip()]
+    mistakes = []
+    if not words or any(not word.isdigit() or int(word) < 1 for word in words):
+        rule = "they must be whole numbers of at least 1, the steps of the dense model"
+        mistakes.append(Mistake("lengths", given, rule, "Give [200,800]."))
+    if not seeds.isdigit() or int(seeds) < 1:
+        mistakes.append(Mistake("seeds", seeds, "it must be a whole number of at least 1", "Give 3."))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return sorted({int(word) for word in words}), int(seeds), rest
+
+
+def _check(arguments: argparse.Namespace, lengths: list[int], overrides: list[str]) -> None:
+    """Everything that a run would find out, before the first one starts."""
+    from recipes.jobs.upcycle_vs_cpt import UpcycleVsCPTJob
+    from recipes.schema import parse_config
+    from recipes.versus.plan import LENGTH
+
+    low = [("--ranks", arguments.ranks), ("--parallel", arguments.parallel)]
+    mistakes = [Mistake(flag, n, "it must be at least 1", "Raise it.") for flag, n in low if n < 1]
+    named = [option for option in overrides if option.startswith("dense=")]
+    if named and LENGTH not in named[0] and len(lengths) > 1:
+        rule = f"it names one checkpoint for {len(lengths)} lengths"
+        mistakes.append(Mistake("dense", named[0][6:], rule, f"Write {LENGTH} where the paths differ."))
+    for length in lengths:
+        told = [option.replace(LENGTH, str(length)) for option in overrides]
+        values = compose_config(["+recipe=upcycle_vs_cpt", *told, f"model.steps={length}"])
+        mistakes += UpcycleVsCPTJob().check(parse_config(values), arguments.ranks)
+    if mistakes:
+        raise ConfigError(list(dict.fromkeys(mistakes)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what is missing, then writes the page; 1 when a run failed.
+
+    Raises:
+        ConfigError: An option cannot be used, or the folder holds runs of other options.
+    """
+    arguments = build_parser().parse_intermixed_args(argv)
+    lengths, seeds, overrides = split_options(arguments.options)
+    from recipes.versus.collect import collect
+    from recipes.versus.page import text_tables, write_page
+    from recipes.versus.plan import keep_options, options_of, plan_trials
+    from recipes.versus.start import launcher, run_trials
+
+    folder = Path("outputs").absolute() / "upcycle_vs_cpt" / arguments.name
+    trials = plan_trials(folder, lengths, seeds)
+    if not arguments.only_page:
+        _check(arguments, lengths, overrides)
+        keep_options(folder, overrides)
+        launch = launcher(overrides, arguments.ranks)
+        run_trials(trials, launch, arguments.parallel, lambda line: print(line, flush=True))
+    found = collect(trials)
+    if not found.cells:
+        failed = ", ".join(found.missing)
+        print(f"no run has come to its end ({failed}); their logs are in {folder / 'runs'}")
+        return 1
+    page = write_page(folder, found, " ".join(options_of(folder) or overrides) or "the recipe's defaults")
+    print(f"\n{text_tables(found)}\n\npage: {page}")
+    return 1 if found.missing else 0
+
+
+if __name__ == "__main__":
+    run_command(main)
