@@ -4,9 +4,10 @@ What it saves for backward is x and the pre-activation H alone, as SonicMoE does
 (arXiv 2512.14080); the activation is recomputed, and the gradient of the combine weights is
 ``<dA', A>`` with ``dA' = dO W_down``, so that the expert outputs Y are never kept.
 
-Matrix products run expert by expert (at 256 rows an expert they reach 80% of a dense product's rate);
-everything elementwise runs once for a group of neighbouring experts, small enough to stay in cache and
-large enough that the cost of a torch call vanishes.
+Matrix products run expert by expert where experts are large (at 256 rows an expert they reach 80% of a dense
+product's rate) and in padded batches where they are small: see `kernels.cpu_groups`. Everything elementwise
+runs once for a group of neighbouring experts, small enough to stay in cache and large enough that the cost of
+a torch call vanishes.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width,
 U = 2F when gated, else F; n rows of one group.
@@ -14,8 +15,6 @@ U = 2F when gated, else F; n rows of one group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,35 +24,8 @@ from torch.autograd.function import once_differentiable
 from kernels.activations import ACTIVATIONS, Activation
 from kernels.backend import ExpertTensors, Workload
 from kernels.combine import combine_rows
+from kernels.cpu_groups import GroupRows, RowGroup, row_groups, rows_times, weight_gradient
 from kernels.plan import RowPlan
-
-# A group's buffers together should fit into the second-level cache and its share of the third.
-_GROUP_BYTES = 2 * 2**20
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring experts that are handled together: rows [start, stop) and who owns which of them."""
-
-    start: int
-    stop: int
-    spans: tuple[tuple[int, int, int], ...]  # (expert, first row, last row + 1)
-
-
-def _groups(counts: list[int], row_bytes: int) -> Iterator[_Group]:
-    limit = max(1, _GROUP_BYTES // row_bytes)
-    start = row = 0
-    spans: list[tuple[int, int, int]] = []
-    for expert, count in enumerate(counts):
-        if count == 0:
-            continue
-        if spans and row + count - start > limit:
-            yield _Group(start, row, tuple(spans))
-            start, spans = row, []
-        spans.append((expert, row, row + count))
-        row += count
-    if spans:
-        yield _Group(start, row, tuple(spans))
 
 
 def _activate(h_nU: Tensor, act: Activation, gated: bool, out_nF: Tensor) -> Tensor:
@@ -87,17 +59,15 @@ class _ExpertMLP(torch.autograd.Function):
         y_RD = x_TD.new_empty(R + plan.has_unused, D)
         if plan.has_unused:
             y_RD[R].zero_()
-        for group in _groups(counts, (D + U + F) * x_TD.element_size()):
-            x_nD = x_TD.index_select(0, plan.token_R[group.start : group.stop])
-            for e, a, b in group.spans:
-                _product(x_nD[a - group.start : b - group.start], w_up_EUD[e].t(), h_RU[a:b])
-                if b_up_EU is not None:
-                    h_RU[a:b] += b_up_EU[e]
-            a_nF = _activate(h_RU[group.start : group.stop], act, gated, x_nD.new_empty(len(x_nD), F))
-            for e, a, b in group.spans:
-                _product(a_nF[a - group.start : b - group.start], w_down_EDF[e].t(), y_RD[a:b])
-                if b_down_ED is not None:
-                    y_RD[a:b] += b_down_ED[e]
+        size = x_TD.element_size()
+        for group in row_groups(counts, (D + U + F) * size, _work_a_row(D, U, F), size):
+            rows = slice(group.start, group.stop)
+            x_nD = x_TD.index_select(0, plan.token_R[rows])
+            rows_times(GroupRows(x_nD, group), w_up_EUD.transpose(1, 2), h_RU[rows])
+            _add_bias(b_up_EU, group, h_RU)
+            a_nF = _activate(h_RU[rows], act, gated, x_nD.new_empty(len(x_nD), F))
+            rows_times(GroupRows(a_nF, group), w_down_EDF.transpose(1, 2), y_RD[rows])
+            _add_bias(b_down_ED, group, y_RD)
         ctx.save_for_backward(x_TD, weights_TK, w_up_EUD, w_down_EDF, b_down_ED, h_RU)
         ctx.plan, ctx.counts, ctx.act, ctx.gated = plan, counts, act, gated
         ctx.has_b_up = b_up_EU is not None
@@ -107,7 +77,8 @@ class _ExpertMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         state = _Backward(ctx, grad_TD.contiguous())
-        for group in _groups(ctx.counts, (2 * state.D + 2 * state.U + 2 * state.F) * grad_TD.element_size()):
+        D, U, F, size = state.D, state.U, state.F, grad_TD.element_size()
+        for group in row_groups(ctx.counts, 2 * (D + U + F) * size, _work_a_row(D, U, F), size):
             state.group(group)
         return (*state.gradients(), None, None, None)
 
@@ -132,18 +103,25 @@ class _Backward:
         self.db_up = self.w_up.new_zeros(self.w_up.shape[:2]) if self.need[4] and ctx.has_b_up else None
         self.db_down = torch.zeros_like(self.b_down) if self.need[5] and self.b_down is not None else None
 
-    def group(self, group: _Group) -> None:
+    def group(self, group: RowGroup) -> None:
         rows = slice(group.start, group.stop)
         token_n = self.plan.token_R[rows]
-        grad_nD = self.grad_TD.index_select(0, token_n)
-        da_nF = grad_nD.new_empty(len(token_n), self.F)
-        for e, a, b in group.spans:
-            local = slice(a - group.start, b - group.start)
-            _product(grad_nD[local], self.w_down[e], da_nF[local])
+        grad = GroupRows(self.grad_TD.index_select(0, token_n), group)
+        da_nF = self.grad_TD.new_empty(len(token_n), self.F)
+        rows_times(grad, self.w_down, da_nF)
         sa_nF, dh_nU = self._elementwise(rows, da_nF)
         if self.b_down is not None:
-            self._down_bias(group, grad_nD)
-        self._products(group, token_n, grad_nD, sa_nF, dh_nU)
+            self._down_bias(group, grad.rows_nK)
+        if self.dw_down is not None:
+            weight_gradient(grad, GroupRows(sa_nF, group), self.dw_down)
+        dh = GroupRows(dh_nU, group)
+        if self.dw_up is not None:
+            weight_gradient(dh, GroupRows(self.x_TD.index_select(0, token_n), group), self.dw_up)
+        if self.db_up is not None:
+            for e, a, b in group.spans:
+                self.db_up[e] = dh.of(a, b).sum(0)
+        if self.dx_RD is not None:
+            rows_times(dh, self.w_up, self.dx_RD[rows])
 
     def _elementwise(self, rows: slice, da_nF: Tensor) -> tuple[Tensor, Tensor]:
         """From ``dA' = dO W_down``: the combine weights' gradient, ``s * A`` and ``dH``."""
@@ -169,7 +147,7 @@ class _Backward:
             dots_n = torch.linalg.vecdot(da_nF, a_nF)
             self.dscale_R[rows] = dots_n
 
-    def _down_bias(self, group: _Group, grad_nD: Tensor) -> None:
+    def _down_bias(self, group: RowGroup, grad_nD: Tensor) -> None:
         """The bias of the down projection is part of Y: it enters both gradients on its own."""
         scaled_nD = grad_nD * self.scale_R[group.start : group.stop, None]
         for e, a, b in group.spans:
@@ -178,21 +156,6 @@ class _Backward:
                 self.dscale_R[a:b] += grad_nD[local] @ self.b_down[e]
             if self.db_down is not None:
                 self.db_down[e] = scaled_nD[local].sum(0)
-
-    def _products(
-        self, group: _Group, token_n: Tensor, grad_nD: Tensor, sa_nF: Tensor, dh_nU: Tensor
-    ) -> None:
-        x_nD = self.x_TD.index_select(0, token_n) if self.dw_up is not None else None
-        for e, a, b in group.spans:
-            local = slice(a - group.start, b - group.start)
-            if self.dw_down is not None:
-                _product(grad_nD[local].t(), sa_nF[local], self.dw_down[e])
-            if self.dw_up is not None and x_nD is not None:
-                _product(dh_nU[local].t(), x_nD[local], self.dw_up[e])
-            if self.db_up is not None:
-                self.db_up[e] = dh_nU[local].sum(0)
-            if self.dx_RD is not None:
-                _product(dh_nU[local], self.w_up[e], self.dx_RD[a:b])
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         dx_TD = None if self.dx_RD is None else combine_rows(self.dx_RD, self.plan, None)
@@ -204,8 +167,15 @@ class _Backward:
         return dx_TD, dweights, self.dw_up, self.dw_down, self.db_up, self.db_down
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)
+def _work_a_row(D: int, U: int, F: int) -> float:
+    """Multiplications of a row in a product: the mean of up and down."""
+    return D * (U + F) / 2
+
+
+def _add_bias(bias_EN: Tensor | None, group: RowGroup, out_RN: Tensor) -> None:
+    if bias_EN is not None:
+        for e, a, b in group.spans:
+            out_RN[a:b] += bias_EN[e]
 
 
 def _gradient_like(weight_E: Tensor, empty: list[int]) -> Tensor:

@@ -17,12 +17,13 @@ from kernels.cpu import CpuBackend
 from kernels.grouped import GroupedMMBackend
 from kernels.loop import LoopBackend
 from kernels.plan import RowPlan
+from kernels.triton_backend import TritonBackend
 
 _GROUPED = GroupedMMBackend()
 
 #: Every back end by the name that forces it.
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (CpuBackend(), _GROUPED, LoopBackend())}
+    {backend.name: backend for backend in (CpuBackend(), TritonBackend(), _GROUPED, LoopBackend())}
 )
 
 

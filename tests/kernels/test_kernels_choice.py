@@ -64,12 +64,27 @@ def test_what_is_forced_is_either_what_runs_or_refused_by_name(name: str) -> Non
         ("grouped_mm", Sizes(b_up=True), torch.float32, "cpu", "'grouped_mm' cannot .*takes no bias"),
         ("grouped_mm", Sizes(b_down=True), torch.float32, "cpu", "'grouped_mm' cannot .*takes no bias"),
         ("grouped_mm", Sizes(D=6), torch.float32, "cpu", "model width 6 is not a multiple of 16 bytes"),
+        ("triton", Sizes(), torch.float64, "cpu", r"'triton' cannot run this: .*not torch\.float64"),
+        ("triton", Sizes(E=4097), torch.bfloat16, "cpu", "'triton' cannot .*up to 4096 experts, not 4097"),
+        ("triton", Sizes(), torch.bfloat16, "meta", "'triton' cannot run this: .*the weights are on meta"),
         ("grouped_mm", Sizes(F=4), torch.bfloat16, "cpu", "expert width 4 is not a multiple of 16 bytes"),
     ],
 )
 def test_refusals_say_why(name: str, sizes: Sizes, dtype: torch.dtype, device: str, message: str) -> None:
     with pytest.raises(BackendError, match=message):
         choose_backend(workload(sizes, dtype, device), name)
+
+
+def test_triton_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = workload(Sizes(), torch.float32)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="only under Triton's interpreter, with TRITON_INTERPRET=1"):
+        choose_backend(work, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(work, "triton").backend.name == "triton"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="'triton' cannot run this: the package triton is not installed"):
+        choose_backend(work, "triton")
 
 
 def test_auto_always_finds_one_that_does_not_refuse() -> None:
@@ -94,7 +109,7 @@ def test_auto_gives_its_reason(sizes: Sizes, dtype: torch.dtype, chosen: str, re
     assert choice.backend.name == chosen and reason in choice.reason
 
 
-@pytest.mark.parametrize("name", list(BACKENDS))
+@pytest.mark.parametrize("name", [name for name in BACKENDS if runs(name, Sizes())])
 def test_what_is_not_refused_runs(name: str) -> None:
     ran = 0
     for sizes in SWEEP:

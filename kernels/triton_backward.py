@@ -1,0 +1,131 @@
+"""The backward kernels: dH with everything that follows from it elementwise, and dW.
+
+With ``dA' = dO W_down`` and the combine weight s of a row: ``ds = <dA', A>``, ``dA = s dA'`` and
+``dH = dA f'(H)``; A is recomputed from H, and ``s A`` leaves as the operand of dW_down, so that neither Y nor
+its gradient exists (as SonicMoE does, arXiv 2512.14080). The rows of dX come from
+`kernels.triton_forward.rows_kernel`.
+
+Letters: T tokens, D model width, E experts, R routed rows, F expert width, U = 2F when gated, else F. In
+kernels: m rows of a tile, n output columns, k the summed axis, p and q the axes of a weight's gradient.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton_activation import activate, slope
+from kernels.triton_tiles import narrow, product_step, store_rows, tile_and_column
+
+
+@triton.jit
+def dh_kernel(
+    grad_ptr, w_ptr, bias_ptr, token_ptr, slot_ptr, weights_ptr, tiles_ptr, h_ptr, dh_ptr, sa_ptr, dots_ptr,
+    num_tiles, num_experts, num_rows, D, F,
+    grad_t, grad_d, w_e, w_d, w_f, bias_e, bias_d,
+    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Writes dH, ``s A``, and this block of columns' part of ``<dA', A>`` (and of ``<dO, b_down>``)."""
+    tile, column = tile_and_column(num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    expert = tl.load(tiles_ptr + 3 * tile)
+    if expert >= num_experts:
+        return
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    m = tl.arange(0, BLOCK_M)
+    has_row = m < tl.load(tiles_ptr + 3 * tile + 2) - first
+    token = tl.load(token_ptr + first + m, mask=has_row, other=0).to(tl.int64)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_n = n < F
+    k = tl.arange(0, BLOCK_K)
+    grad_at = grad_ptr + token[:, None] * grad_t + k[None, :].to(tl.int64) * grad_d
+    w_at = w_ptr + expert.to(tl.int64) * w_e
+    w_at += n[None, :].to(tl.int64) * w_f + k[:, None].to(tl.int64) * w_d
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dots = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        in_grad = has_row[:, None]
+        in_w = has_n[None, :]
+        if not EVEN_K:
+            in_grad = in_grad & (k[None, :] < D - start)
+            in_w = in_w & (k[:, None] < D - start)
+        grad = tl.load(grad_at, mask=in_grad, other=0.0)
+        acc = product_step(acc, grad, tl.load(w_at, mask=in_w, other=0.0), PRECISION, RAISE)
+        if BIAS:
+            # The bias is part of Y: it enters ds once, with the first block of columns.
+            bias_at = bias_ptr + expert.to(tl.int64) * bias_e + (start + k).to(tl.int64) * bias_d
+            bias = tl.load(bias_at, mask=(start + k < D) & (column == 0), other=0.0)
+            dots += tl.sum(grad.to(tl.float32) * bias.to(tl.float32)[None, :], 1)
+        grad_at += BLOCK_K * tl.cast(grad_d, tl.int64)
+        w_at += BLOCK_K * tl.cast(w_d, tl.int64)
+    inside = has_row[:, None] & has_n[None, :]
+    slot = tl.load(slot_ptr + first + m, mask=has_row, other=0)
+    scale = tl.load(weights_ptr + slot, mask=has_row, other=0.0).to(tl.float32)[:, None]
+    width = 2 * F if GATED else F
+    h_at = h_ptr + first.to(tl.int64) * width + (m[:, None] * width + n[None, :])
+    gate = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)
+    a = activate(gate, ACT)
+    dgate = acc * scale * slope(gate, ACT)
+    if GATED:
+        value = tl.load(h_at + F, mask=inside, other=0.0).to(tl.float32)
+        store_rows(dh_ptr + F, acc * scale * a, first, width, m, n, inside, RAISE)
+        a *= value
+        dgate *= value
+    store_rows(dh_ptr, dgate, first, width, m, n, inside, RAISE)
+    store_rows(sa_ptr, a * scale, first, F, m, n, inside, RAISE)
+    dots += tl.sum(tl.where(inside, acc * a, 0.0), 1)
+    tl.store(dots_ptr + column.to(tl.int64) * num_rows + first + m, dots, mask=has_row)
+
+
+@triton.jit
+def dw_kernel(
+    left_ptr, right_ptr, token_ptr, slot_ptr, weights_ptr, ends_ptr, out_ptr, bias_ptr,
+    P, Q,
+    left_r, left_p, right_r, right_q,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``out[e] = left[rows of e].T @ right[rows of e]``; zeros where e has no rows.
+
+    One program walks all rows of its expert in order, so two runs are equal to the last bit. With BIAS, the
+    programs of the first columns also write ``sum_r left[r]``, each row times its combine weight if asked.
+    """
+    expert = tl.program_id(1)
+    p_block, q_block = tile_and_column(tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q), GROUP)
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    p = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = q_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    left_at = left_ptr + p[None, :].to(tl.int64) * left_p
+    right_at = right_ptr + q[None, :].to(tl.int64) * right_q
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), dtype=tl.float32)
+    bias = tl.zeros((BLOCK_P,), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        has_row = row < end
+        wide = row.to(tl.int64)
+        left_row = wide
+        right_row = wide
+        if GATHER_LEFT:
+            left_row = tl.load(token_ptr + row, mask=has_row, other=0).to(tl.int64)
+        if GATHER_RIGHT:
+            right_row = tl.load(token_ptr + row, mask=has_row, other=0).to(tl.int64)
+        left_mask = has_row[:, None] & (p < P)[None, :]
+        left = tl.load(left_at + left_row[:, None] * left_r, mask=left_mask, other=0.0)
+        right_mask = has_row[:, None] & (q < Q)[None, :]
+        right = tl.load(right_at + right_row[:, None] * right_r, mask=right_mask, other=0.0)
+        acc = product_step(acc, tl.trans(left), right, PRECISION, RAISE)
+        if BIAS:
+            summand = left.to(tl.float32)
+            if SCALE_BIAS:
+                slot = tl.load(slot_ptr + row, mask=has_row, other=0)
+                scale = tl.load(weights_ptr + slot, mask=has_row, other=0.0).to(tl.float32)
+                summand *= scale[:, None]
+            bias += tl.sum(summand, 0)
+    out_at = out_ptr + expert.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
+    tl.store(out_at, narrow(acc, out_ptr.dtype.element_ty, RAISE), mask=(p < P)[:, None] & (q < Q)[None, :])
+    if BIAS:
+        at = bias_ptr + expert.to(tl.int64) * P + p
+        tl.store(at, narrow(bias, bias_ptr.dtype.element_ty, RAISE), mask=(p < P) & (q_block == 0))

@@ -1,0 +1,92 @@
+"""From rows per expert to tiles of rows, on the device: no copy to the host, no atomics.
+
+A tile is up to ``BLOCK_M`` neighbouring rows of one expert. Their number is known on the device only, so
+kernels launch as many programs as there can be at most, and those past the last tile return at once.
+
+Letters: E experts, R routed rows, G tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tiles_kernel(
+    counts_ptr, ends_ptr, tiles_ptr,
+    num_experts, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Writes ``ends_E`` and, for BLOCK_G tiles, the row ``(expert, first row, row after the last)``.
+
+    Every program repeats the prefix sum over experts: E numbers are cheaper than a second launch. Tiles that
+    do not exist get the expert E.
+    """
+    expert = tl.arange(0, BLOCK_E)
+    count = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    end = tl.cumsum(count, 0)
+    tiles_of = (count + BLOCK_M - 1) // BLOCK_M
+    tile_end = tl.cumsum(tiles_of, 0)
+    if tl.program_id(0) == 0:
+        tl.store(ends_ptr + expert, end, mask=expert < num_experts)
+    tile = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    # The owner is the first expert whose tiles end past this one: as many experts end before it.
+    is_before = (tile_end[None, :] <= tile[:, None]) & (expert < num_experts)[None, :]
+    owner = tl.sum(is_before.to(tl.int32), 1)
+    is_owner = expert[None, :] == owner[:, None]
+    # Row r of the owner's tile j is end - count + j * BLOCK_M, with j = tile - (tile_end - tiles_of).
+    base = end - count - (tile_end - tiles_of) * BLOCK_M
+    first = tl.sum(tl.where(is_owner, base[None, :], 0), 1) + tile * BLOCK_M
+    last = tl.sum(tl.where(is_owner, end[None, :], 0), 1)
+    exists = tile < num_tiles
+    tl.store(tiles_ptr + 3 * tile, owner, mask=exists)
+    tl.store(tiles_ptr + 3 * tile + 1, first, mask=exists)
+    tl.store(tiles_ptr + 3 * tile + 2, tl.minimum(first + BLOCK_M, last), mask=exists)
+
+
+@triton.jit
+def tile_and_column(num_tiles, num_columns, GROUP: tl.constexpr):
+    """Which tile and which block of columns a program of a one-dimensional grid computes.
+
+    Programs that run at the same time share GROUP tiles and few blocks of columns, so that both the rows
+    and the expert's weights are read from cache.
+    """
+    program = tl.program_id(0)
+    group = program // (GROUP * num_columns)
+    first = group * GROUP
+    height = tl.minimum(num_tiles - first, GROUP)
+    within = program - first * num_columns
+    return first + within % height, within // height
+
+
+@triton.jit
+def product_step(acc, a, b, PRECISION: tl.constexpr, RAISE: tl.constexpr):
+    """``acc + a @ b`` in fp32; RAISE converts the operands first, for the interpreter, which cannot bf16."""
+    if RAISE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, RAISE: tl.constexpr):
+    """fp32 rounded to the nearest of `dtype`, ties to even.
+
+    The interpreter cuts bf16 off where a GPU rounds, so RAISE rounds the bits first; NaN stays NaN.
+    """
+    if RAISE:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_rows(ptr, value, first, width, m, n, inside, RAISE: tl.constexpr):
+    """Writes a tile of a contiguous matrix, rows ``first + m`` and columns n, rounded to its dtype.
+
+    Where a tile begins is 64-bit; within it 32 bits do, at half the registers.
+    """
+    at = ptr + first.to(tl.int64) * width + (m[:, None] * width + n[None, :])
+    tl.store(at, narrow(value, ptr.dtype.element_ty, RAISE), mask=inside)

@@ -1,0 +1,66 @@
+"""The Triton kernels compile for four generations of GPUs, none of which is here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.aot import (
+    REPRESENTATIVE,
+    SHARED_LIMITS,
+    Report,
+    Variant,
+    all_variants,
+    compile_variant,
+    gate_failures,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WELL = Report(Variant("up"), 90, registers=128, stack=0, shared=1024, instruction="wgmma", failures=())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", list(SHARED_LIMITS))
+def test_kernels_pass_the_gates(capability: int) -> None:
+    reports = [compile_variant(variant, capability) for variant in REPRESENTATIVE]
+    wrong = {f"{report.variant}": report.failures for report in reports if report.failures}
+    assert not wrong
+    assert {report.variant.kernel for report in reports} == {variant.kernel for variant in all_variants()}
+
+
+@pytest.mark.parametrize("kernel", [variant.kernel for variant in REPRESENTATIVE])
+def test_sizes_of_one_compile(kernel: str) -> None:
+    compile_variant(Variant(kernel, bias=True, ones=True), 90)
+
+
+def test_hopper_multiplies_by_wgmma() -> None:
+    assert compile_variant(Variant("dw_down"), 90).instruction == "wgmma"
+
+
+@pytest.mark.parametrize(
+    ("change", "failure"),
+    [
+        ({}, None),
+        ({"stack": 8}, "8 bytes of registers spilled"),
+        ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory, above 232448"),
+        ({"instruction": ""}, "no wgmma in the code"),
+        ({"instruction": "", "variant": Variant("up", height=32)}, None),
+        ({"instruction": "", "variant": Variant("up", dtype="fp32", height=64)}, None),
+        ({"instruction": "", "variant": Variant("combine")}, None),
+    ],
+)
+def test_the_gates_see_what_they_look_for(change: dict[str, object], failure: str | None) -> None:
+    report = Report(**{**vars(WELL), **change})  # type: ignore[arg-type]
+    assert list(gate_failures(report)) == ([] if failure is None else [failure])
+
+
+def test_the_command_prints_a_table_and_refuses_unknown_capabilities() -> None:
+    command = [sys.executable, "-m", "kernels.aot", "--kernel", "combine", "--capability"]
+    done = subprocess.run([*command, "80"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("combine  bf16")
+    done = subprocess.run([*command, "75"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "75" in done.stderr

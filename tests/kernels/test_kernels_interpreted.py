@@ -1,0 +1,41 @@
+"""Starts the tests of the Triton back end under its interpreter, in processes of their own.
+
+Whether Triton interprets is decided when the kernels are imported, so it cannot be switched here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# What is left out has a smaller counterpart in `interpreted/`: the interpreter takes a millisecond a step.
+PARTS = {
+    "own": ("interpreted", "test"),
+    "contract": ("test_kernels_contract.py", "triton and not frozen and not several"),
+    "precision": ("test_kernels_precision.py", "triton and twice and not (float16 and biased)"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", list(PARTS))
+def test_the_triton_path_in_the_interpreter(part: str) -> None:
+    where, which = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{where}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-k", which],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=570,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = done.stdout.splitlines()[-1]
+    assert "passed" in summary and "skipped" not in summary, summary
