@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from kernels.backend import ExpertTensors, Workload
 from kernels.expert_mlp import BACKENDS, Choice, choose_backend, expert_mlp
@@ -75,19 +77,35 @@ class Experts(nn.Module):
         choice = self._choice(device, dtype)
         with torch.autocast(device.type, enabled=False):
             tensors = ExpertTensors(
-                w_up_EUD=self.w_up_EUD.to(dtype),
-                w_down_EDF=self.w_down_EDF.to(dtype),
+                w_up_EUD=_held(self.w_up_EUD).to(dtype),
+                w_down_EDF=_held(self.w_down_EDF).to(dtype),
                 activation=self.activation,
                 gated=self.gated,
-                b_up_EU=None if self.b_up_EU is None else self.b_up_EU.to(dtype),
-                b_down_ED=None if self.b_down_ED is None else self.b_down_ED.to(dtype),
+                b_up_EU=None if self.b_up_EU is None else _held(self.b_up_EU).to(dtype),
+                b_down_ED=None if self.b_down_ED is None else _held(self.b_down_ED).to(dtype),
             )
             return expert_mlp(sent.rows_ND.to(dtype), sent.weights_NK, sent.plan, tensors, choice.backend)
+
+    @torch.no_grad()
+    def spread(self, mesh: DeviceMesh) -> None:
+        """Keeps this rank's slice of the experts alone; names and shapes stay those of all of them.
+
+        Args:
+            mesh: One axis of ranks that hold the same weights so far. Their number divides E.
+        """
+        count, ranks = len(self.w_down_EDF), mesh.size()
+        assert mesh.ndim == 1 and count % ranks == 0, (mesh, count)
+        mine = slice(count // ranks * mesh.get_local_rank(), count // ranks * (mesh.get_local_rank() + 1))
+        for name, whole in list(self.named_parameters()):
+            # A copy: a view would keep the other ranks' experts in memory.
+            part = whole[mine].to(mesh.device_type, copy=True)
+            shard = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+            setattr(self, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
     def _choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
         key = (device, dtype)
         if key not in self._choices:
-            E, D, F = self.w_down_EDF.shape
+            E, D, F = _held(self.w_down_EDF).shape
             has_bias = self.b_up_EU is not None or self.b_down_ED is not None
             work = Workload(device, dtype, E, D, F, self.activation, has_bias)
             self._choices[key] = choose_backend(work, self.backend)
@@ -103,3 +121,8 @@ class Experts(nn.Module):
         """Shape, for printing the model."""
         E, D, F = self.w_down_EDF.shape
         return f"experts={E}, model_width={D}, expert_width={F}, {self.activation}, gated={self.gated}"
+
+
+def _held(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight: a slice of the experts where they are spread over ranks."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -21,6 +21,8 @@ from moe.types import Routing
 # Entries of a layer's packed vector behind its E counts and E sums of probabilities: tokens, slots, unused
 # slots, entropy sum.
 _NUM_SUMS = 4
+# What `_distinct` gives, behind these and the means of the losses.
+_NUM_DISTINCT = 2
 
 
 @dataclass
@@ -90,11 +92,16 @@ class LoadReport:
             ``experts_per_token`` (slots that were used, over tokens), ``dropped_fraction`` (slots that were
             not used), ``logit_max`` (largest absolute logit), and ``<name>_loss`` for each loss, with its
             coefficient, and the router's own metrics.
+        distinct: Of each layer, different experts that a micro-batch of a rank used; mean over all
+            micro-batches. It depends on how the step is cut into them.
+        distinct_in_step: The same of all micro-batches of a rank together; mean over the ranks.
     """
 
     layers: tuple[int, ...]
     load: tuple[tuple[float, ...], ...]
     per_layer: Mapping[str, tuple[float, ...]]
+    distinct: tuple[float, ...] = ()
+    distinct_in_step: tuple[float, ...] = ()
 
     def means(self) -> dict[str, float]:
         """Each figure averaged over the layers."""
@@ -131,28 +138,37 @@ def report_load(
 def _pack(stats: Sequence[tuple[int, LayerStats]], names: Sequence[str]) -> tuple[Tensor, Tensor]:
     sums, maxima = [], []
     for _, layer in stats:
-        total = torch.stack(list(layer.sums.values())).sum(0).double()
+        sums_M = torch.stack(list(layer.sums.values()))
+        total = sums_M.sum(0).double()
         zero = total.new_zeros(())
         num = len(layer.losses)
         means = [
             sum((losses.get(name, zero) for losses in layer.losses.values()), zero) / num for name in names
         ]
-        sums.append(torch.cat([total, torch.stack([zero, *means])[1:].double()]))
+        sums.append(torch.cat([total, torch.stack([zero, *means])[1:].double(), _distinct(sums_M)]))
         maxima.append(torch.stack([zero, *(value.double() for value in layer.logit_max.values())]).amax())
     return torch.cat(sums), torch.stack(maxima)
+
+
+def _distinct(sums_M: Tensor) -> Tensor:
+    """Experts with a token: of a micro-batch on average, and of all of them. On the device, unread."""
+    used_ME = sums_M[:, : (sums_M.shape[1] - _NUM_SUMS) // 2] > 0
+    return torch.stack([used_ME.sum().double() / len(sums_M), used_ME.any(0).sum().double()])
 
 
 def _unpack(
     stats: Sequence[tuple[int, LayerStats]], names: Sequence[str], sums: Tensor, maxima: Tensor, ranks: int
 ) -> LoadReport:
     per_layer: dict[str, list[float]] = {}
-    load = []
+    load, distinct = [], []
     offset = 0
     for position, (_, layer) in enumerate(stats):
         E = (next(iter(layer.sums.values())).numel() - _NUM_SUMS) // 2
-        vector = sums[offset : offset + 2 * E + _NUM_SUMS + len(names)]
-        offset += vector.numel()
         behind = 2 * E + _NUM_SUMS
+        vector = sums[offset : offset + behind + len(names)]
+        offset += vector.numel()
+        distinct.append([value / ranks for value in sums[offset : offset + _NUM_DISTINCT].tolist()])
+        offset += _NUM_DISTINCT
         figures = _figures(vector[:E], vector[E : 2 * E], *vector[2 * E : behind].tolist())
         figures["logit_max"] = float(maxima[position])
         for name, value in zip(names, vector[behind:].tolist(), strict=True):
@@ -164,6 +180,8 @@ def _unpack(
         layers=tuple(index for index, _ in stats),
         load=tuple(load),
         per_layer={key: tuple(values) for key, values in per_layer.items()},
+        distinct=tuple(each for each, _ in distinct),
+        distinct_in_step=tuple(once for _, once in distinct),
     )
 
 

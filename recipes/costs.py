@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe.accounting.flops import forward_flops_per_token, training_flops_per_token
-from moe.accounting.params import count_parameters
+from moe.accounting.params import ExpertModule, count_parameters, expert_modules
 from moe.accounting.shape import attention_from_config
+from moe.accounting.training import Mixture, StepModel, update_bytes
+from moe.attention import attention_layers
 from moe.errors import ConfigError
 from moe.layer import moe_layers
+from recipes.engines import Trainable
 from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.loop import Costs
 from recipes.resident import peak_resident_bytes
+from recipes.step_costs import Costs
 
 
 def measure_costs(
@@ -69,6 +74,58 @@ def scheduled_costs(
         (start, measure_costs(host, seq_len, peak_flops, host.schedule.at(start)))
         for start in host.schedule.starts
     )
+
+
+def step_model(host: HuggingFaceHost) -> StepModel:
+    """What a step of a host moves, but for its update; call it before the model is sharded.
+
+    The mixtures are in the order in which the loop reports their load.
+    """
+    found = {each.name: each for each in expert_modules(host.model)}
+    routed = [*moe_layers(host.model), *attention_layers(host.model)]
+    experts = [found[f"{name}.experts"] for name, _ in routed]
+    theirs = {id(param) for each in experts for param in each.experts.parameters()}
+    count = count_parameters(host.model)
+    embeddings = [module for module in host.model.modules() if isinstance(module, nn.Embedding)]
+    trained = sum(p.numel() for p in host.model.parameters() if p.requires_grad and id(p) not in theirs)
+    return StepModel(
+        always=count.total - count.routed - count.looked_up,
+        always_trained=max(0, trained - count.looked_up),
+        row=sum(module.embedding_dim for module in embeddings),
+        mixtures=tuple(_mixture(each) for each in experts),
+        update_bytes=0.0,
+    )
+
+
+def _mixture(found: ExpertModule) -> Mixture:
+    params, experts = list(found.experts.parameters()), found.num_experts
+    return Mixture(
+        num_experts=experts,
+        top_k=found.top_k,
+        matrix=sum(param.numel() for param in params if param.ndim >= 3) // experts,
+        elements=sum(param.numel() for param in params) // experts,
+        trained=sum(param.numel() for param in params if param.requires_grad) // experts,
+    )
+
+
+def local_update_bytes(trainable: Trainable) -> float:
+    """Bytes that the update moves on this rank: of its shard, or of its whole replica."""
+    tensors = trainable.checkpoint_tensors()
+    state = sum(_local_bytes(t) for name, t in tensors.items() if name.startswith("optim.") and t.ndim)
+    weights = sum(_local_bytes(p) for p in trainable.host.model.parameters() if p.requires_grad)
+    return update_bytes(weights, state, weights)
+
+
+def experts_are_spread(host: HuggingFaceHost) -> bool:
+    """Whether the tokens of a rank travel to experts of other ranks: its weights are then cut over ``ep``."""
+    weights = (param for _, layer in host.moe_layers() for param in layer.experts.parameters())
+    meshes = (param.device_mesh.mesh_dim_names for param in weights if isinstance(param, DTensor))
+    return any("ep" in (names or ()) for names in meshes)
+
+
+def _local_bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -68,8 +68,10 @@ def embedded_dense(session: Session) -> tuple[Path, TrainData]:
     tokenizer = embedded_tokenizer(session)
     data = shared_data(session, tokenizer, config.model.vocab_size)
     settings = dataclasses.asdict(config.model), config.train.global_batch_size, config.data.seq_len
-    # Engines round differently by their settings (precision), so that each has its own default.
-    settings += (dataclasses.asdict(config.engine),)
+    # Engines round differently by their settings (precision), so that each has its own default. How experts
+    # are spread is none of them: a dense model has no experts.
+    engine = dataclasses.asdict(config.engine)
+    settings += ({name: value for name, value in engine.items() if name != "expert_parallel"},)
     folder = cache_dir(config) / f"dense-{_key('dense', settings, data.fingerprint)}"
     return folder / "hf", data
 

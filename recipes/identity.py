@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import CheckpointError, Mistake
-from recipes.atomic import atomic_write_json, atomic_write_text
+from recipes.atomic import atomic_write_text
 from recipes.compose import to_yaml
 from recipes.data.build import TrainData
 from recipes.jobs.base import Session
+from recipes.run_file import read_run_file, write_run_file
 from recipes.schema import RunConfig
 from recipes.sparsify import sparsify_identity
-
-_FILE = "run.json"
 
 
 def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
@@ -40,28 +39,6 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
         fields["stage2.validation_path"] = config.stage2.validation_path
     fields["sparsify"] = sparsify_identity(config)
     return json.loads(json.dumps(fields))
-
-
-def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """``run.json`` of a run; empty where there is none yet.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    path = run_dir / _FILE
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        rule, remedy = f"it is not valid JSON ({error})", "Restore it, or start a new run."
-        raise CheckpointError.one("resume", str(path), rule, remedy) from None
-    return content
-
-
-def write_run_file(run_dir: Path, **values: Any) -> None:
-    """Adds values to ``run.json``."""
-    atomic_write_json(run_dir / _FILE, read_run_file(run_dir) | values)
 
 
 def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:

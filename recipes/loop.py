@@ -6,9 +6,10 @@ resumed leg goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.accounting.utilisation import mfu
 from moe.errors import GraftError
 from moe.stats import LoadReport, report_load
 from recipes.callbacks.base import Callback, LegInfo
@@ -28,30 +28,14 @@ from recipes.engines import Engine, Trainable
 from recipes.interrupt import StopRequest
 from recipes.metrics import Metric, reduce_metrics
 from recipes.optim import OptimConfig, lr_factor
+from recipes.run_meters import RunMeters, WindowFigures
 from recipes.schema import TrainConfig
+from recipes.step_costs import Costs, StepCosts
+from recipes.step_figures import StepFigures, StepWork, router_figures
 
 
 class DivergedError(GraftError):
     """The loss or the gradient is not finite; nothing was updated by it."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a token costs, for utilisation and the comparison.
-
-    Attributes:
-        total_params: Of the model.
-        active_params: Those that one token uses.
-        flops_per_token_forward: At the run's sequence length; None where the attention is not known.
-        flops_per_token_train: Forward and backward.
-        peak_flops: Of one rank's device; None when unknown.
-    """
-
-    total_params: int
-    active_params: int
-    flops_per_token_forward: float | None
-    flops_per_token_train: float | None
-    peak_flops: float | None
 
 
 @dataclass
@@ -68,6 +52,7 @@ class Leg:
         costs: What a token costs, at the end where that changes.
         scheduled_costs: What it costs from each of these steps on, ascending from 0; empty where that is
             ``costs`` throughout.
+        step_costs: What the sparsity-aware figures need; None to leave them out.
         checkpoints: Folder of its checkpoints.
         state: What every checkpoint carries besides tensors: identity of the run, reports.
         first_step: Steps done already.
@@ -85,6 +70,7 @@ class Leg:
     checkpoints: Path
     state: dict[str, Any] = field(default_factory=dict)
     scheduled_costs: Sequence[tuple[int, Costs]] = ()
+    step_costs: StepCosts | None = None
     first_step: int = 0
     first_sample: int = 0
     seed: int = 0
@@ -110,6 +96,7 @@ class LegResult:
         val_loss: Of the last validation.
         first_val_loss: Of the validation before the first step; None when resumed past it.
         tokens_per_s: Median over the steps of this process.
+        missing: Figures that no row has, and why.
     """
 
     finished: bool
@@ -117,6 +104,7 @@ class LegResult:
     val_loss: float | None
     first_val_loss: float | None
     tokens_per_s: float | None
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 class Loop:
@@ -124,13 +112,24 @@ class Loop:
 
     Attributes:
         first_step_time: When the first step of this process ended, by ``time.time()``.
+        spent: Seconds of this process that went into ``evaluation`` and ``saving`` while training.
     """
 
-    def __init__(self, engine: Engine[Any], callbacks: Sequence[Callback], stop: StopRequest) -> None:
+    def __init__(
+        self,
+        engine: Engine[Any],
+        callbacks: Sequence[Callback],
+        stop: StopRequest,
+        meters: RunMeters | None = None,
+    ) -> None:
+        """Without ``meters`` memory and energy are not measured."""
         self.engine = engine
         self.callbacks = callbacks
         self.stop = stop
+        self.meters = meters
         self.first_step_time: float | None = None
+        self.spent = {"evaluation": 0.0, "saving": 0.0}
+        self._window = WindowFigures()
 
     def resume(self, leg: Leg, path: Path) -> dict[str, Any]:
         """Fills the leg from a checkpoint and returns the state that was saved with it."""
@@ -163,30 +162,57 @@ class Loop:
 
     def _train(self, leg: Leg, info: LegInfo, result: LegResult) -> None:
         speeds: list[float] = []
+        figures = StepFigures(leg.step_costs, leg.costs, speaks=self.engine.rank == 0)
         if leg.first_step == 0:
             # Not what the legs before have left: those may have been trained by another process.
             torch.manual_seed(leg.seed + self.engine.rank)
-            result.val_loss = result.first_val_loss = self.evaluate(leg)
+            with self._aside("evaluation"):
+                result.val_loss = result.first_val_loss = self.evaluate(leg)
             self._emit(info, {"step": 0, "tokens": 0, "val_loss": result.val_loss}, None)
+        self._begin_window()
         step, saved, stopping = leg.first_step, leg.first_step, False
         while step < leg.train.steps and not stopping:
-            row, load, stopping = self._step(leg, step)
+            row, load, stopping = self._step(leg, step, figures)
             step += 1
             speeds.append(row["tokens_per_s"])
             result.tokens_per_s = sorted(speeds)[len(speeds) // 2]
             self.first_step_time = self.first_step_time or time.time()
             last = step == leg.train.steps
             if last or _due(step, leg.train.eval_every):
-                result.val_loss = row["val_loss"] = self.evaluate(leg)
+                with self._aside("evaluation"):
+                    result.val_loss = row["val_loss"] = self.evaluate(leg)
             self._emit(info, row, load)
             result.step = step
             if last or stopping or _due(step, leg.train.save_every):
-                self._save(leg, info, step, result)
+                with self._aside("saving"):
+                    self._save(leg, info, step, result)
                 saved = step
         result.finished = step >= leg.train.steps
+        result.missing = figures.missing() | ({} if self.meters is None else self.meters.reasons)
         assert saved == step, f"step {step} was not saved, the last was {saved}"
 
-    def _step(self, leg: Leg, step: int) -> tuple[dict[str, float], LoadReport | None, bool]:
+    @contextlib.contextmanager
+    def _aside(self, kind: str) -> Iterator[None]:
+        """Work between steps: its time and energy are not theirs."""
+        started = time.perf_counter()
+        yield
+        self.spent[kind] += time.perf_counter() - started
+        if self.meters is not None:
+            self.meters.between()
+
+    def _begin_window(self) -> None:
+        self._window.begin_leg()
+        if self.meters is not None:
+            self.meters.between()
+
+    def _ends_window(self, leg: Leg, step: int) -> bool:
+        """Whether meters are read behind this step: where lines are printed, and before other work."""
+        every = (leg.train.log_every, leg.train.eval_every, leg.train.save_every)
+        return step == leg.train.steps or any(_due(step, number) for number in every)
+
+    def _step(
+        self, leg: Leg, step: int, figures: StepFigures
+    ) -> tuple[dict[str, float], LoadReport | None, bool]:
         started = time.perf_counter()
         count = leg.train.num_micro_batches(self.engine.world_size)
         share = self._share(leg, step, count)
@@ -197,10 +223,11 @@ class Loop:
         factor = lr_factor(step, leg.train.steps, leg.optim.schedule)
         grad_norm = float(leg.trainable.step(factor))
         loss = torch.stack(losses).mean()
-        reduced = reduce_metrics(
-            {"loss": Metric(loss, "mean"), "stop": Metric(float(self.stop.requested), "max")},
-            self.engine.data_group,
-        )
+        measured = {"loss": Metric(loss, "mean"), "stop": Metric(float(self.stop.requested), "max")}
+        metered = self.meters is not None and self._ends_window(leg, step + 1)
+        if self.meters is not None and metered:
+            measured |= self.meters.of_window()
+        reduced = reduce_metrics(measured, self.engine.data_group)
         host, group = leg.trainable.host, self.engine.data_group
         load = report_load([(index, layer.stats) for index, layer in host.moe_layers()], group)
         attention = report_load([(index, layer.stats) for index, layer in host.attention_layers()], group)
@@ -216,8 +243,13 @@ class Loop:
             "tokens_per_s": speed,
             "step_s": seconds,
         }
-        row |= _cost_figures(leg.costs_at(step), speed, self.engine.world_size)
-        row |= _router_figures(load) | _router_figures(attention, "attention/")
+        ranks = self.engine.world_size
+        work = StepWork(leg.tokens_per_step, seconds, ranks, count * ranks, load, attention)
+        row |= figures.of_step(leg.costs_at(step), work)
+        self._window.add_tokens(leg.tokens_per_step)
+        if metered:
+            row |= self._window.of_row(reduced)
+        row |= router_figures(load) | router_figures(attention, "attention/")
         return row, load, reduced["stop"] > 0
 
     def _refuse_nonfinite(self, leg: Leg, step: int, loss: float, grad_norm: float) -> None:
@@ -301,26 +333,6 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _cost_figures(costs: Costs, tokens_per_s: float, world_size: int) -> dict[str, float]:
-    """Of a step: what is not known is left out."""
-    row: dict[str, float] = {"active_params": costs.active_params}
-    if costs.flops_per_token_train is not None:
-        row["flops_per_token"] = costs.flops_per_token_train
-        if costs.peak_flops is not None:
-            row["mfu"] = mfu(costs.flops_per_token_train, tokens_per_s, costs.peak_flops, world_size)
-    return row
-
-
-def _router_figures(load: LoadReport | None, kind: str = "") -> dict[str, float]:
-    if load is None:
-        return {}
-    row = {f"{kind}router/{name}": value for name, value in load.means().items()}
-    for name, values in load.per_layer.items():
-        for layer, value in zip(load.layers, values, strict=True):
-            row[f"layer/{layer:02d}/{kind}{name}"] = value
-    return row
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:

@@ -316,9 +316,9 @@ def _torch_group(name: str, rule: GroupRule, members: list[Tensor], config: Opti
 def _adamw_groups(
     name: str, rule: GroupRule, members: list[Tensor], config: OptimConfig
 ) -> list[dict[str, Any]]:
-    split: dict[bool, list[Tensor]] = defaultdict(list)
-    for param in members:  # the fused kernel takes a list of plain tensors or of DTensors, not both
-        split[isinstance(param, DTensor)].append(param)
+    split: dict[Any, list[Tensor]] = defaultdict(list)
+    for param in members:  # the fused kernel takes a list of plain tensors or of DTensors on one mesh
+        split[param.device_mesh if isinstance(param, DTensor) else None].append(param)
     return [_torch_group(name, rule, part, config) for part in split.values()]
 
 

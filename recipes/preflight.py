@@ -137,14 +137,16 @@ def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake
 
 
 def check_engine(config: RunConfig) -> list[Mistake]:
-    """The machine must have what the engine needs."""
-    found = engine_classes()[config.engine.name].check(config.engine)
+    """The machine must have what the engine needs, and the engine be able to train the mixture."""
+    engine = engine_classes()[config.engine.name]
+    mistakes = engine.check_mixture(config.engine, config.upcycle.num_experts, config.router)
+    found = engine.check(config.engine)
     if found is None:
-        return []
+        return mistakes
     head, _, rest = found.partition(": ")
     rule, _, remedy = rest.partition(". ")
     name, _, value = head.partition("=")
-    return [Mistake(f"engine.{name}", value.strip("'"), rule, f"{remedy}.")]
+    return [Mistake(f"engine.{name}", value.strip("'"), rule, f"{remedy}."), *mistakes]
 
 
 def check_schedule(config: RunConfig) -> list[Mistake]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.atomic import atomic_write_json
-from recipes.loop import Costs
+from recipes.step_costs import Costs
 
 _LABELS = {
     "dense": "Dense (start)",

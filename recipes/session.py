@@ -13,11 +13,13 @@ from recipes.callbacks.progress import Progress
 from recipes.callbacks.recorder import Recorder
 from recipes.compose import to_yaml
 from recipes.engines import Engine, engine_classes
-from recipes.identity import read_run_file, write_run_file
+from recipes.goodput import GoodputLedger
 from recipes.interrupt import StopRequest
 from recipes.jobs.base import Job, Session
 from recipes.loop import Loop
 from recipes.run_dir import RunDir, choose_run_dir
+from recipes.run_file import read_run_file, write_run_file
+from recipes.run_meters import RunMeters
 from recipes.schema import RunConfig
 from recipes.tracking import RunLogger, start
 
@@ -68,17 +70,23 @@ def _run_open(
     if engine.rank == 0:
         write_run_file(run_dir.path, wandb_run_id=tracker.run_id, recipe=config.job, started=time.time())
     logger = RunLogger(run_dir.path, tracker, engine.rank)
-    callbacks: list[Callback] = [Recorder(logger)]
+    ledger = GoodputLedger(run_dir.path, started) if engine.rank == 0 else None
+    callbacks: list[Callback] = [Recorder(logger, ledger)]
     if engine.rank == 0:
         callbacks.append(Progress(config.train.log_every))
+    meters = RunMeters(engine.device, first_on_machine=engine.first_on_machine)
+    spent: dict[str, float] = {}
     try:
         with StopRequest(speaks=engine.rank == 0) as stop:
-            loop = Loop(engine, callbacks, stop)
-            session = Session(config, values, engine, run_dir, stop, logger, loop, started)
+            loop = Loop(engine, callbacks, stop, meters)
+            spent = loop.spent
+            session = Session(config, values, engine, run_dir, stop, logger, loop, started, ledger)
             finished = job.run(session)
             if not finished:
                 session.say(f"stopped and saved; go on with: resume={run_dir.path}")
     finally:
+        if ledger is not None:
+            ledger.close(spent)
         logger.finish()
     return 0 if finished else STOPPED
 

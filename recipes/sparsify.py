@@ -11,8 +11,8 @@ from moe.routers import router_class, router_classes
 from moe.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
 from moe.upcycle import UpcycleMethod
 from recipes.hosts.huggingface import HuggingFaceHost, chosen_sites
-from recipes.loop import Costs
 from recipes.schema import RunConfig
+from recipes.step_costs import Costs
 
 
 def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None:

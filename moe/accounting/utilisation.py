@@ -65,6 +65,28 @@ def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float, world_si
     return _warned("MFU", flops_per_token * tokens_per_s / (peak_flops * world_size))
 
 
+def share_of_peak(work: float, seconds: float, peak: float | None, devices: int = 1) -> float | None:
+    """Work over what the devices could do in that time, for a caller that warns on its own, once.
+
+    Returns:
+        None where the peak is not known, never 0. Above 1 see `above_one`.
+
+    Raises:
+        ValueError: Work is negative, or time, peak or devices are not above 0.
+    """
+    if (peak is not None and not peak > 0) or devices < 1 or not seconds > 0 or not work >= 0:
+        raise ValueError(
+            f"work={work} must not be negative and seconds={seconds}, peak={peak}, devices={devices} must be "
+            "above 0. An unknown peak is None."
+        )
+    return None if peak is None else work / (seconds * peak * devices)
+
+
+def above_one(metric: Metric, share: float) -> str | None:
+    """What to warn of, with the likely cause; None for a share that can be."""
+    return f"{metric} is {share:.2f}, above 1: {CAUSES[metric]}" if share > 1 else None
+
+
 def utilisation(
     metric: Metric,
     work: Sequence[float | None],
@@ -198,6 +220,6 @@ def utilisations(
 
 
 def _warned(metric: Metric, share: float) -> float:
-    if share > 1:
-        warnings.warn(f"{metric} is {share:.2f}, above 1: {CAUSES[metric]}", stacklevel=3)
+    if warning := above_one(metric, share):
+        warnings.warn(warning, stacklevel=3)
     return share

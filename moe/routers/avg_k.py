@@ -72,6 +72,11 @@ class AvgKRouter(Router[AvgKConfig]):
         """A token cannot go to more experts than there are."""
         return refuse_more_than(config.top_k, num_experts)
 
+    @classmethod
+    def reads_experts(cls, config: AvgKConfig) -> bool:
+        """Their mean keys are its gates."""
+        return True
+
     @property
     def top_k(self) -> int:
         """K."""

@@ -51,6 +51,8 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         is_causal: Whether in evaluation no token's routing depends on a later token. What is not causal
             cannot generate the text that it was trained on: use it for encoders and diffusion.
         varies_top_k: Whether K may change between steps: whether it routes by `LayerContext.top_k`.
+        mixes_tokens: Whether experts see mixtures of tokens: what a routing says of tokens is then not how
+            much the experts compute.
         host_syncs: Why the host waits for a GPU in a training pass, and how often; None where it never does.
         compile_refusal: Why ``torch.compile(router, fullgraph=True)`` cannot hold the training passes of all
             steps in one graph, and what to do; None where it can.
@@ -61,6 +63,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     parameter_role: ClassVar[str] = "router"
     is_causal: ClassVar[bool] = True
     varies_top_k: ClassVar[bool] = False
+    mixes_tokens: ClassVar[bool] = False
     host_syncs: ClassVar[str | None] = None
     compile_refusal: ClassVar[str | None] = None
 
@@ -79,6 +82,11 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     def needed_keys(cls, config: ConfigT) -> frozenset[str]:
         """The keys of `RouterContext.keys` that it cannot route without."""
         return frozenset()
+
+    @classmethod
+    def reads_experts(cls, config: ConfigT) -> bool:
+        """Whether it routes by the weights of all experts, which then must all be on every rank."""
+        return False
 
     @property
     @abstractmethod

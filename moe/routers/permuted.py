@@ -124,6 +124,11 @@ class PermutedRouter(Router[PermutedConfig]):
         """The inner router's."""
         return router_class(config.inner.name).needed_keys(config.inner)
 
+    @classmethod
+    def reads_experts(cls, config: PermutedConfig) -> bool:
+        """As the inner router."""
+        return router_class(config.inner.name).reads_experts(config.inner)
+
     @property
     def top_k(self) -> int:
         """The inner router's; up to E during the search."""

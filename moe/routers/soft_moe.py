@@ -80,6 +80,7 @@ class SoftMoERouter(Router[SoftMoEConfig]):
     name = "soft_moe"
     config_class = SoftMoEConfig
     is_causal = False
+    mixes_tokens = True
 
     def __init__(self, config: SoftMoEConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)

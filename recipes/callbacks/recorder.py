@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from moe.stats import LoadReport
 from recipes.callbacks.base import Callback, LegInfo
+from recipes.goodput import GoodputLedger
 from recipes.tracking import ExpertLoad, RunLogger
 
 
 class Recorder(Callback):
     """Writes ``metrics.jsonl`` and ``load.jsonl`` first, then the tracker."""
 
-    def __init__(self, logger: RunLogger) -> None:
+    def __init__(self, logger: RunLogger, ledger: GoodputLedger | None = None) -> None:
+        """``ledger`` is of the rank that writes."""
         self.logger = logger
+        self.ledger = ledger
 
     def on_leg_start(self, leg: LegInfo) -> None:
         """Drops rows past the checkpoint that is resumed: they are written again."""
-        self.logger.truncate_after(leg.name, leg.first_step if leg.first_step else -1)
+        dropped = self.logger.truncate_after(leg.name, leg.first_step if leg.first_step else -1)
+        if self.ledger is not None and dropped:
+            self.ledger.recount()
 
     def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """Writes the row."""
         experts = None if load is None else ExpertLoad(load.layers, load.load)
-        self.logger.log({"leg": leg.name, **row, "time": time.time()}, experts)
+        now = time.time()
+        line: dict[str, Any] = {"leg": leg.name, **row, "time": now}
+        if self.ledger is not None and "step_s" in row:
+            self.ledger.add_step(row["step_s"])
+            line["goodput"] = self.ledger.goodput(now)
+        self.logger.log(line, experts)
 
     def before_checkpoint(self, leg: LegInfo, step: int) -> None:
         """The rows up to a checkpoint are on the disk before it is: a resume counts on them."""

@@ -21,6 +21,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe.errors import CheckpointError
 
+_ROWS_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class Box:
@@ -53,6 +55,35 @@ class Box:
         """Slices that cut this box out of a tensor that holds ``outer``."""
         starts = (mine - its for mine, its in zip(self.offset, outer.offset, strict=True))
         return tuple(slice(start, start + length) for start, length in zip(starts, self.size, strict=True))
+
+
+def cover_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
+    """Which rows of the first axis the boxes leave out or hold twice; a row of a stack of experts is one.
+
+    Args:
+        shape: Of a global tensor.
+        boxes: Inside of it.
+
+    Returns:
+        As in "rows 1, 2 are missing and row 0 is held twice"; None when every row is held once.
+    """
+    changes = [0] * ((shape[0] if shape else 1) + 1)
+    for box in boxes:
+        start, length = (box.offset[0], box.size[0]) if shape else (0, 1)
+        changes[start] += box.numel // length
+        changes[start + length] -= box.numel // length
+    wanted, held = math.prod(shape[1:]), list(itertools.accumulate(changes[:-1]))
+    faults = [
+        (what, [str(row) for row, count in enumerate(held) if wrong(count)])
+        for what, wrong in (("missing", wanted.__gt__), ("held twice", wanted.__lt__))
+    ]
+    told = [
+        f"{'row' if len(rows) == 1 else 'rows'} {', '.join(rows[:_ROWS_SHOWN])}"
+        f"{', ...' * (len(rows) > _ROWS_SHOWN)} {'is' if len(rows) == 1 else 'are'} {what}"
+        for what, rows in faults
+        if rows
+    ]
+    return " and ".join(told) or None
 
 
 @dataclass(frozen=True, eq=False)

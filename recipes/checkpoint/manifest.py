@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moe.errors import CheckpointError, Mistake
-from recipes.checkpoint.layout import Box
+from recipes.checkpoint.layout import Box, cover_fault
 from recipes.checkpoint.names import INDEX, MANIFEST, STATE, expected_files
 
 FORMAT = "graft-checkpoint"
@@ -77,9 +77,10 @@ class StoredTensor(_Model):
         for stored in self.boxes:
             if not stored.box.inside(self.shape):
                 raise ValueError(f"the box {stored.offset} + {stored.size} leaves the shape {self.shape}")
-        held = sum(stored.box.numel for stored in self.boxes)
-        if held != math.prod(self.shape):
-            raise ValueError(f"its boxes hold {held} of {math.prod(self.shape)} elements")
+        boxes = [stored.box for stored in self.boxes]
+        if fault := cover_fault(self.shape, boxes):
+            held = sum(box.numel for box in boxes)
+            raise ValueError(f"its boxes hold {held} of {math.prod(self.shape)} elements: {fault}")
         return self
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe.errors import CheckpointError, Mistake
-from recipes.checkpoint.layout import Placed
+from recipes.checkpoint.layout import Placed, cover_fault
 from recipes.checkpoint.manifest import Index, StoredBox, StoredTensor
 from recipes.checkpoint.stream import require_storable
 
@@ -47,8 +47,12 @@ def plan(described: Sequence[Mapping[str, Any]]) -> Index:
         try:
             tensors[name] = StoredTensor(dtype=dtype, shape=tuple(shape), boxes=list(stored.values()))
         except ValueError:
-            elements = sum(box.box.numel for box in stored.values())
-            rule = f"the ranks together hold {elements} elements of it, which do not make up this shape"
+            boxes = [box.box for box in stored.values()]
+            elements, fault = sum(box.numel for box in boxes), cover_fault(tuple(shape), boxes)
+            rule = (
+                f"the ranks together hold {elements} elements of it, which do not make up this shape: "
+                f"{fault or 'a box leaves it'} (of a stack of experts, a row is an expert)"
+            )
             mistakes.append(Mistake(name, shape, rule, "Pass the shards of all ranks, without overlaps."))
     if mistakes:
         raise CheckpointError(mistakes[: 2 * _NAMES_SHOWN])

@@ -5,6 +5,7 @@ Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe.errors import Mistake
+from moe.routers import RouterConfig
 from moe.types import Config
 from recipes.data.samples import Marks
 from recipes.hosts.huggingface import HuggingFaceHost
@@ -95,6 +98,11 @@ class Engine(ABC, Generic[ConfigT]):
         """Why this machine cannot run the engine as configured, as "field=value: rule. Remedy."."""
         return None
 
+    @classmethod
+    def check_mixture(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
+        """Why the engine as configured cannot train a mixture of so many experts under this router."""
+        return []
+
     @property
     @abstractmethod
     def rank(self) -> int:
@@ -109,6 +117,11 @@ class Engine(ABC, Generic[ConfigT]):
     @abstractmethod
     def device(self) -> torch.device:
         """Where this rank computes."""
+
+    @property
+    def first_on_machine(self) -> bool:
+        """Whether this is the rank that reads what all ranks of a machine share; as launchers number them."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
 
     @property
     @abstractmethod

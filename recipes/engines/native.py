@@ -8,9 +8,9 @@ Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,23 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moe.errors import Mistake
+from moe.experts import Experts
+from moe.routers import RouterConfig
 from recipes.data.samples import Marks
 from recipes.engines.base import Engine, EngineConfig, Trainable
+from recipes.engines.expert_parallel import (
+    average_gradients,
+    expert_mesh,
+    gathered,
+    mixture_mistakes,
+    rank_refusal,
+    spread_experts,
+)
 from recipes.hosts.ffn import decoder_blocks
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.optim import OptimConfig, OptimizerSet, build_optimizer, clip_grad_norm
+from recipes.rules import require
 
 
 @dataclass(frozen=True)
@@ -45,12 +57,30 @@ class NativeConfig(EngineConfig):
     """CPU threads of each rank; ``auto``: the cores over the ranks of this machine when on CPU."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
+    expert_parallel: int = 1
+    """Ranks over which the experts of a layer are spread; tokens travel to them. 1: every rank holds all."""
     compile: bool = False
     """Compile each block by torch.compile; the MoE layers stay outside of the compiled graphs."""
 
     def __post_init__(self) -> None:
-        if self.threads != "auto" and self.threads < 1:
-            raise ValueError(f"threads={self.threads} must be at least 1. Or leave it at auto.")
+        spreads, value = self.expert_parallel > 1, self.expert_parallel
+        require(
+            (
+                self.threads == "auto" or self.threads >= 1,
+                f"threads={self.threads} must be at least 1. Or leave it at auto.",
+            ),
+            (value >= 1, f"expert_parallel={value} must be at least 1. Give 1 for experts on every rank."),
+            (
+                not (spreads and self.strategy == "ddp"),
+                f"expert_parallel={value} must be 1 under strategy=ddp, which keeps all weights on every "
+                "rank. Set engine.strategy=fsdp.",
+            ),
+            (
+                not (spreads and self.compile),
+                f"expert_parallel={value} must be 1 with compile: the two together are not proven. "
+                "Set engine.compile=false.",
+            ),
+        )
 
     def device_type(self) -> str:
         """``cpu`` or ``cuda``."""
@@ -68,10 +98,11 @@ class NativeEngine(Engine[NativeConfig]):
     def __init__(self, config: NativeConfig) -> None:
         super().__init__(config)
         self._mesh: DeviceMesh | None = None
+        self._expert_mesh: DeviceMesh | None = None
 
     @classmethod
     def check(cls, config: NativeConfig) -> str | None:
-        """A GPU must be there when one is asked for."""
+        """A GPU must be there when one is asked for, and ranks for the experts."""
         if config.device == "cuda" and not torch.cuda.is_available():
             return "device='cuda': torch sees no GPU. Set engine.device=cpu, or install a CUDA build of torch"
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -80,7 +111,12 @@ class NativeEngine(Engine[NativeConfig]):
                 f"device={config.device!r}: {local} ranks on this machine and {torch.cuda.device_count()} "
                 "GPUs. Start one rank for each GPU (--nproc-per-node)"
             )
-        return None
+        return rank_refusal(config.expert_parallel, int(os.environ.get("WORLD_SIZE", "1")))
+
+    @classmethod
+    def check_mixture(cls, config: NativeConfig, num_experts: int, router: RouterConfig) -> list[Mistake]:
+        """The experts must divide over the ranks that share them."""
+        return mixture_mistakes(config.expert_parallel, num_experts, router)
 
     @property
     def rank(self) -> int:
@@ -124,6 +160,8 @@ class NativeEngine(Engine[NativeConfig]):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self._set_threads(kind)
         self._mesh = init_device_mesh(kind, (self.world_size,), mesh_dim_names=("dp",))
+        if self.config.expert_parallel > 1:
+            self._expert_mesh = expert_mesh(kind, self.world_size, self.config.expert_parallel)
 
     def _set_threads(self, kind: str) -> None:
         if self.config.threads != "auto":
@@ -141,19 +179,27 @@ class NativeEngine(Engine[NativeConfig]):
             host.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
             _compile_blocks(host)
+        spread: list[Experts] = []
         if self.config.strategy == "fsdp":
+            if self._expert_mesh is not None:
+                policy = replace(self._policy, cast_forward_inputs=False)
+                spread = spread_experts(host, self._expert_mesh, policy)
             wrapped = self._shard(host, self._mesh)
         else:
             host.model.to(self.device)
             wrapped = DistributedDataParallel(host.model, forward_sync_buffers=False)
-        return NativeTrainable(self, host, wrapped, optim)
+        return NativeTrainable(self, host, wrapped, optim, spread)
 
-    def _shard(self, host: HuggingFaceHost, mesh: DeviceMesh) -> nn.Module:
+    @property
+    def _policy(self) -> MixedPrecisionPolicy:
         low = self.config.precision == "bf16"
-        policy = MixedPrecisionPolicy(
+        return MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
         )
-        if low:
+
+    def _shard(self, host: HuggingFaceHost, mesh: DeviceMesh) -> nn.Module:
+        policy = self._policy
+        if policy.param_dtype is not None:
             # Routers stay fp32: a group of their own that neither casts weights nor inputs.
             for layer in host.routed_layers():
                 fully_shard(
@@ -182,11 +228,17 @@ class NativeTrainable(Trainable):
     """A host under FSDP2 or DDP with its optimizer."""
 
     def __init__(
-        self, engine: NativeEngine, host: HuggingFaceHost, wrapped: nn.Module, optim: OptimConfig
+        self,
+        engine: NativeEngine,
+        host: HuggingFaceHost,
+        wrapped: nn.Module,
+        optim: OptimConfig,
+        spread: Sequence[Experts] = (),
     ) -> None:
         self.engine = engine
         self.host = host
         self.wrapped = wrapped
+        self.spread = tuple(spread)
         self.optim_config = optim
         self.optimizer: OptimizerSet = build_optimizer(host.model, optim)
         self._real_BS: Tensor | None = None
@@ -205,10 +257,13 @@ class NativeTrainable(Trainable):
         run.micro_batch, run.num_micro_batches = micro_batch, num_micro_batches
         run.loss_scale = 1.0 / num_micro_batches
         self.host.model.train()
-        with self._gradient_sync(micro_batch == num_micro_batches - 1):
+        last = micro_batch == num_micro_batches - 1
+        with self._gradient_sync(last):
             losses_BS = self._losses(tokens_BS1, marks)
             loss = losses_BS.mean() if marks is None else (losses_BS * marks.weights_BS.to(losses_BS)).sum()
             (loss * run.loss_scale).backward()
+        if last:
+            average_gradients(self.spread, self.engine.config.expert_parallel)
         return loss.detach()
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
@@ -287,4 +342,4 @@ class NativeTrainable(Trainable):
         """See `Trainable.full_tensors`."""
         self._reshard()
         for name, tensor in self._model_tensors().items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, gathered(tensor) if isinstance(tensor, DTensor) else tensor

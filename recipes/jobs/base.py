@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from moe.errors import GraftError, Mistake
 from recipes.engines import Engine
+from recipes.goodput import GoodputLedger
 from recipes.interrupt import StopRequest
 from recipes.loop import Loop
 from recipes.run_dir import RunDir
@@ -31,6 +32,7 @@ class Session:
         logger: Takes rows.
         loop: Trains legs.
         started: When the command started, by ``time.time()``.
+        ledger: What the run's time went into; None on the ranks that do not write.
     """
 
     config: RunConfig
@@ -41,6 +43,7 @@ class Session:
     logger: RunLogger
     loop: Loop
     started: float
+    ledger: GoodputLedger | None = None
 
     @property
     def leads(self) -> bool:

@@ -11,21 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe.accounting.peaks import Peak
 from moe.errors import CheckpointError, Mistake
 from moe.upcycle import UpcycleMethod
+from recipes.bandwidth import Peaks
 from recipes.calibration.gather import LayerTensors, kept_statistics
 from recipes.checkpoint import find_checkpoint, load_checkpoint
 from recipes.data.build import TrainData
 from recipes.data.sources import check_paths, resolve
 from recipes.embedded import shared_data, vocab_size_of
 from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.identity import read_run_file, write_run_file
 from recipes.jobs.base import Session
 from recipes.jobs.upcycle import MoELeg, TrainedLeg, UpcycleJob
 from recipes.loop import Leg, LegResult, validation_loss
 from recipes.packed_attention import attending_as
 from recipes.results import Results
+from recipes.run_file import read_run_file, write_run_file
 from recipes.schema import RunConfig
 
 
@@ -131,13 +131,15 @@ class Stage2Leg(_StageLeg):
     name = "moe"
     number = 2
 
-    def __init__(self, session: Session, folder: Path, data: TrainData, results: Results, peak: Peak) -> None:
+    def __init__(
+        self, session: Session, folder: Path, data: TrainData, results: Results, peaks: Peaks
+    ) -> None:
         config = stage2_config(session.config)
         own = dataclasses.replace(session, config=config)
         session.say(f"stage 2: {config.data.path}")
         second = shared_data(own, folder, session.on_rank_zero(lambda: vocab_size_of(folder)))
         session.on_rank_zero(lambda: _refuse_other_data(session, second))
-        super().__init__(own, folder, second, results, peak)
+        super().__init__(own, folder, second, results, peaks)
         self.first_data = data
         self.first_steps = session.config.train.steps
         self.first_tokens = (

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.accounting.peaks import Peak, peak_for
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake
 from moe.routers import Router, router_class
 from moe.upcycle import UpcycleMethod, upcycle_methods
 from moe.upcycle.check import TOLERANCES
+from recipes.accounts import account, find_peaks, put_training, step_costs
+from recipes.bandwidth import Peaks
 from recipes.calibration.gather import Calibration, LayerTensors, kept_statistics
 from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
-from recipes.costs import measure_costs, peak_memory_bytes, scheduled_costs
+from recipes.costs import measure_costs, scheduled_costs, step_model
 from recipes.data.build import TrainData
 from recipes.data.chat_template import carry_template
 from recipes.data.sources import resolve
@@ -30,14 +31,14 @@ from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap, upcycle
 from recipes.hosts.spec import describe_host
-from recipes.identity import read_run_file, refuse_changes
+from recipes.identity import refuse_changes
 from recipes.jobs.base import Job, Session
 from recipes.loop import Leg, LegResult, validation_loss
-from recipes.metrics import Metric, reduce_metrics
 from recipes.packed_attention import fit_attention
 from recipes.preflight import check_run
 from recipes.prompts.rows import with_prompt_rows
 from recipes.results import Results, leg_label
+from recipes.run_file import read_run_file
 from recipes.schema import RunConfig
 from recipes.sparsify import describe_phases, host_schedule, summarise_phases
 
@@ -86,12 +87,13 @@ class UpcycleJob(Job):
         results = Results(session.run_dir.summary, content, writes=session.leads)
         _describe(session, data)
         # Once for all legs, so that their utilisations compare.
-        peak = peak_for(session.engine.device, session.engine.compute_dtype)
-        legs = [kind(session, folder, data, results, peak) for kind in self.kinds(config)]
+        peaks = find_peaks(session)
+        legs = [kind(session, folder, data, results, peaks) for kind in self.kinds(config)]
         trains = not all(leg.finished for leg in legs)
         ended = all(leg.run() for leg in legs)
         if trains:
-            _account(session, results)
+            results.content["peaks"] = peaks.figures()
+            account(session, results)
         if ended:
             session.on_rank_zero(lambda: _conclude(session, results))
         return ended
@@ -113,9 +115,11 @@ class TrainedLeg:
 
     name: str
 
-    def __init__(self, session: Session, folder: Path, data: TrainData, results: Results, peak: Peak) -> None:
+    def __init__(
+        self, session: Session, folder: Path, data: TrainData, results: Results, peaks: Peaks
+    ) -> None:
         self.session = session
-        self.peak = peak
+        self.peaks = peaks
         self.folder = folder
         self.data = data
         self.results = results
@@ -143,6 +147,7 @@ class TrainedLeg:
             self.session.say(f"{self.name}: going on from {source}")
             leg.state |= self.session.loop.resume(leg, source)
         result = self.session.loop.run(leg)
+        put_training(self.session, self.results, self.name, result.missing)
         self.results.add_time(f"{self.name}_s", time.time() - started)
         if self.session.loop.first_step_time is not None:
             seconds = self.session.loop.first_step_time - self.session.started
@@ -189,7 +194,8 @@ class TrainedLeg:
         """What follows the last step."""
 
     def _leg(self, host: HuggingFaceHost, state: dict[str, Any]) -> Leg:
-        engine, peak = self.session.engine, self.peak
+        engine, peak, bandwidth = self.session.engine, self.peaks.flops, self.peaks.bandwidth
+        model = step_model(host)
         costs = measure_costs(host, self.config.data.seq_len, peak.value)
         trainable = engine.prepare(host, self.config.optim)
         leg = Leg(
@@ -201,6 +207,7 @@ class TrainedLeg:
             trainable=trainable,
             costs=costs,
             scheduled_costs=scheduled_costs(host, self.config.data.seq_len, peak.value),
+            step_costs=step_costs(self.session, host, model, trainable, bandwidth),
             checkpoints=self.session.run_dir.checkpoints(self.name),
             state=state,
             first_sample=self._first_sample(),
@@ -209,7 +216,8 @@ class TrainedLeg:
         self._require_space(leg)
         self.session.say(
             f"{self.name}: {costs.total_params:,} parameters, {costs.active_params:,} active a token; "
-            f"utilisation is of {peak.value / 1e9:,.0f} GFLOP/s a rank ({peak.source}: {peak.detail})"
+            f"utilisation is of {peak.value / 1e9:,.0f} GFLOP/s a rank ({peak.source}: {peak.detail}) and of "
+            f"{bandwidth.words()}"
         )
         for line in describe_phases(host.schedule, leg.scheduled_costs):
             self.session.say(f"{self.name}: {line}")
@@ -363,18 +371,6 @@ def make_surgery(config: RunConfig) -> Surgery:
 def _export_dtype(config: RunConfig, host: HuggingFaceHost) -> torch.dtype:
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": host.source_dtype}
     return named[config.export.dtype]
-
-
-def _account(session: Session, results: Results) -> None:
-    """Time and memory of this process; a run that was resumed took the sum of the times of its parts."""
-    engine = session.engine
-    used = reduce_metrics(
-        {"bytes": Metric(float(peak_memory_bytes(engine.device)), "sum")}, engine.data_group
-    )
-    before = results.content.get("peak_memory_bytes", 0)
-    results.content["peak_memory_bytes"] = max(before, int(used["bytes"]))
-    results.add_time("total_s", time.time() - session.started)
-    results.write()
 
 
 def _conclude(session: Session, results: Results) -> None:

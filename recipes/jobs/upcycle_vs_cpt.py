@@ -27,10 +27,10 @@ from recipes.costs import measure_costs
 from recipes.embedded import embedded_tokenizer, fresh_model
 from recipes.hosts.huggingface import HuggingFaceHost, swap
 from recipes.hosts.inspection import read_config
-from recipes.identity import read_run_file, write_run_file
 from recipes.jobs.base import Session
 from recipes.jobs.upcycle import CPTLeg, MoELeg, TrainedLeg, UpcycleJob, make_surgery
 from recipes.loop import Leg, LegResult
+from recipes.run_file import read_run_file, write_run_file
 from recipes.schema import RunConfig
 from recipes.versus.budget import continued_steps, scratch_steps
 from recipes.versus.serving import serving_costs

@@ -14,6 +14,7 @@ from recipes.report import canvas, html, sections
 from recipes.report.colours import DARK, LIGHT, Theme
 from recipes.report.data import RunRecord, read_run
 from recipes.report.figures import balance_figure, loss_figure
+from recipes.report.hardware import hardware
 from recipes.report.heatmap import load_figure
 from recipes.report.stages import stages
 
@@ -53,6 +54,7 @@ def build_report(run_dir: str | Path) -> Path:
         *_shown("Balance", balance),
         *sections.routing(record),
         *sections.throughput(record),
+        *hardware(record),
         *sections.exactness(record),
         *sections.export(record),
         *sections.configuration(record),

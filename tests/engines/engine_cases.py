@@ -31,10 +31,11 @@ from recipes.engines.native import NativeConfig, NativeEngine
 from recipes.hosts.attention import swap_attention
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
 from recipes.interrupt import StopRequest
-from recipes.loop import Costs, Leg, Loop
+from recipes.loop import Leg, Loop
 from recipes.lr_schedule import ScheduleConfig
 from recipes.optim import OptimConfig
 from recipes.schema import TrainConfig
+from recipes.step_costs import Costs
 from tests.conftest import random_model
 
 SEQ_LEN = 12

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _STOP_AT = "GRAFT_TEST_STOP_AT"
 _PATIENCE_S = 60.0
 # What differs from one run to the next whatever it computes.
-TIMES = ("time", "tokens_per_s", "step_s", "mfu")
+TIMES = ("time", "tokens_per_s", "step_s", "mfu", "s_mfu", "s_mbu", "goodput")
+TIMES += ("memory_bytes", "energy_j", "joules_per_token")
 
 TINY: dict[str, Any] = {
     "tracker.mode": "disabled",
@@ -132,11 +133,13 @@ def _send(stop_at: StopAt, request: Any) -> None:
 def quick() -> Iterator[None]:
     """Leaves out what the tests of resuming do not look at: figures, and the speed of the machine."""
     from moe.accounting.peaks import Peak
+    from recipes.bandwidth import Bandwidth
 
     peak = Peak(1e10, "user", "cpu", "float32", "a test", 1e10)
     with (
         patch("recipes.report.build_report", lambda run_dir: Path(run_dir) / "report.html"),
-        patch("recipes.jobs.upcycle.peak_for", lambda device, dtype: peak),
+        patch("recipes.accounts.peak_for", lambda device, dtype: peak),
+        patch("recipes.accounts.bandwidth_for", lambda device: Bandwidth(1e10, "user", "a test")),
     ):
         yield
 

@@ -105,6 +105,16 @@ def test_micro_batches_add_up() -> None:
     assert _only(report, "maxvio") == pytest.approx(2 / 1.5 - 1)
 
 
+def test_distinct_experts_worked_by_hand() -> None:
+    # Micro-batch 0 uses experts 0, 1; its padding (expert 3) and its dropped slot (expert 2) use none.
+    # Micro-batch 1 uses expert 1 alone. A micro-batch: (2 + 1) / 2; the step: experts 0 and 1.
+    kept_TK = torch.tensor([[True, True], [True, False], [True, True]])
+    first = _routing([[0, 1], [0, 2], [3, 3]], 4, slot_mask_TK=kept_TK)
+    report = _report((first, torch.tensor([True, True, False])), (_routing([[1, 1]], 4), None))
+    assert report.distinct == (1.5,) and report.distinct_in_step == (2.0,)
+    assert "distinct" not in report.per_layer
+
+
 def test_recording_again_overwrites() -> None:
     stats = LayerStats()
     stats.record(0, _routing([[0], [0]], 2, losses={"balance": torch.tensor(9.0)}), None)

@@ -77,9 +77,7 @@ def test_files_show_every_option_and_no_other(group: str, choice: str) -> None:
     config = parse_config(values)
     hidden = {path for path, only in ONLY_WITH.items() if only != (group, choice)}
     expected = {
-        ABSENT.get(path, path)
-        for path in fields(config)
-        if not any(path.startswith(f"{h}.") for h in hidden)
+        ABSENT.get(path, path) for path in fields(config) if not any(path.startswith(f"{h}.") for h in hidden)
     }
     assert leaves(values) == expected
 

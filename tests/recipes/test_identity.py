@@ -11,8 +11,9 @@ import pytest
 
 from moe.errors import CheckpointError
 from recipes.compose import compose_config
-from recipes.identity import identity, read_run_file, refuse_changes, write_run_file
+from recipes.identity import identity, refuse_changes
 from recipes.run_dir import RunDir
+from recipes.run_file import read_run_file, write_run_file
 from recipes.schema import parse_config
 
 DENSE = Path("/models/dense")

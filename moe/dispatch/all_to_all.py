@@ -1,0 +1,175 @@
+"""Dispatch where every rank holds a slice of the experts: rows travel to theirs by all-to-all, and back.
+
+A token is sent once to each rank that holds at least one of its experts, however many of them are there, and
+comes back as one weighted sum: at most ``min(K, P)`` rows of a token are on the wire, never K.
+
+Letters: T tokens, D model width, E experts, K slots a token, P ranks; N rows that this rank sends, M rows
+that arrive at it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from kernels.plan import make_plan
+from moe.dispatch.base import Dispatched, Dispatcher
+from moe.errors import ConfigError
+from moe.types import Routing
+
+
+def experts_of_a_rank(num_experts: int, ranks: int) -> int:
+    """Experts that each of so many ranks holds.
+
+    Raises:
+        ConfigError: They do not divide.
+    """
+    if num_experts % ranks:
+        rule = f"the ranks of a group hold equally many experts, and {num_experts} do not divide over {ranks}"
+        remedy = f"Set a divisor of {num_experts}, or another number of experts."
+        raise ConfigError.one("expert_parallel", ranks, rule, remedy)
+    return num_experts // ranks
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows of one exchange, by rank of the group.
+
+    Attributes:
+        sent: Rows that go from here to each rank.
+        received: Rows that come here from each rank.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    @property
+    def back(self) -> Splits:
+        """The same rows on their way home."""
+        return Splits(self.received, self.sent)
+
+
+@dataclass(frozen=True)
+class TravelledDispatched(Dispatched):
+    """Rows that came from all ranks of the group, and where this rank's own ones return to.
+
+    Attributes:
+        token_N: ``[N]`` int64 token of each row that was sent from here.
+        num_tokens: T.
+        splits: Of the way here.
+    """
+
+    token_N: Tensor
+    num_tokens: int
+    splits: Splits
+
+
+class AllToAllDispatcher(Dispatcher):
+    """Rank r of a group of P holds the experts ``r * E/P ... (r + 1) * E/P - 1``; rows go where theirs are.
+
+    Every rank of the group must call it equally often, with any number of tokens, none included: no path
+    depends on how many there are. The host waits for the device to learn the split sizes, and once more for
+    the number of used slots that have arrived. With a group of one rank nothing is sent.
+    """
+
+    name = "all_to_all"
+
+    def __init__(self, num_experts: int, group: ProcessGroup | None = None) -> None:
+        """Takes its place in a group.
+
+        Args:
+            num_experts: E, of all ranks together.
+            group: The ranks that hold a copy of all experts between them; None is this process alone.
+
+        Raises:
+            ConfigError: The experts do not divide over the ranks.
+        """
+        self.group = group
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        self.num_experts = num_experts
+        self.num_local = experts_of_a_rank(num_experts, self.ranks)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """Sends each token to the ranks of its experts, with its weights there."""
+        assert routing.num_experts == self.num_experts, (routing.num_experts, self.num_experts)
+        rank_TK = self._rank_of_slots(routing)
+        wanted_TP = torch.zeros(len(x_TD), self.ranks + 1, dtype=torch.bool, device=x_TD.device)
+        wanted_PT = wanted_TP.scatter_(1, rank_TK, True)[:, : self.ranks].t()
+        splits, most_slots = self._exchange_counts(wanted_PT.sum(1), rank_TK.shape[1])
+        found_N2 = torch.nonzero_static(wanted_PT.contiguous(), size=sum(splits.sent))
+        to_N, token_N = found_N2[:, 0], found_N2[:, 1]
+        elsewhere_NK = rank_TK.index_select(0, token_N) != to_N[:, None]
+        # A slot whose expert is on another rank gets an id past the last.
+        ids_NK = routing.expert_ids_TK.index_select(0, token_N) - to_N[:, None] * self.num_local
+        ids_NK = ids_NK.masked_fill(elsewhere_NK, self.num_local).int()
+        weights_NK = routing.weights_TK.index_select(0, token_N).masked_fill(elsewhere_NK, 0.0)
+        # Routers with a varying number of experts a token may use more slots on one rank than on another.
+        spare = (0, most_slots - rank_TK.shape[1])
+        ids_MK = self._travel(F.pad(ids_NK, spare, value=self.num_local), splits).long()
+        return TravelledDispatched(
+            rows_ND=self._travel(x_TD.index_select(0, token_N), splits),
+            weights_NK=self._travel(F.pad(weights_NK, spare), splits),
+            plan=make_plan(ids_MK, self.num_local, ids_MK < self.num_local),
+            token_N=token_N,
+            num_tokens=len(x_TD),
+            splits=splits,
+        )
+
+    def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
+        """Brings the sums home, and adds up, in at least fp32, what the ranks have made of each token."""
+        assert isinstance(sent, TravelledDispatched), type(sent)
+        home_ND = self._travel(y_ND, sent.splits.back)
+        dtype = torch.promote_types(y_ND.dtype, torch.float32)
+        out_TD = torch.zeros(sent.num_tokens, y_ND.shape[1], dtype=dtype, device=y_ND.device)
+        return out_TD.index_add(0, sent.token_N, home_ND.to(dtype)).to(y_ND.dtype)
+
+    def _rank_of_slots(self, routing: Routing) -> Tensor:
+        """``[T, K]`` rank of each slot's expert; P where the slot is unused."""
+        rank_TK = torch.div(routing.expert_ids_TK, self.num_local, rounding_mode="floor")
+        if routing.slot_mask_TK is None:
+            return rank_TK
+        return rank_TK.masked_fill(~routing.slot_mask_TK, self.ranks)
+
+    def _exchange_counts(self, sent_P: Tensor, slots: int) -> tuple[Splits, int]:
+        """How many rows come from each rank, and the largest K of all ranks: every rank learns the same."""
+        sent_P2 = torch.stack([sent_P, torch.full_like(sent_P, slots)], 1)
+        received_P2 = sent_P2
+        if self.ranks > 1:
+            received_P2 = torch.empty_like(sent_P2)
+            dist.all_to_all_single(received_P2, sent_P2, group=self.group)
+        sent, received, widths = torch.stack([sent_P, *received_P2.unbind(1)]).tolist()
+        return Splits(tuple(sent), tuple(received)), max(widths)
+
+    def _travel(self, rows_ND: Tensor, splits: Splits) -> Tensor:
+        if self.ranks == 1:
+            return rows_ND
+        moved: Tensor = _Travel.apply(rows_ND, splits, self.group)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class _Travel(torch.autograd.Function):
+    """Rows to their ranks; in backward their gradients the same way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, splits: Splits, group: ProcessGroup | None) -> Tensor:
+        ctx.splits, ctx.group = splits, group
+        return _exchange(rows_ND, splits, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(grad_MD, ctx.splits.back, ctx.group), None, None
+
+
+def _exchange(rows_ND: Tensor, splits: Splits, group: ProcessGroup | None) -> Tensor:
+    out_MD = rows_ND.new_empty(sum(splits.received), *rows_ND.shape[1:])
+    sizes = list(splits.received), list(splits.sent)
+    dist.all_to_all_single(out_MD, rows_ND.contiguous(), *sizes, group=group)
+    return out_MD

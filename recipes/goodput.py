@@ -1,0 +1,114 @@
+"""Which part of a run's time has trained it.
+
+Goodput is the time of the optimizer steps that are still in ``metrics.jsonl`` (each step of each leg once: a
+resume drops those past its checkpoint) over the time since the run's first command was given. Start-up, data,
+surgery, evaluation, saving, export, steps that were lost, and the time between two processes of the run are
+thus all in the denominator. ``run.json`` keeps when each process of the run began and ended; of one that was
+killed, both its end and its steps are told by the rows that it left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.metrics import METRICS_FILE, read_rows
+from recipes.run_file import read_run_file, write_run_file
+
+_PARTS = "parts"
+_SPENT = ("evaluation", "saving")
+
+
+class GoodputLedger:
+    """The parts of a run, on the rank that writes. Open it before rows are dropped by a resume."""
+
+    def __init__(self, run_dir: Path, started: float) -> None:
+        """Ends the part of a process that was killed, and begins this one's.
+
+        Args:
+            run_dir: Of the run.
+            started: When the command was given, by ``time.time()``.
+        """
+        self._run_dir = run_dir
+        before: list[dict[str, Any]] = read_run_file(run_dir).get(_PARTS, [])
+        rows = list(read_rows(run_dir / METRICS_FILE)) if before else []
+        self._before = [_ended(part, rows) for part in before]
+        self._part: dict[str, Any] = {"started": started, "steps_s": 0.0}
+        self._kept_s = 0.0
+        self.recount()
+        self._write()
+
+    def recount(self) -> None:
+        """After rows were dropped: what is left of the steps."""
+        self._kept_s = _seconds(list(read_rows(self._run_dir / METRICS_FILE)))
+
+    def add_step(self, seconds: float) -> None:
+        """A step is done."""
+        self._kept_s += seconds
+        self._part["steps_s"] += seconds
+
+    def goodput(self, now: float) -> float:
+        """Up to now."""
+        return self._kept_s / max(now - self._first, 1e-9)
+
+    def figures(self, now: float, spent: Mapping[str, float]) -> dict[str, float | int]:
+        """For ``summary.json``: the share, and where the rest went, in seconds.
+
+        Args:
+            now: By ``time.time()``.
+            spent: Of this process: see `recipes.loop.Loop.spent`.
+        """
+        parts = [*self._before, self._part | dict(spent) | {"ended": now}]
+        wall = now - self._first
+        alive = _alive(parts)
+        stepped = sum(part["steps_s"] for part in parts)
+        aside = {kind: sum(part.get(kind, 0.0) for part in parts) for kind in _SPENT}
+        return {
+            "goodput": self._kept_s / max(wall, 1e-9),
+            "goodput_while_running": self._kept_s / max(alive, 1e-9),
+            "wall_s": wall,
+            "steps_s": self._kept_s,
+            "lost_steps_s": max(0.0, stepped - self._kept_s),
+            **{f"{kind}_s": seconds for kind, seconds in aside.items()},
+            "other_s": max(0.0, alive - max(stepped, self._kept_s) - sum(aside.values())),
+            "down_s": max(0.0, wall - alive),
+            "processes": len(parts),
+        }
+
+    def close(self, spent: Mapping[str, float]) -> None:
+        """The process ends, however it does."""
+        self._part |= dict(spent) | {"ended": time.time()}
+        self._write()
+
+    @property
+    def _first(self) -> float:
+        first: float = [*self._before, self._part][0]["started"]
+        return first
+
+    def _write(self) -> None:
+        write_run_file(self._run_dir, **{_PARTS: [*self._before, self._part]})
+
+
+def _ended(part: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A part with its end; of a killed process that is its last row."""
+    if "ended" in part:
+        return part
+    own = [row for row in rows if row.get("time", 0.0) >= part["started"]]
+    ended = max((row["time"] for row in own), default=part["started"])
+    return part | {"steps_s": _seconds(own), "ended": ended}
+
+
+def _alive(parts: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds in which a process of the run was there, those of two at once counted once."""
+    total, until = 0.0, -math.inf
+    for part in parts:
+        total += max(0.0, part["ended"] - max(part["started"], until))
+        until = max(until, part["ended"])
+    return total
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    return sum(float(row.get("step_s") or 0.0) for row in rows)

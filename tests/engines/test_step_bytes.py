@@ -1,0 +1,144 @@
+"""The sparsity-aware figures of real steps: against the live weights, and on two ranks as on one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from moe.accounting.training import StepTouched, training_step_bytes
+from recipes.accounts import step_costs
+from recipes.bandwidth import Bandwidth
+from recipes.callbacks.base import Callback
+from recipes.costs import measure_costs, step_model
+from recipes.interrupt import StopRequest
+from recipes.loop import Loop
+from tests.distributed_helper import run_ranks
+from tests.engines.engine_cases import (
+    EXPERTS,
+    GLOBAL_BATCH,
+    SEQ_LEN,
+    Case,
+    make_host,
+    make_leg,
+    open_engine,
+)
+
+STEPS = 2
+PEAK = 1e10
+RANKS = 2
+
+
+class _Keep(Callback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_row(self, leg: Any, row: Any, load: Any) -> None:
+        self.rows.append(dict(row))
+
+
+class _Session:
+    """What `step_costs` looks at."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+
+def train(rank: int, world_size: int, strategy: str) -> dict[str, Any]:
+    """Micro-batches of two samples, however many ranks share them."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    case = Case(engine={"strategy": strategy}, micro=2, steps=STEPS)
+    engine, host = open_engine(**case.engine), make_host(case)
+    model, costs = step_model(host), measure_costs(host, SEQ_LEN, PEAK)
+    trainable = engine.prepare(host, case.optim)
+    session: Any = _Session(engine)
+    steps = step_costs(session, host, model, trainable, Bandwidth(PEAK, "user", "a test"))
+    keep = _Keep()
+    with tempfile.TemporaryDirectory() as folder:
+        leg = make_leg(case, trainable, Path(engine.broadcast(folder)))
+        leg.costs, leg.step_costs = costs, steps
+        leg.train = replace(leg.train, eval_every=0)
+        Loop(engine, [keep], StopRequest()).run(leg)
+        engine.barrier()
+    return {"rows": keep.rows[1:], "model": steps.model}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    (one,) = run_ranks(train, 1, "fsdp")
+    return one
+
+
+def test_a_step_model_is_that_of_the_live_weights() -> None:
+    host = make_host(Case())
+    model = step_model(host)
+    parameters = dict(host.model.named_parameters())
+    experts = {name: p for name, p in parameters.items() if ".experts." in name}
+    one = sum(p.numel() for p in experts.values()) // (2 * EXPERTS)
+    assert [mixture.elements for mixture in model.mixtures] == [one, one]
+    assert [(mixture.num_experts, mixture.top_k) for mixture in model.mixtures] == [(EXPERTS, 2)] * 2
+    # Untied: the embedding is looked up, a row a token, and everything else is read.
+    (table,) = [module for module in host.model.modules() if isinstance(module, nn.Embedding)]
+    rest = sum(p.numel() for name, p in parameters.items() if name not in experts)
+    looked_up = 0 if host.model.config.tie_word_embeddings else table.weight.numel()
+    assert model.always == model.always_trained == rest - looked_up
+    assert model.row == table.embedding_dim
+
+
+def test_attention_experts_come_behind_the_networks() -> None:
+    plain, both = step_model(make_host(Case())), step_model(make_host(Case(attention=True)))
+    assert len(both.mixtures) == 4 and both.mixtures[:2] == plain.mixtures
+    assert (
+        both.mixtures[2].num_experts
+        == make_host(Case(attention=True)).attention_layers()[0][1].router.num_experts
+    )
+
+
+@pytest.mark.distributed
+def test_dropless_top_k_has_one_utilisation(alone: dict[str, Any]) -> None:
+    for row in alone["rows"]:
+        assert row["flops_per_token_used"] == row["flops_per_token"] and row["s_mfu"] == row["mfu"]
+        done = row["flops_per_token"] * row["tokens_per_s"]
+        assert row["s_mfu"] == pytest.approx(done / PEAK)
+        assert row["s_mbu"] == pytest.approx(row["step_bytes"] / row["step_s"] / PEAK)
+        assert 2 <= row["router/experts_touched"] <= EXPERTS
+
+
+@pytest.mark.distributed
+def test_bytes_of_a_step_where_all_experts_are_touched(alone: dict[str, Any]) -> None:
+    model, every = alone["model"], (float(EXPERTS),) * 2
+    # 48 slots of a micro-batch of random text over four experts: in the first step all are touched
+    row = alone["rows"][0]
+    assert row["router/experts_touched"] == EXPERTS
+    touched = StepTouched(1, GLOBAL_BATCH // 2, GLOBAL_BATCH * SEQ_LEN, every, every)
+    expected = training_step_bytes(model, touched, 4)
+    assert row["step_bytes"] == expected.total
+    # AdamW: weights and two moments read and written, gradients read, 4 bytes each; the embedding too
+    trained = model.always + sum(EXPERTS * mixture.elements for mixture in model.mixtures)
+    assert model.update_bytes >= 28 * trained
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_two_ranks_count_as_one(strategy: str, alone: dict[str, Any]) -> None:
+    first, second = run_ranks(train, RANKS, strategy)
+    model = alone["model"]
+    # Shards of the state are updated once, replicas by every rank.
+    copies = 1 if strategy == "fsdp" else RANKS
+    assert first["model"] == second["model"] == replace(model, update_bytes=copies * model.update_bytes)
+    for ours, theirs, same in zip(first["rows"], alone["rows"], second["rows"], strict=True):
+        for name in ("flops_per_token_used", "step_bytes", "router/experts_touched"):
+            assert ours[name] == same[name], name
+        assert ours["flops_per_token_used"] == theirs["flops_per_token_used"]
+        assert ours["s_mbu"] == pytest.approx(ours["step_bytes"] / ours["step_s"] / (RANKS * PEAK))
+    ours, theirs = first["rows"][0], alone["rows"][0]
+    assert ours["router/experts_touched"] == theirs["router/experts_touched"] == EXPERTS
+    # As many micro-batches; a gradient is read again once less, since each rank writes one first.
+    once = model.always_trained + sum(EXPERTS * mixture.trained for mixture in model.mixtures)
+    more = (copies - 1) * model.update_bytes - 4 * once
+    assert ours["step_bytes"] == theirs["step_bytes"] + more

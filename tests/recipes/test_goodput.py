@@ -1,0 +1,87 @@
+"""Goodput of runs that were stopped, killed and gone on with, worked by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from recipes.goodput import GoodputLedger
+from recipes.metrics import MetricsLog
+from recipes.run_file import read_run_file
+from recipes.training_figures import summarise_leg
+
+
+def write(run_dir: Path, rows: list[tuple[int, float, float]]) -> None:
+    """Rows of step, seconds and the time at which they were written."""
+    log = MetricsLog(run_dir / "metrics.jsonl")
+    for step, seconds, now in rows:
+        log.append({"leg": "moe", "step": step, "step_s": seconds, "time": now})
+    log.close()
+
+
+def test_a_run_without_interruption(tmp_path: Path) -> None:
+    ledger = GoodputLedger(tmp_path, started=100.0)
+    for _ in range(3):
+        ledger.add_step(10.0)
+    assert ledger.goodput(140.0) == 30 / 40
+    found = ledger.figures(150.0, {"evaluation": 4.0, "saving": 6.0})
+    assert found == {
+        "goodput": 30 / 50,
+        "goodput_while_running": 30 / 50,
+        "wall_s": 50.0,
+        "steps_s": 30.0,
+        "lost_steps_s": 0.0,
+        "evaluation_s": 4.0,
+        "saving_s": 6.0,
+        "other_s": 10.0,
+        "down_s": 0.0,
+        "processes": 1,
+    }
+
+
+def test_a_killed_run_and_its_lost_steps(tmp_path: Path) -> None:
+    # From 100 s on three steps of 10 s, the last row at 140 s; then killed, without a word.
+    GoodputLedger(tmp_path, started=100.0)
+    write(tmp_path, [(1, 10.0, 115.0), (2, 10.0, 125.0), (3, 10.0, 140.0)])
+    # At 200 s it goes on from step 1: two rows are dropped, and two steps done again.
+    ledger = GoodputLedger(tmp_path, started=200.0)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.truncate_after("moe", 1) == 2
+    log.close()
+    ledger.recount()
+    ledger.add_step(10.0)
+    ledger.add_step(10.0)
+    found = ledger.figures(240.0, {"evaluation": 1.0, "saving": 2.0})
+    assert found["goodput"] == 30 / 140 and found["wall_s"] == 140
+    assert found["goodput_while_running"] == 30 / 80
+    assert (found["steps_s"], found["lost_steps_s"], found["down_s"]) == (30, 20, 60)
+    # 80 s there were: 30 count, 20 are lost, 3 aside
+    assert (found["other_s"], found["processes"]) == (27, 2)
+
+
+def test_a_stopped_run_says_when_it_ended(tmp_path: Path) -> None:
+    ledger = GoodputLedger(tmp_path, started=100.0)
+    ledger.add_step(5.0)
+    with patch("recipes.goodput.time.time", lambda: 120.0):
+        ledger.close({"evaluation": 2.0, "saving": 0.0})
+    write(tmp_path, [(1, 5.0, 110.0)])
+    found = GoodputLedger(tmp_path, started=150.0).figures(160.0, {})
+    assert (found["steps_s"], found["evaluation_s"], found["down_s"], found["wall_s"]) == (5, 2, 30, 60)
+    assert [part["started"] for part in read_run_file(tmp_path)["parts"]] == [100, 150]
+
+
+def test_a_leg_is_a_ratio_of_sums() -> None:
+    # 1 s at 0.4 and 3 s at 0.2: 1.0 of 4; 8 tokens/s and 4 tokens/s: 20 tokens
+    rows = [
+        {"step": 0, "val_loss": 5.0},
+        {"step_s": 1.0, "s_mbu": 0.4, "mfu": 0.1, "tokens_per_s": 8.0, "memory_bytes": 7},
+        {"step_s": 3.0, "s_mbu": 0.2, "tokens_per_s": 4.0, "energy_j": 40.0, "joules_per_token": 2.0},
+    ]
+    found = summarise_leg(rows)
+    assert found["s_mbu"] == pytest.approx(0.25) and found["tokens_per_s"] == 5
+    # A step without its share: the sum is not known.
+    assert found["mfu"] is None and found["s_mfu"] is None
+    assert (found["memory_bytes"], found["energy_j"], found["joules_per_token"]) == (7, 40, 2)
+    assert set(summarise_leg([]).values()) == {None}
