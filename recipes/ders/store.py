@@ -113,6 +113,7 @@ def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
     """
     codec, groups, specs = _read_record(source)
     files = DenseFiles(source)
+    _require_whole(source, files, codec, groups, specs)
     temporary = _begin(out, sum(spec.num_bytes for spec in specs))
     target = TensorFiles(temporary, specs)
     for spec in specs:
@@ -134,6 +135,17 @@ def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
     write_companions(temporary, json.loads((source / CONFIG).read_text(encoding="utf-8")), source)
     publish(temporary, out)
     return target.total_bytes
+
+
+def _require_whole(
+    source: Path, files: DenseFiles, codec: DeltaCodec, groups: list[ExpertGroup], specs: list[TensorSpec]
+) -> None:
+    taken = {group.member(e) for group in groups for e in range(group.num_experts)}
+    wanted = {spec.name for spec in specs} - taken
+    wanted |= {spec.name for group in groups for spec in _stored_specs(group, codec)}
+    if missing := sorted(wanted - set(files.tensors)):
+        rule = f"{len(missing)} tensors are missing from its files, {missing[0]} the first"
+        raise HostError.one("SOURCE", str(source), rule, "Restore its files, or compress again.")
 
 
 def _begin(out: Path, num_bytes: int) -> Path:

@@ -7,6 +7,7 @@ written and nothing else, and a conversion that was interrupted goes on where it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from recipes.atomic import atomic_write_json
 from recipes.hosts.inspection import INDEX_NAME, SINGLE_NAME
 
 MAX_FILE_BYTES = 5 * 10**9
+# The system's answers where it cannot copy between two files, such as one on a network's disk and one here.
+_NOT_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_READ_BYTES = 1 << 24
 #: The names that the format has for dtypes.
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -126,7 +130,7 @@ class TensorFiles:
         return data.numel()
 
     def copy(self, name: str, source: int, start: int) -> None:
-        """Copies a tensor's bytes out of an open file, without taking them into this process.
+        """Copies a tensor's bytes out of an open file; by the system where both are on one kind of disk.
 
         Args:
             name: Of the tensor; the file holds it in the same dtype and shape.
@@ -136,9 +140,7 @@ class TensorFiles:
         place = self._places[name]
         left, done = place.spec.num_bytes, 0
         while left:
-            moved = os.copy_file_range(
-                source, self._handles[place.file], left, start + done, place.offset + done
-            )
+            moved = _copy_run(source, self._handles[place.file], left, start + done, place.offset + done)
             if not moved:
                 raise OSError(f"the file of {name} ends before its tensor does")
             left, done = left - moved, done + moved
@@ -174,6 +176,18 @@ def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorS
         pending.append(spec)
         size += spec.num_bytes
     yield pending
+
+
+def _copy_run(source: int, target: int, count: int, start: int, offset: int) -> int:
+    """Copies at most so many bytes from one place to another; returns how many, 0 behind the end."""
+    try:
+        return os.copy_file_range(source, target, count, start, offset)
+    except OSError as error:
+        if error.errno not in _NOT_BY_THE_SYSTEM:
+            raise
+    data = os.pread(source, min(count, _READ_BYTES), start)
+    _write_all(target, memoryview(data), offset)
+    return len(data)
 
 
 def _write_all(handle: int, data: memoryview, offset: int) -> None:

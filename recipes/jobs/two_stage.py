@@ -23,6 +23,7 @@ from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.jobs.base import Session
 from recipes.jobs.upcycle import MoELeg, TrainedLeg, UpcycleJob
 from recipes.loop import Leg, LegResult, validation_loss
+from recipes.optim import FrozenConfig
 from recipes.packed_attention import attending_as
 from recipes.results import Results
 from recipes.run_file import read_run_file, write_run_file
@@ -75,14 +76,14 @@ def _check_meaning(config: RunConfig) -> list[Mistake]:
 
 
 def stage2_config(config: RunConfig) -> RunConfig:
-    """A run's config as the second stage sees it. Its experts a token are those that the first ended with."""
+    """A run's config as the second stage sees it: experts a token as the first ended with, nothing frozen."""
     stage = config.stage2
     schedule = dataclasses.replace(config.optim.schedule, warmup_steps=stage.warmup_steps)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=stage.path, validation_path=stage.validation_path),
         train=dataclasses.replace(config.train, steps=stage.steps),
-        optim=dataclasses.replace(config.optim, lr=stage.lr, schedule=schedule),
+        optim=dataclasses.replace(config.optim, lr=stage.lr, schedule=schedule, frozen=FrozenConfig()),
         sparsify=[],
     )
 

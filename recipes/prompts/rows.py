@@ -25,6 +25,7 @@ from recipes.prompts.read import ExpertPrompts, read_prompts
 from recipes.schema import RunConfig
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
+_ROUNDING = 1e-5
 
 
 def check_prompts(config: RunConfig) -> list[Mistake]:
@@ -90,13 +91,16 @@ def prompt_rows(
             positive = _mean(host, tokenizer, expert.positive, inputs, config)
             negative = _mean(host, tokenizer, expert.negative, inputs, config) if expert.negative else {}
             for layer, mean_D in positive.items():
-                means[layer].append(normalize(mean_D - negative[layer] if negative else mean_D, dim=0))
+                left_D = mean_D - negative[layer] if negative else mean_D
+                _require_more_than_rounding(left_D.norm() / mean_D.norm(), layer, config)
+                means[layer].append(normalize(left_D, dim=0))
     host.model.train(training)
     return {layer: _rows(torch.stack(means_D), layer, config) for layer, means_D in means.items()}
 
 
 def _rows(means_ED: Tensor, layer: int, config: PromptsConfig) -> Tensor:
     centred_ED = means_ED - means_ED.mean(0) if config.centre and len(means_ED) > 1 else means_ED
+    _require_more_than_rounding(centred_ED.norm(dim=-1).min(), layer, config)
     rows_ED = normalize(centred_ED, dim=-1)
     alike_EE = (rows_ED @ rows_ED.mT - torch.eye(len(rows_ED))).tril(-1)
     if len(rows_ED) > 1 and float(alike_EE.max()) > 0.9999:
@@ -106,6 +110,13 @@ def _rows(means_ED: Tensor, layer: int, config: PromptsConfig) -> Tensor:
         )
         raise ConfigError.one("prompts.path", config.path, rule, "Give them prompts that differ more.")
     return config.scale * rows_ED
+
+
+def _require_more_than_rounding(left: Tensor, layer: int, config: PromptsConfig) -> None:
+    """What is left of a vector of length 1 must be more than rounding leaves, or the row would be noise."""
+    if not float(left) > _ROUNDING:
+        rule = f"prompts cancel out in layer {layer}, and leave nothing for a row"
+        raise ConfigError.one("prompts.path", config.path, rule, "Give them prompts that differ more.")
 
 
 def _mean(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -329,3 +330,24 @@ def test_a_family_that_computes_something_else_is_refused(
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) + x)
     with pytest.raises(HostError, match="computes something else than a feed-forward network"):
         plan_conversion(request(make_checkpoint("llama")))
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP])
+def test_two_kinds_of_disk(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system does not copy between two files, this process does; other errors stay errors."""
+    dense = make_checkpoint("llama")
+    convert(plan_conversion(request(dense)), tmp_path / "by_the_system")
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(code, "not between these")
+
+    monkeypatch.setattr("os.copy_file_range", refuse)
+    monkeypatch.setattr("recipes.hosts.tensor_files._READ_BYTES", 1000)
+    convert(plan_conversion(request(dense)), tmp_path / "by_hand")
+    assert_same_files(tmp_path / "by_hand", tmp_path / "by_the_system")
+    code = errno.EIO
+    with pytest.raises(OSError, match="not between these"):
+        convert(plan_conversion(request(dense)), tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from recipes.compose import compose_config
+from recipes.jobs.two_stage import stage2_config
+from recipes.schema import parse_config
 from tests.jobs.chat_runs import TEMPLATE, chat_options, two_stage_options, write_chat
 from tests.jobs.job_runs import Ended, StopAt, job, loads, rows, same_training, steps, summary, weights
 
@@ -184,3 +187,11 @@ def test_one_stage_on_conversations_is_an_ordinary_run(talks: Path) -> None:
     resumed = job(talks, options | {"run.name": "plain-stopped", "resume": "auto"})
     assert resumed.code == 0, resumed.err
     same_training(talks / "outputs" / "plain-stopped", run_dir)
+
+
+def test_a_frozen_stage_is_of_the_first_alone() -> None:
+    values = compose_config(["+recipe=llama_moe_v2", "optim.frozen.steps=5", "stage2.steps=40"])
+    config = parse_config(values)
+    second = stage2_config(config)
+    assert config.optim.frozen.steps == 5 and second.optim.frozen.steps == 0
+    assert second.train.steps == 40 and second.optim.lr == config.stage2.lr

@@ -141,8 +141,17 @@ def test_mistakes_before_anything_starts(write: Write, tmp_path: Path) -> None:
     assert any("router.name='hash'" in line for line in found(*two, "router=hash"))
 
 
-def test_prompts_that_say_the_same_are_told(make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize(
+    ("prompts", "centre", "words"),
+    [
+        ([ExpertPrompts(("the dog",)), ExpertPrompts(("the dog",))], False, "could not part them"),
+        ([ExpertPrompts(("the dog",)), ExpertPrompts(("the dog",))], True, "cancel out"),
+        ([ExpertPrompts(("the dog",), ("the dog",)), ExpertPrompts(("def f(x):",))], True, "cancel out"),
+    ],
+)
+def test_prompts_that_say_nothing_are_told(
+    make_checkpoint: MakeCheckpoint, prompts: list[ExpertPrompts], centre: bool, words: str
+) -> None:
     host = load_host(make_checkpoint("llama"))
-    alike = (ExpertPrompts(("the dog",)), ExpertPrompts(("the dog",), ()))
-    with pytest.raises(ConfigError, match="could not part them"):
-        prompt_rows(host, find_ffns(host.model, host.config), alike, PromptsConfig(centre=False))
+    with pytest.raises(ConfigError, match=words):
+        prompt_rows(host, find_ffns(host.model, host.config), prompts, PromptsConfig(centre=centre))
