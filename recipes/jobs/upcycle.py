@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,14 +45,17 @@ from recipes.sparsify import describe_phases, host_schedule, summarise_phases
 # Real tokens of the step-0 gate and of the comparison after export.
 _CHECK_SAMPLES = 8
 _CHECK_LENGTH = 512
-# The jobs of this class all of whose mixtures take what ``attention`` says.
-_ATTENTION_JOBS = ("upcycle", "pretrain", "two_stage")
 
 
 class UpcycleJob(Job):
-    """Dense in; mixture, baseline, comparison, export and report out."""
+    """Dense in; mixture, baseline, comparison, export and report out.
+
+    Attributes:
+        takes_attention: Whether all of its mixtures take what ``attention`` says.
+    """
 
     name = "upcycle"
+    takes_attention: ClassVar[bool] = True
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Everything of `check_run`, and that the embedded default can be made from the data."""
@@ -61,8 +64,8 @@ class UpcycleJob(Job):
             rule = "there is no text in it to train the embedded default's tokenizer on"
             remedy = "Set dense to the checkpoint whose tokenizer made these files."
             mistakes.append(Mistake("data.path", config.data.path, rule, remedy))
-        if config.attention is not None and config.job not in _ATTENTION_JOBS:
-            rule = f"the job {config.job} does not make experts of attention"
+        if config.attention is not None and not self.takes_attention:
+            rule = f"the job {self.name} does not make experts of attention"
             mistakes.append(Mistake("attention", config.attention.name, rule, "Set attention=none."))
         return mistakes
 

@@ -44,6 +44,7 @@ class UpcycleVsCPTJob(UpcycleJob):
     """
 
     name = "upcycle_vs_cpt"
+    takes_attention = False
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """What would make the arms incomparable, too."""

@@ -8,22 +8,12 @@ import pytest
 
 from recipes.compose import CONF
 from tests.jobs.job_runs import job, summary, write_text
+from tests.moe.routing_cases import method_case
 
 pytestmark = pytest.mark.slow
 
 METHODS = sorted(path.stem for path in (CONF / "upcycle").glob("*.yaml"))
-# Exact under the default router, top-2 with weights that sum to 1.
-EXACT = ("copy", "shared_dense", "shared_routed", "virtual_group")
-# Sum their experts at weight 1, which the default router does not, and say so.
-NEEDS_UNIT_WEIGHTS = ("cmoe", "moefication", "snake")
-# What goes with a method on the tiny host, whose two networks are 48 wide.
-WITH: dict[str, dict[str, object]] = {
-    "cmoe": {"router": "analytical"},
-    "llama_moe_v2": {"upcycle.num_experts": 3, "upcycle.layers": "all"},
-    "snake": {"router": "one_plus"},
-}
-# Refuses the host: its neurons are never 0.
-NEEDS_RELU = "moefication"
+CASES = {method: method_case(method) for method in METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +34,7 @@ def options(workplace: Path, method: str) -> dict[str, object]:
         "train.steps": 2,
         "optim.schedule.warmup_steps": 0,
         "calibration.samples": 16,
-    } | WITH.get(method, {})
+    } | dict(CASES[method].job)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,13 +46,14 @@ def test_every_method_trains(method: str, workplace: Path) -> None:
         (branch,) = (workplace / "cache").glob("dense-*/hf")
         chosen["upcycle.sources"] = f"[{branch}]"
     ended = job(workplace, chosen)
-    if method == NEEDS_RELU:
+    refusal = CASES[method].refusal
+    if refusal is not None:
         assert ended.code == 2
-        assert "ReLU" in ended.err
+        assert refusal in ended.err
         return
     assert ended.code == 0, ended.err
     found = summary(workplace / "outputs" / method)
-    assert found["exactness"]["claimed_exact"] == (method in EXACT), found["exactness"]
+    assert found["exactness"]["claimed_exact"] == CASES[method].exact, found["exactness"]
     assert found["export"]["relative"] < 1e-4
     assert [row["model"] for row in found["results"]] == ["dense", "moe"]
     if method == "branch_train_mix":
@@ -70,7 +61,7 @@ def test_every_method_trains(method: str, workplace: Path) -> None:
         assert found["exactness"]["relative"] < 1e-5
 
 
-@pytest.mark.parametrize("method", NEEDS_UNIT_WEIGHTS)
+@pytest.mark.parametrize("method", [method for method, case in CASES.items() if case.sums])
 def test_a_method_that_sums_says_so_to_a_router_that_averages(method: str, workplace: Path) -> None:
     ended = job(workplace, options(workplace, method) | {"router": "topk"})
     assert ended.code == 2

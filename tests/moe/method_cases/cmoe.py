@@ -9,5 +9,7 @@ CASE = MethodCase(
     variants=(
         CMoEConfig(num_experts=4, num_shared=0),
         CMoEConfig(num_experts=6, num_shared=2, activation_top_k=3, marker_tokens=50),
-    )
+    ),
+    sums=True,
+    job={"router": "analytical"},
 )

@@ -10,5 +10,6 @@ CASE = MethodCase(
         CopyConfig(num_experts=4, noise_std=0.1),
         CopyConfig(num_experts=2),
         CopyConfig(permute=True),
-    )
+    ),
+    exact=True,
 )

@@ -10,5 +10,6 @@ CASE = MethodCase(
         LlamaMoEV2Config(num_experts=4, residual=False, layers="all"),
         LlamaMoEV2Config(num_experts=3, router_rows="raw_centroids", scale_factor=1.0),
         LlamaMoEV2Config(num_experts=3, router_rows="drawn", cluster_tokens=50),
-    )
+    ),
+    job={"upcycle.num_experts": 3, "upcycle.layers": "all"},
 )

@@ -5,4 +5,8 @@ from __future__ import annotations
 from moe.upcycle.moefication import MoEficationConfig
 from tests.moe.method_case import MethodCase
 
-CASE = MethodCase(variants=(MoEficationConfig(num_experts=4, split="cluster"),))
+CASE = MethodCase(
+    variants=(MoEficationConfig(num_experts=4, split="cluster"),),
+    sums=True,
+    refusal="ReLU",
+)

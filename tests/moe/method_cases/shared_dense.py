@@ -9,5 +9,6 @@ CASE = MethodCase(
     variants=(
         SharedDenseConfig(num_experts=4, expert_width=4),
         SharedDenseConfig(num_experts=4, routed="drawn", expert_width=4),
-    )
+    ),
+    exact=True,
 )

@@ -17,4 +17,5 @@ def _rates(ffn: FFNWeights) -> dict[str, Tensor]:
 CASE = MethodCase(
     variants=(SharedRoutedConfig(order="activation_rate"), SharedRoutedConfig(granularity=2, num_shared=1)),
     statistics=_rates,
+    exact=True,
 )

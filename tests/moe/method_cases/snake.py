@@ -6,5 +6,7 @@ from moe.upcycle.snake import SnakeConfig
 from tests.moe.method_case import MethodCase
 
 CASE = MethodCase(
-    variants=(SnakeConfig(num_experts=6, num_shared=2), SnakeConfig(num_experts=4, importance="gradient"))
+    variants=(SnakeConfig(num_experts=6, num_shared=2), SnakeConfig(num_experts=4, importance="gradient")),
+    sums=True,
+    job={"router": "one_plus"},
 )

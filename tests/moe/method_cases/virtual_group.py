@@ -11,5 +11,6 @@ CASE = MethodCase(
         VirtualGroupConfig(scale="none"),
         VirtualGroupConfig(granularity=1),
         VirtualGroupConfig(granularity=4),
-    )
+    ),
+    exact=True,
 )
