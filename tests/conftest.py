@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import pytest
 
+from tests.parallel import arrange
+
 # Before anything imports transformers, here or in a process that a test starts.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -50,6 +52,11 @@ class MakeCheckpoint(Protocol):
     def __call__(
         self, family: str, *, tied: bool = ..., sharded: bool = ..., dtype: str = ..., **config: Any
     ) -> Path: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share costly fixtures run on one worker."""
+    items[:] = arrange(items, Path(__file__).parent)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def test_validation_on_training_files_is_refused(tmp_path: Path) -> None:
         ("a.txt", b"one\ntwo \xe9\n", r"a.txt:2': is not UTF-8 .* Convert it to UTF-8"),
         (
             "a.jsonl.gz",
-            gzip.compress(os.urandom(99).hex().encode())[:60],
+            gzip.compress(random.Random(0).randbytes(99), mtime=0)[:60],
             r"a.jsonl.gz': cannot be read .* Repair",
         ),
         ("a.jsonl.gz", b"not a zip at all", r"a.jsonl.gz': cannot be read \(Not a gzipped file"),
