@@ -37,15 +37,16 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
+        self.stats = LayerStats()
         self.send_by(dispatcher)
         self.experts = experts
         self.shared = shared
         router.attach(experts)
         self.context = context
-        self.stats = LayerStats()
 
     def send_by(self, dispatcher: Dispatcher) -> None:
         """Lets another dispatcher bring the tokens to the experts, as when these move to several ranks."""
+        self.stats.readers = dispatcher.group
         self.dispatcher = self.router.wrap_dispatcher(dispatcher)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from moe.types import Routing
 # slots, entropy sum.
 _NUM_SUMS = 4
 # What `_distinct` gives, behind these and the means of the losses.
-_NUM_DISTINCT = 2
+_NUM_DISTINCT = 4
 
 
 @dataclass
@@ -33,11 +33,14 @@ class LayerStats:
         sums: Micro-batch to ``[2 E + 4]`` vector that adds up over micro-batches and ranks.
         logit_max: Micro-batch to the largest absolute router logit.
         losses: Micro-batch to named losses and metrics, averaged over micro-batches and ranks.
+        readers: Ranks over which the experts are spread in equal slices: one reads an expert once for the
+            tokens of all of them. None where every rank reads those of its own tokens.
     """
 
     sums: dict[int, Tensor] = field(default_factory=dict)
     logit_max: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    readers: ProcessGroup | None = None
 
     @torch.no_grad()
     def record(self, micro_batch: int, routing: Routing, mask_T: Tensor | None) -> None:
@@ -92,9 +95,13 @@ class LoadReport:
             ``experts_per_token`` (slots that were used, over tokens), ``dropped_fraction`` (slots that were
             not used), ``logit_max`` (largest absolute logit), and ``<name>_loss`` for each loss, with its
             coefficient, and the router's own metrics.
-        distinct: Of each layer, different experts that a micro-batch of a rank used; mean over all
-            micro-batches. It depends on how the step is cut into them.
-        distinct_in_step: The same of all micro-batches of a rank together; mean over the ranks.
+        distinct: Of each layer, different experts that a micro-batch used: of a rank, or of all ranks over
+            which the experts are spread together; mean over all micro-batches. It depends on how the step is
+            cut into them.
+        distinct_in_step: The same of all micro-batches together; mean over the ranks.
+        busiest: Of each layer, the most of these experts that one rank read; as `distinct` where every rank
+            reads those of its own tokens.
+        busiest_in_step: The same of all micro-batches together.
     """
 
     layers: tuple[int, ...]
@@ -102,6 +109,8 @@ class LoadReport:
     per_layer: Mapping[str, tuple[float, ...]]
     distinct: tuple[float, ...] = ()
     distinct_in_step: tuple[float, ...] = ()
+    busiest: tuple[float, ...] = ()
+    busiest_in_step: tuple[float, ...] = ()
 
     def means(self) -> dict[str, float]:
         """Each figure averaged over the layers."""
@@ -137,7 +146,8 @@ def report_load(
 
 def _pack(stats: Sequence[tuple[int, LayerStats]], names: Sequence[str]) -> tuple[Tensor, Tensor]:
     sums, maxima = [], []
-    for _, layer in stats:
+    used_LME = _used_by_readers([layer for _, layer in stats])
+    for (_, layer), used_ME in zip(stats, used_LME, strict=True):
         sums_M = torch.stack(list(layer.sums.values()))
         total = sums_M.sum(0).double()
         zero = total.new_zeros(())
@@ -145,15 +155,41 @@ def _pack(stats: Sequence[tuple[int, LayerStats]], names: Sequence[str]) -> tupl
         means = [
             sum((losses.get(name, zero) for losses in layer.losses.values()), zero) / num for name in names
         ]
-        sums.append(torch.cat([total, torch.stack([zero, *means])[1:].double(), _distinct(sums_M)]))
+        sums.append(
+            torch.cat([total, torch.stack([zero, *means])[1:].double(), _distinct(used_ME, layer.readers)])
+        )
         maxima.append(torch.stack([zero, *(value.double() for value in layer.logit_max.values())]).amax())
     return torch.cat(sums), torch.stack(maxima)
 
 
-def _distinct(sums_M: Tensor) -> Tensor:
-    """Experts with a token: of a micro-batch on average, and of all of them. On the device, unread."""
-    used_ME = sums_M[:, : (sums_M.shape[1] - _NUM_SUMS) // 2] > 0
-    return torch.stack([used_ME.sum().double() / len(sums_M), used_ME.any(0).sum().double()])
+def _used_by_readers(layers: Sequence[LayerStats]) -> list[Tensor]:
+    """Of each layer ``[M, E]``, bool: experts with a token, of all ranks that read them together."""
+    stacked = [torch.stack(list(layer.sums.values())) for layer in layers]
+    used_LME = [sums_M[:, : (sums_M.shape[1] - _NUM_SUMS) // 2] > 0 for sums_M in stacked]
+    for group in {id(layer.readers): layer.readers for layer in layers}.values():
+        if group is None:
+            continue
+        theirs = [number for number, layer in enumerate(layers) if layer.readers is group]
+        joined = torch.cat([used_LME[number].flatten() for number in theirs]).to(torch.uint8)
+        torch.distributed.all_reduce(joined, op=ReduceOp.MAX, group=group)
+        parts = torch.split(joined, [used_LME[number].numel() for number in theirs])
+        for number, part in zip(theirs, parts, strict=True):
+            used_LME[number] = part.view_as(used_LME[number]) > 0
+    return used_LME
+
+
+def _distinct(used_ME: Tensor, readers: ProcessGroup | None) -> Tensor:
+    """The four counts of a `LoadReport`, of one layer, on the device and unread."""
+    ranks = 1 if readers is None else readers.size()
+    once_E = used_ME.any(0)
+    slices_MP = used_ME.view(len(used_ME), ranks, -1).sum(-1)
+    counts = (
+        used_ME.sum() / len(used_ME),
+        once_E.sum(),
+        slices_MP.amax(1).sum() / len(used_ME),
+        once_E.view(ranks, -1).sum(-1).amax(),
+    )
+    return torch.stack([count.double() for count in counts])
 
 
 def _unpack(
@@ -180,8 +216,10 @@ def _unpack(
         layers=tuple(index for index, _ in stats),
         load=tuple(load),
         per_layer={key: tuple(values) for key, values in per_layer.items()},
-        distinct=tuple(each for each, _ in distinct),
-        distinct_in_step=tuple(once for _, once in distinct),
+        distinct=tuple(counts[0] for counts in distinct),
+        distinct_in_step=tuple(counts[1] for counts in distinct),
+        busiest=tuple(counts[2] for counts in distinct),
+        busiest_in_step=tuple(counts[3] for counts in distinct),
     )
 
 

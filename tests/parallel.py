@@ -1,7 +1,7 @@
 """How the suite is spread over worker processes: what shares costly fixtures stays on one worker.
 
-A group is a file, or a folder whose tests look at the same runs. Groups start in the order of their length, by
-far the longest first, so that no worker is left alone with one at the end.
+A group is a file, or a folder whose tests look at the same runs. Groups start in the order of their length,
+by far the longest first, so that no worker is left alone with one at the end.
 """
 
 from __future__ import annotations

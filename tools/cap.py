@@ -60,6 +60,8 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     good("--perplexity", type=int, default=0, metavar="N", help="of N samples of the text (default: none)")
     good("--perplexity-length", type=int, default=256, metavar="N", help="tokens each (default: %(default)s)")
     good("--choices", metavar="JSONL", help='lines of {"question": ..., "choices": [...], "answer": 0}')
+    good("--answers", metavar="JSONL", help='lines of {"prompt": ..., "answer": ...}, decoded greedily')
+    good("--answer-tokens", type=int, default=64, metavar="N", help="new ones at most (default: %(default)s)")
     good("--lm-eval", metavar="TASK,...", help="tasks of lm-evaluation-harness, which must be installed")
     good("--lm-eval-dir", metavar="DIR", help="further task files for it")
     good("--lm-eval-limit", type=int, metavar="N", help="questions of each task (default: all)")
@@ -73,6 +75,13 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
     top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes a second")
     top("--peak-flops", type=float, metavar="GFLOP/S", help="your own, dense, of the dtype that is used")
+    top(
+        "--tier",
+        action="append",
+        default=[],
+        metavar="NAME=GB/S[:PART=SHARE,...]",
+        help="a memory that the system reads from; the first holds what the others leave (as tools.describe)",
+    )
     cost = parser.add_argument_group("cost").add_argument
     cost("--price-usd", type=float, metavar="USD", help="purchase (default: the table's, else none)")
     cost("--power-watts", type=float, metavar="W", help="where energy is not measured (default: the table's)")
@@ -130,6 +139,7 @@ def _measured(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, An
 
 def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
     """What is asked for, and the mistakes in what had to be read for it."""
+    from moe.accounting.tiers import Tier, read_tiers
     from recipes.cap.cost import Prices
     from recipes.cap.measure import Workload
     from recipes.cap.plan import Accuracy, Request, name_systems
@@ -145,10 +155,17 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
         args.perplexity,
         args.perplexity_length,
         _path(args.choices),
+        _path(args.answers),
+        args.answer_tokens,
         tuple(filter(None, (args.lm_eval or "").split(","))),
         _path(args.lm_eval_dir),
         args.lm_eval_limit,
     )
+    tiers: tuple[Tier, ...] = ()
+    try:
+        tiers = read_tiers(args.tier)
+    except ConfigError as error:
+        mistakes += error.mistakes
     request = Request(
         systems=name_systems(args.folders),
         work=Workload(tuple(sizes) or (1,), args.prompt, args.new, args.rounds),
@@ -161,6 +178,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
         origin=args.peaks,
         peak_bytes_per_s=None if args.peak_bandwidth is None else 1e9 * args.peak_bandwidth,
         peak_flops=None if args.peak_flops is None else 1e9 * args.peak_flops,
+        tiers=tiers,
         prices=Prices(
             args.price_usd, args.power_watts, args.usd_per_kwh, args.pue, args.life_years, args.busy
         ),

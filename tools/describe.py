@@ -35,6 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
         "config says: expert=4.25 attention=16",
     )
     add(
+        "--tier",
+        action="append",
+        default=[],
+        metavar="NAME=GB/S[:PART=SHARE,...]",
+        help="a memory that weights or cache are served from; the first holds what the others leave: "
+        "--tier hbm=3350 --tier pcie=55:experts=0.75",
+    )
+    add(
         "--from-module",
         action="store_true",
         help="for families that are not in the table: build the model of transformers without memory and "
@@ -54,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     content = _read(args)
     from moe.accounting.description import Request, describe_counted, describe_model, lines_of
 
-    request = Request(args.sequence_length, args.batch_size, args.kv_dtype, tuple(args.bits))
+    request = Request(
+        args.sequence_length, args.batch_size, args.kv_dtype, tuple(args.bits), tuple(args.tier)
+    )
     if args.from_module:
         from recipes.shape_from_module import shape_from_module
 

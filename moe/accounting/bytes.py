@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.distinct import all_distinct
-from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, LayerShape, Mixer, ModelShape, MoEShape
 from moe.accounting.passes import Batch
 
 
@@ -117,7 +118,8 @@ def step_bytes(
     Args:
         shape: Of the model.
         batch: Of the pass.
-        distinct: Different routed experts of every mixture of experts, see `moe.accounting.distinct`.
+        distinct: Different routed experts of every one of `moe.accounting.attention_experts.mixtures`, see
+            `moe.accounting.distinct`.
         bits: By class; 16 each by default.
 
     Raises:
@@ -132,11 +134,13 @@ def step_bytes(
         raise ValueError(
             f"distinct={used} must hold a number from 0 to E for mixtures of E={limits} experts."
         )
-    left = iter(used)
-    total = _model_bytes(shape, batch, bits)
+    networks, attention = iter(used[: len(shape.moe)]), iter(used[len(shape.moe) :])
+    width, total = shape.hidden_size, _model_bytes(shape, batch, bits)
     for layer in shape.layers:
-        count = next(left) if isinstance(layer.ffn, MoEShape) else 0.0
-        total += _layer_bytes(layer, shape.hidden_size, count, bits) + _cache_bytes(layer, batch, bits)
+        count = next(networks) if isinstance(layer.ffn, MoEShape) else 0.0
+        heads = next(attention) if isinstance(layer.attention, AttentionExpertsShape) else 0.0
+        total += _mixer_bytes(layer.attention, width, heads, bits) + _cache_bytes(layer, batch, bits)
+        total += _network_bytes(layer, width, count, bits)
     return total
 
 
@@ -180,14 +184,26 @@ def _model_bytes(shape: ModelShape, batch: Batch, bits: BitWidths) -> StepBytes:
     )
 
 
-def _layer_bytes(layer: LayerShape, width: int, distinct: float, bits: BitWidths) -> StepBytes:
-    mixer, ffn = layer.attention, layer.ffn
+def _mixer_bytes(mixer: Mixer, width: int, distinct: float, bits: BitWidths) -> StepBytes:
+    if isinstance(mixer, AttentionExpertsShape):
+        expert = mixer.expert_matrix_parameters(width) * bits.attention
+        expert += mixer.expert_vector_parameters(width) * bits.vector
+        always = mixer.always_vector_parameters(width) - mixer.router_vector
+        return StepBytes(
+            attention=distinct * expert / 8,
+            norms=always * bits.vector / 8,
+            router=(mixer.router_matrix * bits.router + mixer.router_vector * bits.vector) / 8,
+        )
     biases = mixer.bias_parameters(width)
-    vectors = mixer.vector_parameters(width) - biases + layer.norm_parameters(width)
-    step = StepBytes(
+    return StepBytes(
         attention=(mixer.matrix_parameters(width) * bits.attention + biases * bits.vector) / 8,
-        norms=vectors * bits.vector / 8,
+        norms=(mixer.vector_parameters(width) - biases) * bits.vector / 8,
     )
+
+
+def _network_bytes(layer: LayerShape, width: int, distinct: float, bits: BitWidths) -> StepBytes:
+    ffn = layer.ffn
+    step = StepBytes(norms=layer.norm_parameters(width) * bits.vector / 8)
     if isinstance(ffn, DenseFFNShape):
         return step + StepBytes(dense=_ffn_bytes(ffn, width, bits.dense, bits.vector))
     gates = ffn.router_matrix_parameters(width) + ffn.shared_gate * width
@@ -206,9 +222,6 @@ def _ffn_bytes(ffn: DenseFFNShape, width: int, matrix_bits: float, vector_bits: 
 def _cache_bytes(layer: LayerShape, batch: Batch, bits: BitWidths) -> StepBytes:
     mixer = layer.attention
     one = mixer.cache_width * bits.kv / 8
-    # of a sequence the union of what its new tokens see: the first reaches back furthest
-    keys = 0
-    for length, new in zip(batch.lengths, batch.new, strict=True):
-        keys += mixer.keys_at(length - new + 1) + new - 1
+    keys = sum(mixer.keys_read(length, new) for length, new in zip(batch.lengths, batch.new, strict=True))
     state = 2 * len(batch.lengths) * mixer.state_size * bits.state / 8
     return StepBytes(kv_read=one * keys, kv_written=one * batch.tokens, state=state)

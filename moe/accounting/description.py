@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moe.accounting.bytes import BitWidths, full_step_bytes, kv_bytes_per_token, step_bytes
+from moe.accounting.bytes import BitWidths, StepBytes, full_step_bytes, kv_bytes_per_token, step_bytes
 from moe.accounting.distinct import estimated_distinct, touched_share
 from moe.accounting.families.reading import LayerConfig, refuse
 from moe.accounting.flops import CONVENTIONS, COUNTED, Flops, flops_from_shape, forward_flops_per_token
-from moe.accounting.layers import Mixer, ModelShape
+from moe.accounting.layers import DenseFFNShape, Mixer, ModelShape, MoEShape
 from moe.accounting.memory import ElementBytes, serving_memory, training_memory
 from moe.accounting.params import ParameterCount, count_from_shape
 from moe.accounting.passes import decode_batch
 from moe.accounting.quantisation import DTYPE_BITS, bits_from_config, dtype_bits, override_bits
 from moe.accounting.shape import shape_from_config
+from moe.accounting.tiers import least_seconds, read_tiers, tier_uses
 
 Figures = dict[str, Any]
 
@@ -30,12 +31,14 @@ class Request:
         batch_size: Sequences at once.
         kv_dtype: Of the cache.
         bits: ``class=bits`` of tensors, over what the config says.
+        tiers: Memories in serving, see `moe.accounting.tiers.read_tiers`; none for one memory.
     """
 
     seq_len: int = 4096
     batch_size: int = 1
     kv_dtype: str = "bfloat16"
     bits: tuple[str, ...] = ()
+    tiers: tuple[str, ...] = ()
 
 
 def describe_model(config: LayerConfig, request: Request) -> Figures:
@@ -141,12 +144,16 @@ def _layers(shape: ModelShape) -> list[Figures]:
     return [
         {
             "layers": times,
-            "mixer": {"kind": type(layer.attention).__name__, **vars(layer.attention)},
-            "ffn": {"kind": type(layer.ffn).__name__, **vars(layer.ffn)},
+            "mixer": {"kind": type(layer.attention).__name__, **_fields(layer.attention)},
+            "ffn": {"kind": type(layer.ffn).__name__, **_fields(layer.ffn)},
             "norms": layer.num_norms,
         }
         for layer, times in Counter(shape.layers).items()
     ]
+
+
+def _fields(part: Mixer | DenseFFNShape | MoEShape) -> Figures:
+    return {key: vars(value) if isinstance(value, Mixer) else value for key, value in vars(part).items()}
 
 
 def _training(shape: ModelShape, request: Request) -> Figures:
@@ -160,8 +167,9 @@ def _decode_step(shape: ModelShape, request: Request, bits: BitWidths) -> Figure
     batch = decode_batch(request.batch_size, request.seq_len)
     distinct = estimated_distinct(shape, request.batch_size)
     touched = step_bytes(shape, batch, distinct.per_layer, bits)
+    networks = distinct.per_layer[: len(shape.moe)]
     return {
-        "distinct_experts_mean": distinct.mean,
+        "distinct_experts_mean": sum(networks) / len(networks) if networks else None,
         "distinct_experts_source": distinct.source if shape.moe else None,
         "parameters_touched": touched_share(shape, distinct.per_layer),
         "bytes": asdict(touched),
@@ -169,6 +177,20 @@ def _decode_step(shape: ModelShape, request: Request, bits: BitWidths) -> Figure
         "strict": touched.strict,
         "complete": touched.complete,
         "as_if_dense": full_step_bytes(shape, batch, bits).complete,
+        "tiers": _tiers(touched, request),
+    }
+
+
+def _tiers(touched: StepBytes, request: Request) -> Figures | None:
+    if not request.tiers:
+        return None
+    uses = tier_uses(touched, read_tiers(request.tiers))
+    at_once, in_turn = least_seconds(uses)
+    return {
+        "tiers": [asdict(use) for use in uses],
+        "least_s_at_once": at_once,
+        "least_s_in_turn": in_turn,
+        "most_tokens_per_s": request.batch_size / at_once,
     }
 
 
@@ -234,6 +256,17 @@ def _serving_lines(figures: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {'complete, with the cache':32}{_gib(step['complete'])}   S-MBU"
     yield f"  {'attention, experts, cache':32}{_gib(step['strict'])}   S-MBU by equation 4 to the letter"
     yield f"  {'as if every expert was read':32}{_gib(step['as_if_dense'])}   MBU"
+    if step["tiers"] is not None:
+        yield from _tier_lines(step["tiers"])
+
+
+def _tier_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "\nby memory"
+    for use in found["tiers"]:
+        yield f"  {use['name']:32}{_gib(use['bytes'])}   {1e3 * use['least_s']:.2f} ms at its bandwidth"
+    once, turns = 1e3 * found["least_s_at_once"], 1e3 * found["least_s_in_turn"]
+    yield f"  at least {once:.2f} ms a step when they work at once, {turns:.2f} ms when in turn:"
+    yield f"  at most {found['most_tokens_per_s']:,.1f} tokens/s"
 
 
 def _count(value: int | None) -> str:

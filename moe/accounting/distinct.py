@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.accounting.attention_experts import mixtures
 from moe.accounting.layers import ModelShape
 from moe.accounting.params import count_from_shape
 
@@ -66,13 +67,13 @@ def expected_distinct_of(shares: Iterable[float], tokens: int) -> float:
 
 def estimated_distinct(shape: ModelShape, tokens: int) -> DistinctExperts:
     """Without a trace: see `expected_distinct`. Exact for one token."""
-    layers = (expected_distinct(ffn.num_experts, ffn.top_k, tokens) for ffn in shape.moe)
+    layers = (expected_distinct(one.num_experts, one.top_k, tokens) for one in mixtures(shape))
     return DistinctExperts(tuple(layers), "estimated-uniform-upper-bound")
 
 
 def all_distinct(shape: ModelShape) -> tuple[float, ...]:
     """Every expert of every mixture: what MBU takes every pass for."""
-    return tuple(float(ffn.num_experts) for ffn in shape.moe)
+    return tuple(float(one.num_experts) for one in mixtures(shape))
 
 
 def touched_share(shape: ModelShape, distinct: Sequence[float]) -> float:
@@ -80,7 +81,7 @@ def touched_share(shape: ModelShape, distinct: Sequence[float]) -> float:
     total = count_from_shape(shape).total
     width = shape.hidden_size
     idle = 0.0
-    for ffn, used in zip(shape.moe, distinct, strict=True):
-        expert = ffn.expert
-        idle += (ffn.num_experts - used) * (expert.matrix_parameters(width) + expert.vector_parameters(width))
+    for one, used in zip(mixtures(shape), distinct, strict=True):
+        expert = one.expert_matrix_parameters(width) + one.expert_vector_parameters(width)
+        idle += (one.num_experts - used) * expert
     return (total - idle) / total

@@ -34,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.layers import LayerShape, Mixer, ModelShape, MoEShape, mean_context
 from moe.accounting.params import ParameterCount, count_from_shape
 
@@ -140,9 +141,11 @@ def all_experts(shape: ModelShape) -> ModelShape:
     """The same model when every token uses every expert: what MFU and MBU of dense models take it for."""
     layers: list[LayerShape] = []
     for layer in shape.layers:
-        ffn = layer.ffn
+        ffn, mixer = layer.ffn, layer.attention
         if isinstance(ffn, MoEShape):
             layer = replace(layer, ffn=replace(ffn, top_k=ffn.num_experts))
+        if isinstance(mixer, AttentionExpertsShape):
+            layer = replace(layer, attention=replace(mixer, top_k=mixer.num_experts))
         layers.append(layer)
     return replace(shape, layers=tuple(layers))
 

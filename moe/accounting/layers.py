@@ -49,9 +49,17 @@ class Mixer(ABC):
         """FLOPs a token that are neither of a matrix nor of attention."""
         return 0
 
-    def keys_at(self, position: int) -> int:
+    def idle_parameters(self, hidden_size: int) -> int:
+        """Elements that a token does not use: of experts, where the mixer has any."""
+        return 0
+
+    def keys_at(self, position: int) -> float:
         """Keys that the query at a position (from 1) sees, itself included."""
         return position
+
+    def keys_read(self, length: int, new: int) -> float:
+        """Keys that a pass of the last ``new`` of ``length`` positions reads: the union of what they see."""
+        return self.keys_at(length - new + 1) + new - 1
 
     def mean_keys(self, seq_len: int) -> float:
         """Keys that a query sees on average over a sequence, under causal attention."""
@@ -306,6 +314,14 @@ class MoEShape:
     def expert(self) -> DenseFFNShape:
         """One routed expert."""
         return DenseFFNShape(self.width, self.gated, self.bias)
+
+    def expert_matrix_parameters(self, hidden_size: int) -> int:
+        """Elements of a routed expert's projections."""
+        return self.expert.matrix_parameters(hidden_size)
+
+    def expert_vector_parameters(self, hidden_size: int) -> int:
+        """Elements of a routed expert's biases."""
+        return self.expert.vector_parameters(hidden_size)
 
     @property
     def shared(self) -> DenseFFNShape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.bytes import BitWidths, cache_bytes, weight_bytes
 from moe.accounting.layers import (
     AttentionShape,
@@ -99,7 +100,11 @@ def serving_memory(
 def _kept_elements(layer: LayerShape, width: int) -> float:
     """Elements a token that backward needs: the inputs of norms, products and activation functions."""
     mixer, ffn = layer.attention, layer.ffn
-    if isinstance(mixer, AttentionShape):
+    if isinstance(mixer, AttentionExpertsShape):
+        heads = mixer.dense.num_heads // mixer.num_experts
+        # each copy of a token has its own input and output
+        mixed = mixer.top_k * ((2 * heads + 2) * mixer.dense.head_dim + 2 * width)
+    elif isinstance(mixer, AttentionShape):
         # queries, keys, values, and the attention's output
         mixed = (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     elif isinstance(mixer, LatentAttentionShape):

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.layers import DenseFFNShape, ModelShape
+from moe.attention import AttentionExperts
 
 # Parameters with two axes that no token is multiplied by as by a matrix: the decay of a state-space model.
 ELEMENTWISE = frozenset({"A_log"})
@@ -29,8 +31,8 @@ class ParameterCount:
         embedding: Input embeddings, of which a token uses one row. A tied one serves as the head as well.
         matmul: Those a token is multiplied by: active weights with two or more axes, without an embedding
             that is only looked up. Two FLOPs each.
-        routed: All routed experts together.
-        per_expert: One routed expert of the first mixture of experts; 0 in a dense model.
+        routed: All routed experts together, those of attention among them.
+        per_expert: One routed expert of the first network that is a mixture; 0 where there is none.
         router: Matrices of the routers.
         looked_up: Embeddings that are only looked up: 0 where the one embedding is tied to the head.
         head: The head, with its bias; only the bias where it is tied. None where a module does not say
@@ -131,7 +133,9 @@ def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -
     for found in expert_modules(model):
         shares |= _shares(replace(found, top_k=(top_k or {}).get(found.name, found.top_k)))
         routers |= set() if found.router is None else {id(param) for param in found.router.parameters()}
-        per_expert = per_expert or sum(p.numel() for p in found.experts.parameters()) // found.num_experts
+        if not isinstance(found.experts, AttentionExperts):
+            size = sum(param.numel() for param in found.experts.parameters())
+            per_expert = per_expert or size // found.num_experts
     sums = dict.fromkeys(("total", "active", "embedding", "matmul", "routed", "router", "looked_up"), 0)
     for name, param in model.named_parameters():  # each shared tensor once
         share = shares.get(id(param), _Share())
@@ -211,6 +215,12 @@ def count_from_shape(shape: ModelShape) -> ParameterCount:
     for layer in shape.layers:
         matmul += layer.attention.matrix_parameters(width)
         vectors += layer.attention.vector_parameters(width) + layer.norm_parameters(width)
+        unused += layer.attention.idle_parameters(width)
+        if isinstance(layer.attention, AttentionExpertsShape):
+            mixer = layer.attention
+            heads = mixer.expert_matrix_parameters(width) + mixer.expert_vector_parameters(width)
+            routed += mixer.num_experts * heads
+            router += mixer.router_matrix
         ffn = layer.ffn
         if isinstance(ffn, DenseFFNShape):
             matmul += ffn.matrix_parameters(width)

@@ -72,6 +72,9 @@ class StepTouched:
         tokens: Of all ranks together.
         distinct: Of every mixture, different experts of a micro-batch; mean over all of them.
         distinct_in_step: The same of all micro-batches of a rank together; mean over the ranks.
+        readers: Of every mixture, ranks that read its experts together: each is read once for the tokens of
+            all of them, and ``distinct`` is of a micro-batch of each at once. Empty where every rank reads
+            those of its own tokens.
     """
 
     ranks: int
@@ -79,6 +82,7 @@ class StepTouched:
     tokens: int
     distinct: tuple[float, ...] = ()
     distinct_in_step: tuple[float, ...] = ()
+    readers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,10 +153,11 @@ def training_step_bytes(
     passes, ranks = touched.micro_batches, touched.ranks
     read = float(passes * model.always)
     moved = float((2 * passes - ranks) * model.always_trained)
-    for mixture, each, once in zip(model.mixtures, *counts, strict=True):
-        read_experts = passes * each
+    readers = touched.readers or (1,) * len(model.mixtures)
+    for mixture, each, once, together in zip(model.mixtures, *counts, readers, strict=True):
+        read_experts = passes / together * each
         read += read_experts * mixture.elements
-        moved += (2 * read_experts - ranks * once) * mixture.trained
+        moved += (2 * read_experts - ranks / together * once) * mixture.trained
     return TrainingBytes(
         weights=float(weight_size * (2 * read + model.row * touched.tokens)),
         gradients=float(gradient_size * moved),

@@ -16,6 +16,7 @@ from moe.accounting.distinct import DistinctExperts
 from moe.accounting.flops import all_experts
 from moe.accounting.layers import ModelShape
 from moe.accounting.passes import Batch, pass_flops
+from moe.accounting.tiers import Tier
 
 Metric = Literal["S-MBU", "MBU", "S-MFU", "MFU"]
 
@@ -182,11 +183,13 @@ class Machine:
         bytes_per_s: Peak memory bandwidth of one device; None where it is not known.
         flops: Peak FLOP/s of one device, dense, in the dtype used; None where it is not known.
         devices: How many.
+        tiers: Where weights and cache lie, when that is not one memory.
     """
 
     bytes_per_s: float | None
     flops: float | None
     devices: int = 1
+    tiers: tuple[Tier, ...] = ()
 
 
 def utilisations(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kernels.plan import RowPlan
 from moe.types import Routing
@@ -34,6 +35,8 @@ class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results home."""
 
     name: ClassVar[str]
+    group: ProcessGroup | None = None
+    """The ranks that hold a copy of all experts between them; None is this process alone."""
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def _question(line: str) -> Question | str:
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         return f"its answer must be an index from 0 to {len(choices) - 1}, or one of the choices"
     return Question(row["question"], tuple(choices), answer)
+
+
+def share_right(accuracy: Mapping[str, Any]) -> float | None:
+    """Of what was asked of a system: choices that were right, else answers; None where neither was asked."""
+    asked = accuracy["choices"] or accuracy.get("answers")
+    return None if asked is None else float(asked["accuracy"])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recipes.cap.accuracy import share_right
 from recipes.cap.meters import Reading
 
 KEYS = ("amu", "pcu", "al_s", "tt", "st", "it_tokens_per_s", "aec_watts")
@@ -68,21 +69,16 @@ def compression(systems: Sequence[Figures]) -> list[dict[str, Any]]:
     A mixture that was made of the first is larger, and its rate below 1.
     """
     first = systems[0]
-    base_size, base_right = first["weights"]["held_bytes"], _right(first)
+    base_size, base_right = first["weights"]["held_bytes"], share_right(first["accuracy"])
     rates = []
     for system in systems:
-        size, right = system["weights"]["held_bytes"], _right(system)
+        size, right = system["weights"]["held_bytes"], share_right(system["accuracy"])
         rate = reason = None
         if not base_right or right is None:
-            reason = "no accuracy to compare: give --choices"
+            reason = "no accuracy to compare: give --choices or --answers"
         elif not base_size or not size:
             reason = "the size of the weights is not known"
         else:
             rate = base_size / size * right / base_right
         rates.append({"mcr": rate, "mcr_against": first["name"], "mcr_reason": reason})
     return rates
-
-
-def _right(system: Figures) -> float | None:
-    choices = system["accuracy"]["choices"]
-    return None if choices is None else choices["accuracy"]

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moe.accounting.attention_experts import mixtures
 from moe.accounting.distinct import DistinctExperts, traced_distinct
 from moe.accounting.layers import ModelShape
+from moe.attention import AttentionMoE, by_expert
 from moe.errors import HostError
 from moe.layer import MoELayer
 
@@ -36,7 +38,8 @@ class Site:
         module: That module.
         num_experts: E.
         kind: ``indices`` (transformers' experts, given top-k indices), ``scores`` (Llama 4's router, whose
-            zeros are experts not chosen) or ``plan`` (Graft's experts).
+            zeros are experts not chosen), ``plan`` (Graft's experts) or ``routing`` (a router of Graft's
+            attention experts).
     """
 
     name: str
@@ -46,11 +49,15 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every mixture of experts of a model, in order: transformers' own classes and Graft's layer."""
-    sites = []
+    """Every mixture of a model, transformers' own classes and Graft's layer: networks, then attention."""
+    sites, heads = [], []
     inside = ""
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
+            continue
+        if isinstance(module, AttentionMoE):
+            inside = f"{name}."
+            heads.append(Site(f"{name}.router", module.router, module.router.num_experts, "routing"))
             continue
         if isinstance(module, MoELayer):
             inside = f"{name}."
@@ -63,7 +70,7 @@ def find_sites(model: nn.Module) -> list[Site]:
             sites.append(Site(name, module, num_experts, "indices"))
         elif type(module).__name__ == "Llama4Router":
             sites.append(Site(name, module, num_experts, "scores"))
-    return sites
+    return sites + heads
 
 
 def check_sites(sites: Sequence[Site], shape: ModelShape, folder: str) -> None:
@@ -72,7 +79,7 @@ def check_sites(sites: Sequence[Site], shape: ModelShape, folder: str) -> None:
     Raises:
         HostError: They differ; counts would be given to the wrong layers.
     """
-    found, known = [site.num_experts for site in sites], [ffn.num_experts for ffn in shape.moe]
+    found, known = [site.num_experts for site in sites], [one.num_experts for one in mixtures(shape)]
     if found != known:
         rule = f"its modules have mixtures of {found} experts, its config describes {known}"
         raise HostError.one("FOLDER", folder, rule, "Watch it with a class that recipes/cap/hooks.py knows.")
@@ -126,6 +133,10 @@ class ExpertTrace:
         if site.kind == "scores":
             return site.module.register_forward_hook(
                 lambda module, args, output: self._mark_used(layer, output[0].flatten(0, -2).gt(0).any(0))
+            )
+        if site.kind == "routing":
+            return site.module.register_forward_hook(
+                lambda module, args, output: self._mark_used(layer, by_expert(output)[1].any(0))
             )
         if site.kind == "plan":
             return site.module.register_forward_pre_hook(

@@ -14,7 +14,7 @@ from moe.accounting.bytes import BitWidths, uniform_bits, weight_bytes
 from moe.accounting.layers import ModelShape
 from moe.accounting.params import count_from_shape
 from moe.accounting.quantisation import bits_from_config
-from moe.accounting.shape import GRAFT, known_families, shape_from_config
+from moe.accounting.shape import known_families, shape_from_config
 from moe.errors import ConfigError, HostError, Mistake
 from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
@@ -143,8 +143,6 @@ def load_system(
 def shape_of(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
     """Of a family that the accounting knows; a mistake in such a config is one, another family is not."""
     family = config.get("model_type")
-    if family == GRAFT and "attention_layers" in config:
-        return None, "no accounting knows heads that are experts"
     if family in known_families():
         return shape_from_config(config), None
     return None, f"no accounting knows the family {family!r}"

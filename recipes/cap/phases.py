@@ -12,6 +12,7 @@ from moe.accounting.bytes import BitWidths, StepBytes, step_bytes
 from moe.accounting.distinct import DistinctExperts, estimated_distinct, touched_share
 from moe.accounting.layers import ModelShape
 from moe.accounting.passes import Batch, pass_flops
+from moe.accounting.tiers import PARTS, tier_uses
 from moe.accounting.utilisation import Machine, Pass, utilisations
 from recipes.cap.loading import Known
 
@@ -39,6 +40,7 @@ PHASE_KEYS = (
     "utilisation_reason",
     "distinct",
     "bytes",
+    "tiers",
     "flops",
     "bytes_per_s",
     "flops_per_s",
@@ -76,7 +78,12 @@ def phase_figures(
     if known.shape is None:
         return figures | {"utilisation_reason": known.shape_reason}
     passes = [Pass(*row) for row in zip(each, seconds, distinct, strict=True)]
-    return figures | _use(known.shape, passes, machine, known.bits)
+    figures |= _use(known.shape, passes, machine, known.bits)
+    if machine.tiers and figures["bytes"] is not None:
+        amounts = {part: figures["bytes"][part] for part in PARTS}
+        uses = tier_uses(StepBytes(**amounts), machine.tiers, took)
+        figures["tiers"] = [asdict(use) for use in uses]
+    return figures
 
 
 def _use(shape: ModelShape, passes: Sequence[Pass], machine: Machine, bits: BitWidths) -> dict[str, Any]:
@@ -126,6 +133,12 @@ def unmeasured_phase(reason: str | None = None) -> dict[str, Any]:
     return dict.fromkeys(PHASE_KEYS) | {"utilisation_reason": reason, "warnings": []}
 
 
+def _bound(shape: ModelShape, tokens: int, networks: int) -> float:
+    """Of the same mixtures as the mean."""
+    each = estimated_distinct(shape, tokens).per_layer
+    return statistics.fmean(each[:networks] or each)
+
+
 def _distinct(
     shape: ModelShape | None, distinct: Sequence[DistinctExperts | None], tokens: int
 ) -> dict[str, Any] | None:
@@ -135,12 +148,15 @@ def _distinct(
         return None
     layers = list(zip(*(one.per_layer for one in found), strict=True))
     means = [statistics.fmean(layer) for layer in layers]
+    networks = len(means) if shape is None else len(shape.moe)
     return {
         "source": found[0].source,
-        "mean": statistics.fmean(means),
+        # heads that are experts come behind the networks, and are fewer
+        "mean": statistics.fmean(means[:networks] or means),
+        "heads_mean": statistics.fmean(means[networks:]) if networks < len(means) else None,
         "per_layer": means,
         "least": min(min(layer) for layer in layers),
         "most": max(max(layer) for layer in layers),
-        "uniform_bound": None if shape is None else estimated_distinct(shape, tokens).mean,
+        "uniform_bound": None if shape is None else _bound(shape, tokens, networks),
         "parameters_touched": None if shape is None else touched_share(shape, means),
     }

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from moe.accounting.tiers import Tier
 from moe.errors import Mistake
 from recipes.cap.accuracy import read_questions
 from recipes.cap.cost import Prices
 from recipes.cap.folders import find_source, read_config
+from recipes.cap.generation import read_prompts
 from recipes.cap.harness import check_harness
 from recipes.cap.loading import DTYPES, longest_sequence
 from recipes.cap.measure import Workload
@@ -31,6 +33,8 @@ class Accuracy:
         samples: Samples of text for perplexity; 0 for none.
         length: Tokens of each.
         choices: A file of questions; None for none.
+        answers: A file of prompts whose answers the model writes; None for none.
+        answer_tokens: New tokens of each at most.
         tasks: Of lm-evaluation-harness.
         task_folder: Of further ones; None for none.
         task_limit: Questions of each; None for all.
@@ -39,6 +43,8 @@ class Accuracy:
     samples: int = 0
     length: int = 256
     choices: Path | None = None
+    answers: Path | None = None
+    answer_tokens: int = 64
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
     task_limit: int | None = None
@@ -46,7 +52,7 @@ class Accuracy:
     @property
     def asked(self) -> bool:
         """Whether anything is asked."""
-        return bool(self.samples or self.choices or self.tasks)
+        return bool(self.samples or self.choices or self.answers or self.tasks)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Request:
         origin: Of the peaks.
         peak_bytes_per_s: The user's own.
         peak_flops: The user's own.
+        tiers: Memories that weights and cache lie in; none for one.
         prices: What the user knows.
         overhead: Whether to measure what watching costs.
         server: That the one system runs behind; None runs the systems here.
@@ -81,6 +88,7 @@ class Request:
     origin: Origin = "measured"
     peak_bytes_per_s: float | None = None
     peak_flops: float | None = None
+    tiers: tuple[Tier, ...] = ()
     prices: Prices = field(default_factory=Prices)
     overhead: bool = False
     server: Server | None = None
@@ -116,6 +124,8 @@ def check_request(request: Request) -> list[Mistake]:
     asked = request.accuracy
     if asked.choices is not None:
         mistakes += read_questions(asked.choices)[1]
+    if asked.answers is not None:
+        mistakes += read_prompts(asked.answers)[1]
     return mistakes + check_harness(asked.tasks, asked.task_folder)
 
 
@@ -138,6 +148,7 @@ def _check_server(request: Request) -> list[Mistake]:
     not_there: dict[str, Any] = {
         "--perplexity": request.accuracy.samples,
         "--choices": request.accuracy.choices,
+        "--answers": request.accuracy.answers,
         "--lm-eval": request.accuracy.tasks,
         "--overhead": request.overhead,
         "--experts": request.experts,
@@ -158,6 +169,7 @@ def _check_numbers(request: Request) -> list[Mistake]:
         ("--rounds", work.rounds, 1),
         ("--perplexity", request.accuracy.samples, 0),
         ("--perplexity-length", request.accuracy.length, 2),
+        ("--answer-tokens", request.accuracy.answer_tokens, 1),
         *((("--lm-eval-limit", request.accuracy.task_limit, 1),) if request.accuracy.task_limit else ()),
     ]
     mistakes = [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import Mistake
+from recipes.cap.accuracy import share_right
 from recipes.cap.figures import colours_of
 from recipes.cap.table import duration
 from recipes.report import canvas, formats
@@ -66,7 +67,7 @@ DEFAULTS: Mapping[str, Anchors] = {
 _TITLES = {
     "tpot_s": "performance\n(time per output token)",
     "usd_per_mtok": "cost\n($ per million tokens)",
-    "accuracy": "accuracy\n(choices right)",
+    "accuracy": "accuracy\n(answers right)",
     "bits_per_byte": "accuracy\n(bits per byte of text)",
 }
 
@@ -143,7 +144,7 @@ def make_radar(
         batch_size: That speed and cost are of; None is the largest that was measured for all.
     """
     systems = report["systems"]
-    asked = any(system["accuracy"]["choices"] is not None for system in systems)
+    asked = any(share_right(system["accuracy"]) is not None for system in systems)
     keys = ("tpot_s", "usd_per_mtok", "accuracy" if asked else "bits_per_byte")
     size = batch_size if batch_size is not None else _common_size(systems)
     values = {system["name"]: tuple(_value(system, key, size) for key in keys) for system in systems}
@@ -171,7 +172,7 @@ def _common_size(systems: Sequence[Figures]) -> int | None:
 
 def _value(system: Figures, key: str, size: int | None) -> float | None:
     if key == "accuracy":
-        return system["accuracy"]["choices"] and system["accuracy"]["choices"]["accuracy"]
+        return share_right(system["accuracy"])
     if key == "bits_per_byte":
         return system["accuracy"]["perplexity"] and system["accuracy"]["perplexity"]["bits_per_byte"]
     point = next((point for point in system["points"] if point["batch_size"] == size), None)

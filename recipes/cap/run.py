@@ -24,6 +24,7 @@ from recipes.cap.accuracy import multiple_choice, perplexity, read_questions
 from recipes.cap.cost import Rates, find_rates
 from recipes.cap.efficiency import compression
 from recipes.cap.folders import Source, find_source, read_config
+from recipes.cap.generation import read_prompts, written_answers
 from recipes.cap.harness import run_harness
 from recipes.cap.loading import DTYPES, Known, System, counted_weights, known_from_config, load_system
 from recipes.cap.measure import measure_overhead, measure_point
@@ -36,7 +37,7 @@ from recipes.data.config import DataConfig
 from recipes.data.tokenizer import load_tokenizer
 
 UNKNOWN_DEVICE = "a server's device, not named"
-NO_ACCURACY: Mapping[str, None] = {"perplexity": None, "choices": None, "harness": None}
+NO_ACCURACY: Mapping[str, None] = {"perplexity": None, "choices": None, "answers": None, "harness": None}
 SCHEMA, SCHEMA_VERSION = "graft.cap", 1
 _OVERHEAD_ROUNDS = 9
 Figures = dict[str, Any]
@@ -117,7 +118,8 @@ def _system(
     peaks = ceilings[system.dtype]
     figures = describe_system(system) | {"devices": 1, "peaks": peaks.figures(), "points": []}
     for size in request.work.batch_sizes:
-        point = measure_point(system, prompt_BS[:size], request.work, peaks.machine, rates)
+        machine = replace(peaks.machine, tiers=request.tiers)
+        point = measure_point(system, prompt_BS[:size], request.work, machine, rates)
         figures["points"].append(point)
         log(_progress(name, point))
     figures["overhead"] = _overhead(request, system, prompt_BS, log)
@@ -136,7 +138,7 @@ def _served(request: Request, server: Server, name: str, source: Source, log: Lo
         raise ConfigError([config])
     known, dtype = known_from_config(config, request.dtype)
     peaks = served_ceilings(server.device, dtype, request.peak_bytes_per_s, request.peak_flops)
-    machine = replace(peaks.machine, devices=server.devices)
+    machine = replace(peaks.machine, devices=server.devices, tiers=request.tiers)
     figures = describe_served(name, source, config, known, dtype)
     figures |= {"devices": server.devices, "peaks": peaks.figures(), "points": []}
     work = request.work
@@ -277,6 +279,10 @@ def _accuracy(request: Request, system: System, scored_BS: Tensor | None) -> Fig
         questions, _ = read_questions(asked.choices)
         longest = system.max_length
         found["choices"] = multiple_choice(system.model, tokenizer, questions, system.device, longest)
+    if asked.answers is not None:
+        prompts, _ = read_prompts(asked.answers)
+        limits = (asked.answer_tokens, system.max_length)
+        found["answers"] = written_answers(system.model, tokenizer, prompts, system.device, limits)
     if asked.tasks:
         found["harness"] = run_harness(
             system.model, tokenizer, asked.tasks, asked.task_folder, asked.task_limit

@@ -73,26 +73,30 @@ def _experts(system: Figures, distinct: Figures | None) -> str:
 
 
 def accuracy_rows(report: Figures) -> list[list[str]]:
-    """Name, perplexity, bits a byte, share right with its error and chance; of systems that have one."""
+    """Name, perplexity, bits a byte, choices right, chance, and answers right; of systems that have one."""
     rows = []
     for system in report["systems"]:
         text, choices = system["accuracy"]["perplexity"], system["accuracy"]["choices"]
-        if text is None and choices is None:
+        answers = system["accuracy"].get("answers")
+        if text is None and choices is None and answers is None:
             continue
-        right = error = ABSENT
-        if choices is not None:
-            right = f"{formats.share(choices['accuracy'])} +-{100 * choices['standard_error']:.1f}"
-            error = formats.share(choices["chance"])
         rows.append(
             [
                 system["name"],
                 _known(text and text["perplexity"], formats.small),
                 _known(text and text["bits_per_byte"], formats.small),
-                right,
-                error,
+                _share(choices),
+                _known(choices and choices["chance"], formats.share),
+                _share(answers),
             ]
         )
     return rows
+
+
+def _share(right: Figures | None) -> str:
+    if right is None:
+        return ABSENT
+    return f"{formats.share(right['accuracy'])} +-{100 * right['standard_error']:.1f}"
 
 
 HARNESS_HEAD = ("system", "task of lm-evaluation-harness", "metric", "value")
@@ -132,7 +136,7 @@ def efficiency_rows(report: Figures) -> list[list[str]]:
     return rows
 
 
-ACCURACY_HEAD = ("system", "perplexity", "bits/byte", "choices right", "chance")
+ACCURACY_HEAD = ("system", "perplexity", "bits/byte", "choices right", "chance", "answers right")
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -182,6 +186,12 @@ def peak_lines(report: Figures) -> list[str]:
     return lines + seen
 
 
+def _tiers(where: str, uses: Sequence[Figures] | None) -> Iterator[str]:
+    for use in uses or ():
+        share = formats.share(use["utilisation"])
+        yield f"{where}: {share} of {use['name']}, {use['bytes'] / 1e9:,.3f} GB"
+
+
 def remarks_of(report: Figures) -> list[str]:
     """Why figures are missing, and warnings, each once."""
     return list(dict.fromkeys(line for system in report["systems"] for line in _remarks(system)))
@@ -197,6 +207,7 @@ def _remarks(system: Figures) -> Iterator[str]:
             reason = point[phase]["utilisation_reason"]
             if reason is not None:
                 yield f"{name}, {phase}: utilisation is missing: {reason}"
+            yield from _tiers(f"{name}, batch {point['batch_size']}, {phase}", point[phase].get("tiers"))
             for warning in point[phase]["warnings"]:
                 yield f"{name}, batch {point['batch_size']}, {phase}: {warning}"
         for key, value in (("memory", "peak_bytes"), ("energy", "joules")):

@@ -176,3 +176,14 @@ def test_flags_with_other_values(tmp_path: Path) -> None:
         main([str(tmp_path), "--kv-dtype", "float7"])
     with pytest.raises(ConfigError, match="--bits='experts=4': it must be CLASS=BITS"):
         main([str(tmp_path), "--bits", "experts=4"])
+
+
+def test_memories_of_several_speeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiers = ("--tier", "hbm=3350", "--tier", "pcie=55:experts=0.75")
+    step = described(QWEN3_30B, tmp_path, *tiers)["decode_step"]
+    found = step["tiers"]
+    assert found["tiers"][1]["bytes"] == pytest.approx(0.75 * step["bytes"]["experts"])
+    assert found["most_tokens_per_s"] == pytest.approx(55e9 / found["tiers"][1]["bytes"])
+    assert "by memory" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="first tier"):
+        described(QWEN3_30B, tmp_path, "--tier", "hbm=1:experts=1")

@@ -199,7 +199,7 @@ def test_compression_by_hand() -> None:
     rates = compression([system("a", 100, 0.5), system("b", 25, 0.4), system("c", 50, None)])
     # a quarter of the size, 80 % of the accuracy: 4 * 0.8
     assert [rate["mcr"] for rate in rates] == [1.0, pytest.approx(3.2), None]
-    assert rates[2]["mcr_reason"] == "no accuracy to compare: give --choices"
+    assert rates[2]["mcr_reason"] == "no accuracy to compare: give --choices or --answers"
     assert compression([system("a", 100, 0.0)])[0]["mcr"] is None
     assert compression([system("a", None, 0.5)])[0]["mcr_reason"] == "the size of the weights is not known"
     assert not any(math.isnan(rate["mcr"]) for rate in rates if rate["mcr"] is not None)

@@ -10,7 +10,7 @@ import torch
 
 from moe.errors import ConfigError, Mistake
 from recipes.cap.folders import Source, find_source
-from recipes.cap.loading import load_system, shape_of
+from recipes.cap.loading import load_system
 from recipes.cap.plan import name_systems
 from tests.cap.cap_systems import CPU, some_ids
 from tests.jobs.job_runs import job, write_text
@@ -59,11 +59,6 @@ def test_a_run_without_the_baseline(run: Path) -> None:
         (run / "hidden").rename(run / "cpt")
     assert isinstance(found, Mistake) and "no complete checkpoint" in found.rule
     assert "compare.cpt=true" in found.remedy
-
-
-def test_heads_that_are_experts_are_measured_without_utilisation() -> None:
-    shape, reason = shape_of({"model_type": "graft_moe", "attention_layers": []})
-    assert shape is None and reason == "no accounting knows heads that are experts"
 
 
 def test_names(run: Path) -> None:

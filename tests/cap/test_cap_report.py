@@ -22,6 +22,7 @@ from tests.conftest import MakeCheckpoint
 from tools.cap import main
 
 QUICK = ["--batch-sizes", "1,3", "--prompt", "6", "--new", "3", "--rounds", "2", "--threads", "1"]
+TIERS = ("--tier", "dram=1000", "--tier", "disk=10:experts=0.5")
 PEAKS = ["--peak-bandwidth", "1000", "--peak-flops", "10000"]
 POINT_KEYS = {
     "batch_size",
@@ -86,11 +87,17 @@ def written(make_checkpoint: MakeCheckpoint, text: str, tmp_path_factory: pytest
     questions = out / "q.jsonl"
     rows = [{"question": "the quick brown", "choices": ["fox", "x"], "answer": i % 2} for i in range(4)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = out / "answers.jsonl"
+    prompts.write_text(json.dumps({"prompt": "the quick brown", "answer": "fox"}) + "\n")
+    answers = ["--answers", str(prompts), "--answer-tokens", "2"]
     more = ["--text", text, "--perplexity", "2", "--perplexity-length", "8", "--choices", str(questions)]
     cost = ["--price-usd", "1000", "--power-watts", "50"]
     dense = f"dense={make_checkpoint('llama')}"
     threads = torch.get_num_threads()
-    assert main([dense, *folders, *QUICK, *PEAKS, *more, *cost, "--out", str(out / "out")]) == 0
+    assert (
+        main([dense, *folders, *QUICK, *PEAKS, *TIERS, *more, *answers, *cost, "--out", str(out / "out")])
+        == 0
+    )
     torch.set_num_threads(threads)
     return out / "out"
 
@@ -133,6 +140,12 @@ def test_every_system_has_its_figures(report: dict[str, Any]) -> None:
                 assert 0 < point[phase]["s_mfu"] <= point[phase]["mfu"]
         assert system["accuracy"]["perplexity"]["perplexity"] > 1
         assert system["accuracy"]["choices"]["questions"] == 4
+        assert system["accuracy"]["answers"]["prompts"] == 1
+        decode = system["points"][0]["decode"]
+        fast, slow = decode["tiers"]
+        assert fast["bytes"] + slow["bytes"] == pytest.approx(decode["bytes"]["complete"])
+        assert slow["bytes"] == pytest.approx(0.5 * decode["bytes"]["experts"])
+        assert slow["utilisation"] == pytest.approx(slow["bytes"] / decode["seconds"] / 1e10)
         assert system["peaks"]["bytes_per_s"] == {
             "value": 1e12,
             "source": "user",

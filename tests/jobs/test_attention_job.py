@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from moe.accounting.bytes import weight_bytes
+from moe.accounting.flops import flops_from_shape
+from moe.accounting.params import count_from_shape, count_parameters
+from moe.accounting.shape import shape_from_config
+from moe.attention import attention_layers
+from recipes.cap.hooks import ExpertTrace, check_sites, find_sites
+from recipes.hosts.exporters.graft import load_graft
 from tests.jobs.job_runs import StopAt, job, rows, same_training, summary
 
 ATTENTION = {
@@ -33,15 +41,40 @@ def test_it_reports_both_kinds_of_routers(run: Path) -> None:
     for name in ("maxvio", "balance_loss", "entropy"):
         assert {f"layer/00/attention/{name}", f"layer/01/attention/{name}", f"layer/01/{name}"} <= set(last)
     assert "layer/00/maxvio" not in last
-    # Which keys a query meets depends on the text: no FLOPs, and no utilisation out of them.
-    assert "mfu" not in last and "flops_per_token" not in last
+    # Which keys a query meets depends on the text: of the FLOPs these are expected ones.
+    assert last["flops_per_token"] == last["flops_per_token_used"] > 0
     found = summary(run)
     assert found["attention"]["layers"] == [0, 1] and not found["attention"]["claimed_exact"]
     assert found["exactness"]["claimed_exact"]
     (moe,) = [row for row in found["results"] if row["model"] == "moe"]
-    assert moe["flops_per_token_forward"] is None
+    shape = shape_from_config(json.loads((run / "hf" / "config.json").read_text()))
+    assert moe["flops_per_token_forward"] == flops_from_shape(shape, 32).forward
     assert found["export"]["format"] == "graft" and found["export"]["max_diff"] < 1e-5
     assert json.loads((run / "hf" / "config.json").read_text())["attention_layers"][1]["index"] == 1
+
+
+def test_its_export_is_counted_as_the_model_it_is(run: Path) -> None:
+    model = load_graft(run / "hf").model
+    shape = shape_from_config(json.loads((run / "hf" / "config.json").read_text()))
+    assert count_from_shape(shape) == count_parameters(model)
+    assert weight_bytes(shape) == 2 * count_parameters(model).total
+
+
+def test_its_heads_are_watched(run: Path) -> None:
+    model = load_graft(run / "hf").model
+    shape = shape_from_config(json.loads((run / "hf" / "config.json").read_text()))
+    sites = find_sites(model)
+    check_sites(sites, shape, "FOLDER")
+    assert [site.kind for site in sites] == ["plan", "routing", "routing"]
+    seen: list[set[int]] = []
+    for _, layer in attention_layers(model):
+        layer.router.register_forward_hook(
+            lambda module, args, output: seen.append(set(output.expert_ids_TK.flatten().tolist()))
+        )
+    with torch.no_grad(), ExpertTrace(sites, 1, torch.device("cpu")) as trace:
+        trace.next_pass()
+        model(torch.arange(5)[None])
+    assert trace.distinct()[0].per_layer[1:] == tuple(float(len(used)) for used in seen)
 
 
 def test_a_resumed_run_computes_the_same(workplace: Path, text: str, run: Path) -> None:

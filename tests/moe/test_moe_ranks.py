@@ -13,6 +13,7 @@ import torch
 from moe.balance import count_load, switch_loss, z_loss
 from moe.routers.topk import TopKConfig
 from moe.stats import LayerStats, LoadReport, report_load
+from moe.types import Routing
 from tests.distributed_helper import run_ranks
 from tests.moe.routing_cases import make_context, make_router
 
@@ -58,6 +59,29 @@ def test_two_ranks_equal_one() -> None:
     torch.testing.assert_close((two[0]["grad"] + two[1]["grad"]) / 2, one["grad"], rtol=1e-5, atol=1e-7)
     assert two[0]["report"] == two[1]["report"]
     _assert_same_report(two[0]["report"], one["report"])
+
+
+# Experts with a token by rank and micro-batch.
+_USED = {0: ([0, 1], [3]), 1: ([1, 2], [3])}
+
+
+def _spread(rank: int, ranks: int) -> LoadReport:
+    """Ranks 0 and 1 hold two experts each."""
+    stats = LayerStats(readers=torch.distributed.group.WORLD)
+    for micro_batch, experts in enumerate(_USED[rank]):
+        ids_TK = torch.tensor(experts)[:, None]
+        stats.record(micro_batch, Routing(ids_TK, torch.ones(ids_TK.shape), E), None)
+    report = report_load([(0, stats)], torch.distributed.group.WORLD)
+    assert report is not None
+    return report
+
+
+@pytest.mark.distributed
+def test_experts_of_several_ranks_are_read_once() -> None:
+    for report in run_ranks(_spread, 2):
+        # First {0, 1, 2}, of which rank 0 reads two, then {3}; all four in the step, two on each rank.
+        assert report.distinct == (2.0,) and report.busiest == (1.5,)
+        assert report.distinct_in_step == (4.0,) and report.busiest_in_step == (2.0,)
 
 
 def _assert_same_report(found: LoadReport, expected: LoadReport) -> None:

@@ -112,6 +112,7 @@ def test_distinct_experts_worked_by_hand() -> None:
     first = _routing([[0, 1], [0, 2], [3, 3]], 4, slot_mask_TK=kept_TK)
     report = _report((first, torch.tensor([True, True, False])), (_routing([[1, 1]], 4), None))
     assert report.distinct == (1.5,) and report.distinct_in_step == (2.0,)
+    assert report.busiest == report.distinct and report.busiest_in_step == report.distinct_in_step
     assert "distinct" not in report.per_layer
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.families.reading import LayerConfig, check_keys, refuse
-from moe.accounting.layers import ModelShape, MoEShape
-from moe.routers import router_class
+from moe.accounting.layers import AttentionShape, Mixer, ModelShape, MoEShape
+from moe.routers import Router, router_class
 
 MODEL_TYPE = "graft_moe"
 # The first has no shared experts.
 FORMAT_VERSIONS = (1, 2)
+# With experts of attention.
+ATTENTION_VERSION = 3
+ATTENTION_KEYS = ("index", "router")
 LAYER_KEYS = ("index", "router", "gated", "shapes.w_up_EUD", "shapes.w_down_EDF")
 KNOWN_SHAPES = {"w_up_EUD", "w_down_EDF", "b_up_EU", "b_down_ED"}
 KNOWN_KEYS = {"index", "name", "router", "activation", "gated", "shapes", "shared_width"}
@@ -32,12 +36,10 @@ def with_mixtures(config: LayerConfig, dense: ModelShape) -> ModelShape:
     Raises:
         ConfigError: The format is another than the one known here.
     """
-    if "attention_layers" in config:
-        rule = "which keys a query meets depends on the text where heads are experts: it is not counted"
-        refuse("attention_layers", len(config["attention_layers"]), rule, "Count the model without them.")
     version = config.get("format_version")
-    if version not in FORMAT_VERSIONS:
-        rule = f"only formats {FORMAT_VERSIONS} are known here"
+    known = (ATTENTION_VERSION,) if "attention_layers" in config else FORMAT_VERSIONS
+    if version not in known:
+        rule = f"only formats {known} are known here"
         refuse("format_version", version, rule, "Use the version of Graft that wrote it.")
     check_keys(config, MODEL_TYPE, ("moe_layers",))
     layers = list(dense.layers)
@@ -47,11 +49,31 @@ def with_mixtures(config: LayerConfig, dense: ModelShape) -> ModelShape:
         unknown = {*(set(entry) - KNOWN_KEYS), *(set(entry["shapes"]) - KNOWN_SHAPES)}
         if unknown:
             refuse(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
-        index = entry["index"]
-        if not 0 <= index < len(layers):
-            refuse(f"{where}.index", index, f"the dense model has {len(layers)} layers", "Correct it.")
+        index = _index(entry, where, len(layers))
         layers[index] = replace(layers[index], ffn=_mixture(entry, where))
+    for number, entry in enumerate(config.get("attention_layers", ())):
+        where = f"attention_layers[{number}]"
+        check_keys(entry, f"{MODEL_TYPE} in {where}", ATTENTION_KEYS)
+        if unknown := set(entry) - {*ATTENTION_KEYS, "name", "scale"}:
+            refuse(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
+        index = _index(entry, where, len(layers))
+        experts = _attention(entry, where, layers[index].attention, dense.hidden_size)
+        layers[index] = replace(layers[index], attention=experts)
     return replace(dense, layers=tuple(layers))
+
+
+def _index(entry: Mapping[str, Any], where: str, num_layers: int) -> int:
+    index: int = entry["index"]
+    if not 0 <= index < num_layers:
+        refuse(f"{where}.index", index, f"the dense model has {num_layers} layers", "Correct it.")
+    return index
+
+
+def _attention(entry: Mapping[str, Any], where: str, dense: Mixer, hidden: int) -> AttentionExpertsShape:
+    if not isinstance(dense, AttentionShape):
+        refuse(where, type(dense).__name__, "only plain attention can be cut into experts", "Correct it.")
+    router, matrix, vector = _router(entry, where, hidden, dense.num_kv_heads)
+    return AttentionExpertsShape(dense, router.top_k, matrix, vector)
 
 
 def _mixture(entry: Mapping[str, Any], where: str) -> MoEShape:
@@ -60,6 +82,23 @@ def _mixture(entry: Mapping[str, Any], where: str) -> MoEShape:
     biases = {name in shapes for name in ("b_up_EU", "b_down_ED")}
     if len(biases) == 2:
         refuse(f"{where}.shapes", sorted(shapes), "one of two biases is known only with the other", "Add it.")
+    router, matrix, vector = _router(entry, where, hidden, experts)
+    bias = biases == {True}
+    return MoEShape(
+        num_experts=experts,
+        top_k=router.top_k,
+        width=shapes["w_down_EDF"][2],
+        gated=entry["gated"],
+        bias=bias,
+        shared_width=entry.get("shared_width", 0),
+        shared_bias=bias,
+        router_matrix=matrix,
+        router_vector=vector,
+    )
+
+
+def _router(entry: Mapping[str, Any], where: str, hidden: int, experts: int) -> tuple[Router[Any], int, int]:
+    """The router, built without memory, and the elements of its matrices and of what else it holds."""
     name = entry["router"]["name"]
     try:
         cls = router_class(name)
@@ -72,15 +111,5 @@ def _mixture(entry: Mapping[str, Any], where: str) -> MoEShape:
     with torch.device("meta"):
         router = cls(options, hidden, experts)
     sizes = [(param.ndim >= 2, param.numel()) for param in router.parameters()]
-    bias = biases == {True}
-    return MoEShape(
-        num_experts=experts,
-        top_k=router.top_k,
-        width=shapes["w_down_EDF"][2],
-        gated=entry["gated"],
-        bias=bias,
-        shared_width=entry.get("shared_width", 0),
-        shared_bias=bias,
-        router_matrix=sum(size for is_matrix, size in sizes if is_matrix),
-        router_vector=sum(size for is_matrix, size in sizes if not is_matrix),
-    )
+    matrix = sum(size for is_matrix, size in sizes if is_matrix)
+    return router, matrix, sum(size for is_matrix, size in sizes if not is_matrix)
