@@ -57,6 +57,8 @@ TABLE: Mapping[str, Mapping[MathMode, float]] = {
     r"NVIDIA GH200 (480GB|144G HBM3e)": {"bf16": 989, "fp32": 67, "tf32": 494},
     r"NVIDIA B200": {"bf16": 2250},
     r"NVIDIA GB200": {"bf16": 2500},
+    r"NVIDIA B300( SXM6 AC)?": {"bf16": 2250},
+    r"NVIDIA GB300": {"bf16": 2500},
     r"NVIDIA L40S": {"bf16": 362, "fp32": 91.6, "tf32": 183},
     r"NVIDIA RTX A6000": {"bf16": 154.8, "fp32": 38.7, "tf32": 77.4},
     r"NVIDIA RTX A5000": {"bf16": 111.1, "fp32": 27.8},
