@@ -17,7 +17,9 @@ import torch
 
 from moe.errors import CheckpointError
 from recipes.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
-from recipes.checkpoint.manifest import FileRecord, Manifest
+from recipes.checkpoint.manifest import FileRecord, Index, Manifest, StoredBox, StoredTensor
+from recipes.checkpoint.names import rank_file
+from recipes.checkpoint.stream import write_tensors
 
 _FILES = ["index.json", "manifest.json", "rank-00000.safetensors", "state.json"]
 
@@ -80,6 +82,94 @@ def test_every_flipped_byte_of_every_file_is_noticed(root: Path) -> None:
                 verify_checkpoint(path)
         (path / name).write_bytes(data)
     verify_checkpoint(path)
+
+
+_SHARDS = ["rank-00000.safetensors", "rank-00001.safetensors"]
+_OF_TWO = ["index.json", "manifest.json", "state.json", *_SHARDS]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two complete checkpoints, steps 1 and 2, of two ranks that each hold half of a tensor."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        _as_two_ranks(save_checkpoint(folder, step, {"a": torch.arange(4096.0)}, {"step": step}), step)
+    return folder
+
+
+def _as_two_ranks(path: Path, step: int) -> None:
+    """Writes what two ranks would have written of a whole tensor."""
+    halves = torch.arange(4096.0).chunk(2)
+    records = {}
+    for rank, half in enumerate(halves):
+        (path / rank_file(rank)).unlink(missing_ok=True)
+        records[rank_file(rank)] = write_tensors(path / rank_file(rank), [("global/a#0", half)])
+    boxes = [StoredBox(rank=r, key="global/a#0", offset=(2048 * r,), size=(2048,)) for r in (0, 1)]
+    index = Index(tensors={"a": StoredTensor(dtype="float32", shape=(4096,), boxes=boxes)})
+    data = index.model_dump_json().encode()
+    (path / "index.json").write_bytes(data)
+    records |= {"index.json": FileRecord.of_bytes(data)}
+    records |= {"state.json": FileRecord.of_bytes((path / "state.json").read_bytes())}
+    (path / "manifest.json").write_text(Manifest.of(step, 2, records).model_dump_json())
+
+
+def _cut(share: float) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, int(share * (path.stat().st_size - 1)))
+
+
+def _flip_at(share: float, bit: int) -> Callable[[Path], None]:
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(share * (len(data) - 1))] ^= 1 << bit
+        path.write_bytes(data)
+
+    return flip
+
+
+def _zeros_inside(path: Path) -> None:
+    """A page that the disk has lost: the size is right, and what the page held is zeros."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + min(512, middle)] = bytes(min(512, middle))
+    path.write_bytes(data)
+
+
+def _of_the_other(path: Path) -> None:
+    """A file that another save has left in the place of this one."""
+    other = path.parent.parent / "step-00000001" / path.name
+    data = bytearray(other.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "missing": _delete,
+    "empty": _empty,
+    "one byte short": _truncate,
+    "cut in half": _cut(0.5),
+    "cut at the start": _cut(0.01),
+    "first bit": _flip_at(0.0, 7),
+    "bit in the middle": _flip_at(0.5, 1),
+    "last bit": _flip_at(1.0, 3),
+    "lost page": _zeros_inside,
+    "of another save": _of_the_other,
+}
+
+
+@pytest.mark.parametrize("name", _OF_TWO)
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_fifty_damages(of_two_ranks: Path, tmp_path: Path, name: str, damage: str) -> None:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(of_two_ranks, root)
+    whole = torch.zeros(4096)
+    assert find_checkpoint(root).path == root / "step-00000002"
+    _DAMAGES[damage](root / "step-00000002" / name)
+    found = find_checkpoint(root)
+    assert found.path == root / "step-00000001"
+    [(rejected, reason)] = found.rejected
+    assert rejected.name == "step-00000002" and name in reason
+    load_checkpoint(found.path, {"a": whole})
+    assert torch.equal(whole, torch.arange(4096.0))
 
 
 def test_several_damaged_files_are_reported_at_once(root: Path) -> None:

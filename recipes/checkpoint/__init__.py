@@ -10,20 +10,35 @@ A checkpoint is a folder ``step-<n>``::
 Every function here is collective: with an initialised process group all ranks of the group call it.
 """
 
-from recipes.checkpoint.layout import GlobalTensor, LocalShard
+from recipes.checkpoint.layout import (
+    FlatShard,
+    GlobalTensor,
+    LocalBlocks,
+    LocalShard,
+    global_shape,
+    local_memory,
+)
 from recipes.checkpoint.reader import Loaded, load_checkpoint
+from recipes.checkpoint.retention import Retention
+from recipes.checkpoint.saver import Saver
 from recipes.checkpoint.search import Found, find_checkpoint, verify_checkpoint
 from recipes.checkpoint.space import checkpoint_bytes, require_space
 from recipes.checkpoint.writer import save_checkpoint
 
 __all__ = [
+    "FlatShard",
     "Found",
     "GlobalTensor",
     "Loaded",
+    "Retention",
+    "Saver",
+    "LocalBlocks",
     "LocalShard",
     "checkpoint_bytes",
     "find_checkpoint",
+    "global_shape",
     "load_checkpoint",
+    "local_memory",
     "require_space",
     "save_checkpoint",
     "verify_checkpoint",

@@ -101,8 +101,51 @@ class LocalShard:
     offset: tuple[int, ...]
 
 
-GlobalTensor: TypeAlias = Tensor | LocalShard
-"""A plain tensor is replicated (all ranks hold the same); a DTensor and a `LocalShard` say what they hold."""
+@dataclass(frozen=True, eq=False)
+class FlatShard:
+    """A run of a global tensor's elements, in row-major order: what engines hold that cut flattened tensors.
+
+    Attributes:
+        tensor: ``[N]`` the elements. They are read on save and overwritten on load. N may be 0.
+        global_shape: Shape of the global tensor.
+        start: Index of the first of them in the flattened global tensor.
+    """
+
+    tensor: Tensor
+    global_shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class LocalBlocks:
+    """Any number of blocks of a global tensor, as of engines that store several tensors in one.
+
+    Attributes:
+        global_shape: Shape of the global tensor.
+        blocks: What this rank holds, at least one. A block that is there several times is written once, and
+            read into each.
+    """
+
+    global_shape: tuple[int, ...]
+    blocks: tuple[LocalShard, ...]
+
+
+GlobalTensor: TypeAlias = Tensor | LocalShard | FlatShard | LocalBlocks
+"""A plain tensor is replicated (all ranks hold the same); a DTensor and the shards say what they hold."""
+
+
+def local_memory(value: GlobalTensor) -> list[Tensor]:
+    """The elements that this rank holds, in the memory that holds them."""
+    if isinstance(value, DTensor):
+        return [value.to_local()]
+    if isinstance(value, LocalBlocks):
+        return [block.tensor for block in value.blocks]
+    return [value.tensor if isinstance(value, LocalShard | FlatShard) else value]
+
+
+def global_shape(value: GlobalTensor) -> tuple[int, ...]:
+    """The shape of the whole tensor."""
+    return tuple(value.shape) if isinstance(value, Tensor) else value.global_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +179,7 @@ def place(name: str, value: GlobalTensor) -> Placed:
 
     Args:
         name: Global name, for the error message.
-        value: A plain tensor, a DTensor or a `LocalShard`.
+        value: A plain tensor, a DTensor or a shard.
 
     Raises:
         CheckpointError: A DTensor that waits for a reduction, or a shard that does not fit its global shape.
@@ -145,6 +188,11 @@ def place(name: str, value: GlobalTensor) -> Placed:
         return _place_dtensor(name, value)
     if isinstance(value, LocalShard):
         return _place_shard(name, value)
+    if isinstance(value, FlatShard):
+        return _place_flat(name, value)
+    if isinstance(value, LocalBlocks):
+        pieces = tuple(piece for block in value.blocks for piece in _place_shard(name, block).pieces)
+        return Placed(value.blocks[0].tensor.dtype, tuple(value.global_shape), pieces)
     shape = tuple(value.shape)
     return Placed(value.dtype, shape, _cut(value.detach(), [[_Run(0, 0, length)] for length in shape]))
 
@@ -156,6 +204,49 @@ def _place_shard(name: str, value: LocalShard) -> Placed:
         raise CheckpointError.one(name, size, rule, "Give the block's offset in the global tensor.")
     runs = [[_Run(0, start, length)] for start, length in zip(value.offset, size, strict=True)]
     return Placed(value.tensor.dtype, shape, _cut(value.tensor.detach(), runs))
+
+
+def _place_flat(name: str, value: FlatShard) -> Placed:
+    shape, count = tuple(value.global_shape), value.tensor.numel()
+    if value.tensor.ndim != 1 or not 0 <= value.start <= value.start + count <= math.prod(shape):
+        rule = f"a run from element {value.start} on does not fit a global tensor of shape {shape}"
+        remedy = "Give its start in the flattened global tensor."
+        raise CheckpointError.one(name, tuple(value.tensor.shape), rule, remedy)
+    pieces, done = [], 0
+    for box in flat_boxes(shape, value.start, count):
+        part = value.tensor.detach()[done : done + box.numel]
+        pieces.append(Piece(box, part.view(box.size)))
+        done += box.numel
+    return Placed(value.tensor.dtype, shape, tuple(pieces))
+
+
+def flat_boxes(shape: tuple[int, ...], start: int, count: int) -> list[Box]:
+    """The boxes that a run of elements makes up, in the order of the elements: at most 2n - 1 for n axes.
+
+    Args:
+        shape: Of a tensor in row-major order.
+        start: First element of the run.
+        count: Elements of the run, all inside.
+    """
+    if count == 0:
+        return []
+    if len(shape) < 2:
+        return [Box((start,) if shape else (), (count,) if shape else ())]
+    row = math.prod(shape[1:])
+    first, inside = divmod(start, row)
+    boxes = []
+    if inside or count < row:
+        head = min(count, row - inside)
+        boxes += _in_row(first, shape, inside, head)
+        first, count = first + 1, count - head
+    whole, rest = divmod(count, row)
+    if whole:
+        boxes.append(Box((first, *[0] * len(shape[1:])), (whole, *shape[1:])))
+    return boxes + _in_row(first + whole, shape, 0, rest)
+
+
+def _in_row(row: int, shape: tuple[int, ...], start: int, count: int) -> list[Box]:
+    return [Box((row, *box.offset), (1, *box.size)) for box in flat_boxes(shape[1:], start, count)]
 
 
 def _place_dtensor(name: str, value: DTensor) -> Placed:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 from moe.errors import CheckpointError, DiskError, GraftError, Mistake, UserError
 from recipes.atomic import disk_mistake
@@ -74,11 +75,11 @@ class Ranks:
         try:
             outcome = {"result": action()}
         except Exception as error:  # whatever it is, the others must hear of it
-            mine, outcome = error, self._describe(what, error)
+            mine, outcome = error, self.describe(what, error)
         outcomes = self.gather(outcome)
         failures = [outcome for outcome in outcomes if "kind" in outcome]
         if failures:
-            raise _combined(failures) from mine
+            raise combined(failures) from mine
         return [outcome["result"] for outcome in outcomes]
 
     def _device(self) -> torch.device:
@@ -86,7 +87,15 @@ class Ranks:
         config = str(dist.get_backend_config(self._group))
         return torch.device("cpu" if "cpu:" in config else "cuda")
 
-    def _describe(self, what: str, error: Exception) -> dict[str, Any]:
+    def store(self) -> dist.Store:
+        """Where ranks may leave word for each other without meeting, also from other threads."""
+        if self.size == 1:
+            return dist.HashStore()
+        group = dist.group.WORLD if self._group is None else self._group
+        return _get_process_group_store(group)
+
+    def describe(self, what: str, error: Exception) -> dict[str, Any]:
+        """An error as JSON, which `combined` makes an error of again."""
         if isinstance(error, UserError):
             mistakes = [(m.path, str(m.value), m.rule, m.remedy) for m in error.mistakes]
             return {"kind": "disk" if isinstance(error, DiskError) else "user", "mistakes": mistakes}
@@ -100,7 +109,7 @@ class Ranks:
         }
 
 
-def _combined(failures: Sequence[dict[str, Any]]) -> GraftError:
+def combined(failures: Sequence[dict[str, Any]]) -> GraftError:
     """One error for what several ranks report; what they all say is said once."""
     bugs = [failure["text"] for failure in failures if failure["kind"] == "bug"]
     if bugs:

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe.errors import DiskError
-from recipes.checkpoint.layout import GlobalTensor, LocalShard
+from recipes.checkpoint.layout import GlobalTensor, global_shape, local_memory
 
 
 def checkpoint_bytes(tensors: Mapping[str, GlobalTensor]) -> int:
     """Bytes that one checkpoint of ``tensors`` takes, all ranks together (without the few KiB of JSON)."""
     total = 0
     for value in tensors.values():
-        shape = value.global_shape if isinstance(value, LocalShard) else value.shape
-        dtype = value.tensor.dtype if isinstance(value, LocalShard) else value.dtype
-        total += math.prod(shape) * dtype.itemsize
+        total += math.prod(global_shape(value)) * local_memory(value)[0].dtype.itemsize
     return total
 
 
@@ -39,15 +37,14 @@ def require_space(path: str | Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free >= num_bytes:
         return
-    rule = (
-        f"{what} needs {_readable(num_bytes)}, but only {_readable(free)} are free on the disk of {existing}"
-    )
+    rule = f"{what} needs {readable(num_bytes)}, but only {readable(free)} are free on the disk of {existing}"
     raise DiskError.one(
         "path", str(path), rule, "Free some space there, keep fewer, or write to another disk."
     )
 
 
-def _readable(num_bytes: int) -> str:
+def readable(num_bytes: int) -> str:
+    """As in "12.1 GiB"."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.errors import CheckpointError, ConfigError, DiskError, GraftError
+from moe.errors import CheckpointError, DiskError, GraftError
 from recipes.atomic import fsync_folder, write_synced
 from recipes.checkpoint.layout import GlobalTensor, Placed, place
 from recipes.checkpoint.manifest import FileRecord, Index, Manifest
-from recipes.checkpoint.names import INDEX, MANIFEST, STATE, TEMPORARY, parse_step, rank_file, step_name
+from recipes.checkpoint.names import INDEX, MANIFEST, STATE, TEMPORARY, rank_file, step_name
 from recipes.checkpoint.plan import describe, plan
 from recipes.checkpoint.ranks import Ranks
+from recipes.checkpoint.retention import Retention, retain
 from recipes.checkpoint.stream import write_tensors
 
 _LOG = logging.getLogger(__name__)
@@ -28,20 +29,66 @@ _NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class _Save:
-    """One save in progress: who takes part, and where it is written before it gets its name."""
+class PreparedSave:
+    """A save that all ranks have agreed on, and whose temporary folder is there.
+
+    Attributes:
+        ranks: Who takes part.
+        root: The folder of the checkpoints.
+        step: Optimizer steps done.
+        index: Who writes what.
+        entries: What this rank writes: keys and tensors, which are live until they are written or copied.
+        state_json: The caller's state.
+        keep: What is kept of the older ones.
+    """
 
     ranks: Ranks
     root: Path
     step: int
+    index: Index
+    entries: Sequence[tuple[str, Tensor]]
+    state_json: bytes
+    keep: Retention
 
     @property
     def final(self) -> Path:
+        """The checkpoint's folder once it is complete."""
         return self.root / step_name(self.step)
 
     @property
     def temporary(self) -> Path:
-        return self.root / (TEMPORARY + step_name(self.step))
+        """Where it is written."""
+        return _temporary(self.root, self.step)
+
+    def write(self, entries: Sequence[tuple[str, Tensor]] | None = None) -> FileRecord:
+        """Writes this rank's file, without communication.
+
+        Args:
+            entries: Copies of `entries`; None writes those themselves.
+
+        Raises:
+            OSError: As the operating system raised it.
+        """
+        path = self.temporary / rank_file(self.ranks.rank)
+        return write_tensors(path, self.entries if entries is None else entries)
+
+    def publish(self, written: Sequence[Mapping[str, Any]]) -> None:
+        """For the first rank: makes the checkpoint visible, then deletes what is not kept.
+
+        Args:
+            written: What `write` returned on every rank, dumped.
+
+        Raises:
+            OSError: As the operating system raised it.
+            DiskError: Rank 0 does not see what another rank has written.
+        """
+        records = {rank_file(rank): FileRecord(**record) for rank, record in enumerate(written)}
+        _publish(self, records)
+        retain(self.root, self.final, self.keep)
+
+    def discard(self) -> None:
+        """For the first rank: removes what was written; what cannot be removed, the next save removes."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -77,13 +124,22 @@ def save_checkpoint(
         ConfigError: ``keep_last`` is below one.
         GraftError: A rank failed in another way.
     """
+    keep = Retention(keep_last)
+    save = prepare_save(Path(root), step, tensors, state, rank_tensors or {}, keep, Ranks(group))
+    return write_and_publish(save)
+
+
+def prepare_save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, GlobalTensor],
+    state: Mapping[str, Any],
+    rank_tensors: Mapping[str, Tensor],
+    keep: Retention,
+    ranks: Ranks,
+) -> PreparedSave:
+    """Decides who writes what, and makes the temporary folder. Collective; see `save_checkpoint`."""
     assert step >= 0, f"a checkpoint of step {step}"
-    if keep_last is not None and keep_last < 1:
-        raise ConfigError.one(
-            "keep_last", keep_last, "would delete the checkpoint just written", "Give 1 or more."
-        )
-    save = _Save(Ranks(group), Path(root), step)
-    own = dict(rank_tensors or {})
     placed: dict[str, Placed] = {}
     state_json = bytearray()
 
@@ -92,37 +148,27 @@ def save_checkpoint(
         state_json.extend(_state_json(state))
         return {"step": step, "state": zlib.crc32(state_json), "tensors": describe(placed)}
 
-    index = plan(save.ranks.together(f"preparing {save.final}", look))
+    index = plan(ranks.together(f"preparing {root / step_name(step)}", look))
+    temporary = _temporary(root, step)
+    ranks.together(f"making {temporary}", lambda: _make(root, temporary) if ranks.leads else None)
+    entries = _entries(index, ranks.rank, placed, rank_tensors)
+    return PreparedSave(ranks, root, step, index, entries, bytes(state_json), keep)
+
+
+def write_and_publish(save: PreparedSave) -> Path:
+    """Writes while everybody waits. Collective; see `save_checkpoint`."""
+    ranks = save.ranks
     try:
-        _write_all(save, index, placed, own, bytes(state_json), keep_last)
+        written = ranks.together(f"writing {save.temporary}", lambda: save.write().model_dump())
+        ranks.together(f"publishing {save.final}", lambda: save.publish(written) if ranks.leads else None)
     except GraftError:
-        save.ranks.together(f"removing {save.temporary}", lambda: _remove_unfinished(save))
+        ranks.together(f"removing {save.temporary}", lambda: save.discard() if ranks.leads else None)
         raise
     return save.final
 
 
-def _write_all(
-    save: _Save,
-    index: Index,
-    placed: Mapping[str, Placed],
-    own: Mapping[str, Tensor],
-    state_json: bytes,
-    keep_last: int | None,
-) -> None:
-    """The three steps with a meeting of all ranks after each: make the folder, write, publish."""
-    ranks = save.ranks
-    ranks.together(f"making {save.temporary}", lambda: _prepare(save) if ranks.leads else None)
-    written = ranks.together(
-        f"writing {save.temporary}", lambda: _write_rank(save, index, placed, own).model_dump()
-    )
-    records = {rank_file(rank): FileRecord(**record) for rank, record in enumerate(written)}
-
-    def publish() -> None:
-        if ranks.leads:
-            _publish(save, index, state_json, records)
-            _retain(save, keep_last)
-
-    ranks.together(f"publishing {save.final}", publish)
+def _temporary(root: Path, step: int) -> Path:
+    return root / (TEMPORARY + step_name(step))
 
 
 def _state_json(state: Mapping[str, Any]) -> bytes:
@@ -143,30 +189,30 @@ def _other_keys(value: Any, where: str) -> list[str]:
     return []
 
 
-def _prepare(save: _Save) -> None:
+def _make(root: Path, temporary: Path) -> None:
     """Removes what killed runs left, and makes the temporary folder."""
-    save.root.mkdir(parents=True, exist_ok=True)
-    for left in save.root.glob(TEMPORARY + "*"):
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(TEMPORARY + "*"):
         _LOG.info("removing the unfinished save %s", left)
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    save.temporary.mkdir()
+    temporary.mkdir()
 
 
-def _write_rank(
-    save: _Save, index: Index, placed: Mapping[str, Placed], own: Mapping[str, Tensor]
-) -> FileRecord:
-    """Writes this rank's file: the boxes that it owns, and its own tensors."""
+def _entries(
+    index: Index, rank: int, placed: Mapping[str, Placed], own: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    """What this rank writes: the boxes that it owns, and its own tensors."""
     entries = [(f"rank/{name}", tensor) for name, tensor in own.items()]
     for name, held in placed.items():
-        keys = {stored.key for stored in index.tensors[name].boxes if stored.rank == save.ranks.rank}
+        keys = {stored.key for stored in index.tensors[name].boxes if stored.rank == rank}
         pieces = ((f"global/{name}#{i}", piece.tensor) for i, piece in enumerate(held.pieces))
         entries += [(key, tensor) for key, tensor in pieces if key in keys]
-    return write_tensors(save.temporary / rank_file(save.ranks.rank), entries)
+    return entries
 
 
-def _publish(save: _Save, index: Index, state_json: bytes, records: dict[str, FileRecord]) -> None:
+def _publish(save: PreparedSave, records: dict[str, FileRecord]) -> None:
     """Adds the JSON files, the manifest last, and gives the folder its name."""
-    for name, data in ((INDEX, index.model_dump_json().encode()), (STATE, state_json)):
+    for name, data in ((INDEX, save.index.model_dump_json().encode()), (STATE, save.state_json)):
         write_synced(save.temporary / name, data)
         records[name] = FileRecord.of_bytes(data)
     for name, record in records.items():
@@ -186,30 +232,3 @@ def _publish(save: _Save, index: Index, state_json: bytes, records: dict[str, Fi
     else:
         save.temporary.rename(save.final)
     fsync_folder(save.root)
-
-
-def _retain(save: _Save, keep_last: int | None) -> None:
-    """Deletes the oldest complete checkpoints. A failure is only logged: the new checkpoint is safe."""
-    if keep_last is None:
-        return
-    older = [
-        path
-        for path in save.root.iterdir()
-        if parse_step(path.name) is not None and path != save.final and (path / MANIFEST).is_file()
-    ]
-    older.sort(key=lambda path: parse_step(path.name) or 0, reverse=True)
-    for path in older[keep_last - 1 :]:
-        # Under its temporary name it is no checkpoint any more, and the next save removes what is left of it.
-        doomed = save.root / f"{TEMPORARY}deleted-{path.name}"
-        try:
-            path.rename(doomed)
-            (doomed / MANIFEST).unlink()
-            shutil.rmtree(doomed)
-        except OSError as error:
-            _LOG.warning("could not delete the old checkpoint %s: %s", path, error)
-
-
-def _remove_unfinished(save: _Save) -> None:
-    """Leaves no trace of a save that failed; what cannot be removed now, the next save removes."""
-    if save.ranks.leads:
-        shutil.rmtree(save.temporary, ignore_errors=True)

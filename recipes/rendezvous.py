@@ -1,0 +1,87 @@
+"""Joins the process group that torchrun describes, also when torchrun has restarted the job.
+
+torchrun keeps one store for all its attempts. After a restart it still holds what the ranks before have
+written there, the addresses of dead processes among them: whoever reads before they are overwritten tries to
+connect to a process that is gone, and the attempt fails after seconds (gloo: "connectFullMesh failed").
+torchrun's count of restarts does not tell attempts apart, since every machine counts for itself. So the ranks
+of an attempt first agree on a name that no other attempt has, and keep everything under it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+
+import torch.distributed as dist
+
+from moe.errors import GraftError
+
+_WAIT_S = 600.0
+_POLL_S = 0.01
+
+
+def join(backend: str) -> None:
+    """Makes the default process group from what the launcher has put into the environment.
+
+    Raises:
+        GraftError: Ranks did not come within ten minutes.
+    """
+    store, rank, world_size = next(iter(dist.rendezvous("env://")))
+    if dist.is_torchelastic_launched():
+        attempt = agree_on_attempt(store, rank, world_size)
+        store = dist.PrefixStore(f"graft/{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int, wait_s: float = _WAIT_S) -> str:
+    """A name that the ranks of this attempt share, and that no attempt before has had.
+
+    Every rank but the first leaves a number drawn at random and waits for an answer to that number; the first
+    answers whatever numbers it finds, and again where one changes, until all ranks have confirmed. A number
+    left by a dead process is answered too, and nobody ever reads it.
+
+    Args:
+        store: All ranks see it; it may hold anything from attempts before.
+        rank: Of this process.
+        world_size: Number of ranks.
+        wait_s: Seconds until a rank that has not come is missing.
+
+    Raises:
+        GraftError: Ranks are missing; the message names them where this is the first.
+    """
+    if rank > 0:
+        return _ask(store, rank, wait_s)
+    attempt = uuid.uuid4().hex
+    missing = list(range(1, world_size))
+    answered: set[str] = set()
+    deadline = time.monotonic() + wait_s
+    while missing:
+        for number in missing:
+            asked = f"graft/asks/{number}"
+            question = store.get(asked).decode() if store.check([asked]) else ""
+            if question and question not in answered:
+                store.set(f"graft/answers/{question}", attempt)
+                answered.add(question)
+        missing = [number for number in missing if not store.check([f"graft/joined/{attempt}/{number}"])]
+        if missing and time.monotonic() > deadline:
+            raise GraftError(
+                f"ranks {', '.join(map(str, missing))} of {world_size} have not joined in {wait_s:.0f} s "
+                f"(at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')})"
+            )
+        time.sleep(_POLL_S if missing else 0.0)
+    return attempt
+
+
+def _ask(store: dist.Store, rank: int, wait_s: float) -> str:
+    question = uuid.uuid4().hex
+    answer = f"graft/answers/{question}"
+    store.set(f"graft/asks/{rank}", question)
+    deadline = time.monotonic() + wait_s
+    while not store.check([answer]):
+        if time.monotonic() > deadline:
+            raise GraftError(f"rank 0 has not answered rank {rank} in {wait_s:.0f} s")
+        time.sleep(_POLL_S)
+    attempt = store.get(answer).decode()
+    store.set(f"graft/joined/{attempt}/{rank}", "1")
+    return attempt

@@ -1,0 +1,129 @@
+"""Kills ranks of a training job: ``python -m tools.chaos --kills 50``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moe.errors import ConfigError, Mistake
+from tools.command import check_json_target, run_command, write_json
+
+_AIMS = ("mixed", "anywhere", "saves", "start")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.chaos",
+        description="Starts a small training job under torchrun --max-restarts, kills ranks with SIGKILL at "
+        "random moments, and compares what it has computed with the same job left in peace: every figure of "
+        "every step, the load of every expert, the exported weights. Ends with 0 only when all kills were "
+        "done, training went on from the newest complete checkpoint each time, and nothing differs.",
+        epilog="Every other OPTION=VALUE goes to train.py: router=deepseek_v3, engine.expert_parallel=2, ...",
+    )
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="train.py's")
+    parser.add_argument("--kills", type=int, default=50, help="ranks to kill (default 50)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the job (default 2)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the job (default 1000)")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default 20)")
+    parser.add_argument(
+        "--aim",
+        choices=_AIMS,
+        default="mixed",
+        help="anywhere: uniform over the steps; saves: while a checkpoint is written; start: while a restart "
+        "starts up; mixed (default): half, a third and a sixth of them",
+    )
+    parser.add_argument("--sync-save", action="store_true", help="train.async_save=false")
+    parser.add_argument(
+        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s a rank"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
+    parser.add_argument("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
+    parser.add_argument("--folder", default="outputs/chaos", help="for everything (default outputs/chaos)")
+    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    return parser.parse_intermixed_args()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    mistakes = check_json_target(arguments.json)
+    least = {"kills": 1, "ranks": 1, "steps": 2, "save_every": 1}
+    for name, minimum in least.items():
+        value = getattr(arguments, name)
+        if value < minimum:
+            mistakes.append(
+                Mistake(f"--{name.replace('_', '-')}", value, f"must be {minimum} or more", "Raise it.")
+            )
+    for name in ("disk_mib_s", "patience"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            mistakes.append(Mistake(f"--{name.replace('_', '-')}", value, "must be more than 0", "Raise it."))
+    if arguments.save_every > arguments.steps:
+        rule = "no save would come before the last step"
+        mistakes.append(Mistake("--save-every", arguments.save_every, rule, "Lower it, or raise --steps."))
+    for option in arguments.options:
+        if "=" not in option:
+            mistakes.append(
+                Mistake("OPTION=VALUE", option, "has no =", "Give train.py's options as name=value.")
+            )
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _table(found: dict[str, Any]) -> str:
+    own = found["own_figures"] or {}
+    aims = ", ".join(f"{number} {kind}" for kind, number in found["kills_by_aim"].items() if number)
+    seconds = [found[f"recovery_{which}_s"] for which in ("median", "p90", "max")]
+    recovery = " / ".join("-" if value is None else f"{value:.1f}" for value in seconds)
+    disk = found["simulated_disk_mib_s"]
+    rows = {
+        "job": f"{found['ranks']} ranks, {found['steps']} steps, a save every {found['save_every']}, "
+        f"{'asynchronous' if found['async_save'] else 'synchronous'}"
+        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s a rank"),
+        "kills": f"{found['kills']} of {found['asked_kills']} ({aims}; {found['kills_during_a_save']} in a "
+        "save)",
+        "recoveries": f"{found['recoveries']} ({found['kills_before_recovery']} kills came before one)",
+        "recovery s, median/p90/max": recovery,
+        "steps done again, all/median/max": f"{found['lost_steps']} / {found['lost_steps_median']} / "
+        f"{found['lost_steps_max']}",
+        "from the newest checkpoint": f"{found['from_newest_checkpoint']} of {found['kills']}",
+        "bit-identical": "yes" if found["difference"] is None else f"no: {found['difference']}",
+        "wall time": f"{found['wall_s']:.0f} s; steps undisturbed: {found['undisturbed_steps_s']:.0f} s",
+        "recovery s, all": f"{found['recovery_sum_s']:.1f} seen from outside; the run itself counts "
+        f"{own.get('recovery_s', 0):.1f} in {own.get('recoveries', 0)} recoveries",
+        "the run's own figures": f"goodput {own.get('goodput', 0):.3f}, {own.get('processes', 0)} processes, "
+        f"{own.get('lost_steps_s', 0):.1f} s of steps lost, {own.get('saving_s', 0):.1f} s waited for saves",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
+
+
+def main() -> int:
+    """Runs the experiment and prints its table; 1 when something is not as promised."""
+    arguments = _parse()
+    _check(arguments)
+    from recipes.chaos.experiment import passed, run_chaos
+    from recipes.chaos.settings import ChaosSettings
+
+    settings = ChaosSettings(
+        folder=Path(arguments.folder).expanduser().absolute(),
+        kills=arguments.kills,
+        ranks=arguments.ranks,
+        steps=arguments.steps,
+        save_every=arguments.save_every,
+        aim=arguments.aim,
+        seed=arguments.seed,
+        disk_mib_s=arguments.disk_mib_s,
+        async_save=not arguments.sync_save,
+        patience_s=arguments.patience,
+        options=arguments.options,
+    )
+    found = run_chaos(settings, lambda line: print(line, flush=True))
+    print("\n" + _table(found))
+    if found["second_runs"]:
+        print(f"a restart began other runs: {', '.join(found['second_runs'])}")
+    write_json(arguments.json, found)
+    return 0 if passed(found) else 1
+
+
+if __name__ == "__main__":
+    run_command(main)
