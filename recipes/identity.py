@@ -16,6 +16,12 @@ from recipes.run_file import read_run_file, write_run_file
 from recipes.schema import RunConfig
 from recipes.sparsify import sparsify_identity
 
+_REMEDY = "Set it back to go on, or start a new run with resume=none."
+_DATA_REMEDY = (
+    "The files of data.path, or how they are split, are not those of then: put them back to go on, or start "
+    "a new run with resume=none."
+)
+
 
 def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
     """The fields by config path, with the values that a checkpoint depends on."""
@@ -61,7 +67,7 @@ def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
                     path,
                     wanted.get(path),
                     f"the run in {origin} began with {began.get(path)!r}",
-                    "Set it back to go on, or start a new run with resume=none.",
+                    _DATA_REMEDY if path == "data" else _REMEDY,
                 )
                 for path in sorted(set(began) | set(wanted))
                 if began.get(path) != wanted.get(path)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import atexit
 import errno
-import json
+import faulthandler
 import os
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
 from recipes.compose import compose_config, to_yaml
+from recipes.error_file import write_error_file
 
 INTERRUPTED = 130
 # How long another rank leaves the first one of its machine to report the error that both have.
 _SPEAK_FIRST_S = 20.0
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# What a file or folder answers that was removed, taken away or unmounted meanwhile.
+_GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR)
 
 _HELP = """\
 usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(_HELP)
         return 0
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        # A mapped file that shrinks while it is read ends a process by a signal: then its stack is shown.
+        faulthandler.enable(sys.__stderr__)
     try:
         return _guarded(lambda: _run(arguments, started))
     except KeyboardInterrupt:
@@ -73,10 +80,25 @@ def _guarded(work: Callable[[], int]) -> int:
         lines = [str(m) for m in error.mistakes] if isinstance(error, UserError) else [str(error)]
         return _report(lines, error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            line = f"no space left on the disk{where}. Free some, or set output_dir and cache_dir."
+        elif error.errno in _GONE and error.filename:
+            line = (
+                f"{error.filename}: {error.strerror}, in {_place(error)}. It was there, or could be used, "
+                "when the run was checked: put it back, then set resume=auto."
+            )
+        else:
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        return _report([f"no space left on the disk{where}. Free some, or set output_dir and cache_dir."], 2)
+        return _report([line], 2)
+
+
+def _place(error: OSError) -> str:
+    """The innermost line of ours that an error comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "site-packages" not in frame.filename]
+    frame = (ours or frames)[-1]
+    return f"{os.path.relpath(frame.filename, _ROOT)}:{frame.lineno} {frame.name}"
 
 
 def _report(lines: list[str], code: int) -> int:
@@ -85,10 +107,7 @@ def _report(lines: list[str], code: int) -> int:
         threading.Event().wait(_SPEAK_FIRST_S)
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)
-    # torchrun shows this file's message in its summary of what failed.
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(path, "w", encoding="utf-8") as stream:
-            json.dump({"message": "\n".join(lines), "timestamp": str(int(time.time()))}, stream)
+    write_error_file("\n".join(lines))
     return code
 
 
@@ -97,11 +116,14 @@ def _speaks() -> bool:
 
 
 def _command_started() -> float:
-    """When the command was given: when torchrun started, or this process where there is none."""
+    """When the command was given: when torchrun started, or this process where there is none.
+
+    A process that torchrun has started again begins by itself.
+    """
     import psutil
 
     process = psutil.Process()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         process = process.parent() or process
     return process.create_time()
 

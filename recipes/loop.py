@@ -7,104 +7,44 @@ resumed leg goes on as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from moe.errors import GraftError
 from moe.stats import LoadReport, report_load
 from recipes.callbacks.base import Callback, LegInfo
-from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.data.build import TrainData
+from recipes.checkpoint import Retention, Saver, find_checkpoint, load_checkpoint
 from recipes.data.packing import rank_slice
 from recipes.data.samples import Marks
-from recipes.engines import Engine, Trainable
+from recipes.engines import Engine
+from recipes.guards.leg_guard import STATE, DivergedError, LegGuard
+from recipes.guards.run_guards import RunGuards
+from recipes.guards.steps import StepJudgement, Verdict
+from recipes.guards.watch import ASIDE, FIRST_STEP
 from recipes.interrupt import StopRequest
+from recipes.leg import Leg, LegResult
 from recipes.metrics import Metric, reduce_metrics
-from recipes.optim import OptimConfig, lr_factor
+from recipes.optim import lr_factor
 from recipes.run_meters import RunMeters, WindowFigures
-from recipes.schema import TrainConfig
-from recipes.step_costs import Costs, StepCosts
 from recipes.step_figures import StepFigures, StepWork, router_figures
+from recipes.validation import validation_loss
+
+__all__ = ["DivergedError", "Leg", "LegResult", "Loop", "validation_loss"]
 
 
-class DivergedError(GraftError):
-    """The loss or the gradient is not finite; nothing was updated by it."""
+@dataclass(frozen=True)
+class _Done:
+    """A step that is done."""
 
-
-@dataclass
-class Leg:
-    """One model's training within a run.
-
-    Attributes:
-        name: ``dense``, ``moe`` or ``cpt``.
-        title: For people.
-        train: Steps, batch and intervals.
-        optim: Optimizer and schedule.
-        data: Samples.
-        trainable: The model under its engine.
-        costs: What a token costs, at the end where that changes.
-        scheduled_costs: What it costs from each of these steps on, ascending from 0; empty where that is
-            ``costs`` throughout.
-        step_costs: What the sparsity-aware figures need; None to leave them out.
-        checkpoints: Folder of its checkpoints.
-        state: What every checkpoint carries besides tensors: identity of the run, reports.
-        first_step: Steps done already.
-        first_sample: The sample that step 0 begins with: past those that the model was trained on before.
-        seed: Of dropout and the like; each rank has its own, and a resumed leg goes on with what was saved.
-    """
-
-    name: str
-    title: str
-    train: TrainConfig
-    optim: OptimConfig
-    data: TrainData
-    trainable: Trainable
-    costs: Costs
-    checkpoints: Path
-    state: dict[str, Any] = field(default_factory=dict)
-    scheduled_costs: Sequence[tuple[int, Costs]] = ()
-    step_costs: StepCosts | None = None
-    first_step: int = 0
-    first_sample: int = 0
-    seed: int = 0
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Over all ranks."""
-        return self.train.global_batch_size * self.data.train.seq_len
-
-    def costs_at(self, step: int) -> Costs:
-        """What a token costs in a step that has so many before it."""
-        begun = [costs for start, costs in self.scheduled_costs if start <= step]
-        return begun[-1] if begun else self.costs
-
-
-@dataclass
-class LegResult:
-    """How a leg ended.
-
-    Attributes:
-        finished: Whether all steps were done; False when it was asked to stop.
-        step: Steps done.
-        val_loss: Of the last validation.
-        first_val_loss: Of the validation before the first step; None when resumed past it.
-        tokens_per_s: Median over the steps of this process.
-        missing: Figures that no row has, and why.
-    """
-
-    finished: bool
-    step: int
-    val_loss: float | None
-    first_val_loss: float | None
-    tokens_per_s: float | None
-    missing: dict[str, str] = field(default_factory=dict)
+    row: dict[str, float]
+    load: LoadReport | None
+    stopping: bool
+    judgement: StepJudgement
 
 
 class Loop:
@@ -121,15 +61,23 @@ class Loop:
         callbacks: Sequence[Callback],
         stop: StopRequest,
         meters: RunMeters | None = None,
+        guards: RunGuards | None = None,
     ) -> None:
-        """Without ``meters`` memory and energy are not measured."""
+        """Without ``meters`` memory and energy are not measured; without ``guards`` hangs are not seen."""
         self.engine = engine
         self.callbacks = callbacks
         self.stop = stop
         self.meters = meters
+        self.guards = guards or RunGuards()
         self.first_step_time: float | None = None
-        self.spent = {"evaluation": 0.0, "saving": 0.0}
+        self.spent = {"evaluation": 0.0, "saving": 0.0, "going_back": 0.0}
         self._window = WindowFigures()
+        self._saver: Saver | None = None
+
+    @property
+    def _saves(self) -> Saver:
+        assert self._saver is not None, "checkpoints are saved while a leg runs"
+        return self._saver
 
     def resume(self, leg: Leg, path: Path) -> dict[str, Any]:
         """Fills the leg from a checkpoint and returns the state that was saved with it."""
@@ -153,8 +101,15 @@ class Loop:
         )
         for callback in self.callbacks:
             callback.on_leg_start(info)
+        best = "val_loss" if leg.train.keep_best else None
+        keep = Retention(leg.train.keep_last, best)
+        self._saver = Saver(leg.checkpoints, keep, background=leg.train.async_save)
         try:
-            self._train(leg, info, result)
+            with self.guards.watch.training():
+                self._train(leg, info, result)
+        except Exception:
+            self._saver.abandon()
+            raise
         finally:
             for callback in self.callbacks:
                 callback.on_leg_end(info)
@@ -163,6 +118,7 @@ class Loop:
     def _train(self, leg: Leg, info: LegInfo, result: LegResult) -> None:
         speeds: list[float] = []
         figures = StepFigures(leg.step_costs, leg.costs, speaks=self.engine.rank == 0)
+        guard = LegGuard(self.engine, self.guards, leg)
         if leg.first_step == 0:
             # Not what the legs before have left: those may have been trained by another process.
             torch.manual_seed(leg.seed + self.engine.rank)
@@ -172,28 +128,66 @@ class Loop:
         self._begin_window()
         step, saved, stopping = leg.first_step, leg.first_step, False
         while step < leg.train.steps and not stopping:
-            row, load, stopping = self._step(leg, step, figures)
-            step += 1
+            done = self._step(leg, step, figures, guard)
+            if guard.problem is not None:
+                self._end(leg, info, result, guard, saved)
+            step, row, stopping = step + 1, done.row, done.stopping
             speeds.append(row["tokens_per_s"])
             result.tokens_per_s = sorted(speeds)[len(speeds) // 2]
             self.first_step_time = self.first_step_time or time.time()
+            if guard.goes_back(done.judgement):
+                self._go_back(leg, step, guard, row)
             last = step == leg.train.steps
             if last or _due(step, leg.train.eval_every):
                 with self._aside("evaluation"):
                     result.val_loss = row["val_loss"] = self.evaluate(leg)
-            self._emit(info, row, load)
+            row |= self._saves.figures()
+            self._emit(info, row, done.load)
             result.step = step
             if last or stopping or _due(step, leg.train.save_every):
+                leg.state |= guard.state()
                 with self._aside("saving"):
-                    self._save(leg, info, step, result)
+                    self._save(leg, info, step, result, final=last or stopping)
                 saved = step
         result.finished = step >= leg.train.steps
         result.missing = figures.missing() | ({} if self.meters is None else self.meters.reasons)
         assert saved == step, f"step {step} was not saved, the last was {saved}"
 
+    def _end(self, leg: Leg, info: LegInfo, result: LegResult, guard: LegGuard, saved: int) -> NoReturn:
+        """Leaves a checkpoint from before the steps that went wrong, then raises why the run ends."""
+        assert guard.problem is not None and guard.begun is not None, "a step has begun, and found a problem"
+        begun = guard.begun
+        if begun.step > saved:
+            # Nothing has been updated since: with the random state of then, it is as if they had not been.
+            _set_rng(dict(begun.rng), self.engine.device)
+            leg.state[STATE] = dict(begun.state)
+            with self._aside("saving"):
+                self._save(leg, info, begun.step, result, final=True)
+        raise guard.problem
+
+    def _go_back(self, leg: Leg, step: int, guard: LegGuard, row: dict[str, float]) -> None:
+        """Takes the weights of the newest checkpoint, and goes on behind the samples that were seen since."""
+        with self._aside("going_back"):
+            self._saves.settle()
+            found = find_checkpoint(leg.checkpoints)
+            if found.path is None:
+                self._say(f"{leg.title}: there is no checkpoint to go back to")
+                return
+            first = leg.first_step
+            guard.went_back(self.resume(leg, found.path))
+            row["went_back_to"] = leg.first_step
+            leg.first_step = first
+            leg.trainable.host.context.step = step
+        self._say(f"{leg.title}: gone back to {found.path}; the samples since then are not taken again")
+
+    def _say(self, line: str) -> None:
+        if self.engine.rank == 0:
+            print(line, flush=True)
+
     @contextlib.contextmanager
     def _aside(self, kind: str) -> Iterator[None]:
         """Work between steps: its time and energy are not theirs."""
+        self.guards.watch.mark(kind, ASIDE)
         started = time.perf_counter()
         yield
         self.spent[kind] += time.perf_counter() - started
@@ -210,56 +204,71 @@ class Loop:
         every = (leg.train.log_every, leg.train.eval_every, leg.train.save_every)
         return step == leg.train.steps or any(_due(step, number) for number in every)
 
-    def _step(
-        self, leg: Leg, step: int, figures: StepFigures
-    ) -> tuple[dict[str, float], LoadReport | None, bool]:
+    def _step(self, leg: Leg, step: int, figures: StepFigures, guard: LegGuard) -> _Done:
         started = time.perf_counter()
-        count = leg.train.num_micro_batches(self.engine.world_size)
-        share = self._share(leg, step, count)
-        losses = [
-            leg.trainable.forward_backward(*self._micro_batch(leg, step, micro, count, share))
-            for micro in range(count)
-        ]
-        factor = lr_factor(step, leg.train.steps, leg.optim.schedule)
-        grad_norm = float(leg.trainable.step(factor))
-        loss = torch.stack(losses).mean()
-        measured = {"loss": Metric(loss, "mean"), "stop": Metric(float(self.stop.requested), "max")}
-        metered = self.meters is not None and self._ends_window(leg, step + 1)
-        if self.meters is not None and metered:
-            measured |= self.meters.of_window()
-        reduced = reduce_metrics(measured, self.engine.data_group)
+        self._mark(leg, step, "its beginning")
         host, group = leg.trainable.host, self.engine.data_group
+        guard.begin(step, _rng(self.engine.device))
+        # A function of the step alone, whatever became of those before: a resumed leg has no other.
+        host.context.step = step
+        losses, samples = self._gradients(leg, step)
+        self._mark(leg, step, "the loss of all ranks")
+        measured = {"loss": Metric(torch.stack(losses).mean(), "mean")}
+        measured |= {"stop": Metric(float(self.stop.requested), "max")} | guard.measures()
+        # Before the update, which must not happen on any rank when the loss of one is not finite.
+        reduced = reduce_metrics(measured, group)
+        factor = lr_factor(step, leg.train.steps, leg.optim.schedule)
+        self._mark(leg, step, "the update")
+        grad_norm = float(leg.trainable.step(factor, guard.norm_limit(reduced)))
+        host.context.step = step + 1
+        self._mark(leg, step, "the figures")
+        judgement = guard.judge(step, reduced, grad_norm, losses, samples)
+        metered = self._read_meters(leg, step)
         load = report_load([(index, layer.stats) for index, layer in host.moe_layers()], group)
         attention = report_load([(index, layer.stats) for index, layer in host.attention_layers()], group)
         seconds = time.perf_counter() - started
-        self._refuse_nonfinite(leg, step, reduced["loss"], grad_norm)
-        speed = leg.tokens_per_step / seconds
         row = {
             "step": step + 1,
             "tokens": (step + 1) * leg.tokens_per_step,
             "loss": reduced["loss"],
             "lr": leg.optim.lr * factor,
             "grad_norm": grad_norm,
-            "tokens_per_s": speed,
+            "tokens_per_s": leg.tokens_per_step / seconds,
             "step_s": seconds,
+            "skipped_steps": judgement.skipped,
         }
+        if judgement.verdict is not Verdict.UPDATED:
+            row["skipped"] = 1
         ranks = self.engine.world_size
-        work = StepWork(leg.tokens_per_step, seconds, ranks, count * ranks, load, attention)
+        passes = len(losses) * self.engine.data_ranks
+        work = StepWork(leg.tokens_per_step, seconds, ranks, passes, load, attention)
         row |= figures.of_step(leg.costs_at(step), work)
         self._window.add_tokens(leg.tokens_per_step)
-        if metered:
-            row |= self._window.of_row(reduced)
+        row |= self._window.of_row(metered) if metered else {}
         row |= router_figures(load) | router_figures(attention, "attention/")
-        return row, load, reduced["stop"] > 0
+        self._mark(leg, step, "its row")
+        return _Done(row, load, reduced["stop"] > 0, judgement)
 
-    def _refuse_nonfinite(self, leg: Leg, step: int, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        raise DivergedError(
-            f"{leg.title}: at step {step + 1} the loss is {loss} and the gradient norm {grad_norm}; the "
-            f"weights were not updated. Checkpoints are in {leg.checkpoints}: lower optim.lr (now "
-            f"{leg.optim.lr}) or raise optim.schedule.warmup_steps, and set resume=auto."
-        )
+    def _gradients(self, leg: Leg, step: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """Losses of this rank's micro-batches, and their first sample and number of samples."""
+        count = leg.train.num_micro_batches(self.engine.data_ranks)
+        share = self._share(leg, step, count)
+        losses, samples = [], []
+        for micro in range(count):
+            self._mark(leg, step, f"micro-batch {micro + 1} of {count}")
+            samples.append(self._samples(leg, step, micro))
+            losses.append(leg.trainable.forward_backward(*self._micro_batch(leg, step, micro, count, share)))
+        return losses, samples
+
+    def _read_meters(self, leg: Leg, step: int) -> dict[str, float]:
+        """Behind the update, where memory is at its peak; empty where no meters are read after this step."""
+        if self.meters is None or not self._ends_window(leg, step + 1):
+            return {}
+        return reduce_metrics(self.meters.of_window(), self.engine.data_group)
+
+    def _mark(self, leg: Leg, step: int, where: str) -> None:
+        patience = FIRST_STEP if step == leg.first_step else 1.0
+        self.guards.watch.mark(f"{leg.name}, step {step + 1}, {where}", patience)
 
     def _share(self, leg: Leg, step: int, num_micro: int) -> float:
         """What a counted target weighs in its rank's and micro-batch's sum.
@@ -269,66 +278,38 @@ class Loop:
         """
         first = leg.first_sample + step * leg.train.global_batch_size
         counted = leg.data.train.num_counted(first, leg.train.global_batch_size)
-        return num_micro * self.engine.world_size / counted
+        return num_micro * self.engine.data_ranks / counted
 
     def _micro_batch(
         self, leg: Leg, step: int, micro: int, num_micro: int, share: float
     ) -> tuple[Tensor, int, int, Marks | None]:
         """What this rank's forward pass takes."""
-        size = leg.train.micro_size(self.engine.world_size)
-        of_step = leg.first_sample + step * leg.train.global_batch_size
-        first, count = rank_slice(of_step, micro, size, self.engine.rank, self.engine.world_size)
+        first, count = self._samples(leg, step, micro)
         marks = leg.data.train.marks(first, count)
         tokens = torch.from_numpy(leg.data.train.batch(first, count))
         return tokens, micro, num_micro, None if marks is None else marks.times(share)
 
+    def _samples(self, leg: Leg, step: int, micro: int) -> tuple[int, int]:
+        """The first of this rank's samples, and how many."""
+        size = leg.train.micro_size(self.engine.data_ranks)
+        of_step = leg.first_sample + step * leg.train.global_batch_size
+        return rank_slice(of_step, micro, size, self.engine.data_rank, self.engine.data_ranks)
+
     def evaluate(self, leg: Leg) -> float:
         """Mean validation loss a token, over all ranks; the same samples whatever their number."""
-        return validation_loss(self.engine, leg.trainable, leg.data, leg.train)
+        return validation_loss(self.engine, leg.trainable, leg.data, leg.train, self.guards.watch)
 
     def _emit(self, info: LegInfo, row: dict[str, float], load: LoadReport | None) -> None:
         for callback in self.callbacks:
             callback.on_row(info, row, load)
 
-    def _save(self, leg: Leg, info: LegInfo, step: int, result: LegResult) -> None:
+    def _save(self, leg: Leg, info: LegInfo, step: int, result: LegResult, *, final: bool) -> None:
+        """Saves, in the background if so configured; what is ``final`` is complete on return, or raises."""
         for callback in self.callbacks:
             callback.before_checkpoint(info, step)
         figures = {"val_loss": result.val_loss, "first_val_loss": result.first_val_loss}
-        save_checkpoint(
-            leg.checkpoints,
-            step,
-            leg.trainable.checkpoint_tensors(),
-            leg.state | figures,
-            _rng(self.engine.device),
-            keep_last=leg.train.keep_last,
-        )
-
-
-def validation_loss(engine: Engine[Any], trainable: Trainable, data: TrainData, train: TrainConfig) -> float:
-    """Mean cross-entropy a target over the first validation samples, the same for any number of ranks."""
-    wanted = min(train.eval_samples, data.validation.samples_per_epoch)
-    size = train.micro_size(engine.world_size)
-    total, count = 0.0, 0.0
-    for start in range(
-        engine.rank * size, _round_up(wanted, size * engine.world_size), size * engine.world_size
-    ):
-        # Past the end a rank repeats the first samples with weight 0: sharded models need every rank.
-        real = max(0, min(size, wanted - start))
-        tokens = data.validation.batch(start if real == size else 0, size)
-        marks = data.validation.marks(start if real == size else 0, size)
-        if 0 < real < size:
-            tokens[:real] = data.validation.batch(start, real)
-            marks = marks and Marks.together([data.validation.marks(start, real), marks.after(real)])
-        losses = trainable.token_losses(torch.from_numpy(tokens), marks)[:real].double()
-        weights = torch.ones_like(losses) if marks is None else marks.weights_BS[:real].to(losses)
-        total += float((losses * weights).sum())
-        count += float(weights.sum())
-    sums = reduce_metrics({"total": Metric(total, "sum"), "count": Metric(count, "sum")}, engine.data_group)
-    return sums["total"] / sums["count"]
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+        tensors, own = leg.trainable.checkpoint_tensors(), _rng(self.engine.device)
+        self._saves.save(step, tensors, leg.state | figures, own, final=final)
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,6 +8,7 @@ list it is ``null`` alone and reads back as NaN.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -144,15 +145,18 @@ class MetricsLog:
         """Appends one row and hands it to the operating system.
 
         Raises:
-            DiskError: The disk is full, or the file cannot be written any more.
+            DiskError: The disk is full, or the file cannot be written any more; it is as it was before.
             TypeError: A value is not JSON.
         """
         line = json.dumps(_writable(row), allow_nan=False, separators=(",", ":")) + "\n"
         data = memoryview(line.encode())
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
+            with contextlib.suppress(OSError):  # no half line before the next row
+                os.ftruncate(self._descriptor, end)
             raise DiskError([disk_mistake(self.path, error)]) from error
 
     def truncate_after(self, leg: str, step: int) -> int:

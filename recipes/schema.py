@@ -23,6 +23,7 @@ from moe.upcycle import UpcycleConfig, upcycle_methods
 from recipes.calibration.config import CalibrationConfig
 from recipes.data.config import DataConfig
 from recipes.engines import EngineConfig, engine_classes
+from recipes.guards.config import FaultsConfig
 from recipes.optim import OptimConfig
 from recipes.prompts.config import PromptsConfig
 from recipes.stage2 import Stage2Config
@@ -64,6 +65,10 @@ class TrainConfig(Config):
     """Steps between checkpoints; the last step is saved as well. 0: only that."""
     keep_last: int | None = 2
     """Checkpoints that are kept; None keeps all."""
+    keep_best: bool = False
+    """Whether the checkpoint of the lowest validation loss is kept besides the last ones."""
+    async_save: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy of each rank's part in memory."""
     log_every: int = 10
     """Steps between lines of progress where there is no terminal."""
 
@@ -190,6 +195,7 @@ class RunConfig(Config):
     """Stretches of the run in which lower layers use more experts than ``router.top_k``; none: K stays."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     compare: CompareConfig = field(default_factory=CompareConfig)
     versus: VersusConfig = field(default_factory=VersusConfig)

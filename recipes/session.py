@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import torch
+from torch.distributed import Store
 
-from recipes.atomic import atomic_write_text
+from moe.errors import DiskError, GraftError, UserError
+from recipes.atomic import atomic_write_text, write_synced
 from recipes.callbacks.base import Callback
 from recipes.callbacks.progress import Progress
 from recipes.callbacks.recorder import Recorder
+from recipes.checkpoint.ranks import Ranks
 from recipes.compose import to_yaml
 from recipes.engines import Engine, engine_classes
 from recipes.goodput import GoodputLedger
+from recipes.guards.agreement import facts_of_this_rank, require_agreement
+from recipes.guards.run_guards import RunGuards
+from recipes.guards.stores import group_store, launch_store
+from recipes.guards.watch import Watch
+from recipes.guards.watchdog import Watchdog
 from recipes.interrupt import StopRequest
 from recipes.jobs.base import Job, Session
 from recipes.loop import Loop
+from recipes.relaunch import Launch
 from recipes.run_dir import RunDir, choose_run_dir
 from recipes.run_file import read_run_file, write_run_file
 from recipes.run_meters import RunMeters
@@ -39,17 +49,18 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
         The exit code: 0 when the job came to its end, 130 when it was asked to stop and has saved.
     """
     engine = engine_classes()[config.engine.name](config.engine)
+    store = launch_store()
+    if store is not None:  # before process groups, whose making hangs where ranks disagree about them
+        _agree_on_start(store, engine, values)
     engine.open()
     try:
+        if store is None:
+            _agree_on_start(group_store(), engine, values)
         # Dropout and the like differ between ranks; weights do not come from this state.
         torch.manual_seed(config.seed + engine.rank)
         _quiet_libraries()
         run_dir = _agree_on_run_dir(engine, config)
-        if engine.rank == 0:
-            run_dir.path.mkdir(parents=True, exist_ok=True)
-            if not run_dir.resumed:  # else when the resume has turned out to be allowed
-                atomic_write_text(run_dir.path / "config.yaml", to_yaml(values))
-            print(f"run: {run_dir.path}" + (" (going on)" if run_dir.resumed else ""), flush=True)
+        _make_run_dir(engine, run_dir, values)
         return _run_open(job, config, values, engine, run_dir, started)
     finally:
         engine.close()
@@ -78,27 +89,72 @@ def _run_open(
     spent: dict[str, float] = {}
     try:
         with StopRequest(speaks=engine.rank == 0) as stop:
-            loop = Loop(engine, callbacks, stop, meters)
+            loop = Loop(engine, callbacks, stop, meters, _guards(config, engine, run_dir))
             spent = loop.spent
             session = Session(config, values, engine, run_dir, stop, logger, loop, started, ledger)
             finished = job.run(session)
             if not finished:
                 session.say(f"stopped and saved; go on with: resume={run_dir.path}")
-    finally:
-        if ledger is not None:
-            ledger.close(spent)
-        logger.finish()
+    except BaseException as error:
+        # Errors that are told to the user, and a second Ctrl-C, are no failures that a run recovers from.
+        failed = not isinstance(error, GraftError | KeyboardInterrupt)
+        with contextlib.suppress(DiskError):  # the first error is the one to tell
+            _close(logger, ledger, spent, failed=failed)
+        raise
+    _close(logger, ledger, spent, failed=False)
     return 0 if finished else STOPPED
+
+
+def _close(logger: RunLogger, ledger: GoodputLedger | None, spent: dict[str, float], *, failed: bool) -> None:
+    try:
+        if ledger is not None:
+            ledger.close(spent, failed=failed)
+    finally:
+        logger.finish()
+
+
+def _make_run_dir(engine: Engine[Any], run_dir: RunDir, values: dict[str, Any]) -> None:
+    """Makes it, and tries on every rank whether it can be written to: checkpoints will be, by all of them."""
+    ranks = Ranks(None)
+
+    def make() -> None:
+        if engine.rank:
+            return
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        if launch := Launch.of_this_process():  # first of all: killed from here on, it is found again
+            write_run_file(run_dir.path, **launch.record())
+        if not run_dir.resumed:  # else when the resume has turned out to be allowed
+            atomic_write_text(run_dir.path / "config.yaml", to_yaml(values))
+
+    def probe() -> None:
+        path = run_dir.path / f".tmp-rank-{engine.rank:05d}"
+        write_synced(path, b"")
+        path.unlink()
+
+    ranks.together(f"making {run_dir.path}", make)
+    ranks.together(f"writing to {run_dir.path}", probe)
+    if engine.rank == 0:
+        print(f"run: {run_dir.path}" + (" (going on)" if run_dir.resumed else ""), flush=True)
+
+
+def _agree_on_start(store: Store, engine: Engine[Any], values: dict[str, Any]) -> None:
+    """Refuses ranks that were started differently."""
+    require_agreement(store, engine.rank, engine.world_size, facts_of_this_rank(values))
+
+
+def _guards(config: RunConfig, engine: Engine[Any], run_dir: RunDir) -> RunGuards:
+    limit, watch = config.faults.hang_s, Watch()
+    if limit is not None:
+        watch = Watchdog(engine.rank, engine.world_size, group_store(), limit, run_dir.path)
+    return RunGuards(config.faults, run_dir.path, watch)
 
 
 def _agree_on_run_dir(engine: Engine[Any], config: RunConfig) -> RunDir:
     """Rank 0 decides, since the answer depends on what is on the disk; its error is everybody's."""
-    from moe.errors import UserError
-
     decided: RunDir | UserError | None = None
     if engine.rank == 0:
         try:
-            decided = choose_run_dir(config)
+            decided = choose_run_dir(config, Launch.of_this_process())
         except UserError as error:
             decided = error
     decided = engine.broadcast(decided)

@@ -23,8 +23,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from moe.errors import DiskError, Mistake
 from moe.types import Config
-from recipes.metrics import LOAD_FILE, METRICS_FILE, MetricsLog
+from recipes.metrics import LOAD_FILE, METRICS_FILE
+from recipes.patient_log import PatientLog
 from recipes.report.colours import load_image
 from recipes.rules import require
 
@@ -314,9 +316,9 @@ class RunLogger:
 
     def __init__(self, run_dir: str | Path, tracker: NullTracker, rank: int = 0) -> None:
         self.tracker = tracker
-        self._logs: tuple[MetricsLog, ...] = ()
+        self._logs: tuple[PatientLog, ...] = ()
         if rank == 0:
-            self._logs = (MetricsLog(Path(run_dir) / METRICS_FILE), MetricsLog(Path(run_dir) / LOAD_FILE))
+            self._logs = (PatientLog(Path(run_dir) / METRICS_FILE), PatientLog(Path(run_dir) / LOAD_FILE))
 
     def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
         """Logs a step.
@@ -326,7 +328,7 @@ class RunLogger:
             load: Load of every expert, in steps where it is known.
 
         Raises:
-            DiskError: The row cannot be written to the file.
+            DiskError: Very many rows cannot be written; a few wait, which is said once.
         """
         if not self._logs:
             return
@@ -353,7 +355,17 @@ class RunLogger:
             log.sync()
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Closes the files, then the charts. The figures of ``summary`` become the charts' summary."""
+        """Closes the files, then the charts. The figures of ``summary`` become the charts' summary.
+
+        Raises:
+            DiskError: Rows were not written; everything is closed nevertheless.
+        """
+        mistakes: list[Mistake] = []
         for log in self._logs:
-            log.close()
+            try:
+                log.close()
+            except DiskError as error:
+                mistakes += error.mistakes
         self.tracker.finish(summary)
+        if mistakes:
+            raise DiskError(mistakes)

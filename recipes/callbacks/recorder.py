@@ -32,9 +32,13 @@ class Recorder(Callback):
         now = time.time()
         line: dict[str, Any] = {"leg": leg.name, **row, "time": now}
         if self.ledger is not None and "step_s" in row:
-            self.ledger.add_step(row["step_s"])
+            self.ledger.add_step(row["step_s"], counts="skipped" not in row)
             line["goodput"] = self.ledger.goodput(now)
+            if (recovery := self.ledger.recovery(now)) is not None:
+                line["recovery_s"] = recovery
         self.logger.log(line, experts)
+        if self.ledger is not None and "went_back_to" in row:
+            self.ledger.recount()
 
     def before_checkpoint(self, leg: LegInfo, step: int) -> None:
         """The rows up to a checkpoint are on the disk before it is: a resume counts on them."""

@@ -45,6 +45,11 @@ class TrainData:
         """Tokens in the validation documents."""
         return self.validation.num_tokens
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What samples are read from while training."""
+        return tuple(dict.fromkeys((*self.train.files, *self.validation.files)))
+
 
 def load_data(
     cfg: DataConfig,

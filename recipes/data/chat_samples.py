@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -141,6 +142,11 @@ class ChatSamples:
         self.num_tokens = int(lengths.sum())
         self.samples_per_epoch = len(self._packed)
         self.isolated = True
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What samples are read from."""
+        return *self._chat.ids.files, *self._chat.counted.files
 
     def sample(self, n: int) -> np.ndarray:
         """``[S + 1]`` int64, padding being 0 at the end."""

@@ -195,6 +195,11 @@ class IndexedDataset:
         self._tokens = _mapped(bin_path(prefix), self.dtype, 0, self.num_tokens)
 
     @property
+    def files(self) -> tuple[Path, Path]:
+        """The pair itself."""
+        return bin_path(self.prefix), idx_path(self.prefix)
+
+    @property
     def num_documents(self) -> int:
         """Documents in the pair, empty ones counted."""
         return len(self.document_offsets) - 1

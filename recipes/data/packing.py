@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -75,6 +76,11 @@ class PackedDataset:
             raise DataError.one(
                 "data.seq_len", seq_len, *_too_short(self.num_documents, self.num_tokens, seq_len)
             )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What samples are read from."""
+        return self._indexed.files
 
     def sample(self, n: int) -> np.ndarray:
         """``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""

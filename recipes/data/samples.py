@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +67,10 @@ class Samples(Protocol):
     num_documents: int
     num_tokens: int
     samples_per_epoch: int
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What they are read from."""
 
     def sample(self, n: int) -> np.ndarray:
         """``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""

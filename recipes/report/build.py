@@ -13,6 +13,7 @@ from recipes.metrics import METRICS_FILE
 from recipes.report import canvas, html, sections
 from recipes.report.colours import DARK, LIGHT, Theme
 from recipes.report.data import RunRecord, read_run
+from recipes.report.faults import faults
 from recipes.report.figures import balance_figure, loss_figure
 from recipes.report.hardware import hardware
 from recipes.report.heatmap import load_figure
@@ -55,6 +56,7 @@ def build_report(run_dir: str | Path) -> Path:
         *sections.routing(record),
         *sections.throughput(record),
         *hardware(record),
+        *faults(record),
         *sections.exactness(record),
         *sections.export(record),
         *sections.configuration(record),

@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 ) -> None:
     assert DivergedError.exit_code == 1
     with diverging(5):
-        ended = go("diverged")
+        ended = go("diverged", {"faults.max_nonfinite": 1})
     assert ended.code == 1
     run_dir = workplace / "outputs" / "diverged"
     assert ended.err.startswith("error: moe: at step 5 the loss is nan and the gradient norm nan")
@@ -72,30 +72,63 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     same_training(run_dir, first)
 
 
-def test_a_full_disk_is_said_in_a_sentence(
-    go: Callable[..., Ended], workplace: Path, text: str, first: Path
-) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device")
+def disk_full_in(*writes: int) -> Any:
+    """While open, the checkpoint files of these numbers, counted from 1, cannot be written."""
     written = [0]
 
     def write(*args: Any) -> Any:
         from recipes.checkpoint.stream import write_tensors
 
         written[0] += 1
-        if written[0] == 2:
-            raise full
+        if written[0] in writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
         return write_tensors(*args)
 
-    with patch("recipes.checkpoint.writer.write_tensors", write):
+    return patch("recipes.checkpoint.writer.write_tensors", write)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_training_goes_on_over_a_full_disk(
+    background: bool, go: Callable[..., Ended], workplace: Path, first: Path
+) -> None:
+    name = f"full-{background}"
+    with disk_full_in(2):
+        ended = go(name, {"train.async_save": background})
+    assert ended.code == 0, ended.err
+    run_dir = workplace / "outputs" / name
+    assert "the checkpoint of step 4 was not saved" in ended.err and "No space left on device" in ended.err
+    assert steps(run_dir / "checkpoints") == [2, 6]
+    told = [row for row in read_rows(run_dir / "metrics.jsonl") if "failed_saves" in row]
+    assert [row["failed_saves"] for row in told] == [1] and 5 <= told[0]["step"] <= 6
+    found = [{k: v for k, v in row.items() if k != "failed_saves"} for row in rows(run_dir, "moe")]
+    assert found == rows(first, "moe")
+
+
+def test_the_best_checkpoint_is_kept(go: Callable[..., Ended], workplace: Path) -> None:
+    # A learning rate at which the loss gets worse.
+    changes = {"train.keep_best": True, "train.keep_last": 1, "train.eval_every": 2, "train.steps": 4}
+    ended = go("best", changes | {"optim.lr": 0.3, "optim.schedule.kind": "constant"})
+    assert ended.code == 0, ended.err
+    run_dir = workplace / "outputs" / "best"
+    losses = {row["step"]: row["val_loss"] for row in rows(run_dir, "moe")[2::2]}
+    assert losses[2] < losses[4], losses
+    assert steps(run_dir / "checkpoints") == [2, 4]
+
+
+def test_a_full_disk_at_the_last_save_is_said_in_a_sentence(
+    go: Callable[..., Ended], workplace: Path, text: str, first: Path
+) -> None:
+    with disk_full_in(3):
         ended = go("full")
     assert ended.code == 2
     run_dir = workplace / "outputs" / "full"
     assert "No space left on device" in ended.err and "Free some space" in ended.err
     assert str(run_dir / "checkpoints") in ended.err
     assert "Traceback" not in ended.err
-    # The save that failed leaves nothing, the one before it is whole.
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000002"]
-    verify_checkpoint(run_dir / "checkpoints" / "step-00000002")
+    # The save that failed leaves nothing, those before it are whole.
+    assert steps(run_dir / "checkpoints") == [2, 4]
+    assert not list((run_dir / "checkpoints").glob(".tmp-*"))
+    verify_checkpoint(run_dir / "checkpoints" / "step-00000004")
     resumed = job(workplace, {"data.path": text, "run.name": "full", "resume": "auto"})
     assert resumed.code == 0, resumed.err
     same_training(run_dir, first)

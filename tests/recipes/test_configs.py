@@ -17,7 +17,7 @@ from moe.upcycle import upcycle_methods
 from recipes.compose import CONF, compose_config, to_yaml
 from recipes.engines import engine_classes
 from recipes.jobs import job_classes
-from recipes.jobs.upcycle import make_surgery
+from recipes.jobs.surgery import make_surgery
 from recipes.schema import RunConfig, TrainConfig, parse_config
 from tests.moe.routing_cases import make_bank
 

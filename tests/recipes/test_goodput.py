@@ -38,6 +38,9 @@ def test_a_run_without_interruption(tmp_path: Path) -> None:
         "other_s": 10.0,
         "down_s": 0.0,
         "processes": 1,
+        "recoveries": 0,
+        "recovery_s": 0.0,
+        "recovery_worst_s": 0.0,
     }
 
 
@@ -70,6 +73,53 @@ def test_a_stopped_run_says_when_it_ended(tmp_path: Path) -> None:
     found = GoodputLedger(tmp_path, started=150.0).figures(160.0, {})
     assert (found["steps_s"], found["evaluation_s"], found["down_s"], found["wall_s"]) == (5, 2, 30, 60)
     assert [part["started"] for part in read_run_file(tmp_path)["parts"]] == [100, 150]
+
+
+def test_a_recovery_lasts_from_the_last_step_to_the_next(tmp_path: Path) -> None:
+    # Killed behind the row of 140 s; the next process does not come to a step and is killed as well.
+    GoodputLedger(tmp_path, started=100.0)
+    write(tmp_path, [(1, 10.0, 115.0), (2, 10.0, 140.0)])
+    assert GoodputLedger(tmp_path, started=150.0).recovery(151.0) == 11
+    GoodputLedger(tmp_path, started=160.0)
+    third = GoodputLedger(tmp_path, started=200.0)
+    third.add_step(10.0)
+    # The second process had come to a step at 151 s, but left no row of it: the last row counts.
+    assert third.recovery(230.0) == 90
+    assert third.recovery(240.0) is None
+    found = third.figures(250.0, {})
+    assert (found["recoveries"], found["recovery_s"], found["recovery_worst_s"]) == (2, 101, 90)
+
+
+@pytest.mark.parametrize(("failed", "recovery"), [(False, None), (True, 50.0)])
+def test_only_failures_are_recovered_from(failed: bool, recovery: float | None, tmp_path: Path) -> None:
+    ledger = GoodputLedger(tmp_path, started=100.0)
+    with patch("recipes.goodput.time.time", lambda: 125.0):
+        ledger.close({}, failed=failed)
+    write(tmp_path, [(1, 5.0, 120.0)])
+    assert GoodputLedger(tmp_path, started=150.0).recovery(170.0) == recovery
+
+
+def test_a_failure_before_any_step_begins_with_its_process(tmp_path: Path) -> None:
+    # Stopped by its user at 125 s; begun again at 900 s and killed before a step.
+    ledger = GoodputLedger(tmp_path, started=100.0)
+    with patch("recipes.goodput.time.time", lambda: 125.0):
+        ledger.close({})
+    write(tmp_path, [(1, 5.0, 120.0)])
+    GoodputLedger(tmp_path, started=900.0)
+    assert GoodputLedger(tmp_path, started=950.0).recovery(970.0) == 70
+
+
+def test_steps_that_were_skipped_or_undone_do_not_count(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 7):
+        more = {4: {"skipped": 1}, 5: {"skipped": 1, "went_back_to": 2}}.get(step, {})
+        log.append({"leg": "moe", "step": step, "step_s": 10.0, "time": 100.0 + 10 * step} | more)
+    log.append({"leg": "cpt", "step": 3, "step_s": 1.0, "time": 170.0})
+    log.close()
+    ledger = GoodputLedger(tmp_path, started=100.0)
+    ledger.recount()
+    # Steps 1, 2 and 6 of one leg, and the third of another: 3 is undone, 4 and 5 were skipped.
+    assert ledger.goodput(162.0) == 31 / 62
 
 
 def test_a_leg_is_a_ratio_of_sums() -> None:

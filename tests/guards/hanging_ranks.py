@@ -1,0 +1,111 @@
+"""Ranks that hang, each a process that the watchdog may end: ``python hanging_ranks.py FOLDER``.
+
+The ranks of all cases are forked from one process, which has imported everything: that takes longest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from recipes.guards.stores import group_store
+from recipes.guards.watchdog import Watchdog
+
+RANKS = 3
+HANGING_RANK = 1
+LIMIT_S = 2.0
+CASES = ("none", "sleeps", "stopped", "holds", "elsewhere")
+_FOR_EVER = 200
+_PATIENCE_S = 100.0
+
+
+def hang_here(case: str, pair: dist.ProcessGroup) -> None:
+    """Does not come back."""
+    if case == "sleeps":
+        time.sleep(_FOR_EVER)
+    elif case == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif case == "holds":  # without letting any other thread of Python run
+        ctypes.PyDLL(None).sleep(_FOR_EVER)
+    elif case == "elsewhere":  # in a collective that no other rank comes to
+        dist.all_reduce(torch.ones(1), group=pair)
+
+
+def train(folder: Path, case: str) -> None:
+    """A few steps with marks and a collective each, something slow that is allowed, and then the hang."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=_FOR_EVER))
+    rank = dist.get_rank()
+    pair = dist.new_group([0, HANGING_RANK])
+    watch = Watchdog(rank, RANKS, group_store(), LIMIT_S, folder, backstop_s=5.0)
+    with watch.training():
+        for step in range(3):
+            watch.mark(f"moe, step {step + 1}, the update")
+            time.sleep(LIMIT_S / 8)
+            dist.all_reduce(torch.ones(1))
+        watch.mark("saving", 10.0)
+        time.sleep(2 * LIMIT_S)
+        dist.barrier()
+        if case != "none":
+            watch.mark("moe, step 4, the update")
+            if rank == HANGING_RANK:
+                hang_here(case, pair)
+            dist.all_reduce(torch.ones(1))
+    assert case == "none", "the watchdog has not ended this rank"
+
+
+def start(folder: Path, case: str) -> dict[int, int]:
+    """Process ids by rank."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = {}
+    for rank in range(RANKS):
+        pid = os.fork()
+        if pid:
+            found[rank] = pid
+            continue
+        os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        code = 1
+        try:
+            train(folder, case)
+            code = 0
+        finally:
+            os._exit(code)
+    return found
+
+
+def main(folder: Path) -> None:
+    """Runs all cases side by side and writes how every process ended; ends what is left of them."""
+    running = {(case, rank): pid for case in CASES for rank, pid in start(folder / case, case).items()}
+    codes: dict[str, dict[int, int]] = {case: {} for case in CASES}
+    # Nothing ends a process that is stopped: torchrun would.
+    waiting = running.keys() - {("stopped", HANGING_RANK)}
+    deadline = time.monotonic() + _PATIENCE_S
+    while waiting and time.monotonic() < deadline:
+        for case, rank in set(waiting):
+            done, status = os.waitpid(running[case, rank], os.WNOHANG)
+            if done:
+                codes[case][rank] = os.waitstatus_to_exitcode(status)
+                waiting -= {(case, rank)}
+        time.sleep(0.05)
+    for case, rank in running.keys() - {(c, r) for c, found in codes.items() for r in found}:
+        os.kill(running[case, rank], signal.SIGKILL)
+        os.waitpid(running[case, rank], 0)
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
