@@ -45,6 +45,8 @@ class Experts(nn.Module):
         w_down_EDF: Down projection.
         b_up_EU: Bias of the up projection, or None.
         b_down_ED: Bias of the down projection, or None.
+        shape: (E, D, F) of all ranks.
+        ranks: Over how many ranks the experts are spread, each of which holds a slice of them.
     """
 
     parameter_role: ClassVar[str] = "expert"
@@ -60,6 +62,9 @@ class Experts(nn.Module):
         self.activation = bank.activation
         self.gated = bank.gated
         self.backend = backend
+        self.ranks = 1
+        # Of all ranks: what an engine leaves of the weights between passes may be empty.
+        self.shape = tuple(bank.w_down_EDF.shape)
         self.w_up_EUD = nn.Parameter(bank.w_up_EUD)
         self.w_down_EDF = nn.Parameter(bank.w_down_EDF)
         self.b_up_EU = None if bank.b_up_EU is None else nn.Parameter(bank.b_up_EU)
@@ -94,11 +99,13 @@ class Experts(nn.Module):
             mesh: One axis of ranks that hold the same weights so far. Their number divides E.
         """
         count, ranks = len(self.w_down_EDF), mesh.size()
+        self.ranks = ranks
         assert mesh.ndim == 1 and count % ranks == 0, (mesh, count)
         mine = slice(count // ranks * mesh.get_local_rank(), count // ranks * (mesh.get_local_rank() + 1))
         for name, whole in list(self.named_parameters()):
             # A copy: a view would keep the other ranks' experts in memory.
-            part = whole[mine].to(mesh.device_type, copy=True)
+            # What has no memory yet gets it later, for the slice alone.
+            part = whole[mine].clone() if whole.is_meta else whole[mine].to(mesh.device_type, copy=True)
             shard = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             setattr(self, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
@@ -119,7 +126,7 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, for printing the model."""
-        E, D, F = self.w_down_EDF.shape
+        E, D, F = self.shape
         return f"experts={E}, model_width={D}, expert_width={F}, {self.activation}, gated={self.gated}"
 
 

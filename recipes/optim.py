@@ -30,6 +30,7 @@ __all__ = [
     "clip_grad_norm",
     "group_parameters",
     "lr_factor",
+    "materialise_adamw",
 ]
 
 
@@ -107,6 +108,8 @@ class OptimConfig(Config):
         frozen: What the first updates leave alone.
         muon: Settings of Muon.
         schedule: How the learning rate moves.
+        start_from: Folder of a checkpoint of the dense model's own training (``RUN/cpt/checkpoints/step-N``),
+            whose optimizer state the copies begin with; None begins afresh. See `recipes.optim_start`.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -120,6 +123,7 @@ class OptimConfig(Config):
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         scales = {"router_lr_scale": self.router_lr_scale, "expert_lr_scale": self.expert_lr_scale}
@@ -224,7 +228,7 @@ class OptimizerSet:
                     if isinstance(optimizer, StackedMuon):
                         optimizer.materialise(param)
                     else:
-                        _materialise_adamw(optimizer, param)
+                        materialise_adamw(optimizer, param)
 
     def state_tensors(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The live state, as a checkpoint names it: ``optim.<parameter name>.<state key>``.
@@ -256,8 +260,13 @@ class OptimizerSet:
         return found
 
 
-def _materialise_adamw(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-    """Writes what AdamW's first step would: zero moments, and a step count where the kernel wants it."""
+def materialise_adamw(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
+    """Writes what AdamW's first step would: zero moments, and a step count where the kernel wants it.
+
+    Args:
+        optimizer: An AdamW.
+        param: What it updates; state that exists stays.
+    """
     state = optimizer.state[param]
     if state:
         return

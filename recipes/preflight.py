@@ -25,7 +25,9 @@ from recipes.hosts.branches import check_sources
 from recipes.hosts.header_shape import read_ffn_shape
 from recipes.hosts.inspection import check_dense, read_config
 from recipes.hosts.method_fit import method_mistakes
+from recipes.optim_start import check_optim_start
 from recipes.prompts.rows import check_prompts
+from recipes.relaunch import Launch
 from recipes.run_dir import choose_run_dir
 from recipes.schema import RunConfig
 from recipes.sparsify import check_sparsify, check_sparsify_layers
@@ -36,11 +38,12 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
-    mistakes = check_batch(config, world_size) + check_router(config) + check_engine(config)
+    ranks = world_size // engine_classes()[config.engine.name].same_data(config.engine)
+    mistakes = check_batch(config, max(1, ranks)) + check_router(config) + check_engine(config)
     mistakes += (
         check_sparsify(config) + check_schedule(config) + check_paths(config.data) + check_folders(config)
     )
-    mistakes += check_calibration(config) + check_run_dir(config)
+    mistakes += check_calibration(config) + check_run_dir(config) + check_optim_start(config)
     mistakes += check_chat_template(config.data, config.dense)
     if config.dense is None:
         return mistakes + check_method(config, _embedded_shape(config)) + check_model(config)
@@ -140,6 +143,8 @@ def check_engine(config: RunConfig) -> list[Mistake]:
     """The machine must have what the engine needs, and the engine be able to train the mixture."""
     engine = engine_classes()[config.engine.name]
     mistakes = engine.check_mixture(config.engine, config.upcycle.num_experts, config.router)
+    mistakes += engine.check_optimizer(config.engine, config.optim)
+    mistakes += engine.check_run(config.engine, config)
     found = engine.check(config.engine)
     if found is None:
         return mistakes
@@ -195,7 +200,7 @@ def check_run_dir(config: RunConfig) -> list[Mistake]:
     if os.environ.get("RANK", "0") != "0":
         return []
     try:
-        choose_run_dir(config)
+        choose_run_dir(config, Launch.of_this_process())
     except UserError as error:
         return list(error.mistakes)
     return []

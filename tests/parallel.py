@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 # Folders whose tests share runs of the whole job or started ranks; the longest first.
-_TOGETHER = ("jobs", "engines", "convert", "cap", "versus", "calibration")
+_TOGETHER = ("jobs", "engines", "chaos", "guards", "online", "convert", "cap", "versus", "calibration")
 
 
 def group_of(path: Path, tests: Path) -> str:

@@ -21,6 +21,12 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's directory")
     add("--out", required=True, metavar="DIR", help="where the model goes; must not exist")
+    add(
+        "--leg",
+        choices=("moe", "cpt"),
+        default="moe",
+        help="the mixture, or the dense model trained beside it",
+    )
     add("--step", type=int, default=None, help="of the checkpoint (default: the newest complete one)")
     add(
         "--dtype",
@@ -56,6 +62,7 @@ def main() -> int:
         dtype=dtypes.get(arguments.dtype),
         target=arguments.target,
         layout=arguments.layout,
+        leg=arguments.leg,
     )
     done = export_run(request, Path(arguments.out).expanduser().absolute())
     print(

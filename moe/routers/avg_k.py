@@ -94,7 +94,8 @@ class AvgKRouter(Router[AvgKConfig]):
     def attach(self, experts: Experts) -> None:
         """Takes the experts whose keys it reads; warns where they are all the same."""
         self._attached, self._differ = (experts,), False
-        if self._are_same(self.mean_keys()):
+        # Experts whose weights are yet to come: the first training pass asks.
+        if not experts.w_up_EUD.is_meta and self._are_same(self.mean_keys()):
             _LOG.warning("router=%s: %s. Training will be refused. %s", self.name, _RULE, _REMEDY)
 
     @torch.no_grad()

@@ -33,6 +33,16 @@ class DenseMatrix:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight."""
+        height, width = self.weight.shape
+        return height, width
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some of the weight's rows as they are."""
+        return self.weight[rows]
+
     @cached_property
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation of all elements."""
@@ -77,22 +87,49 @@ def expert_blocks(
     Yields:
         Blocks in the dense dtype; a view of the dense matrix where nothing changes.
     """
+    height, _ = expert_shape(plan, matrix, dense.shape[0 if matrix == "down" else 1])
+    for _, block in expert_rows(plan, matrix, dense, generator, slice(0, height)):
+        yield block
+
+
+def expert_rows(
+    plan: ExpertPlan, matrix: Matrix, dense: DenseMatrix, generator: Generator, wanted: slice
+) -> Iterator[tuple[int, Tensor]]:
+    """Some rows of an expert's matrix, the same bit for bit as in the whole of it.
+
+    Args:
+        plan: The expert.
+        matrix: Which of its matrices.
+        dense: The same matrix of its dense network. Where the plan keeps the matrix, only the wanted rows of
+            it are asked for.
+        generator: Of `Draws.of_matrix`, freshly made: rows before the wanted ones are drawn as well.
+        wanted: From ``start`` to ``stop``.
+
+    Yields:
+        Index of a block's first row in the expert's matrix, and the block, in the dense dtype.
+    """
     axis = 1 if matrix == "down" else 0
-    if plan.keeps(matrix) and (axis == 0 or plan.width == dense.weight.shape[1]):
+    if plan.keeps(matrix) and (axis == 0 or plan.width == dense.shape[1]):
         assert isinstance(plan.neurons_F, slice)
-        yield dense.weight[plan.neurons_F] if axis == 0 else dense.weight
+        first = plan.neurons_F.start if axis == 0 else 0
+        yield wanted.start, dense.rows(slice(first + wanted.start, first + wanted.stop))
         return
-    D = dense.weight.shape[1 - axis]
-    height, width = expert_shape(plan, matrix, D)
+    height, width = expert_shape(plan, matrix, dense.shape[1 - axis])
     factor = plan.scale.get(matrix, 1.0)
     drawing = _Drawing.of(plan, matrix, dense)
+    draws = drawing is not None or plan.noise is not None
     for rows in _blocks(height, width):
+        if rows.start >= wanted.stop or rows.stop <= wanted.start and not draws:
+            continue
         block = _selected(plan, dense.weight, axis, rows)
         if factor != 1.0 or plan.noise is not None:
             block = _changed(plan, matrix, block, factor, dense, rows, generator)
         if drawing is not None:
             block = drawing.onto(block, rows, axis, generator)
-        yield block.to(dense.weight.dtype).contiguous()
+        if rows.stop > wanted.start:
+            start = max(rows.start, wanted.start)
+            part = block[start - rows.start : wanted.stop - rows.start]
+            yield start, part.to(dense.weight.dtype).contiguous()
 
 
 def _selected(plan: ExpertPlan, weight: Tensor, axis: int, rows: slice) -> Tensor:

@@ -16,7 +16,7 @@ from recipes.calibration.alone import calibrate_alone
 from recipes.compose import CONF, compose_config
 from recipes.hosts.drift import MethodDrift, measure_drift
 from recipes.hosts.huggingface import HuggingFaceHost, load_host
-from recipes.jobs.upcycle import make_surgery
+from recipes.jobs.surgery import make_surgery
 from recipes.preflight import check_router
 from recipes.prompts.rows import check_prompts, with_prompt_rows
 from recipes.schema import RunConfig, parse_config

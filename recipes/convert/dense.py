@@ -94,6 +94,16 @@ class DenseFiles:
             tensor = tensor.view(shape[0] // number, *shape[1:])
         return tensor.t() if where.transposed else tensor
 
+    def read_rows(self, where: MatrixName, rows: slice) -> Tensor:
+        """Some rows of what `read_matrix` reads; no others are read where the files hold rows together."""
+        if where.transposed:
+            return self.read_matrix(where)[rows]
+        part, number = where.part
+        shape = self.tensors[where.tensor].spec.shape
+        first, width = shape[0] // number * part, torch.Size(shape[1:]).numel()
+        run = self.read_run(where.tensor, (first + rows.start) * width, (first + rows.stop) * width)
+        return run.view(rows.stop - rows.start, *shape[1:])
+
     def read_run(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a tensor, in row-major order: ``[stop - start]``."""
         stored = self.tensors[name]

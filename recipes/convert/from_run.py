@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -15,6 +16,7 @@ from recipes.calibration.gather import read_statistics
 from recipes.calibration.store import CalibrationFolder
 from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
+from recipes.convert.dense_leg import MODEL_PREFIX, dense_dtype, write_dense
 from recipes.convert.plan import ConversionRequest, plan_conversion
 from recipes.convert.run import RECORD
 from recipes.hosts.export import dtype_keys, publish, write_companions, write_live
@@ -28,9 +30,6 @@ from recipes.identity import read_run_file
 from recipes.run_dir import RunDir
 from recipes.schema import RunConfig, parse_config
 
-# What a model's tensors are called in a checkpoint, beside those of the optimizer.
-_MODEL_PREFIX = "model."
-
 
 @dataclass(frozen=True)
 class ExportRequest:
@@ -42,6 +41,7 @@ class ExportRequest:
         dtype: Of the output; None as the dense checkpoint.
         target: Name of a format; ``auto`` for the best that holds it exactly.
         layout: Of the experts' tensors.
+        leg: ``moe``, or ``cpt`` for the dense model that was trained on the same tokens.
     """
 
     run: Path
@@ -49,6 +49,7 @@ class ExportRequest:
     dtype: torch.dtype | None = None
     target: str = "auto"
     layout: Layout = "per_expert"
+    leg: Literal["moe", "cpt"] = "moe"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     if out.exists():
         raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
     config, dense = _read_run(request.run)
+    if request.leg == "cpt":
+        return _export_dense(request, dense, out)
     if config.attention is not None:
         rule = "its key-value heads are experts, which only the run itself exports"
         raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
@@ -108,6 +111,16 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     return Exported(out, conversion.exporter.name, exact_in, checkpoint, step, total)
 
 
+def _export_dense(request: ExportRequest, dense: Path, out: Path) -> Exported:
+    checkpoint = _checkpoint(request)
+    verify_checkpoint(checkpoint)
+    with open_checkpoint(checkpoint) as tensors:
+        total = write_dense(tensors, dense, request.dtype or dense_dtype(dense), out)
+        step = tensors.step
+    family = json.loads((out / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return Exported(out, family, ["transformers"], checkpoint, step, total)
+
+
 def _read_run(run: Path) -> tuple[RunConfig, Path]:
     path = run / "config.yaml"
     if not path.is_file():
@@ -121,11 +134,13 @@ def _read_run(run: Path) -> tuple[RunConfig, Path]:
 
 
 def _checkpoint(request: ExportRequest) -> Path:
-    folder = RunDir(request.run).checkpoints("moe")
+    folder = RunDir(request.run).checkpoints(request.leg)
     if request.step is None:
         found = find_checkpoint(folder).path
         if found is None:
-            raise ConfigError.one("run", str(request.run), "it has no complete checkpoint", "Resume the run.")
+            rule = f"it has no complete checkpoint of {request.leg}"
+            remedy = "Resume the run." if request.leg == "moe" else "Run it with compare.cpt=true."
+            raise ConfigError.one("run", str(request.run), rule, remedy)
         return found
     path = folder / f"step-{request.step:08d}"
     if not path.is_dir():
@@ -143,9 +158,9 @@ def _write(
     dense: Path,
     out: Path,
 ) -> int:
-    live, names = LiveNames(spec), tensors.names(_MODEL_PREFIX)
+    live, names = LiveNames(spec), tensors.names(MODEL_PREFIX)
     kept = [
-        TensorSpec(name, tensors.dtype(_MODEL_PREFIX + name), tensors.shape(_MODEL_PREFIX + name))
+        TensorSpec(name, tensors.dtype(MODEL_PREFIX + name), tensors.shape(MODEL_PREFIX + name))
         for name in names
         if live.pieces(name) is None and live.router(name) is None
     ]
@@ -156,7 +171,7 @@ def _write(
     temporary.mkdir(parents=True, exist_ok=True)
     files = TensorFiles(temporary, placement.specs)
     for name in names:
-        write_live(files, name, tensors.read(_MODEL_PREFIX + name), live, placement)
+        write_live(files, name, tensors.read(MODEL_PREFIX + name), live, placement)
     for name, constant in placement.constants.items():
         files.write(name, constant)
     files.finish()

@@ -34,6 +34,7 @@ from recipes.hosts.branches import average, require_same
 from recipes.hosts.ffn import FFNSite, dense_ffn, find_ffns
 from recipes.hosts.loads import load_entropies
 from recipes.hosts.method_fit import method_mistakes
+from recipes.hosts.unfilled import WeightSource
 
 
 @dataclass
@@ -46,6 +47,7 @@ class HuggingFaceHost:
         source_dtype: The dtype of that checkpoint's weights.
         context: The run as routers see it; filled before every forward pass.
         schedule: Of the experts a token uses; None where they stay as they are.
+        weights: Where parameters that have no memory come from; None where all have some.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class HuggingFaceHost:
     source_dtype: torch.dtype
     context: RouterContext = field(default_factory=RouterContext)
     schedule: TopKSchedule | None = None
+    weights: WeightSource | None = None
 
     def __post_init__(self) -> None:
         self.model.register_forward_pre_hook(self._fill_context, with_kwargs=True)

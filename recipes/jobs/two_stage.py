@@ -15,13 +15,14 @@ from moe.errors import CheckpointError, Mistake
 from moe.upcycle import UpcycleMethod
 from recipes.bandwidth import Peaks
 from recipes.calibration.gather import LayerTensors, kept_statistics
-from recipes.checkpoint import find_checkpoint, load_checkpoint
+from recipes.checkpoint import find_checkpoint, load_checkpoint, local_memory
 from recipes.data.build import TrainData
 from recipes.data.sources import check_paths, resolve
 from recipes.embedded import shared_data, vocab_size_of
-from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.jobs.base import Session
-from recipes.jobs.upcycle import MoELeg, TrainedLeg, UpcycleJob
+from recipes.jobs.legs import TrainedLeg
+from recipes.jobs.moe_leg import MoELeg
+from recipes.jobs.upcycle import UpcycleJob
 from recipes.loop import Leg, LegResult, validation_loss
 from recipes.optim import FrozenConfig
 from recipes.packed_attention import attending_as
@@ -93,11 +94,9 @@ class _StageLeg(MoELeg):
 
     number: int
 
-    def _statistics(
-        self, host: HuggingFaceHost, method: UpcycleMethod[Any], source: Path | None
-    ) -> LayerTensors | None:
+    def _statistics(self, method: UpcycleMethod[Any], source: Path | None) -> LayerTensors | None:
         if source is None or not method.statistics:
-            return super()._statistics(host, method, source)
+            return super()._statistics(method, source)
         return kept_statistics(self.session, self.session.run_dir.checkpoints("moe") / source.name)
 
     def _put_stage(self, result: LegResult, tokens: int, **more: Any) -> None:
@@ -176,7 +175,8 @@ class Stage2Leg(_StageLeg):
         loaded = load_checkpoint(begun, tensors, checksums=False)
         for name, tensor in tensors.items():
             if name.startswith("optim."):
-                tensor.zero_()  # as before an optimizer's first step
+                for memory in local_memory(tensor):
+                    memory.zero_()  # as before an optimizer's first step
         leg.state |= {key: loaded.state[key] for key in ("exactness", "attention") if key in loaded.state}
         self.session.say(f"stage 2: begins with the weights of {begun}")
         return leg

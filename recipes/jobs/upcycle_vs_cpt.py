@@ -28,7 +28,10 @@ from recipes.embedded import embedded_tokenizer, fresh_model
 from recipes.hosts.huggingface import HuggingFaceHost, swap
 from recipes.hosts.inspection import read_config
 from recipes.jobs.base import Session
-from recipes.jobs.upcycle import CPTLeg, MoELeg, TrainedLeg, UpcycleJob, make_surgery
+from recipes.jobs.legs import CPTLeg, TrainedLeg
+from recipes.jobs.moe_leg import MoELeg
+from recipes.jobs.surgery import make_surgery
+from recipes.jobs.upcycle import UpcycleJob
 from recipes.loop import Leg, LegResult
 from recipes.run_file import read_run_file, write_run_file
 from recipes.schema import RunConfig

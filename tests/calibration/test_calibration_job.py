@@ -156,7 +156,7 @@ def test_a_run_that_trains_does_not_calibrate_again(
     run_dir = place / "outputs" / "longer"
     shutil.copytree(straight, run_dir)
     longer = options | {"train.steps": 5, "run.name": "longer", "resume": "auto"}
-    with patch("recipes.jobs.upcycle.Calibration", side_effect=AssertionError("calibrated again")):
+    with patch("recipes.jobs.moe_leg.Calibration", side_effect=AssertionError("calibrated again")):
         ended = job(place, longer)
     assert ended.code == 0, ended.err
     assert [row["step"] for row in rows(run_dir, "moe")] == [0, 1, 2, 3, 4, 5]

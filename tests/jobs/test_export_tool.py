@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import tools.export
 from moe.errors import CheckpointError, ConfigError
+from recipes.checkpoint.offline import open_checkpoint
 
 Call = Callable[..., int]
 
@@ -59,3 +60,18 @@ def test_an_export_is_refused_by_name(first: Path, tmp_path: Path, call: Call) -
     with pytest.raises(CheckpointError):
         call(damaged, "--out", tmp_path / "hf", "--step", int(newest.name[5:]))
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_dense_model_that_was_trained_on(first: Path, tmp_path: Path, call: Call) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert call(first, "--leg", "cpt", "--out", tmp_path / "cpt") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cpt")
+    newest = sorted((first / "cpt" / "checkpoints").glob("step-*"))[-1]
+    with open_checkpoint(newest) as tensors:
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, tensors.read(f"model.{name}")), name
+    begun = json.loads((first / "run.json").read_text())["identity"]["dense"]
+    start = AutoModelForCausalLM.from_pretrained(begun)
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    assert (tmp_path / "cpt" / "tokenizer.json").is_file()

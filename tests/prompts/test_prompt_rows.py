@@ -17,7 +17,7 @@ from recipes.convert.gate import load_any
 from recipes.data.tokenizer import load_tokenizer
 from recipes.hosts.ffn import find_ffns
 from recipes.hosts.huggingface import load_host, swap
-from recipes.jobs.upcycle import make_surgery
+from recipes.jobs.surgery import make_surgery
 from recipes.preflight import check_run
 from recipes.prompts.config import PromptsConfig
 from recipes.prompts.read import ExpertPrompts, read_prompts

@@ -1,0 +1,204 @@
+"""The upcycled model: made, trained and exported."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.errors import ConfigError
+from moe.upcycle import UpcycleMethod
+from moe.upcycle.check import TOLERANCES
+from recipes.calibration.gather import Calibration, LayerTensors, kept_statistics
+from recipes.convert.mixture import MixturePlan, MixtureRequest, plan_mixture
+from recipes.costs import measure_costs
+from recipes.data.chat_template import carry_template
+from recipes.hosts.attention import describe_attention, summarise_attention, swap_attention, upcycle_attention
+from recipes.hosts.branches import check_sources
+from recipes.hosts.drift import describe_surgery, summarise_surgery
+from recipes.hosts.export import export, verify_export
+from recipes.hosts.exporters import choose_exporter
+from recipes.hosts.huggingface import HuggingFaceHost, load_host, swap, upcycle
+from recipes.hosts.spec import describe_host
+from recipes.jobs.legs import TrainedLeg
+from recipes.jobs.surgery import make_surgery
+from recipes.leg import Leg, LegResult
+from recipes.online.gate import measure_shards
+from recipes.online.hosts import mixture_host
+from recipes.optim_start import start_optimizer
+from recipes.prompts.rows import with_prompt_rows
+from recipes.results import leg_label
+from recipes.schema import RunConfig
+from recipes.sparsify import host_schedule, schedule_of, summarise_phases
+from recipes.validation import validation_loss
+
+# Real tokens of the step-0 gate and of the comparison after export.
+_CHECK_SAMPLES = 8
+_CHECK_LENGTH = 512
+
+
+class MoELeg(TrainedLeg):
+    """The upcycled model."""
+
+    name = "moe"
+
+    def _build(self, source: Path | None) -> Leg | None:
+        self._fit_attention()
+        method = make_surgery(self.config).method
+        statistics = self._statistics(method, source)
+        if statistics is None:
+            return None
+        if reason := self._whole_reason():
+            self.session.say(f"{self.name}: every rank makes the whole mixture at first: {reason}")
+            return self._build_whole(source, statistics)
+        return self._build_shards(source, statistics)
+
+    def _whole_reason(self) -> str | None:
+        """Why no rank can make its part alone; None where each can."""
+        engine = self.session.engine
+        if not engine.fills_shards:
+            return f"the engine {engine.name} takes whole models"
+        return None if self.config.attention is None else "experts of attention are made of whole models"
+
+    def _build_shards(self, source: Path | None, statistics: LayerTensors) -> Leg:
+        """Each rank makes what it holds, and nothing is ever whole."""
+        plan = self._plan(source, statistics)
+        backend, schedule = self.config.experts.backend, schedule_of(self.config, list(plan.plans))
+        host, state = mixture_host(plan, backend), {}
+        host.schedule = schedule
+        if source is None:
+            # Exactness was measured when the run began: a checkpoint's weights need not be made.
+            report, host.weights = measure_shards(
+                self.session.engine, plan, self._check_tokens(), backend, schedule
+            )
+            self.session.say(describe_surgery(report))
+            state = {"exactness": summarise_surgery(report)}
+        return self._begun(self._leg(host, state), source)
+
+    def _begun(self, leg: Leg, source: Path | None) -> Leg:
+        """With the optimizer state of the dense model's training, where a run that begins is given one."""
+        given = self.config.optim.start_from
+        if given is not None and source is None:
+            folder, spec = Path(given).expanduser(), describe_host(leg.trainable.skeleton)
+            done = start_optimizer(leg.trainable.checkpoint_tensors(), spec, self.folder, folder)
+            self.session.say(f"{self.name}: optimizer state of step {done} of {folder}, none for the routers")
+        return leg
+
+    def _plan(self, source: Path | None, statistics: LayerTensors) -> MixturePlan:
+        config, trust = self.config, self.config.trust_remote_code
+        request = MixtureRequest(self.folder, config.upcycle, config.router, config.seed, trust)
+        branches = make_surgery(config).method.sources if source is None else ()
+        # The preflight knows no embedded default to compare them with.
+        if mistakes := check_sources(branches, str(self.folder), trust_remote_code=trust):
+            raise ConfigError(mistakes)
+        return plan_mixture(request, statistics, reads=source is None)
+
+    def _build_whole(self, source: Path | None, statistics: LayerTensors) -> Leg:
+        host = self._load(self.folder)
+        surgery = make_surgery(self.config)
+        host.schedule = host_schedule(self.config, host, surgery.method)
+        if source is not None:
+            # The weights come from the checkpoint: exactness was measured when the run began.
+            swap(host, surgery, [host] * len(surgery.method.sources), statistics)
+            if self.config.attention is not None:
+                swap_attention(host, self.config.attention, self.config.seed)
+            return self._leg(host, {})
+        sources = [self._load(Path(folder).expanduser()) for folder in surgery.method.sources]
+        report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
+        self.session.say(describe_surgery(report))
+        state = {"exactness": summarise_surgery(report)}
+        if self.config.attention is not None:
+            cut = upcycle_attention(host, self.config.attention, self.config.seed, self._check_tokens())
+            self.session.say(describe_attention(cut))
+            state["attention"] = summarise_attention(cut)
+        return self._begun(self._leg(host, state), source)
+
+    def _load(self, folder: Path) -> HuggingFaceHost:
+        """A dense model, whole."""
+        return load_host(folder, trust_remote_code=self.config.trust_remote_code)
+
+    def _statistics(self, method: UpcycleMethod[Any], source: Path | None) -> LayerTensors | None:
+        """What the method must be told of the dense model; None when the run was asked to stop meanwhile."""
+        if source is not None:
+            return kept_statistics(self.session, source) if method.statistics else {}
+        if not method.statistics and self.config.prompts.path is None:
+            return {}
+        self.session.say(f"{self.name}: every rank loads the whole dense model, to look at text with it")
+        host = self._load(self.folder)
+        found: LayerTensors | None = {}
+        if method.statistics:
+            found = Calibration(self.session, host, method, self.data).run()
+        known = None if found is None else with_prompt_rows(found, self.config, host)
+        del host
+        gc.collect()
+        return known
+
+    def _check_tokens(self) -> Tensor:
+        batch = self.data.validation.batch(0, _CHECK_SAMPLES)
+        return torch.from_numpy(batch[:, : min(self.data.train.seq_len, _CHECK_LENGTH)])
+
+    def _finish(self, leg: Leg, result: LegResult) -> None:
+        self.results.put("exactness", leg.state["exactness"])
+        if "attention" in leg.state:
+            self.results.put("attention", leg.state["attention"])
+        if leg.scheduled_costs:
+            self.results.put("sparsify", summarise_phases(leg.trainable.host.schedule, leg.scheduled_costs))
+        self._put_dense(leg, result)
+        self._export(leg)
+        self._log_backend(leg)
+
+    def _put_dense(self, leg: Leg, result: LegResult) -> None:
+        """The row of the dense model that everything is compared with."""
+        host = self._dense()
+        costs = measure_costs(host, self.config.data.seq_len, None)
+        trainable = self.session.engine.prepare(host, self.config.optim)
+        loss = validation_loss(self.session.engine, trainable, self.data, self.config.train)
+        self.results.put_leg("dense", leg_label("dense"), loss, 0, costs, None)
+
+    def _log_backend(self, leg: Leg) -> None:
+        _, layer = leg.trainable.host.moe_layers()[0]
+        choice = layer.experts.backend_choice()
+        if choice is not None:
+            self.results.put("experts", {"backend": choice.backend.name, "reason": choice.reason})
+
+    def _export(self, leg: Leg) -> None:
+        session, host = self.session, leg.trainable.skeleton
+        exporter, refusals = choose_exporter(describe_host(host))
+        dtype = _export_dtype(self.config, host)
+        if not exporter.is_native:
+            session.say(f"export: in Graft's own format, since {'; '.join(refusals)}")
+        export(
+            host, exporter, leg.trainable.full_tensors(), session.run_dir.export, dtype, writes=session.leads
+        )
+        tokens = self._check_tokens()
+        logits = leg.trainable.logits(tokens)
+        loosest = max((dtype, session.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
+        session.on_rank_zero(lambda: carry_template(self.config.data, session.run_dir.export))
+        report = session.on_rank_zero(
+            lambda: verify_export(exporter, session.run_dir.export, tokens, logits, loosest)
+        )
+        session.say(
+            f"export: {report.format} in {report.path}; reloaded, its logits differ by "
+            f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
+        )
+        self.results.put(
+            "export",
+            {
+                "format": report.format,
+                "native": report.is_native,
+                "path": session.run_dir.export.name,
+                "relative": report.logits.relative,
+                "max_diff": report.logits.max_diff,
+                "kl": report.logits.kl,
+                "argmax_agreement": report.logits.argmax_agreement,
+                "sample": report.sample,
+            },
+        )
+
+
+def _export_dtype(config: RunConfig, host: HuggingFaceHost) -> torch.dtype:
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": host.source_dtype}
+    return named[config.export.dtype]

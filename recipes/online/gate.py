@@ -1,0 +1,105 @@
+"""The step-0 gate on shards: the dense model's logits and the mixture's, and no rank holds either whole.
+
+Letters: B samples, S sequence length, D model width.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.layer import MoELayer
+from moe.top_k_schedule import TopKSchedule
+from moe.upcycle.check import LayerDrift, layer_drift, logit_drift, require_exact
+from recipes.convert.mixture import MixturePlan, StoredModel
+from recipes.engines import Engine
+from recipes.hosts.ffn import dense_ffn
+from recipes.hosts.ffn_names import FFNNames
+from recipes.hosts.huggingface import HuggingFaceHost, SurgeryReport
+from recipes.hosts.loads import load_entropies
+from recipes.hosts.unfilled import TakenWeights
+from recipes.online.hosts import dense_host, mixture_host
+from recipes.online.weights import read_network
+
+
+@torch.no_grad()
+def measure_shards(
+    engine: Engine[Any],
+    plan: MixturePlan,
+    tokens_BS: Tensor,
+    backend: str = "auto",
+    schedule: TopKSchedule | None = None,
+) -> tuple[SurgeryReport, TakenWeights]:
+    """Makes the mixture and measures whether it still computes the same. All ranks call it together.
+
+    The dense model is spread over the ranks in fp32, looked at and freed, then the mixture. Each layer's
+    dense network is read once more, whole, while its mixture is compared with it.
+
+    Args:
+        engine: Fills shards.
+        plan: Of the mixture.
+        tokens_BS: ``[B, S]`` real tokens, the same on all ranks.
+        backend: Of the experts.
+        schedule: Of the experts a token uses.
+
+    Returns:
+        The report, and the weights that were made, for `mixture_host` of the same plan.
+
+    Raises:
+        ExactnessError: The method claims to be exact under this router and is not.
+    """
+    model = plan.model
+    assert model is not None, "what comes from a checkpoint is not measured"
+    tokens_BS = tokens_BS.to(engine.device)
+    dense_logits = _logits(engine, dense_host(model, **_trust(plan)), tokens_BS)
+    gc.collect()
+    host = mixture_host(plan, backend)
+    host.schedule = schedule
+    drifts: list[LayerDrift] = []
+    layers = [layer for _, layer in host.moe_layers()]
+    with _measuring(layers, plan, model, drifts), load_entropies(layers) as loads:
+        moe_logits = _logits(engine, host, tokens_BS)
+    model.close()
+    logits = logit_drift(dense_logits, moe_logits)
+    method = plan.method
+    if plan.claims_exact:
+        require_exact(method.name, logits, drifts, moe_logits.dtype)
+    indices = tuple(ffn.layer for ffn in plan.ffns)
+    report = SurgeryReport(method.name, indices, plan.claims_exact, logits, tuple(drifts), tuple(loads))
+    return report, TakenWeights(host.model)
+
+
+def _trust(plan: MixturePlan) -> dict[str, bool]:
+    return {"trust_remote_code": plan.request.trust_remote_code}
+
+
+def _logits(engine: Engine[Any], host: HuggingFaceHost, tokens_BS: Tensor) -> Tensor:
+    engine.hold(host)
+    logits: Tensor = host.model(input_ids=tokens_BS).logits
+    return logits
+
+
+@contextmanager
+def _measuring(
+    layers: list[MoELayer], plan: MixturePlan, model: StoredModel, drifts: list[LayerDrift]
+) -> Iterator[None]:
+    """While open, every pass of a mixture is compared with its dense network on the same input."""
+
+    def hook(ffn: FFNNames) -> Any:
+        def compare(module: MoELayer, args: tuple[Tensor, ...], out: Tensor) -> None:
+            dense = dense_ffn(args[0], read_network(model, ffn, out.device))
+            drifts.append(layer_drift(ffn.layer, dense, out))
+
+        return compare
+
+    handles = [layer.register_forward_hook(hook(f)) for f, layer in zip(plan.ffns, layers, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

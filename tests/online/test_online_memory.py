@@ -1,0 +1,48 @@
+"""What a rank holds while its part is made: its part, and less than a layer besides."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.benchmarks.shard_memory import SIZES, Layout, RankFailedError, measure_layout, write_dense
+from recipes.benchmarks.shard_rank import PeakMeter
+from tools.bench_online import _line
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by Linux alone")
+_MIB = 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None:
+    tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
+    found = measure_layout(dense, tiny, Layout(ranks=2))
+    assert sum(rank.shard for rank in found) == pytest.approx(found[0].mixture, rel=0.01)
+    for rank in found:
+        # So large that holding it whole, or the dense model besides, could not be missed.
+        assert rank.mixture - rank.shard > 2 * rank.layer and rank.dense > rank.layer
+        assert 0.95 * rank.shard < rank.making <= rank.shard + rank.layer
+        # A layer is gathered beside the buffer that it came in, embeddings stay, and there are activations.
+        assert rank.gate is not None
+        assert rank.making < rank.gate <= rank.shard + 2 * rank.layer + rank.outside + 8 * _MIB
+        # bf16 files: every expert is a copy, so that a rank reads all networks and half of the rest.
+        assert rank.dense / 4 < rank.read < 1.1 * rank.dense / 2
+    row = {"ranks": 2, "expert_parallel": 1, "whole": False, "by_rank": [vars(rank) for rank in found]}
+    assert _line(row).split()[3:5] == ["2", "1"]
+
+
+def test_the_meter_sees_what_is_held_for_a_moment() -> None:
+    meter = PeakMeter(torch.device("cpu"))
+    torch.ones(48 * _MIB // 4).sum()
+    assert 46 * _MIB < meter.peak() < 64 * _MIB
+    assert PeakMeter(torch.device("cpu")).peak() < 8 * _MIB
+
+
+def test_a_rank_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RankFailedError, match="a rank of Layout"):
+        measure_layout(tmp_path, tmp_path, Layout(ranks=1))

@@ -1,0 +1,108 @@
+"""What each rank holds while a mixture is made: ``python -m tools.bench_online --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe.errors import Mistake, UserError
+from tools.command import check_json_target, run_command, write_json
+
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_online",
+        description="Makes mixtures of random Llamas (bf16 files, fp32 weights), each rank its own part, and "
+        "prints the most memory of any rank, beyond libraries, against its part and one layer.",
+    )
+    add = parser.add_argument
+    add("--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary one)")
+    add("--sizes", type=int, default=3, metavar="N", help="the smallest N of three sizes (default 3)")
+    add("--ranks", default="1,2,4", help="numbers of ranks (default 1,2,4)")
+    add("--experts", type=int, default=8, help="experts of each layer (default 8)")
+    add("--method", default="copy", help="an upcycling method that needs no options (default copy)")
+    add(
+        "--whole",
+        type=int,
+        default=0,
+        metavar="N",
+        help="for the smallest N sizes also make it whole on each rank first",
+    )
+    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    return parser.parse_args()
+
+
+def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
+    mistakes = check_json_target(arguments.json)
+    if arguments.folder is not None and not Path(arguments.folder).is_dir():
+        mistakes.append(Mistake("--folder", arguments.folder, "there is no such folder", "Create it."))
+    if not all(number.isdigit() and int(number) for number in arguments.ranks.split(",")):
+        rule = "numbers of ranks are whole and positive"
+        mistakes.append(Mistake("--ranks", arguments.ranks, rule, "Give them as in 1,2,4."))
+    if not os.access(_CLEAR, os.W_OK):
+        rule = "the peak of a process is measured by Linux alone"
+        mistakes.append(Mistake(str(_CLEAR), "missing", rule, "Run it on Linux."))
+    return mistakes
+
+
+def main() -> int:
+    """Measures every size and layout, and prints the table."""
+    arguments = _parse()
+    if mistakes := _mistakes(arguments):
+        raise UserError(mistakes)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from recipes.benchmarks.shard_memory import SIZES, Layout, measure_layout, write_dense
+
+    sizes = SIZES[: arguments.sizes]
+    layouts = []
+    for ranks in (int(number) for number in arguments.ranks.split(",")):
+        spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
+        layouts += [Layout(ranks), *(Layout(ranks, ep) for ep in spread), Layout(ranks, whole=True)]
+    print(f"{arguments.method}, {arguments.experts} experts, fp32; MiB, the most of any rank")
+    print(_HEAD)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        tiny, folders = write_dense(sizes, Path(folder))
+        for number, dense in enumerate(folders):
+            for layout in layouts:
+                if layout.whole and number >= arguments.whole:
+                    continue
+                found = measure_layout(dense, tiny, layout, arguments.method, arguments.experts)
+                rows.append(asdict(layout) | {"by_rank": [asdict(rank) for rank in found]})
+                print(_line(rows[-1]), flush=True)
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    write_json(arguments.json, machine | {"method": arguments.method, "rows": rows})
+    return 0
+
+
+_HEAD = (
+    f"{'dense':>7}{'mixture':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'+layer':>8}"
+    f"{'making':>8}{'gate':>8}{'read':>8}"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    def most(key: str) -> float | None:
+        values = [rank[key] for rank in row["by_rank"]]
+        return None if None in values else max(values) / 2**20
+
+    def shown(value: float | None, width: int) -> str:
+        return f"{'-':>{width}}" if value is None else f"{value:{width}.0f}"
+
+    bound = max(rank["shard"] + rank["layer"] for rank in row["by_rank"]) / 2**20
+    spread = "-" if row["whole"] else str(row["expert_parallel"])
+    line = f"{shown(most('dense'), 7)}{shown(most('mixture'), 9)}{shown(most('layer'), 7)}{row['ranks']:>7}"
+    line += f"{spread:>4}{shown(most('shard'), 8)}{bound:8.0f}"
+    line += "".join(shown(most(key), 8) for key in ("making", "gate", "read"))
+    return line + ("  whole on each rank first" if row["whole"] else "")
+
+
+if __name__ == "__main__":
+    run_command(main)
