@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from moe.accounting.peaks import peak_for
 from moe.accounting.training import StepModel
 from recipes.bandwidth import Bandwidth, Peaks, bandwidth_for
-from recipes.costs import experts_are_spread, local_update_bytes, peak_memory_bytes
+from recipes.costs import expert_readers, local_update_bytes, peak_memory_bytes
 from recipes.engines import Trainable
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.jobs.base import Session
@@ -50,7 +50,7 @@ def step_costs(
         model=dataclasses.replace(model, update_bytes=moved),
         weight_size=session.engine.compute_dtype.itemsize,
         peak_bytes_per_s=bandwidth.value,
-        reads_own_experts=not experts_are_spread(host),
+        readers=expert_readers(host),
         counts_slots=not any(layer.router.mixes_tokens for layer in host.routed_layers()),
     )
 

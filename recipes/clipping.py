@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -36,21 +37,47 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     places: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
     for grad in grads:
         places[_sharded_over(grad)].append(local_part(grad))
-    total = torch.zeros((), dtype=torch.float64, device=local_part(grads[0]).device)
-    for place, members in places.items():
-        norms = torch._foreach_norm(members, 2, dtype=torch.float32)
-        squares = torch.stack(norms).double().square().sum()
-        if place is not None:
-            mesh, dims = place
-            for dim in dims:
-                dist.all_reduce(squares, group=mesh.get_group(dim))
+    parts = [
+        (members, [] if place is None else [place[0].get_group(dim) for dim in place[1]])
+        for place, members in places.items()
+    ]
+    return clip_parts(parts, max_norm, parts[0][0][0].device)
+
+
+@torch.no_grad()
+def clip_parts(
+    parts: Iterable[tuple[Sequence[Tensor], Sequence[ProcessGroup]]],
+    max_norm: float | None,
+    device: torch.device,
+) -> Tensor:
+    """As `clip_grad_norm`, for gradients whose ranks are told. Collective.
+
+    Args:
+        parts: Gradients that this rank holds, maybe none, with the groups over whose ranks the rest of them
+            lies. Without groups, all ranks hold the same.
+        max_norm: None measures only.
+        device: Of the gradients.
+
+    Returns:
+        The norm before clipping: a plain 0-d fp32 tensor.
+    """
+    parts = list(parts)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for members, groups in parts:
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        if members:
+            norms = torch._foreach_norm(list(members), 2, dtype=torch.float32)
+            squares = torch.stack(norms).double().square().sum()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
         total += squares
     norm = total.sqrt().float()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         factor = torch.where(torch.isfinite(norm), factor, 1.0)
-        for members in places.values():
-            torch._foreach_mul_(members, factor)
+        for members, _ in parts:
+            if members:
+                torch._foreach_mul_(list(members), factor)
     return norm
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
+from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.flops import forward_flops_per_token, training_flops_per_token
+from moe.accounting.layers import AttentionShape, Mixer
 from moe.accounting.params import ExpertModule, count_parameters, expert_modules
 from moe.accounting.shape import attention_from_config
 from moe.accounting.training import Mixture, StepModel, update_bytes
 from moe.attention import attention_layers
 from moe.errors import ConfigError
 from moe.layer import moe_layers
+from recipes.checkpoint import GlobalTensor, global_shape, local_memory
 from recipes.engines import Trainable
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.resident import peak_resident_bytes
@@ -31,8 +33,8 @@ def measure_costs(
     """Counts parameters exactly and FLOPs by the ``exact`` convention; call it before the model is sharded.
 
     FLOPs are None where the accounting does not know the host's attention: they are never guessed. With
-    attention experts the keys that a query meets are those of the tokens that went to the same head, which
-    depends on the text.
+    attention experts the keys that a query meets are those expected under uniform routing, see
+    `moe.accounting.attention_experts`.
 
     Args:
         host: The decoder.
@@ -49,7 +51,7 @@ def measure_costs(
     content: dict[str, Any] = host.config.to_dict()
     forward = training = None
     try:
-        attention = None if host.attention_layers() else attention_from_config(content)
+        attention = _mixers(host, attention_from_config(content))
     except ConfigError:
         attention = None
     if attention is not None:
@@ -62,6 +64,18 @@ def measure_costs(
         flops_per_token_train=training,
         peak_flops=peak_flops,
     )
+
+
+def _mixers(host: HuggingFaceHost, dense: Sequence[Mixer]) -> list[Mixer]:
+    """The attention of every layer, with heads that are experts where the host has them."""
+    mixers = list(dense)
+    for index, layer in host.attention_layers():
+        plain, router = mixers[index], layer.router
+        assert isinstance(plain, AttentionShape), plain
+        matrix = sum(param.numel() for param in router.parameters() if param.ndim >= 2)
+        vector = sum(param.numel() for param in router.parameters()) - matrix
+        mixers[index] = AttentionExpertsShape(plain, router.top_k, matrix, vector)
+    return mixers
 
 
 def scheduled_costs(
@@ -111,21 +125,21 @@ def _mixture(found: ExpertModule) -> Mixture:
 def local_update_bytes(trainable: Trainable) -> float:
     """Bytes that the update moves on this rank: of its shard, or of its whole replica."""
     tensors = trainable.checkpoint_tensors()
-    state = sum(_local_bytes(t) for name, t in tensors.items() if name.startswith("optim.") and t.ndim)
-    weights = sum(_local_bytes(p) for p in trainable.host.model.parameters() if p.requires_grad)
-    return update_bytes(weights, state, weights)
+    state = {name: t for name, t in tensors.items() if name.startswith("optim.") and global_shape(t)}
+    # Of a parameter a rank updates what it holds of each tensor of its state, which has its dtype.
+    weights = {name.rpartition(".")[0]: _local_bytes(t) for name, t in state.items()}
+    held = sum(weights.values())
+    return update_bytes(held, sum(map(_local_bytes, state.values())), held)
 
 
-def experts_are_spread(host: HuggingFaceHost) -> bool:
-    """Whether the tokens of a rank travel to experts of other ranks: its weights are then cut over ``ep``."""
-    weights = (param for _, layer in host.moe_layers() for param in layer.experts.parameters())
-    meshes = (param.device_mesh.mesh_dim_names for param in weights if isinstance(param, DTensor))
-    return any("ep" in (names or ()) for names in meshes)
+def _local_bytes(tensor: GlobalTensor) -> int:
+    return sum(memory.nbytes for memory in local_memory(tensor))
 
 
-def _local_bytes(tensor: Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
+def expert_readers(host: HuggingFaceHost) -> tuple[int, ...]:
+    """Of every mixture of a step, ranks over which its experts are spread; empty where none are."""
+    ranks = tuple(layer.experts.ranks for _, layer in host.moe_layers())
+    return ranks + (1,) * len(host.attention_layers()) if any(each > 1 for each in ranks) else ()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

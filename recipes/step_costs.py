@@ -35,12 +35,12 @@ class StepCosts:
         weight_size: Bytes an element of weights as products read them.
         peak_bytes_per_s: Of one rank's device; None when unknown.
         counts_slots: Whether the slots of a routing are what experts compute; see `Router.mixes_tokens`.
-        reads_own_experts: Whether each rank reads the experts of its own tokens; not so where experts are
-            spread over ranks, and one is read once for the tokens of several.
+        readers: Of every mixture, ranks over which its experts are spread: one reads an expert once for the
+            tokens of all of them. Empty where every rank reads those of its own tokens.
     """
 
     model: StepModel
     weight_size: int
     peak_bytes_per_s: float | None
     counts_slots: bool = True
-    reads_own_experts: bool = True
+    readers: tuple[int, ...] = ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from moe.accounting.training import StepTouched, training_step_bytes, used_flops_per_token
 from moe.accounting.utilisation import Metric, above_one, share_of_peak
@@ -63,7 +64,7 @@ class StepFigures:
         if used is not None:
             row["flops_per_token_used"] = used
             self._put(row, "S-MFU", used * work.tokens, work, costs.peak_flops)
-        if self.steps is not None and self.steps.reads_own_experts:
+        if self.steps is not None:
             row |= self._bandwidth(self.steps, work)
         return row
 
@@ -78,8 +79,6 @@ class StepFigures:
             gone["s_mfu"] = "this router's experts see mixtures of tokens, which a routing does not count"
         if self.steps is None:
             gone["s_mbu"] = "the bytes of a step were not asked for"
-        elif not self.steps.reads_own_experts:
-            gone["s_mbu"] = "the experts are spread over ranks, and who reads which is not counted there"
         elif self.steps.peak_bytes_per_s is None:
             gone["s_mbu"] = "the memory bandwidth of the device is not known"
         return gone
@@ -100,12 +99,34 @@ class StepFigures:
             tokens=work.tokens,
             distinct=tuple(number for report in reports for number in report.distinct),
             distinct_in_step=tuple(number for report in reports for number in report.distinct_in_step),
+            readers=steps.readers,
         )
         row = {"step_bytes": training_step_bytes(steps.model, touched, steps.weight_size).total}
         if work.load is not None:
             row["router/experts_touched"] = sum(work.load.distinct) / len(work.load.distinct)
         self._put(row, "S-MBU", row["step_bytes"], work, steps.peak_bytes_per_s)
+        if max(steps.readers, default=1) > 1:
+            row |= self._busiest(steps, work, reports, touched)
         return row
+
+    def _busiest(
+        self, steps: StepCosts, work: StepWork, reports: Sequence[LoadReport], touched: StepTouched
+    ) -> dict[str, float]:
+        """Of the rank that the others wait for: as if one had the most experts to read in every layer.
+
+        Its bytes and share are those of ranks that all read as many, of which it is one.
+        """
+        each = [number for report in reports for number in report.busiest]
+        once = [number for report in reports for number in report.busiest_in_step]
+        most = replace(
+            touched,
+            distinct=tuple(number * count for number, count in zip(steps.readers, each, strict=True)),
+            distinct_in_step=tuple(number * count for number, count in zip(steps.readers, once, strict=True)),
+        )
+        amount = training_step_bytes(steps.model, most, steps.weight_size).total
+        row = {"step_bytes_busiest_rank": amount / work.ranks}
+        share = share_of_peak(amount, work.seconds, steps.peak_bytes_per_s, work.ranks)
+        return row if share is None else row | {"s_mbu_busiest_rank": share}
 
     def _put(
         self, row: dict[str, float], metric: Metric, amount: float, work: StepWork, peak: float | None

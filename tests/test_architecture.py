@@ -29,7 +29,7 @@ THEIRS = {"kernels": {"torch", "triton"}, "moe": {"torch", "numpy", "scipy"}, "t
 HEAVY = {"transformers", "datasets", "megatron", "deepspeed", "wandb", "matplotlib"}
 # Adapter files: nothing imports them before their library is needed.
 MAY_BE_HEAVY = {
-    "recipes/engines/deepspeed.py",
+    "recipes/zero/wrap.py",
     "recipes/engines/megatron.py",
     "recipes/hosts/megatron.py",
     # Registers a class of transformers: who imports it has transformers already.

@@ -5,6 +5,7 @@ Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch.distributed import ProcessGroup
 from moe.errors import Mistake
 from moe.routers import RouterConfig
 from moe.types import Config
+from recipes.checkpoint import GlobalTensor
 from recipes.data.samples import Marks
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.optim import OptimConfig
@@ -34,10 +36,20 @@ class EngineConfig(Config):
 ConfigT = TypeVar("ConfigT", bound=EngineConfig)
 
 
+def may_update(norm: float, norm_limit: float) -> bool:
+    """Whether gradients of this norm may update anything: it is finite and within the limit."""
+    return math.isfinite(norm) and norm <= norm_limit
+
+
 class Trainable(ABC):
     """A model that an engine has made trainable."""
 
     host: HuggingFaceHost
+
+    @property
+    def skeleton(self) -> HuggingFaceHost:
+        """The model as it was before it was spread: names, shapes and settings. Its tensors may be empty."""
+        return self.host
 
     @abstractmethod
     def forward_backward(
@@ -58,10 +70,16 @@ class Trainable(ABC):
         """
 
     @abstractmethod
-    def step(self, lr_factor: float) -> Tensor:
+    def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
         """Clips, updates and clears the gradients; returns their norm over all ranks before clipping.
 
-        The caller checks the norm: nothing is updated when it is not finite.
+        Nothing is updated, on any rank, unless `may_update` the norm: neither weights nor optimizer state nor
+        routers. The caller asks the same question of what is returned.
+
+        Args:
+            lr_factor: Of the full learning rate.
+            norm_limit: The largest norm that may update. A negative one forbids the update whatever the norm:
+                the gradients of the step are then only cleared.
         """
 
     @abstractmethod
@@ -73,7 +91,7 @@ class Trainable(ABC):
         """``[B, S, V]`` logits in evaluation mode, without gradients."""
 
     @abstractmethod
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
+    def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
         """Live model and optimizer tensors under global names, to save or to load in place."""
 
     @abstractmethod
@@ -85,10 +103,15 @@ class Engine(ABC, Generic[ConfigT]):
     """The process group of a run and how models are spread over it.
 
     A subclass sets `name` and `config_class` and is found by being a module of `recipes.engines`.
+
+    Attributes:
+        fills_shards: Whether it takes hosts whose parameters have no memory yet, and has `host.weights` fill
+            what each rank holds of them. It then has `hold`, too. Else hosts come to it whole.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[EngineConfig]]
+    fills_shards: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -102,6 +125,31 @@ class Engine(ABC, Generic[ConfigT]):
     def check_mixture(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
         """Why the engine as configured cannot train a mixture of so many experts under this router."""
         return []
+
+    @classmethod
+    def check_optimizer(cls, config: ConfigT, optim: OptimConfig) -> list[Mistake]:
+        """Why the engine as configured cannot train with this optimizer."""
+        return []
+
+    @classmethod
+    def check_run(cls, config: ConfigT, run: Any) -> list[Mistake]:
+        """Why the engine as configured cannot do the rest of what a run is told, by its `RunConfig`."""
+        return []
+
+    @classmethod
+    def same_data(cls, config: ConfigT) -> int:
+        """How many neighbouring ranks see the same samples."""
+        return 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_ranks` this process is, or is a part of."""
+        return self.rank // self.same_data(self.config)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many see samples of their own."""
+        return self.world_size // self.same_data(self.config)
 
     @property
     @abstractmethod
@@ -140,6 +188,14 @@ class Engine(ABC, Generic[ConfigT]):
     @abstractmethod
     def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> Trainable:
         """Spreads a model over the ranks and gives it an optimizer."""
+
+    def hold(self, host: HuggingFaceHost) -> None:
+        """Spreads a model over the ranks as `prepare` does, for passes in fp32 that train nothing.
+
+        Args:
+            host: Changed in place; called by all ranks together, and then its model, too.
+        """
+        raise AssertionError(f"{self.name} takes whole models")
 
     @abstractmethod
     def close(self) -> None:

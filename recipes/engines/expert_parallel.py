@@ -112,6 +112,24 @@ def cut_dim(experts: Experts, copies: int, ranks: int) -> int:
     return 1
 
 
+def cut_by_rows(host: HuggingFaceHost, ranks: int) -> set[nn.Parameter]:
+    """Experts' weights that FSDP2 is to cut by their output features, so that all ranks hold equally much.
+
+    Cut by experts, eight of them over sixteen ranks would leave half of the ranks empty.
+
+    Args:
+        host: Not sharded yet; experts that are spread already are left out.
+        ranks: Over which FSDP2 cuts.
+    """
+    found: set[nn.Parameter] = set()
+    for _, layer in host.moe_layers():
+        weights = list(layer.experts.parameters())
+        whole = not any(isinstance(weight, DTensor) for weight in weights)
+        if whole and len(weights[0]) % ranks and not any(weight.shape[1] % ranks for weight in weights):
+            found.update(weights)
+    return found
+
+
 def gathered(tensor: DTensor) -> Tensor:
     """All of a tensor, on every rank. Collective.
 

@@ -139,6 +139,7 @@ def tokens(first: int, count: int) -> Any:
 def make_data() -> Any:
     """Stands in for `TrainData`; validation are samples that training does not reach."""
     return SimpleNamespace(
+        files=(),
         train=SimpleNamespace(
             seq_len=SEQ_LEN,
             batch=tokens,
@@ -195,7 +196,7 @@ def _look_before_first_step(trainable: Any, outcome: Outcome, engine: NativeEngi
     """Keeps gradients and statistics of the first step: the step itself clears them."""
     original = trainable.step
 
-    def step(lr_factor: float) -> Tensor:
+    def step(lr_factor: float, norm_limit: float) -> Tensor:
         if not outcome.grads:
             named = trainable.host.model.named_parameters()
             outcome.grads = {name: full(p.grad) for name, p in named}
@@ -206,7 +207,7 @@ def _look_before_first_step(trainable: Any, outcome: Outcome, engine: NativeEngi
             total = torch.tensor(counts)
             torch.distributed.all_reduce(total, group=engine.data_group)
             outcome.tokens = total.tolist()
-        return original(lr_factor)
+        return original(lr_factor, norm_limit)
 
     trainable.step = step
 

@@ -102,7 +102,7 @@ def train(folder: Path, way: Way) -> Outcome:
     engine = open_engine(**case.engine)
     trainable = engine.prepare(make_host(case), case.optim)
     _look_before_first_step(trainable, outcome, engine)
-    data: Any = SimpleNamespace(train=samples, validation=samples)
+    data: Any = SimpleNamespace(train=samples, validation=samples, files=())
     with tempfile.TemporaryDirectory() as checkpoints:
         leg = make_leg(case, trainable, Path(engine.broadcast(checkpoints)))
         leg.data = data

@@ -49,10 +49,10 @@ class _Session:
         self.engine = engine
 
 
-def train(rank: int, world_size: int, strategy: str) -> dict[str, Any]:
+def train(rank: int, world_size: int, strategy: str, expert_parallel: int = 1) -> dict[str, Any]:
     """Micro-batches of two samples, however many ranks share them."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    case = Case(engine={"strategy": strategy}, micro=2, steps=STEPS)
+    case = Case(engine={"strategy": strategy, "expert_parallel": expert_parallel}, micro=2, steps=STEPS)
     engine, host = open_engine(**case.engine), make_host(case)
     model, costs = step_model(host), measure_costs(host, SEQ_LEN, PEAK)
     trainable = engine.prepare(host, case.optim)
@@ -142,3 +142,16 @@ def test_two_ranks_count_as_one(strategy: str, alone: dict[str, Any]) -> None:
     once = model.always_trained + sum(EXPERTS * mixture.trained for mixture in model.mixtures)
     more = (copies - 1) * model.update_bytes - 4 * once
     assert ours["step_bytes"] == theirs["step_bytes"] + more
+
+
+@pytest.mark.distributed
+def test_spread_experts_are_read_once_for_both_ranks(alone: dict[str, Any]) -> None:
+    first, second = run_ranks(train, RANKS, "fsdp", RANKS)
+    model, every = first["model"], (float(EXPERTS),) * 2
+    ours, same = first["rows"][0], second["rows"][0]
+    assert ours["step_bytes"] == same["step_bytes"] and ours["router/experts_touched"] == EXPERTS
+    touched = StepTouched(RANKS, GLOBAL_BATCH // 2, GLOBAL_BATCH * SEQ_LEN, every, every, (RANKS,) * 2)
+    assert ours["step_bytes"] == training_step_bytes(model, touched, 4).total
+    # All are touched, so that both ranks read as many.
+    assert ours["step_bytes_busiest_rank"] == ours["step_bytes"] / RANKS
+    assert ours["s_mbu_busiest_rank"] == pytest.approx(ours["s_mbu"])

@@ -62,13 +62,24 @@ def test_what_is_not_known_is_left_out_with_its_reason() -> None:
     mixed = replace(STEPS, counts_slots=False)
     assert "s_mfu" not in StepFigures(mixed, COSTS).of_step(COSTS, work(report(4)))
     assert "mixtures of tokens" in StepFigures(mixed, COSTS).missing()["s_mfu"]
-    spread = replace(STEPS, reads_own_experts=False)
-    assert "step_bytes" not in StepFigures(spread, COSTS).of_step(COSTS, work(report(2)))
-    assert "spread over ranks" in StepFigures(spread, COSTS).missing()["s_mbu"]
     plain = StepFigures(None, replace(COSTS, peak_flops=None))
     assert set(plain.of_step(plain.end, work(None))) == {"active_params", "flops_per_token"}
     assert set(plain.missing()) == {"mfu", "s_mfu", "s_mbu"}
     assert StepFigures(STEPS, COSTS).missing() == {}
+
+
+def test_experts_of_several_ranks_are_read_once() -> None:
+    # Two ranks, two experts each; of three that have tokens, one rank holds two.
+    load = replace(report(2), busiest=(2.0,), busiest_in_step=(2.0,))
+    spread, pair = replace(STEPS, readers=(2,)), replace(work(load), ranks=2, micro_batches=2)
+    row = StepFigures(spread, COSTS).of_step(COSTS, pair)
+    # 2 * 4 * (2 * 100 + 3 * 12) read, 4 * (2 * 100 + 3 * 12) written, 40 of the update
+    assert row["step_bytes"] == 1888 + 944 + 40
+    assert row["s_mbu"] == row["step_bytes"] / (2 * 1e5 * 2)
+    # The busier one, with half of the update: 2 * 4 * (100 + 24) + 4 * (100 + 24) + 20
+    assert row["step_bytes_busiest_rank"] == 992 + 496 + 20
+    assert row["s_mbu_busiest_rank"] == 1508 / (2 * 1e5)
+    assert "s_mbu_busiest_rank" not in StepFigures(STEPS, COSTS).of_step(COSTS, work(load))
 
 
 def test_above_one_is_said_once_a_leg_and_by_one_rank() -> None:

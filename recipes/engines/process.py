@@ -1,0 +1,140 @@
+"""What engines have in common that run one process a device and let every rank see different data.
+
+The process group is torch's: gloo on CPUs and nccl on GPUs, as torchrun describes it or of a single process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from moe.errors import Mistake
+from moe.routers import RouterConfig
+from recipes.engines.base import Engine, EngineConfig
+from recipes.engines.expert_parallel import mixture_mistakes, rank_refusal
+from recipes.rendezvous import join
+from recipes.rules import require
+
+
+@dataclass(frozen=True)
+class ProcessConfig(EngineConfig):
+    """Config of a `ProcessEngine`."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of matrix products. Master weights, router and loss are fp32 in both."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: GPUs where there are any."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads of each rank; ``auto``: the cores over the ranks of this machine when on CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations."""
+    expert_parallel: int = 1
+    """Ranks over which the experts of a layer are spread; tokens travel to them. 1: every rank holds all."""
+
+    def __post_init__(self) -> None:
+        require(*self.rules())
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """What must hold, and what to say where it does not."""
+        return [
+            (
+                self.threads == "auto" or self.threads >= 1,
+                f"threads={self.threads} must be at least 1. Or leave it at auto.",
+            ),
+            (
+                self.expert_parallel >= 1,
+                f"expert_parallel={self.expert_parallel} must be at least 1. Give 1 for experts on every "
+                "rank.",
+            ),
+        ]
+
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+
+ProcessConfigT = TypeVar("ProcessConfigT", bound=ProcessConfig)
+
+
+class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
+    """Ranks that all see different data."""
+
+    @classmethod
+    def check(cls, config: ProcessConfigT) -> str | None:
+        """A GPU must be there when one is asked for, and ranks for the experts."""
+        if config.device == "cuda" and not torch.cuda.is_available():
+            return "device='cuda': torch sees no GPU. Set engine.device=cpu, or install a CUDA build of torch"
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if config.device_type() == "cuda" and local > torch.cuda.device_count():
+            return (
+                f"device={config.device!r}: {local} ranks on this machine and {torch.cuda.device_count()} "
+                "GPUs. Start one rank for each GPU (--nproc-per-node)"
+            )
+        return rank_refusal(config.expert_parallel, int(os.environ.get("WORLD_SIZE", "1")))
+
+    @classmethod
+    def check_mixture(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
+        """The experts must divide over the ranks that share them."""
+        return mixture_mistakes(config.expert_parallel, num_experts, router)
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return int(os.environ.get("RANK", "0"))
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        kind = self.config.device_type()
+        return (
+            torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+            if kind == "cuda"
+            else torch.device(kind)
+        )
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """All ranks see different data."""
+        return dist.group.WORLD
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def open(self) -> None:
+        """Joins the process group that torchrun describes, or makes one of a single process."""
+        kind = self.config.device_type()
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        if dist.is_torchelastic_launched() or "MASTER_ADDR" in os.environ:
+            join(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self._set_threads(kind)
+
+    def _set_threads(self, kind: str) -> None:
+        if self.config.threads != "auto":
+            torch.set_num_threads(self.config.threads)
+        elif kind == "cpu":
+            # torchrun sets OMP_NUM_THREADS=1 whatever the machine; each rank gets its share of the cores.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

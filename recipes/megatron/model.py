@@ -1,0 +1,203 @@
+"""Megatron's GPT model of the shape of a host, with the host's own routers and experts in its slots."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.layer import MoELayer
+from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.megatron.groups import Layout, Places
+from recipes.megatron.settings import Settings
+from recipes.megatron.shape import GPTShape, read_shape
+from recipes.megatron.slots import Attention, Norm, RouterSlot, SharedSlot, experts_slot
+
+
+def build_gpt(host: HuggingFaceHost, layout: Layout, settings: Settings) -> Any:
+    """A GPT model whose weights are not set yet; routers and shared experts are those of the host.
+
+    Args:
+        host: Of one of the families, dense or with mixtures; experts are cut to this rank's already.
+        layout: The groups, joined already.
+        settings: Of the engine.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    shape = read_shape(host.config.to_dict())
+    config = _transformer_config(host, shape, layout, settings)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(host, shape, settings.experts),
+        vocab_size=shape.vocabulary,
+        max_sequence_length=shape.max_positions,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.theta,
+    ).to(settings.device)
+
+
+def keep_padding(gpt: Any, host: HuggingFaceHost, layout: Layout, places: Places) -> None:
+    """Leaves the embedding of padding as it is where the host does: it gets no gradient."""
+    padding = host.model.get_input_embeddings().padding_idx
+    if padding is None:
+        return
+
+    def detach(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        padded = args[0] == padding
+        if layout.sequence:
+            padded = padded.t().chunk(layout.tensor)[places.tensor]
+        return torch.where(padded[..., None], out.detach(), out)
+
+    gpt.embedding.word_embeddings.register_forward_hook(detach)
+
+
+def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, settings: Settings) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    recompute: dict[str, Any] = {}
+    if settings.recomputes:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.width,
+        ffn_hidden_size=shape.ffn_width,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=shape.attention_dropout,
+        tensor_model_parallel_size=layout.tensor,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=layout.sequence,
+        params_dtype=settings.dtype,
+        bf16=settings.dtype == torch.bfloat16,
+        # The weights are the host's: drawing others first would only take time.
+        perform_initialization=False,
+        use_cpu_initialization=settings.device.type == "cpu",
+        # Each of these needs kernels of APEX or TransformerEngine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        **_moe_fields(host, shape, layout),
+        **recompute,
+    )
+
+
+def _moe_fields(host: HuggingFaceHost, shape: GPTShape, layout: Layout) -> dict[str, Any]:
+    """What the config says of mixtures; routing and balance are our routers'."""
+    mixtures = dict(host.moe_layers())
+    if not mixtures:
+        return {}
+    first = next(iter(mixtures.values()))
+    return {
+        "expert_model_parallel_size": layout.expert,
+        "num_moe_experts": first.router.num_experts,
+        "moe_layer_freq": [int(i in mixtures) for i in range(shape.layers)],
+        "moe_ffn_hidden_size": first.experts.w_down_EDF.shape[-1],
+        "moe_router_topk": first.router.top_k,
+        "moe_router_pre_softmax": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_shared_expert_intermediate_size": first.shared and first.shared.w_down_DF.shape[-1],
+    }
+
+
+def _block_spec(host: HuggingFaceHost, shape: GPTShape, experts: str) -> Any:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    mixtures = dict(host.moe_layers())
+    layers = [
+        _layer_spec(shape, _moe_spec(mixtures[i], experts) if i in mixtures else _dense_spec())
+        for i in range(shape.layers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+
+
+def _layer_spec(shape: GPTShape, mlp: Any) -> Any:
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    norm = Norm if shape.qk_norm else None
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=Attention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _dense_spec() -> Any:
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    return ModuleSpec(module=MLP, submodules=_linear_submodules())
+
+
+def _linear_submodules() -> Any:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _moe_spec(layer: MoELayer, experts: str) -> Any:
+    import megatron.core
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoE
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    def make_router(config: Any, pg_collection: Any = None) -> RouterSlot:
+        if not config.sequence_parallel:
+            return RouterSlot(layer)
+        gather = partial(gather_from_sequence_parallel_region, group=pg_collection.tp)
+        return RouterSlot(layer, pg_collection.tp.size(), pg_collection.tp.rank(), gather)
+
+    version = tuple(int(part) for part in megatron.core.__version__.split(".")[:3])
+    slot = (
+        experts_slot(layer, version, ModuleSpec)
+        if experts == "graft"
+        else ModuleSpec(module=SequentialMLP, submodules=_linear_submodules())
+    )
+    shared = None if layer.shared is None else ModuleSpec(module=SharedSlot, params={"layer": layer})
+    submodules = MoESubmodules(router=make_router, experts=slot, shared_experts=shared)
+    return ModuleSpec(module=MegatronMoE, submodules=submodules)

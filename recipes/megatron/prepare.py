@@ -1,0 +1,64 @@
+"""From a host to what Megatron trains."""
+
+from __future__ import annotations
+
+import torch
+
+from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.hosts.megatron import cut_experts, empty_host, fill, find_parts, host_tensors, mark_parameters
+from recipes.hosts.skeleton import empty_copy
+from recipes.megatron.groups import Layout, Places
+from recipes.megatron.model import build_gpt, keep_padding
+from recipes.megatron.optimizer import build_adamw, rules_of
+from recipes.megatron.settings import Settings
+from recipes.megatron.trainable import MegatronTrainable
+from recipes.optim import OptimConfig
+
+
+def prepare(
+    host: HuggingFaceHost, optim: OptimConfig, layout: Layout, places: Places, settings: Settings
+) -> MegatronTrainable:
+    """Builds the model and its optimizer. Collective.
+
+    Args:
+        host: With all of its weights; afterwards names, routers and statistics are left of it.
+        optim: Of AdamW.
+        layout: Of the ranks.
+        places: Of this rank.
+        settings: Of the engine.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    skeleton = empty_copy(host)
+    rules = rules_of(host, optim)
+    weights = host_tensors(host)
+    for _, layer in host.moe_layers():
+        layer.router.to(settings.device)
+        layer.experts.ranks = layout.expert
+        if layer.shared is not None:
+            layer.shared.to(settings.device, settings.dtype)
+    if settings.experts == "graft":
+        cut_experts(host, places, layout, settings.device, settings.dtype)
+    gpt = build_gpt(host, layout, settings)
+    held = find_parts(gpt, host, places, layout)
+    fill(held, weights)
+    mark_parameters(held, layout)
+    keep_padding(gpt, host, layout, places)
+    empty_host(host, [each.tensor for each in held])
+    wrapped = DistributedDataParallel(
+        gpt.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=settings.distributed,
+            overlap_grad_reduce=False,
+        ),
+        gpt,
+    )
+    optimizer = build_adamw(wrapped, held, rules, optim, settings)
+    trainable = MegatronTrainable(
+        host, skeleton, wrapped, optimizer, rules, optim, layout, places, settings.device
+    )
+    if settings.dtype != torch.float32:
+        # The optimizer has made its fp32 weights of rounded ones.
+        trainable.take(weights)
+    return trainable

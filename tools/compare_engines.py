@@ -1,0 +1,86 @@
+"""Do the engines train the same? ``python -m tools.compare_engines [OPTION=VALUE ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from moe.errors import ConfigError, Mistake
+from tools.command import STDOUT, check_json_target, run_command, write_json
+
+if TYPE_CHECKING:
+    from recipes.engine_table import Series
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare_engines",
+        description="Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 and 2 "
+        "ranks, and prints how far the losses are from those of native torch on one rank.",
+        epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
+    )
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="train.py's")
+    add("--steps", type=int, default=50, metavar="N", help="of each run (default: %(default)s)")
+    add("--only", metavar="WORD", help="layouts whose name has it, besides the first")
+    add("--keep", metavar="DIR", help="where the runs stay (default: they are deleted)")
+    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Runs the layouts one after the other and prints the table."""
+    arguments = _parse()
+    mistakes = check_json_target(arguments.json)
+    if arguments.steps < 1:
+        mistakes.append(Mistake("--steps", arguments.steps, "it must be 1 or more", "Raise it."))
+    from recipes.engine_table import LAYOUTS, run_layouts
+
+    chosen = [LAYOUTS[0], *(one for one in LAYOUTS[1:] if (arguments.only or "") in one.name)]
+    if arguments.only and len(chosen) == 1:
+        names = "; ".join(one.name for one in LAYOUTS)
+        mistakes.append(
+            Mistake("--only", arguments.only, "no layout has it in its name", f"There are {names}.")
+        )
+    if mistakes:
+        raise ConfigError(mistakes)
+    overrides = [f"train.steps={arguments.steps}", *arguments.options]
+    say = partial(print, file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(arguments.keep).expanduser().absolute() if arguments.keep else Path(scratch)
+        done = run_layouts(chosen, overrides, folder, say)
+    out = sys.stderr if arguments.json == STDOUT else sys.stdout
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", file=out)
+    _print(done, out)
+    figures = [
+        {
+            "layout": one.layout.name,
+            "largest_relative_difference": one.distance(done[0]),
+            "losses": one.losses,
+            "validation_loss": one.validation,
+            "median_step_s": one.step_s,
+        }
+        for one in done
+    ]
+    write_json(arguments.json, {"steps": arguments.steps, "runs": figures})
+    return 0
+
+
+def _print(done: Sequence[Series], out: TextIO) -> None:
+    heads = ("largest difference", "last loss", "validation", "s a step")
+    print(f"{'layout':62}{heads[0]:>20}{heads[1]:>12}{heads[2]:>12}{heads[3]:>10}", file=out)
+    for one in done:
+        apart = "-" if one is done[0] else f"{one.distance(done[0]):.1e}"
+        losses = f"{one.losses[-1]:>12.6f}{one.validation:>12.6f}"
+        print(f"{one.layout.name:62}{apart:>20}{losses}{one.step_s:>10.3f}", file=out)
+
+
+if __name__ == "__main__":
+    run_command(main)
