@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare_engines",
-        description="Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 and 2 "
-        "ranks, and prints how far the losses are from those of native torch on one rank.",
+        description="Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 and "
+        "2 ranks, and prints how far the losses are from those of native torch on one rank.",
         epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
     )
     add = parser.add_argument
