@@ -81,11 +81,24 @@ class Places:
 
 
 def leave() -> None:
-    """Takes Megatron's groups apart."""
+    """Takes Megatron's groups apart. Collective.
+
+    Megatron forgets its groups and leaves them open: some fifty a layout, with threads each.
+    """
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    made = dict.fromkeys(parallel_state._global_process_group_list or ())
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.barrier()
+        known = dist.distributed_c10d._world.pg_map
+        for group in made:
+            # Not those of other ranks, nor the one of all that the run was opened with.
+            if group in known and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
 
 def seed_gpu() -> None:
