@@ -54,8 +54,9 @@ class MakeCheckpoint(Protocol):
     ) -> Path: ...
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share costly fixtures run on one worker."""
+    """Tests that share costly fixtures run on one worker; before xdist looks at the groups."""
     items[:] = arrange(items, Path(__file__).parent)
 
 

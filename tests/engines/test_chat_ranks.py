@@ -107,7 +107,7 @@ def train(folder: Path, way: Way) -> Outcome:
         leg = make_leg(case, trainable, Path(engine.broadcast(checkpoints)))
         leg.data = data
         outcome.notes["before"] = validation_loss(engine, trainable, data, leg.train)
-        with patch("recipes.loop.save_checkpoint"):
+        with patch("recipes.loop.Saver.save"):
             Loop(engine, [_Record(outcome)], StopRequest()).run(leg)
         engine.barrier()
     return outcome

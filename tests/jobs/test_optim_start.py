@@ -70,7 +70,7 @@ def test_every_expert_has_the_moments_of_its_network(
         ({"upcycle": "drop"}, "only plain copies"),
         ({"upcycle.noise_std": 0.1}, "only plain copies"),
         ({"dense": None}, "dense names none"),
-        ({"optim.start_from": "/nowhere/step-1"}, "optim.start_from=/nowhere/step-1"),
+        ({"optim.start_from": "/nowhere/step-1"}, "there is no such checkpoint folder"),
     ],
 )
 def test_mistakes_are_told_at_once(
