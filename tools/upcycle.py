@@ -161,6 +161,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
+    from moe.upcycle import upcycle_methods
     from recipes.convert.statistics import needs_statistics
     from recipes.data.sources import check_paths
     from recipes.hosts.exporters import exporters
@@ -178,6 +179,9 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
             )
     elif arguments.compare is None:
         mistakes.append(Mistake("--out", None, "it says where the mixture goes", "Give it, or --compare."))
+    if upcycle_methods()[config.upcycle.name](config.upcycle).aligns_outputs:
+        remedy = "Leave it false, or run train.py with train.steps=0."
+        mistakes.append(Mistake("upcycle.align_outputs", True, "a converter sees no outputs", remedy))
     if config.attention is not None:
         remedy = "Leave attention=none, or run train.py with attention=moe train.steps=0."
         mistakes.append(Mistake("attention", config.attention.name, "only networks are converted", remedy))

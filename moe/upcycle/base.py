@@ -113,6 +113,11 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
         return {}
 
     @property
+    def aligns_outputs(self) -> bool:
+        """Whether the layers' outputs are given the spread of the dense network's, as real text shows it."""
+        return False
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Folders of dense checkpoints besides the one that is upcycled, all of one shape."""
         return ()

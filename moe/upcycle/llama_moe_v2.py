@@ -2,7 +2,8 @@
 
 Source: Qu et al. 2024 (arXiv 2411.15708), MLP-MoE, and its release. The clusters are of the layer's inputs,
 and their centroids are the router's rows, so that a token goes where its neurons are. Its attention experts
-are `moe.attention`; its alignment of output moments (which needs a bias that Mixtral lacks) is not here.
+are `moe.attention`; of its alignment of output moments the deviation is here, and not the mean, which needs a
+bias that Mixtral lacks.
 
 Letters: D model width, E experts, F width of the dense network or of an expert, K experts a token.
 """
@@ -40,6 +41,9 @@ class LlamaMoEV2Config(UpcycleConfig):
     ``raw_centroids`` as the release: the choice is the same, and its weights are nearly 0 and 1."""
     cluster_tokens: int = 8192
     """Tokens that the clusters are of."""
+    align_outputs: bool = False
+    """Whether each layer's outputs are given the deviation of the dense network's, channel by channel, on the
+    tokens of the step-0 gate."""
     scale_factor: float | None = None
     """Factor on the routed experts' output, folded into their down projections. None takes K with a shared
     expert (1 for the release's top-1), so that experts weigh about 1, and E / K without."""
@@ -78,6 +82,11 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
     def statistics(self) -> tuple[str, ...]:
         """Importance by cluster and the clusters' centroids."""
         return ("importance_EF", "centroids_ED") if self.config.residual else ()
+
+    @property
+    def aligns_outputs(self) -> bool:
+        """See `LlamaMoEV2Config.align_outputs`."""
+        return self.config.align_outputs
 
     @property
     def statistic_options(self) -> Mapping[str, Mapping[str, int]]:

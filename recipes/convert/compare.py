@@ -111,6 +111,9 @@ def _measure(
     config: RunConfig, values: Mapping[str, Any], host: HuggingFaceHost, tokens_BS: Tensor
 ) -> MethodDrift:
     surgery = make_surgery(config)
+    if surgery.method.aligns_outputs:
+        remedy = "Leave it false, or run train.py with train.steps=0."
+        raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
     sources = [load_host(Path(folder).expanduser()) for folder in surgery.method.sources]
     if sources:
         # The rest of the host becomes a mean.

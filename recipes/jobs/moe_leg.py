@@ -52,6 +52,11 @@ class MoELeg(TrainedLeg):
         if statistics is None:
             return None
         if reason := self._whole_reason():
+            if method.aligns_outputs:
+                rule = f"it is measured on models in parts, and {reason}"
+                raise ConfigError.one(
+                    "upcycle.align_outputs", True, rule, "Use engine=native and attention=none."
+                )
             self.session.say(f"{self.name}: every rank makes the whole mixture at first: {reason}")
             return self._build_whole(source, statistics)
         return self._build_shards(source, statistics)

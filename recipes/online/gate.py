@@ -16,13 +16,14 @@ from torch import Tensor
 from moe.layer import MoELayer
 from moe.top_k_schedule import TopKSchedule
 from moe.upcycle.check import LayerDrift, layer_drift, logit_drift, require_exact
-from recipes.convert.mixture import MixturePlan, StoredModel
+from recipes.convert.mixture import MixturePlan
 from recipes.engines import Engine
 from recipes.hosts.ffn import dense_ffn
 from recipes.hosts.ffn_names import FFNNames
 from recipes.hosts.huggingface import HuggingFaceHost, SurgeryReport
 from recipes.hosts.loads import load_entropies
 from recipes.hosts.unfilled import TakenWeights
+from recipes.online.align import output_gain, scale_outputs
 from recipes.online.hosts import dense_host, mixture_host
 from recipes.online.weights import read_network
 
@@ -61,10 +62,13 @@ def measure_shards(
     host = mixture_host(plan, backend)
     host.schedule = schedule
     drifts: list[LayerDrift] = []
+    gains: dict[int, Tensor] | None = {} if plan.method.aligns_outputs else None
     layers = [layer for _, layer in host.moe_layers()]
-    with _measuring(layers, plan, model, drifts), load_entropies(layers) as loads:
+    with _measuring(layers, plan, drifts, gains), load_entropies(layers) as loads:
         moe_logits = _logits(engine, host, tokens_BS)
     model.close()
+    if gains is not None:
+        scale_outputs(host, gains)
     logits = logit_drift(dense_logits, moe_logits)
     method = plan.method
     if plan.claims_exact:
@@ -86,14 +90,23 @@ def _logits(engine: Engine[Any], host: HuggingFaceHost, tokens_BS: Tensor) -> Te
 
 @contextmanager
 def _measuring(
-    layers: list[MoELayer], plan: MixturePlan, model: StoredModel, drifts: list[LayerDrift]
+    layers: list[MoELayer], plan: MixturePlan, drifts: list[LayerDrift], gains: dict[int, Tensor] | None
 ) -> Iterator[None]:
-    """While open, every pass of a mixture is compared with its dense network on the same input."""
+    """While open, every pass of a mixture is compared with its dense network on the same input.
+
+    Where gains are asked for, what follows sees the outputs as they will be.
+    """
+    model = plan.model
+    assert model is not None, plan
 
     def hook(ffn: FFNNames) -> Any:
-        def compare(module: MoELayer, args: tuple[Tensor, ...], out: Tensor) -> None:
+        def compare(module: MoELayer, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             dense = dense_ffn(args[0], read_network(model, ffn, out.device))
+            if gains is not None:
+                gains[ffn.layer] = output_gain(dense, out)
+                out = out * gains[ffn.layer].to(out)
             drifts.append(layer_drift(ffn.layer, dense, out))
+            return out
 
         return compare
 

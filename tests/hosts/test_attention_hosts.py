@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from moe.accounting.flops import flops_from_shape
+from moe.accounting.params import count_from_shape, count_parameters
 from moe.accounting.shape import shape_from_config
 from moe.attention_config import AttentionConfig
 from moe.errors import ConfigError, HostError
@@ -205,16 +207,16 @@ def test_routers_keep_their_precision(exported: tuple[HuggingFaceHost, Path]) ->
     assert torch.equal(cut.router.weight_ED, host.attention_layers()[0][1].router.weight_ED)
 
 
-def test_no_native_format_and_no_accounting_takes_it(exported: tuple[HuggingFaceHost, Path]) -> None:
+def test_no_native_format_takes_it_and_the_accounting_does(exported: tuple[HuggingFaceHost, Path]) -> None:
     host, folder = exported
     refused = {name for name, one in exporters().items() if one.refusal(describe_host(host)) is not None}
     assert refused == set(exporters()) - {"graft"}
     content = json.loads((folder / "config.json").read_text())
     assert content["format_version"] == 3
-    with pytest.raises(ConfigError, match="heads are experts"):
-        shape_from_config(content)
-    costs = measure_costs(host, 20, None)
-    assert costs.flops_per_token_forward is None and costs.flops_per_token_train is None
+    shape, costs = shape_from_config(content), measure_costs(host, 20, None)
+    assert count_from_shape(shape) == count_parameters(host.model)
+    assert costs.flops_per_token_forward == flops_from_shape(shape, 20).forward
+    assert costs.flops_per_token_train == 3 * costs.flops_per_token_forward
     # Two layers, two of four heads each: half of their projections and query, key and value biases.
     one_head = 4 * 32 * 8 + 3 * 8
     assert costs.total_params - costs.active_params == 2 * 2 * one_head
