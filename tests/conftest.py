@@ -54,9 +54,8 @@ class MakeCheckpoint(Protocol):
     ) -> Path: ...
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share costly fixtures run on one worker; before xdist looks at the groups."""
+    """What takes longest begins first."""
     items[:] = arrange(items, Path(__file__).parent)
 
 

@@ -12,6 +12,7 @@ from recipes.chaos.settings import ChaosSettings
 from tests.jobs.job_runs import ROOT, write_text
 
 
+@pytest.mark.alone
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_kills_one_of_them_in_a_save(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from recipes.guards.watchdog import Watchdog
 
 RANKS = 3
 HANGING_RANK = 1
-LIMIT_S = 2.0
+LIMIT_S = 4.0
 CASES = ("none", "sleeps", "stopped", "holds", "elsewhere")
 _FOR_EVER = 200
 _PATIENCE_S = 100.0

@@ -13,7 +13,9 @@ import pytest
 from recipes.guards.hang import Kind, Position, verdict
 from recipes.guards.watchdog import HUNG
 from tests.guards import hanging_ranks
-from tests.guards.hanging_ranks import HANGING_RANK, RANKS
+from tests.guards.hanging_ranks import HANGING_RANK, LIMIT_S, RANKS
+
+pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = tuple(rank for rank in range(RANKS) if rank != HANGING_RANK)
@@ -48,7 +50,7 @@ def test_a_rank_that_sleeps_is_named_with_its_stack(place: Path) -> None:
     said = told(place, "sleeps")
     # One rank speaks for all, and the one that is named shows its stack.
     [verdict_text] = [text for text in said.values() if "error: the run hangs" in text]
-    assert "the run hangs: rank 1 has made no progress for 2 s" in verdict_text
+    assert f"the run hangs: rank 1 has made no progress for {LIMIT_S:g} s" in verdict_text
     assert "rank 1 is in its own code" in verdict_text and "hanging_ranks.py" in verdict_text
     assert "in moe, step 4, the update" in verdict_text
     assert verdict_text.count("waits for other ranks") == len(OTHERS)

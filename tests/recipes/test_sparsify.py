@@ -101,7 +101,7 @@ def test_rules_of_a_phase_are_told_with_its_place() -> None:
             [
                 "router.name='gshard': this router cannot change its number of experts between steps. Leave "
                 "sparsify out, or choose a router of: deepseek_v3, forced, mod, noisy_topk, sigma, skywork, "
-                "topk."
+                "topk, xft."
             ],
         ),
     ],
