@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hangs")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, hanging_ranks.__file__, str(folder)]
-    subprocess.run(command, env=environment, check=True, timeout=150)
+    subprocess.run(command, env=environment, check=True, timeout=320)
     return folder
 
 
