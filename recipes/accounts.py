@@ -20,6 +20,7 @@ from recipes.step_costs import StepCosts
 from recipes.training_figures import summarise_leg
 
 _JOULES_PER_KWH = 3.6e6
+_CUT = "ranks cut matrices between them, and who reads which part is not counted"
 
 
 def find_peaks(session: Session) -> Peaks:
@@ -51,6 +52,7 @@ def step_costs(
         weight_size=session.engine.compute_dtype.itemsize,
         peak_bytes_per_s=bandwidth.value,
         readers=expert_readers(host),
+        uncounted=None if session.engine.data_ranks == session.engine.world_size else _CUT,
         counts_slots=not any(layer.router.mixes_tokens for layer in host.routed_layers()),
     )
 

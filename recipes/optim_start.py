@@ -102,12 +102,13 @@ def _check_same(tensors: Mapping[str, GlobalTensor], state: DenseState, given: P
     for name, value in tensors.items():
         if not name.startswith(_WEIGHTS) or state.is_new(name) or not state.has(name):
             continue
-        if tuple(state.read(name).shape) != global_shape(value):
-            rule = f"its {name} is {tuple(state.read(name).shape)}, here it is {global_shape(value)}"
+        whole = state.read(name)
+        if tuple(whole.shape) != global_shape(value):
+            rule = f"its {name} is {tuple(whole.shape)}, here it is {global_shape(value)}"
             raise CheckpointError.one(PATH, str(given), rule, "Give the checkpoint of this dense model.")
         for piece in place(name, value).pieces[:1]:
             box = tuple(slice(o, o + s) for o, s in zip(piece.box.offset, piece.box.size, strict=True))
-            theirs = state.read(name)[box].to(piece.tensor)
+            theirs = whole[box].to(piece.tensor)
             if (theirs - piece.tensor).norm() > _ROUNDED * theirs.norm():
                 rule = f"its {name} is not that of the dense model: its moments are of other weights"
                 remedy = "Export that very checkpoint: python -m tools.export RUN --leg cpt --step N."

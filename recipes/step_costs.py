@@ -34,6 +34,7 @@ class StepCosts:
         model: Its mixtures in the order of `moe.stats.report_load`: networks first, then attention.
         weight_size: Bytes an element of weights as products read them.
         peak_bytes_per_s: Of one rank's device; None when unknown.
+        uncounted: Why the bytes of a step are not counted; None where they are.
         counts_slots: Whether the slots of a routing are what experts compute; see `Router.mixes_tokens`.
         readers: Of every mixture, ranks over which its experts are spread: one reads an expert once for the
             tokens of all of them. Empty where every rank reads those of its own tokens.
@@ -44,3 +45,4 @@ class StepCosts:
     peak_bytes_per_s: float | None
     counts_slots: bool = True
     readers: tuple[int, ...] = ()
+    uncounted: str | None = None

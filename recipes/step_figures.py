@@ -64,7 +64,7 @@ class StepFigures:
         if used is not None:
             row["flops_per_token_used"] = used
             self._put(row, "S-MFU", used * work.tokens, work, costs.peak_flops)
-        if self.steps is not None:
+        if self.steps is not None and self.steps.uncounted is None:
             row |= self._bandwidth(self.steps, work)
         return row
 
@@ -79,6 +79,8 @@ class StepFigures:
             gone["s_mfu"] = "this router's experts see mixtures of tokens, which a routing does not count"
         if self.steps is None:
             gone["s_mbu"] = "the bytes of a step were not asked for"
+        elif self.steps.uncounted is not None:
+            gone["s_mbu"] = self.steps.uncounted
         elif self.steps.peak_bytes_per_s is None:
             gone["s_mbu"] = "the memory bandwidth of the device is not known"
         return gone

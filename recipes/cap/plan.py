@@ -97,7 +97,8 @@ class Request:
     def longest(self) -> int:
         """Tokens of the longest sequence that is run."""
         scored = self.accuracy.length if self.accuracy.samples else 0
-        return max(self.work.prompt + self.work.new, scored)
+        written = self.accuracy.answer_tokens + 1 if self.accuracy.answers else 0
+        return max(self.work.prompt + self.work.new, scored, written)
 
 
 def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
@@ -231,7 +232,7 @@ def _check_folder(folder: Path, request: Request) -> list[Mistake]:
     longest, mistakes = longest_sequence(config), []
     if longest is not None and request.longest > longest:
         rule = f"{folder} takes {longest} tokens, and {request.longest} are asked for"
-        remedy = "Lower --prompt, --new or --perplexity-length."
+        remedy = "Lower --prompt, --new, --perplexity-length or --answer-tokens."
         mistakes.append(Mistake("--prompt", request.work.prompt, rule, remedy))
     tokenizer = request.tokenizer or source.folder
     where = "FOLDER" if request.tokenizer is None else "--tokenizer"

@@ -35,6 +35,8 @@ def prepare(
     for _, layer in host.moe_layers():
         layer.router.to(settings.device)
         layer.experts.ranks = layout.expert
+        # An expert is read once for the tokens of all of these ranks.
+        layer.stats.readers = places.expert_group if layout.expert > 1 else None
         if layer.shared is not None:
             layer.shared.to(settings.device, settings.dtype)
     if settings.experts == "graft":

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from torch import nn
@@ -16,6 +17,7 @@ from recipes.accounts import step_costs
 from recipes.bandwidth import Bandwidth
 from recipes.callbacks.base import Callback
 from recipes.costs import measure_costs, step_model
+from recipes.engines import engine_classes
 from recipes.interrupt import StopRequest
 from recipes.loop import Loop
 from tests.distributed_helper import run_ranks
@@ -26,7 +28,6 @@ from tests.engines.engine_cases import (
     Case,
     make_host,
     make_leg,
-    open_engine,
 )
 
 STEPS = 2
@@ -49,11 +50,22 @@ class _Session:
         self.engine = engine
 
 
-def train(rank: int, world_size: int, strategy: str, expert_parallel: int = 1) -> dict[str, Any]:
+def train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Micro-batches of two samples, however many ranks share them."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    case = Case(engine={"strategy": strategy, "expert_parallel": expert_parallel}, micro=2, steps=STEPS)
-    engine, host = open_engine(**case.engine), make_host(case)
+    case = Case(micro=2 * options.get("tensor_parallel", 1), steps=STEPS)
+    kind = engine_classes()[name]
+    engine, host = kind(kind.config_class(name=name, device="cpu", threads=1, **options)), make_host(case)
+    with patch("torch.distributed.init_process_group"):
+        engine.open()
+    try:
+        return _train(engine, host, case)
+    finally:
+        if name == "megatron":
+            engine.leave()
+
+
+def _train(engine: Any, host: Any, case: Case) -> dict[str, Any]:
     model, costs = step_model(host), measure_costs(host, SEQ_LEN, PEAK)
     trainable = engine.prepare(host, case.optim)
     session: Any = _Session(engine)
@@ -63,14 +75,14 @@ def train(rank: int, world_size: int, strategy: str, expert_parallel: int = 1) -
         leg = make_leg(case, trainable, Path(engine.broadcast(folder)))
         leg.costs, leg.step_costs = costs, steps
         leg.train = replace(leg.train, eval_every=0)
-        Loop(engine, [keep], StopRequest()).run(leg)
+        result = Loop(engine, [keep], StopRequest()).run(leg)
         engine.barrier()
-    return {"rows": keep.rows[1:], "model": steps.model}
+    return {"rows": keep.rows[1:], "model": steps.model, "missing": result.missing}
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    (one,) = run_ranks(train, 1, "fsdp")
+    (one,) = run_ranks(train, 1, "native", {})
     return one
 
 
@@ -126,7 +138,7 @@ def test_bytes_of_a_step_where_all_experts_are_touched(alone: dict[str, Any]) ->
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_two_ranks_count_as_one(strategy: str, alone: dict[str, Any]) -> None:
-    first, second = run_ranks(train, RANKS, strategy)
+    first, second = run_ranks(train, RANKS, "native", {"strategy": strategy})
     model = alone["model"]
     # Shards of the state are updated once, replicas by every rank.
     copies = 1 if strategy == "fsdp" else RANKS
@@ -145,8 +157,9 @@ def test_two_ranks_count_as_one(strategy: str, alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
-def test_spread_experts_are_read_once_for_both_ranks(alone: dict[str, Any]) -> None:
-    first, second = run_ranks(train, RANKS, "fsdp", RANKS)
+@pytest.mark.parametrize("engine", ["native", "deepspeed", "megatron"])
+def test_spread_experts_are_read_once_for_both_ranks(engine: str, alone: dict[str, Any]) -> None:
+    first, second = run_ranks(train, RANKS, engine, {"expert_parallel": RANKS})
     model, every = first["model"], (float(EXPERTS),) * 2
     ours, same = first["rows"][0], second["rows"][0]
     assert ours["step_bytes"] == same["step_bytes"] and ours["router/experts_touched"] == EXPERTS
@@ -155,3 +168,12 @@ def test_spread_experts_are_read_once_for_both_ranks(alone: dict[str, Any]) -> N
     # All are touched, so that both ranks read as many.
     assert ours["step_bytes_busiest_rank"] == ours["step_bytes"] / RANKS
     assert ours["s_mbu_busiest_rank"] == pytest.approx(ours["s_mbu"])
+
+
+@pytest.mark.distributed
+def test_where_matrices_are_cut_bytes_are_not_counted(alone: dict[str, Any]) -> None:
+    first, _ = run_ranks(train, RANKS, "megatron", {"tensor_parallel": RANKS})
+    for row, same in zip(first["rows"], alone["rows"], strict=True):
+        assert not {"step_bytes", "s_mbu"} & set(row) and row["mfu"] > 0
+        assert row["flops_per_token_used"] == same["flops_per_token_used"]
+    assert "cut matrices" in first["missing"]["s_mbu"]

@@ -38,11 +38,12 @@ def test_megatron_from_start_to_export_over_two_layouts(workplace: Path, text: s
 
 
 def _near(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    # What is read, moved and met on a rank depends on how the ranks are laid out.
-    of_layout = ("step_bytes", "touched", "busiest_rank", "s_mfu", "s_mbu")
+    # What is read and met on a rank depends on how the ranks are laid out; shares of a peak on the clock.
+    of_layout, of_bytes = ("touched", "mfu", "s_mfu"), {"step_bytes", "s_mbu", "router/experts_touched"}
     for ours, theirs in zip(found, wanted, strict=True):
-        assert {key for key in ours if not key.endswith("busiest_rank")} == theirs.keys()
-        for key in theirs:
+        # Where matrices are cut bytes are not counted.
+        assert ours.keys() <= theirs.keys() and theirs.keys() - ours.keys() <= of_bytes
+        for key in ours:
             if key != "leg" and not any(part in key for part in of_layout):
                 assert ours[key] == pytest.approx(theirs[key], rel=ORDER, abs=ORDER), key
 

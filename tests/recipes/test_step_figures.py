@@ -62,6 +62,9 @@ def test_what_is_not_known_is_left_out_with_its_reason() -> None:
     mixed = replace(STEPS, counts_slots=False)
     assert "s_mfu" not in StepFigures(mixed, COSTS).of_step(COSTS, work(report(4)))
     assert "mixtures of tokens" in StepFigures(mixed, COSTS).missing()["s_mfu"]
+    cut = replace(STEPS, uncounted="ranks cut matrices")
+    assert not {"s_mbu", "step_bytes"} & set(StepFigures(cut, COSTS).of_step(COSTS, work(report(2))))
+    assert StepFigures(cut, COSTS).missing() == {"s_mbu": "ranks cut matrices"}
     plain = StepFigures(None, replace(COSTS, peak_flops=None))
     assert set(plain.of_step(plain.end, work(None))) == {"active_params", "flops_per_token"}
     assert set(plain.missing()) == {"mfu", "s_mfu", "s_mbu"}
