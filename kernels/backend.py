@@ -15,6 +15,45 @@ from kernels.plan import RowPlan
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """Low-rank factors beside the stacked weights (LoRA, arXiv 2106.09685): ``W x + scale * B (A x)``.
+
+    The product ``B A`` is never made: each side is two more grouped products of rank r.
+
+    Attributes:
+        a_up_ErD: ``[E, r, D]``.
+        b_up_EUr: ``[E, U, r]``, rows as those of w_up.
+        a_down_ErF: ``[E, r, F]``.
+        b_down_EDr: ``[E, D, r]``.
+        scale: ``alpha / r``.
+    """
+
+    a_up_ErD: Tensor
+    b_up_EUr: Tensor
+    a_down_ErF: Tensor
+    b_down_EDr: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a_up_ErD.shape[1]
+
+
+@dataclass(frozen=True)
+class MainGrads:
+    """fp32 buffers that the weights' gradients are added to; autograd then sees none for the weights.
+
+    Attributes:
+        w_up_EUD: ``[E, U, D]`` fp32, contiguous.
+        w_down_EDF: ``[E, D, F]`` fp32, contiguous.
+    """
+
+    w_up_EUD: Tensor
+    w_down_EDF: Tensor
+
+
+@dataclass(frozen=True)
 class ExpertTensors:
     """The stacked weights of E experts, in the layout of nn.Linear: ``[out, in]``.
 
@@ -25,6 +64,8 @@ class ExpertTensors:
         gated: Whether the expert is ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``.
         b_up_EU: ``[E, U]`` or None.
         b_down_ED: ``[E, D]`` or None.
+        low_rank: Factors beside both weights, or None.
+        main_grads: Where the gradients of both weights are added, or None: they are returned.
     """
 
     w_up_EUD: Tensor
@@ -33,6 +74,8 @@ class ExpertTensors:
     gated: bool
     b_up_EU: Tensor | None = None
     b_down_ED: Tensor | None = None
+    low_rank: LowRank | None = None
+    main_grads: MainGrads | None = None
 
     @property
     def width(self) -> int:
@@ -42,7 +85,12 @@ class ExpertTensors:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a back end is chosen by: everything that is known before the rows are."""
+    """What a back end is chosen by: everything that is known before the rows are.
+
+    Attributes:
+        low_rank: The rank of low-rank factors, 0 where there are none.
+        accumulates: Whether the weights' gradients are to be added to fp32 buffers.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -51,6 +99,8 @@ class Workload:
     expert_width: int
     activation: str
     has_bias: bool
+    low_rank: int = 0
+    accumulates: bool = False
 
 
 class Backend(Protocol):
