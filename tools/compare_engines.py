@@ -16,14 +16,14 @@ from moe.errors import ConfigError, Mistake
 from tools.command import STDOUT, check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from recipes.engine_table import Series
+    from recipes.benchmarks.engines import Series
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare_engines",
-        description="Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 and "
-        "2 ranks, and prints how far the losses are from those of native torch on one rank.",
+        description="Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 "
+        "and more ranks, and prints how far the losses are from those of native torch on one rank.",
         epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
     )
     add = parser.add_argument
@@ -41,11 +41,12 @@ def main() -> int:
     mistakes = check_json_target(arguments.json)
     if arguments.steps < 1:
         mistakes.append(Mistake("--steps", arguments.steps, "it must be 1 or more", "Raise it."))
-    from recipes.engine_table import LAYOUTS, run_layouts
+    from recipes.benchmarks.engines import compared_layouts, run_layouts
 
-    chosen = [LAYOUTS[0], *(one for one in LAYOUTS[1:] if (arguments.only or "") in one.name)]
+    first, *others = compared_layouts()
+    chosen = [first, *(one for one in others if (arguments.only or "") in one.name)]
     if arguments.only and len(chosen) == 1:
-        names = "; ".join(one.name for one in LAYOUTS)
+        names = "; ".join(one.name for one in others)
         mistakes.append(
             Mistake("--only", arguments.only, "no layout has it in its name", f"There are {names}.")
         )

@@ -21,6 +21,7 @@ from moe.routers import RouterConfig
 from moe.types import Config
 from recipes.checkpoint import GlobalTensor
 from recipes.data.samples import Marks
+from recipes.engines.layout import EngineLayout
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.optim import OptimConfig
 
@@ -107,11 +108,13 @@ class Engine(ABC, Generic[ConfigT]):
     Attributes:
         fills_shards: Whether it takes hosts whose parameters have no memory yet, and has `host.weights` fill
             what each rank holds of them. It then has `hold`, too. Else hosts come to it whole.
+        compared: Layouts in which ``python -m tools.compare_engines`` runs it.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[EngineConfig]]
     fills_shards: ClassVar[bool] = False
+    compared: ClassVar[tuple[EngineLayout, ...]] = ()
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

@@ -26,6 +26,7 @@ from recipes.clipping import clip_parts
 from recipes.data.samples import Marks
 from recipes.engines.base import may_update
 from recipes.engines.host_trainable import HostTrainable
+from recipes.engines.layout import EngineLayout
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.skeleton import empty_copy
@@ -56,6 +57,13 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
 
     name = "deepspeed"
     config_class = DeepSpeedConfig
+    compared = tuple(
+        EngineLayout(
+            2, ("engine=deepspeed", f"engine.zero_stage={stage}", f"engine.expert_parallel={spread}")
+        )
+        for stage in range(4)
+        for spread in (1, 2)
+    )
 
     @classmethod
     def check(cls, config: DeepSpeedConfig) -> str | None:

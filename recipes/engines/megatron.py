@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import HostError, Mistake
 from moe.routers import RouterConfig, router_class
+from recipes.engines.layout import EngineLayout
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.inspection import check_dense, read_config
@@ -68,6 +69,12 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
 
     name = "megatron"
     config_class = MegatronConfig
+    compared = tuple(
+        EngineLayout(
+            2, ("engine=megatron", f"engine.tensor_parallel={cut}", f"engine.expert_parallel={spread}")
+        )
+        for cut, spread in ((1, 1), (1, 2), (2, 1), (2, 2))
+    )
 
     def __init__(self, config: MegatronConfig) -> None:
         super().__init__(config)

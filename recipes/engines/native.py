@@ -32,6 +32,7 @@ from recipes.engines.expert_parallel import (
     spread_experts,
 )
 from recipes.engines.host_trainable import HostTrainable
+from recipes.engines.layout import EngineLayout
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.hosts.ffn import decoder_blocks
 from recipes.hosts.huggingface import HuggingFaceHost
@@ -73,6 +74,12 @@ class NativeEngine(ProcessEngine[NativeConfig]):
     name = "native"
     config_class = NativeConfig
     fills_shards = True
+    compared = (
+        EngineLayout(1, ("engine=native",)),
+        EngineLayout(2, ("engine=native",)),
+        EngineLayout(2, ("engine=native", "engine.strategy=ddp")),
+        EngineLayout(2, ("engine=native", "engine.expert_parallel=2")),
+    )
 
     def __init__(self, config: NativeConfig) -> None:
         super().__init__(config)

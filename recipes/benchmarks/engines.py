@@ -10,57 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.errors import GraftError
+from recipes.engines import engine_classes
+from recipes.engines.layout import EngineLayout
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _TAIL = 15
+REFERENCE = EngineLayout(1, ("engine=native",))
 # Everything that does not change what is computed, and nothing that is not needed here.
 _QUIET = ("tracker.mode=disabled", "compare.cpt=false", "train.eval_every=0", "train.save_every=0")
 
 
-@dataclass(frozen=True)
-class EngineLayout:
-    """One run.
-
-    Attributes:
-        ranks: Processes.
-        options: Of ``train.py``.
-    """
-
-    ranks: int
-    options: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """For people and as a folder."""
-        told = [option.removeprefix("engine.").removeprefix("engine=") for option in self.options]
-        return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'}, {', '.join(told)}"
-
-
-def _layouts() -> tuple[EngineLayout, ...]:
-    zero = [
-        EngineLayout(
-            2, ("engine=deepspeed", f"engine.zero_stage={stage}", f"engine.expert_parallel={spread}")
-        )
-        for stage in range(4)
-        for spread in (1, 2)
-    ]
-    megatron = [
-        EngineLayout(
-            2, ("engine=megatron", f"engine.tensor_parallel={cut}", f"engine.expert_parallel={spread}")
-        )
-        for cut, spread in ((1, 1), (1, 2), (2, 1), (2, 2))
-    ]
-    return (
-        EngineLayout(1, ("engine=native",)),
-        EngineLayout(2, ("engine=native",)),
-        EngineLayout(2, ("engine=native", "engine.strategy=ddp")),
-        EngineLayout(2, ("engine=native", "engine.expert_parallel=2")),
-        *zero,
-        *megatron,
-    )
-
-
-LAYOUTS = _layouts()
+def compared_layouts() -> list[EngineLayout]:
+    """What every engine offers for comparison; first the one that the others are compared with."""
+    offered = [layout for name in sorted(engine_classes()) for layout in engine_classes()[name].compared]
+    return [REFERENCE, *(layout for layout in offered if layout != REFERENCE)]
 
 
 @dataclass(frozen=True)
