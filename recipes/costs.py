@@ -10,8 +10,9 @@ from torch import nn
 
 from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.flops import forward_flops_per_token, training_flops_per_token
-from moe.accounting.layers import AttentionShape, Mixer
+from moe.accounting.mixers import AttentionShape, Mixer
 from moe.accounting.params import ExpertModule, count_parameters, expert_modules
+from moe.accounting.router_elements import router_elements
 from moe.accounting.shape import attention_from_config
 from moe.accounting.training import Mixture, StepModel, update_bytes
 from moe.attention import attention_layers
@@ -72,9 +73,7 @@ def _mixers(host: HuggingFaceHost, dense: Sequence[Mixer]) -> list[Mixer]:
     for index, layer in host.attention_layers():
         plain, router = mixers[index], layer.router
         assert isinstance(plain, AttentionShape), plain
-        matrix = sum(param.numel() for param in router.parameters() if param.ndim >= 2)
-        vector = sum(param.numel() for param in router.parameters()) - matrix
-        mixers[index] = AttentionExpertsShape(plain, router.top_k, matrix, vector)
+        mixers[index] = AttentionExpertsShape(plain, router.top_k, *router_elements(router))
     return mixers
 
 

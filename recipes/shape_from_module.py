@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe.accounting.layers import Mixer
+from moe.accounting.mixers import Mixer
 from moe.accounting.params import ParameterCount, count_parameters
 from moe.accounting.shape import attention_from_config
 from moe.errors import ConfigError

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.accounting.layers import AttentionShape, Mixer, ModelShape, MoEShape
+from moe.accounting.layers import ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, Mixer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 
 from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.distinct import all_distinct
-from moe.accounting.layers import DenseFFNShape, LayerShape, Mixer, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import Mixer
 from moe.accounting.passes import Batch
 
 

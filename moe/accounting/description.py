@@ -11,8 +11,9 @@ from moe.accounting.bytes import BitWidths, StepBytes, full_step_bytes, kv_bytes
 from moe.accounting.distinct import estimated_distinct, touched_share
 from moe.accounting.families.reading import LayerConfig, refuse
 from moe.accounting.flops import CONVENTIONS, COUNTED, Flops, flops_from_shape, forward_flops_per_token
-from moe.accounting.layers import DenseFFNShape, Mixer, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, ModelShape, MoEShape
 from moe.accounting.memory import ElementBytes, serving_memory, training_memory
+from moe.accounting.mixers import Mixer
 from moe.accounting.params import ParameterCount, count_from_shape
 from moe.accounting.passes import decode_batch
 from moe.accounting.quantisation import DTYPE_BITS, bits_from_config, dtype_bits, override_bits

@@ -35,7 +35,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from moe.accounting.attention_experts import AttentionExpertsShape
-from moe.accounting.layers import LayerShape, Mixer, ModelShape, MoEShape, mean_context
+from moe.accounting.layers import LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import Mixer, mean_context
 from moe.accounting.params import ParameterCount, count_from_shape
 
 __all__ = [

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 
 from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.bytes import BitWidths, cache_bytes, weight_bytes
-from moe.accounting.layers import (
-    AttentionShape,
-    DenseFFNShape,
-    LatentAttentionShape,
-    LayerShape,
-    MambaShape,
-    ModelShape,
-)
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape
+from moe.accounting.mixers import AttentionShape, LatentAttentionShape, MambaShape
 from moe.accounting.params import count_from_shape
 
 

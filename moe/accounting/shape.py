@@ -17,16 +17,8 @@ from moe.accounting.families.reading import (
     grouped_attention,
     refuse,
 )
-from moe.accounting.layers import (
-    AttentionShape,
-    DenseFFNShape,
-    LatentAttentionShape,
-    LayerShape,
-    MambaShape,
-    Mixer,
-    ModelShape,
-    MoEShape,
-)
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, LatentAttentionShape, MambaShape, Mixer
 
 __all__ = [
     "AttentionShape",

@@ -11,16 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from moe.accounting.layers import (
-    AttentionShape,
-    DenseFFNShape,
-    LatentAttentionShape,
-    LayerShape,
-    MambaShape,
-    Mixer,
-    ModelShape,
-    MoEShape,
-)
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, LatentAttentionShape, MambaShape, Mixer
 
 # Channels of query and value, together, below which exponentials and not products bound attention.
 _FULL_HEAD = 256

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, get_args
 
-from moe.accounting.layers import AttentionShape, LatentAttentionShape, ModelShape
+from moe.accounting.layers import ModelShape
+from moe.accounting.mixers import AttentionShape, LatentAttentionShape
 from moe.errors import Mistake
 from moe.planning.cluster import Cluster, Precision
 

@@ -5,7 +5,6 @@ Letters: B samples, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.errors import Mistake
+from recipes.cap.json_lines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -39,42 +39,26 @@ def read_questions(path: Path, where: str = "--choices") -> tuple[list[Question]
     A line is ``{"question": ..., "choices": [...], "answer": ...}``; the answer is an index from 0, or one of
     the choices to the letter.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        return [], [Mistake(where, str(path), f"it cannot be read ({error})", "Give a file of JSON lines.")]
-    questions, mistakes = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        found = _question(line)
-        if isinstance(found, str):
-            remedy = 'Write {"question": "...", "choices": ["...", "..."], "answer": 0}.'
-            mistakes.append(Mistake(f"{where} {path}:{number}", line[:80], found, remedy))
-        else:
-            questions.append(found)
-    if not questions and not mistakes:
-        mistakes.append(Mistake(where, str(path), "it holds no question", "Give at least one line."))
-    return questions, mistakes
+    remedy = 'Write {"question": "...", "choices": ["...", "..."], "answer": 0}.'
+    return read_json_lines(path, where, _question, "question", remedy)
 
 
-def _question(line: str) -> Question | str:
+def _question(row: dict[str, Any]) -> Question | str:
     """The question of a line, or the rule that it breaks."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"it is no JSON ({error})"
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+    if not isinstance(row.get("question"), str):
         return "it needs a question, a text"
     choices, answer = row.get("choices"), row.get("answer")
-    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
-    if not texts or len(choices) < 2:
+    if not isinstance(choices, list) or len(choices) < 2 or not all(_is_text(choice) for choice in choices):
         return "it needs two choices or more, texts that are not empty"
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         return f"its answer must be an index from 0 to {len(choices) - 1}, or one of the choices"
     return Question(row["question"], tuple(choices), answer)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def share_right(accuracy: Mapping[str, Any]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import string
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from moe.errors import Mistake
+from recipes.cap.json_lines import read_json_lines
 
 RULE = (
     "first line written, equal to an answer without case, articles, punctuation and further spaces; where an "
@@ -35,31 +35,12 @@ class Prompt:
 
 def read_prompts(path: Path, where: str = "--answers") -> tuple[list[Prompt], list[Mistake]]:
     """The prompts of a file of JSON lines ``{"prompt": ..., "answer": ...}``, and every mistake in it."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        return [], [Mistake(where, str(path), f"it cannot be read ({error})", "Give a file of JSON lines.")]
-    prompts, mistakes = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        found = _prompt(line)
-        if isinstance(found, str):
-            mistakes.append(Mistake(f"{where} {path}:{number}", line[:80], found, _REMEDY))
-        else:
-            prompts.append(found)
-    if not prompts and not mistakes:
-        mistakes.append(Mistake(where, str(path), "it holds no prompt", "Give at least one line."))
-    return prompts, mistakes
+    return read_json_lines(path, where, _prompt, "prompt", _REMEDY)
 
 
-def _prompt(line: str) -> Prompt | str:
+def _prompt(row: dict[str, Any]) -> Prompt | str:
     """The prompt of a line, or the rule that it breaks."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"it is no JSON ({error})"
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+    if not isinstance(row.get("prompt"), str) or not row["prompt"]:
         return "it needs a prompt, a text that is not empty"
     answer = row.get("answer")
     answers = answer if isinstance(answer, list) else [answer]

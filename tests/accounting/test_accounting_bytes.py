@@ -17,15 +17,8 @@ from moe.accounting.bytes import (
     weight_bytes,
 )
 from moe.accounting.flops import all_experts, forward_flops_per_token
-from moe.accounting.layers import (
-    AttentionShape,
-    DenseFFNShape,
-    LatentAttentionShape,
-    LayerShape,
-    MambaShape,
-    ModelShape,
-    MoEShape,
-)
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, LatentAttentionShape, MambaShape
 from moe.accounting.params import count_from_shape
 from moe.accounting.passes import Batch, decode_batch, pass_flops, prefill_batch
 from moe.accounting.shape import shape_from_config

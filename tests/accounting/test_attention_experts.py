@@ -10,8 +10,9 @@ from moe.accounting.attention_experts import AttentionExpertsShape, mixtures
 from moe.accounting.bytes import BitWidths, full_step_bytes, step_bytes
 from moe.accounting.distinct import estimated_distinct, touched_share
 from moe.accounting.flops import CONVENTIONS, all_experts, flops_from_shape
-from moe.accounting.layers import AttentionShape, DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
 from moe.accounting.memory import training_memory
+from moe.accounting.mixers import AttentionShape
 from moe.accounting.params import count_from_shape
 from moe.accounting.passes import Batch, decode_batch, pass_flops, prefill_batch
 

@@ -114,7 +114,7 @@ def test_a_good_file(tmp_path: Path) -> None:
     ("row", "rule"),
     [
         ("{", "it is no JSON"),
-        ("[1]", "it needs a question"),
+        ("[1]", "it is no object"),
         ('{"question": 1, "choices": ["a", "b"], "answer": 0}', "it needs a question"),
         ('{"question": "", "choices": ["a"], "answer": 0}', "two choices or more"),
         ('{"question": "", "choices": ["a", ""], "answer": 0}', "two choices or more"),

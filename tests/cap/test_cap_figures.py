@@ -9,7 +9,8 @@ import pytest
 
 from moe.accounting.bytes import uniform_bits
 from moe.accounting.distinct import traced_distinct
-from moe.accounting.layers import AttentionShape, DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape
 from moe.accounting.passes import decode_batch
 from moe.accounting.utilisation import Machine
 from recipes.cap.cost import HOURS_A_YEAR, LISTINGS, Prices, cost_figures, find_rates

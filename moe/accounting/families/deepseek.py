@@ -12,7 +12,8 @@ from moe.accounting.families.reading import (
     decoder_family,
     refuse,
 )
-from moe.accounting.layers import DenseFFNShape, LatentAttentionShape, Mixer, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, ModelShape, MoEShape
+from moe.accounting.mixers import LatentAttentionShape, Mixer
 
 
 def _latent(config: LayerConfig) -> LatentAttentionShape:

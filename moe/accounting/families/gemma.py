@@ -13,7 +13,8 @@ from moe.accounting.families.reading import (
     grouped_attention,
     listed_window,
 )
-from moe.accounting.layers import DenseFFNShape, Mixer
+from moe.accounting.layers import DenseFFNShape
+from moe.accounting.mixers import Mixer
 
 # What Gemma3TextConfig takes: the text part of a published config leaves these out.
 _GEMMA3_DEFAULTS = {

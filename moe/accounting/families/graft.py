@@ -10,7 +10,9 @@ import torch
 
 from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.families.reading import LayerConfig, check_keys, refuse
-from moe.accounting.layers import AttentionShape, Mixer, ModelShape, MoEShape
+from moe.accounting.layers import ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, Mixer
+from moe.accounting.router_elements import router_elements
 from moe.routers import Router, router_class
 
 MODEL_TYPE = "graft_moe"
@@ -110,6 +112,4 @@ def _router(entry: Mapping[str, Any], where: str, hidden: int, experts: int) -> 
         refuse(f"{where}.router", entry["router"], f"it is no config of {name} ({error})", "Correct it.")
     with torch.device("meta"):
         router = cls(options, hidden, experts)
-    sizes = [(param.ndim >= 2, param.numel()) for param in router.parameters()]
-    matrix = sum(size for is_matrix, size in sizes if is_matrix)
-    return router, matrix, sum(size for is_matrix, size in sizes if not is_matrix)
+    return router, *router_elements(router)

@@ -14,7 +14,8 @@ from moe.accounting.families.reading import (
     grouped_attention,
     kind_of_layer,
 )
-from moe.accounting.layers import DenseFFNShape, Mixer, MoEShape
+from moe.accounting.layers import DenseFFNShape, MoEShape
+from moe.accounting.mixers import Mixer
 
 
 def _llama(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:

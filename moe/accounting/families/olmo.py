@@ -13,7 +13,8 @@ from moe.accounting.families.reading import (
     grouped_attention,
     listed_window,
 )
-from moe.accounting.layers import AttentionShape, DenseFFNShape, Mixer, MoEShape
+from moe.accounting.layers import DenseFFNShape, MoEShape
+from moe.accounting.mixers import AttentionShape, Mixer
 
 
 def _normed_attention(config: LayerConfig) -> AttentionShape:

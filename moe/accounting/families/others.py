@@ -14,15 +14,8 @@ from moe.accounting.families.reading import (
     grouped_attention,
     listed_window,
 )
-from moe.accounting.layers import (
-    AttentionShape,
-    DenseFFNShape,
-    LayerShape,
-    MambaShape,
-    Mixer,
-    ModelShape,
-    MoEShape,
-)
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, MambaShape, Mixer
 
 
 def _gpt_oss(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:

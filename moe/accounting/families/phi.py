@@ -12,7 +12,8 @@ from moe.accounting.families.reading import (
     decoder_family,
     grouped_attention,
 )
-from moe.accounting.layers import DenseFFNShape, Mixer, ModelShape, MoEShape
+from moe.accounting.layers import DenseFFNShape, ModelShape, MoEShape
+from moe.accounting.mixers import Mixer
 
 
 def _phi(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:

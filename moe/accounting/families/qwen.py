@@ -12,7 +12,8 @@ from moe.accounting.families.reading import (
     listed_window,
     refuse,
 )
-from moe.accounting.layers import DenseFFNShape, Mixer, MoEShape
+from moe.accounting.layers import DenseFFNShape, MoEShape
+from moe.accounting.mixers import Mixer
 
 
 def _qwen2(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:

@@ -6,15 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from moe.accounting.layers import (
-    AttentionShape,
-    DenseFFNShape,
-    LayerShape,
-    Mixer,
-    ModelShape,
-    MoEShape,
-    QKNorm,
-)
+from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
+from moe.accounting.mixers import AttentionShape, Mixer, QKNorm
 from moe.errors import ConfigError, Mistake
 
 LayerConfig = Mapping[str, Any]

@@ -1,0 +1,51 @@
+"""Reads a file of JSON lines that a user wrote, and tells every mistake in it with its line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moe.errors import Mistake
+
+RowT = TypeVar("RowT")
+
+
+def read_json_lines(
+    path: Path, where: str, parse: Callable[[dict[str, Any]], RowT | str], noun: str, remedy: str
+) -> tuple[list[RowT], list[Mistake]]:
+    """What the lines hold, and every mistake; empty lines are passed over.
+
+    Args:
+        path: The file.
+        where: The option that names it.
+        parse: Turns a line's object into a row, or into the rule that it breaks.
+        noun: What a row is called.
+        remedy: How a line is to be written.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return [], [Mistake(where, str(path), f"it cannot be read ({error})", "Give a file of JSON lines.")]
+    rows: list[RowT] = []
+    mistakes = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        found = _row(line, parse)
+        if isinstance(found, str):
+            mistakes.append(Mistake(f"{where} {path}:{number}", line[:80], found, remedy))
+        else:
+            rows.append(found)
+    if not rows and not mistakes:
+        mistakes.append(Mistake(where, str(path), f"it holds no {noun}", "Give at least one line."))
+    return rows, mistakes
+
+
+def _row(line: str, parse: Callable[[dict[str, Any]], RowT | str]) -> RowT | str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return f"it is no JSON ({error})"
+    return parse(value) if isinstance(value, dict) else "it is no object, {...}"
