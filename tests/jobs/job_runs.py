@@ -30,7 +30,7 @@ _PATIENCE_S = 60.0
 # What differs from one run to the next whatever it computes.
 TIMES = ("time", "tokens_per_s", "step_s", "mfu", "s_mfu", "s_mbu", "goodput")
 TIMES += ("memory_bytes", "energy_j", "joules_per_token", "save_stall_s", "save_s", "save_step")
-TIMES += ("recovery_s",)
+TIMES += ("recovery_s", "s_mbu_busiest_rank")
 
 TINY: dict[str, Any] = {
     "tracker.mode": "disabled",

@@ -1,0 +1,84 @@
+"""Machines of a cluster on one: network, host name and processes of their own, files shared.
+
+Run as a script it makes them and runs a command that finds them in its environment. It needs user and network
+namespaces, which a container may forbid: `refusal` says so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+_NAMES = ("node-a", "node-b")
+_INSIDE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
+#: Process ids that hold the namespaces of each machine, for whoever runs inside.
+HOLDERS = "GRAFT_TEST_MACHINES"
+
+
+def refusal() -> str | None:
+    """Why no machines can be made here; None where they can."""
+    try:
+        made = subprocess.run([*_INSIDE, "ip", "link", "show"], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        return str(error)
+    return made.stderr.strip() if made.returncode else None
+
+
+def with_machines(
+    command: Sequence[str], timeout: float, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command that finds the machines by `HOLDERS`; nothing that it starts outlives it."""
+    return subprocess.run(
+        [*_INSIDE, "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, __file__, *command],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+
+
+def _make(folder: Path) -> list[subprocess.Popen[bytes]]:
+    addresses = [f"10.77.0.{number + 1}" for number in range(len(_NAMES))]
+    known = zip(["127.0.0.1", *addresses], ["localhost", *_NAMES], strict=True)
+    (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in known))
+    _run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
+    holders = [subprocess.Popen(["unshare", "--net", "--uts", "sleep", "infinity"]) for _ in _NAMES]
+    for holder in holders:
+        # Until then it is still in our namespaces.
+        while os.readlink(f"/proc/{holder.pid}/ns/uts") == os.readlink("/proc/self/ns/uts"):
+            os.sched_yield()
+    _run("ip", "link", "add", "wire0", "type", "veth", "peer", "name", "wire1")
+    for number, (holder, address) in enumerate(zip(holders, addresses, strict=True)):
+        wire, inside = f"wire{number}", ("nsenter", f"--target={holder.pid}", "--net", "--uts")
+        _run("ip", "link", "set", wire, "netns", str(holder.pid))
+        _run(*inside, "hostname", _NAMES[number])
+        _run(*inside, "ip", "address", "add", f"{address}/24", "dev", wire)
+        _run(*inside, "ip", "link", "set", "lo", "up")
+        _run(*inside, "ip", "link", "set", wire, "up")
+    return holders
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def main() -> int:
+    """Makes the machines, runs the command, and takes them down."""
+    with tempfile.TemporaryDirectory() as folder:
+        holders = _make(Path(folder))
+        here = os.environ | {HOLDERS: " ".join(str(holder.pid) for holder in holders)}
+        try:
+            return subprocess.run(sys.argv[1:], env=here).returncode
+        finally:
+            for holder in holders:
+                holder.send_signal(signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
