@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,18 @@ class Activation:
         forward_out: ``forward_out(x, out)`` writes the value into ``out``.
         backward_out: ``backward_out(grad, x, out)`` writes ``grad * f'(x)`` into ``out``, which may
             be ``grad`` itself.
+        on_value: Whether the value half of a gated expert goes through the function as well, which then makes
+            no sense without a gate.
     """
 
     forward: Callable[[Tensor], Tensor]
     forward_out: Callable[[Tensor, Tensor], Tensor]
     backward_out: Callable[[Tensor, Tensor, Tensor], Tensor]
+    on_value: bool = False
+
+    def hidden(self, gate: Tensor, value: Tensor) -> Tensor:
+        """What the down projection of a gated expert reads: ``f(gate) * value``, or both through f."""
+        return self.forward(gate) * (self.forward(value) if self.on_value else value)
 
 
 def _gelu(approximate: str) -> Activation:
@@ -58,16 +64,31 @@ _RELU2 = Activation(
 )
 _GELU_TANH = _gelu("tanh")
 
-#: By the names that transformers' configs use.
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
-    {
-        "silu": _SILU,
-        "swish": _SILU,
-        "gelu": _gelu("none"),
-        "gelu_new": _GELU_TANH,
-        "gelu_fast": _GELU_TANH,
-        "gelu_pytorch_tanh": _GELU_TANH,
-        "relu": _RELU,
-        "relu2": _RELU2,
-    }
-)
+#: By the names that transformers' configs use. No mapping proxy: torch.compile cannot read one any more once
+#: the code that it traces has changed any dict.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": _SILU,
+    "swish": _SILU,
+    "gelu": _gelu("none"),
+    "gelu_new": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "relu": _RELU,
+    "relu2": _RELU2,
+    # dReLU of TurboSparse, arXiv 2406.05955: down(relu(gate) * relu(up)).
+    "drelu": replace(_RELU, on_value=True),
+}
+
+
+def activation_refusal(name: str, gated: bool) -> str | None:
+    """Why experts cannot have this activation, as a clause; None when they can.
+
+    Args:
+        name: Any name.
+        gated: Whether the experts have a gate.
+    """
+    if name not in ACTIVATIONS:
+        return f"there is no activation {name!r}; there are: {', '.join(ACTIVATIONS)}"
+    if ACTIVATIONS[name].on_value and not gated:
+        return f"{name} is applied to gate and value alike, and these experts have no gate: relu is its like"
+    return None

@@ -14,13 +14,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels.triton_blocks import Target, row_blocks, rows_options, weight_blocks, weight_options
+from kernels.triton_blocks import (
+    Blocks,
+    Target,
+    bucket,
+    candidates,
+    rank_block,
+    row_blocks,
+    rows_options,
+    weight_blocks,
+    weight_options,
+    with_factor,
+)
 
 #: Shared memory that a program may take, in bytes, by compute capability times ten.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -29,14 +40,47 @@ _MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What is pointed at, where it is not the experts' own dtype.
 _POINTERS = {
-    **dict.fromkeys(("token_ptr", "slot_ptr", "row_ptr", "counts_ptr"), "*i64"),
-    **dict.fromkeys(("tiles_ptr", "ends_ptr"), "*i32"),
+    **dict.fromkeys(("token_ptr", "slot_ptr", "row_ptr", "counts_ptr", "ids_ptr", "totals_ptr"), "*i64"),
+    **dict.fromkeys(("tiles_ptr", "ends_ptr", "blocks_ptr"), "*i32"),
+    "mask_ptr": "*i1",
     **dict.fromkeys(("weights_ptr", "dots_ptr"), "*fp32"),
 }
 # Sizes that need not be multiples of anything.
-_ANY = {"num_tiles", "num_experts", "num_rows", "T"}
+_ANY = {"num_tiles", "num_experts", "num_rows", "T", "scale", "num_slots", "num_blocks", "width"}
+# Kernels that multiply no matrices.
+_PRODUCTLESS = ("combine", "tiles", "histogram", "scan", "place")
+# Those that are the rank, or may be.
+_OF_RANK = {"N", "Q", "b_k", "b_n", "factor_r", "factor_n", "right_r", "out_p", "out_q"}
 # A layer's widths, far above every block.
 _WIDTH = 2048
+# Kernels with rows -> the strides that are 1 where the weights and factors are stored as they come.
+_ROWS = {
+    "up": {"x_d": 1, "w_d": 1, "bias_u": 1, "factor_r": 1},
+    "down": {"b_k": 1, "bias_n": 1, "factor_r": 1},
+    "dx": {"b_n": 1, "bias_n": 1, "factor_n": 1},
+    "dh": {"grad_d": 1, "w_f": 1, "bias_d": 1, "factor_n": 1},
+}
+# Kernels whose blocks are tuned -> kind of blocks.
+_KINDS = {"up": "up", "down": "rows", "dh": "dh", "dw_up": "dw"}
+# The first product of low-rank factors: with x, with A, and of the gradients of both.
+_LOW = {
+    "low_up": {"GATHER": True, "a_k": 1, "b_k": 1},
+    "low_down": {"GATHER": False, "a_k": 1, "b_k": 1},
+    "low_dy": {"GATHER": True, "a_k": 1, "b_n": 1},
+    "low_dh": {"GATHER": False, "a_k": 1, "b_n": 1},
+}
+# Gradients of weights.
+_WEIGHTS = {
+    "dw_up": {"GATHER_LEFT": False, "GATHER_RIGHT": True, "out_q": 1},
+    "dw_down": {"GATHER_LEFT": True, "GATHER_RIGHT": False, "out_q": 1},
+}
+# Gradients of factors A, written transposed, and of factors B.
+_FACTORS = {
+    "da_up": {"GATHER_LEFT": True, "GATHER_RIGHT": False, "out_p": 1},
+    "db_up": {"GATHER_LEFT": False, "GATHER_RIGHT": False, "out_q": 1},
+    "da_down": {"GATHER_LEFT": False, "GATHER_RIGHT": False, "out_p": 1},
+    "db_down": {"GATHER_LEFT": True, "GATHER_RIGHT": False, "out_q": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +89,18 @@ class Variant:
 
     Attributes:
         kernel: ``up``, ``down`` (rows times weight), ``dx`` (the same along other strides), ``dh``,
-            ``dw_up``, ``dw_down``, ``combine`` or ``tiles``.
+            ``dw_up``, ``dw_down``, ``combine``, ``tiles``, ``histogram``, ``scan`` or ``place``; of low-rank
+            factors: ``low_up``, ``low_down``, ``low_dy``, ``low_dh``, ``da_up``, ``db_up``, ``da_down`` or
+            ``db_down``.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         height: Rows of a tile; what has no tiles ignores it.
         gated: Whether the expert is gated.
         bias: Whether it has biases.
         activation: A name inside the kernels.
         ones: Whether every size is 1: Triton makes such arguments constants, which are no tensors.
+        rank: Of low-rank factors; 0: there are none.
+        accumulates: Whether a weight's gradient is added to an fp32 buffer.
+        blocks: Other blocks than the table's.
     """
 
     kernel: str
@@ -61,6 +110,9 @@ class Variant:
     bias: bool = False
     activation: str = "silu"
     ones: bool = False
+    rank: int = 0
+    accumulates: bool = False
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +140,28 @@ class Report:
 
 #: One of each kernel as it runs in pre-training.
 REPRESENTATIVE = tuple(
-    Variant(kernel) for kernel in ("up", "down", "dx", "dh", "dw_up", "dw_down", "combine", "tiles")
+    Variant(kernel) for kernel in ("up", "down", "dx", "dh", "dw_up", "dw_down", *_PRODUCTLESS)
+)
+
+#: Each kernel that low-rank factors, fp32 accumulation or dReLU change, as it runs in fine-tuning.
+ADDED = (
+    *(Variant(kernel, rank=16) for kernel in (*_ROWS, *_LOW, *_FACTORS)),
+    Variant("dw_up", accumulates=True),
+    Variant("dh", activation="drelu"),
 )
 
 
 def all_variants() -> Iterator[Variant]:
-    """Every dtype, tile height, gating, bias, and the costliest activations."""
+    """Every dtype, tile height, gating, bias, the costliest activations, and low ranks."""
     yield from REPRESENTATIVE
+    yield from ADDED
+    yield from (Variant(kernel, rank=r) for kernel in (*_ROWS, *_LOW, *_FACTORS) for r in (4, 64, 128))
+    for dtype, height in (("bf16", 64), ("bf16", 16), ("fp16", 128), ("fp32", 64)):
+        yield from (Variant(kernel, dtype, height, rank=16) for kernel in (*_ROWS, *_LOW))
+    for dtype in ("fp16", "fp32"):
+        yield from (Variant(kernel, dtype, accumulates=True) for kernel in ("dw_up", "dw_down"))
+    yield from (Variant(k, accumulates=True, bias=True) for k in ("dw_up", "dw_down"))
+    yield from (Variant(kernel, activation="drelu", rank=16, bias=True) for kernel in ("up", "dh"))
     for dtype, heights in (("bf16", (128, 64, 32, 16)), ("fp16", (128,)), ("fp32", (64, 32, 16))):
         for height in heights:
             yield from (Variant(kernel, dtype, height) for kernel in ("up", "down", "dx", "dh"))
@@ -106,39 +173,74 @@ def all_variants() -> Iterator[Variant]:
 
 def _constants(variant: Variant, capability: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel, its constants and its build options."""
-    from kernels import triton_backward, triton_forward, triton_tiles
+    from kernels import triton_backward, triton_forward, triton_low_rank, triton_route, triton_tiles
 
-    target = Target(capability, _DTYPES[variant.dtype])
-    gating = {"ACT": variant.activation, "GATED": variant.gated}
+    target = _target(variant, capability)
     arithmetic = {"PRECISION": "ieee", "RAISE": False}
     if variant.kernel == "tiles":
         blocks = {"BLOCK_M": 128, "BLOCK_E": 128, "BLOCK_G": 64}
         return triton_tiles.tiles_kernel, blocks, {"num_warps": 8}
+    if variant.kernel in triton_route.KERNELS:
+        return triton_route.KERNELS[variant.kernel], *triton_route.options(variant.kernel, 128, True)
     if variant.kernel == "combine":
         blocks = {"WEIGHTED": True, "RAISE": False, "BLOCK_T": 4, "BLOCK_D": 512}
         return triton_forward.combine_kernel, blocks, {"num_warps": 4}
-    if variant.kernel in ("dw_up", "dw_down"):
-        is_down = variant.kernel == "dw_down"
-        flags = {"GATHER_LEFT": is_down, "GATHER_RIGHT": not is_down, "SCALE_BIAS": is_down and variant.bias}
-        ones = {"left_p": 1, "right_q": 1}
-        options = weight_options(weight_blocks(_WIDTH, _WIDTH, target))
-        return _split(
-            triton_backward.dw_kernel, {**flags, **ones, "BIAS": variant.bias, **arithmetic}, options
-        )
+    if variant.kernel in {**_WEIGHTS, **_FACTORS}:
+        options = weight_options(weight_blocks(_WIDTH, variant.rank or _WIDTH, target))
+        return _split(triton_backward.dw_kernel, {**_product(variant), **arithmetic}, options)
+    if variant.kernel in _LOW:
+        options = rows_options(row_blocks("rows", variant.height, variant.rank, _WIDTH, target), _WIDTH)
+        return _split(triton_low_rank.low_kernel, {**_LOW[variant.kernel], **arithmetic}, options)
     kind = "rows" if variant.kernel in ("down", "dx") else variant.kernel
-    options = rows_options(row_blocks(kind, variant.height, _WIDTH, _WIDTH, target), _WIDTH)
-    own = {
-        "up": {**gating, "KEEP_H": True, "x_d": 1, "w_d": 1, "bias_u": 1},
-        "down": {"b_k": 1, "bias_n": 1},
-        "dx": {"b_n": 1, "bias_n": 1},
-        "dh": {**gating, "grad_d": 1, "w_f": 1, "bias_d": 1},
-    }[variant.kernel]
+    found = row_blocks(kind, variant.height, _WIDTH, _WIDTH, target)
+    if kind == "rows":
+        found = with_factor(found, 1 if "factor_n" in _ROWS[variant.kernel] else variant.rank)
+    own = {**_ROWS[variant.kernel], "BIAS": variant.bias, **_term(variant, found.k), **arithmetic}
+    if kind != "rows":
+        activation = "relu" if variant.activation == "drelu" else variant.activation
+        own |= {"ACT": activation, "GATED": variant.gated, "ON_VALUE": variant.activation == "drelu"}
+    if kind == "up":
+        own["KEEP_H"] = True
     kernels = {
         "up": triton_forward.up_kernel,
         "rows": triton_forward.rows_kernel,
         "dh": triton_backward.dh_kernel,
     }
-    return _split(kernels[kind], {**own, "BIAS": variant.bias, **arithmetic}, options)
+    return _split(kernels[kind], own, rows_options(found, _WIDTH))
+
+
+def candidate_variants(capability: int) -> Iterator[Variant]:
+    """Every candidate that `kernels.tune` may choose on a GPU besides the table's blocks."""
+    target = Target(capability, torch.bfloat16)
+    for kernel, kind in _KINDS.items():
+        for height in (0,) if kind == "dw" else (128, 64, 32, 16):
+            for blocks in candidates(kind, height, target)[1:]:
+                yield Variant(kernel, height=height or 128, blocks=blocks)
+
+
+def _target(variant: Variant, capability: int) -> Target:
+    target = Target(capability, _DTYPES[variant.dtype])
+    if variant.blocks is None:
+        return target
+    kind = _KINDS[variant.kernel]
+    place = bucket(kind, 0 if kind == "dw" else variant.height, _WIDTH, _WIDTH)
+    return replace(target, tuned={place: variant.blocks})
+
+
+def _product(variant: Variant) -> dict[str, Any]:
+    """The constants of a weight's or factor's gradient; what a launch leaves out is None."""
+    scales = variant.bias and variant.kernel == "dw_down"
+    flags = {"BIAS": variant.bias, "SCALE_BIAS": scales, "ACCUMULATE": variant.accumulates}
+    absent = ([] if scales else ["slot_ptr", "weights_ptr"]) + ([] if variant.bias else ["bias_ptr"])
+    sides = {**_WEIGHTS, **_FACTORS}[variant.kernel]
+    return {**sides, "left_p": 1, "right_q": 1, **flags, **dict.fromkeys(absent)}
+
+
+def _term(variant: Variant, block_k: int) -> dict[str, Any]:
+    """The constants of what low-rank factors add, as `kernels.triton_launch.term_arguments` has them."""
+    if variant.rank:
+        return {"RANK": variant.rank, "BLOCK_L": rank_block(variant.rank, block_k)}
+    return {"low_ptr": None, "factor_ptr": None, "RANK": 0, "BLOCK_L": 16}
 
 
 def _split(
@@ -166,8 +268,9 @@ def compile_variant(variant: Variant, capability: int) -> Report:
     if variant.ones:
         sizes = [name for name in names if name not in constants and not name.endswith("_ptr")]
         constants |= dict.fromkeys(sizes, 1)
-    signature = {name: _type_of(name, constants, variant.dtype) for name in names}
-    aligned = [n for n in names if n not in constants and n not in _ANY]
+    signature = {name: _type_of(name, constants, variant) for name in names}
+    loose = _ANY | (_OF_RANK if variant.rank % 16 else set())
+    aligned = [n for n in names if n not in constants and n not in loose]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build)
@@ -177,12 +280,14 @@ def compile_variant(variant: Variant, capability: int) -> Report:
     return Report(**{**vars(report), "failures": tuple(gate_failures(report))})
 
 
-def _type_of(name: str, constants: Mapping[str, Any], dtype: str) -> str:
+def _type_of(name: str, constants: Mapping[str, Any], variant: Variant) -> str:
     if name in constants:
         return "constexpr"
+    if name == "out_ptr" and variant.accumulates:
+        return "*fp32"
     if name.endswith("_ptr"):
-        return _POINTERS.get(name, f"*{dtype}")
-    return "i32"
+        return _POINTERS.get(name, f"*{variant.dtype}")
+    return "fp32" if name == "scale" else "i32"
 
 
 def gate_failures(report: Report) -> Iterator[str]:
@@ -192,11 +297,10 @@ def gate_failures(report: Report) -> Iterator[str]:
     limit = SHARED_LIMITS[report.capability]
     if report.shared > limit:
         yield f"{report.shared} bytes of shared memory, above {limit}"
-    # True fp32 has no matrix unit, tiles of 16 rows are below what Hopper's takes, and two kernels multiply
-    # no matrices.
+    # True fp32 has no matrix unit, and tiles of 16 rows are below what Hopper's takes.
     variant = report.variant
     few = variant.height < 64 and report.capability in (90, 100)
-    is_exempt = variant.kernel in ("combine", "tiles") or variant.dtype == "fp32" or few
+    is_exempt = variant.kernel in _PRODUCTLESS or variant.dtype == "fp32" or few
     if not report.instruction and not is_exempt:
         yield f"no {_MATRIX[report.capability]} in the code"
 
@@ -240,6 +344,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--kernel", nargs="+", default=None, help="only these kernels (default: all)")
     parser.add_argument("--all", action="store_true", help="every dtype, tile height, activation and bias")
+    parser.add_argument("--candidates", action="store_true", help="what kernels.tune chooses from, instead")
     parser.add_argument("--json", metavar="PATH", default=None, help="write the reports; - for stdout")
     return parser.parse_args()
 
@@ -247,17 +352,23 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Compiles, prints a table, and returns 1 when a gate fails."""
     arguments = _parse()
-    variants = list(all_variants() if arguments.all else REPRESENTATIVE)
-    if arguments.kernel is not None:
-        variants = [variant for variant in variants if variant.kernel in arguments.kernel]
-    print(f"{'kernel':9}{'dtype':6}{'rows':>5}  {'function':22}{'sm':>4}{'regs':>6}{'stack':>7}{'KiB':>7}  ")
+    variants = dict.fromkeys(all_variants() if arguments.all else (*REPRESENTATIVE, *ADDED))
+    print(f"{'kernel':10}{'dtype':6}{'rows':>5}  {'function':22}{'sm':>4}{'regs':>6}{'stack':>7}{'KiB':>7}  ")
     reports = []
-    for report in compile_all(variants, arguments.capability):
+    pairs = [(variant, capability) for variant in variants for capability in arguments.capability]
+    if arguments.candidates:
+        pairs = [(one, target) for target in arguments.capability for one in candidate_variants(target)]
+    if arguments.kernel is not None:
+        pairs = [pair for pair in pairs if pair[0].kernel in arguments.kernel]
+    for report in (compile_variant(*pair) for pair in pairs):
         v = report.variant
         function = f"{v.activation}{' gated' if v.gated else ''}{' biased' if v.bias else ''}"
+        function += f"{f' r{v.rank}' if v.rank else ''}{' +=' if v.accumulates else ''}"
+        if v.blocks is not None:
+            function = f"{v.blocks.m}x{v.blocks.n}x{v.blocks.k} w{v.blocks.warps} s{v.blocks.stages}"
         verdict = "; ".join(report.failures) or report.instruction
         print(
-            f"{v.kernel:9}{v.dtype:6}{v.height:5}  {function:22}{report.capability:4}{report.registers:6}"
+            f"{v.kernel:10}{v.dtype:6}{v.height:5}  {function:22}{report.capability:4}{report.registers:6}"
             f"{report.stack:7}{report.shared / 1024:7.1f}  {verdict}",
             flush=True,
         )

@@ -90,6 +90,7 @@ class Workload:
     Attributes:
         low_rank: The rank of low-rank factors, 0 where there are none.
         accumulates: Whether the weights' gradients are to be added to fp32 buffers.
+        gated: Whether the experts have a gate.
     """
 
     device: torch.device
@@ -101,6 +102,7 @@ class Workload:
     has_bias: bool
     low_rank: int = 0
     accumulates: bool = False
+    gated: bool = True
 
 
 class Backend(Protocol):

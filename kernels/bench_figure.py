@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from html import escape
 
 _ROW, _LEFT, _WIDTH, _RIGHT = 18, 330, 460, 120
-_COLOURS = ("#31688e", "#35b779", "#e69f00", "#cc79a7", "#56b4e9", "#666666")
+_COLOURS = (
+    "#31688e",
+    "#35b779",
+    "#e69f00",
+    "#cc79a7",
+    "#56b4e9",
+    "#666666",
+    "#d55e00",
+    "#8c6bb1",
+    "#b8a100",
+    "#7f3b08",
+)
 
 
 @dataclass(frozen=True)

@@ -6,40 +6,21 @@ Letters: T tokens, D model width, E experts, K slots a token, F expert width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import ExpertTensors, Workload
-from kernels.bench_shapes import H200, Roof, Shape, expert_ids, floor_seconds
+from kernels.backend import Workload
+from kernels.bench_case import Case, Layer, make_layer
+from kernels.bench_check import checked_error
+from kernels.bench_device import ColdTimer
+from kernels.bench_shapes import H200, Roof, floor_seconds
 from kernels.expert_mlp import BACKENDS, choose_backend, expert_mlp
-from kernels.plan import RowPlan, make_plan
+from kernels.plan import RowPlan
 from kernels.timing import Timing, interleave, summarise
 
-# Enough tokens to meet most experts, few enough for fp64.
-_CHECKED_TOKENS = 128
 PASSES = ("forward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the benchmark.
-
-    Attributes:
-        shape: The layer.
-        tokens: T.
-        routing: One of `kernels.bench_shapes.ROUTINGS`.
-        dtype: Of tokens and experts.
-        device: Where it runs.
-    """
-
-    shape: Shape
-    tokens: int
-    routing: str
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -50,6 +31,7 @@ class Result:
         backend: Its name.
         is_auto: Whether ``auto`` picks it here.
         passes: ``forward`` or ``forward+backward``.
+        is_fastest: Whether no other has a smaller median in this case and pass.
         seconds: Median and spread; None when it was not timed.
         error: Of the output against fp64, relative, in the L2 norm; None when it did not run.
         tflops: Per second, by 6 or 18 T K D F operations.
@@ -62,6 +44,7 @@ class Result:
     backend: str
     is_auto: bool
     passes: str
+    is_fastest: bool = False
     seconds: Timing | None = None
     error: float | None = None
     tflops: float | None = None
@@ -71,73 +54,8 @@ class Result:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The tensors of a case."""
-
-    case: Case
-    x_TD: Tensor
-    weights_TK: Tensor
-    ids_TK: Tensor
-    experts: ExpertTensors
-    grad_TD: Tensor
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.x_TD, self.weights_TK, self.experts.w_up_EUD, self.experts.w_down_EDF
-
-    def plan(self, tokens: int) -> RowPlan:
-        return make_plan(self.ids_TK[:tokens], self.case.shape.experts)
-
-
-def _make(case: Case) -> _Layer:
-    s = case.shape
-    g = torch.Generator(case.device).manual_seed(0)
-
-    def normal(*size: int, std: float) -> Tensor:
-        value = torch.empty(size, dtype=case.dtype, device=case.device).normal_(std=std, generator=g)
-        return value.requires_grad_()
-
-    ids_TK = expert_ids(s, case.tokens, case.routing).to(case.device)
-    weights_TK = torch.rand(case.tokens, s.slots, device=case.device, generator=g).requires_grad_()
-    up = normal(s.experts, 2 * s.expert_width, s.width, std=s.width**-0.5)
-    down = normal(s.experts, s.width, s.expert_width, std=s.expert_width**-0.5)
-    x_TD = normal(case.tokens, s.width, std=1.0)
-    grad_TD = normal(case.tokens, s.width, std=1.0).detach()
-    return _Layer(case, x_TD, weights_TK, ids_TK, ExpertTensors(up, down, "silu", True), grad_TD)
-
-
-@torch.no_grad()
-def _reference(layer: _Layer, tokens: int) -> Tensor:
-    """The first tokens in fp64, one expert after the other."""
-    out_TD = torch.zeros(tokens, layer.case.shape.width, dtype=torch.float64, device=layer.case.device)
-    for e in layer.ids_TK[:tokens].unique().tolist():
-        token, slot = (layer.ids_TK[:tokens] == e).nonzero(as_tuple=True)
-        h = layer.x_TD[token].double() @ layer.experts.w_up_EUD[e].double().t()
-        gate, value = h.chunk(2, dim=1)
-        y = (F.silu(gate) * value) @ layer.experts.w_down_EDF[e].double().t()
-        out_TD.index_add_(0, token, y * layer.weights_TK[token, slot, None].double())
-    return out_TD
-
-
-def _checked_error(layer: _Layer, name: str) -> float:
-    """Relative error of the output on the first tokens.
-
-    Raises:
-        RuntimeError: It is above ten rounding steps: what computes something else is not timed.
-    """
-    tokens = min(_CHECKED_TOKENS, layer.case.tokens)
-    expected_TD = _reference(layer, tokens)
-    with torch.no_grad():
-        x_TD, weights_TK = layer.x_TD[:tokens], layer.weights_TK[:tokens]
-        out_TD = expert_mlp(x_TD, weights_TK, layer.plan(tokens), layer.experts, BACKENDS[name])
-    error = float((out_TD.double() - expected_TD).norm() / expected_TD.norm())
-    if not error <= 10 * torch.finfo(layer.case.dtype).eps:
-        raise RuntimeError(f"its output is wrong: relative error {error:.1e}")
-    return error
-
-
-def _runner(layer: _Layer, plan: RowPlan, name: str, *, backward: bool) -> Callable[[], object]:
+def runner(layer: Layer, plan: RowPlan, name: str, *, backward: bool) -> Callable[[], object]:
+    """What is timed: one forward pass, or both."""
     backend = BACKENDS[name]
 
     @torch.no_grad()
@@ -151,7 +69,7 @@ def _runner(layer: _Layer, plan: RowPlan, name: str, *, backward: bool) -> Calla
     return both if backward else forward
 
 
-def _saved_bytes(layer: _Layer, plan: RowPlan, name: str) -> int:
+def _saved_bytes(layer: Layer, plan: RowPlan, name: str) -> int:
     index = [value for value in vars(plan).values() if isinstance(value, Tensor)]
     held = {value.untyped_storage().data_ptr() for value in (*layer.leaves, *index)}
     kept: dict[int, int] = {}
@@ -179,7 +97,8 @@ def _peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _refusals(case: Case, names: Sequence[str]) -> tuple[Workload, dict[str, str | None]]:
+def refusals(case: Case, names: Sequence[str]) -> tuple[Workload, dict[str, str | None]]:
+    """What back ends are chosen by, and why each refuses it."""
     s = case.shape
     work = Workload(case.device, case.dtype, s.experts, s.width, s.expert_width, "silu", False)
     return work, {name: BACKENDS[name].refusal(work) for name in names}
@@ -197,37 +116,62 @@ def measure_layer(
         roof: Of the GPU, for the share of the least time.
         passes: Some of `PASSES`.
     """
-    work, why_not = _refusals(case, names)
+    work, refused = refusals(case, names)
     auto = choose_backend(work).backend.name
-    layer = _make(case)
+    layer = make_layer(case)
     plan = layer.plan(case.tokens)
-    errors: dict[str, float] = {}
-    for name in names:
-        if why_not[name] is None:
-            try:
-                errors[name] = _checked_error(layer, name)
-                _runner(layer, plan, name, backward=True)()
-            except (RuntimeError, torch.OutOfMemoryError) as failure:
-                errors.pop(name, None)
-                why_not[name] = str(failure).splitlines()[0]
+    backward = any(which != "forward" for which in passes)
+    errors, why_not = usable(layer, names, refused, backward=backward)
     results = []
     for which in passes:
-        runners = {n: _runner(layer, plan, n, backward=which != "forward") for n in errors}
-        seconds = _time(runners, rounds, case.device)
+        runners = {n: runner(layer, plan, n, backward=which != "forward") for n in errors}
+        seconds = interleave(runners, rounds, measure=stopwatch(case.device))
+        best = fastest_of(seconds)
         for name in names:
             if name not in errors:
                 results.append(Result(name, name == auto, which, why_not=why_not[name] or ""))
                 continue
             timing = summarise(seconds[name])
-            results.append(_result(layer, plan, name, auto, which, timing, errors[name], runners[name], roof))
+            found = _result(layer, plan, name, which, timing, errors[name], runners[name], roof)
+            results.append(replace(found, is_auto=name == auto, is_fastest=name == best))
     return results
 
 
+def usable(
+    layer: Layer, names: Sequence[str], refused: Mapping[str, str | None], *, backward: bool
+) -> tuple[dict[str, float], dict[str, str | None]]:
+    """The error of each back end that runs and computes the right thing, and why the others do not.
+
+    Args:
+        layer: What runs.
+        names: The back ends.
+        refused: Why each refuses, or None.
+        backward: Whether gradients are checked, and the whole case is tried with them.
+    """
+    why_not = dict(refused)
+    errors: dict[str, float] = {}
+    plan = layer.plan(layer.case.tokens)
+    for name in names:
+        if why_not[name] is None:
+            try:
+                # The whole case first: some libraries tune themselves on the first batch they see, for good.
+                runner(layer, plan, name, backward=backward)()
+                errors[name] = checked_error(layer, name, backward=backward)
+            # Compilers of other libraries fail in ways of their own.
+            except Exception as failure:
+                why_not[name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return errors, why_not
+
+
+def fastest_of(seconds: Mapping[str, list[float]]) -> str | None:
+    """Whose median is the smallest; None where nobody ran."""
+    return min(seconds, key=lambda name: summarise(seconds[name]).median, default=None)
+
+
 def _result(
-    layer: _Layer,
+    layer: Layer,
     plan: RowPlan,
     name: str,
-    auto: str,
     which: str,
     timing: Timing,
     error: float,
@@ -240,7 +184,7 @@ def _result(
     floor = floor_seconds(s, case.tokens, roof, backward=backward)
     return Result(
         backend=name,
-        is_auto=name == auto,
+        is_auto=False,
         passes=which,
         seconds=timing,
         error=error,
@@ -251,9 +195,6 @@ def _result(
     )
 
 
-def _time(
-    runners: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    if device.type == "cuda":
-        return interleave(runners, rounds, synchronise=lambda: torch.cuda.synchronize(device))
-    return interleave(runners, rounds)
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float] | None:
+    """How a run is timed: by the GPU, with a cold cache; on a CPU by the host's clock."""
+    return ColdTimer(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Gather-and-sum of routed rows back to tokens, in the fixed order of the slots: no atomics.
+"""From tokens to routed rows, and gather-and-sum back, in the fixed order of the slots: no atomics.
 
 Letters: T tokens, D model width, K slots a token, R routed rows.
 """
@@ -10,6 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.plan import RowPlan
+
+
+def gather_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
+    """``[R, D]``: the token of each routed row; rows that pad the plan are zero and have no gradient."""
+    return only_used(x_TD.index_select(0, plan.token_R), plan)
+
+
+def only_used(rows_RD: Tensor, plan: RowPlan) -> Tensor:
+    """The rows, with zeros for those that pad the plan, whatever they hold; the same of their gradient."""
+    return rows_RD.where(plan.is_used_R1(), 0) if plan.is_padded else rows_RD
 
 
 def combine_rows(rows_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None) -> Tensor:

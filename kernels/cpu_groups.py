@@ -156,6 +156,24 @@ def rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
     torch.index_select(batch_ghN.flatten(0, 1), 0, group.place_n, out=out_nN)
 
 
+def add_rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
+    """``out[r] += rows[r] @ weight[expert of r]``."""
+    group = rows.group
+    if group.height == 0:
+        for e, a, b in group.spans:
+            out_mN = out_nN[a - group.start : b - group.start]
+            torch.addmm(out_mN, rows.of(a, b), weight_EKN[e], out=out_mN)
+        return
+    batch_mN = torch.bmm(rows.batch_ghK, weight_EKN[group.experts]).flatten(0, 1)
+    out_nN += batch_mN if group.place_n is None else batch_mN[group.place_n]
+
+
+def add_weight_gradient(left: GroupRows, right: GroupRows, out_EPQ: Tensor) -> None:
+    """``out[e] += left[rows of e].T @ right[rows of e]``, computed in the dtype of out."""
+    for e, a, b in left.group.spans:
+        out_EPQ[e].addmm_(left.of(a, b).t().to(out_EPQ.dtype), right.of(a, b).to(out_EPQ.dtype))
+
+
 def weight_gradient(left: GroupRows, right: GroupRows, out_EPQ: Tensor) -> None:
     """``out[e] = left[rows of e].T @ right[rows of e]`` for the experts of the group."""
     group = left.group

@@ -7,24 +7,29 @@ a back end that cannot run a workload refuses by name instead of falling back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from kernels.activations import activation_refusal
 from kernels.backend import Backend, ExpertTensors, Workload
-from kernels.cpu import CpuBackend
+from kernels.cpu_backend import CpuBackend
 from kernels.grouped import GroupedMMBackend
 from kernels.loop import LoopBackend
 from kernels.plan import RowPlan
+from kernels.rivals import RIVALS
 from kernels.triton_backend import TritonBackend
 
 _GROUPED = GroupedMMBackend()
 
-#: Every back end by the name that forces it.
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (CpuBackend(), TritonBackend(), _GROUPED, LoopBackend())}
-)
+#: Every back end by the name that forces it, other libraries' behind our own. No mapping
+#: proxy: torch.compile cannot read one any more once the code that it traces has changed any dict.
+BACKENDS: Mapping[str, Backend] = {
+    **{backend.name: backend for backend in (CpuBackend(), TritonBackend(), _GROUPED, LoopBackend())},
+    **RIVALS,
+}
 
 
 class BackendError(ValueError):
@@ -49,20 +54,33 @@ def choose_backend(work: Workload, forced: str = "auto") -> Choice:
     Raises:
         BackendError: The forced back end is unknown, or refuses the workload; the message says why.
     """
+    # One by one: torch.compile takes no other form for a constant.
+    values = work.device, work.dtype, work.num_experts, work.model_width, work.expert_width, work.activation
+    flags = work.has_bias, work.low_rank, work.accumulates, work.gated
+    name, reason = _named(forced, *values, *flags)
+    return Choice(BACKENDS[name], reason)
+
+
+# Not to be traced by torch.compile: it asks what is installed. Such a call takes what is plain alone.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _named(forced: str, *values: Any) -> tuple[str, str]:
+    assert len(values) == len(fields(Workload)), values
+    work = Workload(*values)
     if forced != "auto":
         if forced not in BACKENDS:
             raise BackendError(f"no back end is called {forced!r}; there are: auto, {', '.join(BACKENDS)}")
         refusal = BACKENDS[forced].refusal(work)
         if refusal is not None:
             raise BackendError(f"the back end {forced!r} cannot run this: {refusal}")
-        return Choice(BACKENDS[forced], "forced by experts.backend")
+        return forced, "forced by experts.backend"
     if BACKENDS["cpu"].refusal(work) is None:
-        return Choice(BACKENDS["cpu"], f"fused path for {work.dtype} on CPU")
+        return "cpu", f"fused path for {work.dtype} on CPU"
+    # On a GPU, triton and the rivals come in here, for the shapes that kernels.bench shows them faster in.
     refusal = _GROUPED.refusal(work)
     if refusal is None:
         how = "one fused kernel" if _GROUPED.is_fused(work) else "a loop over experts inside torch here"
-        return Choice(_GROUPED, f"F.grouped_mm takes {work.dtype} on {work.device.type} ({how})")
-    return Choice(BACKENDS["loop"], f"F.grouped_mm cannot run this: {refusal}; one expert after the other")
+        return "grouped_mm", f"F.grouped_mm takes {work.dtype} on {work.device.type} ({how})"
+    return "loop", f"F.grouped_mm cannot run this: {refusal}; one expert after the other"
 
 
 def expert_mlp(
@@ -79,6 +97,11 @@ def expert_mlp(
 
     Returns:
         ``[T, D]`` in the dtype of x.
+
+    Raises:
+        BackendError: The activation is unknown, or needs a gate that the experts do not have.
     """
+    if (refusal := activation_refusal(experts.activation, experts.gated)) is not None:
+        raise BackendError(f"no back end can run this: {refusal}")
     # Back ends address the weights by flat slot.
     return backend.run(x_TD, weights_TK.contiguous(), plan, experts)

@@ -32,6 +32,7 @@ def interleave(
     warmup: int = 2,
     synchronise: Callable[[], object] = lambda: None,
     seed: int = 0,
+    measure: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Runs every rival once a round, in random order.
 
@@ -41,6 +42,7 @@ def interleave(
         warmup: Untimed rounds.
         synchronise: Waits for the device; the identity on a CPU.
         seed: Of the order.
+        measure: Seconds of one run; None: by the host's clock, between two calls of `synchronise`.
 
     Returns:
         Seconds of each round by name; entries of the same index were measured side by side.
@@ -51,13 +53,18 @@ def interleave(
     for number in range(warmup + rounds):
         order.shuffle(names)
         for name in names:
-            synchronise()
-            started = time.perf_counter()
-            rivals[name]()
-            synchronise()
+            taken = _host_seconds(rivals[name], synchronise) if measure is None else measure(rivals[name])
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     return seconds
+
+
+def _host_seconds(run: Callable[[], object], synchronise: Callable[[], object]) -> float:
+    synchronise()
+    started = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - started
 
 
 def summarise(values: list[float]) -> Timing:

@@ -59,7 +59,8 @@ def slope(x, ACT: tl.constexpr):
     return y
 
 
-#: By the names of `kernels.activations.ACTIVATIONS`: the name inside the kernels.
+#: By the names of `kernels.activations.ACTIVATIONS`: the name inside the kernels. What goes through the value
+#: half as well is the same function there, with ON_VALUE.
 CODES = {
     "silu": "silu",
     "swish": "silu",
@@ -69,4 +70,5 @@ CODES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "drelu": "relu",
 }

@@ -16,6 +16,7 @@ from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan import RowPlan
 from kernels.triton_ops import experts as run_experts
+from kernels.tuned_blocks import refusal as tuned_refusal
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
@@ -42,6 +43,12 @@ class TritonBackend:
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         """See `kernels.backend.Backend.run`."""
+        low, main = experts.low_rank, experts.main_grads
+        factors = [] if low is None else [low.a_up_ErD, low.b_up_EUr, low.a_down_ErF, low.b_down_EDr]
+        main_grads = [] if main is None else [main.w_up_EUD, main.w_down_EDF]
+        kinds = [tensor.dtype for tensor in (*factors, *main_grads)]
+        expected = [x_TD.dtype] * len(factors) + [torch.float32] * len(main_grads)
+        assert kinds == expected, f"factors and fp32 buffers are {kinds}, beside {x_TD.dtype}"
         tensors = (
             x_TD,
             weights_TK,
@@ -50,9 +57,11 @@ class TritonBackend:
             experts.b_up_EU,
             experts.b_down_ED,
         )
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        leaves = [tensor for tensor in (*tensors, *factors) if tensor is not None]
+        keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
         index = (plan.token_R, plan.slot_R, plan.row_TK.contiguous(), plan.counts_E)
-        out: Tensor = run_experts(*tensors, *index, experts.activation, experts.gated, keep)[0]
+        function = (experts.activation, experts.gated, 0.0 if low is None else low.scale)
+        out: Tensor = run_experts(*tensors, factors, main_grads, *index, *function, keep)[0]
         return out
 
 
@@ -70,4 +79,4 @@ def _device_refusal(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
-    return None
+    return tuned_refusal(device)

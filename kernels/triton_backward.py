@@ -3,7 +3,8 @@
 With ``dA' = dO W_down`` and the combine weight s of a row: ``ds = <dA', A>``, ``dA = s dA'`` and
 ``dH = dA f'(H)``; A is recomputed from H, and ``s A`` leaves as the operand of dW_down, so that neither Y nor
 its gradient exists (as SonicMoE does, arXiv 2512.14080). The rows of dX come from
-`kernels.triton_forward.rows_kernel`.
+`kernels.triton_forward.rows_kernel`. With low-rank factors dA' comes through both products, and what
+follows from it is as before.
 
 Letters: T tokens, D model width, E experts, R routed rows, F expert width, U = 2F when gated, else F. In
 kernels: m rows of a tile, n output columns, k the summed axis, p and q the axes of a weight's gradient.
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton_activation import activate, slope
+from kernels.triton_low_rank import add_low_rank
 from kernels.triton_tiles import narrow, product_step, store_rows, tile_and_column
 
 
@@ -23,8 +25,9 @@ def dh_kernel(
     grad_ptr, w_ptr, bias_ptr, token_ptr, slot_ptr, weights_ptr, tiles_ptr, h_ptr, dh_ptr, sa_ptr, dots_ptr,
     num_tiles, num_experts, num_rows, D, F,
     grad_t, grad_d, w_e, w_d, w_f, bias_e, bias_d,
-    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    low_ptr, factor_ptr, factor_e, factor_r, factor_n,
+    ACT: tl.constexpr, GATED: tl.constexpr, ON_VALUE: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Writes dH, ``s A``, and this block of columns' part of ``<dA', A>`` (and of ``<dO, b_down>``)."""
@@ -59,6 +62,11 @@ def dh_kernel(
             dots += tl.sum(grad.to(tl.float32) * bias.to(tl.float32)[None, :], 1)
         grad_at += BLOCK_K * tl.cast(grad_d, tl.int64)
         w_at += BLOCK_K * tl.cast(w_d, tl.int64)
+    if RANK > 0:
+        factor_at = factor_ptr + expert.to(tl.int64) * factor_e + n.to(tl.int64) * factor_n
+        acc = add_low_rank(
+            acc, low_ptr, factor_at, factor_r, first, m, has_row, has_n, RANK, BLOCK_L, PRECISION, RAISE
+        )
     inside = has_row[:, None] & has_n[None, :]
     slot = tl.load(slot_ptr + first + m, mask=has_row, other=0)
     scale = tl.load(weights_ptr + slot, mask=has_row, other=0.0).to(tl.float32)[:, None]
@@ -66,15 +74,20 @@ def dh_kernel(
     h_at = h_ptr + first.to(tl.int64) * width + (m[:, None] * width + n[None, :])
     gate = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)
     a = activate(gate, ACT)
-    dgate = acc * scale * slope(gate, ACT)
+    dgate = acc * slope(gate, ACT)
     if GATED:
         value = tl.load(h_at + F, mask=inside, other=0.0).to(tl.float32)
-        store_rows(dh_ptr + F, acc * scale * a, first, width, m, n, inside, RAISE)
+        dvalue = acc * a
+        if ON_VALUE:
+            dvalue *= slope(value, ACT)
+            value = activate(value, ACT)
+        store_rows(dh_ptr + F, dvalue * scale, first, width, m, n, inside, RAISE)
         a *= value
         dgate *= value
-    store_rows(dh_ptr, dgate, first, width, m, n, inside, RAISE)
+    store_rows(dh_ptr, dgate * scale, first, width, m, n, inside, RAISE)
+    # No mask, for want of registers: beyond the last column H is loaded as 0, and every f(0) is 0.
+    dots += tl.sum(acc * a, 1)
     store_rows(sa_ptr, a * scale, first, F, m, n, inside, RAISE)
-    dots += tl.sum(tl.where(inside, acc * a, 0.0), 1)
     tl.store(dots_ptr + column.to(tl.int64) * num_rows + first + m, dots, mask=has_row)
 
 
@@ -82,15 +95,16 @@ def dh_kernel(
 def dw_kernel(
     left_ptr, right_ptr, token_ptr, slot_ptr, weights_ptr, ends_ptr, out_ptr, bias_ptr,
     P, Q,
-    left_r, left_p, right_r, right_q,
+    left_r, left_p, right_r, right_q, out_e, out_p, out_q,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``out[e] = left[rows of e].T @ right[rows of e]``; zeros where e has no rows.
 
-    One program walks all rows of its expert in order, so two runs are equal to the last bit. With BIAS, the
-    programs of the first columns also write ``sum_r left[r]``, each row times its combine weight if asked.
+    One program walks all rows of its expert in order, so two runs are equal to the last bit. With ACCUMULATE
+    the sum is added to what stands in `out`, in fp32, and an expert without rows is not touched. With BIAS,
+    the programs of the first columns also write ``sum_r left[r]``, each row times its combine weight or not.
     """
     expert = tl.program_id(1)
     p_block, q_block = tile_and_column(tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q), GROUP)
@@ -124,8 +138,14 @@ def dw_kernel(
                 scale = tl.load(weights_ptr + slot, mask=has_row, other=0.0).to(tl.float32)
                 summand *= scale[:, None]
             bias += tl.sum(summand, 0)
-    out_at = out_ptr + expert.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
-    tl.store(out_at, narrow(acc, out_ptr.dtype.element_ty, RAISE), mask=(p < P)[:, None] & (q < Q)[None, :])
+    out_at = out_ptr + expert.to(tl.int64) * out_e
+    out_at += p[:, None].to(tl.int64) * out_p + q[None, :].to(tl.int64) * out_q
+    inside = (p < P)[:, None] & (q < Q)[None, :]
+    if ACCUMULATE:
+        inside = inside & (begin < end)
+        tl.store(out_at, tl.load(out_at, mask=inside, other=0.0) + acc, mask=inside)
+    else:
+        tl.store(out_at, narrow(acc, out_ptr.dtype.element_ty, RAISE), mask=inside)
     if BIAS:
         at = bias_ptr + expert.to(tl.int64) * P + p
         tl.store(at, narrow(bias, bias_ptr.dtype.element_ty, RAISE), mask=(p < P) & (q_block == 0))

@@ -7,7 +7,7 @@ it has been timed on a GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -34,6 +34,9 @@ class Blocks:
 
 #: Kinds of kernel; see `kernels.triton_forward` and `kernels.triton_backward`.
 KINDS = ("up", "rows", "dh", "dw")
+# Bytes of shared memory that the blocks of a candidate may take.
+_SHARED_LARGE = 200 * 1024
+_SHARED_SMALL = 88 * 1024
 #: Programs that share rows and weights in cache; see `kernels.triton_tiles.tile_and_column`.
 GROUP = 8
 
@@ -84,10 +87,12 @@ class Target:
     Attributes:
         capability: ``major * 10 + minor`` of the GPU, 0 for the interpreter.
         dtype: Of the experts.
+        tuned: Blocks that were measured on this very GPU, by `bucket`; they go before the table's.
     """
 
     capability: int
     dtype: torch.dtype
+    tuned: Mapping[str, Blocks] = field(default_factory=dict, hash=False)
 
     def table(self) -> Mapping[tuple[str, int], Blocks]:
         """Blocks by kind and row height."""
@@ -116,14 +121,78 @@ def row_blocks(kind: str, height: int, columns: int, depth: int, target: Target)
         depth: Length of the sum.
         target: GPU and dtype.
     """
-    found = target.table()[kind, height]
+    found = target.tuned.get(bucket(kind, height, columns, depth)) or target.table()[kind, height]
     return replace(found, n=min(found.n, _power_of_two(columns)), k=min(found.k, _power_of_two(depth)))
 
 
 def weight_blocks(out: int, inner: int, target: Target) -> Blocks:
     """Blocks of the gradient of a weight ``[out, inner]``, no wider than it."""
-    found = target.table()["dw", 0]
+    found = target.tuned.get(bucket("dw", 0, inner, out)) or target.table()["dw", 0]
     return replace(found, m=min(found.m, _power_of_two(out)), n=min(found.n, _power_of_two(inner)))
+
+
+def with_factor(blocks: Blocks, pitch: int) -> Blocks:
+    """Narrower where a low-rank factor lies across: its addresses fill the registers, in fp32 always.
+
+    Args:
+        blocks: Of rows times weight.
+        pitch: Elements between columns of the factor; 0: there is none.
+    """
+    is_fp32 = blocks.k <= 16
+    if pitch <= 1 or (pitch % 16 == 0 and not is_fp32):
+        return blocks
+    return replace(blocks, n=min(blocks.n, 32 if is_fp32 else 128))
+
+
+def rank_block(rank: int, block_k: int) -> int:
+    """Steps of the sum over a low rank: no longer than those of the sum it is added to, in its memory."""
+    return min(block_k, _power_of_two(rank))
+
+
+def bucket(kind: str, height: int, columns: int, depth: int) -> str:
+    """Which shapes share tuned blocks: those with the same powers of two.
+
+    Args:
+        kind: One of `KINDS`.
+        height: Rows of a tile, 0 for ``dw``.
+        columns: Width of the output.
+        depth: Length of the sum; of ``dw`` the height of the output.
+    """
+    return f"{kind} {height} {_power_of_two(columns)} {_power_of_two(depth)}"
+
+
+def candidates(kind: str, height: int, target: Target) -> tuple[Blocks, ...]:
+    """The table's blocks, and their neighbours that fit into registers and shared memory.
+
+    `kernels.aot` compiles them all for 16-bit dtypes; others have the table's alone.
+
+    Args:
+        kind: One of `KINDS`.
+        height: Rows of a tile, 0 for ``dw``.
+        target: Of a GPU.
+    """
+    base = target.table()[kind, height]
+    if target.dtype.itemsize != 2:
+        return (base,)
+    # The sums over a short tile of `dh` leave no registers for more loads ahead on the older GPUs.
+    more = () if kind == "dh" and height == 32 else (base.stages + 1,)
+    near = [
+        *(replace(base, n=n) for n in (base.n // 2, base.n * 2)),
+        *(replace(base, k=k) for k in (base.k // 2, base.k * 2)),
+        *(replace(base, stages=stages) for stages in (base.stages - 1, *more)),
+        replace(base, warps=4 if base.warps == 8 else 8),
+    ]
+    return (base, *(blocks for blocks in near if _fits(kind, blocks, target)))
+
+
+def _fits(kind: str, blocks: Blocks, target: Target) -> bool:
+    # Of `up` two products run side by side, and the sums of `dh` meet the longest epilogue.
+    wide, most = {"up": (2, 64), "dh": (1, 32)}.get(kind, (1, 128))
+    loaded = blocks.k * (blocks.m + wide * blocks.n) * target.dtype.itemsize
+    limit = _SHARED_LARGE if 90 <= target.capability < 120 else _SHARED_SMALL
+    sums = blocks.m * blocks.n * wide // (32 * blocks.warps)
+    is_usual = 16 <= blocks.n <= 256 and 16 <= blocks.k <= 128 and 2 <= blocks.stages <= 5
+    return is_usual and blocks.stages * loaded <= limit and sums <= most
 
 
 def rows_options(blocks: Blocks, depth: int) -> dict[str, int | bool]:

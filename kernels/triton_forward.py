@@ -1,5 +1,6 @@
 """The forward kernels: up (gathers inside the product), rows times weight, gather-and-sum.
 
+With RANK above zero, up and rows times weight add a low-rank product; see `kernels.triton_low_rank`.
 Offsets that grow with a tensor are 64-bit: rows, experts, and columns of whatever may be strided.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width, U = 2F when
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton_activation import activate
+from kernels.triton_low_rank import add_low_rank
 from kernels.triton_tiles import narrow, product_step, store_rows, tile_and_column
 
 
@@ -20,11 +22,13 @@ def up_kernel(
     x_ptr, w_ptr, bias_ptr, token_ptr, tiles_ptr, h_ptr, a_ptr,
     num_tiles, num_experts, D, F,
     x_t, x_d, w_e, w_u, w_d, bias_e, bias_u,
-    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, KEEP_H: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    low_ptr, factor_ptr, factor_e, factor_r, factor_n,
+    ACT: tl.constexpr, GATED: tl.constexpr, ON_VALUE: tl.constexpr,
+    BIAS: tl.constexpr, KEEP_H: tl.constexpr, EVEN_K: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``h = x[token] @ w_up[e].T + b_up[e]`` and ``a = act(h)``, gate and up in one program."""
+    """``h = x[token] @ w_up[e].T + low @ factor[e] + b_up[e]`` and ``a = act(h)``, gate and up together."""
     tile, column = tile_and_column(num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
     expert = tl.load(tiles_ptr + 3 * tile)
     if expert >= num_experts:
@@ -55,6 +59,16 @@ def up_kernel(
             value = product_step(value, x, other, PRECISION, RAISE)
         x_at += BLOCK_K * tl.cast(x_d, tl.int64)
         w_at += BLOCK_K * tl.cast(w_d, tl.int64)
+    if RANK > 0:
+        factor_at = factor_ptr + expert.to(tl.int64) * factor_e + n.to(tl.int64) * factor_n
+        gate = add_low_rank(
+            gate, low_ptr, factor_at, factor_r, first, m, has_row, has_n, RANK, BLOCK_L, PRECISION, RAISE
+        )
+        if GATED:
+            factor_at += tl.cast(F, tl.int64) * factor_n
+            value = add_low_rank(
+                value, low_ptr, factor_at, factor_r, first, m, has_row, has_n, RANK, BLOCK_L, PRECISION, RAISE
+            )
     if BIAS:
         bias_at = bias_ptr + expert.to(tl.int64) * bias_e + n.to(tl.int64) * bias_u
         gate += tl.load(bias_at, mask=has_n, other=0.0).to(tl.float32)[None, :]
@@ -68,7 +82,10 @@ def up_kernel(
     width = 2 * F if GATED else F
     if GATED:
         value = narrow(value, a_ptr.dtype.element_ty, RAISE).to(tl.float32)
-        a *= value
+        if ON_VALUE:
+            a *= activate(value, ACT)
+        else:
+            a *= value
         if KEEP_H:
             store_rows(h_ptr + F, value, first, width, m, n, inside, RAISE)
     if KEEP_H:
@@ -81,10 +98,12 @@ def rows_kernel(
     a_ptr, b_ptr, bias_ptr, tiles_ptr, out_ptr,
     num_tiles, num_experts, K, N,
     b_e, b_k, b_n, bias_e, bias_n,
-    BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    low_ptr, factor_ptr, factor_e, factor_r, factor_n,
+    BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``out[r] = a[r] @ b[e] + bias[e]`` for rows in expert order: down, and the rows of dX."""
+    """``out[r] = a[r] @ b[e] + low[r] @ factor[e] + bias[e]``: down, and the rows of dX."""
     tile, column = tile_and_column(num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
     expert = tl.load(tiles_ptr + 3 * tile)
     if expert >= num_experts:
@@ -109,6 +128,11 @@ def rows_kernel(
         acc = product_step(acc, a, tl.load(b_at, mask=in_b, other=0.0), PRECISION, RAISE)
         a_at += BLOCK_K
         b_at += BLOCK_K * tl.cast(b_k, tl.int64)
+    if RANK > 0:
+        factor_at = factor_ptr + expert.to(tl.int64) * factor_e + n.to(tl.int64) * factor_n
+        acc = add_low_rank(
+            acc, low_ptr, factor_at, factor_r, first, m, has_row, has_n, RANK, BLOCK_L, PRECISION, RAISE
+        )
     if BIAS:
         bias_at = bias_ptr + expert.to(tl.int64) * bias_e + n.to(tl.int64) * bias_n
         acc += tl.load(bias_at, mask=has_n, other=0.0).to(tl.float32)[None, :]

@@ -1,7 +1,9 @@
 """Launches the Triton kernels on tensors: grids, blocks, buffers. No host synchronisation.
 
+What backward alone needs is in `kernels.triton_launch_backward`.
+
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width, U = 2F when
-gated, else F; G tiles, C blocks of columns.
+gated, else F; r rank; G tiles.
 """
 
 from __future__ import annotations
@@ -13,18 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.activations import ACTIVATIONS
 from kernels.triton_activation import CODES
-from kernels.triton_backward import dh_kernel, dw_kernel
-from kernels.triton_blocks import (
-    Target,
-    row_blocks,
-    row_height,
-    rows_options,
-    weight_blocks,
-    weight_options,
-)
+from kernels.triton_blocks import Target, rank_block, row_blocks, row_height, rows_options, with_factor
 from kernels.triton_forward import combine_kernel, rows_kernel, up_kernel
+from kernels.triton_low_rank import low_kernel
 from kernels.triton_tiles import tiles_kernel
+from kernels.tuned_blocks import tuned_blocks
 
 # Numbers that a program of `tiles_kernel` compares: experts times tiles.
 _COMPARED = 16384
@@ -40,7 +37,7 @@ def target_of(x: Tensor) -> Target:
     if is_interpreted():
         return Target(0, x.dtype)
     major, minor = torch.cuda.get_device_capability(x.device)
-    return Target(10 * major + minor, x.dtype)
+    return Target(10 * major + minor, x.dtype, tuned_blocks(x.device, x.dtype))
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -48,7 +45,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _arithmetic(x: Tensor) -> dict[str, object]:
+def arithmetic(x: Tensor) -> dict[str, object]:
     """How products are taken: fp32 as torch's own setting says, bf16 raised for the interpreter."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return {"PRECISION": "ieee" if exact else "tf32", "RAISE": _is_raised(x)}
@@ -109,19 +106,102 @@ def make_tiles(counts_E: Tensor, num_rows: int, target: Target) -> Tiles:
     return Tiles(tiles_G3, ends_E, height, target)
 
 
+@dataclass(frozen=True)
+class Gating:
+    """What happens between the two products.
+
+    Attributes:
+        activation: A key of `kernels.activations.ACTIVATIONS`.
+        gated: Whether H holds F gate columns and then F value columns, or F columns.
+    """
+
+    activation: str
+    gated: bool
+
+    def constants(self) -> dict[str, object]:
+        """What a kernel is built with."""
+        on_value = ACTIVATIONS[self.activation].on_value
+        return {"ACT": CODES[self.activation], "GATED": self.gated, "ON_VALUE": on_value}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One operand of a product: rows in expert order, or tokens that the rows are gathered from."""
+
+    rows: Tensor
+    is_gathered: bool
+
+
+@dataclass(frozen=True)
+class LowTerm:
+    """What low-rank factors add to a product: ``low[r] @ factor[expert of r]``.
+
+    Attributes:
+        low_Rr: From `low_rows`.
+        factor_ErN: Of any strides; N as the columns of what it is added to.
+    """
+
+    low_Rr: Tensor
+    factor_ErN: Tensor
+
+
+def term_arguments(term: LowTerm | None, block_k: int) -> dict[str, object]:
+    """What a kernel that adds `term` is called with, by name."""
+    if term is None:
+        names = ("low_ptr", "factor_ptr", "factor_e", "factor_r", "factor_n")
+        return {**dict.fromkeys(names[:2]), **dict.fromkeys(names[2:], 0), "RANK": 0, "BLOCK_L": 16}
+    rank = term.low_Rr.shape[1]
+    factor_e, factor_r, factor_n = term.factor_ErN.stride()
+    return {
+        "low_ptr": term.low_Rr,
+        "factor_ptr": term.factor_ErN,
+        "factor_e": factor_e,
+        "factor_r": factor_r,
+        "factor_n": factor_n,
+        "RANK": rank,
+        "BLOCK_L": rank_block(rank, block_k),
+    }
+
+
+def low_rows(a: Side, b_EKr: Tensor, scale: float, token_R: Tensor, tiles: Tiles) -> Tensor:
+    """``low[r] = scale * a[r] @ b[expert of r]``, few columns; any strides of b and of gathered tokens."""
+    (E, K, N), R = b_EKr.shape, token_R.shape[0]
+    out_RN = a.rows.new_empty(R, N)
+    blocks = row_blocks("rows", tiles.height, N, K, tiles.target)
+    if tiles.bound:
+        low_kernel[(tiles.bound * triton.cdiv(N, blocks.n),)](
+            a.rows,
+            b_EKr,
+            token_R,
+            tiles.tiles_G3,
+            out_RN,
+            tiles.bound,
+            E,
+            K,
+            N,
+            scale,
+            *a.rows.stride(),
+            *b_EKr.stride(),
+            GATHER=a.is_gathered,
+            **arithmetic(a.rows),
+            **rows_options(blocks, K),
+        )
+    return out_RN
+
+
 def up(
     x_TD: Tensor,
     w_up_EUD: Tensor,
     b_up_EU: Tensor | None,
     token_R: Tensor,
     tiles: Tiles,
-    activation: str,
-    gated: bool,
+    gating: Gating,
     keep: bool,
+    term: LowTerm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """H, of no rows unless it is to be kept, and ``A = act(H)``."""
     R, (E, U, D) = token_R.shape[0], w_up_EUD.shape
-    F = U // 2 if gated else U
+    F = U // 2 if gating.gated else U
     h_RU = x_TD.new_empty(R if keep else 0, U)
     a_RF = x_TD.new_empty(R, F)
     blocks = row_blocks("up", tiles.height, F, D, tiles.target)
@@ -141,21 +221,24 @@ def up(
             *x_TD.stride(),
             *w_up_EUD.stride(),
             *((0, 0) if b_up_EU is None else b_up_EU.stride()),
-            ACT=CODES[activation],
-            GATED=gated,
+            **gating.constants(),
             BIAS=b_up_EU is not None,
             KEEP_H=keep,
-            **_arithmetic(x_TD),
+            **term_arguments(term, blocks.k),
+            **arithmetic(x_TD),
             **rows_options(blocks, D),
         )
     return h_RU, a_RF
 
 
-def rows_times(a_RK: Tensor, b_EKN: Tensor, bias_EN: Tensor | None, tiles: Tiles) -> Tensor:
+def rows_times(
+    a_RK: Tensor, b_EKN: Tensor, bias_EN: Tensor | None, tiles: Tiles, term: LowTerm | None = None
+) -> Tensor:
     """``out[r] = a[r] @ b[expert of r] + bias[expert of r]``; any strides of b."""
     R, (E, K, N) = a_RK.shape[0], b_EKN.shape
     out_RN = a_RK.new_empty(R, N)
-    blocks = row_blocks("rows", tiles.height, N, K, tiles.target)
+    pitch = 0 if term is None else term.factor_ErN.stride(2)
+    blocks = with_factor(row_blocks("rows", tiles.height, N, K, tiles.target), pitch)
     if tiles.bound:
         rows_kernel[(tiles.bound * triton.cdiv(N, blocks.n),)](
             a_RK,
@@ -170,7 +253,8 @@ def rows_times(a_RK: Tensor, b_EKN: Tensor, bias_EN: Tensor | None, tiles: Tiles
             *b_EKN.stride(),
             *((0, 0) if bias_EN is None else bias_EN.stride()),
             BIAS=bias_EN is not None,
-            **_arithmetic(a_RK),
+            **term_arguments(term, blocks.k),
+            **arithmetic(a_RK),
             **rows_options(blocks, K),
         )
     return out_RN
@@ -199,108 +283,3 @@ def combine(rows_RD: Tensor, weights_TK: Tensor | None, row_TK: Tensor) -> Tenso
             num_warps=4,
         )
     return out_TD
-
-
-def down_backward(
-    grad_TD: Tensor,
-    w_down_EDF: Tensor,
-    b_down_ED: Tensor | None,
-    weights_TK: Tensor,
-    token_R: Tensor,
-    slot_R: Tensor,
-    tiles: Tiles,
-    h_RU: Tensor,
-    activation: str,
-    gated: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, ``s A``, and the gradient of each row's combine weight in fp32."""
-    R, (E, D, F) = token_R.shape[0], w_down_EDF.shape
-    blocks = row_blocks("dh", tiles.height, F, D, tiles.target)
-    columns = triton.cdiv(F, blocks.n)
-    dh_RU = torch.empty_like(h_RU)
-    sa_RF = h_RU.new_empty(R, F)
-    dots_CR = torch.empty(columns, R, dtype=torch.float32, device=h_RU.device)
-    if tiles.bound:
-        dh_kernel[(tiles.bound * columns,)](
-            grad_TD,
-            w_down_EDF,
-            grad_TD if b_down_ED is None else b_down_ED,
-            token_R,
-            slot_R,
-            weights_TK,
-            tiles.tiles_G3,
-            h_RU,
-            dh_RU,
-            sa_RF,
-            dots_CR,
-            tiles.bound,
-            E,
-            R,
-            D,
-            F,
-            *grad_TD.stride(),
-            *w_down_EDF.stride(),
-            *((0, 0) if b_down_ED is None else b_down_ED.stride()),
-            ACT=CODES[activation],
-            GATED=gated,
-            BIAS=b_down_ED is not None,
-            **_arithmetic(grad_TD),
-            **rows_options(blocks, D),
-        )
-    return dh_RU, sa_RF, dots_CR.sum(0)
-
-
-@dataclass(frozen=True)
-class Side:
-    """One operand of a weight's gradient: rows in expert order, or tokens that the rows are gathered from."""
-
-    rows: Tensor
-    is_gathered: bool
-
-
-def weight_gradient(
-    left: Side,
-    right: Side,
-    token_R: Tensor,
-    tiles: Tiles,
-    like: Tensor,
-    bias_scale: tuple[Tensor, Tensor] | None = None,
-    with_bias: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``out[e] = left[rows of e].T @ right[rows of e]``, and the sums of left's rows.
-
-    Args:
-        left: ``[R or T, P]``.
-        right: ``[R or T, Q]``.
-        token_R: The token of each row.
-        tiles: For the ends of the experts.
-        like: Gives dtype and device of the gradients.
-        bias_scale: ``(weights_TK, slot_R)``: each row of the sums times its combine weight.
-        with_bias: Whether the sums are wanted; else they are empty.
-    """
-    E, P, Q = tiles.num_experts, left.rows.shape[1], right.rows.shape[1]
-    out_EPQ = like.new_empty(E, P, Q)
-    bias_EP = like.new_empty(E if with_bias else 0, P)
-    blocks = weight_blocks(P, Q, tiles.target)
-    weights, slot_R = (left.rows, token_R) if bias_scale is None else bias_scale
-    dw_kernel[(triton.cdiv(P, blocks.m) * triton.cdiv(Q, blocks.n), E)](
-        left.rows,
-        right.rows,
-        token_R,
-        slot_R,
-        weights,
-        tiles.ends_E,
-        out_EPQ,
-        bias_EP,
-        P,
-        Q,
-        *left.rows.stride(),
-        *right.rows.stride(),
-        GATHER_LEFT=left.is_gathered,
-        GATHER_RIGHT=right.is_gathered,
-        BIAS=with_bias,
-        SCALE_BIAS=bias_scale is not None,
-        **_arithmetic(left.rows),
-        **weight_options(blocks),
-    )
-    return out_EPQ, bias_EP

@@ -1,7 +1,10 @@
 """The Triton path as two torch operators, with shapes for tracing and a gradient: nothing breaks a graph.
 
+Operators take flat lists: ``factors`` are the four of `kernels.backend.LowRank` in its order, or none;
+``main_grads`` the two of `kernels.backend.MainGrads`, or none.
+
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width, U = 2F when
-gated, else F.
+gated, else F; r rank of low-rank factors.
 """
 
 from __future__ import annotations
@@ -14,10 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backend import ExpertTensors, LowRank, MainGrads
 
-def _launcher() -> ModuleType:
+#: In the order of `kernels.triton_path.GRADIENTS`. No list: what writes into arguments may not return one.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _path() -> ModuleType:
     # Imported when needed: Triton may be absent, and decides on import whether it compiles or interprets.
-    return importlib.import_module("kernels.triton_launch")
+    return importlib.import_module("kernels.triton_path")
+
+
+def _low_rank(factors: Sequence[Tensor], scale: float) -> LowRank | None:
+    if not factors:
+        return None
+    a_up_ErD, b_up_EUr, a_down_ErF, b_down_EDr = factors
+    return LowRank(a_up_ErD, b_up_EUr, a_down_ErF, b_down_EDr, scale)
 
 
 @torch.library.custom_op("graft::experts", mutates_args=())
@@ -28,22 +43,27 @@ def experts(
     w_down_EDF: Tensor,
     b_up_EU: Tensor | None,
     b_down_ED: Tensor | None,
+    factors: Sequence[Tensor],
+    main_grads: Sequence[Tensor],
     token_R: Tensor,
     slot_R: Tensor,
     row_TK: Tensor,
     counts_E: Tensor,
     activation: str,
     gated: bool,
+    scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """``out_TD``, and the pre-activation ``h_RU`` that backward needs (of no rows unless `keep`)."""
-    launch = _launcher()
-    with launch.on_device(x_TD):
-        tiles = launch.make_tiles(counts_E, token_R.shape[0], launch.target_of(x_TD))
-        h_RU, a_RF = launch.up(x_TD, w_up_EUD, b_up_EU, token_R, tiles, activation, gated, keep)
-        y_RD = launch.rows_times(a_RF, w_down_EDF.transpose(1, 2), b_down_ED, tiles)
-        del a_RF
-        return launch.combine(y_RD, weights_TK, row_TK), h_RU
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out_TD``, and what backward needs: the pre-activation ``h_RU``, and ``low_Rr``; empty unless `keep`.
+
+    `main_grads` is for backward alone.
+    """
+    path = _path()
+    low_rank = _low_rank(factors, scale)
+    tensors = ExpertTensors(w_up_EUD, w_down_EDF, activation, gated, b_up_EU, b_down_ED, low_rank)
+    rows = path.Rows(token_R, slot_R, row_TK, counts_E)
+    out: tuple[Tensor, Tensor, Tensor] = path.forward(x_TD, weights_TK, tensors, rows, keep)
+    return out
 
 
 @experts.register_fake
@@ -54,19 +74,24 @@ def _experts_shapes(
     w_down_EDF: Tensor,
     b_up_EU: Tensor | None,
     b_down_ED: Tensor | None,
+    factors: Sequence[Tensor],
+    main_grads: Sequence[Tensor],
     token_R: Tensor,
     slot_R: Tensor,
     row_TK: Tensor,
     counts_E: Tensor,
     activation: str,
     gated: bool,
+    scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    h_RU = x_TD.new_empty(token_R.shape[0] if keep else 0, w_up_EUD.shape[1])
-    return x_TD.new_empty(x_TD.shape), h_RU
+) -> tuple[Tensor, Tensor, Tensor]:
+    R = token_R.shape[0] if keep else 0
+    h_RU = x_TD.new_empty(R, w_up_EUD.shape[1])
+    low_Rr = x_TD.new_empty(R, factors[0].shape[1]) if factors else x_TD.new_empty(0, 0)
+    return x_TD.new_empty(x_TD.shape), h_RU, low_Rr
 
 
-@torch.library.custom_op("graft::experts_backward", mutates_args=())
+@torch.library.custom_op("graft::experts_backward", mutates_args=("main_grads",))
 def experts_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -74,45 +99,33 @@ def experts_backward(
     w_up_EUD: Tensor,
     w_down_EDF: Tensor,
     b_down_ED: Tensor | None,
+    factors: Sequence[Tensor],
+    main_grads: Sequence[Tensor],
     h_RU: Tensor,
+    low_Rr: Tensor,
     token_R: Tensor,
     slot_R: Tensor,
     row_TK: Tensor,
     counts_E: Tensor,
     activation: str,
     gated: bool,
+    scale: float,
     need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, w_up, w_down, b_up, b_down; empty where `need` is False."""
-    launch = _launcher()
-    dx, dweights, dw_up, dw_down, db_up, db_down = (x_TD.new_empty(0) for _ in range(6))
-    with launch.on_device(x_TD):
-        tiles = launch.make_tiles(counts_E, token_R.shape[0], launch.target_of(x_TD))
-        dh_RU, sa_RF, dots_R = launch.down_backward(
-            grad_TD, w_down_EDF, b_down_ED, weights_TK, token_R, slot_R, tiles, h_RU, activation, gated
-        )
-        grad, x = launch.Side(grad_TD, True), launch.Side(x_TD, True)
-        if need[1]:
-            dweights = _of_slots(dots_R, row_TK).to(weights_TK.dtype)
-        if need[3] or need[5]:
-            right = launch.Side(sa_RF, False)
-            scale = (weights_TK, slot_R)
-            dw_down, db_down = launch.weight_gradient(
-                grad, right, token_R, tiles, w_down_EDF, scale, with_bias=need[5]
-            )
-        del sa_RF
-        if need[2] or need[4]:
-            left = launch.Side(dh_RU, False)
-            dw_up, db_up = launch.weight_gradient(left, x, token_R, tiles, w_up_EUD, with_bias=need[4])
-        if need[0]:
-            dx = launch.combine(launch.rows_times(dh_RU, w_up_EUD, None, tiles), None, row_TK)
-    return dx, dweights, dw_up, dw_down, db_up, db_down
-
-
-def _of_slots(value_R: Tensor, row_TK: Tensor) -> Tensor:
-    """The value of each slot's row; zero where the slot is unused."""
-    padded = torch.cat([value_R, value_R.new_zeros(1)])
-    return padded[row_TK]
+) -> Gradients:
+    """Gradients of x, weights, w_up, w_down, b_up, b_down, factors; see `kernels.triton_path.backward`."""
+    path = _path()
+    tensors = ExpertTensors(
+        w_up_EUD,
+        w_down_EDF,
+        activation,
+        gated,
+        b_down_ED=b_down_ED,
+        low_rank=_low_rank(factors, scale),
+        main_grads=MainGrads(*main_grads) if main_grads else None,
+    )
+    rows = path.Rows(token_R, slot_R, row_TK, counts_E)
+    found: Gradients = path.backward(grad_TD, x_TD, weights_TK, tensors, rows, h_RU, low_Rr, need)
+    return found
 
 
 @experts_backward.register_fake
@@ -123,38 +136,54 @@ def _experts_backward_shapes(
     w_up_EUD: Tensor,
     w_down_EDF: Tensor,
     b_down_ED: Tensor | None,
+    factors: Sequence[Tensor],
+    main_grads: Sequence[Tensor],
     h_RU: Tensor,
+    low_Rr: Tensor,
     token_R: Tensor,
     slot_R: Tensor,
     row_TK: Tensor,
     counts_E: Tensor,
     activation: str,
     gated: bool,
+    scale: float,
     need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    E, U, D = w_up_EUD.shape
-    none = x_TD.new_empty
-    return (
-        x_TD.new_empty(x_TD.shape) if need[0] else none(0),
-        weights_TK.new_empty(weights_TK.shape) if need[1] else none(0),
-        w_up_EUD.new_empty(E, U, D) if need[2] or need[4] else none(0),
-        w_down_EDF.new_empty(E, D, w_down_EDF.shape[2]) if need[3] or need[5] else none(0),
-        w_up_EUD.new_empty(E if need[4] else 0, U) if need[2] or need[4] else none(0),
-        w_down_EDF.new_empty(E if need[5] else 0, D) if need[3] or need[5] else none(0),
+) -> Gradients:
+    (E, U, _), D = w_up_EUD.shape, w_down_EDF.shape[1]
+    returns_weights = not main_grads
+    shapes = (
+        (x_TD, x_TD.shape, need[0]),
+        (weights_TK, weights_TK.shape, need[1]),
+        (w_up_EUD, w_up_EUD.shape, need[2] and returns_weights),
+        (w_down_EDF, w_down_EDF.shape, need[3] and returns_weights),
+        (w_up_EUD, (E, U), need[4]),
+        (w_down_EDF, (E, D), need[5]),
+        *((factor, factor.shape, wanted) for factor, wanted in zip(factors, need[6:], strict=False)),
     )
+    found = [like.new_empty(shape) if wanted else x_TD.new_empty(0) for like, shape, wanted in shapes]
+    return (*found, *(x_TD.new_empty(0) for _ in range(len(need) - len(found))))  # type: ignore[return-value]
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, w_up, w_down, _, b_down, token, slot, row, counts, activation, gated, _ = inputs
-    ctx.save_for_backward(x, weights, w_up, w_down, b_down, output[1], token, slot, row, counts)
-    ctx.activation, ctx.gated = activation, gated
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weights, w_up, w_down, _, b_down, factors, main_grads, *index, activation, gated, scale, _ = inputs
+    ctx.save_for_backward(x, weights, w_up, w_down, b_down, *output[1:], *index, *factors)
+    # Not saved: others may add to the buffers before this backward does, which is no mistake.
+    ctx.main_grads = main_grads
+    ctx.function = (activation, gated, scale)
 
 
-def _backward(ctx: Any, grad_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    need = list(ctx.needs_input_grad[:6])
-    found = experts_backward(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.gated, need)
-    gradients = (value if wanted else None for value, wanted in zip(found, need, strict=True))
-    return (*gradients, *(None,) * 7)
+def _backward(ctx: Any, grad_TD: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, weights, w_up, w_down, b_down, h, low, token, slot, row, counts, *factors = ctx.saved_tensors
+    leaves, low_needed = ctx.needs_input_grad[:6], ctx.needs_input_grad[6]
+    need = [*leaves, *(low_needed or (False,) * 4)]
+    found = experts_backward(
+        *(grad_TD, x, weights, w_up, w_down, b_down, factors, ctx.main_grads, h, low),
+        *(token, slot, row, counts, *ctx.function, need),
+    )
+    returned = [wanted and not (ctx.main_grads and i in (2, 3)) for i, wanted in enumerate(need)]
+    grads = [value if wanted else None for value, wanted in zip(found, returned, strict=True)]
+    none = [None for _ in ctx.main_grads]
+    return (*grads[:6], grads[6:] if factors else [], none, *(None,) * 8)
 
 
 experts.register_autograd(_backward, setup_context=_keep_for_backward)

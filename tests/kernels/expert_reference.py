@@ -12,12 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.backend import ExpertTensors, Workload
+from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
 from kernels.expert_mlp import BACKENDS, expert_mlp
 from kernels.plan import make_plan
+from kernels.rivals import RIVALS
 
 #: Everything that carries a gradient, by name.
 NAMES = ("x", "weights", "w_up", "w_down", "b_up", "b_down")
+#: Low-rank factors: those that the input of a side meets first, and those that make its output.
+FACTORS = ("low_a_up", "low_b_up", "low_a_down", "low_b_down")
+EVERY = (*NAMES, *FACTORS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -31,7 +35,10 @@ FORMULAS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: x * (x > 0),
     "relu2": lambda x: x * x * (x > 0),
+    "drelu": lambda x: x * (x > 0),
 }
+#: Those that the value half goes through as well, and that therefore need a gate.
+ON_VALUE = frozenset({"drelu"})
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Sizes:
     gated: bool = True
     b_up: bool = False
     b_down: bool = False
+    rank: int = 0
+    scale: float = 0.75
 
 
 @dataclass(frozen=True)
@@ -90,11 +99,16 @@ def make_inputs(sizes: Sizes, seed: int = 0) -> Inputs:
         tensors["b_up"] = normal(sizes.E, U)
     if sizes.b_down:
         tensors["b_down"] = normal(sizes.E, sizes.D)
+    if sizes.rank:
+        tensors["low_a_up"] = normal(sizes.E, sizes.rank, sizes.D, std=sizes.D**-0.5)
+        tensors["low_b_up"] = normal(sizes.E, U, sizes.rank, std=sizes.rank**-0.5)
+        tensors["low_a_down"] = normal(sizes.E, sizes.rank, sizes.F, std=sizes.F**-0.5)
+        tensors["low_b_down"] = normal(sizes.E, sizes.D, sizes.rank, std=sizes.rank**-0.5)
     ids_TK = torch.randint(0, sizes.E, (sizes.T, sizes.K), generator=g)
     return Inputs(sizes, tensors, ids_TK, normal(sizes.T, sizes.D))
 
 
-def workload(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Workload:
+def workload(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", *, accumulates: bool = False) -> Workload:
     """What `choose_backend` is asked with for these sizes."""
     return Workload(
         device=torch.device(device),
@@ -104,29 +118,45 @@ def workload(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Workload:
         expert_width=sizes.F,
         activation=sizes.activation,
         has_bias=sizes.b_up or sizes.b_down,
+        low_rank=sizes.rank,
+        accumulates=accumulates,
+        gated=sizes.gated,
     )
 
 
-def runs(name: str, sizes: Sizes, dtypes: Iterable[torch.dtype] = DTYPES) -> list[tuple[str, torch.dtype]]:
-    """The devices and dtypes that a back end does not refuse for these sizes."""
+def runs(
+    name: str, sizes: Sizes, dtypes: Iterable[torch.dtype] = DTYPES, *, accumulates: bool = False
+) -> list[tuple[str, torch.dtype]]:
+    """The devices and dtypes that a back end of ours does not refuse for these sizes.
+
+    Other libraries need not keep the contract (a second backward pass, equal bits): test_kernels_rivals.py.
+    """
+    if name in RIVALS:
+        return []
     pairs = [(device, dtype) for device in DEVICES for dtype in dtypes]
     return [
         (device, dtype)
         for device, dtype in pairs
-        if BACKENDS[name].refusal(workload(sizes, dtype, device)) is None
+        if BACKENDS[name].refusal(workload(sizes, dtype, device, accumulates=accumulates)) is None
     ]
 
 
-def widest(name: str, sizes: Sizes) -> list[tuple[str, torch.dtype]]:
+def widest(name: str, sizes: Sizes, *, accumulates: bool = False) -> list[tuple[str, torch.dtype]]:
     """For each device, the most precise dtype that a back end runs these sizes in."""
     best: dict[str, torch.dtype] = {}
-    for device, dtype in runs(name, sizes):
+    for device, dtype in runs(name, sizes, accumulates=accumulates):
         best.setdefault(device, dtype)
     return list(best.items())
 
 
-def call(name: str, inputs: Inputs, leaves: Mapping[str, Tensor]) -> Tensor:
+def call(
+    name: str, inputs: Inputs, leaves: Mapping[str, Tensor], main_grads: MainGrads | None = None
+) -> Tensor:
     """Runs a back end through the seam."""
+    low_rank = None
+    if inputs.sizes.rank:
+        a_up, b_up, a_down, b_down = (leaves[factor] for factor in FACTORS)
+        low_rank = LowRank(a_up, b_up, a_down, b_down, inputs.sizes.scale)
     experts = ExpertTensors(
         w_up_EUD=leaves["w_up"],
         w_down_EDF=leaves["w_down"],
@@ -134,12 +164,14 @@ def call(name: str, inputs: Inputs, leaves: Mapping[str, Tensor]) -> Tensor:
         gated=inputs.sizes.gated,
         b_up_EU=leaves.get("b_up"),
         b_down_ED=leaves.get("b_down"),
+        low_rank=low_rank,
+        main_grads=main_grads,
     )
     plan = make_plan(inputs.ids_TK, inputs.sizes.E, inputs.mask_TK)
     return expert_mlp(leaves["x"], leaves["weights"], plan, experts, BACKENDS[name])
 
 
-def run_backend(name: str, inputs: Inputs, wanted: Iterable[str] = NAMES) -> dict[str, Tensor]:
+def run_backend(name: str, inputs: Inputs, wanted: Iterable[str] = EVERY) -> dict[str, Tensor]:
     """The output as ``out`` and the gradients of the wanted tensors, by name."""
     wanted = [n for n in inputs.tensors if n in set(wanted)]
     leaves = {n: v.detach().requires_grad_(n in wanted) for n, v in inputs.tensors.items()}
@@ -170,15 +202,25 @@ def _token(
         if inputs.mask_TK is not None and not inputs.mask_TK[t, k]:
             continue
         e = int(inputs.ids_TK[t, k])
-        h_U = per_expert["w_up"][e] @ leaves["x"][t]
+        h_U = _matrix(inputs, per_expert, "up", e) @ leaves["x"][t]
         if "b_up" in leaves:
             h_U = h_U + per_expert["b_up"][e]
-        a_F = act(h_U[:F]) * h_U[F:] if inputs.sizes.gated else act(h_U)
-        y_D = per_expert["w_down"][e] @ a_F
+        value_F = act(h_U[F:]) if inputs.sizes.activation in ON_VALUE else h_U[F:]
+        a_F = act(h_U[:F]) * value_F if inputs.sizes.gated else act(h_U)
+        y_D = _matrix(inputs, per_expert, "down", e) @ a_F
         if "b_down" in leaves:
             y_D = y_D + per_expert["b_down"][e]
         out_D = out_D + leaves["weights"][t, k] * y_D
     return out_D
+
+
+def _matrix(inputs: Inputs, per_expert: Mapping[str, tuple[Tensor, ...]], side: str, e: int) -> Tensor:
+    """The matrix with its low-rank difference made: what no back end does."""
+    matrix = per_expert[f"w_{side}"][e]
+    if not inputs.sizes.rank:
+        return matrix
+    low_a, low_b = per_expert[f"low_a_{side}"][e], per_expert[f"low_b_{side}"][e]
+    return matrix + inputs.sizes.scale * low_b @ low_a
 
 
 def errors(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:

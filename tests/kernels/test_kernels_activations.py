@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.activations import ACTIVATIONS
-from tests.kernels.expert_reference import FORMULAS
+from kernels.activations import ACTIVATIONS, activation_refusal
+from kernels.expert_mlp import BACKENDS, BackendError
+from tests.kernels.expert_reference import FORMULAS, Sizes, call, make_inputs
 
 # Zero is where relu and relu2 turn; 40 is where exp(-x) leaves no trace in fp32.
 POINTS = torch.cat([torch.linspace(-40, 40, 81), torch.linspace(-3, 3, 61), torch.tensor([0.0, -0.0, 1e-30])])
@@ -62,3 +63,13 @@ def test_nan_is_passed_on(name: str) -> None:
     x = torch.tensor([1.0, float("nan")])
     assert ACTIVATIONS[name].forward(x).isnan().tolist() == [False, True]
     assert ACTIVATIONS[name].forward_out(x, torch.empty(2)).isnan().tolist() == [False, True]
+
+
+def test_drelu_asks_for_a_gate() -> None:
+    assert activation_refusal("drelu", True) is None and activation_refusal("relu", False) is None
+    assert "no gate" in str(activation_refusal("drelu", False))
+    assert "there are: silu" in str(activation_refusal("mish", True))
+    inputs = make_inputs(Sizes(activation="drelu", gated=False))
+    for name in BACKENDS:
+        with pytest.raises(BackendError, match="no gate"):
+            call(name, inputs, inputs.tensors)

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from kernels.aot import (
+    ADDED,
     REPRESENTATIVE,
     SHARED_LIMITS,
     Report,
     Variant,
     all_variants,
+    candidate_variants,
+    compile_all,
     compile_variant,
     gate_failures,
 )
@@ -25,15 +28,31 @@ WELL = Report(Variant("up"), 90, registers=128, stack=0, shared=1024, instructio
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", list(SHARED_LIMITS))
 def test_kernels_pass_the_gates(capability: int) -> None:
-    reports = [compile_variant(variant, capability) for variant in REPRESENTATIVE]
+    reports = list(compile_all((*REPRESENTATIVE, *ADDED), [capability]))
     wrong = {f"{report.variant}": report.failures for report in reports if report.failures}
     assert not wrong
     assert {report.variant.kernel for report in reports} == {variant.kernel for variant in all_variants()}
 
 
-@pytest.mark.parametrize("kernel", [variant.kernel for variant in REPRESENTATIVE])
-def test_sizes_of_one_compile(kernel: str) -> None:
-    compile_variant(Variant(kernel, bias=True, ones=True), 90)
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_what_is_tuned_from_passes_the_gates(capability: int) -> None:
+    # The widest of each kernel; all of them by ``python -m kernels.aot --candidates``.
+    widest: dict[str, Variant] = {}
+    for variant in candidate_variants(capability):
+        best = widest.setdefault(variant.kernel, variant)
+        if variant.blocks is not None and best.blocks is not None and variant.blocks.n > best.blocks.n:
+            widest[variant.kernel] = variant
+    assert set(widest) == {"up", "down", "dh", "dw_up"}
+    reports = list(compile_all(widest.values(), [capability]))
+    assert not {f"{report.variant}": report.failures for report in reports if report.failures}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rank"), dict.fromkeys((v.kernel, v.rank // 16) for v in (*REPRESENTATIVE, *ADDED))
+)
+def test_sizes_of_one_compile(kernel: str, rank: int) -> None:
+    compile_variant(Variant(kernel, bias=True, ones=True, rank=rank), 90)
 
 
 def test_hopper_multiplies_by_wgmma() -> None:
@@ -61,6 +80,6 @@ def test_the_command_prints_a_table_and_refuses_unknown_capabilities() -> None:
     command = [sys.executable, "-m", "kernels.aot", "--kernel", "combine", "--capability"]
     done = subprocess.run([*command, "80"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("combine  bf16")
+    assert done.stdout.splitlines()[1].split()[:2] == ["combine", "bf16"]
     done = subprocess.run([*command, "75"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "75" in done.stderr

@@ -6,9 +6,10 @@ Letters: T tokens, D model width, E experts, K slots a token, F expert width.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,18 @@ from torch import Tensor
 
 from kernels import bench
 from kernels.backend import ExpertTensors
+from kernels.bench_case import Case, make_layer
+from kernels.bench_check import checked_error
+from kernels.bench_decode import least_bytes, measure_decode
+from kernels.bench_device import ColdTimer, clocks, read_clocks
 from kernels.bench_figure import Bar, bars_svg
-from kernels.bench_layer import Case, measure_layer
+from kernels.bench_layer import PASSES, measure_layer
 from kernels.bench_products import ProductShape, measure_products
 from kernels.bench_shapes import H200, ROUTINGS, SHAPES, expert_ids, floor_seconds
+from kernels.expert_mlp import BACKENDS
 from kernels.loop import LoopBackend
 from kernels.plan import RowPlan
+from kernels.rivals import RIVALS
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(SHAPES["olmoe"].divided(64), experts=6, slots=2)
@@ -85,6 +92,11 @@ def test_a_layer_is_measured() -> None:
             continue
         assert r.seconds is not None and r.seconds.rounds == 2 and r.error is not None and r.error < 1e-6
         assert r.is_auto == (r.backend == "cpu") and r.floor_share is None
+    for which in PASSES:
+        ran = {r.backend: r.seconds.median for r in results if r.passes == which and r.seconds is not None}
+        assert [r.backend for r in results if r.passes == which and r.is_fastest] == [
+            min(ran, key=ran.__getitem__)
+        ]
     # 24 rows of 2 F = 32 values in fp32: the pre-activation alone.
     kept = next(r.saved_bytes for r in results if r.backend == "cpu" and r.passes != "forward")
     assert kept == 24 * 2 * TINY.expert_width * 4
@@ -103,6 +115,121 @@ def test_a_wrong_back_end_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert r.backend == "cpu" or "its output is wrong: relative error 1.0e-03" in r.why_not
 
 
+@pytest.mark.parametrize("which", ["x", "the combine weights", "w_up", "w_down"])
+def test_a_wrong_gradient_is_not_timed(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return grad * 1.01
+
+    right = LoopBackend.run
+
+    def wrong(self: LoopBackend, x: Tensor, weights: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
+        bent = {
+            "x": x,
+            "the combine weights": weights,
+            "w_up": experts.w_up_EUD,
+            "w_down": experts.w_down_EDF,
+        }
+        bent[which] = Scaled.apply(bent[which])
+        changed = dataclasses.replace(experts, w_up_EUD=bent["w_up"], w_down_EDF=bent["w_down"])
+        return right(self, bent["x"], bent["the combine weights"], plan, changed)
+
+    layer = make_layer(Case(TINY, 12, "zipf", torch.float32, CPU))
+    assert checked_error(layer, "loop", backward=True) < 1e-6
+    monkeypatch.setattr(LoopBackend, "run", wrong)
+    assert checked_error(layer, "loop", backward=False) < 1e-6
+    with pytest.raises(RuntimeError, match=f"its gradient of {which} is wrong: relative error 1.0e-02"):
+        checked_error(layer, "loop", backward=True)
+
+
+def test_a_gradient_for_an_expert_without_rows_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LoopBackend.run
+
+    def wrong(self: LoopBackend, x: Tensor, weights: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
+        out_TD = right(self, x, weights, plan, experts)
+        leak = experts.w_down_EDF[5].sum()
+        return out_TD + (leak - leak.detach())
+
+    layer = make_layer(Case(TINY, 2, "balanced", torch.float32, CPU))
+    assert 5 not in layer.ids_TK
+    monkeypatch.setattr(LoopBackend, "run", wrong)
+    with pytest.raises(RuntimeError, match="its gradient of w_down is wrong"):
+        checked_error(layer, "loop", backward=True)
+
+
+def test_a_few_tokens_are_measured_against_the_loop() -> None:
+    case = Case(TINY, 99, "balanced", torch.bfloat16, CPU)
+    results = measure_decode(case, [1, 3], ["cpu", "triton"], rounds=2)
+    assert [(r.tokens, r.backend) for r in results] == [
+        (T, name) for T in (1, 3) for name in ("cpu", "triton", "loop")
+    ]
+    for r in results:
+        assert r.is_auto == (r.backend == "cpu") and r.bandwidth_share is None
+        if r.backend == "triton":
+            assert r.seconds is None and "TRITON_INTERPRET" in r.why_not and not r.is_fastest
+            continue
+        assert r.seconds is not None and r.over_loop is not None and r.error is not None and r.error < 0.05
+        assert r.backend != "loop" or r.over_loop.median == 1.0
+    assert sum(r.is_fastest for r in results) == 2
+    # One token has 2 of the 6 experts: 2 x 3 matrices, a row in and a row out, 2 bytes each.
+    layer = make_layer(case).first(1)
+    assert least_bytes(layer, 1) == 2 * (2 * 3 * TINY.width * TINY.expert_width + 2 * TINY.width)
+
+
+def test_the_cache_is_cold_and_the_gpu_has_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what is asked of the GPU; on one, the figures themselves show it."""
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("record")
+
+        def synchronize(self) -> None:
+            asked.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    properties = type("Properties", (), {"L2_cache_size": 3 * 2**20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("idle"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = ColdTimer(CPU)
+    timer._buffer.fill_(1)
+    assert timer(lambda: asked.append(f"run over {int(timer._buffer.sum())}")) == 0.002
+    assert asked == ["idle", "record", "run over 0", "record", "wait"]
+    assert timer._buffer.nbytes == 2 * 3 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 1980, 2619, 1980, 41, 612.50", {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": 612.5}),
+        ("echo 1980, 2619, 1980, 41, '[N/A]'", {"sm_mhz": 1980.0, "memory_mhz": 2619.0}),
+        ("echo no such gpu >&2; exit 6", {"unknown": "nvidia-smi: no such gpu"}),
+    ],
+)
+def test_clocks_are_read(
+    script: str, expected: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert clocks(CPU) == {}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_clocks("GPU-1") == {"unknown": "nvidia-smi is not on the path"}
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\n[ "$1" = --id=GPU-1 ] || exit 9\n{script}\n')
+    tool.chmod(0o755)
+    found = read_clocks("GPU-1")
+    assert expected.items() <= found.items() and ("watts" in expected or "watts" not in found)
+
+
 def test_products_are_measured() -> None:
     results = measure_products(ProductShape(3, 8, 16, 32, torch.bfloat16), rounds=2)
     assert [r.rival for r in results] == ["dense", "mm", "bmm", "grouped_mm"]
@@ -110,22 +237,59 @@ def test_products_are_measured() -> None:
 
 
 def test_the_command_writes_table_figures_and_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    modules = {requirement.module for rival in RIVALS.values() for requirement in rival.requirements}
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else real(name))
     data, picture = tmp_path / "new" / "bench.json", tmp_path / "bench.svg"
-    options = ["--device", "cpu", "--part", "layer", "--shape", "sigma-tiny", "--routing", "balanced"]
-    size = ["--tokens", "8", "--divide", "96"]
+    options = ["--device", "cpu", "--part", "layer", "decode", "--shape", "sigma-tiny"]
+    options += ["--routing", "balanced"]
+    size = ["--tokens", "8", "--decode-tokens", "1", "4", "--divide", "96"]
     found = bench.main([*options, *size, "--rounds", "1", "--json", str(data), "--figure", str(picture)])
     assert found == 0
     printed = capsys.readouterr().out
     assert "sigma-tiny/96 8 balanced fp32" in printed and "cpu*" in printed
+    # What is not installed is said once, and so is what cannot run here.
+    assert printed.count("without scattermoe: the package scattermoe is not installed") == 1
+    assert printed.count("scattermoe") == 3  # its name, its package, and where to get it
+    assert printed.count("only under Triton's interpreter") == 2
+    assert printed.count(" of 4") >= 2 and "fastest: " in printed
     figures = json.loads(data.read_text())
     assert [row["case"] for row in figures["layers"]] == [
         f"sigma-tiny/96 8 balanced {dtype}" for dtype in ("fp32", "bf16")
     ]
+    assert [row["case"] for row in figures["decode"]] == [
+        f"sigma-tiny/96 balanced {dtype}" for dtype in ("fp32", "bf16")
+    ]
+    assert {r["tokens"] for r in figures["decode"][0]["results"]} == {1, 4}
+    assert set(figures["missing"]) == set(RIVALS) and figures["clocks_at_the_end"] == {}
     assert figures["machine"]["torch"] == torch.__version__
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.svg", "new"]
+
+
+def _made_up_seconds(runners: Iterable[str], rounds: int, measure: object) -> dict[str, list[float]]:
+    return {name: [1.0 if name == "liger" else 2.0] * rounds for name in runners}
+
+
+def test_another_library_that_wins_is_marked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Its adapter runs our own path here, and the seconds are made up: this is about the marks.
+    liger = RIVALS["liger"]
+    monkeypatch.setattr(type(liger), "refusal", lambda self, work: None)
+    monkeypatch.setattr(type(liger), "missing", lambda self: None)
+    monkeypatch.setattr(type(liger), "run", BACKENDS["cpu"].run)
+    for module in ("bench_layer", "bench_decode"):
+        monkeypatch.setattr(f"kernels.{module}.interleave", _made_up_seconds)
+    size = ["--shape", "sigma-tiny", "--tokens", "4", "--decode-tokens", "4", "--divide", "96"]
+    size += ["--dtype", "fp32", "--rounds", "3"]
+    options = ["--part", "layer", "decode", "--routing", "balanced", "--backend", "liger", "loop"]
+    assert bench.main(["--device", "cpu", *options, *size]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("liger <<") == 3, printed
+    assert "fastest: liger 2 of 2" in printed and "fastest: liger 1 of 1" in printed
 
 
 @pytest.mark.parametrize(
@@ -133,8 +297,9 @@ def test_the_command_writes_table_figures_and_picture(
     [
         (["--rounds", "0"], "--rounds 0: it must be above 0"),
         (["--tokens", "4", "-1", "--divide", "0"], "--tokens -1: it must be above 0; --divide 0"),
-        (["--device", "cuda", "--part", "products"], "choose layer, or --device cpu"),
+        (["--device", "cuda", "--part", "products"], "choose layer or decode, or --device cpu"),
         (["--shape", "gpt-9"], "olmoe"),
+        (["--decode-tokens", "0"], "--decode-tokens 0: it must be above 0"),
     ],
 )
 def test_mistakes_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from kernels.activations import ACTIVATIONS
+from kernels.backend import MainGrads
 from kernels.expert_mlp import BACKENDS
+from kernels.rivals import RIVALS
 from tests.kernels.expert_reference import (
     DEVICES,
+    EVERY,
+    FACTORS,
     NAMES,
+    ON_VALUE,
     Inputs,
     Sizes,
     assert_agrees,
@@ -121,10 +126,27 @@ CASES: dict[str, tuple[Sizes, Edit]] = {
         Sizes(b_up=True, b_down=True),
         _ids(lambda ids, E: ids.clamp(1, E - 2)),
     ),
+    "low rank": (Sizes(rank=4), _same),
+    "low rank, ungated": (Sizes(rank=4, gated=False), _same),
+    "low rank, drelu": (Sizes(rank=4, activation="drelu"), _same),
+    "low rank wider than the experts": (Sizes(rank=16, D=8, F=4), _same),
+    "low rank, more experts than rows": (Sizes(T=3, E=40, rank=4), _same),
+    "rank one, odd sizes, biased, masked": (
+        Sizes(D=7, F=5, K=3, b_up=True, b_down=True, rank=1),
+        _mask(_checkerboard),
+    ),
+    "low rank, no tokens": (Sizes(T=0, rank=4), _same),
+    "low rank, first and last expert empty": (Sizes(rank=4), _ids(lambda ids, E: ids.clamp(1, E - 2))),
+    "low rank, transposed storage": (Sizes(rank=4), _transposed),
+    "low rank, wide enough for several groups": (Sizes(T=60, E=3, D=64, F=1024, rank=4), _same),
     # 25 KB a row in fp64: more than any cache-sized group of rows holds.
     "wide enough for several groups": (Sizes(T=60, E=3, D=64, F=1024), _same),
     **{f"{act}, gated": (Sizes(activation=act), _same) for act in ACTIVATIONS},
-    **{f"{act}, ungated": (Sizes(activation=act, gated=False), _same) for act in ACTIVATIONS},
+    **{
+        f"{act}, ungated": (Sizes(activation=act, gated=False), _same)
+        for act in ACTIVATIONS
+        if act not in ON_VALUE
+    },
 }
 RUNNABLE = [
     pytest.param(name, case, device, dtype, id=f"{name}-{case}-{device}-{str(dtype)[6:]}")
@@ -137,12 +159,22 @@ STANDARD = [
     for name in BACKENDS
     for device, dtype in widest(name, Sizes())
 ]
+LOW_RANK = [
+    pytest.param(name, device, dtype, id=f"{name}-{device}-{str(dtype)[6:]}")
+    for name in BACKENDS
+    for device, dtype in widest(name, Sizes(rank=4))
+]
+ACCUMULATING = [
+    pytest.param(name, device, dtype, id=f"{name}-{device}-{str(dtype)[6:]}")
+    for name in BACKENDS
+    for device, dtype in widest(name, Sizes(), accumulates=True)
+]
 
 
 def test_every_backend_is_compared_somewhere() -> None:
     compared = {str(param.values[0]) for param in STANDARD}
     # Without a GPU, a back end for GPUs alone has nothing to run on.
-    expected = set(BACKENDS) if "cuda" in DEVICES else {"cpu", "grouped_mm", "loop"}
+    expected = set(BACKENDS) - set(RIVALS) if "cuda" in DEVICES else {"cpu", "grouped_mm", "loop"}
     assert expected <= compared, f"run the standard case on no device: {expected - compared}"
 
 
@@ -153,20 +185,20 @@ def test_output_and_gradients_equal_the_token_loop(
     sizes, edit = CASES[case]
     # The edit comes last where it is about storage: `to` keeps strides.
     inputs = edit(make_inputs(sizes)).to(dtype, device)
-    assert_agrees(name, inputs, run_reference(inputs.to(torch.float64)), NAMES)
+    assert_agrees(name, inputs, run_reference(inputs.to(torch.float64)), EVERY)
 
 
 @pytest.mark.parametrize(("name", "device", "dtype"), STANDARD)
 def test_experts_without_rows_get_exactly_zero(name: str, device: str, dtype: torch.dtype) -> None:
-    biased = Sizes(b_up=True, b_down=True)
-    for sizes in [biased, Sizes()] if (device, dtype) in widest(name, biased) else [Sizes()]:
+    every = [Sizes(b_up=True, b_down=True), Sizes(), Sizes(rank=4)]
+    for sizes in [each for each in every if (device, dtype) in widest(name, each)]:
         inputs = make_inputs(sizes).to(dtype, device)
         inputs = replace(inputs, ids_TK=torch.where(inputs.ids_TK == 3, 1, inputs.ids_TK))
         # Freed memory full of NaN is what an uninitialised buffer would show.
         junk = [torch.full_like(v, float("nan")) for v in inputs.tensors.values() for _ in range(4)]
         del junk
         grads = run_backend(name, inputs)
-        for weight in [n for n in NAMES[2:] if n in grads]:
+        for weight in [n for n in EVERY[2:] if n in grads]:
             assert torch.equal(grads[weight][3], torch.zeros_like(grads[weight][3])), weight
             assert grads[weight][1].abs().sum() > 0, weight
 
@@ -184,6 +216,65 @@ def test_any_subset_may_be_frozen(name: str, device: str, dtype: torch.dtype, bi
     for size in range(len(names) + 1):
         for wanted in itertools.combinations(names, size):
             assert_agrees(name, inputs, reference, wanted)
+
+
+@pytest.mark.parametrize(("name", "device", "dtype"), LOW_RANK)
+def test_factors_train_beside_frozen_weights(name: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Sizes(rank=4)).to(dtype, device)
+    reference = run_reference(inputs.to(torch.float64))
+    for wanted in [
+        (*FACTORS, "x", "weights"),
+        FACTORS,
+        *((factor,) for factor in FACTORS),
+        ("w_up",),
+        ("x",),
+    ]:
+        assert_agrees(name, inputs, reference, wanted)
+
+
+@pytest.mark.parametrize(("name", "device", "dtype"), LOW_RANK)
+def test_factors_of_zero_change_nothing(name: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Sizes(rank=4)).to(dtype, device)
+    zero = {n: torch.zeros_like(v) if n.startswith("low_b") else v for n, v in inputs.tensors.items()}
+    plain = run_backend(name, replace(inputs, sizes=replace(inputs.sizes, rank=0)), NAMES)
+    found = run_backend(name, replace(inputs, tensors=zero), NAMES)
+    for key, value in plain.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("name", "device", "dtype"), ACCUMULATING)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_of_weights_are_added_to_fp32_buffers(
+    name: str, device: str, dtype: torch.dtype, rank: int
+) -> None:
+    inputs = make_inputs(Sizes(rank=rank)).to(dtype, device)
+    inputs = replace(inputs, ids_TK=torch.where(inputs.ids_TK == 3, 1, inputs.ids_TK))
+    expected = run_reference(inputs.to(torch.float64))
+    start = {n: torch.full_like(inputs.tensors[n], 0.5, dtype=torch.float32) for n in ("w_up", "w_down")}
+    main = MainGrads(start["w_up"].clone(), start["w_down"].clone())
+    leaves = {n: v.clone().requires_grad_() for n, v in inputs.tensors.items()}
+    plain = run_backend(name, inputs)
+    names = [n for n in leaves if n not in start]
+    for passes in (1, 2):
+        out_TD = call(name, inputs, leaves, main)
+        grads = torch.autograd.grad(out_TD, list(leaves.values()), inputs.grad_TD, allow_unused=True)
+        found = dict(zip(leaves, grads, strict=True))
+        assert found["w_up"] is None and found["w_down"] is None
+        assert all(torch.equal(found[n], plain[n]) for n in names)
+        for n, buffer in (("w_up", main.w_up_EUD), ("w_down", main.w_down_EDF)):
+            wanted = 0.5 + passes * expected[n]
+            # fp32 sums of some ten terms, of operands that are rounded to fp32 at most.
+            torch.testing.assert_close(buffer.double().cpu(), wanted, rtol=1e-5, atol=1e-5, msg=n)
+            assert (buffer[3] == 0.5).all(), f"{n}: an expert without rows was written to"
+
+
+@pytest.mark.parametrize(("name", "device", "dtype"), ACCUMULATING)
+def test_frozen_weights_add_nothing_to_buffers(name: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Sizes()).to(dtype, device)
+    main = MainGrads(*(torch.zeros_like(inputs.tensors[n], dtype=torch.float32) for n in ("w_up", "w_down")))
+    leaves = {n: v.clone().requires_grad_(n == "x") for n, v in inputs.tensors.items()}
+    call(name, inputs, leaves, main).backward(inputs.grad_TD)
+    assert main.w_up_EUD.count_nonzero() == 0 and main.w_down_EDF.count_nonzero() == 0
 
 
 @pytest.mark.parametrize(("name", "device", "dtype"), STANDARD)

@@ -15,9 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What is left out has a smaller counterpart in `interpreted/`: the interpreter takes a millisecond a step.
 PARTS = {
-    "own": ("interpreted", "test"),
+    "path": ("interpreted/test_triton_path.py", "test"),
+    "own": ("interpreted", "not test_triton_path"),
     "contract": ("test_kernels_contract.py", "triton and not frozen and not several"),
-    "precision": ("test_kernels_precision.py", "triton and twice and not (float16 and biased)"),
+    "precision": (
+        "test_kernels_precision.py",
+        "triton and twice and not (float16 and biased) and not (low and (bfloat16 or float32))",
+    ),
 }
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from kernels.backend import ExpertTensors
 from kernels.combine import combine_rows
-from kernels.plan import make_plan
+from kernels.expert_mlp import BACKENDS, expert_mlp
+from kernels.plan import RowPlan, make_plan, route
+from tests.kernels.expert_reference import NAMES, Sizes, make_inputs, workload
 
 
 def test_worked_by_hand() -> None:
@@ -51,6 +55,65 @@ def test_rows_are_in_expert_order_and_find_back(num_experts: int, K: int, masked
     assert plan.row_TK.flatten().tolist() == [rows.get(slot, len(rows)) for slot in range(17 * K)]
     assert plan.counts_E.tolist() == [sum(flat[s] == e for s in used) for e in range(num_experts)]
     assert {t.dtype for t in (plan.slot_R, plan.token_R, plan.row_TK, plan.counts_E)} == {torch.int64}
+
+
+def _padded(ids_TK: Tensor, num_experts: int, mask_TK: Tensor) -> RowPlan:
+    """What a GPU gets, where nobody counts."""
+    slot_R, token_R, row_TK, counts_E = route(ids_TK, mask_TK, num_experts, ids_TK.numel())
+    return RowPlan(token_R, slot_R, row_TK, counts_E, has_unused=True, is_padded=True)
+
+
+def test_a_padded_plan_worked_by_hand() -> None:
+    # The masked example above with room for all six slots: the unused ones, 1 and 4, come last, and R = 6.
+    mask_TK = torch.tensor([[True, False], [True, True], [False, True]])
+    plan = _padded(torch.tensor([[2, 999], [0, 2], [-5, 1]]), 4, mask_TK)
+    assert plan.slot_R.tolist() == [2, 5, 0, 3, 1, 4]
+    assert plan.token_R.tolist() == [1, 2, 0, 1, 0, 2]
+    assert plan.row_TK.tolist() == [[2, 6], [0, 3], [6, 1]]
+    assert plan.counts_E.tolist() == [1, 1, 2, 0]
+    assert plan.is_used_R1()[:, 0].tolist() == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("name", ["cpu", "grouped_mm", "loop"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_that_pad_a_plan_change_nothing(name: str, biased: bool) -> None:
+    sizes = Sizes(b_up=biased, b_down=biased, gated=not biased)
+    if BACKENDS[name].refusal(workload(sizes, torch.float32, "cpu")) is not None:
+        pytest.skip("it does not run these here")
+    inputs = make_inputs(sizes).to(torch.float32)
+    mask_TK = torch.arange(sizes.T * sizes.K).view(sizes.T, -1) % 3 > 0
+    found = []
+    plans = (make_plan(inputs.ids_TK, sizes.E, mask_TK), _padded(inputs.ids_TK, sizes.E, mask_TK))
+    for plan in plans:
+        leaves = {n: v.detach().clone().requires_grad_() for n, v in inputs.tensors.items()}
+        x_TD, weights_TK, *others = (leaves.get(n) for n in NAMES)
+        experts = ExpertTensors(*others[:2], sizes.activation, sizes.gated, *others[2:])
+        out_TD = expert_mlp(x_TD, weights_TK, plan, experts, BACKENDS[name])
+        found.append([out_TD, *torch.autograd.grad(out_TD, list(leaves.values()), inputs.grad_TD)])
+    assert plans[1].num_rows > plans[0].num_rows
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_known_number_of_rows_is_checked_on_a_cpu() -> None:
+    ids_TK, mask_TK = torch.tensor([[2, 0], [1, 1]]), torch.tensor([[True, False], [True, True]])
+    assert torch.equal(make_plan(ids_TK, 3, mask_TK, 3).slot_R, make_plan(ids_TK, 3, mask_TK).slot_R)
+    with pytest.raises(ValueError, match="a plan of 2 rows, and 3 slots are used"):
+        make_plan(ids_TK, 3, mask_TK, 2)
+    with pytest.raises(IndexError, match="out of bounds: there are 2 experts"):
+        make_plan(ids_TK, 2, mask_TK)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_plan_is_an_operator(masked: bool) -> None:
+    ids_TK = torch.tensor([[2, 0], [0, 2], [1, 1]])
+    mask_TK = torch.tensor([[True, False], [True, True], [False, True]]) if masked else None
+    torch.library.opcheck(route, (ids_TK, mask_TK, 4, 6))
+    compiled = torch.compile(make_plan, fullgraph=True, backend="aot_eager")
+    found = compiled(ids_TK, 4, mask_TK)
+    expected = _padded(ids_TK, 4, mask_TK) if mask_TK is not None else make_plan(ids_TK, 4)
+    assert (found.has_unused, found.is_padded) == (masked, masked)
+    for name in ("slot_R", "token_R", "row_TK", "counts_E"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("bad", [-1, 3])

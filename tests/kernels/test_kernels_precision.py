@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.expert_mlp import BACKENDS
 from tests.kernels.expert_reference import (
     DTYPES,
-    NAMES,
+    EVERY,
     Sizes,
     assert_agrees,
     call,
@@ -23,14 +23,17 @@ from tests.kernels.expert_reference import (
 )
 
 MEDIUM = Sizes(T=96, K=2, E=4, D=64, F=96)
+KINDS = {
+    "plain": MEDIUM,
+    "biased": replace(MEDIUM, b_up=True, b_down=True),
+    "low rank": replace(MEDIUM, rank=16),
+}
 LOW = [
-    pytest.param(
-        name, gated, biased, device, dtype, id=f"{name}-{gated=}-{biased=}-{device}-{str(dtype)[6:]}"
-    )
+    pytest.param(name, gated, kind, device, dtype, id=f"{name}-{gated=}-{kind}-{device}-{str(dtype)[6:]}")
     for name in BACKENDS
     for gated in (True, False)
-    for biased in (False, True)
-    for device, dtype in runs(name, replace(MEDIUM, b_up=biased, b_down=biased), DTYPES[1:])
+    for kind, sizes in KINDS.items()
+    for device, dtype in runs(name, sizes, DTYPES[1:])
 ]
 ALL = [
     pytest.param(name, device, dtype, id=f"{name}-{device}-{str(dtype)[6:]}")
@@ -40,16 +43,16 @@ ALL = [
 DOUBLE = [name for name in BACKENDS if ("cpu", torch.float64) in runs(name, Sizes())]
 
 
-@pytest.mark.parametrize(("name", "gated", "biased", "device", "dtype"), LOW)
+@pytest.mark.parametrize(("name", "gated", "kind", "device", "dtype"), LOW)
 def test_error_is_at_most_twice_that_of_plain_torch(
-    name: str, gated: bool, biased: bool, device: str, dtype: torch.dtype
+    name: str, gated: bool, kind: str, device: str, dtype: torch.dtype
 ) -> None:
-    inputs = make_inputs(replace(MEDIUM, gated=gated, b_up=biased, b_down=biased)).to(dtype, device)
+    inputs = make_inputs(replace(KINDS[kind], gated=gated)).to(dtype, device)
     reference = run_reference(inputs.to(torch.float64))
     for key, (error, norm) in errors(run_backend("loop", inputs), reference).items():
         # The yardstick itself: a rounding step for each of ~100 terms, of random sign.
         assert error <= 10 * torch.finfo(dtype).eps * norm, key
-    assert_agrees(name, inputs, reference, NAMES, slack=0.0)
+    assert_agrees(name, inputs, reference, EVERY, slack=0.0)
 
 
 @pytest.mark.parametrize(("name", "device", "dtype"), ALL)
@@ -67,7 +70,7 @@ def test_two_runs_are_bitwise_equal(name: str, device: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_gradcheck(name: str, gated: bool, masked: bool) -> None:
-    inputs = make_inputs(Sizes(T=3, E=3, D=4, F=3, gated=gated, b_up=True, b_down=True))
+    inputs = make_inputs(Sizes(T=3, E=3, D=4, F=3, gated=gated, b_up=True, b_down=True, rank=2))
     if masked:
         inputs = replace(inputs, mask_TK=torch.tensor([[True, False], [False, False], [True, True]]))
 

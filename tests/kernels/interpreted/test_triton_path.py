@@ -15,18 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_launch as launch
-from kernels import triton_ops as ops
-from kernels.backend import ExpertTensors
+from kernels.backend import ExpertTensors, LowRank
 from kernels.expert_mlp import BACKENDS
 from kernels.plan import RowPlan, make_plan
 from kernels.triton_blocks import Target
+from kernels.triton_launch_backward import down_backward
 from kernels.triton_tiles import tile_and_column, tiles_kernel
 from tests.kernels.expert_reference import (
+    FACTORS,
     NAMES,
     Inputs,
     Sizes,
     assert_agrees,
-    call,
     make_inputs,
     run_backend,
     run_reference,
@@ -35,16 +35,11 @@ from tests.kernels.expert_reference import (
 BIASED = Sizes(T=9, E=3, D=7, F=5, b_up=True, b_down=True)
 
 
-def _ops_arguments(inputs: Inputs, *, keep: bool = True) -> tuple[object, ...]:
-    t, plan = inputs.tensors, make_plan(inputs.ids_TK, inputs.sizes.E, inputs.mask_TK)
-    leaves = [t.get(name) for name in NAMES]
-    index = (plan.token_R, plan.slot_R, plan.row_TK, plan.counts_E)
-    return (*leaves, *index, inputs.sizes.activation, inputs.sizes.gated, keep)
-
-
 def _run(inputs: Inputs, plan: RowPlan) -> dict[str, Tensor]:
     leaves = {n: v.detach().requires_grad_() for n, v in inputs.tensors.items()}
-    experts = ExpertTensors(leaves["w_up"], leaves["w_down"], inputs.sizes.activation, inputs.sizes.gated)
+    low_rank = LowRank(*(leaves[name] for name in FACTORS), inputs.sizes.scale) if inputs.sizes.rank else None
+    function = (inputs.sizes.activation, inputs.sizes.gated)
+    experts = ExpertTensors(leaves["w_up"], leaves["w_down"], *function, low_rank=low_rank)
     out_TD = BACKENDS["triton"].run(leaves["x"], leaves["weights"], plan, experts)
     grads = torch.autograd.grad(out_TD, list(leaves.values()), inputs.grad_TD)
     return {"out": out_TD.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -122,8 +117,9 @@ def test_what_is_frozen_changes_nothing_else(wanted: tuple[str, ...]) -> None:
     assert all(torch.equal(some[key], everything[key]) for key in some)
 
 
-def test_rows_past_the_last_expert_are_never_read() -> None:
-    inputs = make_inputs(Sizes()).to(torch.float32)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_rows_past_the_last_expert_are_never_read(rank: int) -> None:
+    inputs = make_inputs(Sizes(rank=rank)).to(torch.float32)
     T, D, K = inputs.sizes.T, inputs.sizes.D, inputs.sizes.K
     plan = make_plan(inputs.ids_TK, inputs.sizes.E)
     expected = _run(inputs, plan)
@@ -154,10 +150,11 @@ def _far(value: Tensor) -> Tensor:
     return far.copy_(value)
 
 
-@pytest.mark.parametrize("name", ["x", "w_up", "w_down", "grad"])
+@pytest.mark.parametrize("name", ["x", "w_up", "w_down", "grad", "low_b_up", "low_a_down"])
 def test_strides_beyond_32_bits(name: str) -> None:
     # Three tokens and three experts: offsets 0, 2^30 and 2^31, the last above what int32 holds.
-    inputs = make_inputs(Sizes(T=3, E=3)).to(torch.bfloat16)
+    rank = 2 if name.startswith("low") else 0
+    inputs = make_inputs(Sizes(T=3, E=3, rank=rank)).to(torch.bfloat16)
     inputs = replace(inputs, ids_TK=torch.tensor([[0, 1], [1, 2], [2, 0]]))
     expected = run_backend("triton", inputs)
     if name == "grad":
@@ -178,6 +175,7 @@ def test_rows_beyond_32_bits(gated: bool) -> None:
     x_TD = torch.randn(1, D, generator=g).bfloat16()
     w_up_EUD = torch.randn(1, U, D, generator=g).bfloat16()
     w_down_EDF = torch.randn(1, D, F, generator=g).bfloat16()
+    a_EDr, b_ErU = (torch.randn(1, *shape, generator=g).bfloat16() for shape in ((D, 3), (3, U)))
     token_R = torch.zeros(first + n, dtype=torch.int64)
     weights_TK = torch.tensor([[0.5]])
     tiles_G3 = torch.tensor([[0, 0, n]], dtype=torch.int32)
@@ -187,73 +185,14 @@ def test_rows_beyond_32_bits(gated: bool) -> None:
     results = []
     for tiles, start in ((near, 0), (far, first)):
         rows = token_R[: start + n]
-        h_RU, a_RF = launch.up(x_TD, w_up_EUD, None, rows, tiles, "silu", gated, True)
+        z_Rr = launch.low_rows(launch.Side(x_TD, True), a_EDr, 0.5, rows, tiles)
+        gating = launch.Gating("silu", gated)
+        h_RU, a_RF = launch.up(x_TD, w_up_EUD, None, rows, tiles, gating, True, launch.LowTerm(z_Rr, b_ErU))
         y_RD = launch.rows_times(a_RF, w_down_EDF.transpose(1, 2), None, tiles)
-        dh_RU, sa_RF, dots_R = launch.down_backward(
-            x_TD, w_down_EDF, None, weights_TK, rows, rows, tiles, h_RU, "silu", gated
+        dh_RU, sa_RF, dots_R = down_backward(
+            x_TD, w_down_EDF, None, weights_TK, rows, rows, tiles, h_RU, gating
         )
-        results.append([v[start:].clone() for v in (h_RU, a_RF, y_RD, dh_RU, sa_RF, dots_R)])
+        v_Rr = launch.low_rows(launch.Side(dh_RU, False), b_ErU.transpose(1, 2), 0.5, rows, tiles)
+        results.append([v[start:].clone() for v in (z_Rr, h_RU, a_RF, y_RD, dh_RU, sa_RF, dots_R, v_Rr)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-def test_without_gradients_nothing_is_kept() -> None:
-    inputs = make_inputs(Sizes()).to(torch.float32)
-    out_TD, h_RU = ops.experts(*_ops_arguments(inputs, keep=False))
-    assert h_RU.shape == (0, 2 * inputs.sizes.F)
-    assert torch.equal(out_TD, run_backend("triton", inputs)["out"])
-
-
-def test_saved_for_backward_are_x_and_the_preactivation() -> None:
-    inputs = make_inputs(Sizes()).to(torch.float32)
-    leaves = {n: v.requires_grad_() for n, v in inputs.tensors.items()}
-    saved: list[Tensor] = []
-
-    def pack(value: Tensor) -> Tensor:
-        saved.append(value)
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        call("triton", inputs, leaves)
-    sizes = inputs.sizes
-    rows = sizes.T * sizes.K
-    floats = [v for v in saved if v.is_floating_point() and all(v is not leaf for leaf in leaves.values())]
-    activations = [v for v in floats if v.data_ptr() not in {leaf.data_ptr() for leaf in leaves.values()}]
-    assert [tuple(v.shape) for v in activations] == [(rows, 2 * sizes.F)]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_operators_pass_opcheck(masked: bool) -> None:
-    sizes = replace(BIASED, T=5)
-    inputs = make_inputs(sizes).to(torch.float32)
-    if masked:
-        inputs = replace(inputs, mask_TK=torch.arange(sizes.T * sizes.K).view(sizes.T, -1) % 3 > 0)
-    forward = _ops_arguments(inputs)
-    leaves = [v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in forward]
-    torch.library.opcheck(ops.experts, leaves)
-    with torch.no_grad():
-        h_RU = ops.experts(*forward)[1]
-    x, weights, w_up, w_down, _, b_down, *index = (
-        v.detach() if isinstance(v, Tensor) else v for v in forward
-    )
-    backward = (inputs.grad_TD, x, weights, w_up, w_down, b_down, h_RU, *index[:-1])
-    for need in ([True] * 6, [True, False, False, True, False, False]):
-        torch.library.opcheck(ops.experts_backward, (*backward, need))
-
-
-def test_compiles_without_a_break() -> None:
-    inputs = make_inputs(Sizes(T=5)).to(torch.float32)
-    plan = make_plan(inputs.ids_TK, inputs.sizes.E)
-
-    def function(*leaves: Tensor) -> Tensor:
-        x, weights, w_up, w_down = leaves
-        experts = ExpertTensors(w_up, w_down, "silu", True)
-        return BACKENDS["triton"].run(x * 2, weights, plan, experts) + 1
-
-    leaves = [v.requires_grad_() for v in inputs.tensors.values()]
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected_TD, found_TD = function(*leaves), compiled(*leaves)
-    assert torch.equal(found_TD, expected_TD)
-    expected = torch.autograd.grad(expected_TD, leaves, inputs.grad_TD)
-    found = torch.autograd.grad(found_TD, leaves, inputs.grad_TD)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
