@@ -42,12 +42,8 @@ class SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         hidden = functional.linear(x, self.w_up_UD, self.b_up_U)
-        act = ACTIVATIONS[self.activation].forward
-        if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(hidden)
+        act = ACTIVATIONS[self.activation]
+        hidden = act.hidden(*hidden.chunk(2, dim=-1)) if self.gated else act.forward(hidden)
         return functional.linear(hidden, self.w_down_DF, self.b_down_D)
 
     def extra_repr(self) -> str:

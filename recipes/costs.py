@@ -118,6 +118,7 @@ def _mixture(found: ExpertModule) -> Mixture:
         matrix=sum(param.numel() for param in params if param.ndim >= 3) // experts,
         elements=sum(param.numel() for param in params) // experts,
         trained=sum(param.numel() for param in params if param.requires_grad) // experts,
+        frozen=sum(p.numel() for p in params if p.ndim >= 3 and not p.requires_grad) // experts,
     )
 
 

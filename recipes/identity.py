@@ -39,6 +39,9 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
     if config.attention is not None:
         for key, value in dataclasses.asdict(config.attention).items():
             fields[f"attention.{key}"] = value
+    if config.experts.lora.rank:
+        for key, value in dataclasses.asdict(config.experts.lora).items():
+            fields[f"experts.lora.{key}"] = value
     if config.job == "two_stage":
         # Where the first stage ends, the second has begun.
         fields |= {"train.steps": config.train.steps, "stage2.path": config.stage2.path}

@@ -15,6 +15,7 @@ from moe.errors import Mistake, UserError
 from moe.routers import router_class
 from moe.upcycle import upcycle_methods
 from moe.upcycle.plan import FFNShape
+from recipes.backend_rules import check_library
 from recipes.data.chat_template import check_chat_template
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
@@ -25,6 +26,7 @@ from recipes.hosts.branches import check_sources
 from recipes.hosts.header_shape import read_ffn_shape
 from recipes.hosts.inspection import check_dense, read_config
 from recipes.hosts.method_fit import method_mistakes
+from recipes.low_rank_rules import check_low_rank
 from recipes.optim_start import check_optim_start
 from recipes.prompts.rows import check_prompts
 from recipes.relaunch import Launch
@@ -44,14 +46,17 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
         check_sparsify(config) + check_schedule(config) + check_paths(config.data) + check_folders(config)
     )
     mistakes += check_calibration(config) + check_run_dir(config) + check_optim_start(config)
-    mistakes += check_chat_template(config.data, config.dense)
+    mistakes += check_chat_template(config.data, config.dense) + check_library(config)
     if config.dense is None:
-        return mistakes + check_method(config, _embedded_shape(config)) + check_model(config)
+        shape = _embedded_shape(config)
+        mistakes += check_method(config, shape) + check_low_rank(config, shape)
+        return mistakes + check_model(config)
     found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
     if found:
-        return mistakes + check_method(config, None) + found
+        return mistakes + check_method(config, None) + check_low_rank(config, None) + found
     folder = Path(config.dense).expanduser()
-    mistakes += check_method(config, read_ffn_shape(folder))
+    dense = read_ffn_shape(folder)
+    mistakes += check_method(config, dense) + check_low_rank(config, dense)
     return mistakes + check_fit(config, read_config(folder))
 
 

@@ -119,8 +119,12 @@ def training_flops_per_token(
     seq_len: int,
     convention: Convention = "exact",
 ) -> float:
-    """FLOPs of a token's forward and backward pass: three forward passes. See `forward_flops_per_token`."""
-    return TRAINING_FORWARDS * forward_flops_per_token(count, attention, seq_len, convention)
+    """FLOPs of a token's forward and backward pass: three forward passes. See `forward_flops_per_token`.
+
+    The product that makes the gradient of a frozen matrix is left out, under every convention.
+    """
+    forward = forward_flops_per_token(count, attention, seq_len, convention)
+    return TRAINING_FORWARDS * forward - 2 * count.frozen
 
 
 def flops_from_shape(shape: ModelShape, seq_len: int, convention: Convention = "exact") -> Flops:

@@ -35,6 +35,7 @@ class ParameterCount:
         per_expert: One routed expert of the first network that is a mixture; 0 where there is none.
         router: Matrices of the routers.
         looked_up: Embeddings that are only looked up: 0 where the one embedding is tied to the head.
+        frozen: Of ``matmul``, those of parameters that have no gradient.
         head: The head, with its bias; only the bias where it is tied. None where a module does not say
             which of its parts that is.
     """
@@ -47,6 +48,7 @@ class ParameterCount:
     per_expert: int = 0
     router: int = field(default=0, compare=False)
     looked_up: int = field(default=0, compare=False)
+    frozen: int = field(default=0, compare=False)
     head: int | None = field(default=None, compare=False)
 
     @property
@@ -136,7 +138,9 @@ def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -
         if not isinstance(found.experts, AttentionExperts):
             size = sum(param.numel() for param in found.experts.parameters())
             per_expert = per_expert or size // found.num_experts
-    sums = dict.fromkeys(("total", "active", "embedding", "matmul", "routed", "router", "looked_up"), 0)
+    sums = dict.fromkeys(
+        ("total", "active", "embedding", "matmul", "routed", "router", "looked_up", "frozen"), 0
+    )
     for name, param in model.named_parameters():  # each shared tensor once
         share = shares.get(id(param), _Share())
         size, used = param.numel(), param.numel() // share.of * share.used
@@ -147,6 +151,7 @@ def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -
         sums["embedding"] += size if id(param) in embeddings else 0
         sums["looked_up"] += size if id(param) in looked_up else 0
         sums["matmul"] += used if is_matrix and id(param) not in looked_up else 0
+        sums["frozen"] += used if is_matrix and not param.requires_grad and id(param) not in looked_up else 0
         sums["router"] += size if is_matrix and id(param) in routers else 0
     return ParameterCount(**sums, per_expert=per_expert, head=_head(model, embeddings))
 

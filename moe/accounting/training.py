@@ -32,6 +32,7 @@ class Mixture:
         matrix: Elements of one expert's matrices: two FLOPs each.
         elements: All elements of one expert.
         trained: Of these, those that have a gradient.
+        frozen: Of ``matrix``, those that have none, whose gradient is no product.
     """
 
     num_experts: int
@@ -39,6 +40,7 @@ class Mixture:
     matrix: int
     elements: int
     trained: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,11 @@ def used_flops_per_token(
         ValueError: There is not one number for every mixture.
     """
     pairs = zip(mixtures, experts_per_token, strict=True)
-    more = sum((used - mixture.top_k) * mixture.matrix for mixture, used in pairs)
-    return flops_per_token + 2 * TRAINING_FORWARDS * more
+    more = sum(
+        (used - mixture.top_k) * (TRAINING_FORWARDS * mixture.matrix - mixture.frozen)
+        for mixture, used in pairs
+    )
+    return flops_per_token + 2 * more
 
 
 def training_step_bytes(

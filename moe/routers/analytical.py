@@ -54,4 +54,4 @@ class AnalyticalRouter(UnitGateRouter[AnalyticalConfig]):
     def scores(self, x_TD: Tensor) -> Tensor:
         """See the class."""
         gate_TE, up_TE = linear_logits(x_TD, self.gate_ED), linear_logits(x_TD, self.up_ED)
-        return (ACTIVATIONS[self._activation].forward(gate_TE) * up_TE).abs()
+        return ACTIVATIONS[self._activation].hidden(gate_TE, up_TE).abs()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from moe.errors import ConfigError
+from moe.low_rank import merged
 from recipes.atomic import atomic_write_json
 from recipes.calibration.gather import read_statistics
 from recipes.calibration.store import CalibrationFolder
@@ -23,6 +26,7 @@ from recipes.hosts.export import dtype_keys, publish, write_companions, write_li
 from recipes.hosts.exporters import Exporter
 from recipes.hosts.exporters.base import Layout
 from recipes.hosts.live_tensors import LiveNames
+from recipes.hosts.low_rank import Factors, factors_of, is_factor
 from recipes.hosts.placement import Placement
 from recipes.hosts.spec import ModelSpec
 from recipes.hosts.tensor_files import TensorFiles, TensorSpec
@@ -105,7 +109,8 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     )
     with open_checkpoint(checkpoint) as tensors:
         dtype = request.dtype or conversion.main_dtype
-        total = _write(tensors, conversion.spec, conversion.exporter, request.layout, dtype, dense, out)
+        merging = Merging(tensors, factors_of(conversion.spec, config.experts.lora))
+        total = _write(merging, conversion.spec, conversion.exporter, request.layout, dtype, dense, out)
         step = tensors.step
     exact_in = conversion.exporter.exact_in(conversion.spec)
     return Exported(out, conversion.exporter.name, exact_in, checkpoint, step, total)
@@ -149,8 +154,34 @@ def _checkpoint(request: ExportRequest) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Merging:
+    """The model in a checkpoint, low-rank factors merged into their weights as these are read.
+
+    Attributes:
+        tensors: Of the checkpoint.
+        factors: By the names of the weights.
+    """
+
+    tensors: CheckpointTensors
+    factors: Mapping[str, Factors]
+
+    def names(self) -> list[str]:
+        """Of the model's tensors, without the factors."""
+        return [name for name in self.tensors.names(MODEL_PREFIX) if not is_factor(name)]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model."""
+        tensor = self.tensors.read(MODEL_PREFIX + name)
+        if name not in self.factors:
+            return tensor
+        pair = self.factors[name]
+        a_ErI, b_EOr = (self.tensors.read(MODEL_PREFIX + part) for part in (pair.a, pair.b))
+        return merged(tensor, a_ErI, b_EOr, pair.scale)
+
+
 def _write(
-    tensors: CheckpointTensors,
+    merging: Merging,
     spec: ModelSpec,
     exporter: Exporter,
     layout: Layout,
@@ -158,7 +189,7 @@ def _write(
     dense: Path,
     out: Path,
 ) -> int:
-    live, names = LiveNames(spec), tensors.names(MODEL_PREFIX)
+    live, names, tensors = LiveNames(spec), merging.names(), merging.tensors
     kept = [
         TensorSpec(name, tensors.dtype(MODEL_PREFIX + name), tensors.shape(MODEL_PREFIX + name))
         for name in names
@@ -171,7 +202,7 @@ def _write(
     temporary.mkdir(parents=True, exist_ok=True)
     files = TensorFiles(temporary, placement.specs)
     for name in names:
-        write_live(files, name, tensors.read(MODEL_PREFIX + name), live, placement)
+        write_live(files, name, merging.read(name), live, placement)
     for name, constant in placement.constants.items():
         files.write(name, constant)
     files.finish()

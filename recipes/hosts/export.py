@@ -19,6 +19,7 @@ from recipes.atomic import atomic_write_json, fsync_folder
 from recipes.hosts.exporters.base import Exporter, Layout
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.live_tensors import LiveNames
+from recipes.hosts.low_rank import factors_of, host_lora, is_factor, without_factors
 from recipes.hosts.placement import Placement
 from recipes.hosts.spec import describe_host
 from recipes.hosts.tensor_files import TensorFiles, TensorSpec
@@ -59,11 +60,15 @@ def export(
         layout: One of the exporter's.
     """
     spec, tied = describe_host(host), _tied_names(host)
+    tensors = without_factors(tensors, factors_of(spec, host_lora(host)), computes=writes)
     live = LiveNames(spec)
     kept = [
         TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         for name, tensor in host.model.state_dict().items()
-        if name not in tied and live.pieces(name) is None and live.router(name) is None
+        if name not in tied
+        and not is_factor(name)
+        and live.pieces(name) is None
+        and live.router(name) is None
     ]
     placement = Placement(spec, exporter, kept, dtype, layout)
     temporary = folder.with_name(f".tmp-{folder.name}")

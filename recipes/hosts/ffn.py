@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.activations import ACTIVATIONS
+from kernels.activations import ACTIVATIONS, activation_refusal
 from moe.errors import HostError
 from moe.upcycle.weights import FFNWeights
 
@@ -81,6 +81,8 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
     sites = []
     for layer, (name, ffn) in enumerate(found):
         weights = _read(ffn, activation)
+        if reason := activation_refusal(activation, weights.gate_FD is not None):
+            raise _refuse(config, reason, "Correct the config's activation.")
         if verify:
             _verify(ffn, weights, f"{prefix}.{layer}.{name}", config)
         sites.append(FFNSite(layer, f"{prefix}.{layer}.{name}", weights))
@@ -233,12 +235,12 @@ def _detached(bias: Any) -> Tensor | None:
 
 def dense_ffn(x_TD: Tensor, weights: FFNWeights) -> Tensor:
     """The network that the weights describe, in plain torch: ``[T, D] -> [T, D]``."""
-    act = ACTIVATIONS[weights.activation].forward
+    act = ACTIVATIONS[weights.activation]
     hidden_TF = nn.functional.linear(x_TD, weights.up_FD, weights.b_up_F)
     if weights.gate_FD is not None:
-        hidden_TF = act(nn.functional.linear(x_TD, weights.gate_FD, weights.b_gate_F)) * hidden_TF
+        hidden_TF = act.hidden(nn.functional.linear(x_TD, weights.gate_FD, weights.b_gate_F), hidden_TF)
     else:
-        hidden_TF = act(hidden_TF)
+        hidden_TF = act.forward(hidden_TF)
     return nn.functional.linear(hidden_TF, weights.down_DF, weights.b_down_D)
 
 

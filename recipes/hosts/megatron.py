@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.experts import Experts
-from moe.layer import moe_layers
+from moe.layer import MoELayer, moe_layers
 from recipes.checkpoint import LocalShard
+from recipes.checkpoint.ranks import Ranks
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.megatron.groups import Layout, Over, Places
 from recipes.megatron.shape import GPTShape, read_shape
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,16 @@ def host_tensors(host: HuggingFaceHost) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def cut_experts(
-    host: HuggingFaceHost, places: Places, layout: Layout, device: torch.device, dtype: torch.dtype
+    layer: MoELayer, places: Places, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Leaves the host's layers this rank's slice of the experts, and lets their tokens travel."""
-    for _, layer in host.moe_layers():
-        count = layer.router.num_experts // layout.expert
-        mine = slice(count * places.expert, count * (places.expert + 1))
-        for name, whole in list(layer.experts.named_parameters()):
-            part = whole[mine].to(device, dtype, copy=True)
-            setattr(layer.experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-        if layout.expert > 1:
-            layer.send_by(AllToAllDispatcher(layer.router.num_experts, places.expert_group))
+    """Leaves one of the host's layers this rank's slice of the experts, and lets their tokens travel."""
+    count = layer.router.num_experts // layout.expert
+    mine = slice(count * places.expert, count * (places.expert + 1))
+    for name, whole in list(layer.experts.named_parameters()):
+        part = whole[mine].to(device, dtype, copy=True)
+        setattr(layer.experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    if layout.expert > 1:
+        layer.send_by(AllToAllDispatcher(layer.router.num_experts, places.expert_group))
 
 
 def mark_parameters(held: Sequence[Held], layout: Layout) -> None:
@@ -156,19 +158,57 @@ def live_blocks(held: Sequence[Held]) -> dict[str, Blocks]:
 
 @torch.no_grad()
 def gathered(
-    blocks: Mapping[str, Blocks], places: Places, names: Sequence[str]
+    blocks: Mapping[str, Blocks], places: Places, names: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the host in full, on every rank, in the order of their names. Collective."""
+    stages, pipeline = whereabouts(blocks, places), places.pipeline_group
     for name in names:
-        own = blocks[name]
-        whole = torch.zeros(own.shape, dtype=own.like.dtype, device=own.like.device)
-        for shard in own.shards:
-            box(whole, shard.offset, shard.tensor.shape).copy_(shard.tensor)
-        # Each element is held by one rank of a group: all others add 0.
-        for group in places.holders(own.over, own.sharded):
-            if group.size() > 1:
-                torch.distributed.all_reduce(whole, group=group)
+        where = stages[name]
+        if where.stage == places.stage:
+            whole = _assembled(blocks[name], places)
+        else:
+            whole = torch.empty(where.shape, dtype=where.dtype, device=device)
+        if pipeline.size() > 1:
+            source = torch.distributed.get_global_rank(pipeline, where.stage)
+            torch.distributed.broadcast(whole, source, group=pipeline)
         yield name, whole
+
+
+def _assembled(own: Blocks, places: Places) -> Tensor:
+    """All of a tensor that the ranks of this stage hold. Collective among them."""
+    whole = torch.zeros(own.shape, dtype=own.like.dtype, device=own.like.device)
+    for shard in own.shards:
+        box(whole, shard.offset, shard.tensor.shape).copy_(shard.tensor)
+    # Each element is held by one rank of a group: all others add 0.
+    for group in places.holders(own.over, own.sharded):
+        if group.size() > 1:
+            torch.distributed.all_reduce(whole, group=group)
+    return whole
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """The stage that holds one of the host's tensors, the first of several, and what it is."""
+
+    stage: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def whereabouts(blocks: Mapping[str, Blocks], places: Places) -> dict[str, Whereabouts]:
+    """Where every tensor is, by name. Collective.
+
+    Args:
+        blocks: What this rank's stage holds.
+        places: Of this rank.
+    """
+    own = {name: [list(each.shape), str(each.like.dtype)] for name, each in blocks.items()}
+    found: dict[str, Whereabouts] = {}
+    for stage, held in enumerate(Ranks(places.pipeline_group).gather(own)):
+        for name, (shape, dtype) in held.items():
+            kind = getattr(torch, dtype.removeprefix("torch."))
+            found.setdefault(name, Whereabouts(stage, tuple(shape), kind))
+    return found
 
 
 def box(tensor: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -178,7 +218,7 @@ def box(tensor: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
 
 
 def find_parts(gpt: Any, host: HuggingFaceHost, places: Places, layout: Layout) -> list[Held]:
-    """What every parameter of a GPT model is made of.
+    """What every parameter of this rank's stage of a GPT model is made of.
 
     Args:
         gpt: From `recipes.megatron.model.build_gpt`.
@@ -188,9 +228,12 @@ def find_parts(gpt: Any, host: HuggingFaceHost, places: Places, layout: Layout) 
     """
     shape = read_shape(host.config.to_dict())
     cut = _Cut(shape, places.tensor, layout.tensor)
-    held = [cut.rows(gpt.embedding.word_embeddings.weight, "model.embed_tokens.weight", shape.vocabulary)]
+    held = []
+    if gpt.pre_process:
+        held.append(cut.rows(gpt.embedding.word_embeddings.weight, _EMBEDDING, shape.vocabulary))
     mixtures = {layer.context.layer_index: (name, layer) for name, layer in moe_layers(host.model)}
-    for index, block in enumerate(gpt.decoder.layers):
+    for block in gpt.decoder.layers:
+        index = block.layer_number - 1
         prefix = f"model.layers.{index}"
         held += cut.attention(block.self_attention, f"{prefix}.self_attn")
         if index in mixtures:
@@ -199,9 +242,12 @@ def find_parts(gpt: Any, host: HuggingFaceHost, places: Places, layout: Layout) 
             held += cut.network(block.mlp, f"{prefix}.mlp")
         held.append(_same(block.input_layernorm.weight, f"{prefix}.input_layernorm.weight"))
         held.append(_same(block.pre_mlp_layernorm.weight, f"{prefix}.post_attention_layernorm.weight"))
-    held.append(_same(gpt.decoder.final_layernorm.weight, "model.norm.weight"))
-    if not shape.tied:
-        held.append(cut.rows(gpt.output_layer.weight, "lm_head.weight", shape.vocabulary))
+    if gpt.post_process:
+        held.append(_same(gpt.decoder.final_layernorm.weight, "model.norm.weight"))
+    if gpt.post_process and not (shape.tied and gpt.pre_process):
+        # The last stage has a copy of an embedding that is tied and lies in the first.
+        name = _EMBEDDING if shape.tied else "lm_head.weight"
+        held.append(cut.rows(gpt.output_layer.weight, name, shape.vocabulary))
     return held
 
 

@@ -22,6 +22,7 @@ from recipes.hosts.drift import describe_surgery, summarise_surgery
 from recipes.hosts.export import export, verify_export
 from recipes.hosts.exporters import choose_exporter
 from recipes.hosts.huggingface import HuggingFaceHost, load_host, swap, upcycle
+from recipes.hosts.low_rank import add_low_rank, require_rank
 from recipes.hosts.spec import describe_host
 from recipes.jobs.legs import TrainedLeg
 from recipes.jobs.surgery import make_surgery
@@ -71,6 +72,7 @@ class MoELeg(TrainedLeg):
     def _build_shards(self, source: Path | None, statistics: LayerTensors) -> Leg:
         """Each rank makes what it holds, and nothing is ever whole."""
         plan = self._plan(source, statistics)
+        require_rank(plan.spec, self.config.experts.lora)
         backend, schedule = self.config.experts.backend, schedule_of(self.config, list(plan.plans))
         host, state = mixture_host(plan, backend), {}
         host.schedule = schedule
@@ -81,7 +83,17 @@ class MoELeg(TrainedLeg):
             )
             self.session.say(describe_surgery(report))
             state = {"exactness": summarise_surgery(report)}
-        return self._begun(self._leg(host, state), source)
+        return self._begun(self._mixture_leg(host, state), source)
+
+    def _mixture_leg(self, host: HuggingFaceHost, state: dict[str, Any]) -> Leg:
+        """The leg, with low-rank factors beside the experts where they are asked for."""
+        lora = self.config.experts.lora
+        require_rank(describe_host(host), lora)
+        add_low_rank(host, lora, self.config.seed)
+        if lora.rank:
+            instead = "train in the place of the experts' weights"
+            self.session.say(f"{self.name}: low-rank factors of rank {lora.rank} {instead}")
+        return self._leg(host, state)
 
     def _begun(self, leg: Leg, source: Path | None) -> Leg:
         """With the optimizer state of the dense model's training, where a run that begins is given one."""
@@ -110,7 +122,7 @@ class MoELeg(TrainedLeg):
             swap(host, surgery, [host] * len(surgery.method.sources), statistics)
             if self.config.attention is not None:
                 swap_attention(host, self.config.attention, self.config.seed)
-            return self._leg(host, {})
+            return self._mixture_leg(host, {})
         sources = [self._load(Path(folder).expanduser()) for folder in surgery.method.sources]
         report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
         self.session.say(describe_surgery(report))
@@ -119,7 +131,7 @@ class MoELeg(TrainedLeg):
             cut = upcycle_attention(host, self.config.attention, self.config.seed, self._check_tokens())
             self.session.say(describe_attention(cut))
             state["attention"] = summarise_attention(cut)
-        return self._begun(self._leg(host, state), source)
+        return self._begun(self._mixture_leg(host, state), source)
 
     def _load(self, folder: Path) -> HuggingFaceHost:
         """A dense model, whole."""

@@ -11,6 +11,7 @@ class PretrainJob(UpcycleJob):
     """The legs of the upcycling job on weights as they were drawn."""
 
     name = "pretrain"
+    needs_weights = "there are no trained weights that factors could stand beside"
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Nothing may have been trained before."""

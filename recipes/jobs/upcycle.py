@@ -15,6 +15,7 @@ from recipes.identity import refuse_changes
 from recipes.jobs.base import Job, Session
 from recipes.jobs.legs import CPTLeg, TrainedLeg
 from recipes.jobs.moe_leg import MoELeg
+from recipes.low_rank_rules import refuse_low_rank
 from recipes.preflight import check_run
 from recipes.results import Results
 from recipes.schema import RunConfig
@@ -25,10 +26,12 @@ class UpcycleJob(Job):
 
     Attributes:
         takes_attention: Whether all of its mixtures take what ``attention`` says.
+        needs_weights: Why all weights of its mixtures must train, as a clause; None where factors do as well.
     """
 
     name = "upcycle"
     takes_attention: ClassVar[bool] = True
+    needs_weights: ClassVar[str | None] = None
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Everything of `check_run`, and that the embedded default can be made from the data."""
@@ -40,6 +43,8 @@ class UpcycleJob(Job):
         if config.attention is not None and not self.takes_attention:
             rule = f"the job {self.name} does not make experts of attention"
             mistakes.append(Mistake("attention", config.attention.name, rule, "Set attention=none."))
+        if self.needs_weights is not None:
+            mistakes += refuse_low_rank(config, self.needs_weights)
         return mistakes
 
     def kinds(self, config: RunConfig) -> list[Callable[..., TrainedLeg]]:

@@ -48,6 +48,7 @@ class UpcycleVsCPTJob(UpcycleJob):
 
     name = "upcycle_vs_cpt"
     takes_attention = False
+    needs_weights = "the arms are compared with all of their weights trained"
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """What would make the arms incomparable, too."""

@@ -8,26 +8,31 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs.job_runs import StopAt, job, process, rows, summary, weights
+from tests.jobs.job_runs import StopAt, job, process, rows, steps, summary, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 # fp32 sums in another order, seen through a few steps of AdamW.
 ORDER = 1e-4
 
 
-def test_megatron_from_start_to_export_over_two_layouts(workplace: Path, text: str, first: Path) -> None:
+def test_megatron_from_start_to_export_over_three_layouts(workplace: Path, text: str, first: Path) -> None:
     # What the first run has trained: an embedded default is of the engine that trained it.
     (dense,) = (workplace / "cache").glob("dense-*/hf")
     changes: dict[str, Any] = {"data.path": text, "dense": dense, "compare.cpt": "false"}
+    changes["train.micro_batch_size"] = 2
+    run_dir, wanted_dir = workplace / "outputs" / "mcore", workplace / "outputs" / "mcore-native"
     native = job(workplace, changes | {"run.name": "mcore-native"})
     assert native.code == 0, native.err
     ours = changes | {"run.name": "mcore", "engine": "megatron"}
-    stopped = job(workplace, ours, StopAt("moe", 3))
+    stopped = job(workplace, ours, StopAt("moe", 1))
     assert stopped.code == 130, stopped.err
-    spread = {"resume": "auto", "engine.tensor_parallel": 2, "engine.expert_parallel": 2}
-    done = process(workplace, ours | spread, ranks=2)
+    ours |= {"resume": "auto"}
+    spread = {"engine.tensor_parallel": 2, "engine.expert_parallel": 2}
+    stopped = process(workplace, ours | spread, StopAt("moe", 3, "SIGTERM", "parent"), ranks=2)
+    assert "stopped and saved" in stopped.out, stopped.err
+    assert steps(run_dir / "checkpoints") == [2, 4]
+    done = process(workplace, ours | {"engine.pipeline_parallel": 2}, ranks=2)
     assert done.code == 0, done.err
-    run_dir, wanted_dir = workplace / "outputs" / "mcore", workplace / "outputs" / "mcore-native"
     _near(rows(run_dir, "moe"), rows(wanted_dir, "moe"))
     # Mixtral as transformers loads it, which the job has compared with what was trained.
     export = summary(run_dir)["export"]

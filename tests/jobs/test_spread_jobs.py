@@ -1,4 +1,4 @@
-"""The job under torchrun with experts spread over two ranks, and gone on with on one that holds them all."""
+"""The job under torchrun with experts, and heads, spread over two ranks, and gone on with on one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.jobs.job_runs import job, process, rows, summary
 ADAPTED = 1e-4
 LAYOUTS = {
     "native": {},
+    "native-heads": {"engine.tensor_parallel": 2},
     "deepspeed": {"engine": "deepspeed", "engine.zero_stage": 3},
 }
 

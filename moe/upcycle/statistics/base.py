@@ -24,11 +24,11 @@ from moe.upcycle.weights import FFNWeights
 
 def hidden_of(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
     """``[T, F]``: what the down projection of a dense network reads."""
-    act = ACTIVATIONS[ffn.activation].forward
+    act = ACTIVATIONS[ffn.activation]
     up_TF = linear(x_TD, ffn.up_FD.to(x_TD.dtype), _as(ffn.b_up_F, x_TD))
     if ffn.gate_FD is None:
-        return act(up_TF)
-    return act(linear(x_TD, ffn.gate_FD.to(x_TD.dtype), _as(ffn.b_gate_F, x_TD))) * up_TF
+        return act.forward(up_TF)
+    return act.hidden(linear(x_TD, ffn.gate_FD.to(x_TD.dtype), _as(ffn.b_gate_F, x_TD)), up_TF)
 
 
 def _as(bias: Tensor | None, like: Tensor) -> Tensor | None:

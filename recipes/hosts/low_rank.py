@@ -1,0 +1,158 @@
+"""Low-rank factors in a host: put beside the experts' weights, drawn, and merged into them on export.
+
+Letters: E experts, r rank, I and O width in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe.errors import ConfigError
+from moe.experts import Experts
+from moe.layer import moe_layers
+from moe.low_rank import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
+from recipes.checkpoint.layout import place
+from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.hosts.spec import ModelSpec
+from recipes.hosts.unfilled import WeightSource
+
+RANK_PATH = "experts.lora.rank"
+
+
+def require_rank(spec: ModelSpec, lora: LoraConfig) -> None:
+    """Refuses factors that are larger than what they stand beside.
+
+    Raises:
+        ConfigError: A mixture's experts are narrower than the rank.
+    """
+    for mixture in spec.mixtures:
+        refusal = rank_refusal(lora.rank, mixture.expert.model_width, mixture.expert.width)
+        if refusal is not None:
+            limit = min(mixture.expert.model_width, mixture.expert.width)
+            rule = f"{refusal} (layer {mixture.index})"
+            raise ConfigError.one(RANK_PATH, lora.rank, rule, f"Set {limit} or less; 8 to 64 are usual.")
+
+
+def add_low_rank(host: HuggingFaceHost, lora: LoraConfig, seed: int) -> None:
+    """Freezes the routed experts' weights and lets factors train beside them; nothing without a rank.
+
+    Everything else of the model (routers, shared experts, attention, norms, embeddings) trains as before.
+    Where the model has no memory yet, each rank draws its own part of the factors when it gets some.
+
+    Args:
+        host: Its networks are mixtures already; not spread over ranks.
+        lora: Of the factors.
+        seed: Of the run.
+    """
+    if not lora.rank:
+        return
+    for _, layer in host.moe_layers():
+        layer.experts.add_low_rank(lora)
+    if host.weights is None:
+        _draw(host.model, seed)
+    else:
+        host.weights = _WithFactors(host.weights, seed)
+
+
+class _WithFactors(WeightSource):
+    """Another source, after factors have been given memory and drawn."""
+
+    def __init__(self, inner: WeightSource, seed: int) -> None:
+        self._inner = inner
+        self._seed = seed
+
+    @torch.no_grad()
+    def give(self, model: nn.Module, device: torch.device) -> None:
+        """See `WeightSource.give`."""
+        for experts in (module for module in model.modules() if isinstance(module, Experts)):
+            for name in FACTOR_NAMES & set(experts._parameters):
+                empty = experts._parameters[name]
+                assert empty is not None and empty.is_meta, name
+                experts._parameters[name] = nn.Parameter(torch.empty_like(empty, device=device))
+        _draw(model, self._seed)
+        self._inner.give(model, device)
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, seed: int) -> None:
+    """Gives what this rank holds of every factor its first values."""
+    for _, layer in moe_layers(model):
+        for name in FACTOR_NAMES:
+            factor = getattr(layer.experts, name)
+            for piece in place(name, factor.data).pieces:
+                piece.tensor.zero_()
+                first, count = piece.box.offset[0], piece.box.size[0]
+                for expert in range(first, first + count) if name in DRAWN else ():
+                    shape = (factor.shape[1], factor.shape[2])
+                    whole_rI = drawn_factor(seed, layer.context.layer_index, name, expert, shape)
+                    axes = zip(piece.box.offset[1:], piece.box.size[1:], strict=True)
+                    rows, columns = (slice(start, start + size) for start, size in axes)
+                    piece.tensor[expert - first].copy_(whole_rI[rows, columns])
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one stack of weights.
+
+    Attributes:
+        a: Name of A, as the model has it.
+        b: Name of B.
+        scale: Of their product.
+    """
+
+    a: str
+    b: str
+    scale: float
+
+
+def factors_of(spec: ModelSpec, lora: LoraConfig) -> dict[str, Factors]:
+    """Every stack of weights that has factors, by its name in the model."""
+    if not lora.rank:
+        return {}
+    return {
+        f"{mixture.site}.experts.{weight}": Factors(
+            f"{mixture.site}.experts.{a}", f"{mixture.site}.experts.{b}", lora.scale
+        )
+        for mixture in spec.mixtures
+        for weight, (a, b) in FACTORS.items()
+    }
+
+
+def host_lora(host: HuggingFaceHost) -> LoraConfig:
+    """Of the factors that a host has; the same in all of its mixtures."""
+    return next((layer.experts.lora for _, layer in host.moe_layers()), LoraConfig())
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of the model is a factor."""
+    return name.rpartition(".")[2] in FACTOR_NAMES
+
+
+def without_factors(
+    tensors: Iterable[tuple[str, Tensor]], factors: Mapping[str, Factors], *, computes: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors, factors merged into their weights, one layer's held at a time.
+
+    Args:
+        tensors: Names and full tensors; a layer's weights and factors come one after the other.
+        factors: From `factors_of`.
+        computes: Whether the caller uses what it is given; where not, weights come as they are.
+    """
+    owners = {name: weight for weight, pair in factors.items() for name in (weight, pair.a, pair.b)}
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name not in owners or not computes:
+            if name not in owners or name in factors:
+                yield name, tensor
+            continue
+        held[name] = tensor
+        weight = owners[name]
+        pair = factors[weight]
+        if all(part in held for part in (weight, pair.a, pair.b)):
+            whole_EOI, a_ErI, b_EOr = (held.pop(part) for part in (weight, pair.a, pair.b))
+            yield weight, merged(whole_EOI, a_ErI, b_EOr, pair.scale)
+    assert not held, f"no factors or weights came for {sorted(held)}"
