@@ -53,15 +53,19 @@ class MoELayer(nn.Module):
         """Runs the tokens through their experts."""
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, self.context)
-        sent = self.dispatcher.dispatch(x_TD, routing)
-        out_TD = self.dispatcher.combine(self.experts(sent), sent)
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+        arrival = self.dispatcher.start(x_TD, routing)
+        # While the tokens travel: what needs no expert.
+        shared_TD = None if self.shared is None else self.shared(x_TD)
         run = self.context.run
+        if self.training:
+            self.stats.record(run.micro_batch, routing, self.context.token_mask_T(len(x_TD)))
+        sent = arrival()
+        out_TD = self.dispatcher.combine(self.experts(sent), sent)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         if self.training:
             for loss in routing.losses.values():
                 out_TD = attach_loss(out_TD, loss, run.loss_scale)
-            self.stats.record(run.micro_batch, routing, self.context.token_mask_T(len(x_TD)))
         return out_TD.reshape(x.shape)
 
 

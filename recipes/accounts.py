@@ -20,7 +20,7 @@ from recipes.step_costs import StepCosts
 from recipes.training_figures import summarise_leg
 
 _JOULES_PER_KWH = 3.6e6
-_CUT = "ranks cut matrices between them, and who reads which part is not counted"
+_CUT = "ranks cut the model between them, and who reads which part is not counted"
 
 
 def find_peaks(session: Session) -> Peaks:

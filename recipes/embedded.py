@@ -29,6 +29,9 @@ from recipes.schema import DefaultModelConfig, RunConfig
 # Raised when the code changes what the default becomes, so that old caches are not taken for it.
 _VERSION = 1
 
+# Options of engines that say which rank holds what.
+_LAYOUT = ("expert_parallel", "replicas", "tensor_parallel")
+
 
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([_VERSION, *parts], sort_keys=True, default=str).encode()).hexdigest()[
@@ -68,10 +71,10 @@ def embedded_dense(session: Session) -> tuple[Path, TrainData]:
     tokenizer = embedded_tokenizer(session)
     data = shared_data(session, tokenizer, config.model.vocab_size)
     settings = dataclasses.asdict(config.model), config.train.global_batch_size, config.data.seq_len
-    # Engines round differently by their settings (precision), so that each has its own default. How experts
-    # are spread is none of them: a dense model has no experts.
+    # Engines round differently by their settings (precision), so that each has its own default. How the ranks
+    # are laid out is none of them, as their number is none.
     engine = dataclasses.asdict(config.engine)
-    settings += ({name: value for name, value in engine.items() if name != "expert_parallel"},)
+    settings += ({name: value for name, value in engine.items() if name not in _LAYOUT},)
     folder = cache_dir(config) / f"dense-{_key('dense', settings, data.fingerprint)}"
     return folder / "hf", data
 

@@ -20,8 +20,7 @@ from moe.stats import LoadReport, report_load
 from recipes.callbacks.base import Callback, LegInfo
 from recipes.checkpoint import Retention, Saver, find_checkpoint, load_checkpoint
 from recipes.data.packing import rank_slice
-from recipes.data.samples import Marks
-from recipes.engines import Engine
+from recipes.engines import Engine, MicroBatch
 from recipes.guards.leg_guard import STATE, DivergedError, LegGuard
 from recipes.guards.run_guards import RunGuards
 from recipes.guards.steps import StepJudgement, Verdict
@@ -252,13 +251,18 @@ class Loop:
     def _gradients(self, leg: Leg, step: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """Losses of this rank's micro-batches, and their first sample and number of samples."""
         count = leg.train.num_micro_batches(self.engine.data_ranks)
+        losses = leg.trainable.accumulate(self._micro_batches(leg, step, count), count)
+        return losses, [self._samples(leg, step, micro) for micro in range(count)]
+
+    def _micro_batches(self, leg: Leg, step: int, count: int) -> Iterator[MicroBatch]:
+        """What this rank's forward passes take; each is read when it is due."""
         share = self._share(leg, step, count)
-        losses, samples = [], []
         for micro in range(count):
             self._mark(leg, step, f"micro-batch {micro + 1} of {count}")
-            samples.append(self._samples(leg, step, micro))
-            losses.append(leg.trainable.forward_backward(*self._micro_batch(leg, step, micro, count, share)))
-        return losses, samples
+            first, size = self._samples(leg, step, micro)
+            marks = leg.data.train.marks(first, size)
+            tokens = torch.from_numpy(leg.data.train.batch(first, size))
+            yield MicroBatch(tokens, None if marks is None else marks.times(share))
 
     def _read_meters(self, leg: Leg, step: int) -> dict[str, float]:
         """Behind the update, where memory is at its peak; empty where no meters are read after this step."""
@@ -279,15 +283,6 @@ class Loop:
         first = leg.first_sample + step * leg.train.global_batch_size
         counted = leg.data.train.num_counted(first, leg.train.global_batch_size)
         return num_micro * self.engine.data_ranks / counted
-
-    def _micro_batch(
-        self, leg: Leg, step: int, micro: int, num_micro: int, share: float
-    ) -> tuple[Tensor, int, int, Marks | None]:
-        """What this rank's forward pass takes."""
-        first, count = self._samples(leg, step, micro)
-        marks = leg.data.train.marks(first, count)
-        tokens = torch.from_numpy(leg.data.train.batch(first, count))
-        return tokens, micro, num_micro, None if marks is None else marks.times(share)
 
     def _samples(self, leg: Leg, step: int, micro: int) -> tuple[int, int]:
         """The first of this rank's samples, and how many."""

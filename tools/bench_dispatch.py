@@ -32,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=2, metavar="K", help="experts a token (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--skewed", action="store_true", help="expert e is chosen by a share of 1/e, not equally often")
+    add(
+        "--shared-width",
+        type=int,
+        default=1024,
+        metavar="F",
+        help="of the shared expert (default: %(default)s)",
+    )
     add("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: %(default)s)")
     add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser
@@ -49,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from recipes.benchmarks.dispatch import DispatchShape, measure, render
 
-    shape = DispatchShape(args.tokens, args.width, args.experts, args.top_k, args.dtype, args.skewed)
+    shape = DispatchShape(
+        args.tokens, args.width, args.experts, args.top_k, args.dtype, args.skewed, args.shared_width
+    )
     machine = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
@@ -78,7 +87,7 @@ def _sizes(args: argparse.Namespace) -> list[int]:
     from moe.errors import ConfigError, Mistake
 
     mistakes: list[Mistake] = check_json_target(args.json)
-    for flag in ("tokens", "width", "experts", "top-k", "rounds"):
+    for flag in ("tokens", "width", "experts", "top-k", "shared-width", "rounds"):
         if (value := getattr(args, flag.replace("-", "_"))) < 1:
             mistakes.append(Mistake(f"--{flag}", value, "it must be 1 or more", "Raise it."))
     if args.top_k > args.experts:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from moe.discovery import discover
-from moe.dispatch.base import Dispatched, Dispatcher
+from moe.dispatch.base import Arrival, Dispatched, Dispatcher
 
-__all__ = ["Dispatched", "Dispatcher", "dispatcher_classes"]
+__all__ = ["Arrival", "Dispatched", "Dispatcher", "dispatcher_classes"]
 
 
 def dispatcher_classes() -> dict[str, type[Dispatcher]]:

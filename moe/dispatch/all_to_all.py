@@ -3,12 +3,18 @@
 A token is sent once to each rank that holds at least one of its experts, however many of them are there, and
 comes back as one weighted sum: at most ``min(K, P)`` rows of a token are on the wire, never K.
 
+The way there does not block: what is computed between `AllToAllDispatcher.start` and the arrival runs beside
+it. In backward the rows' gradients are sent when the arrival's turn comes and waited for at the start's: what
+was computed in between has its turn before that, since autograd takes what was computed last first. The way
+back is waited for at once.
+
 Letters: T tokens, D model width, E experts, K slots a token, P ranks; N rows that this rank sends, M rows
 that arrive at it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from kernels.plan import make_plan
-from moe.dispatch.base import Dispatched, Dispatcher
+from moe.dispatch.base import Arrival, Dispatched, Dispatcher
 from moe.errors import ConfigError
 from moe.types import Routing
 
@@ -75,8 +81,8 @@ class AllToAllDispatcher(Dispatcher):
     """Rank r of a group of P holds the experts ``r * E/P ... (r + 1) * E/P - 1``; rows go where theirs are.
 
     Every rank of the group must call it equally often, with any number of tokens, none included: no path
-    depends on how many there are. The host waits for the device to learn the split sizes, and once more for
-    the number of used slots that have arrived. With a group of one rank nothing is sent.
+    depends on how many there are. The host waits for the device once, to learn the split sizes and
+    how many used slots come. With a group of one rank nothing is sent.
     """
 
     name = "all_to_all"
@@ -96,13 +102,15 @@ class AllToAllDispatcher(Dispatcher):
         self.num_experts = num_experts
         self.num_local = experts_of_a_rank(num_experts, self.ranks)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
         """Sends each token to the ranks of its experts, with its weights there."""
         assert routing.num_experts == self.num_experts, (routing.num_experts, self.num_experts)
         rank_TK = self._rank_of_slots(routing)
         wanted_TP = torch.zeros(len(x_TD), self.ranks + 1, dtype=torch.bool, device=x_TD.device)
         wanted_PT = wanted_TP.scatter_(1, rank_TK, True)[:, : self.ranks].t()
-        splits, most_slots = self._exchange_counts(wanted_PT.sum(1), rank_TK.shape[1])
+        used_P = torch.zeros(self.ranks + 1, dtype=torch.int64, device=x_TD.device)
+        used_P = used_P.scatter_add_(0, rank_TK.reshape(-1), torch.ones_like(rank_TK).reshape(-1))[:-1]
+        splits, most_slots, arriving = self._exchange_counts(wanted_PT.sum(1), used_P, rank_TK.shape[1])
         found_N2 = torch.nonzero_static(wanted_PT.contiguous(), size=sum(splits.sent))
         to_N, token_N = found_N2[:, 0], found_N2[:, 1]
         elsewhere_NK = rank_TK.index_select(0, token_N) != to_N[:, None]
@@ -112,20 +120,27 @@ class AllToAllDispatcher(Dispatcher):
         weights_NK = routing.weights_TK.index_select(0, token_N).masked_fill(elsewhere_NK, 0.0)
         # Routers with a varying number of experts a token may use more slots on one rank than on another.
         spare = (0, most_slots - rank_TK.shape[1])
-        ids_MK = self._travel(F.pad(ids_NK, spare, value=self.num_local), splits).long()
-        return TravelledDispatched(
-            rows_ND=self._travel(x_TD.index_select(0, token_N), splits),
-            weights_NK=self._travel(F.pad(weights_NK, spare), splits),
-            plan=make_plan(ids_MK, self.num_local, ids_MK < self.num_local),
-            token_N=token_N,
-            num_tokens=len(x_TD),
-            splits=splits,
-        )
+        ids = self._send(F.pad(ids_NK, spare, value=self.num_local), splits)
+        rows = self._send(x_TD.index_select(0, token_N), splits)
+        weights = self._send(F.pad(weights_NK, spare), splits)
+
+        def arrive() -> Dispatched:
+            ids_MK = ids().long()
+            return TravelledDispatched(
+                rows_ND=rows(),
+                weights_NK=weights(),
+                plan=make_plan(ids_MK, self.num_local, ids_MK < self.num_local, arriving),
+                token_N=token_N,
+                num_tokens=len(x_TD),
+                splits=splits,
+            )
+
+        return arrive
 
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
         """Brings the sums home, and adds up, in at least fp32, what the ranks have made of each token."""
         assert isinstance(sent, TravelledDispatched), type(sent)
-        home_ND = self._travel(y_ND, sent.splits.back)
+        home_ND = self._send(y_ND, sent.splits.back)()
         dtype = torch.promote_types(y_ND.dtype, torch.float32)
         out_TD = torch.zeros(sent.num_tokens, y_ND.shape[1], dtype=dtype, device=y_ND.device)
         return out_TD.index_add(0, sent.token_N, home_ND.to(dtype)).to(y_ND.dtype)
@@ -137,39 +152,84 @@ class AllToAllDispatcher(Dispatcher):
             return rank_TK
         return rank_TK.masked_fill(~routing.slot_mask_TK, self.ranks)
 
-    def _exchange_counts(self, sent_P: Tensor, slots: int) -> tuple[Splits, int]:
-        """How many rows come from each rank, and the largest K of all ranks: every rank learns the same."""
-        sent_P2 = torch.stack([sent_P, torch.full_like(sent_P, slots)], 1)
-        received_P2 = sent_P2
+    def _exchange_counts(self, sent_P: Tensor, used_P: Tensor, slots: int) -> tuple[Splits, int, int]:
+        """How many rows come from each rank, the largest K of all ranks, and how many used slots come."""
+        sent_P3 = torch.stack([sent_P, used_P, torch.full_like(sent_P, slots)], 1)
+        received_P3 = sent_P3
         if self.ranks > 1:
-            received_P2 = torch.empty_like(sent_P2)
-            dist.all_to_all_single(received_P2, sent_P2, group=self.group)
-        sent, received, widths = torch.stack([sent_P, *received_P2.unbind(1)]).tolist()
-        return Splits(tuple(sent), tuple(received)), max(widths)
+            received_P3 = torch.empty_like(sent_P3)
+            dist.all_to_all_single(received_P3.view(-1), sent_P3.view(-1), group=self.group)
+        sent, received, used, widths = torch.stack([sent_P, *received_P3.unbind(1)]).tolist()
+        return Splits(tuple(sent), tuple(received)), max(widths), sum(used)
 
-    def _travel(self, rows_ND: Tensor, splits: Splits) -> Tensor:
+    def _send(self, rows_ND: Tensor, splits: Splits) -> Callable[[], Tensor]:
+        """Sends rows on their way; what is returned waits for those that come here."""
         if self.ranks == 1:
-            return rows_ND
-        moved: Tensor = _Travel.apply(rows_ND, splits, self.group)  # type: ignore[no-untyped-call]
-        return moved
+            return lambda: rows_ND
+        trip = _Trip(splits, self.group)
+        moving_MD: Tensor = _Depart.apply(rows_ND, trip)  # type: ignore[no-untyped-call]
+
+        def wait() -> Tensor:
+            arrived_MD: Tensor = _Arrive.apply(moving_MD, trip)  # type: ignore[no-untyped-call]
+            return arrived_MD
+
+        return wait
 
 
-class _Travel(torch.autograd.Function):
-    """Rows to their ranks; in backward their gradients the same way back."""
+class _Trip:
+    """Rows on their way to their ranks, and later their gradients on the same way back."""
+
+    def __init__(self, splits: Splits, group: ProcessGroup | None) -> None:
+        self._splits, self._group = splits, group
+        # The exchange, what it reads and what it writes: all must live until it is over.
+        self._moving: tuple[Any, Tensor, Tensor] | None = None
+
+    def begin(self, rows_ND: Tensor, *, back: bool = False) -> Tensor:
+        """Sends rows; what is returned is filled by the time that `end` returns."""
+        assert self._moving is None, "one exchange of a trip is under way at a time"
+        splits = self._splits.back if back else self._splits
+        rows_ND = rows_ND.contiguous()
+        out_MD = rows_ND.new_empty(sum(splits.received), *rows_ND.shape[1:])
+        sizes = list(splits.received), list(splits.sent)
+        work = dist.all_to_all_single(out_MD, rows_ND, *sizes, group=self._group, async_op=True)
+        self._moving = work, rows_ND, out_MD
+        return out_MD
+
+    def end(self) -> Tensor:
+        """Waits for the rows that come here."""
+        assert self._moving is not None, "nothing is under way"
+        work, _, out_MD = self._moving
+        work.wait()
+        self._moving = None
+        return out_MD
+
+
+class _Depart(torch.autograd.Function):
+    """Sends rows to their ranks; in backward waits for their gradients, which `_Arrive` has sent back."""
 
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, splits: Splits, group: ProcessGroup | None) -> Tensor:
-        ctx.splits, ctx.group = splits, group
-        return _exchange(rows_ND, splits, group)
+    def forward(ctx: Any, rows_ND: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.begin(rows_ND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad_MD, ctx.splits.back, ctx.group), None, None
+        return ctx.trip.end(), None
 
 
-def _exchange(rows_ND: Tensor, splits: Splits, group: ProcessGroup | None) -> Tensor:
-    out_MD = rows_ND.new_empty(sum(splits.received), *rows_ND.shape[1:])
-    sizes = list(splits.received), list(splits.sent)
-    dist.all_to_all_single(out_MD, rows_ND.contiguous(), *sizes, group=group)
-    return out_MD
+class _Arrive(torch.autograd.Function):
+    """Waits for the rows that come here; in backward sends their gradients back, and does not wait."""
+
+    @staticmethod
+    def forward(ctx: Any, moving_MD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.end()
+        return moving_MD.view_as(moving_MD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.trip.begin(grad_MD, back=True)
+        # Nobody reads it: the gradients travel past autograd. It has the shape that autograd expects.
+        return grad_MD.new_zeros(()).expand(grad_MD.shape), None

@@ -6,8 +6,9 @@ Letters: T tokens, D model width, K slots a token; N rows that arrive where the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -31,6 +32,10 @@ class Dispatched:
     plan: RowPlan
 
 
+Arrival: TypeAlias = Callable[[], Dispatched]
+"""Waits until tokens that are under way have arrived. To be called once."""
+
+
 class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results home."""
 
@@ -39,8 +44,16 @@ class Dispatcher(ABC):
     """The ranks that hold a copy of all experts between them; None is this process alone."""
 
     @abstractmethod
+    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
+        """Sends ``[T, D]`` tokens on their way to where their experts are, and does not wait for them.
+
+        What is computed between this call and that of the result runs while they travel; in backward, while
+        their gradients do.
+        """
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Sends ``[T, D]`` tokens to where their experts are."""
+        return self.start(x_TD, routing)()
 
     @abstractmethod
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:

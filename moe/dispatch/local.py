@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.plan import make_plan
-from moe.dispatch.base import Dispatched, Dispatcher
+from moe.dispatch.base import Arrival, Dispatched, Dispatcher
 from moe.types import Routing
 
 
@@ -17,13 +17,14 @@ class LocalDispatcher(Dispatcher):
 
     name = "local"
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
         """Sorts the slots by expert; x stays where it is."""
         plan = make_plan(routing.expert_ids_TK, routing.num_experts, routing.slot_mask_TK)
         weights_TK = routing.weights_TK
         if routing.slot_mask_TK is not None:
             weights_TK = weights_TK.masked_fill(~routing.slot_mask_TK, 0.0)
-        return Dispatched(x_TD, weights_TK, plan)
+        sent = Dispatched(x_TD, weights_TK, plan)
+        return lambda: sent
 
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
         """The experts have already summed over the slots."""

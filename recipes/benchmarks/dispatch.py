@@ -1,8 +1,9 @@
 """Weak scaling of the exchange of rows between ranks: bytes really sent, against the least there can be.
 
 Every rank has equally many tokens and its slice of the experts, which leave rows as they are: what is timed
-is dispatch and combine alone, and their backward. Bytes are counted at the inputs of the collectives, without
-the part that a rank sends to itself.
+is dispatch and combine alone, and their backward; then the same with a shared expert, which runs once the
+rows have arrived, or while they travel. Bytes are counted at the inputs of the collectives, without the part
+that a rank sends to itself.
 
 Letters: T tokens of a rank, D model width, E experts, K experts a token, P ranks; N rows.
 """
@@ -13,9 +14,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.timing import Timing, summarise
 from moe.dispatch.all_to_all import AllToAllDispatcher
+from moe.shared import SharedExpert
 from moe.types import Routing
+from moe.upcycle.weights import FFNWeights
 
 _TIMEOUT = timedelta(minutes=10)
 _WARMUP = 2
@@ -45,6 +49,7 @@ class DispatchShape:
         top_k: K.
         dtype: Of rows: ``float32`` or ``bfloat16``.
         skewed: Low experts are chosen more often than high ones.
+        shared_width: Of the shared expert.
     """
 
     tokens: int
@@ -53,6 +58,7 @@ class DispatchShape:
     top_k: int
     dtype: str = "bfloat16"
     skewed: bool = False
+    shared_width: int = 1024
 
     def ids(self, rank: int) -> Tensor:
         """``[T, K]`` different experts of each token; they depend on the rank alone."""
@@ -146,6 +152,8 @@ class RankFigures:
         needed: Rows in one direction.
         forward: Seconds of every round.
         training: Seconds of every round, backward included.
+        shared_after: The same, with a shared expert that waits for the rows to arrive.
+        shared_beside: The same, with one that runs while they travel.
     """
 
     rows: int
@@ -156,6 +164,8 @@ class RankFigures:
     needed: Needed
     forward: list[float]
     training: list[float]
+    shared_after: list[float]
+    shared_beside: list[float]
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,8 @@ class Scaling:
         metadata: Bytes of the rest.
         forward: Seconds, round by round of the slowest rank.
         training: The same with backward.
+        shared_after: The same with a shared expert as well, that waits for the rows to arrive.
+        shared_beside: The same, with one that runs while they travel.
     """
 
     ranks: int
@@ -183,13 +195,45 @@ class Scaling:
     metadata: int
     forward: Timing
     training: Timing
+    shared_after: Timing
+    shared_beside: Timing
 
 
-def exchange(dispatcher: AllToAllDispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
-    """Dispatch and combine with experts that leave rows as they are."""
-    there = dispatcher.dispatch(x_TD, routing)
+def exchange(
+    dispatcher: AllToAllDispatcher,
+    x_TD: Tensor,
+    routing: Routing,
+    shared: SharedExpert | None = None,
+    *,
+    beside: bool = False,
+) -> Tensor:
+    """Dispatch and combine with experts that leave rows as they are.
+
+    Args:
+        dispatcher: What sends the rows.
+        x_TD: ``[T, D]`` tokens.
+        routing: Of them.
+        shared: What every token uses besides.
+        beside: Whether that runs while the rows travel, else once they have arrived.
+    """
+    arrival = dispatcher.start(x_TD, routing)
+    early_TD = shared(x_TD) if shared is not None and beside else None
+    there = arrival()
+    late_TD = shared(x_TD) if shared is not None and not beside else None
     summed_N1 = there.weights_NK.sum(1, keepdim=True)
-    return dispatcher.combine((there.rows_ND * summed_N1).to(x_TD.dtype), there)
+    out_TD = dispatcher.combine((there.rows_ND * summed_N1).to(x_TD.dtype), there)
+    for more_TD in (early_TD, late_TD):
+        out_TD = out_TD if more_TD is None else out_TD + more_TD
+    return out_TD
+
+
+def _shared_expert(shape: DispatchShape) -> SharedExpert:
+    generator = torch.Generator().manual_seed(0)
+    up_FD, gate_FD, down_FD = (
+        torch.randn(shape.shared_width, shape.width, generator=generator) * shape.width**-0.5
+        for _ in range(3)
+    )
+    return SharedExpert(FFNWeights(up_FD, down_FD.t(), "silu", gate_FD)).to(_DTYPES[shape.dtype])
 
 
 def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, rounds: int) -> RankFigures:
@@ -217,6 +261,11 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
     def training() -> None:
         forward().backward(torch.ones_like(x_TD))
 
+    expert = _shared_expert(shape)
+
+    def with_shared(*, beside: bool) -> None:
+        exchange(dispatcher, x_TD, routing, expert, beside=beside).backward(torch.ones_like(x_TD))
+
     with WireCounter(shape.width, rank) as sent:
         out_TD = forward()
         there = sent.rows, sent.metadata, sent.calls
@@ -225,19 +274,22 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
     error = float((out_TD - x_TD).detach().abs().max() / x_TD.detach().abs().max())
     assert error <= 4 * ranks * torch.finfo(x_TD.dtype).eps, f"rows came home changed by {error:.2e}"
     needed = needed_rows(ids_TK, shape.experts, ranks, rank)
-    times = [_timed(forward, rounds, ranks), _timed(training, rounds, ranks)]
+    shared = partial(with_shared, beside=False), partial(with_shared, beside=True)
+    times = _timed((forward, training, *shared), rounds, ranks)
     return RankFigures(there[0], there[1], sent.rows, sent.metadata, there[2], needed, *times)
 
 
-def _timed(run: Any, rounds: int, ranks: int) -> list[float]:
-    seconds = []
+def _timed(runs: Sequence[Callable[[], Any]], rounds: int, ranks: int) -> list[list[float]]:
+    """Seconds of every round of each, one after the other in a round."""
+    seconds: list[list[float]] = [[] for _ in runs]
     for number in range(_WARMUP + rounds):
-        if ranks > 1:
-            dist.barrier()
-        started = time.perf_counter()
-        run()
-        if number >= _WARMUP:
-            seconds.append(time.perf_counter() - started)
+        for run, found in zip(runs, seconds, strict=True):
+            if ranks > 1:
+                dist.barrier()
+            started = time.perf_counter()
+            run()
+            if number >= _WARMUP:
+                found.append(time.perf_counter() - started)
     return seconds
 
 
@@ -275,8 +327,10 @@ def summed(shape: DispatchShape, figures: Sequence[RankFigures]) -> Scaling:
         both * sum(one.needed.gathered for one in figures),
         sum(one.rows for one in figures),
         sum(one.metadata for one in figures),
-        summarise([max(times) for times in zip(*(one.forward for one in figures), strict=True)]),
-        summarise([max(times) for times in zip(*(one.training for one in figures), strict=True)]),
+        *(
+            summarise([max(times) for times in zip(*(getattr(one, name) for one in figures), strict=True)])
+            for name in ("forward", "training", "shared_after", "shared_beside")
+        ),
     )
 
 
@@ -285,6 +339,7 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
     head = (
         f"{'ranks':>5} {'rows sent':>11}{'least':>9}{'ratio':>7}{'metadata':>10}{'per slot':>10}"
         f"{'all-gather':>12}{'forward ms':>12}{'p10':>8}{'p90':>8}{'+backward':>11}{'p10':>8}{'p90':>8}"
+        f"{'+shared':>10}{'p10':>8}{'p90':>8}{'beside':>10}{'p10':>8}{'p90':>8}"
     )
     kib = 2**10
     lines = [
@@ -293,16 +348,20 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
         "KiB that a rank sends to others in forward, mean over ranks: rows there and back, metadata besides;",
         "least: one row for each token and other rank with one of its experts, there and back;",
         "per slot and all-gather: rows that rivals would send, counted from the same routing, not run",
+        f"+shared: forward and backward with a shared expert of width {shape.shared_width} behind the "
+        "arrival; beside: with it while the rows travel",
         head,
     ]
     for one in found:
         bytes_each = [one.rows, one.least, one.metadata, one.slots, one.gathered]
         rows, least, metadata, slots, gathered = (value / one.ranks / kib for value in bytes_each)
         ratio = f"{rows / least:7.3f}" if least else f"{'-':>7}"
-        times = [value * 1e3 for t in (one.forward, one.training) for value in (t.median, t.p10, t.p90)]
+        timings = one.forward, one.training, one.shared_after, one.shared_beside
+        times = [value * 1e3 for t in timings for value in (t.median, t.p10, t.p90)]
         lines.append(
             f"{one.ranks:5} {rows:11.0f}{least:9.0f}{ratio}{metadata:10.1f}{slots:10.0f}{gathered:12.0f}"
             f"{times[0]:12.1f}{times[1]:8.1f}{times[2]:8.1f}{times[3]:11.1f}{times[4]:8.1f}{times[5]:8.1f}"
+            + "".join(f"{times[at]:10.1f}{times[at + 1]:8.1f}{times[at + 2]:8.1f}" for at in (6, 9))
         )
     busy = max(one.ranks for one in found)
     lines.append(

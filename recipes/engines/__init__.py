@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moe.discovery import discover
-from recipes.engines.base import Engine, EngineConfig, Trainable
+from recipes.engines.base import Engine, EngineConfig, MicroBatch, Trainable
 
-__all__ = ["Engine", "EngineConfig", "Trainable", "engine_classes"]
+__all__ = ["Engine", "EngineConfig", "MicroBatch", "Trainable", "engine_classes"]
 
 
 def engine_classes() -> dict[str, type[Engine[Any]]]:

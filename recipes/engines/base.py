@@ -42,6 +42,20 @@ def may_update(norm: float, norm_limit: float) -> bool:
     return math.isfinite(norm) and norm <= norm_limit
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank sees in one forward pass.
+
+    Attributes:
+        tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
+        marks: What is known of the tokens; their weights are such that the mean over ranks and micro-batches
+            of the weighted sums is the step's loss. None: all tokens count alike.
+    """
+
+    tokens_BS1: Tensor
+    marks: Marks | None = None
+
+
 class Trainable(ABC):
     """A model that an engine has made trainable."""
 
@@ -53,21 +67,16 @@ class Trainable(ABC):
         return self.host
 
     @abstractmethod
-    def forward_backward(
-        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
-    ) -> Tensor:
-        """Adds a micro-batch's share of the step's gradients.
+    def accumulate(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+        """Adds up the gradients of a step. Collective.
 
         Args:
-            tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
-            micro_batch: Index within the step.
-            num_micro_batches: Micro-batches of the step.
-            marks: What is known of the tokens; their weights are such that the mean over ranks and
-                micro-batches of the weighted sums is the step's loss. None: all tokens count alike.
+            micro_batches: All of the step, of one shape; each is taken when its forward pass is due.
+            count: How many there are.
 
         Returns:
-            The weighted sum, or the mean, of the losses of this rank's tokens, detached; without balance
-            losses.
+            Of each micro-batch the weighted sum, or the mean, of the losses of this rank's tokens, detached;
+            without balance losses. Ranks that see the same samples return the same.
         """
 
     @abstractmethod
@@ -141,7 +150,7 @@ class Engine(ABC, Generic[ConfigT]):
 
     @classmethod
     def same_data(cls, config: ConfigT) -> int:
-        """How many neighbouring ranks see the same samples."""
+        """How many ranks see the same samples: neighbours, where `data_rank` does not say otherwise."""
         return 1
 
     @property

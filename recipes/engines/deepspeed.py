@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,9 @@ from recipes.zero.flat import (
     state_tensors,
 )
 from recipes.zero.settings import settings
+
+if TYPE_CHECKING:
+    from recipes.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,18 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
             "engine=deepspeed cuts matrices over the ranks at any place, and this optimizer needs them whole"
         )
         return [Mistake("optim.name", optim.name, rule, "Set optim=adamw, or engine=native.")]
+
+    @classmethod
+    def check_run(cls, config: DeepSpeedConfig, run: RunConfig) -> list[Mistake]:
+        """ZeRO-3 loses track of frozen weights that are spread over ranks."""
+        rank = run.experts.lora.rank
+        if not (rank and config.zero_stage == 3 and config.expert_parallel > 1):
+            return []
+        rule = (
+            "DeepSpeed's ZeRO-3 cannot cut experts that are spread over ranks where some weights are frozen"
+        )
+        remedy = "Set engine.zero_stage=2 or engine.expert_parallel=1, or experts.lora.rank=0."
+        return [Mistake("experts.lora.rank", rank, rule, remedy)]
 
     def open(self) -> None:
         """Joins the process group, and has DeepSpeed join it."""
@@ -159,7 +174,7 @@ class DeepSpeedTrainable(HostTrainable):
     def forward_backward(
         self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
     ) -> Tensor:
-        """See `Trainable.forward_backward`."""
+        """See `HostTrainable.forward_backward`."""
         self._begin(micro_batch, num_micro_batches)
         self.wrapped.set_gradient_accumulation_boundary(micro_batch == num_micro_batches - 1)
         loss = self._loss(tokens_BS1, marks)

@@ -1,17 +1,17 @@
 """Expert parallelism of the native engine: each rank of a group holds a slice of the experts.
 
 The ranks form a grid (expert_dp, ep), ep inside: neighbouring ranks hold the slices of one copy of the
-experts, and FSDP2 shards each slice over the ranks that hold the same one. All ranks see different data, and
-everything but the experts is sharded over all of them.
+experts, and FSDP2 shards each slice over the ranks that hold the same one (`recipes.engines.grid`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -23,6 +23,24 @@ from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.muon import local_part
 
 _PATH = "engine.expert_parallel"
+
+
+@dataclass(frozen=True)
+class ExpertGrid:
+    """The ranks as the experts see them.
+
+    Attributes:
+        copies: Ranks that hold the same slice: the last axis cuts it, an axis before that holds copies.
+        ranks: One axis of ranks that hold all experts between them.
+    """
+
+    copies: DeviceMesh
+    ranks: DeviceMesh
+
+    @property
+    def cutters(self) -> int:
+        """Ranks over which a slice is cut."""
+        return self.copies.size(self.copies.ndim - 1)
 
 
 def rank_refusal(expert_parallel: int, world_size: int) -> str | None:
@@ -51,35 +69,28 @@ def mixture_mistakes(expert_parallel: int, num_experts: int, router: RouterConfi
     return mistakes
 
 
-def expert_mesh(kind: str, world_size: int, expert_parallel: int) -> DeviceMesh:
-    """The grid (expert_dp, ep). Collective."""
-    shape = (world_size // expert_parallel, expert_parallel)
-    return init_device_mesh(kind, shape, mesh_dim_names=("expert_dp", "ep"))
-
-
-def spread_experts(host: HuggingFaceHost, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> list[Experts]:
+def spread_experts(host: HuggingFaceHost, grid: ExpertGrid, policy: MixedPrecisionPolicy) -> list[Experts]:
     """Leaves each rank its slice of every layer's experts, and lets the tokens travel; returns the experts.
 
     To be called before anything that holds the experts is sharded.
 
     Args:
         host: With the same weights on all ranks.
-        mesh: From `expert_mesh`.
+        grid: Of all ranks.
         policy: Of the experts' products; their inputs must not be cast (combine weights stay fp32).
 
     Raises:
         HostError: FSDP2 cannot cut the experts over the ranks that hold the same ones.
     """
     assert not policy.cast_forward_inputs, policy
-    copies, ranks = mesh["expert_dp"], mesh["ep"]
     spread = []
     for _, layer in host.moe_layers():
-        dim = cut_dim(layer.experts, copies.size(), ranks.size())
-        layer.experts.spread(ranks)
-        layer.send_by(AllToAllDispatcher(layer.router.num_experts, ranks.get_group()))
+        dim = cut_dim(layer.experts, grid.cutters, grid.ranks.size())
+        layer.experts.spread(grid.ranks)
+        layer.send_by(AllToAllDispatcher(layer.router.num_experts, grid.ranks.get_group()))
         fully_shard(
             layer.experts,
-            mesh=copies,
+            mesh=grid.copies,
             mp_policy=policy,
             shard_placement_fn=lambda parameter, dim=dim: Shard(dim),
         )
@@ -92,7 +103,7 @@ def cut_dim(experts: Experts, copies: int, ranks: int) -> int:
 
     Args:
         experts: Not spread yet.
-        copies: Ranks that are to hold the same experts.
+        copies: Ranks over which FSDP2 is to cut the same experts.
         ranks: Ranks that are to hold all of them between them.
 
     Raises:
@@ -145,7 +156,7 @@ def gathered(tensor: DTensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(experts: Iterable[nn.Module], expert_parallel: int) -> None:
-    """Makes means over all ranks of what FSDP2 has left: sums over ep, and means over expert_dp.
+    """Makes means over all ranks of what FSDP2 has left: sums over ep, and means over copies.
 
     An expert's gradient is of the tokens of all ranks of its group, each of which has divided its loss by its
     own tokens alone.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.data.samples import Marks
-from recipes.engines.base import Engine, Trainable
+from recipes.engines.base import Engine, MicroBatch, Trainable
 from recipes.hosts.huggingface import HuggingFaceHost
 
 
@@ -39,6 +40,26 @@ class HostTrainable(Trainable):
     @abstractmethod
     def _call(self, **inputs: Any) -> Tensor:
         """``[B, S, V]`` logits, by the model as the engine has wrapped it."""
+
+    @abstractmethod
+    def forward_backward(
+        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
+    ) -> Tensor:
+        """Adds a micro-batch's share of the step's gradients, and returns its loss; see `accumulate`.
+
+        Args:
+            tokens_BS1: See `MicroBatch`.
+            micro_batch: Index within the step.
+            num_micro_batches: Micro-batches of the step.
+            marks: See `MicroBatch`.
+        """
+
+    def accumulate(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+        """See `Trainable.accumulate`; one after the other."""
+        return [
+            self.forward_backward(batch.tokens_BS1, number, count, batch.marks)
+            for number, batch in enumerate(micro_batches)
+        ]
 
     def _begin(self, micro_batch: int, num_micro_batches: int) -> None:
         """Tells the layers which micro-batch comes, and by what their losses' gradients are scaled."""

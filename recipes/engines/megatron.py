@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class MegatronConfig(ProcessConfig):
     sequence_parallel: bool = True
     """Whether they cut sequences as well where matrices are whole, as Megatron's mixtures need."""
     pipeline_parallel: int = 1
-    """Ranks that hold consecutive blocks. No more than one yet."""
+    """Stages of consecutive blocks, the first ranks holding the first; micro-batches pass through them."""
     experts: Literal["graft", "megatron"] = "graft"
     """``graft``: our stacked experts and their kernels; ``megatron``: its own, one after the other."""
     distributed_optimizer: bool = True
@@ -57,9 +58,8 @@ class MegatronConfig(ProcessConfig):
                 "do not train without. Set it to true.",
             ),
             (
-                self.pipeline_parallel == 1,
-                f"pipeline_parallel={self.pipeline_parallel} must be 1: the Megatron engine has no pipeline "
-                "yet. Set 1.",
+                self.pipeline_parallel >= 1,
+                f"pipeline_parallel={self.pipeline_parallel} must be at least 1. Give 1 for one stage.",
             ),
         ]
 
@@ -74,7 +74,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             2, ("engine=megatron", f"engine.tensor_parallel={cut}", f"engine.expert_parallel={spread}")
         )
         for cut, spread in ((1, 1), (1, 2), (2, 1), (2, 2))
-    )
+    ) + (EngineLayout(2, ("engine=megatron", "engine.pipeline_parallel=2")),)
 
     def __init__(self, config: MegatronConfig) -> None:
         super().__init__(config)
@@ -83,20 +83,33 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
 
     @classmethod
     def same_data(cls, config: MegatronConfig) -> int:
-        """Ranks that cut matrices between them see the same samples."""
-        return config.tensor_parallel
+        """Ranks that cut matrices between them, and the stages of a pipeline, see the same samples."""
+        return config.tensor_parallel * config.pipeline_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """See `Engine.data_rank`; stages are counted outermost: their ranks are not neighbours."""
+        in_stage = self.world_size // self.config.pipeline_parallel
+        return self.rank % in_stage // self.config.tensor_parallel
 
     @classmethod
-    def check(cls, config: MegatronConfig) -> str | None:
-        """As every engine of processes, and the ranks must divide into groups of tensor parallelism."""
-        if found := super().check(config):
-            return found
-        ranks, value = int(os.environ.get("WORLD_SIZE", "1")), config.tensor_parallel
-        if ranks % value:
+    def grid_refusal(cls, config: MegatronConfig, world_size: int) -> str | None:
+        """The ranks must divide into stages, and those of a stage into groups of the other kinds."""
+        stages = config.pipeline_parallel
+        if world_size % stages:
             return (
-                f"tensor_parallel={value}: {ranks} ranks do not divide into groups of so many. "
-                f"Set a divisor of {ranks}, or start a multiple of {value} ranks"
+                f"pipeline_parallel={stages}: {world_size} ranks do not divide into stages. "
+                f"Set a divisor of {world_size}, or start a multiple of {stages} ranks"
             )
+        ranks = world_size // stages
+        those = f"{ranks} ranks" if stages == 1 else f"the {ranks} ranks of each of {stages} stages"
+        for name in ("tensor_parallel", "expert_parallel"):
+            value = getattr(config, name)
+            if ranks % value:
+                return (
+                    f"{name}={value}: {those} do not divide into groups of so many. "
+                    f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks"
+                )
         return None
 
     @classmethod
@@ -124,7 +137,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
     @classmethod
     def check_run(cls, config: MegatronConfig, run: RunConfig) -> list[Mistake]:
         """The dense model must be of a family that Megatron computes, and the rest of the run fit."""
-        from recipes.megatron.shape import family_mistakes, split_mistakes
+        from recipes.megatron.shape import family_mistakes
 
         mistakes = []
         if run.attention is not None:
@@ -132,13 +145,15 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             mistakes.append(
                 Mistake("attention", run.attention.name, rule, "Set attention=none, or engine=native.")
             )
+        if run.experts.lora.rank and config.experts == "megatron":
+            rule = "Megatron's own experts have no low-rank factors"
+            remedy = "Set engine.experts=graft, or experts.lora.rank=0."
+            mistakes.append(Mistake("experts.lora.rank", run.experts.lora.rank, rule, remedy))
         if run.dense is not None and not check_dense(run.dense):
             dense = read_config(Path(run.dense).expanduser())
-            mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or split_mistakes(
-                dense, config.tensor_parallel
-            )
+            mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or _cut_mistakes(dense, config)
         if run.dense is None:
-            mistakes += split_mistakes(_embedded(run.model), config.tensor_parallel)
+            mistakes += _cut_mistakes(_embedded(run.model), config)
         if run.data.seq_len % config.tensor_parallel:
             rule = f"samples of {run.data.seq_len} tokens do not divide over so many ranks"
             remedy = "Set a divisor of data.seq_len, or 1."
@@ -151,7 +166,12 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         from recipes.megatron.groups import Layout
 
         tensor = self.config.tensor_parallel
-        return Layout(tensor=tensor, expert=self.config.expert_parallel, sequence=tensor > 1)
+        return Layout(
+            tensor=tensor,
+            expert=self.config.expert_parallel,
+            pipeline=self.config.pipeline_parallel,
+            sequence=tensor > 1,
+        )
 
     def open(self) -> None:
         """Joins the process group, and makes Megatron's groups in it."""
@@ -182,13 +202,11 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         """
         from recipes.megatron.prepare import prepare
         from recipes.megatron.settings import Settings
-        from recipes.megatron.shape import family_mistakes, split_mistakes
+        from recipes.megatron.shape import family_mistakes
 
         assert self._places is not None, "open() comes before prepare()"
         dense = host.config.to_dict()
-        if mistakes := family_mistakes(dense, str(host.folder)) or split_mistakes(
-            dense, self.config.tensor_parallel
-        ):
+        if mistakes := family_mistakes(dense, str(host.folder)) or _cut_mistakes(dense, self.config):
             raise HostError(mistakes)
         for _, layer in host.moe_layers():
             # What `check_mixture` refuses is not built; wrapped routers may bring a dispatcher all the same.
@@ -202,7 +220,8 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             recomputes=self.config.activation_checkpointing,
         )
         trainable = prepare(host, optim, self.layout, self._places, settings)
-        host.context.group = self.data_group
+        # Other stages have other routers.
+        host.context.group = self._places.stage_group
         return trainable
 
     def leave(self) -> None:
@@ -216,6 +235,14 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         """Leaves the process group."""
         self.leave()
         super().close()
+
+
+def _cut_mistakes(dense: Mapping[str, Any], config: MegatronConfig) -> list[Mistake]:
+    """Why a decoder of a family that Megatron computes cannot be cut as configured."""
+    from recipes.megatron.shape import split_mistakes
+    from recipes.megatron.stages import stage_mistakes
+
+    return split_mistakes(dense, config.tensor_parallel) + stage_mistakes(dense, config.pipeline_parallel)
 
 
 def _quiet() -> None:

@@ -77,7 +77,12 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
                 f"device={config.device!r}: {local} ranks on this machine and {torch.cuda.device_count()} "
                 "GPUs. Start one rank for each GPU (--nproc-per-node)"
             )
-        return rank_refusal(config.expert_parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        return cls.grid_refusal(config, int(os.environ.get("WORLD_SIZE", "1")))
+
+    @classmethod
+    def grid_refusal(cls, config: ProcessConfigT, world_size: int) -> str | None:
+        """Why so many ranks cannot be laid out as configured, as "field=value: rule. Remedy."."""
+        return rank_refusal(config.expert_parallel, world_size)
 
     @classmethod
     def check_mixture(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:

@@ -83,6 +83,9 @@ class _CpuAsCuda(ModuleType):
 
     default_stream = current_stream
 
+    def synchronize(self) -> None:
+        """Everything is done already."""
+
     def stream(self, stream: _NoStream) -> contextlib.AbstractContextManager[None]:
         """Nothing changes."""
         return contextlib.nullcontext()
@@ -184,6 +187,24 @@ PATCHES: dict[str, Patch] = {
         "all_to_all",
         "split sizes become numbers on their way from a GPU; on a CPU they stay tensors",
         _splits_as_lists,
+    ),
+    "schedule": Patch(
+        "megatron.core.pipeline_parallel.schedules",
+        "torch",
+        "the tokens of a step are counted on a GPU",
+        _cpu_torch,
+    ),
+    "stages": Patch(
+        "megatron.core.pipeline_parallel.p2p_communication",
+        "torch",
+        "what another stage sends arrives in memory of the current GPU, which is then waited for",
+        _cpu_torch,
+    ),
+    "tied": Patch(
+        "megatron.core.models.common.language_module.language_module",
+        "LanguageModule._is_in_embd_group",
+        "an embedding that two stages share is copied between their GPUs when it is built",
+        lambda _: lambda self: False,
     ),
     "gradients": Patch(
         "megatron.core.distributed.param_and_grad_buffer",

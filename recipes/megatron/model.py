@@ -15,25 +15,30 @@ from recipes.megatron.groups import Layout, Places
 from recipes.megatron.settings import Settings
 from recipes.megatron.shape import GPTShape, read_shape
 from recipes.megatron.slots import Attention, Norm, RouterSlot, SharedSlot, experts_slot
+from recipes.megatron.stages import blocks_of_stages, megatron_layout
 
 
-def build_gpt(host: HuggingFaceHost, layout: Layout, settings: Settings) -> Any:
-    """A GPT model whose weights are not set yet; routers and shared experts are those of the host.
+def build_gpt(host: HuggingFaceHost, layout: Layout, places: Places, settings: Settings) -> Any:
+    """This rank's stage of a GPT model, its weights not set yet; routers and shared experts are the host's.
 
     Args:
         host: Of one of the families, dense or with mixtures; experts are cut to this rank's already.
         layout: The groups, joined already.
+        places: Of this rank.
         settings: Of the engine.
     """
     from megatron.core.models.gpt import GPTModel
 
     shape = read_shape(host.config.to_dict())
     config = _transformer_config(host, shape, layout, settings)
+    blocks = blocks_of_stages(shape.layers, layout.pipeline)[places.stage]
     return GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(host, shape, settings.experts),
+        transformer_layer_spec=_block_spec(host, shape, blocks, settings.experts),
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.max_positions,
+        pre_process=places.stage == 0,
+        post_process=places.stage == layout.pipeline - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
@@ -44,7 +49,7 @@ def build_gpt(host: HuggingFaceHost, layout: Layout, settings: Settings) -> Any:
 def keep_padding(gpt: Any, host: HuggingFaceHost, layout: Layout, places: Places) -> None:
     """Leaves the embedding of padding as it is where the host does: it gets no gradient."""
     padding = host.model.get_input_embeddings().padding_idx
-    if padding is None:
+    if padding is None or not gpt.pre_process:
         return
 
     def detach(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -57,6 +62,7 @@ def keep_padding(gpt: Any, host: HuggingFaceHost, layout: Layout, places: Places
 
 
 def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, settings: Settings) -> Any:
+    from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
 
     recompute: dict[str, Any] = {}
@@ -85,6 +91,12 @@ def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, 
         tensor_model_parallel_size=layout.tensor,
         expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence,
+        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_model_parallel_layout=megatron_layout(shape.layers, layout.pipeline),
+        pipeline_dtype=settings.dtype,
+        # What the next stage has received is needed here for its graph alone.
+        deallocate_pipeline_outputs=layout.pipeline > 1,
+        finalize_model_grads_func=finalize_model_grads,
         params_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
         # The weights are the host's: drawing others first would only take time.
@@ -120,13 +132,13 @@ def _moe_fields(host: HuggingFaceHost, shape: GPTShape, layout: Layout) -> dict[
     }
 
 
-def _block_spec(host: HuggingFaceHost, shape: GPTShape, experts: str) -> Any:
+def _block_spec(host: HuggingFaceHost, shape: GPTShape, blocks: range, experts: str) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     mixtures = dict(host.moe_layers())
     layers = [
         _layer_spec(shape, _moe_spec(mixtures[i], experts) if i in mixtures else _dense_spec())
-        for i in range(shape.layers)
+        for i in blocks
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 

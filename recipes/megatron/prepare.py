@@ -11,6 +11,8 @@ from recipes.megatron.groups import Layout, Places
 from recipes.megatron.model import build_gpt, keep_padding
 from recipes.megatron.optimizer import build_adamw, rules_of
 from recipes.megatron.settings import Settings
+from recipes.megatron.shape import read_shape
+from recipes.megatron.stages import blocks_of_stages
 from recipes.megatron.trainable import MegatronTrainable
 from recipes.optim import OptimConfig
 
@@ -32,16 +34,19 @@ def prepare(
     skeleton = empty_copy(host)
     rules = rules_of(host, optim)
     weights = host_tensors(host)
+    blocks = blocks_of_stages(read_shape(host.config.to_dict()).layers, layout.pipeline)[places.stage]
+    own = [layer for index, layer in host.moe_layers() if index in blocks]
     for _, layer in host.moe_layers():
-        layer.router.to(settings.device)
         layer.experts.ranks = layout.expert
-        # An expert is read once for the tokens of all of these ranks.
+        # An expert is read once for the tokens of all of these ranks, or of those beside them in its stage.
         layer.stats.readers = places.expert_group if layout.expert > 1 else None
+    for layer in own:
+        layer.router.to(settings.device)
         if layer.shared is not None:
             layer.shared.to(settings.device, settings.dtype)
-    if settings.experts == "graft":
-        cut_experts(host, places, layout, settings.device, settings.dtype)
-    gpt = build_gpt(host, layout, settings)
+        if settings.experts == "graft":
+            cut_experts(layer, places, layout, settings.device, settings.dtype)
+    gpt = build_gpt(host, layout, places, settings)
     held = find_parts(gpt, host, places, layout)
     fill(held, weights)
     mark_parameters(held, layout)
@@ -56,6 +61,9 @@ def prepare(
         ),
         gpt,
     )
+    for layer in own:
+        # Megatron has hung the buffers on the weights just now.
+        layer.experts.adds_to_main_grads = settings.experts == "graft"
     optimizer = build_adamw(wrapped, held, rules, optim, settings)
     trainable = MegatronTrainable(
         host, skeleton, wrapped, optimizer, rules, optim, layout, places, settings.device

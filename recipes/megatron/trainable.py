@@ -6,7 +6,8 @@ Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from recipes.checkpoint import LocalBlocks
 from recipes.data.samples import Marks
-from recipes.engines.base import Trainable, may_update
+from recipes.engines.base import MicroBatch, Trainable, may_update
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.megatron import Blocks, Held, box, find_parts, gathered, host_tensors, live_blocks
 from recipes.megatron.groups import Layout, Places
@@ -26,12 +27,14 @@ from recipes.megatron.optimizer import (
     rule_of,
     state_tensors,
 )
+from recipes.megatron.pipeline import from_last_stage, run_schedule, share_statistics
 from recipes.megatron.shape import read_shape
+from recipes.megatron.stages import blocks_of_stages
 from recipes.optim import OptimConfig
 
 
 class MegatronTrainable(Trainable):
-    """A GPT model in Megatron's data parallelism, with its optimizer.
+    """This rank's stage of a GPT model in Megatron's data parallelism, with its optimizer.
 
     Attributes:
         host: Names, routers and their context; its other weights are Megatron's now.
@@ -58,6 +61,7 @@ class MegatronTrainable(Trainable):
         self.places = places
         self.device = device
         self._shape = read_shape(host.config.to_dict())
+        self._blocks_here = blocks_of_stages(self._shape.layers, layout.pipeline)[places.stage]
         self._may_be_stale = False
         frozen = optim.frozen.groups
         self._frozen = [
@@ -76,51 +80,52 @@ class MegatronTrainable(Trainable):
         """What this rank's parameters and buffers are made of."""
         return find_parts(self.chunk.module, self.host, self.places, self.layout)
 
-    def forward_backward(
-        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
-    ) -> Tensor:
-        """See `Trainable.forward_backward`."""
-        from megatron.core.distributed import finalize_model_grads
+    def accumulate(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+        """See `Trainable.accumulate`."""
+        numbers = iter(range(count))
+        self.host.context.num_micro_batches, self.host.context.loss_scale = count, 1.0 / count
 
-        run = self.host.context
-        run.micro_batch, run.num_micro_batches = micro_batch, num_micro_batches
-        run.loss_scale = 1.0 / num_micro_batches
+        def forward(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(batches)
+            tell = partial(self._tell_routers, batch, next(numbers))
+            out = self._forward(batch, tell)
+            if out.requires_grad:
+                # By then later micro-batches have been through the routers, which recomputation runs again.
+                out.register_hook(lambda _: tell())
+            return out, partial(_loss, batch.marks)
+
         self.chunk.train()
-        losses_BS = self._losses(tokens_BS1, marks)
-        loss = losses_BS.mean() if marks is None else (losses_BS * marks.weights_BS.to(losses_BS)).sum()
-        (loss * run.loss_scale).backward()
-        if micro_batch == num_micro_batches - 1:
-            finalize_model_grads([self.chunk])
-        return loss.detach()
+        self._refresh()
+        found = run_schedule(self.chunk, forward, micro_batches, count, trains=True)
+        share_statistics([layer.stats for _, layer in self.host.moe_layers()], self.places, self.device)
+        return list(from_last_stage(found, (count,), self.places, self.device))
 
-    def _losses(self, tokens_BS1: Tensor, marks: Marks | None) -> Tensor:
-        tokens_BS1 = tokens_BS1.to(self.device)
-        losses_BS: Tensor = self._forward(tokens_BS1[:, :-1], marks, tokens_BS1[:, 1:].contiguous())
-        return losses_BS
-
-    def _forward(
-        self, tokens_BS: Tensor, marks: Marks | None = None, targets_BS: Tensor | None = None
-    ) -> Tensor:
-        """Losses of the targets, or without them the logits of the whole vocabulary."""
-        window = self._shape.window
-        length = tokens_BS.shape[1]
+    def _forward(self, batch: MicroBatch, tell: Callable[[], None], *, logits: bool = False) -> Tensor:
+        """What this stage makes of a batch: hidden states, or losses of the targets, or logits."""
+        tokens_BS1 = batch.tokens_BS1.to(self.device)
+        window, length = self._shape.window, tokens_BS1.shape[1] - 1
         assert window is None or length <= window, f"{length} tokens, and attention looks back {window}"
-        self._tell_routers(tokens_BS, marks)
+        tell()
+        out: Tensor = self.chunk(
+            tokens_BS1[:, :-1],
+            None,
+            _hidden(batch.marks, self.device),
+            labels=None if logits else tokens_BS1[:, 1:].contiguous(),
+            runtime_gather_output=logits,
+        )
+        # Where matrices are cut the positions do not lie behind one another, as what is sent must.
+        return out.contiguous()
+
+    def _refresh(self) -> None:
+        """Weights may have been changed from outside."""
         if self._may_be_stale:
             copy_masters(self.optimizer, self.chunk)
             self._may_be_stale = False
-        out: Tensor = self.chunk(
-            tokens_BS,
-            None,
-            _hidden(marks, self.device),
-            labels=targets_BS,
-            runtime_gather_output=targets_BS is None,
-        )
-        return out
 
-    def _tell_routers(self, tokens_BS: Tensor, marks: Marks | None) -> None:
-        """What the host's hook tells of a batch."""
-        run = self.host.context
+    def _tell_routers(self, batch: MicroBatch, micro_batch: int) -> None:
+        """What the host's hook tells of a batch, and which of its step it is."""
+        run, marks, tokens_BS = self.host.context, batch.marks, batch.tokens_BS1[:, :-1].to(self.device)
+        run.micro_batch = micro_batch
         if self.host.schedule is not None:
             run.top_k = self.host.schedule.at(run.step)
         run.token_ids = tokens_BS
@@ -139,8 +144,9 @@ class MegatronTrainable(Trainable):
                 group["lr"] = group["max_lr"] * lr_factor
             self.optimizer.step_with_ready_grads()
             self.host.context.step += 1
-            for _, layer in self.host.moe_layers():
-                layer.router.after_optimizer_step(layer.context)
+            for index, layer in self.host.moe_layers():
+                if index in self._blocks_here:
+                    layer.router.after_optimizer_step(layer.context)
         self.optimizer.zero_grad()
         self.chunk.zero_grad_buffer()
         return torch.tensor(norm)
@@ -148,26 +154,40 @@ class MegatronTrainable(Trainable):
     def _clip(self, norm: float) -> None:
         limit = self.optim_config.clip_norm
         factor = 1.0 if limit is None else limit / (norm + 1e-6)
-        if factor < 1.0:
-            groups = self.optimizer.param_groups
-            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        groups = self.optimizer.param_groups
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        # All that a rank keeps of a stage may be frozen.
+        if factor < 1.0 and grads:
             torch._foreach_mul_(grads, factor)
 
     @torch.no_grad()
     def token_losses(self, tokens_BS1: Tensor, marks: Marks | None = None) -> Tensor:
         """See `Trainable.token_losses`."""
-        self.chunk.eval()
-        return self._losses(tokens_BS1, marks)
+        batch = MicroBatch(tokens_BS1, marks)
+        return self._evaluate(batch, (tokens_BS1.shape[0], tokens_BS1.shape[1] - 1))
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """See `Trainable.logits`."""
-        self.chunk.eval()
-        length = tokens_BS.shape[1]
-        # Sequences are cut evenly; what follows a position does not change it.
+        samples, length = tokens_BS.shape
+        # Sequences are cut evenly; what follows a position does not change it. There are no targets.
         spare = -length % (self.layout.tensor if self.layout.sequence else 1)
-        padded_BS = torch.nn.functional.pad(tokens_BS.to(self.device), (0, spare))
-        return self._forward(padded_BS)[:, :length].float()
+        batch = MicroBatch(torch.nn.functional.pad(tokens_BS, (0, spare + 1)))
+        shape = (samples, length + spare, self._shape.vocabulary)
+        return self._evaluate(batch, shape, logits=True)[:, :length]
+
+    def _evaluate(self, batch: MicroBatch, shape: tuple[int, ...], *, logits: bool = False) -> Tensor:
+        """What the last stage makes of a batch, on all stages."""
+
+        def forward(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            one = next(batches)
+            out = self._forward(one, partial(self._tell_routers, one, 0), logits=logits)
+            return out, lambda out, non_loss_data: out
+
+        self.chunk.eval()
+        self._refresh()
+        found = run_schedule(self.chunk, forward, iter([batch]), 1, trains=False)
+        return from_last_stage(found, (1, *shape), self.places, self.device)[0]
 
     def checkpoint_tensors(self) -> dict[str, Any]:
         """See `Trainable.checkpoint_tensors`."""
@@ -190,7 +210,8 @@ class MegatronTrainable(Trainable):
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Trainable.full_tensors`."""
-        return gathered(self._blocks(), self.places, list(host_tensors(self.skeleton)))
+        names = list(host_tensors(self.skeleton))
+        return gathered(self._blocks(), self.places, names, self.device)
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -199,6 +220,12 @@ class MegatronTrainable(Trainable):
             for shard in own.shards:
                 shard.tensor.copy_(box(tensors[name], shard.offset, shard.tensor.shape))
         self._may_be_stale = self._keeps_masters
+
+
+def _loss(marks: Marks | None, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch, which the schedule divides in place, and what is reported of it."""
+    loss = losses_BS.mean() if marks is None else (losses_BS * marks.weights_BS.to(losses_BS)).sum()
+    return loss, loss.detach().clone()
 
 
 def _hidden(marks: Marks | None, device: torch.device) -> Tensor | None:

@@ -34,6 +34,7 @@ ALONE: dict[str, Case] = {
     "one_expert": Case(
         router={"top_k": 1, "renormalise": False, "balance_coef": 0.5}, router_weights="equal", steps=1
     ),
+    "lora": Case(micro=4, lora=4),
     "tied": Case(model={"tie_word_embeddings": True}),
     "biases": Case(family="gpt2", model=_GPT2),
     "attention_accumulating": Case(attention=True, model=_FOUR_HEADS, micro=4),

@@ -51,6 +51,7 @@ CASES = {
     "dead_experts": ALONE["dead_experts"],
     "biases": ALONE["biases"],
     "attention": ALONE["attention_accumulating"],
+    "lora": Case(micro=4, optim=RICH, steps=3, lora=4),
     "bf16": Case(engine={"precision": "bf16"}, steps=2),
 }
 TRAINED: dict[Layout, tuple[str, ...]] = {
@@ -59,12 +60,12 @@ TRAINED: dict[Layout, tuple[str, ...]] = {
     (1, 0, 1): ("plain",),
     (1, 3, 1): ("rich",),
     (2, 0, 1): ("rich",),
-    (2, 1, 1): ("rich", "dead_experts"),
+    (2, 1, 1): ("rich", "dead_experts", "lora"),
     (2, 2, 1): ("rich", "bf16"),
-    (2, 3, 1): ("rich", "attention"),
+    (2, 3, 1): ("rich", "attention", "lora"),
     (2, 0, 2): ("plain",),
     (2, 1, 2): ("one_expert",),
-    (2, 2, 2): ("rich", "biases"),
+    (2, 2, 2): ("rich", "biases", "lora"),
     (2, 3, 2): ("plain", "rich", "one_expert", "dead_experts", "bf16"),
 }
 # After these many steps a checkpoint is written, and one more step is done.
@@ -186,7 +187,7 @@ def _look_before_first_step(trainable: Any, outcome: Outcome) -> None:
 
 def gradients(trainable: Any) -> dict[str, Tensor]:
     """The gradients of a step in full, by name."""
-    named = dict(trainable.host.model.named_parameters())
+    named = {name: p for name, p in trainable.host.model.named_parameters() if p.requires_grad}
     if not isinstance(trainable, DeepSpeedTrainable):
         return {name: full(param.grad) for name, param in named.items()}
     spread = trainable.spread

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from moe.attention_config import AttentionConfig
 from moe.dispatch.local import LocalDispatcher
 from moe.layer import moe_layers
+from moe.low_rank import DRAWN, FACTOR_NAMES, LoraConfig
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.stats import LoadReport
 from moe.upcycle.copies import Copy, CopyConfig
@@ -30,6 +31,7 @@ from recipes.engines import Trainable
 from recipes.engines.native import NativeConfig, NativeEngine
 from recipes.hosts.attention import swap_attention
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
+from recipes.hosts.low_rank import add_low_rank
 from recipes.interrupt import StopRequest
 from recipes.loop import Leg, Loop
 from recipes.lr_schedule import ScheduleConfig
@@ -63,6 +65,8 @@ class Case:
         family: Of the host.
         eval_samples: Validation samples.
         attention: Whether key-value heads are experts as well, two of four a token.
+        lora: Rank of factors beside the experts' weights; those that begin as zeros are drawn, so that the
+            gradients of the others are none.
     """
 
     engine: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class Case:
     family: str = "llama"
     eval_samples: int = 5
     attention: bool = False
+    lora: int = 0
 
 
 @dataclass
@@ -121,6 +126,13 @@ def make_host(case: Case) -> HuggingFaceHost:
     if case.attention:
         heads = TopKConfig(init_std=0.3, balance_coef=0.5)
         swap_attention(host, AttentionConfig(router=heads), seed=0)
+    if case.lora:
+        add_low_rank(host, LoraConfig(case.lora, alpha=2.0 * case.lora), seed=0)
+        for index, layer in host.moe_layers():
+            for name in sorted(FACTOR_NAMES - DRAWN):
+                factor = getattr(layer.experts, name)
+                generator = torch.Generator().manual_seed(index)
+                factor.data.copy_(0.3 * torch.randn(factor.shape, generator=generator))
     if case.router_weights == "equal":
         for _, layer in moe_layers(host.model):
             layer.router.weight_ED.data.zero_()
@@ -199,7 +211,7 @@ def _look_before_first_step(trainable: Any, outcome: Outcome, engine: NativeEngi
     def step(lr_factor: float, norm_limit: float) -> Tensor:
         if not outcome.grads:
             named = trainable.host.model.named_parameters()
-            outcome.grads = {name: full(p.grad) for name, p in named}
+            outcome.grads = {name: full(p.grad) for name, p in named if p.grad is not None}
             counts = [
                 sum(float(sums[-4]) for sums in layer.stats.sums.values())
                 for _, layer in trainable.host.moe_layers()

@@ -1,6 +1,7 @@
 """Trains tiny mixtures under megatron-core and under the native engine, in one process for all of them.
 
-A layout is ``(ranks, tensor_parallel, expert_parallel)``; the native engine's has 0 in the middle.
+A layout is ``(ranks, tensor_parallel, expert_parallel)``, and where there are several stages their number as
+well; the native engine's has 0 in the middle.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.dispatch.local import LocalDispatcher
+from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
+from moe.upcycle.copies import Copy, CopyConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.engines import MicroBatch
 from recipes.engines.megatron import MegatronConfig, MegatronEngine
-from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.hosts.megatron import Held, gathered, live_blocks
+from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
+from recipes.hosts.megatron import Held, gathered, live_blocks, whereabouts
 from recipes.interrupt import StopRequest
 from recipes.loop import Loop
 from recipes.lr_schedule import ScheduleConfig
@@ -28,6 +33,7 @@ from recipes.optim import FrozenConfig, OptimConfig
 from tests.conftest import random_model
 from tests.engines import engine_cases
 from tests.engines.engine_cases import (
+    EXPERTS,
     GLOBAL_BATCH,
     SGD,
     VOCABULARY,
@@ -41,7 +47,7 @@ from tests.engines.engine_cases import (
 from tests.engines.engine_cases import tokens as samples
 from tests.engines.megatron_probes import probe
 
-Layout: TypeAlias = tuple[int, int, int]
+Layout: TypeAlias = tuple[int, ...]
 
 FAMILIES: dict[str, dict[str, Any]] = {
     # A rope base and an epsilon of its own, so that neither is a default that happens to be right.
@@ -56,18 +62,43 @@ _CONSTANT = ScheduleConfig("constant", warmup_steps=0)
 RICH = OptimConfig(
     lr=3e-3, eps=1e-3, router_lr_scale=2.0, clip_norm=0.5, frozen=FrozenConfig(steps=1), schedule=_CONSTANT
 )
+_RECOMPUTE: dict[str, Any] = {"activation_checkpointing": True}
 _PLAIN: dict[str, Any] = {"distributed_optimizer": False}
 _THEIRS: dict[str, Any] = {"experts": "megatron"}
+
+
+@dataclass(frozen=True)
+class Stages(Case):
+    """A case whose routers have a state that changes between steps.
+
+    Attributes:
+        layers: Blocks that are mixtures.
+    """
+
+    layers: str = "all"
+
+
 CASES: dict[str, Case] = {
     "plain": Case(micro=4),
-    "rich": Case(micro=4, optim=RICH, steps=4, engine={"activation_checkpointing": True}),
+    "rich": Case(micro=4, optim=RICH, steps=4, engine=_RECOMPUTE),
     "theirs": Case(micro=4, engine=_THEIRS),
     "replicated": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN),
     "replicated_theirs": Case(micro=4, engine=_PLAIN | _THEIRS),
     "dead_experts": Case(router_weights="equal", steps=1),
     "tied": Case(family="qwen2", model={"tie_word_embeddings": True}),
     "norms": Case(family="qwen3", optim=RICH, steps=2),
+    # Blocks that do not divide over stages, a state of the routers, an embedding in the first and last stage,
+    # and so many micro-batches that recomputation in one comes after forward passes of the next.
+    "deep": Stages(
+        family="qwen2",
+        model={"num_hidden_layers": 5, "tie_word_embeddings": True},
+        micro=2,
+        engine=_RECOMPUTE,
+    ),
+    # Mixtures in the last block alone.
+    "half": Stages(layers="last:1", engine=_THEIRS, micro=4, optim=RICH, steps=2),
     "fp32": Case(steps=2),
+    "lora": Case(micro=4, optim=RICH, steps=3, lora=4),
     "bf16": Case(engine={"precision": "bf16"}, steps=2),
     "bf16_replicated": Case(engine={"precision": "bf16"} | _PLAIN | _THEIRS, steps=2),
     "long": Case(optim=replace(SGD, lr=0.1), steps=50, eval_samples=4),
@@ -76,18 +107,25 @@ _BF16 = ("bf16", "bf16_replicated")
 TRAINED: dict[Layout, tuple[str, ...]] = {
     (1, 1, 1): ("plain", "rich", "replicated_theirs", "dead_experts", *_BF16, "tied", "norms"),
     (2, 1, 1): ("plain", "rich", "replicated"),
-    (2, 1, 2): ("rich", "theirs", "replicated", "replicated_theirs", "dead_experts", *_BF16, "long"),
+    (2, 1, 2): ("rich", "theirs", "lora", "replicated", "replicated_theirs", "dead_experts", *_BF16, "long"),
     (2, 2, 1): ("rich", "replicated", "bf16", "tied", "norms", "long"),
-    (2, 2, 2): ("rich", "replicated_theirs"),
+    (2, 2, 2): ("rich", "replicated_theirs", "lora"),
     (4, 2, 2): ("rich", "replicated_theirs"),
+    (2, 1, 1, 2): ("rich", "fp32", "deep", "replicated_theirs", "bf16", "long"),
+    # Whose first rank keeps frozen weights alone.
+    (4, 1, 1, 2): ("rich", "replicated_theirs"),
+    (4, 1, 2, 2): ("deep", "half", "replicated_theirs"),
+    (4, 2, 2, 2): ("deep",),
+    (4, 1, 1, 4): ("deep",),
 }
 # After these many steps a checkpoint is written, and one more step is done.
 SAVED = 2
 # Who writes, and who goes on from it; two ranks before one and four.
 READS: dict[Layout, tuple[Layout, ...]] = {
-    (2, 0, 1): ((2, 1, 2), (2, 2, 1), (1, 1, 1), (4, 2, 2)),
+    (2, 0, 1): ((2, 1, 2), (2, 2, 1), (1, 1, 1), (4, 2, 2), (2, 1, 1, 2)),
     (2, 1, 2): ((2, 0, 2), (2, 2, 2), (1, 0, 1)),
     (2, 2, 1): ((2, 0, 1), (2, 1, 1), (4, 2, 2)),
+    (2, 1, 1, 2): ((1, 1, 1), (2, 0, 1), (4, 1, 2, 2)),
 }
 
 
@@ -100,7 +138,8 @@ class Found:
         written: Weights after the step behind the checkpoint, by the layout that wrote it.
         read: The same, by the layout that wrote the checkpoint and the one that went on from it.
         refused: Whether a loss that is not finite on one rank updated nothing on this one.
-        drift: By family and whose experts (none: dense), how far logits are from the host's.
+        drift: By family and whose experts (none: dense; stages: ours, in two stages), how far logits are from
+            the host's.
         returned: The same, which tensors did not come back as they went in.
         probed: See `probe`.
     """
@@ -132,36 +171,57 @@ def work(rank: int, world_size: int, folder: str) -> Found:
                 found.read[source, layout] = _run(_read, CASES["rich"], layout, Path(folder), source)
     if world_size == 2:
         found.probed = probe()
-        layouts: list[Layout] = [(2, 1, 1), (2, 1, 2), (2, 2, 2)]
+        layouts: list[Layout] = [(2, 1, 1), (2, 1, 2), (2, 2, 2), (2, 1, 1, 2)]
         found.refused = {layout: _run(_refuses, CASES["plain"], layout) for layout in layouts}
     layout = (world_size, min(2, world_size), min(2, world_size))
     for family in FAMILIES if world_size < 4 else ():
         for whose in ("none", "graft", "megatron"):
             _compare(found, family, whose, layout)
+    if world_size == 2:
+        _compare(found, "qwen2", "stages", (2, 1, 1, 2))
     return found
+
+
+def _host(case: Case) -> HuggingFaceHost:
+    """Of cases of stages: a router with a state of its own, and the blocks that the case says."""
+    if not isinstance(case, Stages):
+        return make_host(case)
+    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
+    host = HuggingFaceHost(random_model(case.family, **small | case.model), Path(), torch.float32)
+    config = DeepSeekV3Config(init_std=0.3, balance_coef=0.1, bias_rate=0.05)
+    surgery = Surgery(
+        method=Copy(CopyConfig(num_experts=EXPERTS, noise_std=0.5, layers=case.layers)),
+        make_router=lambda width, experts: DeepSeekV3Router(config, width, experts),
+        make_dispatcher=LocalDispatcher,
+        backend="auto",
+        seed=0,
+    )
+    swap(host, surgery)
+    return host
 
 
 def _run(do: Callable[..., Any], case: Case, layout: Layout, *more: Any) -> Any:
     """Does something with an engine and a trainable of a layout, on the open process group."""
-    ranks, cut, spread = layout
+    ranks, cut, spread, stages = (*layout, 1)[:4]
     assert ranks == dist.get_world_size()
     if cut == 0:
         native = {key: value for key, value in case.engine.items() if key not in _PLAIN | _THEIRS}
         engine: Any = open_engine(**native, expert_parallel=spread)
-        return do(engine, engine.prepare(make_host(case), case.optim), *more)
+        return do(engine, engine.prepare(_host(case), case.optim), *more)
     config: Any = {"device": "cpu", "threads": 1, "tensor_parallel": cut, "expert_parallel": spread}
+    config |= {"pipeline_parallel": stages}
     engine = MegatronEngine(MegatronConfig(**config | case.engine))
     with patch("torch.distributed.init_process_group"):
         engine.open()
     try:
-        return do(engine, engine.prepare(make_host(case), case.optim), *more)
+        return do(engine, engine.prepare(_host(case), case.optim), *more)
     finally:
         engine.leave()
 
 
 def train(case: Case, layout: Layout) -> Outcome:
     """Runs a case on this rank, with as many samples in a micro-batch over all ranks as one rank has."""
-    micro = case.micro * max(1, layout[1]) // layout[0]
+    micro = case.micro * max(1, layout[1]) * (*layout, 1)[3] // layout[0]
     return _run(_train, case, layout, replace(case, micro=micro))
 
 
@@ -193,7 +253,8 @@ def _look_before_first_step(trainable: Any, outcome: Outcome) -> None:
 def gradients(trainable: Any) -> dict[str, Tensor]:
     """In full, by the host's names, where the distributed optimizer leaves them whole."""
     if not hasattr(trainable, "chunk"):
-        return {name: full(p.grad) for name, p in trainable.host.model.named_parameters()}
+        named = trainable.host.model.named_parameters()
+        return {name: full(p.grad) for name, p in named if p.grad is not None}
     places, divided = trainable.places, trainable.chunk.ddp_config.use_distributed_optimizer
     held = [
         Held(each.tensor.main_grad, each.parts, each.over)
@@ -202,8 +263,9 @@ def gradients(trainable: Any) -> dict[str, Tensor]:
         and not (divided and places.holders(each.over, sharded=True)[0].size() > 1)
     ]
     blocks = live_blocks(held)
-    names = [name for name, _ in trainable.skeleton.model.named_parameters() if name in blocks]
-    return {name: grad.clone() for name, grad in gathered(blocks, places, names)}
+    known = whereabouts(blocks, places)
+    names = [name for name, _ in trainable.skeleton.model.named_parameters() if name in known]
+    return {name: grad.clone() for name, grad in gathered(blocks, places, names, trainable.device)}
 
 
 def _weights(trainable: Any) -> dict[str, Tensor]:
@@ -213,7 +275,7 @@ def _weights(trainable: Any) -> dict[str, Tensor]:
 def _step(engine: Any, trainable: Any, step: int) -> Tensor:
     share = GLOBAL_BATCH // engine.data_ranks
     batch = samples(step * GLOBAL_BATCH + engine.data_rank * share, share)
-    trainable.forward_backward(torch.from_numpy(batch), 0, 1)
+    trainable.accumulate(iter([MicroBatch(torch.from_numpy(batch))]), 1)
     return trainable.step(1.0)
 
 
@@ -236,8 +298,10 @@ def _read(engine: Any, trainable: Any, folder: Path, source: Layout) -> dict[str
 
 
 def _place(folder: Path, engine: Any) -> Path:
-    cut = getattr(engine.config, "tensor_parallel", 0)
-    return folder / f"{engine.world_size}x{cut}x{engine.config.expert_parallel}"
+    config, native = engine.config, engine.name == "native"
+    cut, stages = (0, 1) if native else (config.tensor_parallel, config.pipeline_parallel)
+    layout = (engine.world_size, cut, config.expert_parallel, stages)
+    return folder / "x".join(map(str, layout if stages > 1 else layout[:3]))
 
 
 def _refuses(engine: Any, trainable: Any) -> bool:
@@ -248,7 +312,7 @@ def _refuses(engine: Any, trainable: Any) -> bool:
         # An expert's, which no other rank may hold.
         expert = next(each.tensor for each in trainable.held if each.over == "expert")
         expert.main_grad.fill_(float("nan"))
-    trainable.forward_backward(batch, 0, 1)
+    trainable.accumulate(iter([MicroBatch(batch)]), 1)
     norm = trainable.step(1.0)
     after = _weights(trainable)
     same = all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -270,8 +334,9 @@ def _compare(found: Found, family: str, whose: str, layout: Layout) -> None:
     with torch.no_grad():
         wanted = host.model(input_ids=ids).logits
     tensors = {name: p.detach().clone() for name, p in host.model.named_parameters()}
-    config: Any = {"tensor_parallel": layout[1], "expert_parallel": layout[2]}
-    config |= {"device": "cpu", "threads": 1, "experts": "graft" if whose == "none" else whose}
+    _, cut, spread, stages = (*layout, 1)[:4]
+    config: Any = {"tensor_parallel": cut, "expert_parallel": spread, "pipeline_parallel": stages}
+    config |= {"device": "cpu", "threads": 1, "experts": "megatron" if whose == "megatron" else "graft"}
     engine = MegatronEngine(MegatronConfig(**config))
     with patch("torch.distributed.init_process_group"):
         engine.open()

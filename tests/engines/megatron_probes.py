@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,58 @@ def _splits() -> None:
     assert moved.tolist() == [[0.0] * 1 + [1.0] * 3, [0.0] * 2 + [1.0] * 4][rank]
 
 
+class _Stage(torch.nn.Linear):
+    """As much of a model as the schedule asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.config, self.model_type = _config(), None
+
+    def set_input_tensor(self, tensors: Any) -> None:
+        """There is no stage before."""
+
+
+def _schedule() -> None:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    stage = _Stage()
+    losses = get_forward_backward_func()(
+        forward_step_func=lambda _, model: (model(torch.ones(2)).sum(), lambda out: (out, 3.0)),
+        data_iterator=None,
+        model=[stage],
+        num_microbatches=1,
+        seq_length=1,
+        micro_batch_size=1,
+    )
+    assert losses == [3.0] and stage.weight.grad is not None and stage.weight.grad.tolist() == [[1.0] * 2] * 2
+
+
+def _stages() -> None:
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    communicator = P2PCommunicator(dist.group.WORLD, _config(pipeline_dtype=torch.float32))
+    mine, ring = torch.full((1, 1, 2), float(dist.get_rank())), {"tensor_send_prev": None, "recv_next": False}
+    got, _, _ = communicator._communicate(
+        tensor_send_next=mine, recv_prev=True, tensor_shape=mine.shape, **ring
+    )
+    assert got.tolist() == [[[1.0 - dist.get_rank()] * 2]]
+
+
+def _tied() -> None:
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    first = dist.get_rank() == 0
+    module = LanguageModule(
+        _config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, num_layers=2)
+    )
+    module.pre_process, module.post_process = first, not first
+    module.share_embeddings_and_output_weights = True
+    module.embedding = SimpleNamespace(word_embeddings=torch.nn.Linear(2, 2))
+    module.output_layer = torch.nn.Linear(2, 2)
+    module.setup_embeddings_and_output_layer()
+    assert module.shared_embedding_or_output_weight().shared_embedding
+
+
 def _wrapped(distributed: bool) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -131,6 +184,9 @@ PROBES: dict[str, Callable[[], None]] = {
     "dispatcher": _dispatches,
     "stream": _dispatches,
     "splits": _splits,
+    "schedule": _schedule,
+    "stages": _stages,
+    "tied": _tied,
     "gradients": _gradients,
     "optimizer": _optimizer,
     "norm": _norm,
@@ -143,7 +199,8 @@ def probe() -> dict[str, tuple[str | None, str | None]]:
     found = {}
     for name, work in PROBES.items():
         # Where nothing is cut but by its own probe.
-        Layout(tensor=2 if name == "layers" else 1, sequence=name == "layers").join()
+        cut, stages = 2 if name == "layers" else 1, 2 if name == "tied" else 1
+        Layout(tensor=cut, pipeline=stages, sequence=cut > 1).join()
         with on_cpu([other for other in PATCHES if other != name]):
             without = _trouble(work)
         with on_cpu():

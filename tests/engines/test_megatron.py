@@ -25,7 +25,7 @@ from tests.engines.test_native_ranks import (
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NATIVE: Layout = (1, 0, 1)
-_ADAPTS = ("rich", "replicated", "norms")
+_ADAPTS = ("rich", "replicated", "norms", "half")
 # Of logits: a sum over 32 features, two layers and the vocabulary, far below what a wrong weight would do.
 LOGITS = 1e-5
 # What fifty steps of SGD make of the order of sums.
@@ -107,6 +107,12 @@ def test_it_computes_what_the_host_computes(
     for rank in found[world_size]:
         assert rank.drift[family, whose] < LOGITS
         assert rank.returned[family, whose] == []
+
+
+def test_stages_compute_what_the_host_computes(found: dict[int, list[Found]]) -> None:
+    for rank in found[2]:
+        assert rank.drift["qwen2", "stages"] < LOGITS
+        assert rank.returned["qwen2", "stages"] == []
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from recipes.compose import compose_config
 from recipes.engines.megatron import MegatronConfig, MegatronEngine
 from recipes.megatron.shape import family_mistakes, read_shape, split_mistakes
 from recipes.megatron.slots import Attention, ExpertsSlot, RouterSlot, SharedSlot, as_map, experts_slot
+from recipes.megatron.stages import blocks_of_stages, megatron_layout
 from recipes.optim import OptimConfig
 from recipes.schema import parse_config
 from tests.moe.dispatch_cases import make_experts
@@ -237,6 +238,19 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
     assert MegatronEngine.check(config) is None
     refusal = MegatronEngine.check(replace(config, tensor_parallel=3))
     assert refusal is not None and refusal.startswith("tensor_parallel=3: 4 ranks do not divide into groups")
+    staged = replace(config, pipeline_parallel=2)
+    assert MegatronEngine.check(staged) is None
+    for wrong, told in (
+        ({"pipeline_parallel": 3}, "pipeline_parallel=3: 4 ranks do not divide into stages"),
+        (
+            {"tensor_parallel": 4},
+            "tensor_parallel=4: the 2 ranks of each of 2 stages do not divide into groups of so many. "
+            "Set a divisor of 2, or start a multiple of 8 ranks",
+        ),
+        ({"expert_parallel": 4}, "expert_parallel=4: the 2 ranks of each of 2 stages do not divide"),
+    ):
+        refusal = MegatronEngine.check(replace(staged, **wrong))  # type: ignore[arg-type]
+        assert refusal is not None and refusal.startswith(told), refusal
     mixed = MegatronEngine.check_mixture(config, 8, SoftMoEConfig())
     reads = MegatronEngine.check_mixture(config, 8, AvgKConfig())
     assert "its experts see mixtures of tokens" in str(mixed) and "it reads the weights of" in str(reads)
@@ -245,7 +259,7 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
     for wrong, match in (
         ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
         ({"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False must be true"),
-        ({"pipeline_parallel": 2}, "pipeline_parallel=2 must be 1: the Megatron engine has no pipeline"),
+        ({"pipeline_parallel": 0}, "pipeline_parallel=0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=match):
             MegatronConfig(**wrong)  # type: ignore[arg-type]
@@ -253,6 +267,7 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
 
 def test_the_rest_of_the_run_must_fit() -> None:
     overrides = ["+recipe=upcycle", "engine=megatron", "engine.tensor_parallel=3", "attention=moe"]
+    overrides.append("engine.pipeline_parallel=5")
     run = parse_config(compose_config([*overrides, "data.seq_len=128"]))
     assert isinstance(run.engine, MegatronConfig)
     told = " ".join(str(mistake) for mistake in MegatronEngine.check_run(run.engine, run))
@@ -261,8 +276,30 @@ def test_the_rest_of_the_run_must_fit() -> None:
         "4 attention heads",
         "2048 entries of the vocabulary",
         "samples of 128 tokens",
+        "engine.pipeline_parallel=5: the dense model's 4 blocks do not suffice",
     ):
         assert part in told, part
+
+
+def test_blocks_are_spread_over_stages_in_order() -> None:
+    assert blocks_of_stages(4, 2) == [range(0, 2), range(2, 4)]
+    # The last stage has the head as well.
+    assert blocks_of_stages(5, 3) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert megatron_layout(3, 1) is None
+    assert megatron_layout(3, 2) == [["embedding", "decoder", "decoder"], ["decoder", "loss"]]
+    for blocks, stages in ((7, 3), (8, 3), (3, 3)):
+        every = [block for held in blocks_of_stages(blocks, stages) for block in held]
+        assert every == list(range(blocks)), (blocks, stages)
+
+
+def test_a_rank_of_a_later_stage_sees_the_samples_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    engine = MegatronEngine(MegatronConfig(tensor_parallel=2, pipeline_parallel=2, device="cpu"))
+    seen = []
+    for rank in range(8):
+        monkeypatch.setenv("RANK", str(rank))
+        seen.append(engine.data_rank)
+    assert (seen, engine.data_ranks) == ([0, 0, 1, 1, 0, 0, 1, 1], 2)
 
 
 def test_nobody_imports_megatron_before_the_engine_opens() -> None:

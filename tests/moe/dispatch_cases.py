@@ -17,9 +17,11 @@ from kernels.activations import ACTIVATIONS
 from moe.dispatch import Dispatcher
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.dispatch.local import LocalDispatcher
+from moe.dispatch.same_tokens import SameTokensDispatcher
 from moe.experts import Experts
+from moe.shared import SharedExpert
 from moe.types import Routing
-from moe.upcycle.weights import ExpertBank
+from moe.upcycle.weights import ExpertBank, FFNWeights
 
 D, E, F = 6, 8, 5
 #: How each dispatcher is made, for E experts over the ranks of a mesh of one axis (None: one process).
@@ -27,6 +29,9 @@ MAKERS: dict[str, Callable[[int, DeviceMesh | None], Dispatcher]] = {
     "local": lambda experts, mesh: LocalDispatcher(),
     "all_to_all": lambda experts, mesh: AllToAllDispatcher(
         experts, None if mesh is None else mesh.get_group()
+    ),
+    "same_tokens": lambda experts, mesh: SameTokensDispatcher(
+        AllToAllDispatcher(experts), None if mesh is None else mesh.get_group()
     ),
 }
 
@@ -116,6 +121,13 @@ def make_experts(gated: bool, dtype: torch.dtype) -> Experts:
     return Experts(bank)
 
 
+def make_shared() -> SharedExpert:
+    """The same on every rank."""
+    g = torch.Generator().manual_seed(5)
+    up_FD, gate_FD, down_FD = (torch.randn(F, D, generator=g, dtype=torch.float64) for _ in range(3))
+    return SharedExpert(FFNWeights(up_FD, down_FD.t().contiguous(), "silu", gate_FD))
+
+
 def run(dispatcher: Dispatcher, experts: Experts, batch: Batch) -> dict[str, Tensor]:
     """Output, and the gradients of tokens, weights and experts, by name."""
     x_TD = batch.x_TD.clone().requires_grad_()
@@ -142,13 +154,13 @@ def obvious(experts: Experts, batch: Batch) -> dict[str, Tensor]:
     x_TD = batch.x_TD.detach().double().requires_grad_()
     weights_TK = batch.weights_TK.detach().double().requires_grad_()
     rows = [torch.zeros(D, dtype=torch.float64) for _ in x_TD]
-    act = ACTIVATIONS[experts.activation].forward
+    act = ACTIVATIONS[experts.activation]
     for t, ids in enumerate(batch.ids_TK.tolist()):
         for k, e in enumerate(ids):
             if batch.mask_TK is None or batch.mask_TK[t, k]:
                 up = leaves["w_up_EUD"][e] @ x_TD[t]
                 up = up + leaves["b_up_EU"][e] if "b_up_EU" in leaves else up
-                hidden = act(up[:F]) * up[F:] if experts.gated else act(up)
+                hidden = act.hidden(up[:F], up[F:]) if experts.gated else act.forward(up)
                 y = leaves["w_down_EDF"][e] @ hidden
                 y = y + leaves["b_down_ED"][e] if "b_down_ED" in leaves else y
                 rows[t] = rows[t] + weights_TK[t, k] * y

@@ -5,7 +5,8 @@ Letters: T tokens, D model width, E experts, K slots a token, F expert width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,17 +14,49 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe.dispatch import dispatcher_classes
-from moe.dispatch.all_to_all import AllToAllDispatcher, experts_of_a_rank
+from moe.dispatch.all_to_all import AllToAllDispatcher, _Trip, experts_of_a_rank
 from moe.dispatch.local import LocalDispatcher
+from moe.dispatch.same_tokens import SameTokensDispatcher
 from moe.errors import ConfigError
 from moe.routers import RouterConfig, router_class
+from moe.routers.topk import TopKConfig
 from moe.types import Routing
 from tests.distributed_helper import run_ranks
-from tests.moe.dispatch_cases import CASES, MAKERS, E, local, make_experts, obvious, run
+from tests.moe.dispatch_cases import (
+    CASES,
+    MAKERS,
+    DispatchCase,
+    E,
+    local,
+    make_experts,
+    make_shared,
+    obvious,
+    run,
+)
 from tests.moe.routing_cases import ROUTER_CONFIGS, label, make_layer
 
 RANKS = 4
 Found = dict[str, Tensor]
+
+
+class Outcome(NamedTuple):
+    """Of one rank.
+
+    Attributes:
+        spread: By case and number of ranks over which experts are spread.
+        layers: By router, the largest difference that spread experts make.
+        sent: Rows, counts and weights that have come here.
+        order: What was done in turn.
+        same: By case, where pairs of ranks hold the same tokens and experts are spread over all.
+    """
+
+    spread: dict[str, dict[int, Found]]
+    layers: dict[str, float]
+    sent: list[str]
+    order: list[str]
+    same: dict[str, Found]
+
+
 # Routers that no expert parallelism can serve are told by name; all others are tried.
 SPREADABLE = [config for config in ROUTER_CONFIGS if not router_class(config.name).reads_experts(config)]
 
@@ -69,7 +102,7 @@ def _groups(ranks: int) -> dict[int, DeviceMesh]:
     return {ranks: init_device_mesh("cpu", (ranks,)), 2: square["inner"], 1: single["inner"]}
 
 
-def _spread_out(rank: int, ranks: int) -> tuple[dict[str, dict[int, Found]], dict[str, float], list[str]]:
+def _spread_out(rank: int, ranks: int) -> Outcome:
     groups = _groups(ranks)
     found: dict[str, dict[int, Found]] = {}
     for name, case in CASES.items():
@@ -80,7 +113,16 @@ def _spread_out(rank: int, ranks: int) -> tuple[dict[str, dict[int, Found]], dic
             assert [len(local(p)) for p in experts.parameters()] == [E // size] * 4
             assert [len(p) for p in experts.parameters()] == [E] * 4
             found[name][size] = run(MAKERS["all_to_all"](E, mesh), experts, case.batch(rank))
-    return found, {label(c): _layer_error(c, rank, groups[2]) for c in SPREADABLE}, _sent_rows(groups[2])
+    errors = {label(c): _layer_error(c, rank, groups[2]) for c in SPREADABLE}
+    same = {name: _same_tokens(case, rank, groups[2], groups[ranks]) for name, case in CASES.items()}
+    return Outcome(found, errors, _sent_rows(groups[2]), _order(groups[2]), same)
+
+
+def _same_tokens(case: DispatchCase, rank: int, pair: DeviceMesh, ranks: DeviceMesh) -> Found:
+    experts = make_experts(True, case.dtype)
+    experts.spread(ranks)
+    inner = AllToAllDispatcher(E, ranks.get_group())
+    return run(SameTokensDispatcher(inner, pair.get_group()), experts, case.batch(rank // 2))
 
 
 def _layer_error(config: RouterConfig, rank: int, mesh: DeviceMesh) -> float:
@@ -89,6 +131,8 @@ def _layer_error(config: RouterConfig, rank: int, mesh: DeviceMesh) -> float:
     outcomes: list[list[Tensor]] = []
     for spread in (False, True):
         layer = make_layer(config)
+        # Computed while the tokens travel.
+        layer.shared = make_shared()
         g = torch.Generator().manual_seed(1)
         for parameter in layer.experts.parameters():
             # Experts that differ: otherwise it would not matter which token goes where.
@@ -100,11 +144,38 @@ def _layer_error(config: RouterConfig, rank: int, mesh: DeviceMesh) -> float:
         x = x_BSD.clone().requires_grad_()
         out = layer(x)
         out.backward(x_BSD.flip(0))
-        grads = [p.grad for p in layer.router.parameters() if p.grad is not None]
+        unspread = [*layer.router.parameters(), *layer.shared.parameters()]
+        grads = [p.grad for p in unspread if p.grad is not None]
         assert x.grad is not None
         outcomes.append([out.detach(), x.grad, *grads])
     assert len(outcomes[0]) == len(outcomes[1])
     return max(float((a - b).abs().max()) for a, b in zip(*outcomes, strict=True))
+
+
+def _order(mesh: DeviceMesh) -> list[str]:
+    """What a layer with a shared expert does, in turn: trips that begin and end, and the shared expert."""
+    layer = make_layer(TopKConfig())
+    layer.shared = make_shared()
+    layer.experts.spread(mesh)
+    layer.send_by(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
+    done: list[str] = []
+    layer.shared.register_forward_hook(lambda *_: done.append("shared"))
+    layer.shared.w_up_UD.register_hook(lambda grad: done.append("shared"))
+    begin, end = _Trip.begin, _Trip.end
+
+    def begins(trip: _Trip, rows_ND: Tensor, *, back: bool = False) -> Tensor:
+        done.append("begins")
+        return begin(trip, rows_ND, back=back)
+
+    def ends(trip: _Trip) -> Tensor:
+        done.append("ends")
+        return end(trip)
+
+    with patch.object(_Trip, "begin", begins), patch.object(_Trip, "end", ends):
+        out = layer(torch.ones(1, 4, 6, dtype=torch.float64, requires_grad=True))
+        done.append("|")
+        out.sum().backward()
+    return done
 
 
 def _sent_rows(mesh: DeviceMesh) -> list[str]:
@@ -122,7 +193,7 @@ def _sent_rows(mesh: DeviceMesh) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[tuple[dict[str, dict[int, Found]], dict[str, float], list[str]]]:
+def outcomes() -> list[Outcome]:
     """Of every rank; one start of the processes serves all cases."""
     return run_ranks(_spread_out, RANKS)
 
@@ -135,7 +206,7 @@ def test_spread_experts_do_what_experts_on_every_rank_do(size: int, case: str, o
     alone, dtype = _alone(case), CASES[case].dtype
     weights = [name for name in alone[0] if name not in ("out", "x", "weights")]
     for rank in range(RANKS):
-        found = outcomes[rank][0][case][size]
+        found = outcomes[rank].spread[case][size]
         wanted = {name: alone[rank][name] for name in ("out", "x", "weights")}
         # A rank's experts see the tokens of its whole group.
         group = range(rank // size * size, rank // size * size + size)
@@ -146,10 +217,24 @@ def test_spread_experts_do_what_experts_on_every_rank_do(size: int, case: str, o
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_ranks_with_the_same_tokens_have_them_computed_once(case: str, outcomes: Any) -> None:
+    alone, dtype = _alone(case), CASES[case].dtype
+    weights = [name for name in alone[0] if name not in ("out", "x", "weights")]
+    for rank in range(RANKS):
+        wanted = {name: alone[rank // 2][name] for name in ("out", "x", "weights")}
+        # Two different batches: twice as much would say that tokens have been there twice.
+        mine = slice(rank * E // RANKS, (rank + 1) * E // RANKS)
+        wanted |= {name: (alone[0][name].double() + alone[1][name].double())[mine] for name in weights}
+        assert_near(outcomes[rank].same[case], wanted, dtype)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SPREADABLE, ids=label)
 def test_a_layer_under_any_router_computes_the_same(config: RouterConfig, outcomes: Any) -> None:
     # Of entries of size one to ten, in sums of at most 60 terms.
-    assert max(found[1][label(config)] for found in outcomes) < 1e-12
+    assert max(found.layers[label(config)] for found in outcomes) < 1e-12
 
 
 @pytest.mark.distributed
@@ -158,8 +243,8 @@ def test_a_token_is_sent_once_to_a_rank(outcomes: Any) -> None:
     # Rank 0 of a pair holds experts 0, 1: of each rank it gets token 0, for both, and token 1, for expert 1.
     # Rank 1 holds experts 2, 3: it gets token 1 for expert 2, token 2 for expert 3. Token 3 stays at home.
     assert (
-        outcomes[0][2]
-        == outcomes[2][2]
+        outcomes[0].sent
+        == outcomes[2].sent
         == [
             "[0.0, 1.0, 10.0, 11.0]",
             "[2, 4]",
@@ -167,14 +252,24 @@ def test_a_token_is_sent_once_to_a_rank(outcomes: Any) -> None:
         ]
     )
     assert (
-        outcomes[1][2]
-        == outcomes[3][2]
+        outcomes[1].sent
+        == outcomes[3].sent
         == [
             "[1.0, 2.0, 11.0, 12.0]",
             "[2, 2]",
             "[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]",
         ]
     )
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_shared_expert_runs_while_tokens_travel(outcomes: Any) -> None:
+    there, shared, home = ["begins"] * 3 + ["shared"] + ["ends"] * 3, ["shared"], ["begins", "ends"]
+    # Ids, rows and weights travel while it runs; in backward the gradients of rows and weights do.
+    back = ["begins"] * 2 + shared + ["ends"] * 2
+    for found in outcomes:
+        assert found.order == [*there, *home, "|", *home, *back]
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:

@@ -20,7 +20,7 @@ from moe.routers.topk import TopKConfig
 from moe.stats import report_load
 from moe.upcycle import FFNWeights
 from moe.upcycle.copies import CopyConfig
-from tests.kernels.expert_reference import FORMULAS
+from tests.kernels.expert_reference import FORMULAS, ON_VALUE
 from tests.moe.routing_cases import ROUTER_CONFIGS, label, make_ffn, make_layer, make_router
 
 SUM_TO_ONE = [config for config in ROUTER_CONFIGS if make_router(config).weights_sum_to_one]
@@ -38,7 +38,8 @@ def _dense(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
     if ffn.gate_FD is None:
         hidden = act(up)
     else:
-        hidden = act(x_TD @ ffn.gate_FD.t() + (0 if ffn.b_gate_F is None else ffn.b_gate_F)) * up
+        value = act(up) if ffn.activation in ON_VALUE else up
+        hidden = act(x_TD @ ffn.gate_FD.t() + (0 if ffn.b_gate_F is None else ffn.b_gate_F)) * value
     return hidden @ ffn.down_DF.t() + (0 if ffn.b_down_D is None else ffn.b_down_D)
 
 

@@ -30,10 +30,10 @@ def test_bytes_on_the_wire_by_hand() -> None:
     # Rank 0 sends tokens 1 and 2, rank 1 its token 0: rows of 3 * 4 bytes. What came is sent back as sums, so
     # both send 3 rows in forward; their gradients go the same ways in backward.
     assert (zero.rows, one.rows) == (36, 36) and (zero.rows_training, one.rows_training) == (72, 72)
-    # Of each row 2 ids of 4 bytes and 2 weights of 4; before it two numbers of 8 bytes to the other rank.
-    assert (zero.metadata, one.metadata) == (16 + 2 * 16, 16 + 16)
+    # Of each row 2 ids of 4 bytes and 2 weights of 4; before it three numbers of 8 bytes to the other rank.
+    assert (zero.metadata, one.metadata) == (24 + 2 * 16, 24 + 16)
     # In backward the gradients of weights, from where they have been.
-    assert (zero.metadata_training, one.metadata_training) == (48 + 8, 32 + 16)
+    assert (zero.metadata_training, one.metadata_training) == (56 + 8, 40 + 16)
     # counts, ids, rows, weights, and the way home
     assert zero.calls == one.calls == 5
     assert zero.needed == Needed(least=2, slots=3, gathered=3)
@@ -71,7 +71,7 @@ def test_one_rank_sends_nothing() -> None:
 
 
 def test_the_table_says_that_ranks_share_cores() -> None:
-    figures = RankFigures(24, 8, 48, 16, 5, Needed(1, 2, 3), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    figures = RankFigures(24, 8, 48, 16, 5, Needed(1, 2, 3), *[[0.1, 0.2, 0.3]] * 4)
     found = [summed(SHAPE, [figures] * ranks) for ranks in (1, 2)]
     assert "2 ranks share them, so times do not show how the exchange scales" in render(found, SHAPE, 2)
     assert "every rank has a core" in render(found, SHAPE, 64)
