@@ -28,10 +28,13 @@ class _Worker:
     """One rank: its process, and the pipe on which its outcome arrives."""
 
     def __init__(self, rank: int, arguments: tuple[Any, ...]) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        # Forked from a process that has imported what takes seconds, and that has no threads.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
         self.connection, theirs = context.Pipe(duplex=False)
         self.rank = rank
-        self.process = context.Process(target=_work, args=(theirs, rank, *arguments), daemon=True)
+        here = (theirs, rank, dict(os.environ))
+        self.process = context.Process(target=_work, args=(*here, *arguments), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -115,6 +118,7 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
 def _work(
     connection: Connection,
     rank: int,
+    environment: dict[str, str],
     world_size: int,
     store_path: str,
     timeout: float,
@@ -122,6 +126,9 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     """What each process does: join the group, call, report, leave."""
+    # That of the test, not of the process forked from.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
