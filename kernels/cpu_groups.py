@@ -10,7 +10,7 @@ Letters: E experts, n rows of one group, g experts of one group, h their height;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +49,17 @@ class RowGroup:
         return slice(self.spans[0][0], self.spans[-1][0] + 1)
 
     @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each expert that has any."""
+        return [b - a for _, a, b in self.spans]
+
+    def own(self, all_E: Tensor) -> list[Tensor]:
+        """Of what all experts have, that of each expert with rows."""
+        every = all_E[self.experts].unbind()
+        first = self.experts.start
+        return [every[expert - first] for expert, _, _ in self.spans]
+
+    @cached_property
     def place_n(self) -> Tensor | None:
         """Where in the batch each row stands; None when all experts have as many rows."""
         first, size = self.experts.start, self.experts.stop - self.experts.start
@@ -79,6 +90,11 @@ class GroupRows:
             return self.rows_nK.view(size, group.height, width)
         padded = self.rows_nK.new_zeros(size * group.height, width)
         return padded.index_copy_(0, group.place_n, self.rows_nK).view(size, group.height, width)
+
+    @cached_property
+    def parts(self) -> Sequence[Tensor]:
+        """The rows of each expert. Cut at once: a slice for each costs as much as a small product."""
+        return torch.split_with_sizes(self.rows_nK, self.group.counts)
 
     def of(self, first: int, last: int) -> Tensor:
         """The rows between two rows of the layer."""
@@ -145,8 +161,10 @@ def rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
     """``out[r] = rows[r] @ weight[expert of r]``."""
     group = rows.group
     if group.height == 0:
-        for e, a, b in group.spans:
-            torch.mm(rows.of(a, b), weight_EKN[e], out=out_nN[a - group.start : b - group.start])
+        for part, weight_KN, out in zip(
+            rows.parts, group.own(weight_EKN), torch.split_with_sizes(out_nN, group.counts), strict=True
+        ):
+            torch.mm(part, weight_KN, out=out)
         return
     weight_gKN = weight_EKN[group.experts]
     if group.place_n is None:
@@ -160,9 +178,10 @@ def add_rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
     """``out[r] += rows[r] @ weight[expert of r]``."""
     group = rows.group
     if group.height == 0:
-        for e, a, b in group.spans:
-            out_mN = out_nN[a - group.start : b - group.start]
-            torch.addmm(out_mN, rows.of(a, b), weight_EKN[e], out=out_mN)
+        for part, weight_KN, out in zip(
+            rows.parts, group.own(weight_EKN), torch.split_with_sizes(out_nN, group.counts), strict=True
+        ):
+            torch.addmm(out, part, weight_KN, out=out)
         return
     batch_mN = torch.bmm(rows.batch_ghK, weight_EKN[group.experts]).flatten(0, 1)
     out_nN += batch_mN if group.place_n is None else batch_mN[group.place_n]
@@ -178,7 +197,7 @@ def weight_gradient(left: GroupRows, right: GroupRows, out_EPQ: Tensor) -> None:
     """``out[e] = left[rows of e].T @ right[rows of e]`` for the experts of the group."""
     group = left.group
     if group.height == 0:
-        for e, a, b in group.spans:
-            torch.mm(left.of(a, b).t(), right.of(a, b), out=out_EPQ[e])
+        for part, other, out in zip(left.parts, right.parts, group.own(out_EPQ), strict=True):
+            torch.mm(part.t(), other, out=out)
         return
     torch.bmm(left.batch_ghK.transpose(1, 2), right.batch_ghK, out=out_EPQ[group.experts])
