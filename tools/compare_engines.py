@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -56,10 +56,9 @@ def main() -> int:
     say = partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.keep).expanduser().absolute() if arguments.keep else Path(scratch)
-        done = run_layouts(chosen, overrides, folder, say)
-    out = sys.stderr if arguments.json == STDOUT else sys.stdout
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", file=out)
-    _print(done, out)
+        out = sys.stderr if arguments.json == STDOUT else sys.stdout
+        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", file=out)
+        done = _print(run_layouts(chosen, overrides, folder, say), out)
     figures = [
         {
             "layout": one.layout.name,
@@ -74,13 +73,17 @@ def main() -> int:
     return 0
 
 
-def _print(done: Sequence[Series], out: TextIO) -> None:
+def _print(runs: Iterable[Series], out: TextIO) -> list[Series]:
+    """A line for each run as soon as it is over; returns them."""
+    done: list[Series] = []
     heads = ("largest difference", "last loss", "validation", "s a step")
     print(f"{'layout':62}{heads[0]:>20}{heads[1]:>12}{heads[2]:>12}{heads[3]:>10}", file=out)
-    for one in done:
+    for one in runs:
+        done.append(one)
         apart = "-" if one is done[0] else f"{one.distance(done[0]):.1e}"
         losses = f"{one.losses[-1]:>12.6f}{one.validation:>12.6f}"
-        print(f"{one.layout.name:62}{apart:>20}{losses}{one.step_s:>10.3f}", file=out)
+        print(f"{one.layout.name:62}{apart:>20}{losses}{one.step_s:>10.3f}", file=out, flush=True)
+    return done
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,10 @@ class Series:
 
 def run_layouts(
     layouts: Sequence[EngineLayout], overrides: Sequence[str], folder: Path, say: Callable[[str], None]
-) -> list[Series]:
+) -> Iterator[Series]:
     """Trains under each, the first one first; where no dense model is given, all begin with its embedded one.
+
+    What a run has computed comes when the run is over.
 
     Args:
         layouts: What to run.
@@ -61,7 +63,6 @@ def run_layouts(
     Raises:
         GraftError: A run failed; the message ends with what it said.
     """
-    done: list[Series] = []
     common = list(overrides)
     if not any(option.startswith("dense=") for option in common):
         common += _embedded(layouts[0], common, folder, say)
@@ -69,8 +70,7 @@ def run_layouts(
         say(f"{number + 1}/{len(layouts)}: {layout.name}")
         name = f"layout-{number:02d}"
         _train(layout, [*common, f"output_dir={folder}", f"run.name={name}"])
-        done.append(_read(layout, folder / name))
-    return done
+        yield _read(layout, folder / name)
 
 
 def _embedded(

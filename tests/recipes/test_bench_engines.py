@@ -67,5 +67,5 @@ def test_losses_are_read_from_what_a_run_wrote(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.distributed
 def test_a_run_that_fails_is_told_with_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match="1 rank, native failed with exit code") as failed:
-        run_layouts([REFERENCE], ["dense=nowhere", "train.steps=-1"], tmp_path, lambda _: None)
+        list(run_layouts([REFERENCE], ["dense=nowhere", "train.steps=-1"], tmp_path, lambda _: None))
     assert "train.steps=-1" in str(failed.value)
