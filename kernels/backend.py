@@ -5,7 +5,8 @@ Letters: T tokens, D model width, E experts, K slots a token, F expert width, U 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -85,12 +86,15 @@ class ExpertTensors:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a back end is chosen by: everything that is known before the rows are.
+    """What a back end is chosen by.
 
     Attributes:
         low_rank: The rank of low-rank factors, 0 where there are none.
         accumulates: Whether the weights' gradients are to be added to fp32 buffers.
         gated: Whether the experts have a gate.
+        rows: How many rows are routed to experts, where that is known before they run; None where it is not,
+            or where the answer is to hold for all batches.
+        tokens: Of how many tokens, where the rows are known.
     """
 
     device: torch.device
@@ -103,6 +107,20 @@ class Workload:
     low_rank: int = 0
     accumulates: bool = False
     gated: bool = True
+    rows: int | None = None
+    tokens: int | None = None
+
+    def with_rows(self, plan: RowPlan) -> Workload:
+        """The same with the rows of a plan known."""
+        return replace(self, rows=plan.num_rows, tokens=len(plan.row_TK))
+
+    @property
+    def multiplications(self) -> float:
+        """Of one product of all rows, the mean of up and down; infinite where the rows are not known."""
+        if self.rows is None:
+            return math.inf
+        up = 2 * self.expert_width if self.gated else self.expert_width
+        return self.rows * self.model_width * (up + self.expert_width) / 2
 
 
 class Backend(Protocol):

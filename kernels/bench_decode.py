@@ -69,12 +69,12 @@ def measure_decode(
     names = list(dict.fromkeys([*names, BASE]))
     whole = make_layer(replace(case, tokens=max(tokens)))
     work, refused = refusals(case, names)
-    auto = choose_backend(work).backend.name
     # The largest batch first, for those that tune themselves on what they see first.
     _, refused = usable(whole, names, refused, backward=False)
     results = []
     for T in tokens:
         layer = whole.first(T)
+        auto = choose_backend(work.with_rows(layer.plan(T))).backend.name
         errors, why_not = usable(layer, names, refused, backward=False)
         runners = {name: runner(layer, layer.plan(T), name, backward=False) for name in errors}
         seconds = interleave(runners, rounds, measure=stopwatch(case.device))

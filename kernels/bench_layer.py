@@ -117,9 +117,9 @@ def measure_layer(
         passes: Some of `PASSES`.
     """
     work, refused = refusals(case, names)
-    auto = choose_backend(work).backend.name
     layer = make_layer(case)
     plan = layer.plan(case.tokens)
+    auto = choose_backend(work.with_rows(plan)).backend.name
     backward = any(which != "forward" for which in passes)
     errors, why_not = usable(layer, names, refused, backward=backward)
     results = []

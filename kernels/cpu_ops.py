@@ -91,29 +91,13 @@ def cpu_experts(
 
 
 @cpu_experts.register_fake
-def _cpu_experts_shapes(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    w_up_EUD: Tensor,
-    w_down_EDF: Tensor,
-    b_up_EU: Tensor | None,
-    b_down_ED: Tensor | None,
-    low_a_up_ErD: Tensor | None,
-    low_b_up_EUr: Tensor | None,
-    low_a_down_ErF: Tensor | None,
-    low_b_down_EDr: Tensor | None,
-    index: Sequence[Tensor],
-    unused: Sequence[bool],
-    activation: str,
-    gated: bool,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cpu_experts_shapes(x_TD: Tensor, weights_TK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    w, (index, *_, keep) = Weights(*rest[: len(Weights._fields)]), rest[len(Weights._fields) :]
     new, R = x_TD.new_empty, index[0].shape[0]
     z_up, z_down = (
-        new(R, a.shape[1]) if keep and a is not None else new(0) for a in (low_a_up_ErD, low_a_down_ErF)
+        new(R, a.shape[1]) if keep and a is not None else new(0) for a in (w.low_a_up_ErD, w.low_a_down_ErF)
     )
-    return new(x_TD.shape), new(R, w_up_EUD.shape[1]) if keep else new(0), z_up, z_down
+    return new(x_TD.shape), new(R, w.w_up_EUD.shape[1]) if keep else new(0), z_up, z_down
 
 
 @torch.library.custom_op("graft::cpu_experts_backward", mutates_args=())
@@ -153,28 +137,8 @@ def cpu_experts_backward(
 
 
 @cpu_experts_backward.register_fake
-def _cpu_experts_backward_shapes(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    w_up_EUD: Tensor,
-    w_down_EDF: Tensor,
-    b_up_EU: Tensor | None,
-    b_down_ED: Tensor | None,
-    low_a_up_ErD: Tensor | None,
-    low_b_up_EUr: Tensor | None,
-    low_a_down_ErF: Tensor | None,
-    low_b_down_EDr: Tensor | None,
-    kept: Sequence[Tensor],
-    index: Sequence[Tensor],
-    unused: Sequence[bool],
-    activation: str,
-    gated: bool,
-    scale: float,
-    need: Sequence[bool],
-) -> list[Tensor]:
-    factors = (low_a_up_ErD, low_b_up_EUr, low_a_down_ErF, low_b_down_EDr)
-    tensors = (x_TD, weights_TK, w_up_EUD, w_down_EDF, b_up_EU, b_down_ED, *factors)
+def _cpu_experts_backward_shapes(grad_TD: Tensor, *rest: Any) -> list[Tensor]:
+    tensors, need = rest[:_DIFFERENTIABLE], rest[-1]
     return [
         grad_TD.new_empty(0) if value is None or not wanted else torch.empty_like(value)
         for value, wanted in zip(tensors, need, strict=True)

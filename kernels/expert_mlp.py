@@ -1,7 +1,7 @@
 """The one seam of the expert computation: which back end runs, and why.
 
-The choice depends on device, dtype and shape alone. It is made once, carries its reason, and can be forced;
-a back end that cannot run a workload refuses by name instead of falling back.
+The choice depends on device, dtype and shape, and on a CPU on whether the rows are few. It carries its
+reason, and can be forced; a back end that cannot run a workload refuses by name instead of falling back.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from kernels.rivals import RIVALS
 from kernels.triton_backend import TritonBackend
 
 _GROUPED = GroupedMMBackend()
+
+# Multiplications of a product up to which calls cost a CPU more than arithmetic, in fp32; in bf16 the same
+# holds for so few experts alone, since padded batches win above. The rows of one token are a batch without
+# padding, which wins in both. Measured by `python -m kernels.bench --part layer decode`.
+_FEW_MULTIPLICATIONS = 50_000_000
+_FEW_EXPERTS = 4
 
 #: Every back end by the name that forces it, other libraries' behind our own. No mapping
 #: proxy: torch.compile cannot read one any more once the code that it traces has changed any dict.
@@ -56,9 +62,17 @@ def choose_backend(work: Workload, forced: str = "auto") -> Choice:
     """
     # One by one: torch.compile takes no other form for a constant.
     values = work.device, work.dtype, work.num_experts, work.model_width, work.expert_width, work.activation
-    flags = work.has_bias, work.low_rank, work.accumulates, work.gated
+    flags = work.has_bias, work.low_rank, work.accumulates, work.gated, work.rows, work.tokens
     name, reason = _named(forced, *values, *flags)
     return Choice(BACKENDS[name], reason)
+
+
+def few_products(work: Workload) -> bool:
+    """Whether so little is multiplied on a CPU that what a call costs decides."""
+    if work.device.type != "cpu" or work.multiplications > _FEW_MULTIPLICATIONS or work.tokens == 1:
+        return False
+    assert work.rows is not None, work
+    return work.dtype == torch.float32 or min(work.rows, work.num_experts) <= _FEW_EXPERTS
 
 
 # Not to be traced by torch.compile: it asks what is installed. Such a call takes what is plain alone.
@@ -74,6 +88,8 @@ def _named(forced: str, *values: Any) -> tuple[str, str]:
             raise BackendError(f"the back end {forced!r} cannot run this: {refusal}")
         return forced, "forced by experts.backend"
     if BACKENDS["cpu"].refusal(work) is None:
+        if few_products(work) and _GROUPED.refusal(work) is None:
+            return "grouped_mm", f"{work.dtype} on CPU, so few products that F.grouped_mm's lighter calls win"
         return "cpu", f"fused path for {work.dtype} on CPU"
     # On a GPU, triton and the rivals come in here, for the shapes that kernels.bench shows them faster in.
     refusal = _GROUPED.refusal(work)

@@ -17,7 +17,14 @@ import triton.language as tl
 
 from kernels.triton_activation import activate, slope
 from kernels.triton_low_rank import add_low_rank
-from kernels.triton_tiles import narrow, product_step, store_rows, tile_and_column
+from kernels.triton_tiles import (
+    narrow,
+    product_step,
+    store_rows,
+    tile_and_column,
+    tile_rows,
+    weight_block,
+)
 
 
 @triton.jit
@@ -32,19 +39,15 @@ def dh_kernel(
 ):  # fmt: skip
     """Writes dH, ``s A``, and this block of columns' part of ``<dA', A>`` (and of ``<dO, b_down>``)."""
     tile, column = tile_and_column(num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
-    expert = tl.load(tiles_ptr + 3 * tile)
+    expert, first, m, has_row = tile_rows(tiles_ptr, tile, BLOCK_M)
     if expert >= num_experts:
         return
-    first = tl.load(tiles_ptr + 3 * tile + 1)
-    m = tl.arange(0, BLOCK_M)
-    has_row = m < tl.load(tiles_ptr + 3 * tile + 2) - first
     token = tl.load(token_ptr + first + m, mask=has_row, other=0).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     has_n = n < F
     k = tl.arange(0, BLOCK_K)
     grad_at = grad_ptr + token[:, None] * grad_t + k[None, :].to(tl.int64) * grad_d
-    w_at = w_ptr + expert.to(tl.int64) * w_e
-    w_at += n[None, :].to(tl.int64) * w_f + k[:, None].to(tl.int64) * w_d
+    w_at = weight_block(w_ptr, expert, w_e, n, w_f, k, w_d)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     dots = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -70,14 +73,26 @@ def dh_kernel(
     inside = has_row[:, None] & has_n[None, :]
     slot = tl.load(slot_ptr + first + m, mask=has_row, other=0)
     scale = tl.load(weights_ptr + slot, mask=has_row, other=0.0).to(tl.float32)[:, None]
+    dots += _store_backward(
+        acc, scale, h_ptr, dh_ptr, sa_ptr, first, F, m, n, inside, ACT, GATED, ON_VALUE, RAISE
+    )
+    tl.store(dots_ptr + column.to(tl.int64) * num_rows + first + m, dots, mask=has_row)
+
+
+@triton.jit
+def _store_backward(
+    da, scale, h_ptr, dh_ptr, sa_ptr, first, F, m, n, inside,
+    ACT: tl.constexpr, GATED: tl.constexpr, ON_VALUE: tl.constexpr, RAISE: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of dH and of ``s A`` from ``da = dA'`` and H; returns its part of ``<dA', A>``."""
     width = 2 * F if GATED else F
     h_at = h_ptr + first.to(tl.int64) * width + (m[:, None] * width + n[None, :])
     gate = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)
     a = activate(gate, ACT)
-    dgate = acc * slope(gate, ACT)
+    dgate = da * slope(gate, ACT)
     if GATED:
         value = tl.load(h_at + F, mask=inside, other=0.0).to(tl.float32)
-        dvalue = acc * a
+        dvalue = da * a
         if ON_VALUE:
             dvalue *= slope(value, ACT)
             value = activate(value, ACT)
@@ -86,9 +101,9 @@ def dh_kernel(
         dgate *= value
     store_rows(dh_ptr, dgate * scale, first, width, m, n, inside, RAISE)
     # No mask, for want of registers: beyond the last column H is loaded as 0, and every f(0) is 0.
-    dots += tl.sum(acc * a, 1)
+    dots = tl.sum(da * a, 1)
     store_rows(sa_ptr, a * scale, first, F, m, n, inside, RAISE)
-    tl.store(dots_ptr + column.to(tl.int64) * num_rows + first + m, dots, mask=has_row)
+    return dots
 
 
 @triton.jit

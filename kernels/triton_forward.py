@@ -14,7 +14,15 @@ import triton.language as tl
 
 from kernels.triton_activation import activate
 from kernels.triton_low_rank import add_low_rank
-from kernels.triton_tiles import narrow, product_step, store_rows, tile_and_column
+from kernels.triton_tiles import (
+    narrow,
+    product_step,
+    rows_times_block,
+    store_rows,
+    tile_and_column,
+    tile_rows,
+    weight_block,
+)
 
 
 @triton.jit
@@ -30,19 +38,15 @@ def up_kernel(
 ):  # fmt: skip
     """``h = x[token] @ w_up[e].T + low @ factor[e] + b_up[e]`` and ``a = act(h)``, gate and up together."""
     tile, column = tile_and_column(num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
-    expert = tl.load(tiles_ptr + 3 * tile)
+    expert, first, m, has_row = tile_rows(tiles_ptr, tile, BLOCK_M)
     if expert >= num_experts:
         return
-    first = tl.load(tiles_ptr + 3 * tile + 1)
-    m = tl.arange(0, BLOCK_M)
-    has_row = m < tl.load(tiles_ptr + 3 * tile + 2) - first
     token = tl.load(token_ptr + first + m, mask=has_row, other=0).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     has_n = n < F
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + token[:, None] * x_t + k[None, :].to(tl.int64) * x_d
-    w_ptr += expert.to(tl.int64) * w_e
-    w_at = w_ptr + n[None, :].to(tl.int64) * w_u + k[:, None].to(tl.int64) * w_d
+    w_at = weight_block(w_ptr, expert, w_e, n, w_u, k, w_d)
     to_value = tl.cast(F, tl.int64) * w_u
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -76,6 +80,15 @@ def up_kernel(
             bias_at += tl.cast(F, tl.int64) * bias_u
             value += tl.load(bias_at, mask=has_n, other=0.0).to(tl.float32)[None, :]
     inside = has_row[:, None] & has_n[None, :]
+    _store_activated(h_ptr, a_ptr, gate, value, first, F, m, n, inside, ACT, GATED, ON_VALUE, KEEP_H, RAISE)
+
+
+@triton.jit
+def _store_activated(
+    h_ptr, a_ptr, gate, value, first, F, m, n, inside,
+    ACT: tl.constexpr, GATED: tl.constexpr, ON_VALUE: tl.constexpr, KEEP_H: tl.constexpr, RAISE: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of H where it is kept, and of ``a = act(h)``."""
     # The activation sees what backward will see: H rounded to its dtype.
     gate = narrow(gate, a_ptr.dtype.element_ty, RAISE).to(tl.float32)
     a = activate(gate, ACT)
@@ -105,29 +118,17 @@ def rows_kernel(
 ):  # fmt: skip
     """``out[r] = a[r] @ b[e] + low[r] @ factor[e] + bias[e]``: down, and the rows of dX."""
     tile, column = tile_and_column(num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(tiles_ptr + 3 * tile)
+    expert, first, m, has_row = tile_rows(tiles_ptr, tile, BLOCK_M)
     if expert >= num_experts:
         return
-    first = tl.load(tiles_ptr + 3 * tile + 1)
-    m = tl.arange(0, BLOCK_M)
-    has_row = m < tl.load(tiles_ptr + 3 * tile + 2) - first
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     has_n = n < N
     k = tl.arange(0, BLOCK_K)
     a_at = a_ptr + first.to(tl.int64) * K + (m[:, None] * K + k[None, :])
-    b_at = b_ptr + expert.to(tl.int64) * b_e
-    b_at += n[None, :].to(tl.int64) * b_n + k[:, None].to(tl.int64) * b_k
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        in_a = has_row[:, None]
-        in_b = has_n[None, :]
-        if not EVEN_K:
-            in_a = in_a & (k[None, :] < K - start)
-            in_b = in_b & (k[:, None] < K - start)
-        a = tl.load(a_at, mask=in_a, other=0.0)
-        acc = product_step(acc, a, tl.load(b_at, mask=in_b, other=0.0), PRECISION, RAISE)
-        a_at += BLOCK_K
-        b_at += BLOCK_K * tl.cast(b_k, tl.int64)
+    b_at = weight_block(b_ptr, expert, b_e, n, b_n, k, b_k)
+    acc = rows_times_block(
+        a_at, 1, b_at, b_k, K, has_row, has_n, EVEN_K, PRECISION, RAISE, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     if RANK > 0:
         factor_at = factor_ptr + expert.to(tl.int64) * factor_e + n.to(tl.int64) * factor_n
         acc = add_low_rank(

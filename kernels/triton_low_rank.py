@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_tiles import product_step, store_rows, tile_and_column
+from kernels.triton_tiles import (
+    product_step,
+    rows_times_block,
+    store_rows,
+    tile_and_column,
+    tile_rows,
+    weight_block,
+)
 
 
 @triton.jit
@@ -47,12 +54,9 @@ def low_kernel(
 ):  # fmt: skip
     """``out[r] = scale * a[r] @ b[e]``, rows in expert order, of ``a[token[r]]`` with GATHER; N is small."""
     tile, column = tile_and_column(num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(tiles_ptr + 3 * tile)
+    expert, first, m, has_row = tile_rows(tiles_ptr, tile, BLOCK_M)
     if expert >= num_experts:
         return
-    first = tl.load(tiles_ptr + 3 * tile + 1)
-    m = tl.arange(0, BLOCK_M)
-    has_row = m < tl.load(tiles_ptr + 3 * tile + 2) - first
     row = first.to(tl.int64) + m
     if GATHER:
         row = tl.load(token_ptr + row, mask=has_row, other=0).to(tl.int64)
@@ -60,18 +64,9 @@ def low_kernel(
     has_n = n < N
     k = tl.arange(0, BLOCK_K)
     a_at = a_ptr + row[:, None] * a_r + k[None, :].to(tl.int64) * a_k
-    b_at = b_ptr + expert.to(tl.int64) * b_e
-    b_at += n[None, :].to(tl.int64) * b_n + k[:, None].to(tl.int64) * b_k
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        in_a = has_row[:, None]
-        in_b = has_n[None, :]
-        if not EVEN_K:
-            in_a = in_a & (k[None, :] < K - start)
-            in_b = in_b & (k[:, None] < K - start)
-        a = tl.load(a_at, mask=in_a, other=0.0)
-        acc = product_step(acc, a, tl.load(b_at, mask=in_b, other=0.0), PRECISION, RAISE)
-        a_at += BLOCK_K * tl.cast(a_k, tl.int64)
-        b_at += BLOCK_K * tl.cast(b_k, tl.int64)
+    b_at = weight_block(b_ptr, expert, b_e, n, b_n, k, b_k)
+    acc = rows_times_block(
+        a_at, a_k, b_at, b_k, K, has_row, has_n, EVEN_K, PRECISION, RAISE, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     inside = has_row[:, None] & has_n[None, :]
     store_rows(out_ptr, acc * scale, first, N, m, n, inside, RAISE)

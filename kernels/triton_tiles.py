@@ -61,6 +61,44 @@ def tile_and_column(num_tiles, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(tiles_ptr, tile, BLOCK_M: tl.constexpr):
+    """A tile's expert, its first row, and which of the rows ``first + m`` it has; expert E: it has none."""
+    expert = tl.load(tiles_ptr + 3 * tile)
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    m = tl.arange(0, BLOCK_M)
+    return expert, first, m, m < tl.load(tiles_ptr + 3 * tile + 2) - first
+
+
+@triton.jit
+def weight_block(w_ptr, expert, w_e, n, w_n, k, w_k):
+    """Addresses ``[k, n]`` of a block of an expert's weight."""
+    w_at = w_ptr + expert.to(tl.int64) * w_e
+    return w_at + (n[None, :].to(tl.int64) * w_n + k[:, None].to(tl.int64) * w_k)
+
+
+@triton.jit
+def rows_times_block(
+    a_at, a_k, b_at, b_k, K, has_row, has_n,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``a[m, :] @ b[:, n]`` in fp32; `a_at`, `b_at`: addresses of the first block along the summed axis."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        in_a = has_row[:, None]
+        in_b = has_n[None, :]
+        if not EVEN_K:
+            in_a = in_a & (k[None, :] < K - start)
+            in_b = in_b & (k[:, None] < K - start)
+        a = tl.load(a_at, mask=in_a, other=0.0)
+        acc = product_step(acc, a, tl.load(b_at, mask=in_b, other=0.0), PRECISION, RAISE)
+        a_at += BLOCK_K * tl.cast(a_k, tl.int64)
+        b_at += BLOCK_K * tl.cast(b_k, tl.int64)
+    return acc
+
+
+@triton.jit
 def product_step(acc, a, b, PRECISION: tl.constexpr, RAISE: tl.constexpr):
     """``acc + a @ b`` in fp32; RAISE converts the operands first, for the interpreter, which cannot bf16."""
     if RAISE:

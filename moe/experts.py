@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
-from kernels.expert_mlp import BACKENDS, Choice, choose_backend, expert_mlp
+from kernels.expert_mlp import BACKENDS, Choice, choose_backend, expert_mlp, few_products
+from kernels.plan import RowPlan
 from moe.dispatch.base import Dispatched
 from moe.low_rank import FACTORS, LoraConfig, factor_shapes
 from moe.types import Config
@@ -80,7 +81,8 @@ class Experts(nn.Module):
         self.lora = LoraConfig()
         # Which of our matrices holds several, one above the other: what orthogonalises takes them apart.
         self.fused_rows = {"w_up_EUD": 2} if bank.gated else {}
-        self._choices: dict[tuple[torch.device, torch.dtype], Choice] = {}
+        self._choices: dict[tuple[torch.device, torch.dtype, bool], Choice] = {}
+        self._ran: Choice | None = None
         self._adding: dict[tuple[torch.device, torch.dtype], bool] = {}
 
     @torch.no_grad()
@@ -107,7 +109,7 @@ class Experts(nn.Module):
         dtype = sent.rows_ND.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        choice = self._choice(device, dtype)
+        choice = self._choice(device, dtype, None if self._for_all_batches() else sent.plan)
         with torch.autocast(device.type, enabled=False):
             tensors = ExpertTensors(
                 w_up_EUD=_held(self.w_up_EUD).to(dtype),
@@ -175,16 +177,25 @@ class Experts(nn.Module):
             shard = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             setattr(self, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
-    def _choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        key = (device, dtype)
+    def _for_all_batches(self) -> bool:
+        """Whether who computes must not depend on how many rows there are."""
+        # What adds gradients to buffers is not to be left for what cannot.
+        return torch.compiler.is_compiling() or self.adds_to_main_grads
+
+    def _choice(self, device: torch.device, dtype: torch.dtype, plan: RowPlan | None = None) -> Choice:
+        work = self._workload(device, dtype)
+        if plan is not None:
+            work = work.with_rows(plan)
+        key = (device, dtype, few_products(work))
         if key not in self._choices:
-            self._choices[key] = choose_backend(self._workload(device, dtype), self.backend)
+            self._choices[key] = choose_backend(work, self.backend)
             # At debug level: the run logs the choice of its first layer once, at info level.
             if not torch.compiler.is_compiling():
                 _LOG.debug(
                     "experts run on %s: %s", self._choices[key].backend.name, self._choices[key].reason
                 )
-        return self._choices[key]
+        self._ran = self._choices[key]
+        return self._ran
 
     def _workload(self, device: torch.device, dtype: torch.dtype) -> Workload:
         E, D, F = _held(self.w_down_EDF).shape
@@ -194,7 +205,7 @@ class Experts(nn.Module):
 
     def backend_choice(self) -> Choice | None:
         """The back end that ran last, with the reason; None before the first forward pass."""
-        return next(reversed(self._choices.values()), None)
+        return self._ran
 
     def extra_repr(self) -> str:
         """Shape, for printing the model."""

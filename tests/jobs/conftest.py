@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,20 @@ def text(workplace: Path) -> str:
 def first_run(workplace: Path, text: str) -> Ended:
     """An uninterrupted run of everything, in ``outputs/first``; the embedded default is trained in it."""
     return job(workplace, {"data.path": text, "run.name": "first"}, full=True)
+
+
+@pytest.fixture(scope="session")
+def spread_options(workplace: Path, text: str, first: Path) -> dict[str, Any]:
+    """Of a run whose losses do not show how a batch is cut over ranks: none are of a micro-batch."""
+    # What the first run has trained: an embedded default is of the engine that trained it.
+    (dense,) = (workplace / "cache").glob("dense-*/hf")
+    return {
+        "dense": dense,
+        "data.path": text,
+        "router.balance_coef": 0.0,
+        "train.micro_batch_size": 1,
+        "compare.cpt": False,
+    }
 
 
 @pytest.fixture(scope="session")

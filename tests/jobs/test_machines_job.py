@@ -21,26 +21,14 @@ _SLURM = ROOT / "tests" / "jobs" / "slurm"
 
 
 @pytest.fixture(scope="module")
-def options(workplace: Path, text: str, first: Path) -> dict[str, Any]:
-    (dense,) = (workplace / "cache").glob("dense-*/hf")
-    return {
-        "dense": dense,
-        "data.path": text,
-        "router.balance_coef": 0.0,
-        "train.micro_batch_size": 1,
-        "compare.cpt": False,
-    }
-
-
-@pytest.fixture(scope="module")
-def submit(workplace: Path, options: dict[str, Any]) -> Callable[..., Path]:
+def submit(workplace: Path, spread_options: dict[str, Any]) -> Callable[..., Path]:
     """Runs the job under the name given; what it leaves."""
     refusal = machines.refusal()
     if refusal is not None:
         pytest.skip(f"no machines can be made here: {refusal}")
 
     def run(name: str, **environment: str) -> Path:
-        recipe, *overrides = arguments(workplace, options | {"engine.expert_parallel": 2})
+        recipe, *overrides = arguments(workplace, spread_options | {"engine.expert_parallel": 2})
         assert recipe == "+recipe=upcycle"
         slurm = {
             "PATH": os.pathsep.join((str(_SLURM), str(Path(sys.executable).parent), os.environ["PATH"])),
@@ -65,9 +53,9 @@ def undisturbed(submit: Callable[..., Path]) -> Path:
 
 
 def test_two_machines_do_what_one_rank_does(
-    workplace: Path, options: dict[str, Any], undisturbed: Path
+    workplace: Path, spread_options: dict[str, Any], undisturbed: Path
 ) -> None:
-    alone = job(workplace, options | {"run.name": "machines-alone"})
+    alone = job(workplace, spread_options | {"run.name": "machines-alone"})
     assert alone.code == 0, alone.err
     found, wanted = rows(undisturbed, "moe"), rows(workplace / "outputs" / "machines-alone", "moe")
     assert [row["step"] for row in found] == [row["step"] for row in wanted]

@@ -19,19 +19,9 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def options(workplace: Path, text: str, first: Path) -> dict[str, Any]:
-    """Of a run whose losses do not show how a batch is cut: none are of a micro-batch."""
-    # What the first run has trained: an embedded default is of the engine that trained it.
-    (dense,) = (workplace / "cache").glob("dense-*/hf")
-    return {
-        "dense": dense,
-        "data.path": text,
-        "router.balance_coef": 0.0,
-        "train.micro_batch_size": 1,
-        "train.eval_every": 2,
-        "optim.schedule.kind": "constant",
-        "compare.cpt": False,
-    }
+def options(spread_options: dict[str, Any]) -> dict[str, Any]:
+    """That can be gone on with after any step."""
+    return spread_options | {"train.eval_every": 2, "optim.schedule.kind": "constant"}
 
 
 @pytest.fixture(scope="module")

@@ -82,16 +82,18 @@ def test_routings_are_what_they_say(name: str, routing: str) -> None:
 
 
 def test_a_layer_is_measured() -> None:
-    results = measure_layer(Case(TINY, 12, "zipf", torch.float32, CPU), ["cpu", "triton", "loop"], rounds=2)
+    results = measure_layer(
+        Case(TINY, 12, "zipf", torch.float32, CPU), ["cpu", "triton", "grouped_mm"], rounds=2
+    )
     assert [(r.backend, r.passes) for r in results] == [
-        (name, which) for which in ("forward", "forward+backward") for name in ("cpu", "triton", "loop")
+        (name, which) for which in ("forward", "forward+backward") for name in ("cpu", "triton", "grouped_mm")
     ]
     for r in results:
         if r.backend == "triton":
             assert r.seconds is None and "TRITON_INTERPRET" in r.why_not
             continue
         assert r.seconds is not None and r.seconds.rounds == 2 and r.error is not None and r.error < 1e-6
-        assert r.is_auto == (r.backend == "cpu") and r.floor_share is None
+        assert r.is_auto == (r.backend == "grouped_mm") and r.floor_share is None
     for which in PASSES:
         ran = {r.backend: r.seconds.median for r in results if r.passes == which and r.seconds is not None}
         assert [r.backend for r in results if r.passes == which and r.is_fastest] == [

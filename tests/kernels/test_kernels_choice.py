@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -107,6 +108,33 @@ def test_auto_always_finds_one_that_does_not_refuse() -> None:
 def test_auto_gives_its_reason(sizes: Sizes, dtype: torch.dtype, chosen: str, reason: str) -> None:
     choice = choose_backend(workload(sizes, dtype))
     assert choice.backend.name == chosen and reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "experts", "chosen"),
+    [
+        # 64 x (2 * 32 + 32) / 2 multiplications a row: 50 million are 16,276 rows.
+        (None, torch.float32, 8, "cpu"),
+        (16_276, torch.float32, 8, "grouped_mm"),
+        (16_277, torch.float32, 8, "cpu"),
+        (0, torch.float32, 8, "grouped_mm"),
+        # Padded batches of small experts win in bf16, but for so few experts that there is nothing to batch.
+        (16, torch.bfloat16, 8, "cpu"),
+        (4, torch.bfloat16, 8, "grouped_mm"),
+        (64, torch.bfloat16, 4, "grouped_mm"),
+        (4, torch.float64, 8, "cpu"),
+        # One token: each expert has one row at most, and a batch needs no padding.
+        (1, torch.float32, 8, "cpu"),
+    ],
+)
+def test_few_rows_on_a_cpu_are_left_to_torch(
+    rows: int | None, dtype: torch.dtype, experts: int, chosen: str
+) -> None:
+    work = dataclasses.replace(workload(Sizes(E=experts, D=64, F=32), dtype), rows=rows, tokens=rows)
+    assert choose_backend(work).backend.name == chosen
+    assert choose_backend(work, "cpu").backend.name == "cpu"
+    for refused in ({"has_bias": True}, {"accumulates": True}, {"model_width": 63}):
+        assert choose_backend(dataclasses.replace(work, **refused)).backend.name == "cpu"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if runs(name, Sizes())])
