@@ -15,12 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What is left out has a smaller counterpart in `interpreted/`: the interpreter takes a millisecond a step.
 PARTS = {
-    "path": ("interpreted/test_triton_path.py", "test"),
-    "own": ("interpreted", "not test_triton_path"),
-    "contract": ("test_kernels_contract.py", "triton and not frozen and not several"),
-    "precision": (
-        "test_kernels_precision.py",
-        "triton and twice and not (float16 and biased) and not (low and (bfloat16 or float32))",
+    "own": (["interpreted"], ""),
+    "shared": (
+        ["test_kernels_contract.py", "test_kernels_precision.py"],
+        "triton and ((test_kernels_contract and not frozen and not several)"
+        " or (twice and not (float16 and biased) and not (low and (bfloat16 or float32))))",
     ),
 }
 
@@ -28,8 +27,9 @@ PARTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("part", list(PARTS))
 def test_the_triton_path_in_the_interpreter(part: str) -> None:
-    where, which = PARTS[part]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{where}"]
+    files, which = PARTS[part]
+    where = [f"tests/kernels/{file}" for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *where]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-k", which],

@@ -99,7 +99,7 @@ def test_every_height_of_tile_agrees(T: int, height: int, dtype: torch.dtype) ->
     assert_agrees("triton", inputs, run_reference(inputs.to(torch.float64)), NAMES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_longer_than_a_block_and_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
     # Two and a half steps of every sum, a token that meets an expert twice, an expert without rows.
     inputs = make_inputs(Sizes(T=20, K=4, E=3, D=80, F=72, b_up=True, b_down=True)).to(dtype)
