@@ -6,9 +6,11 @@ import argparse
 import os
 import platform
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moe.errors import Mistake, UserError
 from tools.command import check_json_target, run_command, write_json
@@ -20,7 +22,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench_online",
         description="Makes mixtures of random Llamas (bf16 files, fp32 weights), each rank its own part, and "
-        "prints the most memory of any rank, beyond libraries, against its part and one layer.",
+        "prints the most memory of any rank, beyond libraries, against its part, what the engine keeps "
+        "besides (buffers of gradients) and one layer.",
     )
     add = parser.add_argument
     add("--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary one)")
@@ -35,6 +38,14 @@ def _parse() -> argparse.Namespace:
         metavar="N",
         help="for the smallest N sizes also make it whole on each rank first",
     )
+    add("--engine", default="native", metavar="NAME", help="native, deepspeed or megatron (default native)")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the engine, as zero_stage=3 or tensor_parallel=2; may be repeated",
+    )
     add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
@@ -46,10 +57,47 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
     if not all(number.isdigit() and int(number) for number in arguments.ranks.split(",")):
         rule = "numbers of ranks are whole and positive"
         mistakes.append(Mistake("--ranks", arguments.ranks, rule, "Give them as in 1,2,4."))
+    mistakes += _engine_mistakes(arguments)
     if not os.access(_CLEAR, os.W_OK):
         rule = "the peak of a process is measured by Linux alone"
         mistakes.append(Mistake(str(_CLEAR), "missing", rule, "Run it on Linux."))
     return mistakes
+
+
+def _engine_mistakes(arguments: argparse.Namespace) -> list[Mistake]:
+    """The engine must be there, and take the options."""
+    from recipes.engines import engine_classes
+
+    classes = engine_classes()
+    if arguments.engine not in classes:
+        rule, remedy = "no engine has this name", f"Choose one of {', '.join(classes)}."
+        return [Mistake("--engine", arguments.engine, rule, remedy)]
+    names = {field.name for field in fields(classes[arguments.engine].config_class)}
+    rule = f"an option of the engine {arguments.engine} and a value are wanted"
+    remedy = f"Give KEY=VALUE, the key one of {', '.join(sorted(names - {'name', 'expert_parallel'}))}."
+    told = [
+        option for option in arguments.option if option.partition("=")[0] not in names or "=" not in option
+    ]
+    return [Mistake("--option", option, rule, remedy) for option in told]
+
+
+def _layouts(arguments: argparse.Namespace) -> list[Any]:
+    """Those of the ranks and experts that the engine can be laid out in."""
+    from recipes.benchmarks.shard_memory import Layout
+    from recipes.engines import engine_classes
+
+    kind, options = engine_classes()[arguments.engine], []
+    for option in arguments.option:
+        key, _, value = option.partition("=")
+        options.append((key, yaml.safe_load(value)))
+    found = []
+    for ranks in (int(number) for number in arguments.ranks.split(",")):
+        spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
+        told = {"engine": arguments.engine, "options": tuple(options)}
+        every = [Layout(ranks, **told), *(Layout(ranks, ep, **told) for ep in spread)]
+        every = [one for one in every if kind.grid_refusal(kind.config_class(**one.fields), ranks) is None]
+        found += [*every, Layout(ranks, whole=True, **told)] if every else []
+    return found
 
 
 def main() -> int:
@@ -58,14 +106,11 @@ def main() -> int:
     if mistakes := _mistakes(arguments):
         raise UserError(mistakes)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from recipes.benchmarks.shard_memory import SIZES, Layout, measure_layout, write_dense
+    from recipes.benchmarks.shard_memory import SIZES, measure_layout, write_dense
 
-    sizes = SIZES[: arguments.sizes]
-    layouts = []
-    for ranks in (int(number) for number in arguments.ranks.split(",")):
-        spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
-        layouts += [Layout(ranks), *(Layout(ranks, ep) for ep in spread), Layout(ranks, whole=True)]
-    print(f"{arguments.method}, {arguments.experts} experts, fp32; MiB, the most of any rank")
+    sizes, layouts = SIZES[: arguments.sizes], _layouts(arguments)
+    engine = " ".join([arguments.engine, *arguments.option])
+    print(f"{engine}: {arguments.method}, {arguments.experts} experts, fp32; MiB, the most of any rank")
     print(_HEAD)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -83,7 +128,7 @@ def main() -> int:
 
 
 _HEAD = (
-    f"{'dense':>7}{'mixture':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'+layer':>8}"
+    f"{'dense':>7}{'mixture':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'besides':>9}{'+layer':>8}"
     f"{'making':>8}{'gate':>8}{'read':>8}"
 )
 
@@ -96,10 +141,11 @@ def _line(row: dict[str, Any]) -> str:
     def shown(value: float | None, width: int) -> str:
         return f"{'-':>{width}}" if value is None else f"{value:{width}.0f}"
 
-    bound = max(rank["shard"] + rank["layer"] for rank in row["by_rank"]) / 2**20
+    parts = ("shard", "besides", "layer")
+    bound = max(sum(rank[part] for part in parts) for rank in row["by_rank"]) / 2**20
     spread = "-" if row["whole"] else str(row["expert_parallel"])
     line = f"{shown(most('dense'), 7)}{shown(most('mixture'), 9)}{shown(most('layer'), 7)}{row['ranks']:>7}"
-    line += f"{spread:>4}{shown(most('shard'), 8)}{bound:8.0f}"
+    line += f"{spread:>4}{shown(most('shard'), 8)}{shown(most('besides'), 9)}{bound:8.0f}"
     line += "".join(shown(most(key), 8) for key in ("making", "gate", "read"))
     return line + ("  whole on each rank first" if row["whole"] else "")
 

@@ -37,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         """Runs an operation and counts what it made."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
                 self._count(leaf.untyped_storage())
         return out
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moe.errors import GraftError
 from recipes.benchmarks.conversion import ROOT, DenseSize, make_dense
@@ -30,11 +31,20 @@ class Layout:
         ranks: Their number.
         expert_parallel: Over how many the experts of a layer are spread.
         whole: Whether every rank makes the whole mixture before it keeps its part.
+        engine: Its name.
+        options: Fields of its config, and their values.
     """
 
     ranks: int
     expert_parallel: int = 1
     whole: bool = False
+    engine: str = "native"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of the engine's config."""
+        return {"name": self.engine, "expert_parallel": self.expert_parallel} | dict(self.options)
 
 
 class RankFailedError(GraftError):
@@ -65,7 +75,7 @@ def measure_layout(
         RankFailedError: With the end of what the ranks have said.
     """
     with tempfile.TemporaryDirectory() as out:
-        task = RankTask(str(dense), str(tiny), out, method, experts, layout.expert_parallel, layout.whole)
+        task = RankTask(str(dense), str(tiny), out, method, experts, layout.fields, layout.whole)
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             f"--nproc-per-node={layout.ranks}",

@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from torch.distributed.tensor import DTensor
 from moe.dispatch.local import LocalDispatcher
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle import upcycle_methods
+from recipes.checkpoint import local_memory
 from recipes.convert.mixture import MixtureRequest, plan_mixture
-from recipes.engines.native import NativeConfig, NativeEngine
+from recipes.engines import Engine, Trainable, engine_classes
 from recipes.hosts.ffn import decoder_blocks
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap
 from recipes.online.gate import measure_shards
 from recipes.online.hosts import mixture_host
+from recipes.optim import OptimConfig
 from recipes.resident import peak_resident_bytes
 
 _TOKENS = 64
@@ -44,7 +46,7 @@ class RankTask:
         out: Folder of the results.
         method: A name of `moe.upcycle`.
         experts: Of each layer.
-        expert_parallel: Of the engine.
+        engine: Fields of the engine's config, its name among them.
         whole: Whether every rank makes the whole mixture before it keeps its part.
     """
 
@@ -53,7 +55,7 @@ class RankTask:
     out: str
     method: str
     experts: int
-    expert_parallel: int
+    engine: dict[str, Any]
     whole: bool
 
 
@@ -66,9 +68,10 @@ class RankMemory:
         dense: The dense model's.
         layer: Those of its largest block.
         outside: Those outside of its blocks.
-        shard: What this rank keeps of the mixture.
+        shard: What this rank keeps of the mixture's weights.
+        besides: What the engine keeps besides when it is ready to train, as buffers of gradients.
         making: The most while its part was made, beyond what was there before.
-        gate: The most in the step-0 gate, in which the part is made as well; None where that was left out.
+        gate: The most in the step-0 gate and until the part is made; None where that was left out.
         read: What it read of files while its part was made.
     """
 
@@ -77,6 +80,7 @@ class RankMemory:
     layer: int
     outside: int
     shard: int
+    besides: int
     making: int
     gate: int | None
     read: int
@@ -97,6 +101,14 @@ class PeakMeter:
             _CLEAR.write_text("5")
             self._before = _resident_bytes()
 
+    def held(self) -> int:
+        """What is there now, in bytes."""
+        gc.collect()
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) - self._before
+        ctypes.CDLL(None).malloc_trim(0)
+        return _resident_bytes() - self._before
+
     def peak(self) -> int:
         """In bytes."""
         if self._device.type == "cuda":
@@ -114,18 +126,19 @@ def _read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
 
 
-def measure(engine: NativeEngine, task: RankTask, dense: Path) -> RankMemory:
+def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
     """Makes a mixture and says what that took. All ranks call it together."""
     config = upcycle_methods()[task.method].config_class(name=task.method, num_experts=task.experts)
-    make = _whole if task.whole else _shards
+    make = _whole if task.whole else _in_parts
     read, meter = _read_bytes(), PeakMeter(engine.device)
-    host = make(engine, dense, config)
-    making, read = meter.peak(), _read_bytes() - read
+    made = _ready(engine, make(dense, config))
+    making, read, held = meter.peak(), _read_bytes() - read, meter.held()
+    host = made.skeleton if isinstance(made, Trainable) else made
     blocks = [_bytes(block.parameters()) for block in decoder_blocks(host.model, host.config)]
     every = _bytes(host.model.parameters())
     experts = sum(_bytes(layer.experts.parameters()) for _, layer in host.moe_layers())
-    shard = _bytes((_local(p) for p in host.model.parameters()), *_buffers(host))
-    del host
+    shard = _bytes(_weights(made))
+    del host, made
     gate = None if task.whole else _gate(engine, dense, config)
     return RankMemory(
         mixture=every,
@@ -133,19 +146,18 @@ def measure(engine: NativeEngine, task: RankTask, dense: Path) -> RankMemory:
         layer=max(blocks),
         outside=every - sum(blocks),
         shard=shard,
+        besides=max(0, held - shard),
         making=making,
         gate=gate,
         read=read,
     )
 
 
-def _shards(engine: NativeEngine, dense: Path, config: Any) -> HuggingFaceHost:
-    host = mixture_host(plan_mixture(MixtureRequest(dense, config, TopKConfig())))
-    engine.hold(host)
-    return host
+def _in_parts(dense: Path, config: Any) -> HuggingFaceHost:
+    return mixture_host(plan_mixture(MixtureRequest(dense, config, TopKConfig())))
 
 
-def _whole(engine: NativeEngine, dense: Path, config: Any) -> HuggingFaceHost:
+def _whole(dense: Path, config: Any) -> HuggingFaceHost:
     host = load_host(dense)
     surgery = Surgery(
         method=upcycle_methods()[config.name](config),
@@ -155,40 +167,59 @@ def _whole(engine: NativeEngine, dense: Path, config: Any) -> HuggingFaceHost:
         seed=0,
     )
     swap(host, surgery)
+    return host
+
+
+def _ready(engine: Engine[Any], host: HuggingFaceHost) -> Trainable | HuggingFaceHost:
+    """The mixture where its weights lie while it trains."""
+    if not engine.trains_as_held:
+        return engine.prepare(host, OptimConfig())
     engine.hold(host)
     return host
 
 
-def _gate(engine: NativeEngine, dense: Path, config: Any) -> int:
+def _weights(made: Trainable | HuggingFaceHost) -> list[Tensor]:
+    """The memory of a mixture's weights and buffers on this rank."""
+    if isinstance(made, Trainable):
+        named = made.checkpoint_tensors().items()
+        return [part for name, value in named if name.startswith("model.") for part in local_memory(value)]
+    return [*(_local(p) for p in made.model.parameters()), *made.model.buffers()]
+
+
+def _gate(engine: Engine[Any], dense: Path, config: Any) -> int:
     """With as few tokens as there may be: activations are not what is measured."""
     plan = plan_mixture(MixtureRequest(dense, config, TopKConfig()))
     meter = PeakMeter(engine.device)
-    measure_shards(engine, plan, torch.arange(_TOKENS)[None] % plan.names.config.vocab_size)
-    return meter.peak()
+    tokens_BS = torch.arange(_TOKENS)[None] % plan.names.config.vocab_size
+    # What is freed by chance alone is not counted on.
+    gc.disable()
+    try:
+        _, weights = measure_shards(engine, plan, tokens_BS)
+        if not engine.trains_as_held:
+            # What was measured is gone, and is made once more.
+            engine.prepare(mixture_host(plan, weights=weights), OptimConfig())
+        return meter.peak()
+    finally:
+        gc.enable()
 
 
-def _bytes(*tensors: Any) -> int:
-    found = [tensor for group in tensors for tensor in group]
-    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _buffers(host: HuggingFaceHost) -> list[list[Tensor]]:
-    return [list(host.model.buffers())]
-
-
 def main(read: Callable[[], str] = lambda: sys.argv[1]) -> None:
     """Measures, and writes ``rank-N.json``."""
     task = RankTask(**json.loads(read()))
-    engine = NativeEngine(NativeConfig(expert_parallel=task.expert_parallel))
+    kind = engine_classes()[task.engine["name"]]
+    engine = kind(kind.config_class(**task.engine))
     engine.open()
     try:
-        with torch.no_grad():
-            measure(engine, task, Path(task.tiny))
-            found = measure(engine, task, Path(task.dense))
+        measure(engine, task, Path(task.tiny))
+        found = measure(engine, task, Path(task.dense))
         path = Path(task.out) / f"rank-{engine.rank}.json"
         path.write_text(json.dumps(asdict(found)), encoding="utf-8")
         engine.barrier()

@@ -115,14 +115,14 @@ class Engine(ABC, Generic[ConfigT]):
     A subclass sets `name` and `config_class` and is found by being a module of `recipes.engines`.
 
     Attributes:
-        fills_shards: Whether it takes hosts whose parameters have no memory yet, and has `host.weights` fill
-            what each rank holds of them. It then has `hold`, too. Else hosts come to it whole.
+        trains_as_held: Whether `prepare` spreads a model over the ranks as `hold` does, so that what is held
+            can be trained as it lies.
         compared: Layouts in which ``python -m tools.compare_engines`` runs it.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[EngineConfig]]
-    fills_shards: ClassVar[bool] = False
+    trains_as_held: ClassVar[bool] = False
     compared: ClassVar[tuple[EngineLayout, ...]] = ()
 
     def __init__(self, config: ConfigT) -> None:
@@ -163,6 +163,10 @@ class Engine(ABC, Generic[ConfigT]):
         """How many see samples of their own."""
         return self.world_size // self.same_data(self.config)
 
+    def describe(self) -> str | None:
+        """Which of several ways it goes, for a line at the start of a run; None where there is one."""
+        return None
+
     @property
     @abstractmethod
     def rank(self) -> int:
@@ -199,15 +203,21 @@ class Engine(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> Trainable:
-        """Spreads a model over the ranks and gives it an optimizer."""
-
-    def hold(self, host: HuggingFaceHost) -> None:
-        """Spreads a model over the ranks as `prepare` does, for passes in fp32 that train nothing.
+        """Spreads a model over the ranks and gives it an optimizer.
 
         Args:
-            host: Changed in place; called by all ranks together, and then its model, too.
+            host: Changed in place. Of parameters that have no memory yet, `host.weights` fills what each rank
+                holds; others hold the same on all ranks.
+            optim: The optimizer's settings.
         """
-        raise AssertionError(f"{self.name} takes whole models")
+
+    @abstractmethod
+    def hold(self, host: HuggingFaceHost) -> None:
+        """Spreads a model over the ranks for passes in fp32 that train nothing.
+
+        Args:
+            host: Without memory yet. Changed in place; called by all ranks together, and then its model, too.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor, LocalShard
+from recipes.checkpoint.layout import place
 from recipes.clipping import clip_parts
 from recipes.data.samples import Marks
 from recipes.engines.base import may_update
@@ -30,6 +31,7 @@ from recipes.engines.layout import EngineLayout
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.skeleton import empty_copy
+from recipes.hosts.unfilled import PresentWeights, WeightSource, drop_memory, persistent_buffers, stand_in
 from recipes.optim import OptimConfig, OptimizerSet, build_optimizer
 from recipes.zero.experts import Spread, gather_slices, spread_experts
 from recipes.zero.flat import (
@@ -112,12 +114,19 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
     def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> DeepSpeedTrainable:
         """Wraps the model and builds its optimizer."""
         skeleton = empty_copy(host)
+        weights = PresentWeights({name: p.data for name, p in host.model.named_parameters()}, host.weights)
+        buffers = {name for name, _ in persistent_buffers(host.model) if name in weights.buffers}
+        host.weights = None
+        stand_in(host.model, self.device)
+        drop_memory(host.model.parameters(), self.device)
         host.context.group = self.data_group
         if self.config.activation_checkpointing:
             host.model.gradient_checkpointing_enable({"use_reentrant": False})
         host.model.to(self.device)
         spread = spread_experts(host, self.config.expert_parallel)
-        return DeepSpeedTrainable(self, host, skeleton, optim, spread)
+        trainable = DeepSpeedTrainable(self, host, skeleton, optim, spread)
+        trainable.take(weights, buffers)
+        return trainable
 
     def close(self) -> None:
         """Leaves the process group."""
@@ -166,6 +175,17 @@ class DeepSpeedTrainable(HostTrainable):
             return []
         find = sharded_partitions if self.stage == 3 else replicated_partitions
         return find(self.wrapped.optimizer, self.names)
+
+    def take(self, weights: WeightSource, buffers: Collection[str]) -> None:
+        """Fills what this rank holds, where DeepSpeed has laid it out.
+
+        Args:
+            weights: Of every parameter, and of some buffers.
+            buffers: Those.
+        """
+        held = dict(self._parameters())
+        held |= {name: buffer for name, buffer in self._buffers().items() if name in buffers}
+        weights.fill({name: place(name, value) for name, value in held.items()})
 
     def _call(self, **inputs: Any) -> Tensor:
         logits: Tensor = self.wrapped(**inputs).logits
@@ -228,13 +248,16 @@ class DeepSpeedTrainable(HostTrainable):
         return tensors | state_tensors(inner, self.partitions, self.spread, self._counts)
 
     def _weights(self) -> Iterator[tuple[str, GlobalTensor]]:
+        yield from self._parameters()
+        yield from self._buffers().items()
+
+    def _parameters(self) -> Iterator[tuple[str, GlobalTensor]]:
         for name, param in self.host.model.named_parameters():
             if self.stage == 3:
                 part: Any = param
                 yield name, sharded_run(part, name).shard(part.ds_tensor.data, self.spread)
             else:
                 yield name, self._slice(name, param.data)
-        yield from self._buffers().items()
 
     def _slice(self, name: str, tensor: Tensor) -> GlobalTensor:
         if name not in self.spread.counts or tensor.ndim == 0:

@@ -6,8 +6,9 @@ megatron-core is imported when a run opens the engine, and not before.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from recipes.engines.layout import EngineLayout
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.inspection import check_dense, read_config
+from recipes.megatron.dispatchers import Spread, dispatchers, free_buffers
+from recipes.megatron.expert_kinds import expert_kinds
 from recipes.optim import OptimConfig
 
 if TYPE_CHECKING:
@@ -39,8 +42,12 @@ class MegatronConfig(ProcessConfig):
     """Whether they cut sequences as well where matrices are whole, as Megatron's mixtures need."""
     pipeline_parallel: int = 1
     """Stages of consecutive blocks, the first ranks holding the first; micro-batches pass through them."""
-    experts: Literal["graft", "megatron"] = "graft"
-    """``graft``: our stacked experts and their kernels; ``megatron``: its own, one after the other."""
+    experts: str = "graft"
+    """``graft``: our stacked experts and their kernels; ``megatron``: its own, one after the other; ``te``:
+    those of TransformerEngine, in grouped products."""
+    dispatcher: str = "alltoall"
+    """How tokens reach the ranks of their experts: ``alltoall``, ``allgather``, or with DeepEP ``deepep`` or
+    ``hybridep``."""
     distributed_optimizer: bool = True
     """Whether each data-parallel rank keeps the optimizer's state of a part of the parameters alone."""
 
@@ -61,6 +68,8 @@ class MegatronConfig(ProcessConfig):
                 self.pipeline_parallel >= 1,
                 f"pipeline_parallel={self.pipeline_parallel} must be at least 1. Give 1 for one stage.",
             ),
+            _known("experts", self.experts, expert_kinds()),
+            _known("dispatcher", self.dispatcher, dispatchers()),
         ]
 
 
@@ -116,6 +125,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
     def check_mixture(cls, config: MegatronConfig, num_experts: int, router: RouterConfig) -> list[Mistake]:
         """The experts must divide over the ranks, and the routing be a map of tokens to experts."""
         mistakes = super().check_mixture(config, num_experts, router)
+        mistakes += dispatchers()[config.dispatcher].route_mistakes(num_experts, router)
         kind = router_class(router.name)
         remedy = "Set engine=native, or choose another router."
         if kind.mixes_tokens:
@@ -145,10 +155,14 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             mistakes.append(
                 Mistake("attention", run.attention.name, rule, "Set attention=none, or engine=native.")
             )
-        if run.experts.lora.rank and config.experts == "megatron":
-            rule = "Megatron's own experts have no low-rank factors"
+        kind = expert_kinds()[config.experts]
+        if run.experts.lora.rank and not kind.keeps_ours:
+            rule = f"{kind.told} have no low-rank factors"
             remedy = "Set engine.experts=graft, or experts.lora.rank=0."
             mistakes.append(Mistake("experts.lora.rank", run.experts.lora.rank, rule, remedy))
+        mistakes += kind.mistakes(config.device_type())
+        spread = Spread(config.device_type(), config.precision, config.expert_parallel)
+        mistakes += dispatchers()[config.dispatcher].mistakes(spread)
         if run.dense is not None and not check_dense(run.dense):
             dense = read_config(Path(run.dense).expanduser())
             mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or _cut_mistakes(dense, config)
@@ -159,6 +173,11 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             remedy = "Set a divisor of data.seq_len, or 1."
             mistakes.append(Mistake("engine.tensor_parallel", config.tensor_parallel, rule, remedy))
         return mistakes
+
+    def describe(self) -> str:
+        """See `Engine.describe`."""
+        experts, sends = expert_kinds()[self.config.experts], dispatchers()[self.config.dispatcher]
+        return f"megatron: experts={experts.name} ({experts.told}), dispatcher={sends.name} ({sends.told})"
 
     @property
     def layout(self) -> Layout:
@@ -216,6 +235,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             device=self.device,
             dtype=self.compute_dtype,
             experts=self.config.experts,
+            dispatcher=self.config.dispatcher,
             distributed=self.config.distributed_optimizer,
             recomputes=self.config.activation_checkpointing,
         )
@@ -228,6 +248,8 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         """Takes Megatron's groups apart, and undoes what computing on CPUs needs."""
         from recipes.megatron.groups import leave
 
+        if sys.exc_info()[0] is None:
+            free_buffers()
         leave()
         self._open.close()
 
@@ -243,6 +265,11 @@ def _cut_mistakes(dense: Mapping[str, Any], config: MegatronConfig) -> list[Mist
     from recipes.megatron.stages import stage_mistakes
 
     return split_mistakes(dense, config.tensor_parallel) + stage_mistakes(dense, config.pipeline_parallel)
+
+
+def _known(field: str, value: str, names: Iterable[str]) -> tuple[bool, str]:
+    """A rule: a value must be one of some names."""
+    return value in names, f"{field}={value!r} is none. Choose {', '.join(names)}."
 
 
 def _quiet() -> None:

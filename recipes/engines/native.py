@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.errors import Mistake
@@ -30,11 +30,11 @@ from recipes.engines.base import may_update
 from recipes.engines.expert_parallel import (
     ExpertGrid,
     average_gradients,
-    cut_by_rows,
     gathered,
     spread_experts,
 )
 from recipes.engines.grid import Layout
+from recipes.engines.held import cut_blocks, gather_when_called
 from recipes.engines.host_trainable import HostTrainable
 from recipes.engines.layout import EngineLayout
 from recipes.engines.process import ProcessConfig, ProcessEngine
@@ -109,7 +109,7 @@ class NativeEngine(ProcessEngine[NativeConfig]):
 
     name = "native"
     config_class = NativeConfig
-    fills_shards = True
+    trains_as_held = True
     compared = (
         EngineLayout(1, ("engine=native",)),
         EngineLayout(2, ("engine=native",)),
@@ -181,10 +181,7 @@ class NativeEngine(ProcessEngine[NativeConfig]):
     def hold(self, host: HuggingFaceHost) -> None:
         """See `Engine.hold`."""
         self._spread(host, MixedPrecisionPolicy())
-        for module in host.model.modules():
-            if isinstance(module, FSDPModule):
-                # Asked for by name, what has been gathered is let go at once, and not with the next layer's.
-                module.register_forward_pre_hook(lambda module, args: module.unshard(), prepend=True)
+        gather_when_called(host.model)
 
     def _spread(self, host: HuggingFaceHost, policy: MixedPrecisionPolicy) -> Parts:
         """Leaves each rank its part of the model, and fills it."""
@@ -222,15 +219,7 @@ class NativeEngine(ProcessEngine[NativeConfig]):
                 fully_shard(
                     layer.router, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
                 )
-        rows = cut_by_rows(host, mesh.size(mesh.ndim - 1))
-        for block in decoder_blocks(host.model, host.config):
-            fully_shard(
-                block,
-                mesh=mesh,
-                mp_policy=policy,
-                shard_placement_fn=lambda parameter: Shard(1) if parameter in rows else Shard(0),
-            )
-        fully_shard(host.model, mesh=mesh, mp_policy=policy)
+        cut_blocks(host, mesh, policy)
 
 
 def _layout(config: NativeConfig, world_size: int) -> Layout:

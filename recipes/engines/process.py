@@ -12,11 +12,15 @@ from typing import Generic, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe.errors import Mistake
 from moe.routers import RouterConfig
 from recipes.engines.base import Engine, EngineConfig
 from recipes.engines.expert_parallel import mixture_mistakes, rank_refusal
+from recipes.engines.grid import Layout
+from recipes.engines.held import cut_blocks, gather_when_called
+from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.rendezvous import join
 from recipes.rules import require
 
@@ -138,6 +142,15 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
             # torchrun sets OMP_NUM_THREADS=1 whatever the machine; each rank gets its share of the cores.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+    def hold(self, host: HuggingFaceHost) -> None:
+        """See `Engine.hold`: FSDP2 cuts it over all ranks, whatever the engine."""
+        assert host.weights is not None, "a model that has its memory is held already"
+        mesh = Layout(self.world_size).weight_mesh(self.config.device_type())
+        cut_blocks(host, mesh, MixedPrecisionPolicy())
+        host.weights.give(host.model, self.device)
+        host.weights = None
+        gather_when_called(host.model)
 
     def close(self) -> None:
         """Leaves the process group."""

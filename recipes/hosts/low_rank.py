@@ -5,7 +5,7 @@ Letters: E experts, r rank, I and O width in and out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from moe.errors import ConfigError
 from moe.experts import Experts
 from moe.layer import moe_layers
 from moe.low_rank import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
-from recipes.checkpoint.layout import place
+from recipes.checkpoint.layout import Placed, place
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.spec import ModelSpec
 from recipes.hosts.unfilled import WeightSource
@@ -52,46 +52,72 @@ def add_low_rank(host: HuggingFaceHost, lora: LoraConfig, seed: int) -> None:
         return
     for _, layer in host.moe_layers():
         layer.experts.add_low_rank(lora)
+    layers = {
+        f"{site}.experts.{name}": layer.context.layer_index
+        for site, layer in moe_layers(host.model)
+        for name in FACTOR_NAMES
+    }
     if host.weights is None:
-        _draw(host.model, seed)
+        _draw(_factors(host.model), layers, seed)
     else:
-        host.weights = _WithFactors(host.weights, seed)
+        host.weights = _WithFactors(host.weights, layers, seed)
 
 
 class _WithFactors(WeightSource):
-    """Another source, after factors have been given memory and drawn."""
+    """Another source, and factors that are drawn."""
 
-    def __init__(self, inner: WeightSource, seed: int) -> None:
+    def __init__(self, inner: WeightSource, layers: Mapping[str, int], seed: int) -> None:
+        """Draws nothing yet.
+
+        Args:
+            inner: Of everything else.
+            layers: The block of each factor, by name.
+            seed: Of the run.
+        """
         self._inner = inner
+        self._layers = layers
         self._seed = seed
+
+    @property
+    def buffers(self) -> Collection[str]:
+        """See `WeightSource.buffers`."""
+        return self._inner.buffers
+
+    def fill(self, held: Mapping[str, Placed]) -> None:
+        """See `WeightSource.fill`."""
+        _draw({name: held[name] for name in held if is_factor(name)}, self._layers, self._seed)
+        self._inner.fill({name: placed for name, placed in held.items() if not is_factor(name)})
 
     @torch.no_grad()
     def give(self, model: nn.Module, device: torch.device) -> None:
-        """See `WeightSource.give`."""
+        """See `WeightSource.give`; the other source may hand over what it has."""
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             for name in FACTOR_NAMES & set(experts._parameters):
                 empty = experts._parameters[name]
                 assert empty is not None and empty.is_meta, name
                 experts._parameters[name] = nn.Parameter(torch.empty_like(empty, device=device))
-        _draw(model, self._seed)
+        _draw(_factors(model), self._layers, self._seed)
         self._inner.give(model, device)
 
 
+def _factors(model: nn.Module) -> dict[str, Placed]:
+    """What this rank holds of every factor."""
+    return {name: place(name, p.data) for name, p in model.named_parameters() if is_factor(name)}
+
+
 @torch.no_grad()
-def _draw(model: nn.Module, seed: int) -> None:
-    """Gives what this rank holds of every factor its first values."""
-    for _, layer in moe_layers(model):
-        for name in FACTOR_NAMES:
-            factor = getattr(layer.experts, name)
-            for piece in place(name, factor.data).pieces:
-                piece.tensor.zero_()
-                first, count = piece.box.offset[0], piece.box.size[0]
-                for expert in range(first, first + count) if name in DRAWN else ():
-                    shape = (factor.shape[1], factor.shape[2])
-                    whole_rI = drawn_factor(seed, layer.context.layer_index, name, expert, shape)
-                    axes = zip(piece.box.offset[1:], piece.box.size[1:], strict=True)
-                    rows, columns = (slice(start, start + size) for start, size in axes)
-                    piece.tensor[expert - first].copy_(whole_rI[rows, columns])
+def _draw(held: Mapping[str, Placed], layers: Mapping[str, int], seed: int) -> None:
+    """Gives what this rank holds of factors their first values."""
+    for path, placed in held.items():
+        name, shape = path.rpartition(".")[2], (placed.shape[1], placed.shape[2])
+        for piece in placed.pieces:
+            piece.tensor.zero_()
+            first, count = piece.box.offset[0], piece.box.size[0]
+            for expert in range(first, first + count) if name in DRAWN else ():
+                whole_rI = drawn_factor(seed, layers[path], name, expert, shape)
+                axes = zip(piece.box.offset[1:], piece.box.size[1:], strict=True)
+                rows, columns = (slice(start, start + size) for start, size in axes)
+                piece.tensor[expert - first].copy_(whole_rI[rows, columns])
 
 
 @dataclass(frozen=True)

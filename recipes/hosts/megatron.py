@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch.all_to_all import AllToAllDispatcher
-from moe.experts import Experts
 from moe.layer import MoELayer, moe_layers
-from recipes.checkpoint import LocalShard
+from recipes.checkpoint import LocalBlocks, LocalShard
+from recipes.checkpoint.layout import Placed, place
 from recipes.checkpoint.ranks import Ranks
 from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.megatron.expert_kinds import ExpertKind
 from recipes.megatron.groups import Layout, Over, Places
 from recipes.megatron.shape import GPTShape, read_shape
 
@@ -77,18 +78,28 @@ def host_tensors(host: HuggingFaceHost) -> dict[str, Tensor]:
     return tensors | {k: v for k, v in host.model.state_dict().items() if k not in every}
 
 
-@torch.no_grad()
 def cut_experts(
     layer: MoELayer, places: Places, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Leaves one of the host's layers this rank's slice of the experts, and lets their tokens travel."""
-    count = layer.router.num_experts // layout.expert
-    mine = slice(count * places.expert, count * (places.expert + 1))
-    for name, whole in list(layer.experts.named_parameters()):
-        part = whole[mine].to(device, dtype, copy=True)
-        setattr(layer.experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    """Leaves one of the host's layers room for this rank's slice of the experts, and lets tokens travel."""
+    make_room(layer.experts, device, dtype, layer.router.num_experts // layout.expert)
     if layout.expert > 1:
         layer.send_by(AllToAllDispatcher(layer.router.num_experts, places.expert_group))
+
+
+def make_room(module: nn.Module, device: torch.device, dtype: torch.dtype, rows: int | None = None) -> None:
+    """Gives a module parameters of its own, that are not filled yet.
+
+    Args:
+        module: Without children.
+        device: Of what is made.
+        dtype: Of what is made.
+        rows: Of the first axis of each; None for all.
+    """
+    for name, whole in list(module.named_parameters()):
+        shape = whole.shape if rows is None else (rows, *whole.shape[1:])
+        part = torch.empty(shape, device=device, dtype=dtype)
+        setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
 def mark_parameters(held: Sequence[Held], layout: Layout) -> None:
@@ -101,14 +112,6 @@ def mark_parameters(held: Sequence[Held], layout: Layout) -> None:
         if each.over == "expert":
             # Ranks that hold the same expert are those of the expert-data-parallel group.
             tensor.allreduce = layout.expert == layout.tensor == 1
-
-
-@torch.no_grad()
-def fill(held: Sequence[Held], tensors: Mapping[str, Tensor]) -> None:
-    """Copies the host's tensors into the parameters."""
-    for each in held:
-        for part in each.parts:
-            part.of(each.tensor.data).copy_(box(tensors[part.name], part.offset, part.size))
 
 
 def empty_host(host: HuggingFaceHost, live: Sequence[Tensor]) -> None:
@@ -143,6 +146,12 @@ class Blocks:
     over: Over
     sharded: bool
     shards: tuple[LocalShard, ...]
+
+
+def placed(blocks: Mapping[str, Blocks]) -> dict[str, Placed]:
+    """The same in the words of checkpoints and sources of weights; without what this rank has nothing of."""
+    held = {name: LocalBlocks(own.shape, own.shards) for name, own in blocks.items() if own.shards}
+    return {name: place(name, value) for name, value in held.items()}
 
 
 def live_blocks(held: Sequence[Held]) -> dict[str, Blocks]:
@@ -237,7 +246,7 @@ def find_parts(gpt: Any, host: HuggingFaceHost, places: Places, layout: Layout) 
         prefix = f"model.layers.{index}"
         held += cut.attention(block.self_attention, f"{prefix}.self_attn")
         if index in mixtures:
-            held += _mixture(block.mlp, *mixtures[index], places, layout)
+            held += _mixture(block.mlp, gpt.expert_kind, *mixtures[index], places, layout)
         else:
             held += cut.network(block.mlp, f"{prefix}.mlp")
         held.append(_same(block.input_layernorm.weight, f"{prefix}.input_layernorm.weight"))
@@ -322,7 +331,9 @@ class _Cut:
         ]
 
 
-def _mixture(module: Any, prefix: str, layer: Any, places: Places, layout: Layout) -> list[Held]:
+def _mixture(
+    module: Any, kind: ExpertKind, prefix: str, layer: Any, places: Places, layout: Layout
+) -> list[Held]:
     """Router, experts and shared expert of a layer."""
     held = [_same(p, f"{prefix}.router.{name}") for name, p in layer.router.named_parameters()]
     every = {name for name, _ in layer.router.named_parameters()}
@@ -330,17 +341,9 @@ def _mixture(module: Any, prefix: str, layer: Any, places: Places, layout: Layou
     held += [_same(buffer, f"{prefix}.router.{name}") for name, buffer in buffers.items()]
     count = layer.router.num_experts // layout.expert
     first = count * places.expert
-    ours = getattr(module.experts, "experts", None)
-    if isinstance(ours, Experts):
-        held += [
-            _slice(p, f"{prefix}.experts.{name}", first, layer.router.num_experts)
-            for name, p in ours.named_parameters()
-        ]
-    else:
-        for place, expert in enumerate(module.experts.local_experts):
-            at = (f"{prefix}.experts", first + place, layer.router.num_experts)
-            held.append(_one_expert(expert.linear_fc1.weight, "w_up_EUD", *at))
-            held.append(_one_expert(expert.linear_fc2.weight, "w_down_EDF", *at))
+    for each in kind.tensors(module.experts):
+        at = (f"{prefix}.experts.{each.name}", first + each.first, layer.router.num_experts)
+        held.append(_slice(each.tensor, *at) if each.stacked else _one_expert(each.tensor, *at))
     if layer.shared is not None:
         held += [_same(p, f"{prefix}.shared.{name}") for name, p in layer.shared.named_parameters()]
     return held
@@ -354,8 +357,8 @@ def _slice(tensor: Tensor, name: str, first: int, total: int) -> Held:
     return Held(tensor, (part,), over="expert")
 
 
-def _one_expert(tensor: Tensor, leaf: str, prefix: str, index: int, total: int) -> Held:
+def _one_expert(tensor: Tensor, name: str, index: int, total: int) -> Held:
     """An expert that is a matrix of its own."""
     rows, columns = tensor.shape
-    part = Part(f"{prefix}.{leaf}", (total, rows, columns), (index, 0, 0), (1, rows, columns), 0, rows)
+    part = Part(name, (total, rows, columns), (index, 0, 0), (1, rows, columns), 0, rows)
     return Held(tensor, (part,), over="expert")

@@ -17,5 +17,8 @@ def empty_copy(host: HuggingFaceHost) -> HuggingFaceHost:
         id(param): nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
         for param in host.model.parameters()
     }
+    if host.weights is not None:
+        # Nobody fills a skeleton.
+        memo[id(host.weights)] = None
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in host.model.buffers()}
     return copy.deepcopy(host, memo)

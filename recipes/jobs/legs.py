@@ -14,7 +14,7 @@ from recipes.convert.mixture import open_dense
 from recipes.costs import measure_costs, scheduled_costs, step_model
 from recipes.data.build import TrainData
 from recipes.data.chat_samples import ChatSamples
-from recipes.hosts.huggingface import HuggingFaceHost, load_host
+from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.unfilled import LaterWeights
 from recipes.jobs.base import Session
 from recipes.leg import Leg, LegResult
@@ -54,14 +54,18 @@ class TrainedLeg:
             return True
         gc.collect()
         started = time.time()
+        self._mark("looking for a checkpoint")
         source = self._source()
+        self._mark("making the model")
         leg = self._build(source)
         if leg is None:
             return False
         if source is not None:
             self.session.say(f"{self.name}: going on from {source}")
+            self._mark("loading the checkpoint")
             leg.state |= self.session.loop.resume(leg, source)
         result = self.session.loop.run(leg)
+        self._mark("its results")
         put_training(self.session, self.results, self.name, result.missing)
         self.results.add_time(f"{self.name}_s", time.time() - started)
         if self.session.loop.first_step_time is not None:
@@ -80,6 +84,10 @@ class TrainedLeg:
         self.results.write()
         return result.finished
 
+    def _mark(self, where: str) -> None:
+        """Tells the watch what comes next."""
+        self.session.watch.mark(f"{self.name}: {where}")
+
     def _source(self) -> Path | None:
         """The checkpoint that this leg goes on from."""
         run_dir = self.session.run_dir
@@ -96,10 +104,8 @@ class TrainedLeg:
         return Path(fork)
 
     def _dense(self) -> HuggingFaceHost:
-        """The dense model: without memory where the engine then has each rank read its own part."""
+        """The dense model, without memory: the engine then has each rank read its own part."""
         trust = self.config.trust_remote_code
-        if not self.session.engine.fills_shards:
-            return load_host(self.folder, trust_remote_code=trust)
         return dense_host(open_dense(self.folder, trust_remote_code=trust), trust_remote_code=trust)
 
     def _fit_attention(self) -> None:
@@ -107,8 +113,7 @@ class TrainedLeg:
         if not isinstance(self.data.train, ChatSamples):
             return
         host = self._dense()
-        if host.weights is not None:
-            self.session.engine.hold(host)
+        self.session.engine.hold(host)
         self.data = fit_attention(self.data, host.model, self.session.say)
         del host
         gc.collect()
@@ -175,6 +180,6 @@ class CPTLeg(TrainedLeg):
     def _build(self, source: Path | None) -> Leg:
         self._fit_attention()
         host = self._dense()
-        if source is not None and host.weights is not None:
+        if source is not None:
             host.weights = LaterWeights()
         return self._leg(host, {})

@@ -55,18 +55,13 @@ class MoELeg(TrainedLeg):
         if reason := self._whole_reason():
             if method.aligns_outputs:
                 rule = f"it is measured on models in parts, and {reason}"
-                raise ConfigError.one(
-                    "upcycle.align_outputs", True, rule, "Use engine=native and attention=none."
-                )
+                raise ConfigError.one("upcycle.align_outputs", True, rule, "Set attention=none.")
             self.session.say(f"{self.name}: every rank makes the whole mixture at first: {reason}")
             return self._build_whole(source, statistics)
         return self._build_shards(source, statistics)
 
     def _whole_reason(self) -> str | None:
         """Why no rank can make its part alone; None where each can."""
-        engine = self.session.engine
-        if not engine.fills_shards:
-            return f"the engine {engine.name} takes whole models"
         return None if self.config.attention is None else "experts of attention are made of whole models"
 
     def _build_shards(self, source: Path | None, statistics: LayerTensors) -> Leg:
@@ -77,6 +72,7 @@ class MoELeg(TrainedLeg):
         host, state = mixture_host(plan, backend), {}
         host.schedule = schedule
         if source is None:
+            self._mark("the step-0 gate")
             # Exactness was measured when the run began: a checkpoint's weights need not be made.
             report, host.weights = measure_shards(
                 self.session.engine, plan, self._check_tokens(), backend, schedule
@@ -123,6 +119,7 @@ class MoELeg(TrainedLeg):
             if self.config.attention is not None:
                 swap_attention(host, self.config.attention, self.config.seed)
             return self._mixture_leg(host, {})
+        self._mark("the step-0 gate")
         sources = [self._load(Path(folder).expanduser()) for folder in surgery.method.sources]
         report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
         self.session.say(describe_surgery(report))
@@ -143,12 +140,14 @@ class MoELeg(TrainedLeg):
             return kept_statistics(self.session, source) if method.statistics else {}
         if not method.statistics and self.config.prompts.path is None:
             return {}
+        self._mark("calibration")
         self.session.say(f"{self.name}: every rank loads the whole dense model, to look at text with it")
         host = self._load(self.folder)
         found: LayerTensors | None = {}
         if method.statistics:
             found = Calibration(self.session, host, method, self.data).run()
         known = None if found is None else with_prompt_rows(found, self.config, host)
+        self._mark("making the model")
         del host
         gc.collect()
         return known
@@ -169,10 +168,12 @@ class MoELeg(TrainedLeg):
 
     def _put_dense(self, leg: Leg, result: LegResult) -> None:
         """The row of the dense model that everything is compared with."""
+        self._mark("evaluating the dense model")
         host = self._dense()
         costs = measure_costs(host, self.config.data.seq_len, None)
         trainable = self.session.engine.prepare(host, self.config.optim)
-        loss = validation_loss(self.session.engine, trainable, self.data, self.config.train)
+        engine, watch = self.session.engine, self.session.watch
+        loss = validation_loss(engine, trainable, self.data, self.config.train, watch)
         self.results.put_leg("dense", leg_label("dense"), loss, 0, costs, None)
 
     def _log_backend(self, leg: Leg) -> None:
@@ -187,15 +188,17 @@ class MoELeg(TrainedLeg):
         dtype = _export_dtype(self.config, host)
         if not exporter.is_native:
             session.say(f"export: in Graft's own format, since {'; '.join(refusals)}")
-        export(
-            host, exporter, leg.trainable.full_tensors(), session.run_dir.export, dtype, writes=session.leads
-        )
+        self._mark("the export")
+        tensors, watch = leg.trainable.full_tensors(), session.watch
+        export(host, exporter, tensors, session.run_dir.export, dtype, writes=session.leads, watch=watch)
+        self._mark("checking the export")
         tokens = self._check_tokens()
         logits = leg.trainable.logits(tokens)
         loosest = max((dtype, session.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
         session.on_rank_zero(lambda: carry_template(self.config.data, session.run_dir.export))
+        memory, folder = self.config.export.memory_gib * 2**30, session.run_dir.export
         report = session.on_rank_zero(
-            lambda: verify_export(exporter, session.run_dir.export, tokens, logits, loosest)
+            lambda: verify_export(exporter, folder, tokens, logits, loosest, memory, watch)
         )
         session.say(
             f"export: {report.format} in {report.path}; reloaded, its logits differ by "

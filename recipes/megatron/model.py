@@ -14,12 +14,14 @@ from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.megatron.groups import Layout, Places
 from recipes.megatron.settings import Settings
 from recipes.megatron.shape import GPTShape, read_shape
-from recipes.megatron.slots import Attention, Norm, RouterSlot, SharedSlot, experts_slot
+from recipes.megatron.slots import Attention, Norm, RouterSlot, SharedSlot
 from recipes.megatron.stages import blocks_of_stages, megatron_layout
 
 
 def build_gpt(host: HuggingFaceHost, layout: Layout, places: Places, settings: Settings) -> Any:
     """This rank's stage of a GPT model, its weights not set yet; routers and shared experts are the host's.
+
+    Its ``expert_kind`` tells which of the host's tensors the parameters of its experts are.
 
     Args:
         host: Of one of the families, dense or with mixtures; experts are cut to this rank's already.
@@ -32,9 +34,9 @@ def build_gpt(host: HuggingFaceHost, layout: Layout, places: Places, settings: S
     shape = read_shape(host.config.to_dict())
     config = _transformer_config(host, shape, layout, settings)
     blocks = blocks_of_stages(shape.layers, layout.pipeline)[places.stage]
-    return GPTModel(
+    gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(host, shape, blocks, settings.experts),
+        transformer_layer_spec=_block_spec(host, shape, blocks, settings),
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.max_positions,
         pre_process=places.stage == 0,
@@ -44,6 +46,8 @@ def build_gpt(host: HuggingFaceHost, layout: Layout, places: Places, settings: S
         position_embedding_type="rope",
         rotary_base=shape.theta,
     ).to(settings.device)
+    gpt.expert_kind = settings.kind
+    return gpt
 
 
 def keep_padding(gpt: Any, host: HuggingFaceHost, layout: Layout, places: Places) -> None:
@@ -65,13 +69,16 @@ def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, 
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
 
-    recompute: dict[str, Any] = {}
+    # Each of these needs kernels of APEX or TransformerEngine.
+    fused = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout")
+    more: dict[str, Any] = {f"{name}_fusion": False for name in fused} | {"apply_rope_fusion": False}
     if settings.recomputes:
-        recompute = {
+        more |= {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    more |= _moe_fields(host, shape, layout, settings)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.width,
@@ -102,44 +109,42 @@ def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, 
         # The weights are the host's: drawing others first would only take time.
         perform_initialization=False,
         use_cpu_initialization=settings.device.type == "cpu",
-        # Each of these needs kernels of APEX or TransformerEngine.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        **_moe_fields(host, shape, layout),
-        **recompute,
+        **more,
     )
 
 
-def _moe_fields(host: HuggingFaceHost, shape: GPTShape, layout: Layout) -> dict[str, Any]:
+def _moe_fields(host: HuggingFaceHost, shape: GPTShape, layout: Layout, settings: Settings) -> dict[str, Any]:
     """What the config says of mixtures; routing and balance are our routers'."""
     mixtures = dict(host.moe_layers())
     if not mixtures:
         return {}
     first = next(iter(mixtures.values()))
+    sends = settings.sends.fields(first.router.num_experts, _largest_top_k(host, first))
     return {
         "expert_model_parallel_size": layout.expert,
         "num_moe_experts": first.router.num_experts,
         "moe_layer_freq": [int(i in mixtures) for i in range(shape.layers)],
         "moe_ffn_hidden_size": first.experts.w_down_EDF.shape[-1],
-        "moe_router_topk": first.router.top_k,
         "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
         "moe_shared_expert_intermediate_size": first.shared and first.shared.w_down_DF.shape[-1],
+        **sends,
+        **settings.kind.fields(),
     }
 
 
-def _block_spec(host: HuggingFaceHost, shape: GPTShape, blocks: range, experts: str) -> Any:
+def _largest_top_k(host: HuggingFaceHost, layer: MoELayer) -> int:
+    """That a layer's router is asked for in the course of the run."""
+    of_phases = () if host.schedule is None else host.schedule.top_k
+    return max([layer.router.top_k, *(k for phase in of_phases for k in phase.values())])
+
+
+def _block_spec(host: HuggingFaceHost, shape: GPTShape, blocks: range, settings: Settings) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     mixtures = dict(host.moe_layers())
-    layers = [
-        _layer_spec(shape, _moe_spec(mixtures[i], experts) if i in mixtures else _dense_spec())
-        for i in blocks
-    ]
+    networks = {i: _moe_spec(host, mixtures[i], settings) if i in mixtures else _dense_spec() for i in blocks}
+    layers = [_layer_spec(shape, networks[i]) for i in blocks]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 
 
@@ -177,39 +182,32 @@ def _layer_spec(shape: GPTShape, mlp: Any) -> Any:
 
 
 def _dense_spec() -> Any:
-    from megatron.core.transformer.mlp import MLP
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    return ModuleSpec(module=MLP, submodules=_linear_submodules())
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def _linear_submodules() -> Any:
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.mlp import MLPSubmodules
-
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-
-
-def _moe_spec(layer: MoELayer, experts: str) -> Any:
+def _moe_spec(host: HuggingFaceHost, layer: MoELayer, settings: Settings) -> Any:
     import megatron.core
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-    from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoE
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+    most = settings.sends.most_experts(layer.router.num_experts, _largest_top_k(host, layer))
+
     def make_router(config: Any, pg_collection: Any = None) -> RouterSlot:
         if not config.sequence_parallel:
-            return RouterSlot(layer)
+            return RouterSlot(layer, most=most)
         gather = partial(gather_from_sequence_parallel_region, group=pg_collection.tp)
-        return RouterSlot(layer, pg_collection.tp.size(), pg_collection.tp.rank(), gather)
+        return RouterSlot(layer, pg_collection.tp.size(), pg_collection.tp.rank(), gather, most)
 
     version = tuple(int(part) for part in megatron.core.__version__.split(".")[:3])
-    slot = (
-        experts_slot(layer, version, ModuleSpec)
-        if experts == "graft"
-        else ModuleSpec(module=SequentialMLP, submodules=_linear_submodules())
-    )
     shared = None if layer.shared is None else ModuleSpec(module=SharedSlot, params={"layer": layer})
-    submodules = MoESubmodules(router=make_router, experts=slot, shared_experts=shared)
+    submodules = MoESubmodules(
+        router=make_router, experts=settings.kind.slot(layer, version), shared_experts=shared
+    )
     return ModuleSpec(module=MegatronMoE, submodules=submodules)

@@ -127,14 +127,14 @@ class _Kept:
 
     Attributes:
         main: What it updates, in fp32.
-        state: Of that.
+        optimizer: torch's, that updates it.
         low: First element.
         high: Behind the last.
         sharded: Whether other ranks keep the others.
     """
 
     main: Tensor
-    state: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
     low: int
     high: int
     sharded: bool
@@ -148,12 +148,13 @@ def state_tensors(optimizer: Any, held: Sequence[Held]) -> dict[str, LocalBlocks
     blocks: dict[str, list[LocalShard]] = {}
     for each in held:
         kept = _kept(optimizer, each.tensor) if each.tensor.requires_grad else None
+        state = {} if kept is None else _materialised(kept.optimizer, kept.main)
         for part in each.parts if kept is not None else ():
             assert kept is not None
-            found = {key: list(_blocks(kept, kept.state[key], part)) for key in _STATES}
+            found = {key: list(_blocks(kept, state[key], part)) for key in _STATES}
             if not any(found.values()):
                 continue
-            found["step"] = [LocalShard(kept.state["step"], (), ())]
+            found["step"] = [LocalShard(state["step"], (), ())]
             for key, pieces in found.items():
                 blocks.setdefault(f"optim.{part.name}.{key}", []).extend(pieces)
     return {name: LocalBlocks(pieces[0].global_shape, tuple(pieces)) for name, pieces in blocks.items()}
@@ -199,11 +200,10 @@ def _kept(optimizer: Any, parameter: Tensor) -> _Kept | None:
     for each in optimizer.chained_optimizers:
         main = _main(each, parameter)
         if main is not None:
-            state = _materialised(each.optimizer, main)
             if not hasattr(each, "model_param_group_index_map"):
-                return _Kept(main, state, 0, parameter.numel(), sharded=False)
+                return _Kept(main, each.optimizer, 0, parameter.numel(), sharded=False)
             part = each._get_model_param_range_map(parameter)["param"]
-            return _Kept(main, state, part.start, part.end, sharded=True)
+            return _Kept(main, each.optimizer, part.start, part.end, sharded=True)
     return None
 
 

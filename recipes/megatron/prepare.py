@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-
 from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.hosts.megatron import cut_experts, empty_host, fill, find_parts, host_tensors, mark_parameters
+from recipes.hosts.megatron import (
+    cut_experts,
+    empty_host,
+    find_parts,
+    host_tensors,
+    make_room,
+    mark_parameters,
+)
 from recipes.hosts.skeleton import empty_copy
+from recipes.hosts.unfilled import PresentWeights, drop_memory, stand_in
 from recipes.megatron.groups import Layout, Places
 from recipes.megatron.model import build_gpt, keep_padding
 from recipes.megatron.optimizer import build_adamw, rules_of
@@ -23,7 +29,7 @@ def prepare(
     """Builds the model and its optimizer. Collective.
 
     Args:
-        host: With all of its weights; afterwards names, routers and statistics are left of it.
+        host: Afterwards names, routers and statistics are left of it.
         optim: Of AdamW.
         layout: Of the ranks.
         places: Of this rank.
@@ -32,8 +38,10 @@ def prepare(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     skeleton = empty_copy(host)
+    weights = PresentWeights(host_tensors(host), host.weights)
+    host.weights = None
+    stand_in(host.model, settings.device)
     rules = rules_of(host, optim)
-    weights = host_tensors(host)
     blocks = blocks_of_stages(read_shape(host.config.to_dict()).layers, layout.pipeline)[places.stage]
     own = [layer for index, layer in host.moe_layers() if index in blocks]
     for _, layer in host.moe_layers():
@@ -43,15 +51,17 @@ def prepare(
     for layer in own:
         layer.router.to(settings.device)
         if layer.shared is not None:
-            layer.shared.to(settings.device, settings.dtype)
-        if settings.experts == "graft":
+            make_room(layer.shared, settings.device, settings.dtype)
+        if settings.kind.keeps_ours:
             cut_experts(layer, places, layout, settings.device, settings.dtype)
     gpt = build_gpt(host, layout, places, settings)
     held = find_parts(gpt, host, places, layout)
-    fill(held, weights)
     mark_parameters(held, layout)
     keep_padding(gpt, host, layout, places)
     empty_host(host, [each.tensor for each in held])
+    if settings.distributed:
+        # It gives what it updates other memory, in one piece.
+        drop_memory((p for p in gpt.parameters() if p.requires_grad), settings.device)
     wrapped = DistributedDataParallel(
         gpt.config,
         DistributedDataParallelConfig(
@@ -63,12 +73,11 @@ def prepare(
     )
     for layer in own:
         # Megatron has hung the buffers on the weights just now.
-        layer.experts.adds_to_main_grads = settings.experts == "graft"
+        layer.experts.adds_to_main_grads = settings.kind.keeps_ours
     optimizer = build_adamw(wrapped, held, rules, optim, settings)
     trainable = MegatronTrainable(
         host, skeleton, wrapped, optimizer, rules, optim, layout, places, settings.device
     )
-    if settings.dtype != torch.float32:
-        # The optimizer has made its fp32 weights of rounded ones.
-        trainable.take(weights)
+    # Now that everything lies where it stays.
+    trainable.take(weights)
     return trainable

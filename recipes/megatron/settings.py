@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+
+from recipes.megatron.dispatchers import Dispatcher, dispatchers
+from recipes.megatron.expert_kinds import ExpertKind, expert_kinds
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,25 @@ class Settings:
     Attributes:
         device: Where this rank computes.
         dtype: Of parameters but routers', which are fp32; where it is lower the optimizer keeps fp32 weights.
-        experts: ``graft`` for the host's own, ``megatron`` for Megatron's, one after the other.
+        experts: Name of a kind of experts.
+        dispatcher: Name of what sends tokens to their experts.
         distributed: Whether each data-parallel rank keeps the optimizer's state of a part alone.
         recomputes: Whether a block's activations are computed again in backward.
     """
 
     device: torch.device
     dtype: torch.dtype
-    experts: Literal["graft", "megatron"]
+    experts: str
+    dispatcher: str
     distributed: bool
     recomputes: bool
+
+    @property
+    def kind(self) -> ExpertKind:
+        """Of the experts."""
+        return expert_kinds()[self.experts]()
+
+    @property
+    def sends(self) -> Dispatcher:
+        """What sends tokens."""
+        return dispatchers()[self.dispatcher]

@@ -9,7 +9,7 @@ values, C width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kernels.plan import make_plan
 from moe.balance import attach_loss
 from moe.dispatch.base import Dispatched
+from moe.errors import ConfigError
 from moe.layer import MoELayer
 from moe.types import LayerContext, Routing
 
@@ -54,10 +55,16 @@ class RouterSlot(nn.Module):
         router: The router of the host's layer, itself.
         ranks: Over how many ranks sequences are cut.
         rank: Which of these this is.
+        most: How many experts of a token the dispatcher can send it to; None for all.
     """
 
     def __init__(
-        self, layer: MoELayer, ranks: int = 1, rank: int = 0, gather: Callable[[Tensor], Tensor] | None = None
+        self,
+        layer: MoELayer,
+        ranks: int = 1,
+        rank: int = 0,
+        gather: Callable[[Tensor], Tensor] | None = None,
+        most: int | None = None,
     ) -> None:
         """Takes over the router of a layer.
 
@@ -67,10 +74,11 @@ class RouterSlot(nn.Module):
             rank: Which of these this is.
             gather: Puts the parts of all of them one behind the other, and in backward sums what each has
                 found of a part; not called where they are whole.
+            most: How many experts of a token the dispatcher can send it to; None for all.
         """
         super().__init__()
         self.router = layer.router
-        self.ranks, self.rank = ranks, rank
+        self.ranks, self.rank, self.most = ranks, rank, most
         self._gather = gather
         self._context: LayerContext = layer.context
         self._stats = layer.stats
@@ -89,6 +97,7 @@ class RouterSlot(nn.Module):
         # Our routers see tokens sample by sample, as ids and masks of the context are.
         x_TD = hidden_SBD.transpose(0, 1).reshape(B * S, D)
         routing = self.router(x_TD, self._context)
+        self._require_few(routing)
         probs_TE, map_TE = as_map(routing)
         run = self._context.run
         if self.training:
@@ -97,6 +106,15 @@ class RouterSlot(nn.Module):
                 probs_TE = attach_loss(probs_TE, loss, run.loss_scale / self.ranks)
             self._stats.record(run.micro_batch, routing, self._context.token_mask_T(B * S))
         return self._own(probs_TE, B), self._own(map_TE, B)
+
+    def _require_few(self, routing: Routing) -> None:
+        """Refuses a routing that names more experts a token than can be sent to; waits for no device."""
+        slots = routing.expert_ids_TK.shape[1]
+        if self.most is not None and slots > self.most:
+            name = self.router.name
+            rule = f"it sends a token to {self.most} experts at most, and router={name} named {slots}"
+            remedy = "Set engine.dispatcher=alltoall."
+            raise ConfigError.one("engine.dispatcher", "deepep", rule, remedy)
 
     def _own(self, values_TE: Tensor, samples: int) -> Tensor:
         """This rank's tokens, in Megatron's order: position by position instead of sample by sample."""
@@ -150,9 +168,29 @@ def experts_slot(layer: MoELayer, version: tuple[int, ...], make_spec: Any) -> A
         version: Of megatron-core, as in ``(0, 16, 1)``.
         make_spec: Its ``ModuleSpec``; used before 0.17, whose slot takes a spec instead of a callable.
     """
+    return slot_of(ExpertsSlot, version, make_spec, {"layer": layer})
+
+
+def slot_of(
+    module: type,
+    version: tuple[int, ...],
+    make_spec: Any,
+    given: Mapping[str, Any],
+    submodules: Any = None,
+) -> Any:
+    """What to put into ``MoESubmodules.experts`` so that a class is built.
+
+    Args:
+        module: The class.
+        version: Of megatron-core, as in ``(0, 16, 1)``.
+        make_spec: Its ``ModuleSpec``; used before 0.17, whose slot takes a spec instead of a callable.
+        given: Parameters that Megatron does not give.
+        submodules: Of Megatron's own classes.
+    """
+    within = {} if submodules is None else {"submodules": submodules}
     if version[:2] >= _BUILDERS_SINCE:
-        return partial(ExpertsSlot, layer=layer)
-    return make_spec(module=ExpertsSlot, params={"layer": layer})
+        return partial(module, **given, **within)
+    return make_spec(module=module, params=dict(given), **within)
 
 
 class SharedSlot(nn.Module):

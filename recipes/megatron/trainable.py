@@ -17,7 +17,8 @@ from recipes.checkpoint import LocalBlocks
 from recipes.data.samples import Marks
 from recipes.engines.base import MicroBatch, Trainable, may_update
 from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.hosts.megatron import Blocks, Held, box, find_parts, gathered, host_tensors, live_blocks
+from recipes.hosts.megatron import Blocks, Held, find_parts, gathered, host_tensors, live_blocks, placed
+from recipes.hosts.unfilled import WeightSource
 from recipes.megatron.groups import Layout, Places
 from recipes.megatron.optimizer import (
     Rule,
@@ -202,11 +203,12 @@ class MegatronTrainable(Trainable):
         return any(each.tensor.dtype == torch.bfloat16 for each in self.held)
 
     def _blocks(self) -> dict[str, Blocks]:
-        """The fp32 weights, by the host's names."""
+        """The weights, by the host's names: in fp32, but for those that do not train and are kept once."""
         held = self.held
-        low = [each for each in held if each.tensor.dtype == torch.bfloat16]
-        high = [each for each in held if each.tensor.dtype != torch.bfloat16]
-        return live_blocks(high) | master_blocks(self.optimizer, low)
+        low = [x for x in held if x.tensor.dtype == torch.bfloat16 and x.tensor.requires_grad]
+        kept = {id(each) for each in low}
+        live = [each for each in held if id(each) not in kept]
+        return live_blocks(live) | master_blocks(self.optimizer, low)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Trainable.full_tensors`."""
@@ -214,11 +216,13 @@ class MegatronTrainable(Trainable):
         return gathered(self._blocks(), self.places, names, self.device)
 
     @torch.no_grad()
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies weights of the host into those that are trained. Collective."""
-        for name, own in self._blocks().items():
-            for shard in own.shards:
-                shard.tensor.copy_(box(tensors[name], shard.offset, shard.tensor.shape))
+    def take(self, weights: WeightSource) -> None:
+        """Fills the weights that are trained, in fp32 whatever the model computes in.
+
+        Args:
+            weights: Of everything that the host has, under its names.
+        """
+        weights.fill(placed(self._blocks()))
         self._may_be_stale = self._keeps_masters
 
 

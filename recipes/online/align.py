@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from recipes.checkpoint.layout import place
+from recipes.checkpoint.layout import Placed, place
 from recipes.hosts.huggingface import HuggingFaceHost
 
 
@@ -38,14 +38,24 @@ def scale_outputs(host: HuggingFaceHost, gains: Mapping[int, Tensor]) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     for index, layer in host.moe_layers():
-        gain_D = gains[index]
         for name, parameter in layer.named_parameters():
-            leaf = name.rpartition(".")[2]
-            if not leaf.startswith(("w_down", "b_down")):
-                continue
-            axis = leaf.rpartition("_")[2].index("D")
-            for piece in place(name, parameter).pieces:
-                start, size = piece.box.offset[axis], piece.box.size[axis]
-                shape = [1] * piece.tensor.ndim
-                shape[axis] = size
-                piece.tensor.mul_(gain_D[start : start + size].view(shape).to(piece.tensor))
+            scale_down(name, place(name, parameter), gains[index])
+
+
+def scale_down(name: str, held: Placed, gain_D: Tensor) -> None:
+    """Multiplies what a rank holds of a down projection, or its bias; leaves what is neither.
+
+    Args:
+        name: Of the tensor; its last letters are its axes.
+        held: What of it is held.
+        gain_D: ``[D]`` of all channels.
+    """
+    leaf = name.rpartition(".")[2]
+    if not leaf.startswith(("w_down", "b_down")):
+        return
+    axis = leaf.rpartition("_")[2].index("D")
+    for piece in held.pieces:
+        start, size = piece.box.offset[axis], piece.box.size[axis]
+        shape = [1] * piece.tensor.ndim
+        shape[axis] = size
+        piece.tensor.mul_(gain_D[start : start + size].view(shape).to(piece.tensor))

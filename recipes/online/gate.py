@@ -22,10 +22,10 @@ from recipes.hosts.ffn import dense_ffn
 from recipes.hosts.ffn_names import FFNNames
 from recipes.hosts.huggingface import HuggingFaceHost, SurgeryReport
 from recipes.hosts.loads import load_entropies
-from recipes.hosts.unfilled import TakenWeights
+from recipes.hosts.unfilled import TakenWeights, WeightSource
 from recipes.online.align import output_gain, scale_outputs
 from recipes.online.hosts import dense_host, mixture_host
-from recipes.online.weights import read_network
+from recipes.online.weights import MadeWeights, read_network
 
 
 @torch.no_grad()
@@ -35,27 +35,44 @@ def measure_shards(
     tokens_BS: Tensor,
     backend: str = "auto",
     schedule: TopKSchedule | None = None,
-) -> tuple[SurgeryReport, TakenWeights]:
+) -> tuple[SurgeryReport, WeightSource]:
     """Makes the mixture and measures whether it still computes the same. All ranks call it together.
 
     The dense model is spread over the ranks in fp32, looked at and freed, then the mixture. Each layer's
-    dense network is read once more, whole, while its mixture is compared with it.
+    dense network is read once more, whole, while its mixture is compared with it. Engines that train a model
+    as they hold it are given what was measured; for others it is freed, and made once more from the plan.
 
     Args:
-        engine: Fills shards.
+        engine: Of the ranks.
         plan: Of the mixture.
         tokens_BS: ``[B, S]`` real tokens, the same on all ranks.
         backend: Of the experts.
         schedule: Of the experts a token uses.
 
     Returns:
-        The report, and the weights that were made, for `mixture_host` of the same plan.
+        The report, and the weights that were measured, for `mixture_host` of the same plan.
 
     Raises:
         ExactnessError: The method claims to be exact under this router and is not.
     """
+    assert plan.model is not None, "what comes from a checkpoint is not measured"
+    report, gains, host = _measured(engine, plan, tokens_BS, backend, schedule)
+    if not engine.trains_as_held:
+        # FSDP2's modules hold one another: without this they would be there while the rest is made.
+        del host
+        gc.collect()
+        return report, MadeWeights(plan.model, plan, gains)
+    if gains is not None:
+        scale_outputs(host, gains)
+    return report, TakenWeights(host.model)
+
+
+def _measured(
+    engine: Engine[Any], plan: MixturePlan, tokens_BS: Tensor, backend: str, schedule: TopKSchedule | None
+) -> tuple[SurgeryReport, dict[int, Tensor] | None, HuggingFaceHost]:
+    """The report, the gains of the layers' outputs where they are asked for, and the mixture without them."""
     model = plan.model
-    assert model is not None, "what comes from a checkpoint is not measured"
+    assert model is not None, plan
     tokens_BS = tokens_BS.to(engine.device)
     dense_logits = _logits(engine, dense_host(model, **_trust(plan)), tokens_BS)
     gc.collect()
@@ -67,15 +84,13 @@ def measure_shards(
     with _measuring(layers, plan, drifts, gains), load_entropies(layers) as loads:
         moe_logits = _logits(engine, host, tokens_BS)
     model.close()
-    if gains is not None:
-        scale_outputs(host, gains)
     logits = logit_drift(dense_logits, moe_logits)
     method = plan.method
     if plan.claims_exact:
         require_exact(method.name, logits, drifts, moe_logits.dtype)
     indices = tuple(ffn.layer for ffn in plan.ffns)
     report = SurgeryReport(method.name, indices, plan.claims_exact, logits, tuple(drifts), tuple(loads))
-    return report, TakenWeights(host.model)
+    return report, gains, host
 
 
 def _trust(plan: MixturePlan) -> dict[str, bool]:

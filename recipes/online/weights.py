@@ -8,23 +8,24 @@ Letters: D model width, E experts, F width of the dense network or of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.upcycle.build import DenseMatrix, expert_bias, expert_rows
 from moe.upcycle.plan import Draws, ExpertPlan, Matrix
 from moe.upcycle.weights import FFNWeights
-from recipes.checkpoint.layout import Box, Piece, Placed, place
+from recipes.checkpoint.layout import Box, Piece, Placed
 from recipes.convert.dense import DenseFiles
 from recipes.convert.mixture import MixturePlan, StoredModel
 from recipes.convert.plan import ExpertWork, expert_work
 from recipes.hosts.ffn_names import FFNNames, MatrixName
 from recipes.hosts.live_tensors import LiveNames, LivePiece
-from recipes.hosts.unfilled import WeightSource, allocate, persistent_buffers
+from recipes.hosts.unfilled import WeightSource
+from recipes.online.align import scale_down
 
 # Elements that are read of a tensor at a time: 16 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 22
@@ -80,26 +81,32 @@ class _Target:
 class MadeWeights(WeightSource):
     """What a dense model holds, or a mixture that is made of it, read and made piece by piece."""
 
-    def __init__(self, model: StoredModel, mixture: MixturePlan | None = None) -> None:
+    def __init__(
+        self,
+        model: StoredModel,
+        mixture: MixturePlan | None = None,
+        gains: Mapping[int, Tensor] | None = None,
+    ) -> None:
         """Reads nothing yet.
 
         Args:
             model: The dense checkpoints.
             mixture: What becomes of them; None for the dense model itself.
+            gains: What the down projections of mixtures are multiplied by, see `scale_down`, by block.
         """
         self._model = model
         self._mixture = mixture
+        self._gains = gains
         self._averaged = (0,) if mixture is None else mixture.method.averaged
 
+    @property
+    def buffers(self) -> Collection[str]:
+        """See `WeightSource.buffers`."""
+        return self._model.names.state
+
     @torch.no_grad()
-    def give(self, model: nn.Module, device: torch.device) -> None:
-        """See `WeightSource.give`."""
-        empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
-        allocate(model, lambda name, parameter: torch.empty_like(parameter, device=device))
-        wanted = {name: parameter for name, parameter in model.named_parameters() if name in empty}
-        stored = self._model.names.state
-        wanted |= {name: buffer for name, buffer in persistent_buffers(model) if name in stored}
-        held = {name: place(name, tensor) for name, tensor in wanted.items()}
+    def fill(self, held: Mapping[str, Placed]) -> None:
+        """See `WeightSource.fill`."""
         try:
             filled = self._keep(held) + self._make(held)
         finally:
@@ -149,7 +156,16 @@ class MadeWeights(WeightSource):
                 self._make_biases(work, mine)
             elif mine:
                 self._make_matrices(work, mine, Draws(mixture.request.seed, work.ffn.layer))
+        self._scale(mixture, held)
         return sum(target.view.numel() for found in targets.values() for target in found)
+
+    def _scale(self, mixture: MixturePlan, held: Mapping[str, Placed]) -> None:
+        if self._gains is None:
+            return
+        live = LiveNames(mixture.spec)
+        for name, placed in held.items():
+            if parts := live.pieces(name):
+                scale_down(name, placed, self._gains[parts[0].piece.layer])
 
     def _make_matrices(self, work: ExpertWork, targets: list[_Target], draws: Draws) -> None:
         F, D = work.ffn.shape.width, work.ffn.shape.model_width

@@ -55,7 +55,7 @@ def spread_experts(host: HuggingFaceHost, ranks: int) -> Spread:
     """Leaves each rank its slice of every layer's experts, and lets the tokens travel. Collective.
 
     Args:
-        host: With the same weights on all ranks.
+        host: Whose parameters have no memory yet.
         ranks: Over how many; a divisor of the number of experts and of all ranks.
     """
     if ranks == 1:
@@ -68,20 +68,18 @@ def spread_experts(host: HuggingFaceHost, ranks: int) -> Spread:
     rank: int = groups._get_expert_parallel_rank(name)
     counts = {}
     for site, layer in moe_layers(host.model):
-        found = _take_slice(layer.experts, rank, ranks, name)
+        found = _take_slice(layer.experts, ranks, name)
         counts |= {f"{site}.experts.{key}": count for key, count in found.items()}
         layer.send_by(AllToAllDispatcher(layer.router.num_experts, group))
     return Spread(ranks, name, group, counts, rank)
 
 
-@torch.no_grad()
-def _take_slice(experts: Experts, rank: int, ranks: int, group_name: str) -> dict[str, int]:
+def _take_slice(experts: Experts, ranks: int, group_name: str) -> dict[str, int]:
     counts = {}
     experts.ranks = ranks
     for name, whole in list(experts.named_parameters()):
         counts[name], held = len(whole), len(whole) // ranks
-        # A copy: a view would keep the other ranks' experts in memory.
-        part: Any = nn.Parameter(whole[rank * held : (rank + 1) * held].clone(), whole.requires_grad)
+        part: Any = nn.Parameter(whole.data[:held], whole.requires_grad)
         part.allreduce, part.group_name = False, group_name
         # By these ZeRO-3 cuts a slice over the ranks that hold the same one, and no others.
         part.ds_zero_placement_family = "autoep_expert"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -12,10 +14,13 @@ import torch
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_modules_by_name
 
 from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.hosts.unfilled import has_memory, without_memory
 from recipes.optim import OptimizerSet
 from recipes.zero.experts import EXPERT_GROUPS, Spread
 
@@ -29,6 +34,9 @@ class MixtureEngine(DeepSpeedEngine):
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         super()._configure_distributed_model(model)
         self.has_moe_layers = any(is_moe_param(param) for param in model.parameters())
+
+    def _broadcast_model(self) -> None:
+        """There is nothing to send yet."""
 
     def _validate_zero3_moe_compatibility(self) -> None:
         """Our experts are placed as DeepSpeed's automatic expert parallelism places its own."""
@@ -57,10 +65,10 @@ def leave() -> None:
 def wrap(
     host: HuggingFaceHost, optimizer: OptimizerSet, told: dict[str, Any], spread: Spread
 ) -> MixtureEngine:
-    """Wraps a host whose experts are spread already.
+    """Wraps a host whose experts are spread already, and gives this rank's part of it memory.
 
     Args:
-        host: It is changed.
+        host: Whose parameters have no memory; they are given some, which is not filled.
         optimizer: Of its parameters; one torch optimizer, which ZeRO gives its partitions to.
         told: From `recipes.zero.settings.settings`.
         spread: From `recipes.zero.experts.spread_experts`.
@@ -73,13 +81,88 @@ def wrap(
                 # While DeepSpeed looks, a group of experts is called like the ranks that share them.
                 group |= {"moe": True, "name": spread.name}
     _make_leaves(host)
-    wrapped = MixtureEngine(
-        args=None, model=host.model, optimizer=inner, config=told, config_class=DeepSpeedConfig(told)
-    )
+    with _without_copies():
+        wrapped = MixtureEngine(
+            args=None, model=host.model, optimizer=inner, config=told, config_class=DeepSpeedConfig(told)
+        )
     for group, name in zip(inner.param_groups, names, strict=True):
         group["name"] = name
+    _give_memory(wrapped.optimizer, host.model)
     _share_weights(wrapped.optimizer)
     return wrapped
+
+
+@contextlib.contextmanager
+def _without_copies() -> Iterator[None]:
+    """While open, DeepSpeed lays out parameters that have no memory, and neither copies nor sends them."""
+    replaced = [
+        (DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", _flat_without_memory),
+        (DeepSpeedZeroOptimizer, "initialize_optimizer_states", _nothing),
+        (deepspeed.zero.Init, "_zero_init_param", _cut_alone),
+        (deepspeed.zero.Init, "_all_gather", _gather_nothing),
+        (DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", _share_at_once),
+        (DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", _nothing),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in replaced]
+    try:
+        for owner, name, instead in replaced:
+            setattr(owner, name, instead)
+        yield
+    finally:
+        for (owner, name, _), was in zip(replaced, before, strict=True):
+            setattr(owner, name, was)
+
+
+def _flat_without_memory(
+    zero: Any,
+    tensors: Sequence[Any],
+    alignment: int,
+    use_cpu_data: bool = False,
+    param_padding: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """What ZeRO-1 and ZeRO-2 lay the parameters of a group into, in the place of their copies."""
+    sizes = [(tensor.cpu_data if use_cpu_data else tensor).numel() for tensor in tensors]
+    numel = sum(sizes) + sum(param_padding or ())
+    return without_memory([numel + -numel % alignment], tensors[0].dtype, zero.device)
+
+
+def _cut_alone(init: Any, param: Any) -> None:
+    """Cuts a parameter as ZeRO-3 does, and sends no rank what another has of it."""
+    init._convert_to_deepspeed_param(param)
+    param.partition()
+
+
+def _gather_nothing(init: Any, params: Sequence[Any], async_op: bool = False, hierarchy: Any = None) -> None:
+    """ZeRO-3 hangs hooks on parameters while they are whole; their shapes are enough for that."""
+    for param in params:
+        param.data = without_memory(param.ds_shape, param.dtype, init.local_device)
+        param.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def _share_at_once(zero: Any, create: Any = DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions) -> None:
+    """Has ZeRO-3 update weights in fp32 as they are: it takes the name of their device for another one."""
+    zero.device = torch.device(zero.device)
+    create(zero)
+
+
+def _nothing(zero: Any) -> None:
+    """Gradients of zeros are there for optimizers alone that make their state when they are built."""
+
+
+def _give_memory(zero: Any, model: torch.nn.Module) -> None:
+    """Gives what DeepSpeed has laid out without memory, its own."""
+    flats = getattr(zero, "bit16_groups_flat", ())
+    for i in range(len(flats)):
+        # ZeRO-1 and ZeRO-2 have copied what there is nothing of.
+        zero.single_partition_of_fp32_groups[i].untyped_storage().resize_(0)
+    for i, flat in enumerate(flats):
+        whole = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
+        zero.bit16_groups_flat[i] = whole
+        zero.parallel_partitioned_bit16_groups[i] = zero.get_data_parallel_partitions(whole, i)
+        zero._update_model_bit16_weights(i)
+    for parameter in model.parameters():
+        if not has_memory(parameter):
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _make_leaves(host: HuggingFaceHost) -> None:
@@ -105,6 +188,8 @@ def _share_weights(zero: Any) -> None:
         for i, master in enumerate(zero.single_partition_of_fp32_groups):
             rank = torch.distributed.get_rank(zero.real_dp_process_group[i])
             master.data = zero.parallel_partitioned_bit16_groups[i][rank].data
+        # Else each parameter would hold on to the copy.
+        zero._link_all_hp_params()
     elif hasattr(zero, "fp32_partitioned_groups_flat"):
         for master, part in zip(
             zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True

@@ -55,10 +55,10 @@ TRAINED: dict[Layout, tuple[str, ...]] = {
     Layout(2, 2): NAMES[1:],
     Layout(4, 2): ("fsdp_recomputing", "two_experts"),
     Layout(4, 4): ("fsdp_recomputing",),
-    Layout(2, replicas=2): ("clipped",),
+    Layout(2, replicas=2): ("clipped", "lora"),
     Layout(4, replicas=2): ("fsdp_recomputing",),
     Layout(4, 2, replicas=2): ("muon",),
-    Layout(2, heads=2): ("fsdp", "clipped", "muon", "bf16"),
+    Layout(2, heads=2): ("fsdp", "clipped", "muon", "lora", "bf16"),
     Layout(4, 2, heads=2): ("fsdp_recomputing",),
     Layout(4, 2, replicas=2, heads=2): ("adamw",),
 }

@@ -1,8 +1,4 @@
-"""Trains tiny mixtures under megatron-core and under the native engine, in one process for all of them.
-
-A layout is ``(ranks, tensor_parallel, expert_parallel)``, and where there are several stages their number as
-well; the native engine's has 0 in the middle.
-"""
+"""Trains tiny mixtures under megatron-core and under the native engine, in one process for all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,8 +24,7 @@ from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
 from recipes.hosts.megatron import Held, gathered, live_blocks, whereabouts
 from recipes.interrupt import StopRequest
 from recipes.loop import Loop
-from recipes.lr_schedule import ScheduleConfig
-from recipes.optim import FrozenConfig, OptimConfig
+from recipes.megatron.expert_kinds import expert_kinds
 from tests.conftest import random_model
 from tests.engines import engine_cases
 from tests.engines.engine_cases import (
@@ -45,88 +40,20 @@ from tests.engines.engine_cases import (
     open_engine,
 )
 from tests.engines.engine_cases import tokens as samples
-from tests.engines.megatron_probes import probe
-
-Layout: TypeAlias = tuple[int, ...]
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    # A rope base and an epsilon of its own, so that neither is a default that happens to be right.
-    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3},
-    "mistral": {"sliding_window": 24, "head_dim": 16},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"num_key_value_heads": 4},
-}
-_CONSTANT = ScheduleConfig("constant", warmup_steps=0)
-# Frozen experts, two learning rates, decay, a clip that bites, in two micro-batches. With a small eps the
-# sign of what rounding leaves of a gradient of 0 would decide where a weight goes, on the native engine too.
-RICH = OptimConfig(
-    lr=3e-3, eps=1e-3, router_lr_scale=2.0, clip_norm=0.5, frozen=FrozenConfig(steps=1), schedule=_CONSTANT
+from tests.engines.megatron_case_list import (
+    CASES,
+    FAMILIES,
+    MEGATRON_ALONE,
+    READS,
+    SAME,
+    SAVED,
+    TRAINED,
+    Layout,
+    Stages,
 )
-_RECOMPUTE: dict[str, Any] = {"activation_checkpointing": True}
-_PLAIN: dict[str, Any] = {"distributed_optimizer": False}
-_THEIRS: dict[str, Any] = {"experts": "megatron"}
-
-
-@dataclass(frozen=True)
-class Stages(Case):
-    """A case whose routers have a state that changes between steps.
-
-    Attributes:
-        layers: Blocks that are mixtures.
-    """
-
-    layers: str = "all"
-
-
-CASES: dict[str, Case] = {
-    "plain": Case(micro=4),
-    "rich": Case(micro=4, optim=RICH, steps=4, engine=_RECOMPUTE),
-    "theirs": Case(micro=4, engine=_THEIRS),
-    "replicated": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN),
-    "replicated_theirs": Case(micro=4, engine=_PLAIN | _THEIRS),
-    "dead_experts": Case(router_weights="equal", steps=1),
-    "tied": Case(family="qwen2", model={"tie_word_embeddings": True}),
-    "norms": Case(family="qwen3", optim=RICH, steps=2),
-    # Blocks that do not divide over stages, a state of the routers, an embedding in the first and last stage,
-    # and so many micro-batches that recomputation in one comes after forward passes of the next.
-    "deep": Stages(
-        family="qwen2",
-        model={"num_hidden_layers": 5, "tie_word_embeddings": True},
-        micro=2,
-        engine=_RECOMPUTE,
-    ),
-    # Mixtures in the last block alone.
-    "half": Stages(layers="last:1", engine=_THEIRS, micro=4, optim=RICH, steps=2),
-    "fp32": Case(steps=2),
-    "lora": Case(micro=4, optim=RICH, steps=3, lora=4),
-    "bf16": Case(engine={"precision": "bf16"}, steps=2),
-    "bf16_replicated": Case(engine={"precision": "bf16"} | _PLAIN | _THEIRS, steps=2),
-    "long": Case(optim=replace(SGD, lr=0.1), steps=50, eval_samples=4),
-}
-_BF16 = ("bf16", "bf16_replicated")
-TRAINED: dict[Layout, tuple[str, ...]] = {
-    (1, 1, 1): ("plain", "rich", "replicated_theirs", "dead_experts", *_BF16, "tied", "norms"),
-    (2, 1, 1): ("plain", "rich", "replicated"),
-    (2, 1, 2): ("rich", "theirs", "lora", "replicated", "replicated_theirs", "dead_experts", *_BF16, "long"),
-    (2, 2, 1): ("rich", "replicated", "bf16", "tied", "norms", "long"),
-    (2, 2, 2): ("rich", "replicated_theirs", "lora"),
-    (4, 2, 2): ("rich", "replicated_theirs"),
-    (2, 1, 1, 2): ("rich", "fp32", "deep", "replicated_theirs", "bf16", "long"),
-    # Whose first rank keeps frozen weights alone.
-    (4, 1, 1, 2): ("rich", "replicated_theirs"),
-    (4, 1, 2, 2): ("deep", "half", "replicated_theirs"),
-    (4, 2, 2, 2): ("deep",),
-    (4, 1, 1, 4): ("deep",),
-}
-# After these many steps a checkpoint is written, and one more step is done.
-SAVED = 2
-# Who writes, and who goes on from it; two ranks before one and four.
-READS: dict[Layout, tuple[Layout, ...]] = {
-    (2, 0, 1): ((2, 1, 2), (2, 2, 1), (1, 1, 1), (4, 2, 2), (2, 1, 1, 2)),
-    (2, 1, 2): ((2, 0, 2), (2, 2, 2), (1, 0, 1)),
-    (2, 2, 1): ((2, 0, 1), (2, 1, 1), (4, 2, 2)),
-    (2, 1, 1, 2): ((1, 1, 1), (2, 0, 1), (4, 1, 2, 2)),
-}
+from tests.engines.megatron_ends import TroubleError, came_before, classes, comes_late, comes_never, say_gone
+from tests.engines.megatron_probes import probe
+from tests.engines.megatron_stand_ins import standing_in
 
 
 @dataclass
@@ -142,6 +69,11 @@ class Found:
             the host's.
         returned: The same, which tensors did not come back as they went in.
         probed: See `probe`.
+        crossed: Weights behind a checkpoint that TransformerEngine's experts wrote, trained on by them and
+            by ours.
+        left: Whether a rank that left a layout early waited for one that came late, and all was freed.
+        given_up: Whether a rank that left in trouble did not wait for others.
+        built: By case, the classes of a layer's experts, of their first matrices and of what sends to them.
     """
 
     trained: dict[Layout, dict[str, Outcome]] = field(default_factory=dict)
@@ -151,6 +83,10 @@ class Found:
     drift: dict[tuple[str, str], float] = field(default_factory=dict)
     returned: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     probed: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    crossed: list[dict[str, Tensor]] = field(default_factory=list)
+    left: bool = False
+    given_up: bool = False
+    built: dict[str, list[str]] = field(default_factory=dict)
 
 
 def work(rank: int, world_size: int, folder: str) -> Found:
@@ -158,7 +94,8 @@ def work(rank: int, world_size: int, folder: str) -> Found:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     found = Found()
     if world_size == 1:
-        found.trained[1, 0, 1] = {name: train(case, (1, 0, 1)) for name, case in CASES.items()}
+        own = {name: case for name, case in CASES.items() if name not in SAME}
+        found.trained[1, 0, 1] = {name: train(case, (1, 0, 1)) for name, case in own.items()}
     for layout, names in TRAINED.items():
         if layout[0] == world_size:
             found.trained[layout] = {name: train(CASES[name], layout) for name in names}
@@ -179,6 +116,20 @@ def work(rank: int, world_size: int, folder: str) -> Found:
             _compare(found, family, whose, layout)
     if world_size == 2:
         _compare(found, "qwen2", "stages", (2, 1, 1, 2))
+        _compare(found, "qwen3", "te", layout)
+        place = Path(folder) / "te"
+        found.built = {name: _run(classes, CASES[name], layout) for name in ("te", "deepep", "hybridep_te")}
+        found.crossed = [
+            _run(_write, CASES["te"], layout, place),
+            _run(_read, CASES["plain"], layout, place, layout),
+        ]
+        late, sign = CASES["deepep"], Path(folder) / "sign"
+        found.left = _run(comes_late, late, layout, _step, sign) and came_before(sign)
+        try:
+            _run(comes_never, CASES["plain"], layout, sign)
+        except TroubleError as error:
+            say_gone(rank, sign)
+            found.given_up = error.args[0]
     return found
 
 
@@ -205,7 +156,7 @@ def _run(do: Callable[..., Any], case: Case, layout: Layout, *more: Any) -> Any:
     ranks, cut, spread, stages = (*layout, 1)[:4]
     assert ranks == dist.get_world_size()
     if cut == 0:
-        native = {key: value for key, value in case.engine.items() if key not in _PLAIN | _THEIRS}
+        native = {key: value for key, value in case.engine.items() if key not in MEGATRON_ALONE}
         engine: Any = open_engine(**native, expert_parallel=spread)
         return do(engine, engine.prepare(_host(case), case.optim), *more)
     config: Any = {"device": "cpu", "threads": 1, "tensor_parallel": cut, "expert_parallel": spread}
@@ -213,10 +164,11 @@ def _run(do: Callable[..., Any], case: Case, layout: Layout, *more: Any) -> Any:
     engine = MegatronEngine(MegatronConfig(**config | case.engine))
     with patch("torch.distributed.init_process_group"):
         engine.open()
-    try:
-        return do(engine, engine.prepare(_host(case), case.optim), *more)
-    finally:
-        engine.leave()
+    with standing_in(case.engine):
+        try:
+            return do(engine, engine.prepare(_host(case), case.optim), *more)
+        finally:
+            engine.leave()
 
 
 def train(case: Case, layout: Layout) -> Outcome:
@@ -336,11 +288,13 @@ def _compare(found: Found, family: str, whose: str, layout: Layout) -> None:
     tensors = {name: p.detach().clone() for name, p in host.model.named_parameters()}
     _, cut, spread, stages = (*layout, 1)[:4]
     config: Any = {"tensor_parallel": cut, "expert_parallel": spread, "pipeline_parallel": stages}
-    config |= {"device": "cpu", "threads": 1, "experts": "megatron" if whose == "megatron" else "graft"}
+    experts = whose if whose in expert_kinds() else "graft"
+    config |= {"device": "cpu", "threads": 1, "experts": experts}
     engine = MegatronEngine(MegatronConfig(**config))
     with patch("torch.distributed.init_process_group"):
         engine.open()
-    trainable = engine.prepare(host, SGD)
+    with standing_in(config):
+        trainable = engine.prepare(host, SGD)
     found.drift[family, whose] = float((trainable.logits(ids) - wanted).abs().max() / wanted.abs().max())
     back = dict(trainable.full_tensors())
     odd = [name for name in tensors.keys() & back.keys() if not torch.equal(tensors[name], back[name])]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from moe.dispatch.local import LocalDispatcher
+from moe.errors import ConfigError
 from moe.layer import MoELayer
 from moe.routers import RouterConfig, router_classes
 from moe.routers.avg_k import AvgKConfig
@@ -23,7 +24,15 @@ from moe.types import LayerContext, RouterContext, Routing
 from recipes.compose import compose_config
 from recipes.engines.megatron import MegatronConfig, MegatronEngine
 from recipes.megatron.shape import family_mistakes, read_shape, split_mistakes
-from recipes.megatron.slots import Attention, ExpertsSlot, RouterSlot, SharedSlot, as_map, experts_slot
+from recipes.megatron.slots import (
+    Attention,
+    ExpertsSlot,
+    RouterSlot,
+    SharedSlot,
+    as_map,
+    experts_slot,
+    slot_of,
+)
 from recipes.megatron.stages import blocks_of_stages, megatron_layout
 from recipes.optim import OptimConfig
 from recipes.schema import parse_config
@@ -114,6 +123,10 @@ def test_every_router_goes_through_or_is_refused(config: RouterConfig) -> None:
         found = found + SharedSlot(theirs)(x_BSD)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(theirs.stats.sums[0], ours.stats.sums[0])
+    # Of many experts DeepEP sends to those of the largest weights: none may be below that of one not chosen.
+    many = MegatronEngine.check_mixture(MegatronConfig(dispatcher="deepep"), 64, config)
+    signed = (as_map(theirs.router(x_BSD.flatten(0, 1), theirs.context))[0] < 0).any()
+    assert not signed or "gives negative ones" in str(many), config
 
 
 def test_a_cut_sequence_is_routed_whole_and_each_rank_keeps_its_own() -> None:
@@ -128,12 +141,21 @@ def test_a_cut_sequence_is_routed_whole_and_each_rank_keeps_its_own() -> None:
         assert torch.equal(torch.cat([part[either] for part in parts]), whole[either])
 
 
+def test_a_token_with_more_experts_than_can_be_sent_to_is_refused() -> None:
+    x_SBD = torch.ones(3, 2, WIDTH)
+    RouterSlot(_layer(), most=2)(x_SBD)
+    told = r"engine\.dispatcher='deepep': it sends a token to 1 experts at most, and router=topk named 2"
+    with pytest.raises(ConfigError, match=told):
+        RouterSlot(_layer(), most=1)(x_SBD)
+
+
 @dataclass
 class _Spec:
     """As ``ModuleSpec`` of megatron-core up to 0.16: what to build, and with what."""
 
     module: type
     params: dict[str, Any]
+    submodules: Any = None
 
 
 def test_experts_fit_both_shapes_of_the_slot() -> None:
@@ -148,6 +170,10 @@ def test_experts_fit_both_shapes_of_the_slot() -> None:
         assert isinstance(slot, ExpertsSlot) and slot.experts is layer.experts
     with pytest.raises(AssertionError, match="holds 8 experts, Megatron gives this rank 4"):
         experts_slot(layer, (0, 19), _Spec)(4, None)
+    # Megatron's own, which are made of submodules.
+    theirs = SimpleNamespace(linear_fc1="up")
+    assert slot_of(dict, (0, 16, 1), _Spec, {}, theirs) == _Spec(dict, {}, theirs)  # type: ignore[comparison-overlap]
+    assert slot_of(dict, (0, 17, 0), _Spec, {}, theirs)(count=4) == {"submodules": theirs, "count": 4}
 
 
 def test_a_shared_expert_stands_in_its_slot() -> None:

@@ -27,9 +27,10 @@ def test_megatron_from_start_to_export_over_three_layouts(workplace: Path, text:
     stopped = job(workplace, ours, StopAt("moe", 1))
     assert stopped.code == 130, stopped.err
     ours |= {"resume": "auto"}
-    spread = {"engine.tensor_parallel": 2, "engine.expert_parallel": 2}
+    spread = {"engine.tensor_parallel": 2, "engine.expert_parallel": 2, "engine.dispatcher": "allgather"}
     stopped = process(workplace, ours | spread, StopAt("moe", 3, "SIGTERM", "parent"), ranks=2)
     assert "stopped and saved" in stopped.out, stopped.err
+    assert "experts=graft (Graft's stacked experts), dispatcher=allgather (" in stopped.out
     assert steps(run_dir / "checkpoints") == [2, 4]
     done = process(workplace, ours | {"engine.pipeline_parallel": 2}, ranks=2)
     assert done.code == 0, done.err
@@ -55,7 +56,15 @@ def _near(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
 
 def test_what_it_cannot_train_is_one_sentence(workplace: Path, text: str) -> None:
     wrong = {"engine": "megatron", "router": "soft_moe", "optim": "muon", "data.path": text}
+    wrong |= {"engine.experts": "te", "engine.dispatcher": "deepep"}
     done = job(workplace, wrong | {"engine.tensor_parallel": 3})
     assert done.code == 2
-    for part in ("experts see mixtures of tokens", "has AdamW alone", "4 attention heads do not divide"):
+    lacking = (
+        "TransformerEngine computes on GPUs",
+        "kernels run on GPUs",
+        "add bf16 alone",
+        "nothing travels",
+    )
+    routing = ("experts see mixtures of tokens", "has AdamW alone", "4 attention heads do not divide")
+    for part in lacking + routing:
         assert part in done.err, done.err

@@ -28,6 +28,7 @@ from recipes.online.weights import MadeWeights
 from recipes.optim import OptimConfig
 from tests.conftest import VOCABULARY
 from tests.engines.engine_cases import open_engine
+from tests.online.engine_online_cases import see
 from tests.online.online_cases import SEED, Case, compare_all, differences, made_whole, plan_of
 from tests.online.row_cases import train_by_rows
 
@@ -111,6 +112,7 @@ def look(rank: int, world_size: int, cases: dict[str, Case], dense: Path, gpt2: 
     """For `run_ranks`: everything."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     found: dict[str, Any] = {"differences": compare_all(cases)}
+    found["engines"] = see(world_size, dense)
     if world_size > 2:
         return found
     exact = Case(dense, COPY)

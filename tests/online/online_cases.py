@@ -132,10 +132,11 @@ def compare(case: Case) -> list[str]:
     trainable = engine.prepare(moved, OptimConfig())
     found += [f"moved: {line}" for line in differences(moved, whole)]
     full_names = {name for name, _ in trainable.full_tensors()}
-    return found + [f"{name} is not saved" for name in full_names ^ set(_state(whole.model))]
+    return found + [f"{name} is not saved" for name in full_names ^ set(state(whole.model))]
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones once."""
     return {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
 
 

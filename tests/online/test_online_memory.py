@@ -35,6 +35,30 @@ def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None
     assert _line(row).split()[3:5] == ["2", "1"]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, expert_parallel=2, engine="megatron"),
+        Layout(2, engine="deepspeed", options=(("zero_stage", 3),)),
+    ],
+    ids=lambda layout: layout.engine,
+)
+def test_other_engines_hold_their_part_and_its_gradients(layout: Layout, tmp_path: Path) -> None:
+    tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
+    for rank in measure_layout(dense, tiny, layout):
+        assert rank.mixture - rank.shard > 1.5 * rank.layer
+        # Both have laid out a gradient for every weight of the part by then.
+        held = rank.shard + rank.besides
+        assert rank.shard - 2 * _MIB < rank.besides < rank.shard + 6 * _MIB
+        assert 0.95 * held < rank.making < held + rank.layer
+        # What the gate has made is gone before the part is made: together they would not fit.
+        gate = rank.mixture // layout.ranks + 2 * rank.layer + rank.outside + 8 * _MIB
+        assert rank.gate is not None
+        assert rank.gate < max(gate, held + rank.layer) < held + rank.mixture // layout.ranks
+
+
 def test_the_meter_sees_what_is_held_for_a_moment() -> None:
     meter = PeakMeter(torch.device("cpu"))
     torch.ones(48 * _MIB // 4).sum()
