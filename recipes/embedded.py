@@ -52,7 +52,8 @@ def embedded_tokenizer(session: Session) -> Path:
         temporary = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        documents = (document.text for document in read_documents(config.data, session.say))
+        read = session.watch.each(read_documents(config.data, session.lines))
+        documents = (document.text for document in read)
         train_byte_level_bpe(documents, config.model.vocab_size, temporary)
         temporary.rename(folder)
 
@@ -94,6 +95,7 @@ def train_embedded(session: Session, dense: Path, data: TrainData) -> bool:
         session.say(f"dense: using the embedded default cached in {dense}")
         return True
     started = time.time()
+    session.watch.mark("making the dense default")
     finished = _train(session, dense.parent, embedded_tokenizer(session), data)
     session.say(f"dense: the embedded default took {time.time() - started:.0f} s")
     return finished
@@ -104,7 +106,7 @@ def shared_data(session: Session, tokenizer: Path, vocab_size: int) -> TrainData
     cache = cache_dir(session.config) / "tokens"
 
     def load() -> None:
-        load_data(session.config.data, tokenizer, cache, vocab_size, session.say)
+        load_data(session.config.data, tokenizer, cache, vocab_size, session.lines)
 
     session.on_rank_zero(load)
     return load_data(session.config.data, tokenizer, cache, vocab_size, lambda line: None)
@@ -179,7 +181,8 @@ def fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> Hug
 
 def _save(session: Session, leg: Leg, result: LegResult, folder: Path, tokenizer: Path) -> None:
     """Saves an ordinary Hugging Face folder, under its name only when it is whole."""
-    weights = {name: tensor.cpu() for name, tensor in leg.trainable.full_tensors()}
+    session.watch.mark("saving the dense default")
+    weights = {name: tensor.cpu() for name, tensor in session.watch.each(leg.trainable.full_tensors())}
     temporary = folder / ".tmp-hf"
 
     def save() -> None:

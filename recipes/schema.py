@@ -26,6 +26,7 @@ from recipes.engines import EngineConfig, engine_classes
 from recipes.guards.config import FaultsConfig
 from recipes.optim import OptimConfig
 from recipes.prompts.config import PromptsConfig
+from recipes.rules import require
 from recipes.stage2 import Stage2Config
 from recipes.tracking import TrackerConfig
 from recipes.versus.config import VersusConfig
@@ -163,6 +164,13 @@ class ExportConfig(Config):
 
     dtype: Literal["source", "fp32", "bf16"] = "source"
     """Of the weights in the files; ``source``: as in the dense checkpoint."""
+    memory_gib: float = 4.0
+    """What the export may take of rank 0's memory, in fp32, when it is read back and compared. A larger model
+    is read block by block, and generates no sample."""
+
+    def __post_init__(self) -> None:
+        rule = f"memory_gib={self.memory_gib} must be at least 0. Set 0 to read every model block by block."
+        require((self.memory_gib >= 0, rule))
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,18 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
         _agree_on_start(store, engine, values)
     engine.open()
     try:
-        if store is None:
-            _agree_on_start(group_store(), engine, values)
-        # Dropout and the like differ between ranks; weights do not come from this state.
-        torch.manual_seed(config.seed + engine.rank)
-        _quiet_libraries()
-        run_dir = _agree_on_run_dir(engine, config)
-        _make_run_dir(engine, run_dir, values)
-        return _run_open(job, config, values, engine, run_dir, started)
+        watch = _watch(config, engine)
+        with watch.job():
+            if store is None:
+                _agree_on_start(group_store(), engine, values)
+            # Dropout and the like differ between ranks; weights do not come from this state.
+            torch.manual_seed(config.seed + engine.rank)
+            _quiet_libraries()
+            watch.mark("choosing the run's directory")
+            run_dir = _agree_on_run_dir(engine, config)
+            _make_run_dir(engine, run_dir, values)
+            watch.writes_to(run_dir.path)
+            return _run_open(job, config, values, engine, run_dir, watch, started)
     finally:
         engine.close()
 
@@ -72,8 +76,10 @@ def _run_open(
     values: dict[str, Any],
     engine: Engine[Any],
     run_dir: RunDir,
+    watch: Watch,
     started: float,
 ) -> int:
+    watch.mark("starting the tracker")
     tracker_id = None
     if engine.rank == 0:
         tracker_id = read_run_file(run_dir.path).get("wandb_run_id")
@@ -89,12 +95,14 @@ def _run_open(
     spent: dict[str, float] = {}
     try:
         with StopRequest(speaks=engine.rank == 0) as stop:
-            loop = Loop(engine, callbacks, stop, meters, _guards(config, engine, run_dir))
+            guards = RunGuards(config.faults, run_dir.path, watch)
+            loop = Loop(engine, callbacks, stop, meters, guards)
             spent = loop.spent
             session = Session(config, values, engine, run_dir, stop, logger, loop, started, ledger)
             finished = job.run(session)
             if not finished:
                 session.say(f"stopped and saved; go on with: resume={run_dir.path}")
+        watch.mark("closing the run's records")
     except BaseException as error:
         # Errors that are told to the user, and a second Ctrl-C, are no failures that a run recovers from.
         failed = not isinstance(error, GraftError | KeyboardInterrupt)
@@ -135,6 +143,8 @@ def _make_run_dir(engine: Engine[Any], run_dir: RunDir, values: dict[str, Any]) 
     ranks.together(f"writing to {run_dir.path}", probe)
     if engine.rank == 0:
         print(f"run: {run_dir.path}" + (" (going on)" if run_dir.resumed else ""), flush=True)
+        if (line := engine.describe()) is not None:
+            print(line, flush=True)
 
 
 def _agree_on_start(store: Store, engine: Engine[Any], values: dict[str, Any]) -> None:
@@ -142,11 +152,10 @@ def _agree_on_start(store: Store, engine: Engine[Any], values: dict[str, Any]) -
     require_agreement(store, engine.rank, engine.world_size, facts_of_this_rank(values))
 
 
-def _guards(config: RunConfig, engine: Engine[Any], run_dir: RunDir) -> RunGuards:
-    limit, watch = config.faults.hang_s, Watch()
-    if limit is not None:
-        watch = Watchdog(engine.rank, engine.world_size, group_store(), limit, run_dir.path)
-    return RunGuards(config.faults, run_dir.path, watch)
+def _watch(config: RunConfig, engine: Engine[Any]) -> Watch:
+    if config.faults.hang_s is None and config.faults.phase_hang_s is None:
+        return Watch()
+    return Watchdog(engine.rank, engine.world_size, group_store(), config.faults)
 
 
 def _agree_on_run_dir(engine: Engine[Any], config: RunConfig) -> RunDir:

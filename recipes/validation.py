@@ -32,12 +32,13 @@ def validation_loss(
     """
     wanted = min(train.eval_samples, data.validation.samples_per_epoch)
     size = train.micro_size(engine.data_ranks)
-    total, count = 0.0, 0.0
+    total, count, patience = 0.0, 0.0, ASIDE
     for start in range(
         engine.data_rank * size, _round_up(wanted, size * engine.data_ranks), size * engine.data_ranks
     ):
         if watch is not None:
-            watch.mark(f"validation, sample {start - engine.data_rank * size}", ASIDE)
+            watch.mark(f"validation, sample {start - engine.data_rank * size}", patience)
+            patience = 1.0
         # Past the end a rank repeats the first samples with weight 0: sharded models need every rank.
         real = max(0, min(size, wanted - start))
         tokens = data.validation.batch(start if real == size else 0, size)

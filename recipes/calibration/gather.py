@@ -106,7 +106,7 @@ class Calibration:
         def load(log: Any) -> TrainData:
             return load_data(own, self.host.folder, cache, vocab_size, log)
 
-        session.on_rank_zero(lambda: load(session.say).fingerprint)
+        session.on_rank_zero(lambda: load(session.lines).fingerprint)
         loaded = fit_attention(load(lambda line: None), self.host.model, session.say)
         return loaded.train, loaded.fingerprint
 
@@ -180,6 +180,7 @@ class Calibration:
         with observer.watching(gradient), BatchProgress(label, batches, first_batch, shown) as progress:
             for batch in range(first_batch, batches):
                 self._batch(observer, batch, gradient)
+                self.session.watch.beat()
                 progress.update()
                 done = batch + 1
                 stopping = self._asked_to_stop()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from recipes.guards.watch import Lines
+
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
@@ -46,6 +48,8 @@ class Progress:
         self._documents += documents
         self._tokens += tokens
         self._read += consumed
+        if isinstance(self._log, Lines):
+            self._log.beat()
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._documents} documents, {self._tokens} tokens", refresh=False)
             self._bar.update(consumed)

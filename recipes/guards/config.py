@@ -24,8 +24,11 @@ class FaultsConfig(Config):
             None never goes back.
         hang_s: Seconds within which a rank must come from one mark of a training step to the next (each
             micro-batch, the update, the row), or 5 times the longest that one took so far if that is more;
-            then it counts as hung, and the run ends. The first step of a process may take 6 times as long, a
-            batch of a validation or a save 10 times. None waits for ever.
+            then it counts as hung, and the run ends. The first step of a process may take 6 times as long,
+            the first batch of a validation or a save 10 times. None waits for ever.
+        phase_hang_s: In all else (start-up, export, report), where one rank may work for long while others
+            wait for it: seconds within which some rank must make progress, by a line that is said or a part
+            of the work that is done (a batch, a tensor, a document); else the run ends. None waits for ever.
     """
 
     max_nonfinite: int = 3
@@ -33,9 +36,10 @@ class FaultsConfig(Config):
     spike_window: int = 128
     rollback_after: int | None = None
     hang_s: float | None = 300.0
+    phase_hang_s: float | None = 1800.0
 
     def __post_init__(self) -> None:
-        sigma, after, window, hang = self.spike_sigma, self.rollback_after, self.spike_window, self.hang_s
+        sigma, after, window = self.spike_sigma, self.rollback_after, self.spike_window
         require(
             (
                 self.max_nonfinite >= 1,
@@ -58,5 +62,11 @@ class FaultsConfig(Config):
                 f"rollback_after={after} must come with spike_sigma, which says what a spike is. "
                 "Set faults.spike_sigma=6.",
             ),
-            (hang is None or hang > 0, f"hang_s={hang} must be more than 0 seconds. Or set null."),
+            *(
+                (
+                    seconds is None or seconds > 0,
+                    f"{name}={seconds} must be more than 0 seconds. Or set null.",
+                )
+                for name, seconds in (("hang_s", self.hang_s), ("phase_hang_s", self.phase_hang_s))
+            ),
         )

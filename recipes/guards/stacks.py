@@ -36,8 +36,18 @@ def where_is(thread: int) -> tuple[str, Literal["collective", "backward", "elsew
     return text, "backward" if _BACKWARD in path else "elsewhere"
 
 
-def dump_stacks(path: Path, headline: str, *, with_stacks: bool = True) -> str:
-    """Writes the headline and the Python stacks of all threads to a file, and returns the stacks.
+def stack_of(thread: int) -> str:
+    """The Python stack of a thread, the innermost line last.
+
+    Args:
+        thread: Its identifier.
+    """
+    frame = sys._current_frames().get(thread)
+    return "its thread has ended\n" if frame is None else "".join(traceback.format_stack(frame))
+
+
+def dump_stacks(path: Path, headline: str, *, with_stacks: bool = True) -> None:
+    """Writes the headline and the Python stacks of all threads to a file.
 
     A file that cannot be written is left out: more important things follow.
     """
@@ -48,8 +58,6 @@ def dump_stacks(path: Path, headline: str, *, with_stacks: bool = True) -> str:
             file.flush()
             if with_stacks:
                 faulthandler.dump_traceback(file, all_threads=True)
-        return path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
-    return "\n".join("".join(traceback.format_stack(frame)) for frame in sys._current_frames().values())
 
 
 def _is_ours(filename: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -16,11 +17,13 @@ from torch import Tensor
 from moe.errors import ExactnessError
 from moe.upcycle.check import MAX_KL, TOLERANCES, LogitDrift, agree, logit_drift
 from recipes.atomic import atomic_write_json, fsync_folder
+from recipes.guards.watch import Watch
 from recipes.hosts.exporters.base import Exporter, Layout
 from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.live_tensors import LiveNames
 from recipes.hosts.low_rank import factors_of, host_lora, is_factor, without_factors
 from recipes.hosts.placement import Placement
+from recipes.hosts.read_back import ReadBack, refusal
 from recipes.hosts.spec import describe_host
 from recipes.hosts.tensor_files import TensorFiles, TensorSpec
 
@@ -47,6 +50,7 @@ def export(
     *,
     writes: bool,
     layout: Layout = "per_expert",
+    watch: Watch | None = None,
 ) -> None:
     """Writes the model. A folder that exists is replaced at the end, by a rename.
 
@@ -58,7 +62,12 @@ def export(
         dtype: Of the floating-point weights in the files.
         writes: Whether this rank writes (rank 0); the others only take part in gathering.
         layout: One of the exporter's.
+        watch: Is told of every tensor.
+
+    Raises:
+        HostError: A tensor, or an expert of it, was not given, or twice, or the files hold something else.
     """
+    watch = watch or Watch()
     spec, tied = describe_host(host), _tied_names(host)
     tensors = without_factors(tensors, factors_of(spec, host_lora(host)), computes=writes)
     live = LiveNames(spec)
@@ -75,14 +84,17 @@ def export(
     if writes:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    files = TensorFiles(temporary, placement.specs) if writes else None
-    for name, tensor in tensors:
+    files = TensorFiles(temporary, placement.specs, checked=True) if writes else None
+    for name, tensor in watch.each(tensors):
         if files is not None and name not in tied:
             write_live(files, name, tensor.detach(), live, placement)
     if files is not None:
         for name, constant in placement.constants.items():
             files.write(name, constant)
+        problems = [problem for problem in watch.each(files.problems()) if problem is not None]
         files.finish()
+        if problems:
+            raise refusal(folder, "; ".join(problems[:3]))
         write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), host.folder)
         publish(temporary, folder)
 
@@ -159,21 +171,28 @@ class ExportReport:
         is_native: Whether plain transformers loads it.
         path: The folder.
         logits: Drift of the reloaded model's logits from the trained model's, on real tokens.
-        sample: A continuation that the reloaded model generated.
+        sample: A continuation that the reloaded model generated; None where it was read block by block, since
+            every token would read all of it again.
     """
 
     format: str
     is_native: bool
     path: Path
     logits: LogitDrift
-    sample: str
+    sample: str | None
 
 
 @torch.no_grad()
 def verify_export(
-    exporter: Exporter, folder: Path, tokens_BS: Tensor, logits_BSV: Tensor, dtype: torch.dtype
+    exporter: Exporter,
+    folder: Path,
+    tokens_BS: Tensor,
+    logits_BSV: Tensor,
+    dtype: torch.dtype,
+    memory_bytes: float = math.inf,
+    watch: Watch | None = None,
 ) -> ExportReport:
-    """Reloads what was exported as its users would, compares logits, and generates.
+    """Reads what was exported back as its users would, compares logits, and generates.
 
     Args:
         exporter: The format it was written in.
@@ -181,11 +200,15 @@ def verify_export(
         tokens_BS: Real tokens.
         logits_BSV: The trained model's logits on them.
         dtype: The lower of the precisions of files and engine, for the tolerance.
+        memory_bytes: A model that takes more in fp32 is never whole: one block of it is in memory at a time.
+        watch: Is told of every block.
 
     Raises:
         ExactnessError: The reloaded model computes something else.
+        HostError: The files lack a tensor, or have one that does not fit.
     """
-    model = exporter.load(folder).float().eval()
+    read = ReadBack(exporter.open(folder), memory_bytes, watch)
+    model = read.model
     drift = logit_drift(logits_BSV.cpu(), model(input_ids=tokens_BS.cpu()).logits)
     if not agree(drift, dtype):
         allowed = f"KL {MAX_KL:.0e}" if dtype.itemsize == 2 else f"{TOLERANCES[dtype]:.0e} of the largest"
@@ -194,7 +217,8 @@ def verify_export(
             f"differ by {drift.relative:.2e} of the largest, KL {drift.kl:.1e}, and at most {allowed} is "
             f"allowed for {dtype}. The checkpoints are whole"
         )
-    return ExportReport(exporter.name, exporter.is_native, folder, drift, _sample(model, folder, tokens_BS))
+    sample = _sample(model, folder, tokens_BS) if read.stays else None
+    return ExportReport(exporter.name, exporter.is_native, folder, drift, sample)
 
 
 def _sample(model: Any, folder: Path, tokens_BS: Tensor) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,15 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """Elements of a tensor that were written at once, and the checksum of their bytes."""
+
+    offset: int
+    count: int
+    checksum: int
+
+
+@dataclass(frozen=True)
 class _Place:
     file: Path
     offset: int
@@ -67,8 +77,21 @@ class TensorFiles:
         total_bytes: Of all tensors.
     """
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[TensorSpec],
+        max_bytes: int = MAX_FILE_BYTES,
+        *,
+        checked: bool = False,
+    ) -> None:
         """Lays the files out, or finds them as an earlier process has left them.
+
+        Args:
+            folder: Where.
+            specs: Every tensor.
+            max_bytes: Of a file.
+            checked: Whether to note what is written, for `problems`.
 
         Raises:
             OSError: The disk has no room for them.
@@ -77,6 +100,7 @@ class TensorFiles:
         self.total_bytes = sum(spec.num_bytes for spec in specs)
         self._places: dict[str, _Place] = {}
         self._handles: dict[Path, int] = {}
+        self._runs: dict[str, list[_Run]] | None = {} if checked else None
         files = list(_split(specs, max_bytes))
         for number, members in enumerate(files, start=1):
             name = SINGLE_NAME
@@ -126,8 +150,41 @@ class TensorFiles:
         assert offset + tensor.numel() <= torch.Size(place.spec.shape).numel(), (name, offset, tensor.shape)
         data = tensor.detach().to("cpu", place.spec.dtype).contiguous()
         start = place.offset + offset * place.spec.dtype.itemsize
-        _write_all(self._handles[place.file], memoryview(data.flatten().view(torch.uint8).numpy()), start)
+        content = memoryview(data.flatten().view(torch.uint8).numpy())
+        if self._runs is not None:
+            self._runs.setdefault(name, []).append(_Run(offset, data.numel(), zlib.crc32(content)))
+        _write_all(self._handles[place.file], content, start)
         return data.numel()
+
+    def problems(self) -> Iterator[str | None]:
+        """Reads everything back, a tensor at a time: was each element written once, and is it what was?
+
+        Yields:
+            For every tensor what is wrong with it, or None.
+        """
+        assert self._runs is not None, "what is written is only noted on demand"
+        for name, place in self._places.items():
+            runs = sorted(self._runs.get(name, []), key=lambda run: run.offset)
+            ends = [0, *(run.offset + run.count for run in runs)]
+            starts = [*(run.offset for run in runs), torch.Size(place.spec.shape).numel()]
+            gaps = [start - end for end, start in zip(ends, starts, strict=True)]
+            if any(gaps):
+                missing, doubled = sum(g for g in gaps if g > 0), -sum(g for g in gaps if g < 0)
+                yield f"{name}: {missing} of its elements were not written, and {doubled} twice"
+            elif any(self._checksum(place, run) != run.checksum for run in runs):
+                yield f"{name}: its bytes in the file are not those that were written"
+            else:
+                yield None
+
+    def _checksum(self, place: _Place, run: _Run) -> int:
+        size = place.spec.dtype.itemsize
+        at, left, found = place.offset + run.offset * size, run.count * size, 0
+        while left:
+            data = os.pread(self._handles[place.file], min(left, _READ_BYTES), at)
+            if not data:
+                return -1
+            at, left, found = at + len(data), left - len(data), zlib.crc32(data, found)
+        return found
 
     def copy(self, name: str, source: int, start: int) -> None:
         """Copies a tensor's bytes out of an open file; by the system where both are on one kind of disk.

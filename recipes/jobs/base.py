@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from moe.errors import GraftError, Mistake
 from recipes.engines import Engine
 from recipes.goodput import GoodputLedger
+from recipes.guards.watch import Lines, Watch
 from recipes.interrupt import StopRequest
 from recipes.loop import Loop
 from recipes.run_dir import RunDir
@@ -50,8 +51,19 @@ class Session:
         """Whether this is rank 0, which writes and speaks."""
         return self.engine.rank == 0
 
+    @property
+    def watch(self) -> Watch:
+        """Is told of where the run is."""
+        return self.loop.guards.watch
+
+    @property
+    def lines(self) -> Lines:
+        """`say` for work that may take long, and tells the watch of what it does between lines."""
+        return Lines(self.say, self.watch)
+
     def say(self, line: str) -> None:
         """Prints a line, on rank 0."""
+        self.watch.beat()
         if self.leads:
             print(line, flush=True)
 

@@ -136,6 +136,7 @@ class Stage2Leg(_StageLeg):
     ) -> None:
         config = stage2_config(session.config)
         own = dataclasses.replace(session, config=config)
+        session.watch.mark("reading the data of stage 2")
         session.say(f"stage 2: {config.data.path}")
         second = shared_data(own, folder, session.on_rank_zero(lambda: vocab_size_of(folder)))
         session.on_rank_zero(lambda: _refuse_other_data(session, second))
@@ -195,7 +196,8 @@ class Stage2Leg(_StageLeg):
 
     def _finish(self, leg: Leg, result: LegResult) -> None:
         engine, train = self.session.engine, self.config.train
-        again = validation_loss(engine, leg.trainable, attending_as(self.first_data, self.data), train)
+        first = attending_as(self.first_data, self.data)
+        again = validation_loss(engine, leg.trainable, first, train, self.session.watch)
         self._put_stage(result, result.step * leg.tokens_per_step, val_loss_stage1=again)
         ended = self.results.content["stages"][0]["val_loss"]
         self.session.say(

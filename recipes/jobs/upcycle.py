@@ -54,6 +54,7 @@ class UpcycleJob(Job):
     def run(self, session: Session) -> bool:
         """Trains what is to be trained, leg by leg; a resumed run skips the legs that are finished."""
         config = session.config
+        session.watch.mark("reading the data")
         if config.dense is None:
             folder, data = embedded_dense(session)
         else:
@@ -67,11 +68,13 @@ class UpcycleJob(Job):
         content = session.engine.broadcast(Results.read(session.run_dir.summary) if session.leads else None)
         results = Results(session.run_dir.summary, content, writes=session.leads)
         _describe(session, data)
+        session.watch.mark("measuring the device")
         # Once for all legs, so that their utilisations compare.
         peaks = find_peaks(session)
         legs = [kind(session, folder, data, results, peaks) for kind in self.kinds(config)]
         trains = not all(leg.finished for leg in legs)
         ended = all(leg.run() for leg in legs)
+        session.watch.mark("the report")
         if trains:
             results.content["peaks"] = peaks.figures()
             account(session, results)

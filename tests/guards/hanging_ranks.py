@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from recipes.guards.config import FaultsConfig
 from recipes.guards.stores import group_store
 from recipes.guards.watchdog import Watchdog
 
@@ -46,8 +47,10 @@ def train(folder: Path, case: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=_FOR_EVER))
     rank = dist.get_rank()
     pair = dist.new_group([0, HANGING_RANK])
-    watch = Watchdog(rank, RANKS, group_store(), LIMIT_S, folder, backstop_s=5.0)
-    with watch.training():
+    limits = FaultsConfig(hang_s=LIMIT_S, phase_hang_s=LIMIT_S)
+    watch = Watchdog(rank, RANKS, group_store(), limits, backstop_s=5.0)
+    watch.writes_to(folder)
+    with watch.job(), watch.training():
         for step in range(3):
             watch.mark(f"moe, step {step + 1}, the update")
             time.sleep(LIMIT_S / 8)

@@ -109,3 +109,13 @@ def test_who_is_named(told: list[Position], named: tuple[int, ...]) -> None:
     text, found = verdict(told, 3, 5.0)
     assert found == named
     assert all(f"rank {position.rank} " in text for position in told)
+
+
+def test_ranks_that_have_ended_are_no_silent_ones() -> None:
+    done = verdict([at(0, 7, "elsewhere")], 3, 5.0, {1: "", 2: ""})
+    assert done[1] == (0,) and "rank 0 has made no progress" in done[0] and "rank 1 has ended" in done[0]
+    failed = verdict([at(0, 7, "collective")], 3, 5.0, {1: "", 2: "ValueError: no"})
+    assert failed[1] == (2,) and "rank 2 has ended, and the others have waited" in failed[0]
+    assert "rank 2 has ended: ValueError: no" in failed[0]
+    silent = verdict([at(0, 7, "collective")], 3, 5.0, {2: ""})
+    assert silent[1] == (1,) and "nothing has been heard of rank 1" in silent[0]

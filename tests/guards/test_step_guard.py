@@ -74,6 +74,7 @@ def test_the_state_survives_json() -> None:
         ({"spike_sigma": 6.0, "rollback_after": 0}, "rollback_after=0 must be at least 1"),
         ({"rollback_after": 2}, "rollback_after=2 must come with spike_sigma"),
         ({"hang_s": 0.0}, "hang_s=0.0 must be more than 0 seconds"),
+        ({"phase_hang_s": -1.0}, "phase_hang_s=-1.0 must be more than 0 seconds"),
     ],
 )
 def test_refused_configs(fields: dict[str, Any], message: str) -> None:

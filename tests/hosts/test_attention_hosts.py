@@ -191,6 +191,8 @@ def test_an_export_is_the_same_model(exported: tuple[HuggingFaceHost, Path], tmp
     logits = host.model(input_ids=some_tokens()).logits
     report = verify_export(GraftExporter(), folder, some_tokens(), logits, torch.float32)
     assert report.logits.max_diff == 0
+    by_block = verify_export(GraftExporter(), folder, some_tokens(), logits, torch.float32, 0)
+    assert by_block.logits.max_diff == 0 and by_block.sample is None
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model(input_ids=some_tokens()).logits, logits)
     model.save_pretrained(tmp_path / "again")

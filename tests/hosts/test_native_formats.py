@@ -21,6 +21,7 @@ from moe.upcycle.weights import FFNWeights
 from recipes.hosts.export import export
 from recipes.hosts.exporters import choose_exporter, exporters
 from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap
+from recipes.hosts.read_back import ReadBack
 from recipes.hosts.spec import describe_host
 from tests.conftest import MakeCheckpoint
 from tests.hosts.test_exporters import assert_same_logits, names_in, reload
@@ -103,6 +104,8 @@ def test_plain_transformers_computes_what_was_exported(
     export(host, exporter, tensors, tmp_path / "hf", torch.float32, writes=True, layout=layout)
     model = reload(tmp_path / "hf")
     assert_same_logits(model, host)
+    # Block by block it is read as transformers reads it whole.
+    assert_same_logits(ReadBack(exporter.open(tmp_path / "hf"), memory_bytes=0).model, host)
     if layout == "per_expert":
         # The file that transformers itself would write has the same names.
         model.save_pretrained(tmp_path / "theirs")

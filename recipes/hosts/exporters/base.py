@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from moe.upcycle.plan import Matrix
+from recipes.hosts.read_back import Unread
 from recipes.hosts.spec import MixtureSpec, ModelSpec
 
 #: ``per_expert``: one tensor for each matrix of each expert, as transformers 4 wrote them and everything
@@ -87,5 +88,5 @@ class Exporter(ABC):
         return ["transformers"] if self.is_native else ["graft"]
 
     @abstractmethod
-    def load(self, folder: Path) -> Any:
-        """Loads what was exported, as its users would, for the comparison of logits."""
+    def open(self, folder: Path) -> Unread:
+        """Opens what was exported, to be read block by block as its users would read it whole."""

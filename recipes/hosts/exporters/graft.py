@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ from recipes.hosts.huggingface import HuggingFaceHost
 from recipes.hosts.inspection import weight_files
 from recipes.hosts.live_tensors import LiveNames
 from recipes.hosts.placement import Placement
+from recipes.hosts.read_back import Unread
 from recipes.hosts.spec import AttentionSpec, MixtureSpec, ModelSpec, describe_host
 from recipes.hosts.tensor_files import TensorSpec
+from recipes.hosts.unfilled import parameters_on_meta
 
 MODEL_TYPE = "graft_moe"
 FORMAT_VERSION = 2
@@ -87,9 +89,29 @@ class GraftExporter(Exporter):
         """Routers choose by small differences (a bias moves by 1e-3) that bf16 would round away."""
         return ".router." in name
 
-    def load(self, folder: Path) -> Any:
-        """By `load_graft`."""
-        return load_graft(folder).model
+    def open(self, folder: Path) -> Unread:
+        """As `load_graft` reads it."""
+        return GraftUnread(folder)
+
+
+class GraftUnread(Unread):
+    """Read as `load_graft` reads it, a part of the files at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the config and the names in the files."""
+        with parameters_on_meta():
+            self._host = _built(folder)
+        super().__init__(self._host.model.float().eval(), folder)
+        self._weights = _Weights(self._host, folder)
+
+    def fill(self, wanted: Callable[[str], bool]) -> None:
+        """See `Unread.fill`."""
+        self._weights.fill(torch.float32, wanted)
+        for module in self.model.modules():
+            # Routers come as they are in the files.
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta and parameter.dtype != torch.float32:
+                    module._parameters[name] = torch.nn.Parameter(parameter.float(), requires_grad=False)
 
 
 def _entry(mixture: MixtureSpec) -> dict[str, Any]:
@@ -131,6 +153,13 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHos
     Raises:
         HostError: The folder holds something else, or its tensors do not fit its config.
     """
+    host = _built(folder)
+    _Weights(host, folder).fill(dtype)
+    return host
+
+
+def _built(folder: Path) -> HuggingFaceHost:
+    """The model of a folder's config, its weights still to be read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -150,7 +179,6 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHos
         setattr(model.get_submodule(parent), child, _empty_layer(entry, host))
     for entry in content.get("attention_layers", []):
         _cut_attention(entry, host)
-    _fill(host, folder, dtype)
     return host
 
 
@@ -212,38 +240,44 @@ class _Files:
         return tensor
 
 
-@torch.no_grad()
-def _fill(host: HuggingFaceHost, folder: Path, dtype: torch.dtype | None) -> None:
-    """Reads every tensor of the model; what is missing or left over is a mistake."""
-    spec, files = describe_host(host), _Files(folder)
-    live = LiveNames(spec)
-    own = host.model.state_dict()
-    kept = [
-        TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-        for name, tensor in own.items()
-        if live.pieces(name) is None and live.router(name) is None
-    ]
-    placement = Placement(spec, GraftExporter(), kept, None)
-    wanted = {spec.name for spec in placement.specs}
-    tied = {name for name, _ in host.model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in host.model.named_parameters()
-    }
-    missing, unexpected = sorted(wanted - files.names() - tied), sorted(files.names() - wanted)
-    if missing or unexpected:
-        rule = f"missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
-        raise HostError.one("path", str(folder), rule, "Export the run again.")
-    filled = {
-        name: _read(name, tensor, live, placement, files, dtype)
-        for name, tensor in own.items()
-        if name not in tied
-    }
-    host.model.load_state_dict(filled, strict=False, assign=True)
-    host.model.tie_weights()
+class _Weights:
+    """Every tensor of a model in the files of a folder; what is missing or left over is a mistake."""
+
+    def __init__(self, host: HuggingFaceHost, folder: Path) -> None:
+        spec, self._files, self._host = describe_host(host), _Files(folder), host
+        self._live, own = LiveNames(spec), host.model.state_dict()
+        kept = [
+            TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in own.items()
+            if self._live.pieces(name) is None and self._live.router(name) is None
+        ]
+        self._placement = Placement(spec, GraftExporter(), kept, None)
+        wanted = {spec.name for spec in self._placement.specs}
+        tied = {name for name, _ in host.model.named_parameters(remove_duplicate=False)} - {
+            name for name, _ in host.model.named_parameters()
+        }
+        there = self._files.names()
+        missing, unexpected = sorted(wanted - there - tied), sorted(there - wanted)
+        if missing or unexpected:
+            rule = f"missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
+            raise HostError.one("path", str(folder), rule, "Export the run again.")
+        self._shapes = {name: tensor.shape for name, tensor in own.items() if name not in tied}
+
+    @torch.no_grad()
+    def fill(self, dtype: torch.dtype | None, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Reads the tensors whose names in the model are wanted."""
+        filled = {
+            name: _read(name, shape, self._live, self._placement, self._files, dtype)
+            for name, shape in self._shapes.items()
+            if wanted(name)
+        }
+        self._host.model.load_state_dict(filled, strict=False, assign=True)
+        self._host.model.tie_weights()
 
 
 def _read(
     name: str,
-    like: Tensor,
+    shape: Sequence[int],
     live: LiveNames,
     placement: Placement,
     files: _Files,
@@ -257,7 +291,7 @@ def _read(
         casts = dtype is not None and tensor.is_floating_point() and not GraftExporter().keeps_dtype(name)
         return tensor.to(dtype) if casts else tensor
     first = files.read(placement.slot(parts[0].piece).name)
-    stacked = torch.empty(like.shape, dtype=dtype or first.dtype)
+    stacked = torch.empty(tuple(shape), dtype=dtype or first.dtype)
     for part in parts:
         part.of(stacked).copy_(files.read(placement.slot(part.piece).name))
     return stacked

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from moe.upcycle.plan import Matrix
 from recipes.hosts.exporters.base import Exporter, Layout
+from recipes.hosts.read_back import NativeUnread, Unread
 from recipes.hosts.spec import MixtureSpec
 
 
@@ -41,8 +42,6 @@ class NativeExporter(Exporter):
         assert self.shared_module and not bias, f"{self.name}: its refusal says so"
         return f"{mixture.site}.{self.shared_module}.{matrix}_proj.weight"
 
-    def load(self, folder: Path) -> Any:
-        """By plain `AutoModelForCausalLM`."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    def open(self, folder: Path) -> Unread:
+        """By transformers' own loader."""
+        return NativeUnread(folder)
