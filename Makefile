@@ -2,9 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
-# Processes that share the tests; many tests start ranks of their own. With a thread each: with more they wait for
-# one another, and small products take ten times as long.
-WORKERS ?= 2
+# Processes that share the tests; many tests start ranks of their own, and some wait for one another. With a thread
+# each: with more, small products take ten times as long.
+WORKERS ?= 3
 # The stamp carries the pins: it is remade when they change, and nothing is installed twice.
 STAMP := $(VENV)/.installed
 
@@ -18,7 +18,7 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
-	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]  # 5: there are none among ARGS
+	$(BIN)/python -m pytest -m alone --numprocesses=$(WORKERS) --dist=loadfile $(ARGS) || [ $$? -eq 5 ]  # 5: there are none among ARGS
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

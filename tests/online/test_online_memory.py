@@ -18,6 +18,7 @@ _MIB = 2**20
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.alone  # gloo's threads let go of a layer later where they have to wait for a core
 def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None:
     tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
     found = measure_layout(dense, tiny, Layout(ranks=2))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,7 @@ class GraftUnread(Unread):
 
     def __init__(self, folder: Path) -> None:
         """Reads the config and the names in the files."""
-        with parameters_on_meta():
-            self._host = _built(folder)
+        self._host = _built(folder, parameters_on_meta)
         super().__init__(self._host.model.float().eval(), folder)
         self._weights = _Weights(self._host, folder)
 
@@ -158,8 +158,13 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHos
     return host
 
 
-def _built(folder: Path) -> HuggingFaceHost:
-    """The model of a folder's config, its weights still to be read."""
+def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> HuggingFaceHost:
+    """The model of a folder's config, its weights still to be read.
+
+    Args:
+        folder: The export.
+        memory: What is open while parameters are made; not those of routers, which compute with theirs.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -172,27 +177,33 @@ def _built(folder: Path) -> HuggingFaceHost:
         raise HostError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
     dense = dict(content["dense_config"])
     config = AutoConfig.for_model(dense.pop("model_type"), **dense)
-    model = AutoModelForCausalLM.from_config(config)
+    with memory():
+        model = AutoModelForCausalLM.from_config(config)
     host = HuggingFaceHost(model=model, folder=folder, source_dtype=model.dtype)
     for entry in content["moe_layers"]:
         parent, _, child = entry["name"].rpartition(".")
-        setattr(model.get_submodule(parent), child, _empty_layer(entry, host))
+        setattr(model.get_submodule(parent), child, _empty_layer(entry, host, memory))
     for entry in content.get("attention_layers", []):
-        _cut_attention(entry, host)
+        _cut_attention(entry, host, memory)
     return host
 
 
-def _cut_attention(entry: Mapping[str, Any], host: HuggingFaceHost) -> None:
+def _cut_attention(
+    entry: Mapping[str, Any], host: HuggingFaceHost, memory: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Puts attention experts in their place; their weights are read later."""
     (site,) = attention_sites(host, [entry["index"]])
     heads, width = host.config.num_key_value_heads, host.config.hidden_size
     cls = router_class(entry["router"]["name"])
     router = cls(cls.config_class(**entry["router"]), width, heads)
     context = AttentionContext(host.context, entry["index"])
-    site.replace(RoutedSelfAttention(site.dense, router, context, entry["scale"]))
+    with memory():
+        site.replace(RoutedSelfAttention(site.dense, router, context, entry["scale"]))
 
 
-def _empty_layer(entry: Mapping[str, Any], host: HuggingFaceHost) -> MoELayer:
+def _empty_layer(
+    entry: Mapping[str, Any], host: HuggingFaceHost, memory: Callable[[], AbstractContextManager[None]]
+) -> MoELayer:
     shapes = entry["shapes"]
     bank = ExpertBank(
         activation=entry["activation"],
@@ -204,9 +215,10 @@ def _empty_layer(entry: Mapping[str, Any], host: HuggingFaceHost) -> MoELayer:
     )
     cls = router_class(entry["router"]["name"])
     router = cls(cls.config_class(**entry["router"]), shapes["w_up_EUD"][2], bank.num_experts)
-    shared = SharedExpert(_empty_shared(entry, bank)) if entry["shared_width"] else None
-    context = LayerContext(host.context, entry["index"])
-    return MoELayer(router, LocalDispatcher(), Experts(bank), context, shared)
+    with memory():
+        experts = Experts(bank)
+        shared = SharedExpert(_empty_shared(entry, bank)) if entry["shared_width"] else None
+    return MoELayer(router, LocalDispatcher(), experts, LayerContext(host.context, entry["index"]), shared)
 
 
 def _empty_shared(entry: Mapping[str, Any], bank: ExpertBank) -> FFNWeights:
