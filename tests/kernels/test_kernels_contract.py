@@ -138,9 +138,9 @@ CASES: dict[str, tuple[Sizes, Edit]] = {
     "low rank, no tokens": (Sizes(T=0, rank=4), _same),
     "low rank, first and last expert empty": (Sizes(rank=4), _ids(lambda ids, E: ids.clamp(1, E - 2))),
     "low rank, transposed storage": (Sizes(rank=4), _transposed),
-    "low rank, wide enough for several groups": (Sizes(T=60, E=3, D=64, F=1024, rank=4), _same),
-    # 25 KB a row in fp64: more than any cache-sized group of rows holds.
-    "wide enough for several groups": (Sizes(T=60, E=3, D=64, F=1024), _same),
+    "low rank, wide enough for several groups": (Sizes(T=60, E=3, D=64, F=8192, rank=4), _same),
+    # 98 KB a row in fp32: more than any cache-sized group of rows holds.
+    "wide enough for several groups": (Sizes(T=60, E=3, D=64, F=8192), _same),
     **{f"{act}, gated": (Sizes(activation=act), _same) for act in ACTIVATIONS},
     **{
         f"{act}, ungated": (Sizes(activation=act, gated=False), _same)

@@ -44,8 +44,8 @@ def test_padding_is_limited() -> None:
 
 
 def test_a_group_fits_the_cache() -> None:
-    # 2 MiB over 2^18 bytes a row: 8 rows.
-    groups = list(row_groups([4, 4, 1, 9, 2], row_bytes=2**18, work_a_row=1.0, element_size=4))
+    # 8 MiB over 2^20 bytes a row: 8 rows.
+    groups = list(row_groups([4, 4, 1, 9, 2], row_bytes=2**20, work_a_row=1.0, element_size=4))
     assert [(g.start, g.stop) for g in groups] == [(0, 8), (8, 9), (9, 18), (18, 20)]
 
 
