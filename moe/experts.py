@@ -30,7 +30,7 @@ class ExpertsConfig(Config):
     """How the experts are computed."""
 
     backend: str = "auto"
-    """A back end of `kernels.expert_mlp`, or ``auto``: chosen by device, dtype and shape."""
+    """A back end of `kernels.expert_mlp`, or ``auto``: chosen by device, dtype and shape, on a CPU by rows too."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank factors that train in the place of the experts' weights."""
 

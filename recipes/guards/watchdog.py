@@ -128,9 +128,8 @@ class Watchdog(Watch):
             self._done.set()
             thread.join()
             faulthandler.cancel_dump_traceback_later()
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the process that held the store has ended before this one
+            # The process that held the store may have ended before this one.
+            with contextlib.suppress(RuntimeError):
                 self._store.set(f"left/{self.rank}", left)
 
     @contextlib.contextmanager

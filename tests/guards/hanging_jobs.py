@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from recipes.launch import main as launch
+from tests.guards.forked import fork_ranks
 from tests.jobs.job_runs import arguments, quick, write_text
 
 RANKS = 2
@@ -128,29 +128,7 @@ def work(folder: Path, name: str, rank: int) -> int:
 
 def start(folder: Path, name: str) -> dict[int, int]:
     """Process ids by rank."""
-    (folder / name).mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    found = {}
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid:
-            found[rank] = pid
-            continue
-        os.dup2(os.open(folder / name / f"stdout-{rank}", os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(os.open(folder / name / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
-        os.environ.update(LOCAL_WORLD_SIZE=str(RANKS), GLOO_SOCKET_IFNAME="lo")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        code = 1
-        try:
-            code = work(folder, name, rank)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return found
+    return fork_ranks(folder / name, RANKS, lambda rank: work(folder, name, rank))
 
 
 def ended(running: dict[str, dict[int, int]]) -> dict[str, Any]:

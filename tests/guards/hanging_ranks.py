@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from recipes.guards.config import FaultsConfig
 from recipes.guards.stores import group_store
 from recipes.guards.watchdog import Watchdog
+from tests.guards.forked import fork_ranks
 
 RANKS = 3
 HANGING_RANK = 1
@@ -42,7 +42,7 @@ def hang_here(case: str, pair: dist.ProcessGroup) -> None:
         dist.all_reduce(torch.ones(1), group=pair)
 
 
-def train(folder: Path, case: str) -> None:
+def train(folder: Path, case: str) -> int:
     """A few steps with marks and a collective each, something slow that is allowed, and then the hang."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=_FOR_EVER))
     rank = dist.get_rank()
@@ -64,30 +64,7 @@ def train(folder: Path, case: str) -> None:
                 hang_here(case, pair)
             dist.all_reduce(torch.ones(1))
     assert case == "none", "the watchdog has not ended this rank"
-
-
-def start(folder: Path, case: str) -> dict[int, int]:
-    """Process ids by rank."""
-    folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    found = {}
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid:
-            found[rank] = pid
-            continue
-        os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), GLOO_SOCKET_IFNAME="lo")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        code = 1
-        try:
-            train(folder, case)
-            code = 0
-        finally:
-            os._exit(code)
-    return found
+    return 0
 
 
 def main(folder: Path) -> None:
@@ -98,7 +75,7 @@ def main(folder: Path) -> None:
 
 def run(folder: Path, case: str) -> dict[int, int]:
     """Exit codes by rank; ends what is left of the case."""
-    running = start(folder, case)
+    running = fork_ranks(folder, RANKS, lambda rank: train(folder, case))
     codes: dict[int, int] = {}
     # Nothing ends a process that is stopped: torchrun would.
     waiting = set(running) - ({HANGING_RANK} if case == "stopped" else set())
