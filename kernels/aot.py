@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that are not here: ``python -m kernels.aot --help``.
 
-It proves that the kernels compile with the blocks of `kernels.triton_blocks`, how many registers and how much
-shared memory they take, and that they use the matrix unit. It proves neither that they are right nor fast.
+It proves that the kernels compile with the blocks of `kernels.triton.triton_blocks`, how many registers and
+how much shared memory they take, and that they use the matrix unit. It proves neither that they are right nor
+fast.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.aot_variants import (
+from kernels.triton.aot_variants import (
     ADDED,
     PRODUCTLESS,
     REPRESENTATIVE,

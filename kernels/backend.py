@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.plan import RowPlan
+from kernels.plan.row_plan import RowPlan
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kernels.activations import activation_refusal
 from kernels.backend import Backend, ExpertTensors, Workload
-from kernels.cpu_backend import CpuBackend
-from kernels.grouped import GroupedMMBackend
-from kernels.loop import LoopBackend
-from kernels.plan import RowPlan
-from kernels.rivals import RIVALS
-from kernels.triton_backend import TritonBackend
+from kernels.cpu.cpu_backend import CpuBackend
+from kernels.plan.row_plan import RowPlan
+from kernels.third_party import RIVALS
+from kernels.torch.expert_loop import LoopBackend
+from kernels.torch.grouped_mm import GroupedMMBackend
+from kernels.triton.triton_backend import TritonBackend
 
 _GROUPED = GroupedMMBackend()
 
@@ -107,7 +107,7 @@ def expert_mlp(
     Args:
         x_TD: ``[T, D]`` tokens, not yet gathered.
         weights_TK: ``[T, K]`` fp32 combine weights; differentiable.
-        plan: The routed rows in expert order, from `kernels.plan.make_plan`.
+        plan: The routed rows in expert order, from `kernels.plan.row_plan.make_plan`.
         experts: Stacked weights in the dtype of x.
         backend: From `choose_backend`.
 

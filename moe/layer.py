@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe.balance import attach_loss
 from moe.dispatch.base import Dispatcher
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.shared import SharedExpert
+from moe.metrics import LayerStats
 from moe.routers.base import Router
-from moe.shared import SharedExpert
-from moe.stats import LayerStats
+from moe.routing.balance import attach_loss
 from moe.types import LayerContext
 
 

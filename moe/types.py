@@ -43,7 +43,7 @@ class RouterContext:
         keys: What else the caller knows of every token, by name (modality, class, timestep): ``[B, S]``.
             The caller sets it before each forward pass; routers by key read it.
         top_k: Layer index to experts a token, where that is another number than the router's own at this step
-            (`moe.top_k_schedule`). Set before each forward pass; read by `LayerContext.top_k`.
+            (`moe.routing.top_k_schedule`). Set before each forward pass; read by `LayerContext.top_k`.
     """
 
     step: int = 0

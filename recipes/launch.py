@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
-from recipes.compose import compose_config, to_yaml
-from recipes.error_file import write_error_file
+from recipes.config.compose import compose_config, to_yaml
+from recipes.runtime.error_file import write_error_file
 
 INTERRUPTED = 130
 # How long another rank leaves the first one of its machine to report the error that both have.
@@ -134,7 +134,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
     if flags:
         raise ConfigError.one("command line", flags[0], "there is no such flag", "See train.py --help.")
     values = compose_config(overrides)
-    from recipes.schema import parse_config
+    from recipes.config.schema import parse_config
 
     if "--cfg" in arguments:
         parse_config(values)
@@ -143,7 +143,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
     try:
         config = parse_config(values)
     except ConfigError as error:
-        from recipes.preflight import check_places
+        from recipes.jobs.preflight import check_places
 
         raise ConfigError([*error.mistakes, *check_places(values)]) from None
     from recipes.jobs import job_classes
@@ -155,6 +155,6 @@ def _run(arguments: Sequence[str], started: float) -> int:
     mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if mistakes:
         raise ConfigError(mistakes)
-    from recipes.session import run_job
+    from recipes.jobs.session import run_job
 
     return run_job(job, config, values, started)

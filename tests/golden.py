@@ -1,9 +1,9 @@
 """Records what a refactoring must not change: losses and exports of small jobs, to the last bit.
 
-``python -m tests.golden OUT.json`` runs every job and writes, for each, its 20 losses and the SHA-256 of what it
-exports. ``--against BEFORE.json`` also compares with an earlier record and names each job that differs. Record both on
-one machine: another processor rounds otherwise. Jobs run as users run them, in processes of their own, so that
-the script needs no module of the project and reads the same in every layout of its code.
+``python -m tests.golden OUT.json`` runs every job and writes, for each, its 20 losses and the SHA-256 of what
+it exports. ``--against BEFORE.json`` also compares with an earlier record and names each job that differs.
+Record both on one machine: another processor rounds otherwise. Jobs run as users run them, in processes of
+their own, so that the script needs no module of the project and reads the same in every layout of its code.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def run(name: str, place: Path) -> dict[str, Any]:
     command = _command(JOBS[name], name, place)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        )
     run_dir = place / "outputs" / name
     folder = run_dir / "hf"
     return {"losses": _losses(run_dir), "export": _exported(folder)}
@@ -171,7 +173,9 @@ def main() -> int:
     parser.add_argument("--against", type=Path, metavar="FILE", help="an earlier record to compare with")
     parser.add_argument("--only", nargs="+", choices=list(JOBS), metavar="JOB", help=", ".join(JOBS))
     arguments = parser.parse_args()
-    chosen = list(dict.fromkeys(["upcycle", *(arguments.only or JOBS)]))  # the converters read its dense model
+    chosen = list(
+        dict.fromkeys(["upcycle", *(arguments.only or JOBS)])
+    )  # the converters read its dense model
     record: dict[str, Any] = {}
     failed = False
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:

@@ -10,8 +10,8 @@ import torch.distributed.tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-import recipes.engines.native
-import recipes.loop
+import recipes.engines.native.native_engine
+import recipes.training.training_loop
 
 # It looks for a device when it is imported, and says that it has found none.
 os.environ["DS_ACCELERATOR"] = "cpu"

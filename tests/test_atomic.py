@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe.errors import DiskError
-from recipes.atomic import atomic_write_json, atomic_write_text
+from recipes.runtime.atomic import atomic_write_json, atomic_write_text
 
 
 def test_text_and_json_replace_what_was_there(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from recipes.checkpoint import (
     require_space,
     save_checkpoint,
 )
-from recipes.checkpoint.layout import Box
+from recipes.checkpoint.shard_layout import Box
 from recipes.checkpoint.stream import write_tensors
 
 

@@ -12,10 +12,10 @@ import torch
 
 from moe.errors import CheckpointError
 from recipes.checkpoint import LocalShard, load_checkpoint, save_checkpoint
-from recipes.checkpoint.layout import Box, cover_fault
 from recipes.checkpoint.manifest import FileRecord, Index, Manifest, StoredBox
 from recipes.checkpoint.names import INDEX, MANIFEST
-from recipes.checkpoint.plan import plan
+from recipes.checkpoint.shard_layout import Box, cover_fault
+from recipes.checkpoint.write_plan import plan
 
 NAME = "model.layers.3.mlp.experts.w_up_EUD"
 SHAPE = (4, 2, 3)

@@ -20,6 +20,7 @@ from recipes.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from recipes.checkpoint.manifest import FileRecord, Index, Manifest, StoredBox, StoredTensor
 from recipes.checkpoint.names import rank_file
 from recipes.checkpoint.stream import write_tensors
+from tests.paths import ROOT
 
 _FILES = ["index.json", "manifest.json", "rank-00000.safetensors", "state.json"]
 
@@ -286,7 +287,7 @@ save_checkpoint(sys.argv[1], 2, {"a": torch.zeros(4)}, {})
 
 def test_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _KILLED_SAVE, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None and process.stdout.readline() == b"writing\n"
         process.send_signal(signal.SIGKILL)
     left = tmp_path / ".tmp-step-00000002"

@@ -11,7 +11,7 @@ import torch
 
 from moe.errors import CheckpointError
 from recipes.checkpoint import FlatShard, checkpoint_bytes, load_checkpoint, save_checkpoint
-from recipes.checkpoint.layout import Box, flat_boxes, place
+from recipes.checkpoint.shard_layout import Box, flat_boxes, place
 from tests.distributed_helper import run_ranks
 
 SHAPES = [(), (7,), (3, 4), (2, 3, 4), (3, 1, 2), (2, 2, 2, 3)]

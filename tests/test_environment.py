@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from recipes import environment
-from recipes.environment import (
+from recipes.runtime import environment
+from recipes.runtime.environment import (
     Finding,
     check_communication,
     check_compiler,

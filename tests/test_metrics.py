@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moe.errors import DataError, DiskError
-from recipes.metrics import Metric, MetricsLog, read_rows, reduce_metrics
+from recipes.tracking.metrics_log import Metric, MetricsLog, read_rows, reduce_metrics
 from tests.distributed_helper import RanksFailedError, run_ranks
 
 
@@ -116,7 +116,7 @@ def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
 
 def test_rows_survive_a_kill(tmp_path: Path) -> None:
     code = (
-        "import sys, os, signal\nfrom recipes.metrics import MetricsLog\n"
+        "import sys, os, signal\nfrom recipes.tracking.metrics_log import MetricsLog\n"
         "log = MetricsLog(sys.argv[1])\n"
         "for i in range(5): log.append({'leg': 'moe', 'step': i})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.muon import StackedMuon, adjusted_lr, orthogonalise
+from recipes.engines.optim.muon import StackedMuon, adjusted_lr, orthogonalise
 
 # The iteration runs in bf16 (eps 2^-8) and its result is multiplied by the adjusted lr: batched and single
 # products may round apart, so updates are compared to within two roundings of an update of size one.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.optim import (
+from recipes.engines.optim.optimizer import (
     FrozenConfig,
     MuonConfig,
     OptimConfig,
@@ -23,7 +23,7 @@ from recipes.optim import (
     group_parameters,
     lr_factor,
 )
-from recipes.parameter_groups import GROUPS
+from recipes.engines.optim.parameter_groups import GROUPS
 
 VOCAB, WIDTH, EXPERTS, FFN = 11, 6, 3, 4
 

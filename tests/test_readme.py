@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from recipes.compose import compose_config
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore, Store
 
 from moe.errors import GraftError
-from recipes.rendezvous import agree_on_attempt
+from recipes.runtime.rendezvous import agree_on_attempt
 
 
 def attempt(store: Store, ranks: Sequence[int], world_size: int, wait_s: float = 20.0) -> dict[int, str]:

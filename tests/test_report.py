@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError
-from recipes.metrics import MetricsLog
-from recipes.report import build_report, formats, readme_figure, results_table
-from recipes.report.canvas import spread
-from recipes.report.colours import LIGHT
-from recipes.report.data import LayerLoad, read_run, series
-from recipes.report.figures import balance_figure, loss_figure
-from recipes.report.heatmap import load_figure, pick_evenly
-from recipes.report.results import different_tokens, headline, missing, read_results
+from recipes.tracking.metrics_log import MetricsLog
+from recipes.tracking.report import build_report, formats, readme_figure, results_table
+from recipes.tracking.report.canvas import spread
+from recipes.tracking.report.colours import LIGHT
+from recipes.tracking.report.heatmap import load_figure, pick_evenly
+from recipes.tracking.report.loss_figures import balance_figure, loss_figure
+from recipes.tracking.report.results_table import different_tokens, headline, missing, read_results
+from recipes.tracking.report.run_record import LayerLoad, read_run, series
 from tools.report import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -362,7 +362,7 @@ def test_graft_exports_are_loaded_by_graft(tmp_path: Path) -> None:
     }
     raw = build_report(_make(tmp_path, SUMMARY | {"export": export})).read_text()
     assert "import load_graft" in raw and "AutoModelForCausalLM" not in raw and "a b &lt;c&gt;" in raw
-    from recipes.hosts.exporters.graft import load_graft
+    from recipes.models.export.graft_format import load_graft
 
     assert callable(load_graft)
 

@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
-from recipes import tracking
-from recipes.metrics import read_rows
-from recipes.report.colours import DIVERGING_STOPS, load_image
-from recipes.tracking import ExpertLoad, NullTracker, RunLogger, Tracker, TrackerConfig, start
+from recipes.tracking import trackers as tracking
+from recipes.tracking.metrics_log import read_rows
+from recipes.tracking.report.colours import DIVERGING_STOPS, load_image
+from recipes.tracking.trackers import ExpertLoad, NullTracker, RunLogger, Tracker, TrackerConfig, start
 
 LOAD = ExpertLoad([1, 3], [[0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
 

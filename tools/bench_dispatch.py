@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = _sizes(args)
     import torch
 
-    from recipes.benchmarks.dispatch import DispatchShape, measure, render
+    from recipes.studies.benchmarks.dispatch_bytes import DispatchShape, measure, render
 
     shape = DispatchShape(
         args.tokens, args.width, args.experts, args.top_k, args.dtype, args.skewed, args.shared_width

@@ -83,8 +83,8 @@ def _engine_mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
 def _layouts(arguments: argparse.Namespace) -> list[Any]:
     """Those of the ranks and experts that the engine can be laid out in."""
-    from recipes.benchmarks.shard_memory import Layout
     from recipes.engines import engine_classes
+    from recipes.studies.benchmarks.shard_memory import Layout
 
     kind, options = engine_classes()[arguments.engine], []
     for option in arguments.option:
@@ -106,7 +106,7 @@ def main() -> int:
     if mistakes := _mistakes(arguments):
         raise UserError(mistakes)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from recipes.benchmarks.shard_memory import SIZES, measure_layout, write_dense
+    from recipes.studies.benchmarks.shard_memory import SIZES, measure_layout, write_dense
 
     sizes, layouts = SIZES[: arguments.sizes], _layouts(arguments)
     engine = " ".join([arguments.engine, *arguments.option])

@@ -78,7 +78,7 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
 
 def _default_labels(step: bool) -> list[str]:
-    from recipes.benchmarks.router_rivals import SOLVERS, router_choices
+    from recipes.studies.benchmarks.router_rivals import SOLVERS, router_choices
 
     if step:
         return list(_STEP_DEFAULT)
@@ -106,8 +106,8 @@ def _machine(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
 
 
 def _measure_grid(arguments: argparse.Namespace, rivals: Any, device: Any) -> dict[str, Any]:
-    from recipes.benchmarks.router_rivals import Shape
-    from recipes.benchmarks.routers import Grid, Limits, memory_allowance, render
+    from recipes.studies.benchmarks.router_grid import Grid, Limits, memory_allowance, render
+    from recipes.studies.benchmarks.router_rivals import Shape
 
     allowed = memory_allowance(device) if arguments.memory_mib is None else arguments.memory_mib * 2**20
     grid = Grid(rivals, Limits(arguments.rounds, arguments.seconds, allowed), device)
@@ -130,7 +130,12 @@ def _measure_grid(arguments: argparse.Namespace, rivals: Any, device: Any) -> di
 def _measure_steps(arguments: argparse.Namespace, rivals: Any, device: Any) -> dict[str, Any]:
     import transformers
 
-    from recipes.benchmarks.router_step import STEP_SHAPES, expected_costs, measure_steps, render_steps
+    from recipes.studies.benchmarks.router_step import (
+        STEP_SHAPES,
+        expected_costs,
+        measure_steps,
+        render_steps,
+    )
 
     transformers.logging.set_verbosity_error()
     figures: dict[str, Any] = {"transformers": transformers.__version__, "bound": _BOUND, "shapes": {}}
@@ -154,7 +159,7 @@ def main() -> int:
     import torch
 
     from moe.errors import ConfigError, UserError
-    from recipes.benchmarks.router_rivals import read_rivals
+    from recipes.studies.benchmarks.router_rivals import read_rivals
 
     mistakes = _mistakes(arguments)
     rivals = []

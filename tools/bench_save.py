@@ -54,9 +54,9 @@ def main() -> int:
     _check(arguments)
     import torch
 
-    from recipes.benchmarks.saves import NONE, RIVALS, SaveShape, measure_saves
-    from recipes.chaos.slow_disk import slow_down
     from recipes.checkpoint.space import readable
+    from recipes.studies.benchmarks.saves import NONE, RIVALS, SaveShape, measure_saves
+    from recipes.studies.chaos.slow_disk import slow_down
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

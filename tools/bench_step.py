@@ -32,7 +32,7 @@ def main() -> int:
 
     from kernels.expert_mlp import BACKENDS
     from moe.errors import Mistake, UserError
-    from recipes.benchmarks.step import GOALS, measure_step
+    from recipes.studies.benchmarks.moe_tax import GOALS, measure_step
 
     mistakes = check_json_target(arguments.json)
     if arguments.rounds < 1:

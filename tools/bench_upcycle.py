@@ -44,7 +44,7 @@ def main() -> int:
     if mistakes:
         raise UserError(mistakes)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from recipes.benchmarks.conversion import SIZES, draw_memory, make_dense, measure_conversion
+    from recipes.studies.benchmarks.conversion_speed import SIZES, draw_memory, make_dense, measure_conversion
 
     print(f"{arguments.method}, {arguments.experts} experts, bf16; {arguments.rounds} rounds, medians")
     print(

@@ -13,8 +13,8 @@ from moe.errors import ConfigError, Mistake
 from tools.command import STDOUT, check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from recipes.cap.plan import Request
     from recipes.cap.radar import Anchors
+    from recipes.cap.request import Request
     from recipes.cap.server import Server
 
 
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
 def _measured(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:
     import torch
 
-    from recipes.cap.plan import check_request
-    from recipes.cap.run import measure
+    from recipes.cap.cap_report import measure
+    from recipes.cap.request import check_request
 
     request, wrong = _request(args)
     if args.threads is not None and args.threads < 1:
@@ -142,7 +142,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
     from moe.accounting.tiers import Tier, read_tiers
     from recipes.cap.cost import Prices
     from recipes.cap.measure import Workload
-    from recipes.cap.plan import Accuracy, Request, name_systems
+    from recipes.cap.request import Accuracy, Request, name_systems
 
     mistakes, sizes = [], []
     for text in args.batch_sizes.split(","):
@@ -211,8 +211,8 @@ def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
 
 
 def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:
-    from recipes.cap.compare import RATIO_HEAD, differences, join_reports, ratio_rows, read_reports
-    from recipes.cap.table import aligned
+    from recipes.cap.cap_table import aligned
+    from recipes.cap.join_reports import RATIO_HEAD, differences, join_reports, ratio_rows, read_reports
 
     if mistakes:
         raise ConfigError(mistakes)
@@ -228,14 +228,14 @@ def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, An
 
 def _show(args: argparse.Namespace, report: dict[str, Any], anchors: dict[str, Anchors]) -> None:
     """The table, and the files that are asked for."""
+    from recipes.cap.cap_table import text_of
     from recipes.cap.radar import make_radar
-    from recipes.cap.table import text_of
 
     say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     say(text_of(report))
     write_json(args.json, report)
     if args.out is not None:
-        from recipes.cap.page import write_report
+        from recipes.cap.cap_page import write_report
 
         radar = make_radar(report, anchors, args.radar, args.radar_batch)
         say(f"\npage: {write_report(Path(args.out).expanduser(), report, radar)}")

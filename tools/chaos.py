@@ -101,8 +101,8 @@ def main() -> int:
     """Runs the experiment and prints its table; 1 when something is not as promised."""
     arguments = _parse()
     _check(arguments)
-    from recipes.chaos.experiment import passed, run_chaos
-    from recipes.chaos.settings import ChaosSettings
+    from recipes.studies.chaos.chaos_settings import ChaosSettings
+    from recipes.studies.chaos.experiment import passed, run_chaos
 
     settings = ChaosSettings(
         folder=Path(arguments.folder).expanduser().absolute(),

@@ -65,6 +65,6 @@ def write_json(target: str | None, figures: Mapping[str, Any]) -> None:
     if target == STDOUT:
         print(json.dumps(figures, indent=2))
     elif target is not None:
-        from recipes.atomic import atomic_write_json
+        from recipes.runtime.atomic import atomic_write_json
 
         atomic_write_json(target, figures)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
-from recipes.compose import CONF, compose_config
+from recipes.config.compose import CONF, compose_config
 from tools.command import run_command
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
@@ -58,9 +58,9 @@ def main() -> int:
     routers, seeds, overrides = _split(options)
     for router in routers:
         compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
-    from recipes.comparison.collect import collect
-    from recipes.comparison.page import text_table, write_page
-    from recipes.comparison.plan import plan_trials, start
+    from recipes.studies.comparison.collect_runs import collect
+    from recipes.studies.comparison.comparison_page import text_table, write_page
+    from recipes.studies.comparison.router_trials import plan_trials, start
 
     folder = Path("outputs").absolute() / "compare" / arguments.name
     trials = plan_trials(folder, routers, seeds)

@@ -16,7 +16,7 @@ from moe.errors import ConfigError, Mistake
 from tools.command import STDOUT, check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from recipes.benchmarks.engines import Series
+    from recipes.studies.benchmarks.engine_losses import Series
 
 
 def _parse() -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main() -> int:
     mistakes = check_json_target(arguments.json)
     if arguments.steps < 1:
         mistakes.append(Mistake("--steps", arguments.steps, "it must be 1 or more", "Raise it."))
-    from recipes.benchmarks.engines import compared_layouts, run_layouts
+    from recipes.studies.benchmarks.engine_losses import compared_layouts, run_layouts
 
     first, *others = compared_layouts()
     chosen = [first, *(one for one in others if (arguments.only or "") in one.name)]

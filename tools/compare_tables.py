@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tools.command import check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from recipes.tables.plan import Experiment
+    from recipes.studies.tables.table_runs import Experiment
 
 _ROUTERS = ("dense", "topk", "hash", "dselect_k", "comet", "comet_plus")
 _LRS = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -42,11 +42,11 @@ def _parse() -> argparse.Namespace:
 def _experiment(arguments: argparse.Namespace) -> Experiment:
     """What the flags ask for; all mistakes at once."""
     from moe.errors import Mistake, UserError
-    from recipes.tables.generate import SPLITS, TableConfig
-    from recipes.tables.model import ModelConfig
-    from recipes.tables.plan import Experiment
-    from recipes.tables.routers import parse_mixtures
-    from recipes.tables.train import FitConfig
+    from recipes.studies.tables.generate import SPLITS, TableConfig
+    from recipes.studies.tables.table_model import ModelConfig
+    from recipes.studies.tables.table_routers import parse_mixtures
+    from recipes.studies.tables.table_runs import Experiment
+    from recipes.studies.tables.train_table import FitConfig
 
     mistakes = check_json_target(arguments.json)
     minima = {"seeds": 1, "data_seed": 0, "rows": 1000, "epochs": 1, "experts": 1, "top_k": 1, "threads": 1}
@@ -86,9 +86,9 @@ def main() -> int:
     experiment = _experiment(arguments)
     import torch
 
-    from recipes.tables.generate import TASKS, generate
-    from recipes.tables.page import collect, plain, text_table, write_figures, write_picture
-    from recipes.tables.plan import check_kept, execute_missing, seed_by_seed, tuning_runs
+    from recipes.studies.tables.generate import TASKS, generate
+    from recipes.studies.tables.table_page import collect, plain, text_table, write_figures, write_picture
+    from recipes.studies.tables.table_runs import check_kept, execute_missing, seed_by_seed, tuning_runs
 
     torch.set_num_threads(arguments.threads)
     check_kept(experiment)

@@ -12,7 +12,7 @@ from moe.errors import ConfigError, Mistake
 from tools.command import STDOUT, check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from moe.deltas import DeltaCodec
+    from moe.experts.deltas import DeltaCodec
 
 
 def _parse() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def main() -> int:
         raise ConfigError(mistakes)
     from tqdm import tqdm
 
-    from recipes.ders.store import compress, expand
+    from recipes.models.ders.delta_store import compress, expand
 
     source, out = (Path(path).expanduser().absolute() for path in (arguments.source, arguments.out))
     stream = sys.stderr if arguments.json == STDOUT else sys.stdout
@@ -79,7 +79,7 @@ def _check(arguments: argparse.Namespace) -> list[Mistake]:
 
 
 def _codec(arguments: argparse.Namespace) -> DeltaCodec:
-    from moe.deltas import QuantisedDelta, SparseDelta
+    from moe.experts.deltas import QuantisedDelta, SparseDelta
 
     if arguments.one_of is not None:
         return SparseDelta(arguments.one_of, arguments.rescale, arguments.seed)

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         args.sequence_length, args.batch_size, args.kv_dtype, tuple(args.bits), tuple(args.tier)
     )
     if args.from_module:
-        from recipes.shape_from_module import shape_from_module
+        from recipes.models.hf.shape_from_module import shape_from_module
 
         found = shape_from_module(content)
         figures = describe_counted(content, found.count, found.attention, request)

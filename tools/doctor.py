@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if mistakes := check_json_target(args.json):
         raise ConfigError(mistakes)
-    from recipes.environment import inspect_environment
+    from recipes.runtime.environment import inspect_environment
 
     findings = inspect_environment(args.cache_dir)
     out = sys.stderr if args.json == STDOUT else sys.stdout

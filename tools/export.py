@@ -46,8 +46,8 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
-    from recipes.convert.from_run import ExportRequest, export_run
-    from recipes.hosts.exporters import exporters
+    from recipes.jobs.export_run import ExportRequest, export_run
+    from recipes.models.export import exporters
 
     mistakes = check_json_target(arguments.json)
     if arguments.target not in ("auto", *exporters()):

@@ -13,9 +13,9 @@ from tools.command import STDOUT, check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
-    from moe.laws.base import Law
-    from moe.laws.columns import Runs
-    from moe.laws.fit import Fit, FitOptions
+    from moe.scaling_laws.base import Law
+    from moe.scaling_laws.columns import Runs
+    from moe.scaling_laws.fit import Fit, FitOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     # Before numpy is loaded: on matrices this small, the threads of BLAS cost more than they bring.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from moe.errors import UserError
-    from moe.laws import laws
+    from moe.scaling_laws import laws
 
     say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     if args.list:
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     known = laws()
     if mistakes := _flag_mistakes(args, known):
         raise UserError(mistakes)
-    from moe.laws.columns import parse_runs
-    from moe.laws.fit import FitOptions, fit_law
-    from moe.laws.record import fit_record
+    from moe.scaling_laws.columns import parse_runs
+    from moe.scaling_laws.fit import FitOptions, fit_law
+    from moe.scaling_laws.record import fit_record
 
     runs = parse_runs(read_text(args.runs, "RUNS.csv"), args.runs)
     options = FitOptions(args.delta, args.starts, bootstrap=args.bootstrap, level=args.level, seed=args.seed)
@@ -125,7 +125,7 @@ def check_figure_target(target: str | None) -> list[Mistake]:
 
 def describe(law: Law) -> str:
     """A law with its inputs, coefficients and published values, as lines."""
-    from moe.laws.columns import COLUMNS
+    from moe.scaling_laws.columns import COLUMNS
 
     lines = [f"{law.name}: {law.formula}", f"  {law.source}", "  columns: loss, and"]
     lines += [f"    {name:14} {COLUMNS[name].meaning} ({law.inputs[name]})" for name in law.inputs]
@@ -168,8 +168,8 @@ def _figure(fit: Fit, runs: Runs) -> Any:
     """Predicted against measured losses, and the residuals."""
     import numpy as np
 
-    from recipes.report.canvas import new_figure, note, style
-    from recipes.report.colours import LIGHT
+    from recipes.tracking.report.canvas import new_figure, note, style
+    from recipes.tracking.report.colours import LIGHT
 
     figure = new_figure(3.8, LIGHT)
     left, right = figure.subplots(1, 2)
@@ -188,7 +188,7 @@ def _figure(fit: Fit, runs: Runs) -> Any:
 
 
 def _write_png(path: str, figure: Any) -> None:
-    from recipes.report.canvas import png
+    from recipes.tracking.report.canvas import png
 
     write_bytes(path, png(figure))
 
@@ -200,7 +200,7 @@ def write_bytes(path: str, data: bytes) -> None:
         DiskError: It cannot be written.
     """
     from moe.errors import DiskError
-    from recipes.atomic import disk_mistake, fsync_folder, write_synced
+    from recipes.runtime.atomic import disk_mistake, fsync_folder, write_synced
 
     target = Path(path)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")

@@ -13,7 +13,7 @@ from moe.errors import ConfigError, Mistake
 from tools.command import STDOUT, check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from recipes.benchmarks.peaks import Rate
+    from recipes.tracking.measure_peaks import Rate
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import torch
 
-    from recipes.benchmarks.peaks import describe_device, figures_of, measure_machine
+    from recipes.tracking.measure_peaks import describe_device, figures_of, measure_machine
 
     names = [name.strip() for name in args.dtypes.split(",")]
     mistakes = check_json_target(args.json)

@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 def _published(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     from moe.errors import ConfigError
     from moe.planning.assumptions import FITTED, Assumptions, with_settings
-    from moe.planning.fit import Fit, refit
+    from moe.planning.fit_efficiency import Fit, refit
+    from moe.planning.plan_table import check_figures, check_lines
     from moe.planning.published import as_measured, published_rows
-    from moe.planning.table import check_figures, check_lines
 
     if mistakes := check_json_target(args.json):
         raise ConfigError(mistakes)
@@ -113,8 +113,8 @@ def _plan(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any
     from moe.planning.assumptions import Assumptions, with_settings
     from moe.planning.blocks import model_of
     from moe.planning.layout import Job, Layout, enumerate_layouts
-    from moe.planning.plan import fastest, make_plan
-    from moe.planning.table import figures_of, job_figures, plan_lines
+    from moe.planning.plan_layouts import fastest, make_plan
+    from moe.planning.plan_table import figures_of, job_figures, plan_lines
 
     content, cluster, only = _read(args)
     assumed = with_settings(Assumptions(), args.settings)

@@ -14,8 +14,8 @@ from tools.command import STDOUT, check_json_target, run_command, write_json
 from tools.fit_laws import check_figure_target, read_text, write_bytes
 
 if TYPE_CHECKING:
-    from moe.laws.planner import BreakEven, Plan
-    from moe.laws.ways import Curve, Question, Way
+    from moe.scaling_laws.planner import BreakEven, Plan
+    from moe.scaling_laws.ways import Curve, Question, Way
 
 NAMES = {"upcycle": "upcycle", "scratch": "mixture from scratch", "continue": "dense, continued"}
 
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         UserError: What is wrong with the flags or the fits.
     """
     args = build_parser().parse_args(argv)
-    from moe.laws.planner import plan
-    from moe.laws.ways import Question
+    from moe.scaling_laws.planner import plan
+    from moe.scaling_laws.ways import Question
 
     curves = _curves(args)
     question = Question(
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     say(summary(found))
     if args.figure:
-        from recipes.report.canvas import png
+        from recipes.tracking.report.canvas import png
 
         write_bytes(args.figure, png(_figure(question, curves, found)))
         say(f"\nfigure: {args.figure}")
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
 def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
     """The law of each way: fitted ones, or those of a paper; never of both, whose losses do not compare."""
     from moe.errors import DataError, Mistake, UserError
-    from moe.laws.record import curve_from_record
-    from moe.laws.ways import FAMILIES, family
+    from moe.scaling_laws.record import curve_from_record
+    from moe.scaling_laws.ways import FAMILIES, family
 
     mistakes = check_json_target(args.json) + check_figure_target(args.figure)
     fits: dict[Way, str] = {
@@ -162,9 +162,9 @@ def _figure(question: Question, curves: dict[Way, Curve], found: Plan) -> Any:
     """Loss against D2, with bands where there are draws, and dotted outside of the range of the fit."""
     import numpy as np
 
-    from moe.laws.ways import columns_of, loss_at, paid_by, tokens_of
-    from recipes.report.canvas import label_lines, new_figure, note, style
-    from recipes.report.colours import LIGHT
+    from moe.scaling_laws.ways import columns_of, loss_at, paid_by, tokens_of
+    from recipes.tracking.report.canvas import label_lines, new_figure, note, style
+    from recipes.tracking.report.colours import LIGHT
 
     budget = tokens_of(question, "upcycle")
     grid = np.geomspace(budget / 100, budget * 30, 240)

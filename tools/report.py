@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         GraftError: Why it is not.
     """
     args = build_parser().parse_args(argv)
-    from recipes.atomic import atomic_write_text
-    from recipes.report import build_report, readme_figure
-    from recipes.report.data import read_run
-    from recipes.report.results import read_results, results_table
-    from recipes.report.sections import missing_parts
+    from recipes.runtime.atomic import atomic_write_text
+    from recipes.tracking.report import build_report, readme_figure
+    from recipes.tracking.report.results_table import read_results, results_table
+    from recipes.tracking.report.run_record import read_run
+    from recipes.tracking.report.sections import missing_parts
 
     say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
     path = build_report(args.run_dir)

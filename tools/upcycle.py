@@ -14,13 +14,11 @@ from tools.command import check_json_target, run_command, write_json
 from tools.verify import describe_gate, gate_figures
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from recipes.calibration.gather import LayerTensors
-    from recipes.convert.gate import GateReport
-    from recipes.convert.plan import Conversion, ConversionRequest
-    from recipes.convert.run import ConversionResult
-    from recipes.schema import RunConfig
+    from recipes.config.schema import RunConfig
+    from recipes.upcycling.calibration.gather import LayerTensors
+    from recipes.upcycling.convert.conversion import ConversionResult
+    from recipes.upcycling.convert.conversion_plan import Conversion, ConversionRequest
+    from recipes.upcycling.convert.folder_check import GateReport
 
 _DTYPES = ("source", "fp32", "bf16", "fp16")
 
@@ -74,19 +72,19 @@ def main() -> int:
     """Checks, plans, converts, and verifies when asked to."""
     arguments = _parse()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config, values = _config(arguments)
+    config = _config(arguments)
     mistakes = _check(arguments, config)
     if mistakes:
         raise ConfigError(mistakes)
     if arguments.compare is not None:
         return _compare(arguments, config)
 
-    from recipes.convert.plan import plan_conversion
-    from recipes.convert.statistics import discard_statistics
-    from recipes.resident import peak_resident_bytes
+    from recipes.runtime.resident import peak_resident_bytes
+    from recipes.upcycling.convert.conversion_plan import plan_conversion
+    from recipes.upcycling.convert.conversion_statistics import discard_statistics
 
     out = Path(arguments.out).expanduser().absolute()
-    conversion = plan_conversion(_request(arguments, config), _statistics(config, values, out))
+    conversion = plan_conversion(_request(arguments, config), _statistics(config, out))
     # Figures on stdout are for programs: nothing else goes there.
     stream = sys.stderr if arguments.json == "-" else sys.stdout
     print(_describe(conversion), file=stream)
@@ -102,8 +100,8 @@ def main() -> int:
 
 
 def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
-    from recipes.convert.compare import compare_methods, drift_figures, drift_table, parse_candidates
-    from recipes.convert.gate import real_tokens
+    from recipes.studies.compare_methods import compare_methods, drift_figures, drift_table, parse_candidates
+    from recipes.upcycling.convert.folder_check import real_tokens
 
     candidates = parse_candidates(arguments.compare)
     dense = Path(arguments.dense).expanduser().absolute()
@@ -124,28 +122,28 @@ def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
     return 0 if any(hasattr(result, "logits") for result in results.values()) else 1
 
 
-def _statistics(config: RunConfig, values: Mapping[str, Any], out: Path) -> LayerTensors | None:
+def _statistics(config: RunConfig, out: Path) -> LayerTensors | None:
     """What the method wants to know of real text; None where it asks for nothing."""
-    from recipes.convert.statistics import gather_statistics, needs_statistics
+    from recipes.upcycling.convert.conversion_statistics import gather_statistics, needs_statistics
 
     if not needs_statistics(config):
         return None
     # What calibration says of its progress is for people.
     with contextlib.redirect_stdout(sys.stderr):
-        found = gather_statistics(config, values, out)
+        found = gather_statistics(config, out)
     if found is None:
         raise KeyboardInterrupt
     return found
 
 
-def _config(arguments: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
-    """Method and router by the same options, with the same checks, as in a training run; and as composed."""
-    from recipes.compose import compose_config
-    from recipes.schema import parse_config
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """Reads method and router by the same options, with the same checks, as a training run."""
+    from recipes.config.compose import compose_config
+    from recipes.config.schema import parse_config
 
     chosen = [f"upcycle={arguments.method}", f"router={arguments.router}", *_overrides(arguments)]
     values = compose_config(["+recipe=upcycle", *chosen]) | {"dense": arguments.dense}
-    return parse_config(values), values
+    return parse_config(values)
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -162,12 +160,12 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
     from moe.upcycle import upcycle_methods
-    from recipes.convert.statistics import needs_statistics
     from recipes.data.sources import check_paths
-    from recipes.hosts.exporters import exporters
-    from recipes.hosts.inspection import check_dense
-    from recipes.preflight import check_folder, check_router
-    from recipes.prompts.rows import check_prompts
+    from recipes.jobs.preflight import check_folder, check_router
+    from recipes.models.export import exporters
+    from recipes.models.hf.inspection import check_dense
+    from recipes.upcycling.convert.conversion_statistics import needs_statistics
+    from recipes.upcycling.prompts.prompt_rows import check_prompts
 
     mistakes = check_json_target(arguments.json) + check_router(config) + check_prompts(config)
     mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code)
@@ -196,7 +194,7 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
 def _request(arguments: argparse.Namespace, config: RunConfig) -> ConversionRequest:
     import torch
 
-    from recipes.convert.plan import ConversionRequest
+    from recipes.upcycling.convert.conversion_plan import ConversionRequest
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return ConversionRequest(
@@ -215,7 +213,7 @@ def _request(arguments: argparse.Namespace, config: RunConfig) -> ConversionRequ
 def _convert(conversion: Conversion, out: Path) -> ConversionResult:
     from tqdm import tqdm
 
-    from recipes.convert.run import convert
+    from recipes.upcycling.convert.conversion import convert
 
     with tqdm(
         total=conversion.total_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="writing"
@@ -224,7 +222,7 @@ def _convert(conversion: Conversion, out: Path) -> ConversionResult:
 
 
 def _verify(arguments: argparse.Namespace, config: RunConfig, out: Path) -> GateReport:
-    from recipes.convert.gate import compare_folders, real_tokens
+    from recipes.upcycling.convert.folder_check import compare_folders, real_tokens
 
     dense = Path(arguments.dense).expanduser()
     return compare_folders(dense, out, real_tokens(dense, config.data, samples=8, length=128))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
-from recipes.compose import compose_config
+from recipes.config.compose import compose_config
 from tools.command import run_command
 
 _OWN = ("lengths=", "seeds=")
@@ -54,9 +54,9 @@ def split_options(options: list[str]) -> tuple[list[int], int, list[str]]:
 
 def _check(arguments: argparse.Namespace, lengths: list[int], overrides: list[str]) -> None:
     """Everything that a run would find out, before the first one starts."""
-    from recipes.jobs.upcycle_vs_cpt import UpcycleVsCPTJob
-    from recipes.schema import parse_config
-    from recipes.versus.plan import LENGTH
+    from recipes.config.schema import parse_config
+    from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob
+    from recipes.studies.upcycle_vs_cpt.arms_trials import LENGTH
 
     low = [("--ranks", arguments.ranks), ("--parallel", arguments.parallel)]
     mistakes = [Mistake(flag, n, "it must be at least 1", "Raise it.") for flag, n in low if n < 1]
@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = build_parser().parse_intermixed_args(argv)
     lengths, seeds, overrides = split_options(arguments.options)
-    from recipes.versus.collect import collect
-    from recipes.versus.page import text_tables, write_page
-    from recipes.versus.plan import keep_options, options_of, plan_trials
-    from recipes.versus.start import launcher, run_trials
+    from recipes.studies.upcycle_vs_cpt.arms_page import text_tables, write_page
+    from recipes.studies.upcycle_vs_cpt.arms_trials import keep_options, options_of, plan_trials
+    from recipes.studies.upcycle_vs_cpt.collect_arms import collect
+    from recipes.studies.upcycle_vs_cpt.run_trials import launcher, run_trials
 
     folder = Path("outputs").absolute() / "upcycle_vs_cpt" / arguments.name
     trials = plan_trials(folder, lengths, seeds)

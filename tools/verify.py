@@ -12,8 +12,8 @@ from moe.errors import ConfigError, Mistake
 from tools.command import check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
-    from recipes.convert.gate import GateReport
     from recipes.data.config import DataConfig
+    from recipes.upcycling.convert.folder_check import GateReport
 
 
 def _parse() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def main() -> int:
     if mistakes:
         raise ConfigError(mistakes)
 
-    from recipes.convert.gate import compare_folders, real_tokens
+    from recipes.upcycling.convert.folder_check import compare_folders, real_tokens
 
     dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
     tokens = real_tokens(dense, data, arguments.samples, arguments.length)
@@ -57,7 +57,7 @@ def main() -> int:
 
 def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     from recipes.data.sources import check_paths
-    from recipes.hosts.inspection import check_checkpoint
+    from recipes.models.hf.inspection import check_checkpoint
 
     mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
     for option in ("dense", "moe"):

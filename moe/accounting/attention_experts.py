@@ -19,7 +19,7 @@ from moe.accounting.mixers import AttentionShape, Mixer
 class AttentionExpertsShape(Mixer):
     """A grouped-query attention cut into its key-value heads, and a router over them.
 
-    Source: Qu et al. 2024 (arXiv 2411.15708), attention MoE; see `moe.attention`.
+    Source: Qu et al. 2024 (arXiv 2411.15708), attention MoE; see `moe.attention.routed_attention`.
 
     Attributes:
         dense: The attention that was cut: E is its key-value heads.
@@ -109,5 +109,5 @@ def attention_mixtures(shape: ModelShape) -> tuple[AttentionExpertsShape, ...]:
 
 
 def mixtures(shape: ModelShape) -> tuple[MoEShape | AttentionExpertsShape, ...]:
-    """All that routes: networks in order, then attention in order, as `moe.stats.report_load` has them."""
+    """All that routes: networks in order, then attention in order, as `moe.metrics.report_load` has them."""
     return (*shape.moe, *attention_mixtures(shape))

@@ -14,7 +14,7 @@ from torch import nn
 
 from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.layers import DenseFFNShape, ModelShape
-from moe.attention import AttentionExperts
+from moe.attention.routed_attention import AttentionExperts
 
 # Parameters with two axes that no token is multiplied by as by a matrix: the decay of a state-space model.
 ELEMENTWISE = frozenset({"A_log"})

@@ -46,7 +46,7 @@ def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float, world_si
         flops_per_token: In training, `moe.accounting.flops.training_flops_per_token`, whose convention the
             result has.
         tokens_per_s: Of all devices together.
-        peak_flops: Of one device in FLOP/s, see `moe.accounting.peaks.peak_for`.
+        peak_flops: Of one device in FLOP/s, see `moe.accounting.device_peaks.peak_for`.
         world_size: Devices.
 
     Returns:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe.discovery import discover
 from moe.dispatch.base import Arrival, Dispatched, Dispatcher
+from moe.registry import discover
 
 __all__ = ["Arrival", "Dispatched", "Dispatcher", "dispatcher_classes"]
 

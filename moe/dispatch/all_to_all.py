@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from kernels.plan import make_plan
+from kernels.plan.row_plan import make_plan
 from moe.dispatch.base import Arrival, Dispatched, Dispatcher
 from moe.errors import ConfigError
 from moe.types import Routing

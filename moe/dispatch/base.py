@@ -13,7 +13,7 @@ from typing import ClassVar, TypeAlias
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kernels.plan import RowPlan
+from kernels.plan.row_plan import RowPlan
 from moe.types import Routing
 
 

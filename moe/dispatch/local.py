@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.plan import make_plan
+from kernels.plan.row_plan import make_plan
 from moe.dispatch.base import Arrival, Dispatched, Dispatcher
 from moe.types import Routing
 

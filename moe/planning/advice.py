@@ -11,7 +11,7 @@ from moe.planning.assumptions import Assumptions
 from moe.planning.blocks import model_of
 from moe.planning.cluster import GPUS, Cluster
 from moe.planning.layout import Job, Layout, enumerate_layouts
-from moe.planning.plan import Plan, make_plan
+from moe.planning.plan_layouts import Plan, make_plan
 
 _GIB = 2**30
 _TIMES = (2, 4, 8, 16, 32)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moe.accounting.peaks import table_peak
+from moe.accounting.device_peaks import table_peak
 from moe.errors import ConfigError
 
 Precision = Literal["bf16", "fp8", "mxfp8", "nvfp4"]
@@ -22,7 +22,7 @@ class Gpu:
     """One GPU and the links it comes with.
 
     Attributes:
-        name: As torch calls it, the key of `moe.accounting.peaks.TABLE`.
+        name: As torch calls it, the key of `moe.accounting.device_peaks.TABLE`.
         memory: Bytes.
         memory_bandwidth: Bytes/s of its memory.
         nvlink: Bytes/s to the other GPUs of its domain, in one direction.

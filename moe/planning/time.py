@@ -16,7 +16,7 @@ from moe.planning.assumptions import Assumptions
 from moe.planning.blocks import Block, Blocks
 from moe.planning.cluster import Cluster, bits_of
 from moe.planning.layout import Job, Layout
-from moe.planning.memory import rank_parameters, rank_tokens, weight_bytes
+from moe.planning.layout_memory import rank_parameters, rank_tokens, weight_bytes
 
 # Attention's backward computes five products where forward computes two.
 _ATTENTION_BACKWARD = 2.5

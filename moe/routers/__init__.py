@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe.discovery import discover
+from moe.registry import discover
 from moe.routers.base import Router, RouterConfig
 
 __all__ = ["Router", "RouterConfig", "router_class", "router_classes"]

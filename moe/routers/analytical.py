@@ -19,7 +19,7 @@ from moe.routers.projection import linear_logits
 from moe.routers.unit_gate import UnitGateConfig, UnitGateRouter
 
 if TYPE_CHECKING:
-    from moe.experts import Experts
+    from moe.experts.experts import Experts
 
 
 @dataclass(frozen=True)

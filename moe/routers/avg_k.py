@@ -25,7 +25,7 @@ from moe.routers.base import Router, RouterConfig, refuse_more_than
 from moe.types import LayerContext, Routing
 
 if TYPE_CHECKING:
-    from moe.experts import Experts
+    from moe.experts.experts import Experts
 
 _LOG = logging.getLogger("graft.avg_k")
 _RULE = "the experts' mean keys are all the same, so that it cannot tell the experts apart"

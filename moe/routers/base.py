@@ -24,7 +24,7 @@ class RouterConfig(Config):
 
 if TYPE_CHECKING:
     from moe.dispatch.base import Dispatcher
-    from moe.experts import Experts
+    from moe.experts.experts import Experts
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig)
 
@@ -93,7 +93,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     def top_k(self) -> int:
         """Experts that a token uses (the mean, where it varies): what active parameters are counted by.
 
-        With a schedule of K (`moe.top_k_schedule`) those that it uses in the end.
+        With a schedule of K (`moe.routing.top_k_schedule`) those that it uses in the end.
         """
 
     @property

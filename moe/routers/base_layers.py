@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.auction import balanced_assignment
 from moe.routers.base import Router, RouterConfig
 from moe.routers.projection import linear_logits
-from moe.token_mean import figure_mean
+from moe.routing.auction import balanced_assignment
+from moe.routing.token_mean import figure_mean
 from moe.types import LayerContext, Routing
 
 

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.dense_gates import slots_of_gates
 from moe.routers.base import Router, RouterConfig, refuse_more_than
-from moe.smooth_step import log_smooth_step
-from moe.soft_balance import soft_balance_loss
-from moe.token_mean import figure_mean, loss_mean
+from moe.routing.dense_gates import slots_of_gates
+from moe.routing.smooth_step import log_smooth_step
+from moe.routing.soft_balance import soft_balance_loss
+from moe.routing.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
 
 #: Half-width of the leaves' uniform initial weights, and of the nodes' as a share of gamma.

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from moe.balance import BalanceScope, count_load
-from moe.fp32_buffers import Fp32Buffers
 from moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe.step_sums import StepSums
+from moe.routing.balance import BalanceScope, count_load
+from moe.routing.fp32_buffers import Fp32Buffers
+from moe.routing.step_sums import StepSums
 from moe.types import LayerContext, Routing
 
 

@@ -19,8 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.chosen import coverage_metrics, sequence_shape, shares_of_chosen, slots_of_mask, top_of_sequences
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.routing.chosen import (
+    coverage_metrics,
+    sequence_shape,
+    shares_of_chosen,
+    slots_of_mask,
+    top_of_sequences,
+)
 from moe.types import LayerContext, Routing
 
 

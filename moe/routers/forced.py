@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe.noise import token_positions
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routing.noise import token_positions
 from moe.types import LayerContext, Routing
 
 

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe.noise import gumbel_noise, uniform_noise
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routing.noise import gumbel_noise, uniform_noise
 from moe.types import LayerContext, Routing
 
 

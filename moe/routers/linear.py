@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from moe.balance import BalanceScope, balance_loss, count_load, z_loss
-from moe.importance import importance_loss
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.step_sums import StepSums
+from moe.routing.balance import BalanceScope, balance_loss, count_load, z_loss
+from moe.routing.load_importance import importance_loss
+from moe.routing.step_sums import StepSums
 from moe.types import LayerContext
 
 
@@ -28,7 +28,7 @@ class LinearRouterConfig(ProjectionConfig):
     itself, or all micro-batches of the step so far."""
     importance_coef: float = 0.0
     """Coefficient of the squared coefficient of variation of the experts' summed probabilities; 0 leaves it
-    out. See `moe.importance`."""
+    out. See `moe.routing.load_importance`."""
     z_coef: float = 0.0
     """Coefficient of the router z-loss; 0 leaves it out."""
 

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.balance import count_load, switch_loss
-from moe.chosen import sequence_shape, top_of_sequences
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.token_mean import figure_mean, loss_mean
+from moe.routing.balance import count_load, switch_loss
+from moe.routing.chosen import sequence_shape, top_of_sequences
+from moe.routing.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
 
 

@@ -17,11 +17,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.balance import Load, switch_loss
-from moe.chosen import chosen_load, coverage_metrics, slots_of_mask
-from moe.moving_threshold import MovingThreshold
-from moe.quantiles import top_thresholds
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.routing.balance import Load, switch_loss
+from moe.routing.chosen import chosen_load, coverage_metrics, slots_of_mask
+from moe.routing.moving_threshold import MovingThreshold
+from moe.routing.quantiles import top_thresholds
 from moe.types import LayerContext, Routing
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.importance import importance_loss
-from moe.noise import normal_noise
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routing.load_importance import importance_loss
+from moe.routing.noise import normal_noise
 from moe.types import LayerContext, Routing
 
 _NOISE_FLOOR = 0.01

@@ -15,14 +15,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.dense_gates import gates_of_slots, slots_of_gates
 from moe.dispatch.base import Dispatcher
-from moe.experts import Experts
-from moe.permutation import PermutationConfig, PermutationSearch
+from moe.experts.experts import Experts
 from moe.routers import router_class, router_classes
 from moe.routers.base import Router, RouterConfig
 from moe.routers.topk import TopKConfig
-from moe.token_mean import figure_mean
+from moe.routing.dense_gates import gates_of_slots, slots_of_gates
+from moe.routing.permutation import PermutationConfig, PermutationSearch
+from moe.routing.token_mean import figure_mean
 from moe.types import LayerContext, Routing
 
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from moe.chosen import coverage_metrics, shares_of_chosen, slots_of_mask
-from moe.moving_threshold import MovingThreshold
-from moe.quantiles import quantile_biases, quantile_thresholds
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.routing.chosen import coverage_metrics, shares_of_chosen, slots_of_mask
+from moe.routing.moving_threshold import MovingThreshold
+from moe.routing.quantiles import quantile_biases, quantile_thresholds
 from moe.types import LayerContext, Routing
 
 

@@ -16,12 +16,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.balance import Load
-from moe.chosen import chosen_load, coverage_metrics
-from moe.dense_gates import slots_of_gates
-from moe.fp32_buffers import Fp32Buffers
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.step_sums import StepSums
+from moe.routing.balance import Load
+from moe.routing.chosen import chosen_load, coverage_metrics
+from moe.routing.dense_gates import slots_of_gates
+from moe.routing.fp32_buffers import Fp32Buffers
+from moe.routing.step_sums import StepSums
 from moe.types import LayerContext, Routing
 
 #: Keeps the penalty off 0, from where no factor brings it back, and off infinity.

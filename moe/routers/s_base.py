@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moe.routers.assigned import AssignedConfig, AssignedRouter
-from moe.token_mean import figure_mean
-from moe.transport import SinkhornRule, sinkhorn
+from moe.routing.token_mean import figure_mean
+from moe.routing.transport import SinkhornRule, sinkhorn
 from moe.types import LayerContext, Routing
 
 

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe.balance_top1 import top1_loss
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.routing.balance_top1 import top1_loss
 from moe.types import LayerContext, Routing
 
 

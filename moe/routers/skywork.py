@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.balance import count_load
-from moe.fp32_buffers import Fp32Buffers
 from moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe.step_sums import StepSums
+from moe.routing.balance import count_load
+from moe.routing.fp32_buffers import Fp32Buffers
+from moe.routing.step_sums import StepSums
 from moe.types import LayerContext, Routing
 
 # Below logits of standard deviation 0.001 the normalisation fades: noise is not blown up into a decision.

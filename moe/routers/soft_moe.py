@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.chosen import sequence_shape
 from moe.dispatch.base import Arrival, Dispatched, Dispatcher
 from moe.routers.base import Router, RouterConfig
-from moe.token_mean import figure_mean
+from moe.routing.chosen import sequence_shape
+from moe.routing.token_mean import figure_mean
 from moe.types import LayerContext, Routing
 
 _EPS = 1e-6

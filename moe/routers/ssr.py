@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe.draws import hashed_uniform
-from moe.noise import normal_noise
 from moe.routers.assigned import AssignedConfig, AssignedRouter
-from moe.transport import SinkhornRule, sinkhorn
+from moe.routing.draws import hashed_uniform
+from moe.routing.noise import normal_noise
+from moe.routing.transport import SinkhornRule, sinkhorn
 from moe.types import LayerContext, Routing
 
 

@@ -15,9 +15,9 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.balance import count_load, switch_loss
-from moe.load_bias import LoadBias
 from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.routing.balance import count_load, switch_loss
+from moe.routing.load_bias import LoadBias
 from moe.types import LayerContext, Routing
 
 

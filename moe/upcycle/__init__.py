@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe.discovery import discover
+from moe.experts.weights import ExpertBank, FFNWeights
+from moe.registry import discover
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
-from moe.upcycle.weights import ExpertBank, FFNWeights
 
 __all__ = ["ExpertBank", "FFNWeights", "UpcycleConfig", "UpcycleMethod", "upcycle_methods"]
 

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
+from moe.experts.weights import FFNWeights
 from moe.routers.base import Router, RouterConfig
 from moe.types import Config
-from moe.upcycle.build import BuiltLayer, build_layer, ffn_shape
+from moe.upcycle.build_experts import BuiltLayer, build_layer, ffn_shape
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.layers import LayerChoice, parse_layers
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan
-from moe.upcycle.weights import FFNWeights
+from moe.upcycle.layer_choice import LayerChoice, parse_layers
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 
 
 @dataclass(frozen=True)

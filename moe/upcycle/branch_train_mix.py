@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
-from moe.upcycle.plan import Draws, ExpertPlan, FFNShape, LayerPlan
+from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan
 
 
 @dataclass(frozen=True)

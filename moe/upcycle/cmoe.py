@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.neuron_split import marker_groups
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
+from moe.upcycle.neuron_split import marker_groups
 from moe.upcycle.partition import parts_plan
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
 
 _ROUTER = "analytical"
 

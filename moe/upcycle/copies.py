@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
-from moe.upcycle.plan import Draws, ExpertPlan, FFNShape, LayerPlan, Noise
+from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Noise
 
 
 @dataclass(frozen=True)

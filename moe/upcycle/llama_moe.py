@@ -2,7 +2,7 @@
 
 Source: Zhu et al. 2024 (arXiv 2406.16554) and its release. The release counts importance on 16 clusters of
 texts, one for each expert; here the clusters are of the layer's inputs, as in v2. Of METIS stands a spectral
-partition refined by exchanges (`moe.neuron_split.coactivation_groups`).
+partition refined by exchanges (`moe.upcycle.neuron_split.coactivation_groups`).
 
 Letters: E experts, F width of the dense network or of an expert, K experts a token.
 """
@@ -16,7 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.neuron_split import (
+from moe.routers.base import Router, RouterConfig
+from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.gates import Gates, observe
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.neuron_split import (
     coactivation_groups,
     greedy_groups,
     groups_of,
@@ -24,11 +28,7 @@ from moe.neuron_split import (
     random_groups,
     top_groups,
 )
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
-from moe.upcycle.gates import Gates, observe
 from moe.upcycle.partition import is_whole, parts_plan
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan
 
 Split = Literal["random", "cluster", "coactivation", "gradient", "sharing_inner", "sharing_inter"]
 _STATISTIC = {

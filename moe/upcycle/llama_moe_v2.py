@@ -2,8 +2,8 @@
 
 Source: Qu et al. 2024 (arXiv 2411.15708), MLP-MoE, and its release. The clusters are of the layer's inputs,
 and their centroids are the router's rows, so that a token goes where its neurons are. Its attention experts
-are `moe.attention`; of its alignment of output moments the deviation is here, and not the mean, which needs a
-bias that Mixtral lacks.
+are `moe.attention.routed_attention`; of its alignment of output moments the deviation is here, and not the
+mean, which needs a bias that Mixtral lacks.
 
 Letters: D model width, E experts, F width of the dense network or of an expert, K experts a token.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, RouterStart
 from moe.upcycle.llama_moe import share_and_divide
 from moe.upcycle.partition import is_whole, parts_plan
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan, RouterStart
 
 
 @dataclass(frozen=True)

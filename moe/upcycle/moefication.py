@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moe.neuron_split import coactivation_groups, groups_of
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import observe
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
+from moe.upcycle.neuron_split import coactivation_groups, groups_of
 from moe.upcycle.partition import division_faults, parts_plan
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.snake import unit_faults
 
 _SPARSE = ("relu", "relu2")

@@ -19,7 +19,7 @@ from torch import Tensor
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
+from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
 
 
 @dataclass(frozen=True)

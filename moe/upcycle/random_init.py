@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
-from moe.upcycle.plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
+from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
 
 
 @dataclass(frozen=True)

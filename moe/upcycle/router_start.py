@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.routers.base import Router
-from moe.upcycle.plan import RouterStart
+from moe.upcycle.layer_plan import RouterStart
 
 #: Among the statistics of a layer: router rows ``[E, D]`` that somebody else has chosen.
 GIVEN_ROWS = "given_rows_ED"
@@ -43,7 +43,7 @@ def start_rows(router: Router[Any], start: RouterStart) -> None:
 
     Args:
         router: Freshly drawn.
-        start: Of `moe.upcycle.build.router_start`, so that everything in it is a tensor.
+        start: Of `moe.upcycle.build_experts.router_start`, so that everything in it is a tensor.
     """
     for name, value in start.tensors.items():
         assert isinstance(value, Tensor), f"{name} is still to be read from the dense network"

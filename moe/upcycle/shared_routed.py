@@ -22,7 +22,7 @@ from torch import Tensor
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import observe
-from moe.upcycle.plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
+from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
 from moe.upcycle.router_faults import group_faults, sum_faults
 
 _RATE = "activation_rate_F"

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moe.neuron_split import snake_groups
 from moe.routers import router_class
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.neuron_split import snake_groups
 from moe.upcycle.partition import parts_plan
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes.cap.accuracy import share_right
-from recipes.cap.meters import Reading
+from recipes.tracking.meters import Reading
 
 KEYS = ("amu", "pcu", "al_s", "tt", "st", "it_tokens_per_s", "aec_watts")
 _TRAINS = "a rate of training, and nothing is trained here"

@@ -10,8 +10,8 @@ from typing import Any
 
 from moe.errors import CheckpointError, Mistake
 from recipes.checkpoint import find_checkpoint
-from recipes.run_dir import RunDir
-from recipes.run_file import read_run_file
+from recipes.jobs.run_dir import RunDir
+from recipes.runtime.run_file import read_run_file
 
 _SETTINGS = "config.yaml"
 _DENSE, _CONTINUED = "dense", "cpt"

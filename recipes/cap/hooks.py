@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from moe.accounting.attention_experts import mixtures
 from moe.accounting.distinct import DistinctExperts, traced_distinct
 from moe.accounting.layers import ModelShape
-from moe.attention import AttentionMoE, by_expert
+from moe.attention.routed_attention import AttentionMoE, by_expert
 from moe.errors import HostError
 from moe.layer import MoELayer
 

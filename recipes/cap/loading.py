@@ -168,7 +168,7 @@ def _take_weights(model: nn.Module, checkpoint: Path) -> None:
 def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from recipes.hosts.exporters.graft import MODEL_TYPE, load_graft
+    from recipes.models.export.graft_format import MODEL_TYPE, load_graft
 
     if config.get("model_type") == MODEL_TYPE:
         return load_graft(folder, dtype).model

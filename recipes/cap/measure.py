@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.timing import interleave, median_ratio, summarise
+from kernels.bench.timing import interleave, median_ratio, summarise
 from moe.accounting.bytes import cache_bytes
 from moe.accounting.passes import decode_batch, prefill_batch
 from moe.accounting.utilisation import Machine
@@ -22,8 +22,8 @@ from recipes.cap.cost import Rates, cost_figures
 from recipes.cap.decode import Rollout, roll_out
 from recipes.cap.efficiency import efficiency
 from recipes.cap.loading import System
-from recipes.cap.meters import EnergyMeter, MemoryMeter, MemorySampler, Reading
 from recipes.cap.phases import phase_figures, unmeasured_phase
+from recipes.tracking.meters import EnergyMeter, MemoryMeter, MemorySampler, Reading
 
 _WARM_UP_TOKENS = 3
 

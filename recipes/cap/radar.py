@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from moe.errors import Mistake
 from recipes.cap.accuracy import share_right
-from recipes.cap.figures import colours_of
-from recipes.cap.table import duration
-from recipes.report import canvas, formats
-from recipes.report.colours import Theme
+from recipes.cap.cap_curves import colours_of
+from recipes.cap.cap_table import duration
+from recipes.tracking.report import canvas, formats
+from recipes.tracking.report.colours import Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from recipes.cap.cost import Rates, cost_figures
 from recipes.cap.efficiency import efficiency
 from recipes.cap.loading import Known
 from recipes.cap.measure import Workload, spread_of, unmeasured_point
-from recipes.cap.meters import Reading
 from recipes.cap.phases import Passes, phase_figures, unmeasured_phase
 from recipes.cap.server import Reply, Server, ask_together, together
+from recipes.tracking.meters import Reading
 
 # Requests that decode together on average, of those asked for; below it no utilisation is given.
 _TOGETHER = 0.9

@@ -10,7 +10,11 @@ A checkpoint is a folder ``step-<n>``::
 Every function here is collective: with an initialised process group all ranks of the group call it.
 """
 
-from recipes.checkpoint.layout import (
+from recipes.checkpoint.reader import Loaded, load_checkpoint
+from recipes.checkpoint.retention import Retention
+from recipes.checkpoint.saver import Saver
+from recipes.checkpoint.search import Found, find_checkpoint, verify_checkpoint
+from recipes.checkpoint.shard_layout import (
     FlatShard,
     GlobalTensor,
     LocalBlocks,
@@ -18,10 +22,6 @@ from recipes.checkpoint.layout import (
     global_shape,
     local_memory,
 )
-from recipes.checkpoint.reader import Loaded, load_checkpoint
-from recipes.checkpoint.retention import Retention
-from recipes.checkpoint.saver import Saver
-from recipes.checkpoint.search import Found, find_checkpoint, verify_checkpoint
 from recipes.checkpoint.space import checkpoint_bytes, require_space
 from recipes.checkpoint.writer import save_checkpoint
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moe.errors import GraftError
 from recipes.checkpoint.host_copies import HostCopies
-from recipes.checkpoint.ranks import combined
 from recipes.checkpoint.writer import PreparedSave
+from recipes.runtime.ranks import combined
 
 _POLL_S = 0.02
 # A part that is not there by then has been lost: no disk is that slow.

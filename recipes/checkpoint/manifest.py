@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moe.errors import CheckpointError, Mistake
-from recipes.checkpoint.layout import Box, cover_fault
 from recipes.checkpoint.names import INDEX, MANIFEST, STATE, expected_files
+from recipes.checkpoint.shard_layout import Box, cover_fault
 
 FORMAT = "graft-checkpoint"
 VERSION = 1

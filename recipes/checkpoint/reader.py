@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe.errors import CheckpointError, Mistake
-from recipes.checkpoint.layout import GlobalTensor, Piece, Placed, place
 from recipes.checkpoint.manifest import (
     Index,
     Manifest,
@@ -25,8 +24,9 @@ from recipes.checkpoint.manifest import (
     read_state,
 )
 from recipes.checkpoint.names import rank_file
-from recipes.checkpoint.ranks import Ranks
 from recipes.checkpoint.search import verify_checkpoint
+from recipes.checkpoint.shard_layout import GlobalTensor, Piece, Placed, place
+from recipes.runtime.ranks import Ranks
 
 _NAMES_SHOWN = 5
 

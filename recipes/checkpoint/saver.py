@@ -19,11 +19,11 @@ from torch import Tensor
 from moe.errors import DiskError, GraftError
 from recipes.checkpoint.background import BackgroundSave
 from recipes.checkpoint.host_copies import HostCopies, spare_bytes
-from recipes.checkpoint.layout import GlobalTensor
-from recipes.checkpoint.ranks import Ranks
 from recipes.checkpoint.retention import Retention
+from recipes.checkpoint.shard_layout import GlobalTensor
 from recipes.checkpoint.space import readable
 from recipes.checkpoint.writer import PreparedSave, prepare_save, write_and_publish
+from recipes.runtime.ranks import Ranks
 
 
 class Saver:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from moe.errors import CheckpointError
 from recipes.checkpoint.manifest import all_at_once, check_file, read_manifest
 from recipes.checkpoint.names import TEMPORARY, parse_step
-from recipes.checkpoint.ranks import Ranks
+from recipes.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)

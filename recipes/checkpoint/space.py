@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe.errors import DiskError
-from recipes.checkpoint.layout import GlobalTensor, global_shape, local_memory
+from recipes.checkpoint.shard_layout import GlobalTensor, global_shape, local_memory
 
 
 def checkpoint_bytes(tensors: Mapping[str, GlobalTensor]) -> int:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import CheckpointError, DiskError, GraftError
-from recipes.atomic import fsync_folder, write_synced
-from recipes.checkpoint.layout import GlobalTensor, Placed, place
 from recipes.checkpoint.manifest import FileRecord, Index, Manifest
 from recipes.checkpoint.names import INDEX, MANIFEST, STATE, TEMPORARY, rank_file, step_name
-from recipes.checkpoint.plan import describe, plan
-from recipes.checkpoint.ranks import Ranks
 from recipes.checkpoint.retention import Retention, retain
+from recipes.checkpoint.shard_layout import GlobalTensor, Placed, place
 from recipes.checkpoint.stream import write_tensors
+from recipes.checkpoint.write_plan import describe, plan
+from recipes.runtime.atomic import fsync_folder, write_synced
+from recipes.runtime.ranks import Ranks
 
 _LOG = logging.getLogger(__name__)
 _NAMES_SHOWN = 5

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import DataError
-from recipes.atomic import fsync_folder
 from recipes.data.indexed import disk_errors
+from recipes.runtime.atomic import fsync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

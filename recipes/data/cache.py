@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from recipes.atomic import fsync_folder
 from recipes.data.indexed import disk_errors
+from recipes.runtime.atomic import fsync_folder
 
 
 def cached_folder(

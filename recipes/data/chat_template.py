@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from moe.errors import DataError, Mistake
-from recipes.atomic import atomic_write_text
 from recipes.data.config import DataConfig
 from recipes.data.conversations import ASSISTANT, Conversation
 from recipes.data.tokenizer import load_tokenizer
+from recipes.runtime.atomic import atomic_write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from moe.errors import DataError
-from recipes.atomic import write_synced
 from recipes.data.cache import cached_folder
 from recipes.data.chat_template import ChatFormat
 from recipes.data.config import DataConfig
 from recipes.data.conversations import read_conversations
 from recipes.data.indexed import IndexedDataset, IndexedWriter, disk_errors, token_dtype
-from recipes.data.progress import Progress
 from recipes.data.sources import fingerprint, resolve
+from recipes.data.token_progress import Progress
 from recipes.data.tokenizer import tokenizer_fingerprint, vocab_size_of
+from recipes.runtime.atomic import write_synced
 
 CHAT_VERSION = 1
 """Raised whenever the same conversations, tokenizer and template would give other files."""

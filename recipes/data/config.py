@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe.types import Config
-from recipes.rules import require
+from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from moe.errors import DataError, DiskError
-from recipes.atomic import disk_mistake, fsync_folder
+from recipes.runtime.atomic import disk_mistake, fsync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

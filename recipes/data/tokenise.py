@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe.errors import DataError
-from recipes.atomic import write_synced
 from recipes.data.cache import cached_folder
 from recipes.data.config import DataConfig
 from recipes.data.documents import Document
@@ -25,9 +24,10 @@ from recipes.data.indexed import (
     idx_path,
     token_dtype,
 )
-from recipes.data.progress import Progress
 from recipes.data.sources import fingerprint, read_documents, resolve
+from recipes.data.token_progress import Progress
 from recipes.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size_of
+from recipes.runtime.atomic import write_synced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,10 +1,10 @@
-"""Engines, found by being in a module of this package."""
+"""Engines: ``recipes/engines/NAME/NAME_engine.py`` holds the class, and is found by that name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from moe.discovery import discover
+from moe.registry import discover
 from recipes.engines.base import Engine, EngineConfig, MicroBatch, Trainable
 
 __all__ = ["Engine", "EngineConfig", "MicroBatch", "Trainable", "engine_classes"]
@@ -12,4 +12,4 @@ __all__ = ["Engine", "EngineConfig", "MicroBatch", "Trainable", "engine_classes"
 
 def engine_classes() -> dict[str, type[Engine[Any]]]:
     """Every engine class by its name."""
-    return discover(__name__, Engine)
+    return discover(__name__, Engine, "{name}.{name}_engine")

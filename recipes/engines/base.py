@@ -21,9 +21,10 @@ from moe.routers import RouterConfig
 from moe.types import Config
 from recipes.checkpoint import GlobalTensor
 from recipes.data.samples import Marks
-from recipes.engines.layout import EngineLayout
-from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.optim import OptimConfig
+from recipes.engines.example_layouts import EngineLayout
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.run_options import RunOptions
+from recipes.models.hf.hf_model import HuggingFaceHost
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class Engine(ABC, Generic[ConfigT]):
         return []
 
     @classmethod
-    def check_run(cls, config: ConfigT, run: Any) -> list[Mistake]:
-        """Why the engine as configured cannot do the rest of what a run is told, by its `RunConfig`."""
+    def check_run(cls, config: ConfigT, run: RunOptions) -> list[Mistake]:
+        """Why the engine as configured cannot do the rest of what a run is told."""
         return []
 
     @classmethod

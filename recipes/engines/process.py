@@ -17,12 +17,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moe.errors import Mistake
 from moe.routers import RouterConfig
 from recipes.engines.base import Engine, EngineConfig
-from recipes.engines.expert_parallel import mixture_mistakes, rank_refusal
-from recipes.engines.grid import Layout
-from recipes.engines.held import cut_blocks, gather_when_called
-from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.rendezvous import join
-from recipes.rules import require
+from recipes.engines.native.expert_parallel import mixture_mistakes, rank_refusal
+from recipes.engines.native.parallel_dims import Layout
+from recipes.engines.native.shard_for_eval import cut_blocks, gather_when_called
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.runtime.rendezvous import join
+from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.discovery import discover
+from moe.registry import discover
 from recipes.jobs.base import Job, Session
 
 __all__ = ["Job", "Session", "job_classes"]

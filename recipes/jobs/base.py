@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from moe.errors import GraftError, Mistake
+from moe.errors import Mistake
+from recipes.config.schema import RunConfig
 from recipes.engines import Engine
-from recipes.goodput import GoodputLedger
-from recipes.guards.watch import Lines, Watch
-from recipes.interrupt import StopRequest
-from recipes.loop import Loop
-from recipes.run_dir import RunDir
-from recipes.schema import RunConfig
-from recipes.tracking import RunLogger
+from recipes.engines.console import RankConsole
+from recipes.jobs.run_dir import RunDir
+from recipes.runtime.heartbeat import Lines, Watch
+from recipes.runtime.interrupt import StopRequest
+from recipes.tracking.goodput import GoodputLedger
+from recipes.tracking.trackers import RunLogger
+from recipes.training.training_loop import Loop
 
 T = TypeVar("T")
 
@@ -47,6 +48,11 @@ class Session:
     ledger: GoodputLedger | None = None
 
     @property
+    def console(self) -> RankConsole:
+        """How its ranks speak and act as one."""
+        return RankConsole(self.engine, self.watch)
+
+    @property
     def leads(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.engine.rank == 0
@@ -59,27 +65,15 @@ class Session:
     @property
     def lines(self) -> Lines:
         """`say` for work that may take long, and tells the watch of what it does between lines."""
-        return Lines(self.say, self.watch)
+        return self.console.lines
 
     def say(self, line: str) -> None:
         """Prints a line, on rank 0."""
-        self.watch.beat()
-        if self.leads:
-            print(line, flush=True)
+        self.console.say(line)
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Does something on rank 0 while the others wait; its result, or its error, is everybody's."""
-        result: T | None = None
-        error: GraftError | None = None
-        if self.leads:
-            try:
-                result = work()
-            except GraftError as caught:
-                error = caught
-        result, error = self.engine.broadcast((result, error))
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+        return self.console.on_rank_zero(work)
 
 
 class Job(ABC):

@@ -15,12 +15,12 @@ from moe.accounting.params import count_from_shape, count_parameters
 from moe.accounting.shape import attention_from_config, shape_from_config
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.shared import SharedExpert
+from moe.experts.weights import ExpertBank, FFNWeights
 from moe.layer import MoELayer
 from moe.routers import router_class, router_classes
-from moe.shared import SharedExpert
 from moe.types import LayerContext, RouterContext
-from moe.upcycle.weights import ExpertBank, FFNWeights
 from tests.accounting.family_cases import SMALL
 
 D, F, E, SHARED = 24, 14, 4, 10
@@ -123,9 +123,9 @@ def test_attention_is_that_of_the_dense_model() -> None:
 def test_what_the_exporter_writes_is_read(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from recipes.hosts.exporters.graft import GraftExporter
-    from recipes.hosts.huggingface import HuggingFaceHost
-    from recipes.hosts.spec import describe_host
+    from recipes.models.export.graft_format import GraftExporter
+    from recipes.models.export.spec import describe_host
+    from recipes.models.hf.hf_model import HuggingFaceHost
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
     for index in (0, 2):

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from moe.accounting import peaks
-from moe.accounting.peaks import TABLE, math_mode, measure_peak_flops, peak_for, table_peak
+from moe.accounting import device_peaks as peaks
+from moe.accounting.device_peaks import TABLE, math_mode, measure_peak_flops, peak_for, table_peak
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ import pytest
 
 from moe.accounting.flops import CONVENTIONS
 from moe.errors import ConfigError, UserError
-from recipes.shape_from_module import shape_from_module
+from recipes.models.hf.shape_from_module import shape_from_module
 from tests.accounting.family_cases import SMALL
 from tests.accounting.published import DEEPSEEK_V3, GPT_OSS_20B, JAMBA, LLAMA4_SCOUT, MODELS, QWEN3_30B
+from tests.paths import ROOT
 from tools.describe import main
 
-ROOT = Path(__file__).resolve().parents[2]
 DENSE = {**SMALL, "model_type": "llama"}
 STARCODER = {**SMALL, "model_type": "starcoder2", "sliding_window": None}
 

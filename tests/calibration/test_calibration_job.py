@@ -13,12 +13,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moe.upcycle.plan import Draws
-from moe.upcycle.statistics.collect import LayerStatistics, Wanted
-from recipes.calibration.observe import Observer
-from recipes.calibration.store import CalibrationFolder, Stored, read_stored, write_stored
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.huggingface import load_host
+from moe.upcycle.layer_plan import Draws
+from moe.upcycle.statistics.layer_statistics import LayerStatistics, Wanted
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import load_host
+from recipes.upcycling.calibration.observe import Observer
+from recipes.upcycling.calibration.statistics_files import (
+    CalibrationFolder,
+    Stored,
+    read_stored,
+    write_stored,
+)
 from tests.conftest import VOCABULARY, MakeCheckpoint
 from tests.jobs.job_runs import Ended, job, process, rows, same_training, steps, weights, write_text
 
@@ -114,7 +119,7 @@ def statistics(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def stop_after(place: Path, options: dict[str, Any], batches: int) -> Ended:
     """Runs the job until so many batches of the calibration have been shown."""
-    from recipes.calibration.gather import Calibration
+    from recipes.upcycling.calibration.gather import Calibration
 
     plain, shown = Calibration._batch, []
 
@@ -156,7 +161,7 @@ def test_a_run_that_trains_does_not_calibrate_again(
     run_dir = place / "outputs" / "longer"
     shutil.copytree(straight, run_dir)
     longer = options | {"train.steps": 5, "run.name": "longer", "resume": "auto"}
-    with patch("recipes.jobs.moe_leg.Calibration", side_effect=AssertionError("calibrated again")):
+    with patch("recipes.jobs.moe_stage.Calibration", side_effect=AssertionError("calibrated again")):
         ended = job(place, longer)
     assert ended.code == 0, ended.err
     assert [row["step"] for row in rows(run_dir, "moe")] == [0, 1, 2, 3, 4, 5]

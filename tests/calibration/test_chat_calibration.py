@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.upcycle.plan import Draws
-from moe.upcycle.statistics.collect import LayerStatistics, Wanted
-from recipes.calibration.observe import Observer
+from moe.upcycle.layer_plan import Draws
+from moe.upcycle.statistics.layer_statistics import LayerStatistics, Wanted
 from recipes.data.samples import Marks
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.upcycling.calibration.observe import Observer
 from tests.conftest import random_model
 
 # Two conversations of 3 and 4 tokens in a sample of 9 + 1, the rest padding; the last two of each count.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moe.upcycle import FFNWeights
-from moe.upcycle.build import ffn_shape
-from moe.upcycle.plan import Draws
+from moe.upcycle.build_experts import ffn_shape
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics import statistic_classes
 from moe.upcycle.statistics.base import LayerBatch
-from moe.upcycle.statistics.collect import (
+from moe.upcycle.statistics.layer_statistics import (
     LayerStatistics,
     Wanted,
     needs_gradient,

@@ -17,8 +17,8 @@ from moe.routers import router_class
 from moe.upcycle.copies import CopyConfig
 from recipes.cap.folders import Source
 from recipes.cap.loading import System, load_system
-from recipes.convert.plan import ConversionRequest, plan_conversion
-from recipes.convert.run import convert
+from recipes.upcycling.convert.conversion import convert
+from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
 from tests.conftest import MakeCheckpoint
 
 CPU = torch.device("cpu")

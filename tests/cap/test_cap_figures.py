@@ -16,8 +16,8 @@ from moe.accounting.utilisation import Machine
 from recipes.cap.cost import HOURS_A_YEAR, LISTINGS, Prices, cost_figures, find_rates
 from recipes.cap.efficiency import compression, efficiency
 from recipes.cap.loading import Known
-from recipes.cap.meters import Reading
 from recipes.cap.phases import UTILISATIONS, Passes, phase_figures
+from recipes.tracking.meters import Reading
 
 # One layer, width 4: attention 4 * 4 * 4 = 64 weights (one head of 4), an expert 3 * 4 * 2 = 24, a router of
 # 4 * 8 = 32, two norms of 4 and one at the end, 10 words: embedding 40, head 40.

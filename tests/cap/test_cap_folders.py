@@ -11,7 +11,7 @@ import torch
 from moe.errors import ConfigError, Mistake
 from recipes.cap.folders import Source, find_source
 from recipes.cap.loading import load_system
-from recipes.cap.plan import name_systems
+from recipes.cap.request import name_systems
 from tests.cap.cap_systems import CPU, some_ids
 from tests.jobs.job_runs import job, write_text
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.loop import LoopBackend
+from kernels.torch.expert_loop import LoopBackend
 from moe.accounting.bytes import step_bytes
 from moe.accounting.passes import Batch, decode_batch
 from moe.errors import HostError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.cap.meters import EnergyMeter, MemoryMeter, MemorySampler
+from recipes.tracking.meters import EnergyMeter, MemoryMeter, MemorySampler
 from tests.cap.cap_systems import CPU
 
 

@@ -10,9 +10,8 @@ import pytest
 
 from moe.errors import ConfigError, Mistake
 from tests.conftest import MakeCheckpoint
+from tests.paths import ROOT
 from tools.cap import main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def mistakes(*argv: str) -> dict[str, Mistake]:
@@ -24,7 +23,7 @@ def mistakes(*argv: str) -> dict[str, Mistake]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.cap.run.load_system", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("recipes.cap.cap_report.load_system", lambda *a: pytest.fail("a model was loaded"))
 
 
 def test_all_at_once(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.accounting.peaks import TABLE
+from moe.accounting.device_peaks import TABLE
 from moe.errors import ConfigError
-from recipes.benchmarks.peaks import BANDWIDTH, last_cache_bytes, measure_bandwidth, rate_of, table_bandwidth
-from recipes.cap.peaks import find_ceilings, served_ceilings
+from recipes.cap.ceilings import find_ceilings, served_ceilings
+from recipes.tracking.measure_peaks import (
+    BANDWIDTH,
+    last_cache_bytes,
+    measure_bandwidth,
+    rate_of,
+    table_bandwidth,
+)
 from tests.cap.cap_systems import CPU
 from tools.peaks import main
 
@@ -29,7 +35,7 @@ def test_bytes_of_the_kernels_are_counted_as_stream_does(monkeypatch: pytest.Mon
     def a_second_each(work: dict[str, object], rounds: int, *others: object) -> dict[str, list[float]]:
         return {name: [1.0] * rounds for name in work}
 
-    monkeypatch.setattr("recipes.benchmarks.peaks.interleave", a_second_each)
+    monkeypatch.setattr("recipes.tracking.measure_peaks.interleave", a_second_each)
     rates = measure_bandwidth(CPU, torch.bfloat16, rounds=2, num_bytes=2**20)
     found = {name: rate.best / 2**20 for name, rate in rates.items()}
     assert found == {"read": 1, "copy": 2, "triad": 3, "gemv": 1}
@@ -69,7 +75,7 @@ def test_both_tables_name_their_devices_alike() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = measure_bandwidth
     monkeypatch.setattr(
-        "recipes.benchmarks.peaks.measure_bandwidth",
+        "recipes.tracking.measure_peaks.measure_bandwidth",
         lambda device, dtype, rounds: real(device, dtype, rounds, num_bytes=2**20),
     )
     path = tmp_path / "peaks.json"

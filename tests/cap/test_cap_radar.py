@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from recipes.cap.figures import curves_figure
+from recipes.cap.cap_curves import curves_figure
 from recipes.cap.radar import DEFAULTS, Anchors, draw_radar, make_radar, parse_anchors, shown
-from recipes.report import canvas
-from recipes.report.colours import DARK, LIGHT
+from recipes.tracking.report import canvas
+from recipes.tracking.report.colours import DARK, LIGHT
 
 PNG = b"\x89PNG"
 

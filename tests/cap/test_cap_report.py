@@ -202,7 +202,7 @@ def test_comparison(written: Path, capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_ratios_are_against_the_first_system(report: dict[str, Any]) -> None:
-    from recipes.cap.compare import ratio_rows
+    from recipes.cap.join_reports import ratio_rows
 
     rows = ratio_rows(report)
     assert [row[3] for row in rows[:2]] == ["1.000", "1.000"]

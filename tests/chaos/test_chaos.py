@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.chaos.experiment import passed, run_chaos
-from recipes.chaos.moments import draw_moments
-from recipes.chaos.settings import ChaosSettings
+from recipes.studies.chaos.chaos_settings import ChaosSettings
+from recipes.studies.chaos.experiment import passed, run_chaos
+from recipes.studies.chaos.moments import draw_moments
 from tests.jobs.job_runs import ROOT, write_text
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from recipes.chaos.experiment import passed
-from recipes.chaos.killer import Kill
-from recipes.chaos.moments import draw_moments
-from recipes.chaos.settings import AIMS, Aim, ChaosSettings
-from recipes.chaos.verdict import difference, figures, percentile
-from recipes.chaos.watch import RunWatch
+from recipes.studies.chaos.chaos_settings import AIMS, Aim, ChaosSettings
+from recipes.studies.chaos.experiment import passed
+from recipes.studies.chaos.killer import Kill
+from recipes.studies.chaos.moments import draw_moments
+from recipes.studies.chaos.run_watch import RunWatch
+from recipes.studies.chaos.verdict import difference, figures, percentile
 
 SETTINGS = ChaosSettings(Path("nowhere"), kills=600, ranks=3, steps=1000)
 

@@ -34,15 +34,15 @@ from moe.upcycle.moefication import MoEficationConfig
 from moe.upcycle.random_init import RandomConfig
 from moe.upcycle.shared_routed import SharedRoutedConfig
 from moe.upcycle.snake import SnakeConfig
-from recipes.convert.gate import compare_folders, load_any
-from recipes.convert.plan import ConversionRequest, plan_conversion
-from recipes.convert.run import RECORD, convert
-from recipes.hosts.export import export
-from recipes.hosts.exporters import choose_exporter
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.huggingface import Surgery, load_host, swap
-from recipes.hosts.inspection import weight_files
-from recipes.hosts.spec import describe_host
+from recipes.models.export import choose_exporter
+from recipes.models.export.spec import describe_host
+from recipes.models.export.write_export import export
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import Surgery, load_host, swap
+from recipes.models.hf.inspection import weight_files
+from recipes.upcycling.convert.conversion import RECORD, convert
+from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
+from recipes.upcycling.convert.folder_check import compare_folders, load_any
 from tests.conftest import VOCABULARY, MakeCheckpoint
 from tests.moe.gathered import gathered
 
@@ -208,7 +208,7 @@ def _dies_after(count: int) -> Any:
 def test_an_interrupted_conversion_goes_on(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.convert.run._JOURNAL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("recipes.upcycling.convert.conversion._JOURNAL_INTERVAL_S", 0.0)
     dense = make_checkpoint("llama")
     method = replace(COPY, noise_std=0.2)
     whole = convert(plan_conversion(request(dense, method)), tmp_path / "whole")
@@ -225,7 +225,7 @@ def test_an_interrupted_conversion_goes_on(
 def test_what_another_conversion_left_is_not_gone_on_with(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.convert.run._JOURNAL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("recipes.upcycling.convert.conversion._JOURNAL_INTERVAL_S", 0.0)
     dense = make_checkpoint("llama")
     with pytest.raises(_KilledError):
         convert(plan_conversion(request(dense)), tmp_path / "out", _dies_after(20))
@@ -344,7 +344,7 @@ def test_two_kinds_of_disk(
         raise OSError(code, "not between these")
 
     monkeypatch.setattr("os.copy_file_range", refuse)
-    monkeypatch.setattr("recipes.hosts.tensor_files._READ_BYTES", 1000)
+    monkeypatch.setattr("recipes.models.safetensors.tensor_files._READ_BYTES", 1000)
     convert(plan_conversion(request(dense)), tmp_path / "by_hand")
     assert_same_files(tmp_path / "by_hand", tmp_path / "by_the_system")
     code = errno.EIO

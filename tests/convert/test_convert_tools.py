@@ -13,7 +13,7 @@ import pytest
 import tools.upcycle
 import tools.verify
 from moe.errors import ConfigError
-from recipes.convert.compare import parse_candidates
+from recipes.studies.compare_methods import parse_candidates
 from tests.conftest import MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError
-from recipes.data.build import TrainData, load_data
+from recipes.data.build_data import TrainData, load_data
 from recipes.data.chat_samples import ChatSamples, cut, pack
 from recipes.data.chat_tokens import ensure_chat_tokens
 from recipes.data.config import DataConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError
-from recipes.data.build import build_data, check_ids, load_data
+from recipes.data.build_data import build_data, check_ids, load_data
 from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedWriter
 

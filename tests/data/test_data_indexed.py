@@ -16,6 +16,7 @@ import pytest
 from moe.errors import DataError, DiskError
 from recipes.data import indexed as module
 from recipes.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from tests.paths import ROOT
 
 DOCUMENTS = [[1, 2, 3], [4], [], [65000, 6, 7, 8, 9]]
 
@@ -193,7 +194,7 @@ def test_killed_midway_leaves_no_pair(tmp_path: Path, before: bool) -> None:
             if sys.argv[2] == "writing":
                 os.kill(os.getpid(), signal.SIGKILL)
     """
-    root = Path(__file__).parents[2]
+    root = ROOT
     for moment in ("writing", "renaming"):
         command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "x"), moment]
         result = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False)

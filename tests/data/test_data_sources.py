@@ -19,6 +19,7 @@ from moe.errors import DataError
 from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedWriter
 from recipes.data.sources import check_paths, fingerprint, read_documents, resolve
+from tests.paths import ROOT
 
 RECORDS = [{"text": "one", "n": 1}, {"text": "two\nlines \u00e9", "n": "2"}, {"n": None, "text": ""}]
 TEXTS = [record["text"] for record in RECORDS]
@@ -279,11 +280,11 @@ def test_checking_imports_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(RECORDS))
     code = (
         "import sys; from recipes.data.config import DataConfig; "
-        "from recipes.data.sources import check_paths; import recipes.data.build;"
+        "from recipes.data.sources import check_paths; import recipes.data.build_data;"
         f"assert check_paths(DataConfig(path={str(tmp_path / '*.jsonl')!r})) == [];"
         "print({'datasets', 'transformers', 'tokenizers', 'megatron', 'pyarrow'} & set(sys.modules))"
     )
-    root = Path(__file__).parents[2]
+    root = ROOT
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

@@ -20,6 +20,7 @@ from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedDataset, IndexedWriter
 from recipes.data.tokenise import ensure_tokenised, read_counts, tokenise
 from recipes.data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+from tests.paths import ROOT
 
 TEXTS = ["hello world", "", "caf\u00e9 \u4f60\u597d\n", "def f(x): return x"]
 
@@ -69,7 +70,7 @@ def test_batches_do_not_matter(texts_cfg, tokenizer_dir, tmp_path, monkeypatch: 
 def test_progress_is_plain_lines_without_a_terminal(
     texts_cfg, tokenizer_dir, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes.data import progress
+    from recipes.data import token_progress as progress
 
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     said: list[str] = []
@@ -164,7 +165,7 @@ if sys.argv[4] == "False":
 from recipes.data.config import DataConfig
 print("prefix", tokenise.ensure_tokenised(DataConfig(path=sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
-    root = Path(__file__).parents[2]
+    root = ROOT
     command = [
         sys.executable,
         "-c",

@@ -12,10 +12,9 @@ import pytest
 
 from moe.errors import DataError, ExactnessError, Mistake
 from recipes.data.indexed import IndexedDataset
+from tests.paths import ROOT
 from tools.command import run_command
 from tools.tokenize import build_parser, main
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tools.ders
-from moe.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from moe.errors import ConfigError, HostError
+from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from moe.routers.topk import TopKConfig
 from moe.upcycle.copies import CopyConfig
-from recipes.convert.gate import compare_folders
-from recipes.convert.plan import ConversionRequest, plan_conversion
-from recipes.convert.run import convert
-from recipes.ders.store import CONFIG, compress, expand
-from recipes.hosts.inspection import weight_files
+from recipes.models.ders.delta_store import CONFIG, compress, expand
+from recipes.models.hf.inspection import weight_files
+from recipes.upcycling.convert.conversion import convert
+from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
+from recipes.upcycling.convert.folder_check import compare_folders
 from tests.conftest import VOCABULARY, MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

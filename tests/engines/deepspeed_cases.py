@@ -20,12 +20,12 @@ from torch import Tensor
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines import Trainable
-from recipes.engines.deepspeed import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainable
-from recipes.interrupt import StopRequest
-from recipes.loop import Loop
-from recipes.lr_schedule import ScheduleConfig
-from recipes.optim import FrozenConfig, OptimConfig
-from recipes.zero.experts import gather_slices
+from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainable
+from recipes.engines.deepspeed.zero_experts import gather_slices
+from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.engines.optim.optimizer import FrozenConfig, OptimConfig
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.training_loop import Loop
 from tests.engines import engine_cases
 from tests.engines.case_list import ALONE
 from tests.engines.engine_cases import GLOBAL_BATCH, Case, Outcome, full, make_host, make_leg, open_engine

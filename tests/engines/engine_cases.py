@@ -19,25 +19,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from moe.attention_config import AttentionConfig
+from moe.attention.attention_config import AttentionConfig
 from moe.dispatch.local import LocalDispatcher
+from moe.experts.lora import DRAWN, FACTOR_NAMES, LoraConfig
 from moe.layer import moe_layers
-from moe.low_rank import DRAWN, FACTOR_NAMES, LoraConfig
+from moe.metrics import LoadReport
 from moe.routers.topk import TopKConfig, TopKRouter
-from moe.stats import LoadReport
 from moe.upcycle.copies import Copy, CopyConfig
-from recipes.callbacks.base import Callback, LegInfo
+from recipes.config.schema import TrainConfig
 from recipes.engines import Trainable
-from recipes.engines.native import NativeConfig, NativeEngine
-from recipes.hosts.attention import swap_attention
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
-from recipes.hosts.low_rank import add_low_rank
-from recipes.interrupt import StopRequest
-from recipes.loop import Leg, Loop
-from recipes.lr_schedule import ScheduleConfig
-from recipes.optim import OptimConfig
-from recipes.schema import TrainConfig
-from recipes.step_costs import Costs
+from recipes.engines.native.native_engine import NativeConfig, NativeEngine
+from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.attention_blocks import swap_attention
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.models.lora_model import add_low_rank
+from recipes.runtime.interrupt import StopRequest
+from recipes.tracking.step_costs import Costs
+from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.training_loop import Leg, Loop
 from tests.conftest import random_model
 
 SEQ_LEN = 12

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines.native import NativeTrainable
+from recipes.engines.native.native_engine import NativeTrainable
 from tests.engines import engine_cases
 from tests.engines.case_list import ALONE
 from tests.engines.engine_cases import GLOBAL_BATCH, Case, Outcome, full, make_host, open_engine, run_cases

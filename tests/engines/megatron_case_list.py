@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from recipes.lr_schedule import ScheduleConfig
-from recipes.optim import FrozenConfig, OptimConfig
+from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.engines.optim.optimizer import FrozenConfig, OptimConfig
 from tests.engines.engine_cases import SGD, Case
 
 Layout: TypeAlias = tuple[int, ...]

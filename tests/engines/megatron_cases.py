@@ -19,12 +19,12 @@ from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
 from moe.upcycle.copies import Copy, CopyConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines import MicroBatch
-from recipes.engines.megatron import MegatronConfig, MegatronEngine
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
-from recipes.hosts.megatron import Held, gathered, live_blocks, whereabouts
-from recipes.interrupt import StopRequest
-from recipes.loop import Loop
-from recipes.megatron.expert_kinds import expert_kinds
+from recipes.engines.megatron.expert_kinds import expert_kinds
+from recipes.engines.megatron.hf_weights import Held, gathered, live_blocks, whereabouts
+from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.training_loop import Loop
 from tests.conftest import random_model
 from tests.engines import engine_cases
 from tests.engines.engine_cases import (

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipes.megatron.cpu import PATCHES, cuda_type_names, on_cpu
-from recipes.megatron.groups import Layout, leave
+from recipes.engines.megatron.cpu_patches import PATCHES, cuda_type_names, on_cpu
+from recipes.engines.megatron.rank_groups import Layout, leave
 
 
 def _config(**more: Any) -> Any:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from recipes.data.chat_samples import ChatSamples
 from recipes.data.chat_tokens import ChatTokens
 from recipes.data.indexed import IndexedDataset, IndexedWriter
-from recipes.interrupt import StopRequest
-from recipes.loop import Loop, validation_loss
-from recipes.packed_attention import keeps_apart
+from recipes.models.hf.packed_attention import keeps_apart
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.training_loop import Loop, validation_loss
 from tests.distributed_helper import run_ranks
 from tests.engines.engine_cases import (
     GLOBAL_BATCH,
@@ -107,7 +107,7 @@ def train(folder: Path, way: Way) -> Outcome:
         leg = make_leg(case, trainable, Path(engine.broadcast(checkpoints)))
         leg.data = data
         outcome.notes["before"] = validation_loss(engine, trainable, data, leg.train)
-        with patch("recipes.loop.Saver.save"):
+        with patch("recipes.training.training_loop.Saver.save"):
             Loop(engine, [_Record(outcome)], StopRequest()).run(leg)
         engine.barrier()
     return outcome

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from recipes.engines import engine_classes
-from recipes.engines.deepspeed import DeepSpeedConfig, DeepSpeedEngine
-from recipes.optim import OptimConfig
+from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
+from recipes.engines.optim.optimizer import OptimConfig
 from tests.distributed_helper import run_ranks
 from tests.engines.deepspeed_cases import CASES, FREED, READS, TRAINED, Found, Layout, work
 from tests.engines.engine_cases import EXPERTS, GLOBAL_BATCH, SEQ_LEN

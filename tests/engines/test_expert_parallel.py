@@ -11,12 +11,12 @@ import torch
 from moe.errors import HostError
 from moe.routers.avg_k import AvgKConfig
 from moe.routers.topk import TopKConfig
-from recipes.compose import compose_config
-from recipes.engines.expert_parallel import cut_dim
-from recipes.engines.native import NativeConfig, NativeEngine
-from recipes.engines.tensor_parallel import _require_known, attention_mistakes, attention_plan
-from recipes.hosts.ffn import decoder_blocks
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.engines.native.expert_parallel import cut_dim
+from recipes.engines.native.native_engine import NativeConfig, NativeEngine
+from recipes.engines.native.tensor_parallel import _require_known, attention_mistakes, attention_plan
+from recipes.models.hf.ffn_blocks import decoder_blocks
 from tests.conftest import random_model
 from tests.distributed_helper import run_ranks
 from tests.engines.engine_cases import GLOBAL_BATCH, SEQ_LEN

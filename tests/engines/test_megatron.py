@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes.megatron.cpu import PATCHES
+from recipes.engines.megatron.cpu_patches import PATCHES
 from tests.distributed_helper import run_ranks
 from tests.engines.megatron_case_list import CASES, FAMILIES, READS, SAME, TRAINED, Layout
 from tests.engines.megatron_cases import Found, work

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe.errors import ConfigError
-from recipes.megatron.cpu import PATCHES, cuda_type_names, on_cpu, require_version
+from recipes.engines.megatron.cpu_patches import PATCHES, cuda_type_names, on_cpu, require_version
 
 
 def test_nothing_is_left_of_the_patches() -> None:

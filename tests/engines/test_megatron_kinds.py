@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from moe.routers.mod import MoDConfig
-from recipes.compose import compose_config
-from recipes.engines.megatron import MegatronConfig, MegatronEngine
-from recipes.megatron.dispatchers import Spread, dispatchers
-from recipes.megatron.expert_kinds import expert_kinds
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.engines.megatron.dispatchers import Spread, dispatchers
+from recipes.engines.megatron.expert_kinds import expert_kinds
+from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
 from tests.engines.megatron_stand_ins import Buffer, GroupedLinear, HybridEPBuffer
 
 FITS = Spread("cuda", "bf16", 2)

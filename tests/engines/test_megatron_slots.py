@@ -21,10 +21,11 @@ from moe.routers.avg_k import AvgKConfig
 from moe.routers.soft_moe import SoftMoEConfig
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.types import LayerContext, RouterContext, Routing
-from recipes.compose import compose_config
-from recipes.engines.megatron import MegatronConfig, MegatronEngine
-from recipes.megatron.shape import family_mistakes, read_shape, split_mistakes
-from recipes.megatron.slots import (
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.engines.megatron.gpt_shape import family_mistakes, read_shape, split_mistakes
+from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
+from recipes.engines.megatron.slots import (
     Attention,
     ExpertsSlot,
     RouterSlot,
@@ -33,9 +34,8 @@ from recipes.megatron.slots import (
     experts_slot,
     slot_of,
 )
-from recipes.megatron.stages import blocks_of_stages, megatron_layout
-from recipes.optim import OptimConfig
-from recipes.schema import parse_config
+from recipes.engines.megatron.stages import blocks_of_stages, megatron_layout
+from recipes.engines.optim.optimizer import OptimConfig
 from tests.moe.dispatch_cases import make_experts
 from tests.moe.routing_cases import _tell_batch, label, make_layer, router_case
 
@@ -329,6 +329,7 @@ def test_a_rank_of_a_later_stage_sees_the_samples_of_the_first(monkeypatch: pyte
 
 
 def test_nobody_imports_megatron_before_the_engine_opens() -> None:
-    code = "import sys, recipes.engines.megatron, recipes.megatron.trainable, recipes.megatron.prepare; "
+    modules = ("megatron_engine", "megatron_train_module", "prepare")
+    code = f"import sys, {', '.join(f'recipes.engines.megatron.{name}' for name in modules)}; "
     code += "sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.callbacks.base import Callback, LegInfo
-from recipes.engines.native import NativeConfig, NativeEngine
-from recipes.interrupt import StopRequest
-from recipes.loop import Loop
+from recipes.engines.native.native_engine import NativeConfig, NativeEngine
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.training_loop import Loop
 from tests.distributed_helper import run_ranks
 from tests.engines.conftest import RunOnRanks
 from tests.engines.engine_cases import (

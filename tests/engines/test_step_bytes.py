@@ -13,13 +13,13 @@ import pytest
 from torch import nn
 
 from moe.accounting.training import StepTouched, training_step_bytes
-from recipes.accounts import step_costs
-from recipes.bandwidth import Bandwidth
-from recipes.callbacks.base import Callback
-from recipes.costs import measure_costs, step_model
 from recipes.engines import engine_classes
-from recipes.interrupt import StopRequest
-from recipes.loop import Loop
+from recipes.jobs.accounts import step_costs
+from recipes.runtime.interrupt import StopRequest
+from recipes.tracking.bandwidth import Bandwidth
+from recipes.training.callbacks.base import Callback
+from recipes.training.model_costs import measure_costs, step_model
+from recipes.training.training_loop import Loop
 from tests.distributed_helper import run_ranks
 from tests.engines.engine_cases import (
     EXPERTS,

@@ -21,21 +21,21 @@ from torch import Tensor
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import GraftError
+from moe.metrics import LoadReport
 from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
-from moe.stats import LoadReport
 from moe.upcycle.copies import Copy, CopyConfig
-from recipes.callbacks.base import Callback, LegInfo
 from recipes.checkpoint import find_checkpoint
-from recipes.engines.native import NativeTrainable
-from recipes.guards.config import FaultsConfig
-from recipes.guards.run_guards import RunGuards
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap
-from recipes.interrupt import StopRequest
-from recipes.leg import LegResult
-from recipes.loop import Loop
-from recipes.lr_schedule import ScheduleConfig
-from recipes.muon import local_part
-from recipes.optim import OptimConfig
+from recipes.engines.native.native_engine import NativeTrainable
+from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.engines.optim.muon import local_part
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.runtime.config import FaultsConfig
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.guards.run_guards import RunGuards
+from recipes.training.stage import LegResult
+from recipes.training.training_loop import Loop
 from tests.conftest import random_model
 from tests.engines.engine_cases import EXPERTS, VOCABULARY, Case, full, make_leg, open_engine
 

@@ -51,24 +51,24 @@ class Case:
 
 WORKING = "works"
 CASES = {
-    "data": Case(0, "recipes.data.build.ensure_tokenised", "reading the data"),
-    "gate": Case(1, "recipes.jobs.moe_leg.measure_shards", "moe: the step-0 gate"),
+    "data": Case(0, "recipes.data.build_data.ensure_tokenised", "reading the data"),
+    "gate": Case(1, "recipes.jobs.moe_stage.measure_shards", "moe: the step-0 gate"),
     "calibration": Case(
         1,
-        "recipes.calibration.gather.Calibration._batch",
+        "recipes.upcycling.calibration.gather.Calibration._batch",
         "moe: calibration",
         {"upcycle": "llama_moe_v2", "upcycle.layers": "all", "upcycle.num_experts": 3},
     ),
     "save": Case(
         1,
-        "recipes.loop.Loop._save",
+        "recipes.training.training_loop.Loop._save",
         "saving",
         # One step, and validations of one batch: nothing here must come within the limit itself.
         {"faults.hang_s": 0.6, "train.eval_samples": 4, "train.steps": 1},
         "faults.hang_s=0.6, 10 times that here",
         6.0,
     ),
-    "export": Case(0, "recipes.hosts.export.publish", "moe: the export"),
+    "export": Case(0, "recipes.models.export.write_export.publish", "moe: the export"),
 }
 
 
@@ -153,7 +153,11 @@ def ended(running: dict[str, dict[int, int]]) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """The job that works fills the cache for the others, which then sleep side by side."""
     write_text(folder / "text")
-    for module in ("recipes.session", "recipes.jobs.upcycle", "transformers.models.mixtral.modeling_mixtral"):
+    for module in (
+        "recipes.jobs.session",
+        "recipes.jobs.upcycle_job",
+        "transformers.models.mixtral.modeling_mixtral",
+    ):
         importlib.import_module(module)
     found = ended({WORKING: start(folder, WORKING)})
     found |= ended({name: start(folder, name) for name in CASES})

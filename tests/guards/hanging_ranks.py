@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from recipes.guards.config import FaultsConfig
-from recipes.guards.stores import group_store
-from recipes.guards.watchdog import Watchdog
+from recipes.runtime.config import FaultsConfig
+from recipes.runtime.stores import group_store
+from recipes.runtime.watchdog import Watchdog
 from tests.guards.forked import fork_ranks
 
 RANKS = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from recipes.guards.agreement import (
+from recipes.runtime.agreement import (
     DisagreementError,
     Facts,
     facts_of_this_rank,
@@ -22,8 +22,7 @@ from recipes.guards.agreement import (
     source_hashes,
 )
 from tests.guards import odd_rank
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -77,16 +76,14 @@ def test_another_value_is_named_with_its_ranks(facts: Facts) -> None:
 def test_other_packages_and_another_source_are_named(facts: Facts) -> None:
     other = copy.deepcopy(facts)
     other["versions"]["torch"] = "1.0"
-    other["code"]["recipes/loop.py"] = "0"
+    other["code"]["recipes/training/training_loop.py"] = "0"
     del other["code"]["train.py"]
     [text] = set(meet([facts, other, facts]))
     assert text is not None
     version = facts["versions"]["torch"]
     assert f"torch='1.0': this is what rank 1 has, and rank 0 has '{version}'. Install the same" in text
-    assert (
-        "code='recipes/loop.py, train.py': the source of rank 1 differs from that of rank 0 in 2 files"
-        in text
-    )
+    differing = "code='recipes/training/training_loop.py, train.py'"
+    assert f"{differing}: the source of rank 1 differs from that of rank 0 in 2 files" in text
 
 
 def test_a_rank_that_does_not_come_is_named(facts: Facts) -> None:
@@ -101,8 +98,13 @@ def test_a_cache_of_the_machine_may_differ() -> None:
 
 def test_the_source_is_what_runs(tmp_path: Path) -> None:
     ours = source_hashes(ROOT)
-    assert {"train.py", "recipes/loop.py", "moe/layer.py", "kernels/expert_mlp.py"} <= ours.keys()
-    for name in ("recipes/loop.py", "moe/layer.py"):
+    assert {
+        "train.py",
+        "recipes/training/training_loop.py",
+        "moe/layer.py",
+        "kernels/expert_mlp.py",
+    } <= ours.keys()
+    for name in ("recipes/training/training_loop.py", "moe/layer.py"):
         (tmp_path / name).parent.mkdir()
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "train.py", tmp_path)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from recipes.guards.config import FaultsConfig
+from recipes.runtime.config import FaultsConfig
 from tests.distributed_helper import run_ranks
 from tests.guards.faulty_training import BIAS_RATE, Story, Told, tell_all
 

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipes.metrics import MetricsLog
-from recipes.report.data import read_run
-from recipes.report.faults import faults
+from recipes.tracking.metrics_log import MetricsLog
+from recipes.tracking.report.faults_section import faults
+from recipes.tracking.report.run_record import read_run
 
 
 def said(folder: Path, more: dict[int, dict[str, Any]], goodput: dict[str, float]) -> str:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from recipes.guards.hang import Kind, Position, verdict
-from recipes.guards.watchdog import HUNG
+from recipes.runtime.hang import Kind, Position, verdict
+from recipes.runtime.watchdog import HUNG
 from tests.guards import hanging_ranks
 from tests.guards.hanging_ranks import HANGING_RANK, LIMIT_S, RANKS
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.alone
 
-ROOT = Path(__file__).resolve().parents[2]
 OTHERS = tuple(rank for rank in range(RANKS) if rank != HANGING_RANK)
 
 

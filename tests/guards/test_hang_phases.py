@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from recipes.guards.watchdog import HUNG
+from recipes.runtime.watchdog import HUNG
 from tests.guards import hanging_jobs
 from tests.guards.hanging_jobs import CASES, RANKS, WORKING
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.alone
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from recipes.guards.config import FaultsConfig
-from recipes.guards.steps import NO_UPDATE, StepGuard, Verdict
+from recipes.runtime.config import FaultsConfig
+from recipes.training.guards.step_guard import NO_UPDATE, StepGuard, Verdict
 
 CONFIG = FaultsConfig(spike_sigma=2.0, spike_window=4)
 

@@ -12,9 +12,9 @@ import pytest
 
 from moe.errors import DataError, DiskError
 from recipes import launch
-from recipes.guards.files import WatchedFiles, changed_everywhere
-from recipes.metrics import read_rows
-from recipes.patient_log import PatientLog
+from recipes.tracking.buffered_log import PatientLog
+from recipes.tracking.metrics_log import read_rows
+from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
 from tests.conftest import MakeCheckpoint
 from tests.jobs.job_runs import Ended, job, steps, write_text
 
@@ -81,7 +81,7 @@ def go(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Callable[..., Ended]:
 def test_data_that_changes_ends_the_run_with_a_checkpoint(
     go: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes.callbacks.recorder import Recorder
+    from recipes.training.callbacks.recorder import Recorder
 
     original = Recorder.on_row
 
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_first(
     def refuse(path: Path, data: bytes) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("recipes.session.write_synced", refuse)
+    monkeypatch.setattr("recipes.jobs.session.write_synced", refuse)
     ended = go()
     assert ended.code == 2 and "Traceback" not in ended.err
     assert "Read-only file system" in ended.err and str(tmp_path / "outputs" / "run") in ended.err
@@ -135,7 +135,7 @@ class _Disk:
         self.full = False
         self._torn = False
         self._write = os.write
-        monkeypatch.setattr("recipes.metrics.os.write", self.write)
+        monkeypatch.setattr("recipes.tracking.metrics_log.os.write", self.write)
 
     def write(self, descriptor: int, data: bytes) -> int:
         if not self.full:
@@ -167,7 +167,7 @@ def test_rows_that_are_never_written_are_an_error_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, path = _Disk(monkeypatch), tmp_path / "metrics.jsonl"
-    monkeypatch.setattr("recipes.patient_log.MOST_ROWS", 3)
+    monkeypatch.setattr("recipes.tracking.buffered_log.MOST_ROWS", 3)
     log = PatientLog(path)
     log.append({"leg": "moe", "step": 0})
     disk.full = True

@@ -14,9 +14,9 @@ def auto_classes() -> Iterator[None]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from recipes.hosts.auto import GraftMoEConfig
+    from recipes.models.auto import GraftMoEConfig
 
     yield
     CONFIG_MAPPING._extra_content.pop("graft_moe")
     MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(GraftMoEConfig)
-    del sys.modules["recipes.hosts.auto"]
+    del sys.modules["recipes.models.auto"]

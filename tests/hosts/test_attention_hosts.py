@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from moe.accounting.flops import flops_from_shape
 from moe.accounting.params import count_from_shape, count_parameters
 from moe.accounting.shape import shape_from_config
-from moe.attention_config import AttentionConfig
+from moe.attention.attention_config import AttentionConfig
 from moe.errors import ConfigError, HostError
 from moe.routers.one_plus import OnePlusConfig
 from moe.routers.topk import TopKConfig
-from recipes.costs import measure_costs
-from recipes.hosts.attention import attention_mistakes, swap_attention, upcycle_attention
-from recipes.hosts.export import export, verify_export
-from recipes.hosts.exporters import choose_exporter, exporters
-from recipes.hosts.exporters.graft import GraftExporter, load_graft
-from recipes.hosts.huggingface import HuggingFaceHost, load_host
-from recipes.hosts.spec import describe_host
+from recipes.models.export import choose_exporter, exporters
+from recipes.models.export.graft_format import GraftExporter, load_graft
+from recipes.models.export.spec import describe_host
+from recipes.models.export.write_export import export, verify_export
+from recipes.models.hf.attention_blocks import attention_mistakes, swap_attention, upcycle_attention
+from recipes.models.hf.hf_model import HuggingFaceHost, load_host
+from recipes.training.model_costs import measure_costs
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

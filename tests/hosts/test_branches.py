@@ -17,9 +17,9 @@ from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.branch_train_mix import BranchTrainMix, BranchTrainMixConfig
-from recipes.hosts.branches import check_sources
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, swap, upcycle
+from recipes.models.hf.branches import check_sources
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap, upcycle
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import recipes.hosts.export as export_module
+import recipes.models.export.write_export as export_module
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ExactnessError, HostError
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
-from moe.upcycle.plan import Matrix
-from recipes.hosts.export import export, verify_export
-from recipes.hosts.exporters import choose_exporter
-from recipes.hosts.exporters.graft import load_graft
-from recipes.hosts.exporters.mixtral import MixtralExporter
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap
-from recipes.hosts.inspection import INDEX_NAME, weight_files
-from recipes.hosts.spec import MixtureSpec, describe_host
-from recipes.hosts.tensor_files import TensorFiles, TensorSpec
+from moe.upcycle.layer_plan import Matrix
+from recipes.models.export import choose_exporter
+from recipes.models.export.graft_format import load_graft
+from recipes.models.export.mixtral import MixtralExporter
+from recipes.models.export.spec import MixtureSpec, describe_host
+from recipes.models.export.write_export import export, verify_export
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.models.hf.inspection import INDEX_NAME, weight_files
+from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
 from tests.conftest import VOCABULARY, MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

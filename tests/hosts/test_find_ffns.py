@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError, ExactnessError, HostError
+from moe.experts.weights import FFNWeights
 from moe.layer import MoELayer
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
-from moe.upcycle.plan import Draws, FFNShape, LayerPlan
-from moe.upcycle.weights import FFNWeights
-from recipes.hosts.ffn import dense_ffn, find_ffns
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap, upcycle
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from recipes.models.hf.ffn_blocks import dense_ffn, find_ffns
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap, upcycle
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moe.upcycle.build import ffn_shape
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.header_shape import read_ffn_shape
+from moe.upcycle.build_experts import ffn_shape
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.header_shape import read_ffn_shape
 from tests.conftest import MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moe.draws import seeded_generator
 from moe.errors import HostError
-from recipes.hosts.huggingface import load_host
+from moe.routing.draws import seeded_generator
+from recipes.models.hf.hf_model import load_host
 from tests.conftest import MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe.errors import ConfigError
-from moe.low_rank import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor
+from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor
 from moe.routers.topk import TopKConfig
 from moe.upcycle.copies import CopyConfig
-from recipes.convert.mixture import MixtureRequest, plan_mixture
-from recipes.hosts.export import export
-from recipes.hosts.exporters import choose_exporter
-from recipes.hosts.exporters.graft import load_graft
-from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.hosts.low_rank import add_low_rank, require_rank
-from recipes.hosts.spec import describe_host
-from recipes.online.hosts import mixture_host
+from recipes.models.export import choose_exporter
+from recipes.models.export.graft_format import load_graft
+from recipes.models.export.spec import describe_host
+from recipes.models.export.write_export import export
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.lora_model import add_low_rank, require_rank
+from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.sharded.sharded_models import mixture_host
 from tests.conftest import MakeCheckpoint
 from tests.hosts.test_exporters import assert_same_logits, names_in, reload, trained_host, write
 

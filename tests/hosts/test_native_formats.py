@@ -11,18 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe.dispatch.local import LocalDispatcher
+from moe.experts.shared import SharedExpert
+from moe.experts.weights import FFNWeights
 from moe.routers import router_class
 from moe.routers.base import RouterConfig
 from moe.routers.deepseek_v3 import DeepSeekV3Config
 from moe.routers.topk import TopKConfig
-from moe.shared import SharedExpert
 from moe.upcycle.copies import Copy, CopyConfig
-from moe.upcycle.weights import FFNWeights
-from recipes.hosts.export import export
-from recipes.hosts.exporters import choose_exporter, exporters
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap
-from recipes.hosts.read_back import ReadBack
-from recipes.hosts.spec import describe_host
+from recipes.models.export import choose_exporter, exporters
+from recipes.models.export.read_back import ReadBack
+from recipes.models.export.spec import describe_host
+from recipes.models.export.write_export import export
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
 from tests.conftest import MakeCheckpoint
 from tests.hosts.test_exporters import assert_same_logits, names_in, reload
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.errors import HostError
-from recipes.benchmarks.live_bytes import peak_bytes
-from recipes.hosts.export import export
-from recipes.hosts.exporters import choose_exporter
-from recipes.hosts.ffn import decoder_blocks
-from recipes.hosts.huggingface import HuggingFaceHost
-from recipes.hosts.read_back import ReadBack
-from recipes.hosts.spec import describe_host
-from recipes.hosts.tensor_files import TensorFiles, TensorSpec
-from recipes.schema import ExportConfig
+from recipes.config.schema import ExportConfig
+from recipes.models.export import choose_exporter
+from recipes.models.export.read_back import ReadBack
+from recipes.models.export.spec import describe_host
+from recipes.models.export.write_export import export
+from recipes.models.hf.ffn_blocks import decoder_blocks
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.studies.benchmarks.live_bytes import peak_bytes
 from tests.conftest import MakeCheckpoint
 from tests.hosts.test_exporters import some_tokens, trained_host
 

@@ -24,7 +24,8 @@ from unittest.mock import patch
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 _STOP_AT = "GRAFT_TEST_STOP_AT"
 _PATIENCE_S = 60.0
 # What differs from one run to the next whatever it computes.
@@ -99,8 +100,8 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
     if stop_at is None:
         yield
         return
-    from recipes.callbacks.recorder import Recorder
-    from recipes.interrupt import StopRequest
+    from recipes.runtime.interrupt import StopRequest
+    from recipes.training.callbacks.recorder import Recorder
 
     requests: list[StopRequest] = []
 
@@ -115,7 +116,7 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
             if (leg.name, row["step"]) == (stop_at.leg, stop_at.step):
                 _send(stop_at, requests[-1])
 
-    with patch("recipes.session.Recorder", Stopping), patch("recipes.session.StopRequest", Noted):
+    with patch("recipes.jobs.session.Recorder", Stopping), patch("recipes.jobs.session.StopRequest", Noted):
         yield
 
 
@@ -133,14 +134,14 @@ def _send(stop_at: StopAt, request: Any) -> None:
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Leaves out what the tests of resuming do not look at: figures, and the speed of the machine."""
-    from moe.accounting.peaks import Peak
-    from recipes.bandwidth import Bandwidth
+    from moe.accounting.device_peaks import Peak
+    from recipes.tracking.bandwidth import Bandwidth
 
     peak = Peak(1e10, "user", "cpu", "float32", "a test", 1e10)
     with (
-        patch("recipes.report.build_report", lambda run_dir: Path(run_dir) / "report.html"),
-        patch("recipes.accounts.peak_for", lambda device, dtype: peak),
-        patch("recipes.accounts.bandwidth_for", lambda device: Bandwidth(1e10, "user", "a test")),
+        patch("recipes.tracking.report.build_report", lambda run_dir: Path(run_dir) / "report.html"),
+        patch("recipes.jobs.accounts.peak_for", lambda device, dtype: peak),
+        patch("recipes.jobs.accounts.bandwidth_for", lambda device: Bandwidth(1e10, "user", "a test")),
     ):
         yield
 

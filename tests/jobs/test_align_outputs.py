@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes.online.align import output_gain
+from recipes.upcycling.sharded.align import output_gain
 from tests.jobs.job_runs import Ended, job, process, summary
 
 OPTIONS = {

@@ -12,9 +12,9 @@ from moe.accounting.bytes import weight_bytes
 from moe.accounting.flops import flops_from_shape
 from moe.accounting.params import count_from_shape, count_parameters
 from moe.accounting.shape import shape_from_config
-from moe.attention import attention_layers
+from moe.attention.routed_attention import attention_layers
 from recipes.cap.hooks import ExpertTrace, check_sites, find_sites
-from recipes.hosts.exporters.graft import load_graft
+from recipes.models.export.graft_format import load_graft
 from tests.jobs.job_runs import StopAt, job, rows, same_training, summary
 
 ATTENTION = {

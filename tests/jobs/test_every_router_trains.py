@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.compose import CONF
+from recipes.config.compose import CONF
 from tests.jobs.job_runs import job, summary, write_text
 
 pytestmark = pytest.mark.slow

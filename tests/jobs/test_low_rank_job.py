@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from recipes.checkpoint import find_checkpoint
 from recipes.checkpoint.offline import open_checkpoint
-from recipes.convert.from_run import ExportRequest, export_run
+from recipes.jobs.export_run import ExportRequest, export_run
 from tests.jobs.job_runs import job, process, rows, summary
 
 # Sums in another order over some steps of AdamW, which divides small gradients by themselves.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
-from recipes.convert.from_run import ExportRequest, export_run
+from recipes.jobs.export_run import ExportRequest, export_run
 from tests.jobs.job_runs import job
 
 OPTIONS = {"compare.cpt": "false", "upcycle.layers": "last:1"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes.run_file import read_run_file
+from recipes.runtime.run_file import read_run_file
 from tests.jobs.job_runs import StopAt, job, summary
 
 # Takes half of the tokens: MFU counts one expert each, S-MFU those that computed.

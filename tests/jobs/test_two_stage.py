@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.compose import compose_config
-from recipes.jobs.two_stage import stage2_config
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.jobs.two_stage_job import stage2_config
 from tests.jobs.chat_runs import TEMPLATE, chat_options, two_stage_options, write_chat
 from tests.jobs.job_runs import Ended, StopAt, job, loads, rows, same_training, steps, summary, weights
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint import verify_checkpoint
-from recipes.engines.native import NativeTrainable
-from recipes.loop import DivergedError
-from recipes.metrics import read_rows
+from recipes.engines.native.native_engine import NativeTrainable
+from recipes.tracking.metrics_log import read_rows
+from recipes.training.training_loop import DivergedError
 from tests.jobs.job_runs import Ended, job, rows, same_training, steps
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_while_rows_are_written(go: Callable[..., Ended], workplace:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(descriptor, data)
 
-    with patch("recipes.metrics.os.write", write):
+    with patch("recipes.tracking.metrics_log.os.write", write):
         ended = go("full-rows")
     assert ended.code == 2
     assert "metrics.jsonl" in ended.err and "Traceback" not in ended.err
@@ -166,7 +166,7 @@ def test_a_full_disk_while_rows_are_written(go: Callable[..., Ended], workplace:
 
 
 def test_a_surgery_that_is_not_exact_is_refused(go: Callable[..., Ended], workplace: Path) -> None:
-    from moe.experts import Experts
+    from moe.experts.experts import Experts
 
     original = Experts.forward
     with patch.object(Experts, "forward", lambda self, sent: 1.01 * original(self, sent)):
@@ -194,7 +194,7 @@ def test_a_second_ctrl_c_ends_it_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("recipes.loop.lr_factor", impatient)
+    monkeypatch.setattr("recipes.training.training_loop.lr_factor", impatient)
     ended = go("impatient")
     assert ended.code == 130
     # The handlers are put back: the next Ctrl-C is Python's own.

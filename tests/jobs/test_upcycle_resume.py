@@ -99,7 +99,7 @@ def test_a_crash_after_the_last_step_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # All steps are done and saved, and the process ends before it has written what follows them.
-    place = "recipes.embedded._save" if which == "embedded" else "recipes.jobs.moe_leg.export"
+    place = "recipes.jobs.default_model._save" if which == "embedded" else "recipes.jobs.moe_stage.export"
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the machine is gone")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
 from kernels.expert_mlp import BACKENDS, expert_mlp
-from kernels.plan import make_plan
-from kernels.rivals import RIVALS
+from kernels.plan.row_plan import make_plan
+from kernels.third_party import RIVALS
 
 #: Everything that carries a gradient, by name.
 NAMES = ("x", "weights", "w_up", "w_down", "b_up", "b_down")

@@ -16,7 +16,7 @@ import inspect
 import pytest
 import torch
 
-from kernels.rivals import RIVALS
+from kernels.third_party import RIVALS
 from tests.kernels.expert_reference import (
     DEVICES,
     Sizes,

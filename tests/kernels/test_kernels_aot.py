@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from kernels.aot import SHARED_LIMITS, Report, compile_all, compile_variant, gate_failures
-from kernels.aot_variants import ADDED, REPRESENTATIVE, Variant, all_variants, candidate_variants
+from kernels.triton.aot_variants import ADDED, REPRESENTATIVE, Variant, all_variants, candidate_variants
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 WELL = Report(Variant("up"), 90, registers=128, stack=0, shared=1024, instruction="wgmma", failures=())
 
 

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import bench
 from kernels.backend import ExpertTensors
-from kernels.bench_case import Case, make_layer
-from kernels.bench_check import checked_error
-from kernels.bench_decode import least_bytes, measure_decode
-from kernels.bench_device import ColdTimer, clocks, read_clocks
-from kernels.bench_figure import Bar, bars_svg
-from kernels.bench_layer import PASSES, measure_layer
-from kernels.bench_products import ProductShape, measure_products
-from kernels.bench_shapes import H200, ROUTINGS, SHAPES, expert_ids, floor_seconds
+from kernels.bench import run_bench as bench
+from kernels.bench.bench_case import Case, make_layer
+from kernels.bench.bench_check import checked_error
+from kernels.bench.bench_decode import least_bytes, measure_decode
+from kernels.bench.bench_device import ColdTimer, clocks, read_clocks
+from kernels.bench.bench_figure import Bar, bars_svg
+from kernels.bench.bench_layer import PASSES, measure_layer
+from kernels.bench.bench_products import ProductShape, measure_products
+from kernels.bench.bench_shapes import H200, ROUTINGS, SHAPES, expert_ids, floor_seconds
 from kernels.expert_mlp import BACKENDS
-from kernels.loop import LoopBackend
-from kernels.plan import RowPlan
-from kernels.rivals import RIVALS
+from kernels.plan.row_plan import RowPlan
+from kernels.third_party import RIVALS
+from kernels.torch.expert_loop import LoopBackend
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(SHAPES["olmoe"].divided(64), experts=6, slots=2)

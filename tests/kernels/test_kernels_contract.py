@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.activations import ACTIVATIONS
 from kernels.backend import MainGrads
 from kernels.expert_mlp import BACKENDS
-from kernels.rivals import RIVALS
+from kernels.third_party import RIVALS
 from tests.kernels.expert_reference import (
     DEVICES,
     EVERY,

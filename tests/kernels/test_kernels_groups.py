@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu_groups import GroupRows, RowGroup, row_groups, rows_times, weight_gradient
+from kernels.cpu.cpu_groups import GroupRows, RowGroup, row_groups, rows_times, weight_gradient
 
 CASES = {
     "even": [3, 3, 3, 3],

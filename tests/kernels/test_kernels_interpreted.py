@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.paths import ROOT
+
 # What is left out has a smaller counterpart in `interpreted/`: the interpreter takes a millisecond a step.
 PARTS = {
     "own": (["interpreted"], ""),

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import ExpertTensors
-from kernels.combine import combine_rows
 from kernels.expert_mlp import BACKENDS, expert_mlp
-from kernels.plan import RowPlan, make_plan, route
+from kernels.plan.row_plan import RowPlan, make_plan, route
+from kernels.torch.combine import combine_rows
 from tests.kernels.expert_reference import NAMES, Sizes, make_inputs, workload
 
 

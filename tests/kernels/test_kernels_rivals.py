@@ -17,17 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.rivals
+import kernels.third_party
 from kernels.backend import Workload
 from kernels.expert_mlp import BACKENDS, BackendError, choose_backend
-from kernels.plan import RowPlan, sorted_route
-from kernels.rivals import RIVALS
-from kernels.rivals.deepgemm import DeepGEMM
-from kernels.rivals.rival import Requirement, RivalLimitError
-from kernels.rivals.scattermoe import ScatterMoE
-from recipes.compose import compose_config
-from recipes.preflight import check_run
-from recipes.schema import parse_config
+from kernels.plan.row_plan import RowPlan, sorted_route
+from kernels.third_party import RIVALS
+from kernels.third_party.adapter import Requirement, RivalLimitError
+from kernels.third_party.deepgemm import DeepGEMM
+from kernels.third_party.scattermoe import ScatterMoE
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.jobs.preflight import check_run
 from tests.kernels.expert_reference import (
     NAMES,
     Inputs,
@@ -102,11 +102,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapters_are_found_by_being_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(RIVALS) == {"deepgemm", "grouped_gemm", "liger", "megablocks", "scattermoe", "sonicmoe"}
     assert all(BACKENDS[name] is rival and rival.name == name for name, rival in RIVALS.items())
-    source = (Path(kernels.rivals.__file__).parent / "liger.py").read_text()
+    source = (Path(kernels.third_party.__file__).parent / "liger.py").read_text()
     (tmp_path / "tiger.py").write_text(source.replace('"liger"', '"tiger"'))
-    monkeypatch.setattr(kernels.rivals, "__path__", [*kernels.rivals.__path__, str(tmp_path)])
-    found = kernels.rivals._discover()
-    monkeypatch.delitem(sys.modules, "kernels.rivals.tiger")
+    monkeypatch.setattr(kernels.third_party, "__path__", [*kernels.third_party.__path__, str(tmp_path)])
+    found = kernels.third_party._discover()
+    monkeypatch.delitem(sys.modules, "kernels.third_party.tiger")
     assert set(found) == {*RIVALS, "tiger"}
 
 
@@ -276,7 +276,7 @@ def test_rows_beyond_32_bits_are_refused_before_a_kernel_runs(
     stand_ins: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_inputs(Sizes()).to(torch.float32)
-    monkeypatch.setattr("kernels.rivals.scattermoe._ADDRESSABLE", 26 * 24)
+    monkeypatch.setattr("kernels.third_party.scattermoe._ADDRESSABLE", 26 * 24)
     with pytest.raises(RivalLimitError, match="addresses rows with 32 bits: 26 rows of 24 are too many"):
         run_backend("scattermoe", inputs, ())
     assert ScatterMoE().requirements[0].versions == ">=0.3,<0.4"
@@ -284,7 +284,7 @@ def test_rows_beyond_32_bits_are_refused_before_a_kernel_runs(
 
 def test_padding_puts_every_expert_on_a_boundary() -> None:
     # 3, 0 and 5 rows, to multiples of 4: rows 0 to 2, padding, then rows 4 to 8 and three of padding.
-    from kernels.rivals.deepgemm import _Padded
+    from kernels.third_party.deepgemm import _Padded
 
     padded = _Padded.of(torch.tensor([3, 0, 5]), 8, 4)
     assert padded.place_R.tolist() == [0, 1, 2, 4, 5, 6, 7, 8]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.laws.base import Law
-from moe.laws.columns import Runs
-from moe.laws.design import standard_errors
+from moe.scaling_laws.base import Law
+from moe.scaling_laws.columns import Runs
+from moe.scaling_laws.design import standard_errors
 
 Array = NDArray[np.float64]
 

@@ -10,10 +10,10 @@ import torch
 from scipy.optimize import least_squares
 
 from moe.errors import DataError
-from moe.laws import laws
-from moe.laws.columns import Runs, parse_runs
-from moe.laws.fit import FitOptions, fit_law, select
-from moe.laws.objective import Objective, solve_many
+from moe.scaling_laws import laws
+from moe.scaling_laws.columns import Runs, parse_runs
+from moe.scaling_laws.fit import FitOptions, fit_law, select
+from moe.scaling_laws.objective import Objective, solve_many
 from tests.laws.grids import TRUTH, grid, noisy_runs, paper_grid, surviving_noise
 
 LAWS = laws()

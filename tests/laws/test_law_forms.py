@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from moe.laws import law_named, laws
-from moe.laws.base import check_law, effective_experts, outside
-from moe.laws.chinchilla import Chinchilla
-from moe.laws.design import (
+from moe.scaling_laws import law_named, laws
+from moe.scaling_laws.base import check_law, effective_experts, outside
+from moe.scaling_laws.chinchilla import Chinchilla
+from moe.scaling_laws.design import (
     at_fixed_experts,
     best_size,
     best_sparsity,
     compute_optimum,
     standard_errors,
 )
-from moe.laws.joint_moe import JointMoe
-from moe.laws.objective import Objective
+from moe.scaling_laws.joint_moe import JointMoe
+from moe.scaling_laws.objective import Objective
 from tests.laws.grids import TRUTH, paper_grid
 
 LAWS = laws()

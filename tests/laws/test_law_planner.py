@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moe.errors import UserError
-from moe.laws import laws
-from moe.laws.fit import FitOptions, fit_law
-from moe.laws.planner import crossings, plan
-from moe.laws.ways import Question, family, fitted_curve, preset_curve
+from moe.scaling_laws import laws
+from moe.scaling_laws.fit import FitOptions, fit_law
+from moe.scaling_laws.planner import crossings, plan
+from moe.scaling_laws.ways import Question, family, fitted_curve, preset_curve
 from tests.laws.grids import grid, noisy_runs
 
 LAWS = laws()

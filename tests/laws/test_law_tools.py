@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from moe.errors import UserError
-from moe.laws import laws
-from moe.laws.columns import Runs
+from moe.scaling_laws import laws
+from moe.scaling_laws.columns import Runs
 from tests.laws.grids import grid, noisy_runs
 from tools import fit_laws, plan_upcycle
 

@@ -18,10 +18,10 @@ from moe.dispatch import Dispatcher
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.same_tokens import SameTokensDispatcher
-from moe.experts import Experts
-from moe.shared import SharedExpert
+from moe.experts.experts import Experts
+from moe.experts.shared import SharedExpert
+from moe.experts.weights import ExpertBank, FFNWeights
 from moe.types import Routing
-from moe.upcycle.weights import ExpertBank, FFNWeights
 
 D, E, F = 6, 8, 5
 #: How each dispatcher is made, for E experts over the ranks of a mesh of one axis (None: one process).

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moe.upcycle import FFNWeights, UpcycleMethod
-from moe.upcycle.plan import Draws
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics.base import LayerBatch
-from moe.upcycle.statistics.collect import LayerStatistics, Wanted
+from moe.upcycle.statistics.layer_statistics import LayerStatistics, Wanted
 
 
 def random_batch(ffn: FFNWeights, num_tokens: int = 64, seed: int = 8) -> LayerBatch:

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.shared import SharedExpert
+from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import Router, RouterConfig, router_class, router_classes
 from moe.routers.topk import TopKConfig
-from moe.shared import SharedExpert
 from moe.types import LayerContext, RouterContext
 from moe.upcycle import FFNWeights, UpcycleConfig, UpcycleMethod, upcycle_methods
-from moe.upcycle.build import BuiltLayer, ffn_shape
+from moe.upcycle.build_experts import BuiltLayer, ffn_shape
 from moe.upcycle.copies import CopyConfig
-from moe.upcycle.plan import Draws
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.router_start import start_rows
-from moe.upcycle.weights import ExpertBank
 from tests.moe.gathered import gathered
 from tests.moe.method_case import MethodCase
 from tests.moe.router_case import RouterCase

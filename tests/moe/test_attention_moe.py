@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention import AttentionContext, AttentionMoE, AttentionWeights, attention_layers
-from moe.attention_config import AttentionConfig, attention_scale, counts_all_once, router_mistakes
-from moe.attention_memory import KeyMemory
+from moe.attention.attention_config import AttentionConfig, attention_scale, counts_all_once, router_mistakes
+from moe.attention.attention_memory import KeyMemory
+from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights, attention_layers
 from moe.routers import RouterConfig, router_class
 from moe.routers.one_plus import OnePlusConfig
 from moe.routers.topk import TopKConfig, TopKRouter

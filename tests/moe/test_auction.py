@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe.auction import balanced_assignment, fair_capacities
+from moe.routing.auction import balanced_assignment, fair_capacities
 from tests.moe.test_transport import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.balance import BalanceScope
-from moe.importance import cv_squared, importance_loss
 from moe.routers.topk import TopKConfig
-from moe.step_sums import StepSums
+from moe.routing.balance import BalanceScope
+from moe.routing.load_importance import cv_squared, importance_loss
+from moe.routing.step_sums import StepSums
 from tests.distributed_helper import run_ranks
 from tests.moe.routing_cases import make_context, make_router
 

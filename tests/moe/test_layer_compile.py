@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu_ops
 from kernels.backend import ExpertTensors, LowRank
-from kernels.cpu import Weights
-from kernels.plan import make_plan
+from kernels.cpu import cpu_ops
+from kernels.cpu.expert_autograd import Weights
+from kernels.plan.row_plan import make_plan
 from moe.dispatch.local import LocalDispatcher
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import RouterConfig
-from moe.upcycle.weights import ExpertBank
 from tests.kernels.expert_reference import NAMES, Inputs, Sizes, make_inputs
 from tests.moe.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
 

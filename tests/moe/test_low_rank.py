@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.plan import make_plan
+from kernels.plan.row_plan import make_plan
 from moe.accounting.params import count_parameters
 from moe.accounting.training import Mixture, used_flops_per_token
 from moe.dispatch.base import Dispatched
-from moe.experts import Experts
-from moe.low_rank import DRAWN, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
+from moe.experts.experts import Experts
+from moe.experts.lora import DRAWN, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
 from moe.routers.topk import TopKConfig
-from recipes.optim import OptimConfig, build_optimizer
+from recipes.engines.optim.optimizer import OptimConfig, build_optimizer
 from tests.moe.dispatch_cases import make_experts
 from tests.moe.routing_cases import make_layer
 

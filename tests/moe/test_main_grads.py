@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.plan import make_plan
+from kernels.plan.row_plan import make_plan
 from moe.dispatch.base import Dispatched
-from moe.experts import Experts
-from moe.upcycle.weights import ExpertBank
+from moe.experts.experts import Experts
+from moe.experts.weights import ExpertBank
 
 WEIGHTS = ("w_up_EUD", "w_down_EDF")
 

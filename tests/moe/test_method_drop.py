@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.routers.topk import TopKConfig
 from moe.upcycle import ExpertBank, FFNWeights
-from moe.upcycle.build import ffn_shape
+from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.drop import DropConfig
 from tests.moe.routing_cases import build, make_ffn, make_method, make_router
 

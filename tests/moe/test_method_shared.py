@@ -13,8 +13,8 @@ from moe.routers.noisy_topk import NoisyTopKConfig
 from moe.routers.relu import ReLUConfig
 from moe.routers.topk import TopKConfig
 from moe.upcycle import FFNWeights
-from moe.upcycle.build import ffn_shape
-from moe.upcycle.plan import Draws
+from moe.upcycle.build_experts import ffn_shape
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.shared_dense import SharedDenseConfig
 from moe.upcycle.shared_routed import SharedRoutedConfig
 from tests.moe.routing_cases import build, make_ffn, make_layer, make_method, make_router

@@ -14,10 +14,10 @@ from moe.routers import RouterConfig
 from moe.routers.forced import ForcedConfig
 from moe.routers.topk import TopKConfig
 from moe.upcycle import ExpertBank, FFNWeights
-from moe.upcycle.build import build_layer, ffn_shape
+from moe.upcycle.build_experts import build_layer, ffn_shape
 from moe.upcycle.gates import Gates
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.partition import PartitionConfig, is_whole, parts_plan
-from moe.upcycle.plan import Draws
 from moe.upcycle.shuffle_slice import ShuffleSliceConfig
 from tests.moe.routing_cases import build, make_ffn, make_layer, make_method, make_router
 

@@ -18,7 +18,7 @@ from moe.routers.noisy_topk import NoisyTopKConfig
 from moe.routers.topk import TopKConfig
 from moe.types import LayerContext, RouterContext
 from moe.upcycle import FFNWeights
-from moe.upcycle.build import ffn_shape
+from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.virtual_group import VirtualGroupConfig
 from tests.moe.routing_cases import build, make_ffn, make_layer, make_method, make_router
 

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from moe.balance import attach_loss, count_load, switch_loss, z_loss
+from moe.routing.balance import attach_loss, count_load, switch_loss, z_loss
 
 
 def test_load_counts_slots_of_real_tokens() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe.errors import ExactnessError
-from moe.upcycle.check import (
+from moe.upcycle.equivalence import (
     MAX_KL,
     TOLERANCES,
     LayerDrift,

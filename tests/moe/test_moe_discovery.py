@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from moe import errors
-from moe.discovery import discover
 from moe.dispatch import dispatcher_classes
 from moe.errors import ConfigError, GraftError, Mistake, UserError
+from moe.registry import discover
 from moe.routers import router_classes
 from moe.types import Config
 from moe.upcycle import upcycle_methods

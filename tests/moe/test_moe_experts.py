@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from kernels.expert_mlp import BACKENDS, BackendError
-from kernels.rivals import RIVALS
+from kernels.third_party import RIVALS
 from moe.dispatch import Dispatched, Dispatcher, dispatcher_classes
 from moe.dispatch.local import LocalDispatcher
-from moe.experts import Experts, ExpertsConfig
+from moe.experts.experts import Experts, ExpertsConfig
 from moe.types import Routing
 from moe.upcycle import ExpertBank
 from moe.upcycle.copies import CopyConfig
-from moe.upcycle.plan import Draws
+from moe.upcycle.layer_plan import Draws
 from tests.moe.routing_cases import make_ffn, make_method
 
 D, F, E = 8, 16, 3

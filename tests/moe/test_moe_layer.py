@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.activations import ACTIVATIONS
 from moe.layer import MoELayer, moe_layers
+from moe.metrics import report_load
 from moe.routers import RouterConfig
 from moe.routers.topk import TopKConfig
-from moe.stats import report_load
 from moe.upcycle import FFNWeights
 from moe.upcycle.copies import CopyConfig
 from tests.kernels.expert_reference import FORMULAS, ON_VALUE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe.upcycle.copies import CopyConfig
-from moe.upcycle.layers import LayerChoice, parse_layers
+from moe.upcycle.layer_choice import LayerChoice, parse_layers
 
 
 @pytest.mark.parametrize(

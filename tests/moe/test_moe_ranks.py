@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe.balance import count_load, switch_loss, z_loss
+from moe.metrics import LayerStats, LoadReport, report_load
 from moe.routers.topk import TopKConfig
-from moe.stats import LayerStats, LoadReport, report_load
+from moe.routing.balance import count_load, switch_loss, z_loss
 from moe.types import Routing
 from tests.distributed_helper import run_ranks
 from tests.moe.routing_cases import make_context, make_router

@@ -183,7 +183,8 @@ def test_arithmetic_is_fp32_under_autocast(config: RouterConfig) -> None:
 
 @every_config
 def test_fp64_models_are_routed_in_fp64(config: RouterConfig) -> None:
-    # Or copies, exact by claim, would miss the bound of moe.upcycle.check for fp64 by the rounding of fp32.
+    # Or copies, exact by claim, would miss the bound of moe.upcycle.equivalence for fp64 by the rounding of
+    # fp32.
     router = make_router(config, D, E).double()
     routing = route(router, tokens().double())
     assert routing.weights_TK.dtype == torch.float64

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moe.dispatch.local import LocalDispatcher
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import Router, RouterConfig
-from moe.upcycle.weights import ExpertBank
 from tests.moe.router_contract import (
     D,
     E,

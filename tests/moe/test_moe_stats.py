@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.stats import LayerStats, LoadReport, report_load
+from moe.metrics import LayerStats, LoadReport, report_load
 from moe.types import Routing
 
 

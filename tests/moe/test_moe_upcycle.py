@@ -15,9 +15,9 @@ from moe.routers import RouterConfig, router_class
 from moe.routers.deepseek_v3 import DeepSeekV3Config
 from moe.routers.topk import TopKConfig
 from moe.upcycle import ExpertBank, FFNWeights, UpcycleConfig, upcycle_methods
-from moe.upcycle.build import BuiltLayer, ffn_shape
-from moe.upcycle.check import TOLERANCES, layer_drift, logit_drift, require_exact
+from moe.upcycle.build_experts import BuiltLayer, ffn_shape
 from moe.upcycle.copies import CopyConfig
+from moe.upcycle.equivalence import TOLERANCES, layer_drift, logit_drift, require_exact
 from tests.kernels.expert_reference import FORMULAS
 from tests.moe.routing_cases import (
     METHOD_CONFIGS,

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from moe.routers.topk import TopKConfig
 from moe.upcycle import UpcycleConfig
-from moe.upcycle import build as build_module
+from moe.upcycle import build_experts as build_module
 from moe.upcycle.branch_train_mix import BranchTrainMixConfig
-from moe.upcycle.build import DenseMatrix, expert_blocks, expert_shape, ffn_shape
+from moe.upcycle.build_experts import DenseMatrix, expert_blocks, expert_shape, ffn_shape
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
+from moe.upcycle.layer_plan import Draws, Matrix
 from moe.upcycle.partition import PartitionConfig
-from moe.upcycle.plan import Draws, Matrix
 from moe.upcycle.shared_dense import SharedDenseConfig
 from moe.upcycle.shared_routed import SharedRoutedConfig
 from moe.upcycle.shuffle_slice import ShuffleSliceConfig

@@ -16,14 +16,14 @@ from torch import Tensor
 from moe.routers import RouterConfig
 from moe.routers.topk import TopKConfig
 from moe.upcycle import FFNWeights, UpcycleConfig
-from moe.upcycle.check import LayerDrift, layer_drift
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
+from moe.upcycle.equivalence import LayerDrift, layer_drift
 from moe.upcycle.partition import PartitionConfig
 from moe.upcycle.shared_dense import SharedDenseConfig
 from moe.upcycle.shuffle_slice import ShuffleSliceConfig
 from moe.upcycle.virtual_group import VirtualGroupConfig
-from recipes.hosts.ffn import dense_ffn
+from recipes.models.hf.ffn_blocks import dense_ffn
 from tests.moe.routing_cases import make_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe.newton_sparse import NewtonRule, sinkhorn_newton
-from moe.transport import SinkhornRule, sinkhorn
+from moe.routing.newton_sparse import NewtonRule, sinkhorn_newton
+from moe.routing.transport import SinkhornRule, sinkhorn
 from tests.moe.test_transport import normal, scaled
 
 pytestmark = pytest.mark.usefixtures("one_thread")

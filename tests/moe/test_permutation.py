@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.permutation import PermutationConfig, PermutationSearch, harden, log_sinkhorn
+from moe.routing.permutation import PermutationConfig, PermutationSearch, harden, log_sinkhorn
 
 CONFIG = PermutationConfig(steps=4)
 

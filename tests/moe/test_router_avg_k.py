@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from moe.errors import ConfigError
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.weights import ExpertBank
 from moe.routers.avg_k import AvgKConfig, AvgKRouter
-from moe.upcycle.weights import ExpertBank
 from tests.moe.routing_cases import make_context, make_layer
 
 # Three experts of width 2 over D = 2, their gate rows with means [2, 0], [0, 1], [1, 1].

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.plan import make_plan
+from kernels.plan.row_plan import make_plan
 from moe.dispatch.local import LocalDispatcher
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers.comet import CometConfig, CometRouter
-from moe.token_mean import figure_mean, loss_mean
+from moe.routing.token_mean import figure_mean, loss_mean
 from moe.types import Routing
-from moe.upcycle.weights import ExpertBank
 from tests.distributed_helper import run_ranks
 from tests.moe.routing_cases import make_bank, make_context, make_router
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.routers.dselect_k import DSelectKConfig, DSelectKRouter, code_length, selector_probs
-from moe.smooth_step import smooth_step
+from moe.routing.smooth_step import smooth_step
 from moe.types import Routing
 from tests.moe.routing_cases import label, make_context
 

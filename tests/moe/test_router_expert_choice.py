@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.chosen import top_of_sequences
 from moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
+from moe.routing.chosen import top_of_sequences
 from moe.types import Routing
 from tests.moe.routing_cases import make_context
 

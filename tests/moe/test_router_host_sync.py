@@ -194,11 +194,11 @@ def test_the_host_waits_only_where_a_router_says_why(name: str) -> None:
 
 
 def test_a_permutation_search_waits_as_it_says() -> None:
-    from moe.permutation import PermutationConfig
     from moe.routers.permuted import PermutedConfig
+    from moe.routing.permutation import PermutationConfig
 
     culprits = {culprit for culprit, _ in _blamed(PermutedConfig(search=PermutationConfig(steps=5)))}
-    assert culprits == {"moe.permutation.is_searching", "moe.dense_gates.slots_of_gates"}
+    assert culprits == {"moe.routing.permutation.is_searching", "moe.routing.dense_gates.slots_of_gates"}
 
 
 def test_routers_that_know_how_many_experts_a_token_uses_do_not_ask() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.importance import cv_squared
 from moe.routers.noisy_topk import NoisyTopKConfig, NoisyTopKRouter, chance_of_selection
+from moe.routing.load_importance import cv_squared
 from moe.types import Routing
 from tests.distributed_helper import run_ranks
 from tests.moe.router_contract import tokens

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from moe.dense_gates import gates_of_slots, slots_of_gates
 from moe.dispatch.base import Dispatcher
-from moe.permutation import PermutationConfig
 from moe.routers.comet import CometConfig
 from moe.routers.permuted import PermutedConfig, PermutedRouter
 from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routing.dense_gates import gates_of_slots, slots_of_gates
+from moe.routing.permutation import PermutationConfig
 from moe.types import Routing
 from tests.moe.routing_cases import label, make_context, make_layer
 

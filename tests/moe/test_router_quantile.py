@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.quantiles import quantile_biases, quantile_thresholds, top_thresholds
 from moe.routers.quantile import QuantileConfig, QuantileRouter
+from moe.routing.quantiles import quantile_biases, quantile_thresholds, top_thresholds
 from tests.moe.routing_cases import make_context
 
 T, E, K = 4096, 16, 2

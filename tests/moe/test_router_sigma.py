@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.balance import count_load, switch_loss
-from moe.balance_top1 import top1_loss
 from moe.routers.sigma import SigmaConfig, SigmaRouter
+from moe.routing.balance import count_load, switch_loss
+from moe.routing.balance_top1 import top1_loss
 from tests.distributed_helper import run_ranks
 from tests.moe.routing_cases import make_context
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
-from moe.transport import SinkhornRule, sinkhorn
+from moe.routing.transport import SinkhornRule, sinkhorn
 from tests.moe.routing_cases import make_context
 from tests.moe.test_transport import normal
 

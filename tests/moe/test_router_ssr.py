@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.routers.ssr import SSRConfig, SSRRouter
-from moe.transport import SinkhornRule, sinkhorn
+from moe.routing.transport import SinkhornRule, sinkhorn
 from tests.moe import test_moe_routers as contract
 from tests.moe import test_moe_routers_gradients as gradients
 from tests.moe import test_moe_routers_invariance as invariance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.smooth_step import log_smooth_step, smooth_step
+from moe.routing.smooth_step import log_smooth_step, smooth_step
 
 
 def test_values_worked_by_hand() -> None:

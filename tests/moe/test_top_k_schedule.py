@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.routers.topk import TopKConfig
-from moe.top_k_schedule import SparsePhase, make_schedule
+from moe.routing.top_k_schedule import SparsePhase, make_schedule
 from moe.types import LayerContext, RouterContext
-from recipes.hosts.huggingface import HuggingFaceHost
+from recipes.models.hf.hf_model import HuggingFaceHost
 from tests.moe.routing_cases import make_layer
 
 

@@ -14,7 +14,7 @@ import torch
 from moe.routers.s_base import SBaseConfig
 from moe.routers.sinkhorn import SinkhornConfig
 from moe.routers.ssr import SSRConfig
-from moe.transport import SinkhornRule, sinkhorn
+from moe.routing.transport import SinkhornRule, sinkhorn
 from tests.distributed_helper import run_ranks
 from tests.moe.routing_cases import label, make_context, make_router
 from tests.moe.test_transport import normal

@@ -10,7 +10,7 @@ from moe.routers.hash import HashConfig
 from moe.upcycle.branch_train_mix import BranchTrainMixConfig
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
-from moe.upcycle.plan import FFNShape
+from moe.upcycle.layer_plan import FFNShape
 from moe.upcycle.random_init import RandomConfig
 from moe.upcycle.shared_dense import SharedDenseConfig
 from moe.upcycle.virtual_group import VirtualGroupConfig

@@ -14,18 +14,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe.low_rank import LoraConfig
+from moe.experts.lora import LoraConfig
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.llama_moe_v2 import LlamaMoEV2Config
 from moe.upcycle.shared_dense import SharedDenseConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.convert.mixture import MixtureRequest, open_dense, plan_mixture
 from recipes.engines import Engine, engine_classes
-from recipes.hosts.huggingface import HuggingFaceHost, load_host
-from recipes.hosts.low_rank import add_low_rank
-from recipes.online.gate import measure_shards
-from recipes.online.hosts import dense_host, mixture_host
-from recipes.optim import OptimConfig
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.hf_model import HuggingFaceHost, load_host
+from recipes.models.lora_model import add_low_rank
+from recipes.upcycling.convert.moe_plan import MixtureRequest, open_dense, plan_mixture
+from recipes.upcycling.sharded.sharded_check import measure_shards
+from recipes.upcycling.sharded.sharded_models import dense_host, mixture_host
 from tests.conftest import VOCABULARY
 from tests.engines.engine_cases import full, open_engine
 from tests.moe.routing_cases import METHOD_CONFIGS
@@ -156,7 +156,9 @@ def _resumed(engine: Engine[Any], case: Case, written: Path) -> Any:
     """A model that a checkpoint was loaded into, where nothing dense can be read."""
     assert case.method is not None
     request = MixtureRequest(case.dense, case.method, case.router, SEED)
-    with patch("recipes.convert.dense.DenseFiles.__init__", side_effect=AssertionError("read")):
+    with patch(
+        "recipes.models.safetensors.dense_files.DenseFiles.__init__", side_effect=AssertionError("read")
+    ):
         trainable = engine.prepare(mixture_host(plan_mixture(request, reads=False)), OptimConfig())
         load_checkpoint(written, trainable.checkpoint_tensors())
     return trainable

@@ -19,13 +19,13 @@ from moe.upcycle import upcycle_methods
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.convert.mixture import MixtureRequest, plan_mixture
-from recipes.convert.plan import ExpertWork
-from recipes.hosts.huggingface import Surgery, SurgeryReport, load_host, upcycle
-from recipes.online.gate import measure_shards
-from recipes.online.hosts import mixture_host
-from recipes.online.weights import MadeWeights
-from recipes.optim import OptimConfig
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.hf_model import Surgery, SurgeryReport, load_host, upcycle
+from recipes.upcycling.convert.conversion_plan import ExpertWork
+from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.sharded.sharded_check import measure_shards
+from recipes.upcycling.sharded.sharded_models import mixture_host
+from recipes.upcycling.sharded.upcycled_weights import MadeWeights
 from tests.conftest import VOCABULARY
 from tests.engines.engine_cases import open_engine
 from tests.online.engine_online_cases import see
@@ -101,7 +101,9 @@ def resumed(case: Case) -> list[str]:
     save_checkpoint(Path(folder), 1, begun.checkpoint_tensors(), {})
     request = MixtureRequest(case.dense, case.method, case.router, SEED)
     # Sources are not looked for, either.
-    with patch("recipes.convert.dense.DenseFiles.__init__", side_effect=AssertionError("read")):
+    with patch(
+        "recipes.models.safetensors.dense_files.DenseFiles.__init__", side_effect=AssertionError("read")
+    ):
         host = mixture_host(plan_mixture(request, reads=False))
         trainable = engine.prepare(host, OptimConfig())
         load_checkpoint(Path(folder) / "step-00000001", trainable.checkpoint_tensors())

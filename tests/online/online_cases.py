@@ -17,14 +17,20 @@ from moe.routers.one_plus import OnePlusConfig
 from moe.routers.topk import TopKConfig
 from moe.routers.unit_linear import UnitLinearConfig
 from moe.upcycle import UpcycleConfig, upcycle_methods
-from moe.upcycle.plan import FFNShape
-from recipes.convert.mixture import LayerTensors, MixturePlan, MixtureRequest, open_dense, plan_mixture
-from recipes.engines.native import NativeEngine
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.huggingface import HuggingFaceHost, Surgery, load_host, swap
-from recipes.hosts.unfilled import TakenWeights
-from recipes.online.hosts import dense_host, mixture_host
-from recipes.optim import OptimConfig
+from moe.upcycle.layer_plan import FFNShape
+from recipes.engines.native.native_engine import NativeEngine
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.deferred_init import TakenWeights
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.upcycling.convert.moe_plan import (
+    LayerTensors,
+    MixturePlan,
+    MixtureRequest,
+    open_dense,
+    plan_mixture,
+)
+from recipes.upcycling.sharded.sharded_models import dense_host, mixture_host
 from tests.engines.engine_cases import full, open_engine
 from tests.moe.gathered import gathered
 

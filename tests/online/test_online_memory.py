@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.benchmarks.shard_memory import SIZES, Layout, RankFailedError, measure_layout, write_dense
-from recipes.benchmarks.shard_rank import PeakMeter
+from recipes.studies.benchmarks.shard_memory import (
+    SIZES,
+    Layout,
+    RankFailedError,
+    measure_layout,
+    write_dense,
+)
+from recipes.studies.benchmarks.shard_rank import PeakMeter
 from tools.bench_online import _line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by Linux alone")

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from recipes.engines.expert_parallel import cut_by_rows
+from recipes.engines.native.expert_parallel import cut_by_rows
 from tests.engines.engine_cases import Case, make_host
 from tests.online.conftest import LookOnRanks
 from tests.online.row_cases import OPTIMIZERS

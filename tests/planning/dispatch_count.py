@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recipes.benchmarks.dispatch import DispatchShape, RankFigures, measure_rank
+from recipes.studies.benchmarks.dispatch_bytes import DispatchShape, RankFigures, measure_rank
 
 #: Experts 0 and 1 are on rank 0, 2 and 3 on rank 1.
 IDS = ([[0, 1], [0, 2], [2, 3]], [[0, 1], [2, 3], [3, 2]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe.errors import ConfigError
-from recipes.benchmarks.dispatch import (
+from recipes.studies.benchmarks.dispatch_bytes import (
     DispatchShape,
     Needed,
     RankFigures,

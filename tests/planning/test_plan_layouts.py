@@ -15,7 +15,7 @@ from moe.planning.advice import refuse_to_fit
 from moe.planning.assumptions import Assumptions, with_settings
 from moe.planning.cluster import GPUS, Cluster
 from moe.planning.layout import Job, Layout, divisors, enumerate_layouts, layout_mistakes
-from moe.planning.plan import fastest, make_plan
+from moe.planning.plan_layouts import fastest, make_plan
 from moe.planning.published import CONFIGS
 from tests.planning.jobs import small_cluster, small_job
 

@@ -12,8 +12,8 @@ from moe.accounting.params import count_from_shape
 from moe.accounting.shape import shape_from_config
 from moe.planning.blocks import model_of
 from moe.planning.layout import Job, Layout
-from moe.planning.memory import Memory, in_flight
-from moe.planning.plan import make_plan
+from moe.planning.layout_memory import Memory, in_flight
+from moe.planning.plan_layouts import make_plan
 from moe.planning.published import CONFIGS
 from tests.planning.jobs import BARE, small_cluster, small_job
 

@@ -11,11 +11,11 @@ import pytest
 from moe.accounting.flops import flops_from_shape
 from moe.errors import ConfigError
 from moe.planning.assumptions import FITTED, Assumptions
-from moe.planning.fit import BOUNDS, Check, Fit, refit, spread
+from moe.planning.fit_efficiency import BOUNDS, Check, Fit, refit, spread
 from moe.planning.layout import layout_mistakes
-from moe.planning.plan import make_plan
+from moe.planning.plan_layouts import make_plan
+from moe.planning.plan_table import check_figures, check_lines
 from moe.planning.published import Row, as_measured, published_rows
-from moe.planning.table import check_figures, check_lines
 from tools.plan import main
 
 ROWS = published_rows()

@@ -13,9 +13,9 @@ from moe.accounting.shape import shape_from_config
 from moe.planning.assumptions import Assumptions
 from moe.planning.cluster import GPUS, Cluster
 from moe.planning.layout import Job, Layout
-from moe.planning.plan import make_plan
+from moe.planning.pipeline_stages import cut_evenly
+from moe.planning.plan_layouts import make_plan
 from moe.planning.published import CONFIGS
-from moe.planning.stages import cut_evenly
 from moe.planning.time import StepTime, exchange_rows, ranks_nearby
 from tests.planning.jobs import BARE, SMALL, small_cluster, small_job
 

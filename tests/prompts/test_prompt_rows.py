@@ -12,17 +12,17 @@ import torch
 from torch.nn.functional import normalize
 
 from moe.errors import ConfigError
-from recipes.compose import compose_config
-from recipes.convert.gate import load_any
+from recipes.config.compose import compose_config
+from recipes.config.prompts_config import PromptsConfig
+from recipes.config.schema import RunConfig, parse_config
 from recipes.data.tokenizer import load_tokenizer
-from recipes.hosts.ffn import find_ffns
-from recipes.hosts.huggingface import load_host, swap
-from recipes.jobs.surgery import make_surgery
-from recipes.preflight import check_run
-from recipes.prompts.config import PromptsConfig
-from recipes.prompts.read import ExpertPrompts, read_prompts
-from recipes.prompts.rows import prompt_rows, with_prompt_rows
-from recipes.schema import RunConfig, parse_config
+from recipes.jobs.preflight import check_run
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import load_host, swap
+from recipes.upcycling.convert.folder_check import load_any
+from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
+from recipes.upcycling.prompts.prompt_rows import prompt_rows, with_prompt_rows
+from recipes.upcycling.surgery import make_surgery
 from tests.conftest import MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

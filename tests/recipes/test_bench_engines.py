@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe.errors import GraftError
-from recipes.benchmarks.engines import REFERENCE, Series, compared_layouts, run_layouts
-from recipes.compose import compose_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
 from recipes.engines import engine_classes
-from recipes.engines.layout import EngineLayout
-from recipes.schema import parse_config
+from recipes.engines.example_layouts import EngineLayout
+from recipes.studies.benchmarks.engine_losses import REFERENCE, Series, compared_layouts, run_layouts
 
 
 def test_every_engine_offers_layouts_that_its_config_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_losses_are_read_from_what_a_run_wrote(tmp_path: Path, monkeypatch: pyte
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    monkeypatch.setattr("recipes.benchmarks.engines._train", ran)
+    monkeypatch.setattr("recipes.studies.benchmarks.engine_losses._train", ran)
     said: list[str] = []
     other = EngineLayout(2, ("engine=native",))
     first, second = run_layouts([REFERENCE, other], ["dense=folder"], tmp_path, said.append)

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.timing import Timing
+from kernels.bench.timing import Timing
 from moe.errors import ConfigError, UserError
 from moe.routers.ssr import SSRConfig
-from recipes.benchmarks.live_bytes import LiveBytes, peak_bytes
-from recipes.benchmarks.router_rivals import SOLVERS, Shape, read_rivals, router_choices
-from recipes.benchmarks.router_step import (
+from recipes.studies.benchmarks.live_bytes import LiveBytes, peak_bytes
+from recipes.studies.benchmarks.moe_tax import StepShape
+from recipes.studies.benchmarks.router_grid import Grid, Limits, render
+from recipes.studies.benchmarks.router_rivals import SOLVERS, Shape, read_rivals, router_choices
+from recipes.studies.benchmarks.router_step import (
     Expected,
     RouterStep,
     bootstrap_interval,
@@ -25,8 +27,6 @@ from recipes.benchmarks.router_step import (
     render_steps,
     verdict,
 )
-from recipes.benchmarks.routers import Grid, Limits, render
-from recipes.benchmarks.step import StepShape
 from tools import bench_routers
 
 CPU = torch.device("cpu")

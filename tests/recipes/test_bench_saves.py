@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.benchmarks.saves import ASYNC, NONE, RIVALS, SYNC, SaveFigures, SaveShape, measure_saves
-from recipes.chaos.slow_disk import slow_down
 from recipes.checkpoint import stream
+from recipes.studies.benchmarks.saves import ASYNC, NONE, RIVALS, SYNC, SaveFigures, SaveShape, measure_saves
+from recipes.studies.chaos.slow_disk import slow_down
 from tools import bench_save, chaos
 
 SHAPE = SaveShape(width=16, layers=2, batch=4, steps=2)

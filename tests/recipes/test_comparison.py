@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.comparison.collect import collect, spread
-from recipes.comparison.page import table_rows, text_table, write_page
-from recipes.comparison.plan import Trial, plan_trials
-from recipes.compose import compose_config
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.studies.comparison.collect_runs import collect, spread
+from recipes.studies.comparison.comparison_page import table_rows, text_table, write_page
+from recipes.studies.comparison.router_trials import Trial, plan_trials
 from tools.compare import _split
 
 

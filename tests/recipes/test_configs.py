@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 
-from moe.experts import Experts
+from moe.experts.experts import Experts
 from moe.routers import router_class, router_classes
 from moe.types import Config, LayerContext, RouterContext
 from moe.upcycle import upcycle_methods
-from recipes.compose import CONF, compose_config, to_yaml
+from recipes.config.compose import CONF, compose_config, to_yaml
+from recipes.config.schema import RunConfig, TrainConfig, parse_config
 from recipes.engines import engine_classes
 from recipes.jobs import job_classes
-from recipes.jobs.surgery import make_surgery
-from recipes.schema import RunConfig, TrainConfig, parse_config
+from recipes.upcycling.surgery import make_surgery
 from tests.moe.routing_cases import make_bank
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "recipe")

@@ -7,10 +7,10 @@ from unittest.mock import patch
 
 import pytest
 
-from recipes.goodput import GoodputLedger
-from recipes.metrics import MetricsLog
-from recipes.run_file import read_run_file
-from recipes.training_figures import summarise_leg
+from recipes.runtime.run_file import read_run_file
+from recipes.tracking.goodput import GoodputLedger
+from recipes.tracking.metrics_log import MetricsLog
+from recipes.tracking.training_figures import summarise_leg
 
 
 def write(run_dir: Path, rows: list[tuple[int, float, float]]) -> None:
@@ -67,7 +67,7 @@ def test_a_killed_run_and_its_lost_steps(tmp_path: Path) -> None:
 def test_a_stopped_run_says_when_it_ended(tmp_path: Path) -> None:
     ledger = GoodputLedger(tmp_path, started=100.0)
     ledger.add_step(5.0)
-    with patch("recipes.goodput.time.time", lambda: 120.0):
+    with patch("recipes.tracking.goodput.time.time", lambda: 120.0):
         ledger.close({"evaluation": 2.0, "saving": 0.0})
     write(tmp_path, [(1, 5.0, 110.0)])
     found = GoodputLedger(tmp_path, started=150.0).figures(160.0, {})
@@ -93,7 +93,7 @@ def test_a_recovery_lasts_from_the_last_step_to_the_next(tmp_path: Path) -> None
 @pytest.mark.parametrize(("failed", "recovery"), [(False, None), (True, 50.0)])
 def test_only_failures_are_recovered_from(failed: bool, recovery: float | None, tmp_path: Path) -> None:
     ledger = GoodputLedger(tmp_path, started=100.0)
-    with patch("recipes.goodput.time.time", lambda: 125.0):
+    with patch("recipes.tracking.goodput.time.time", lambda: 125.0):
         ledger.close({}, failed=failed)
     write(tmp_path, [(1, 5.0, 120.0)])
     assert GoodputLedger(tmp_path, started=150.0).recovery(170.0) == recovery
@@ -102,7 +102,7 @@ def test_only_failures_are_recovered_from(failed: bool, recovery: float | None, 
 def test_a_failure_before_any_step_begins_with_its_process(tmp_path: Path) -> None:
     # Stopped by its user at 125 s; begun again at 900 s and killed before a step.
     ledger = GoodputLedger(tmp_path, started=100.0)
-    with patch("recipes.goodput.time.time", lambda: 125.0):
+    with patch("recipes.tracking.goodput.time.time", lambda: 125.0):
         ledger.close({})
     write(tmp_path, [(1, 5.0, 120.0)])
     GoodputLedger(tmp_path, started=900.0)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from moe.errors import CheckpointError
-from recipes.compose import compose_config
-from recipes.identity import identity, refuse_changes
-from recipes.run_dir import RunDir
-from recipes.run_file import read_run_file, write_run_file
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.jobs.identity import identity, refuse_changes
+from recipes.jobs.run_dir import RunDir
+from recipes.runtime.run_file import read_run_file, write_run_file
 
 DENSE = Path("/models/dense")
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from moe.upcycle.plan import FFNShape
-from recipes.compose import compose_config
+from moe.upcycle.layer_plan import FFNShape
+from recipes.config.compose import compose_config
+from recipes.config.schema import RunConfig, parse_config
 from recipes.engines import engine_classes
-from recipes.identity import identity
-from recipes.jobs.pretrain import PretrainJob
-from recipes.jobs.upcycle_vs_cpt import UpcycleVsCPTJob
-from recipes.low_rank_rules import check_low_rank
-from recipes.preflight import check_run
-from recipes.schema import RunConfig, parse_config
+from recipes.jobs.identity import identity
+from recipes.jobs.lora_rules import check_low_rank
+from recipes.jobs.preflight import check_run
+from recipes.jobs.pretrain_job import PretrainJob
+from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob
 
 SHAPE = FFNShape(width=48, model_width=32, gated=True, activation="silu")
 

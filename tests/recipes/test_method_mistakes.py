@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe.errors import Mistake
-from recipes.compose import compose_config
-from recipes.preflight import check_method, check_run
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.jobs.preflight import check_method, check_run
 from tests.conftest import MakeCheckpoint
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-import recipes.compose
-import recipes.session
+import recipes.config.compose
+import recipes.jobs.session
 from recipes.launch import main
 from tests.conftest import MakeCheckpoint
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 UPCYCLE = "+recipe=upcycle"
 Change = Callable[[Path], None]
 
@@ -76,7 +76,7 @@ def command(
         built.began = True
         return 0
 
-    monkeypatch.setattr(recipes.session, "run_job", begin)
+    monkeypatch.setattr(recipes.jobs.session, "run_job", begin)
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -487,8 +487,8 @@ def test_a_folder_whose_name_is_an_option_does_not_confuse(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # hydra's message names the folder of conf.
-    moved = shutil.copytree(recipes.compose.CONF, tmp_path / "seed" / "conf")
-    monkeypatch.setattr(recipes.compose, "CONF", moved)
+    moved = shutil.copytree(recipes.config.compose.CONF, tmp_path / "seed" / "conf")
+    monkeypatch.setattr(recipes.config.compose, "CONF", moved)
     assert command.run("seed=1", "data=nope") == 2
     assert_lines(command.lines, ["data='nope': there is no such choice. Choose one of: chat, stdlib."])
 
@@ -522,7 +522,7 @@ def test_a_full_disk_is_said_in_a_line(
     def fill(*arguments: Any) -> int:
         raise OSError(28, "No space left on device", "/scratch/x")
 
-    monkeypatch.setattr(recipes.session, "run_job", fill)
+    monkeypatch.setattr(recipes.jobs.session, "run_job", fill)
     assert main([UPCYCLE, f"dense={command.checkpoint}", "data.seq_len=32"]) == 2
     assert capsys.readouterr().err == (
         "error: no space left on the disk for /scratch/x. Free some, or set output_dir and cache_dir.\n"
@@ -535,7 +535,7 @@ def test_an_interrupt_ends_quietly(
     def interrupt(*arguments: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes.session, "run_job", interrupt)
+    monkeypatch.setattr(recipes.jobs.session, "run_job", interrupt)
     assert main([UPCYCLE, f"dense={command.checkpoint}", "data.seq_len=32"]) == 130
     assert capsys.readouterr().err == "interrupted: whatever checkpoints there are, are complete\n"
 
@@ -544,7 +544,7 @@ def test_our_own_bugs_are_not_hidden(command: Command, monkeypatch: pytest.Monke
     def break_down(*arguments: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(recipes.session, "run_job", break_down)
+    monkeypatch.setattr(recipes.jobs.session, "run_job", break_down)
     with pytest.raises(PermissionError):
         main([UPCYCLE, f"dense={command.checkpoint}", "data.seq_len=32"])
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.compose import compose_config
-from recipes.relaunch import Launch
-from recipes.run_dir import RunDir, choose_run_dir
-from recipes.run_file import write_run_file
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.jobs.run_dir import RunDir, choose_run_dir
+from recipes.runtime.relaunch import Launch
+from recipes.runtime.run_file import write_run_file
 
 FIRST = Launch("none", "host 10 100.00", "host 11 101.00")
 # The same torchrun process has started another rank 0.

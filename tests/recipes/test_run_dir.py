@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.compose import compose_config
-from recipes.run_dir import RunDir, choose_run_dir
-from recipes.schema import parse_config
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.jobs.run_dir import RunDir, choose_run_dir
 
 
 def choose(outputs: Path, *overrides: str) -> RunDir:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.cap.meters import EnergyMeter, MemoryMeter
-from recipes.metrics import reduce_metrics
-from recipes.run_meters import RunMeters, WindowFigures
+from recipes.tracking.meters import EnergyMeter, MemoryMeter
+from recipes.tracking.metrics_log import reduce_metrics
+from recipes.tracking.run_meters import RunMeters, WindowFigures
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import pytest
 
 from moe.errors import ConfigError, Mistake
 from moe.routers import router_classes
-from recipes.compose import compose_config
-from recipes.preflight import check_layers, check_router
-from recipes.schema import RunConfig, parse_config
-from recipes.sparsify import check_sparsify, schedule_of, sparsify_identity
+from recipes.config.compose import compose_config
+from recipes.config.schema import RunConfig, parse_config
+from recipes.jobs.preflight import check_layers, check_router
+from recipes.jobs.top_k_schedules import check_sparsify, schedule_of, sparsify_identity
 
 # 10 steps of 16 samples of 128 tokens: 2048 tokens a step.
 SHORT = ("train.steps=10", "optim.schedule.warmup_steps=2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recipes.tables.auc import roc_auc
+from recipes.studies.tables.auc import roc_auc
 
 
 def pairwise(labels: list[int], scores: list[float]) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.tables.auc import roc_auc
-from recipes.tables.generate import SPLITS, TASKS, Rows, TableConfig, _logits, _related, generate
+from recipes.studies.tables.auc import roc_auc
+from recipes.studies.tables.generate import SPLITS, TASKS, Rows, TableConfig, _logits, _related, generate
 
 SMALL = TableConfig(num_rows=4000, num_users=60, num_items=30)
 

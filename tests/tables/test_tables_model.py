@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from moe.routers.comet import CometConfig
 from moe.routers.hash import HashConfig
 from moe.routers.topk import TopKConfig
-from recipes.tables.auc import roc_auc
-from recipes.tables.generate import Rows, TableConfig, generate
-from recipes.tables.model import Mixture, ModelConfig, TableModel
-from recipes.tables.train import FitConfig, measure, train_run
+from recipes.studies.tables.auc import roc_auc
+from recipes.studies.tables.generate import Rows, TableConfig, generate
+from recipes.studies.tables.table_model import Mixture, ModelConfig, TableModel
+from recipes.studies.tables.train_table import FitConfig, measure, train_run
 
 TABLE = TableConfig(num_rows=1000, num_users=20, num_items=10)
 WIDTHS = ModelConfig(id_width=4, code_width=2, num_experts=4, expert_width=3, tower_width=5)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from moe.errors import ConfigError, DataError
-from recipes.comparison.collect import spread
-from recipes.tables.generate import Rows, TableConfig, generate
-from recipes.tables.model import ModelConfig
-from recipes.tables.page import collect, text_table, write_picture
-from recipes.tables.plan import (
+from recipes.studies.comparison.collect_runs import spread
+from recipes.studies.tables.generate import Rows, TableConfig, generate
+from recipes.studies.tables.table_model import ModelConfig
+from recipes.studies.tables.table_page import collect, text_table, write_picture
+from recipes.studies.tables.table_routers import parse_mixtures
+from recipes.studies.tables.table_runs import (
     Experiment,
     Run,
     check_kept,
@@ -25,8 +26,7 @@ from recipes.tables.plan import (
     seed_by_seed,
     tuning_runs,
 )
-from recipes.tables.routers import parse_mixtures
-from recipes.tables.train import FitConfig, train_run
+from recipes.studies.tables.train_table import FitConfig, train_run
 from tools import compare_tables
 
 TABLE = TableConfig(num_rows=1000, num_users=20, num_items=10)

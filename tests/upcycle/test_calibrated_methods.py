@@ -17,15 +17,15 @@ from moe.routers.one_plus import OnePlusConfig
 from moe.routers.topk import TopKConfig
 from moe.routers.unit_linear import UnitLinearConfig
 from moe.upcycle import UpcycleConfig
-from moe.upcycle.build import ffn_shape
-from moe.upcycle.check import layer_drift
+from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.cmoe import CMoEConfig, marks_of
+from moe.upcycle.equivalence import layer_drift
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan, NeuronRows
 from moe.upcycle.llama_moe import LlamaMoEConfig, share_and_divide
 from moe.upcycle.llama_moe_v2 import LlamaMoEV2Config
 from moe.upcycle.moefication import MoEficationConfig
-from moe.upcycle.plan import Draws, ExpertPlan, LayerPlan, NeuronRows
 from moe.upcycle.snake import SnakeConfig
-from recipes.hosts.ffn import dense_ffn
+from recipes.models.hf.ffn_blocks import dense_ffn
 from tests.moe.gathered import gathered
 from tests.moe.routing_cases import build, make_ffn, make_layer, make_method
 

@@ -10,7 +10,13 @@ import itertools
 import pytest
 import torch
 
-from moe.clustering import assign_balanced, balanced_kmeans, cluster_means, equal_capacities, exchanged
+from moe.upcycle.clustering import (
+    assign_balanced,
+    balanced_kmeans,
+    cluster_means,
+    equal_capacities,
+    exchanged,
+)
 
 
 def cost_of(cost_NK: torch.Tensor, label_N: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.neuron_split import (
+from moe.upcycle.neuron_split import (
     coactivation_groups,
     greedy_groups,
     groups_of,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.versus.plan import Trial, plan_trials
+from recipes.studies.upcycle_vs_cpt.arms_trials import Trial, plan_trials
 
 # A step is 10 tokens; a token of the dense model costs 2 FLOPs, of the mixture 3.
 STEP, DENSE, MOE = 10, 2.0, 3.0

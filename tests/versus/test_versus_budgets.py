@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moe.accounting.shape import shape_from_config
-from recipes.versus.budget import continued_steps, scratch_steps
-from recipes.versus.serving import serving_costs
+from recipes.jobs.budget import continued_steps, scratch_steps
+from recipes.jobs.serving import serving_costs
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from moe.laws.columns import parse_runs
-from recipes.compose import compose_config
-from recipes.schema import parse_config
-from recipes.versus.collect import READINGS, collect
-from recipes.versus.page import cost_rows, loss_rows, run_table, text_tables, write_page
-from recipes.versus.plan import Trial, keep_options, options_of, plan_trials
-from recipes.versus.start import run_trials
+from moe.scaling_laws.columns import parse_runs
+from recipes.config.compose import compose_config
+from recipes.config.schema import parse_config
+from recipes.studies.upcycle_vs_cpt.arms_page import cost_rows, loss_rows, run_table, text_tables, write_page
+from recipes.studies.upcycle_vs_cpt.arms_trials import Trial, keep_options, options_of, plan_trials
+from recipes.studies.upcycle_vs_cpt.collect_arms import READINGS, collect
+from recipes.studies.upcycle_vs_cpt.run_trials import run_trials
 from tests.versus.made_up import LENGTHS, finish_all, grid
 from tools.upcycle_vs_cpt import main, split_options
 
@@ -204,7 +204,10 @@ def test_mistakes_come_before_the_first_run(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recipes.versus.start.run_trials", lambda *given: pytest.fail("a run was started"))
+    monkeypatch.setattr(
+        "recipes.studies.upcycle_vs_cpt.run_trials.run_trials",
+        lambda *given: pytest.fail("a run was started"),
+    )
     with pytest.raises(ConfigError, match=message):
         main(["lengths=[30,60]", "model.warmup_steps=10", *arguments])
     assert not list(tmp_path.iterdir())

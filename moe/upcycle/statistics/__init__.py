@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.discovery import discover
+from moe.registry import discover
 from moe.upcycle.statistics.base import Statistic
 
 __all__ = ["Statistic", "statistic_classes"]

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.upcycle.plan import Draws
+from moe.experts.weights import FFNWeights
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics.base import LayerBatch
 from moe.upcycle.statistics.normalised import MarkingStatistic
-from moe.upcycle.weights import FFNWeights
 
 
 class ActivationRate(MarkingStatistic):

@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
 from kernels.activations import ACTIVATIONS
-from moe.upcycle.plan import Draws, FFNShape
-from moe.upcycle.weights import FFNWeights
+from moe.experts.weights import FFNWeights
+from moe.upcycle.layer_plan import Draws, FFNShape
 
 
 def hidden_of(ffn: FFNWeights, x_TD: Tensor) -> Tensor:

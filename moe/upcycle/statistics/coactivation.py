@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.upcycle.plan import Draws, FFNShape
+from moe.experts.weights import FFNWeights
+from moe.upcycle.layer_plan import Draws, FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
-from moe.upcycle.weights import FFNWeights
 
 # Tokens whose marks are unfolded at once.
 _TOKENS_AT_ONCE = 512

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.upcycle.plan import Draws, FFNShape
+from moe.experts.weights import FFNWeights
+from moe.upcycle.layer_plan import Draws, FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
-from moe.upcycle.weights import FFNWeights
 
 
 def _importance(batch: LayerBatch) -> Tensor:

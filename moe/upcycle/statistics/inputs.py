@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.clustering import balanced_kmeans
-from moe.upcycle.plan import Draws, FFNShape
+from moe.experts.weights import FFNWeights
+from moe.upcycle.clustering import balanced_kmeans
+from moe.upcycle.layer_plan import Draws, FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 from moe.upcycle.statistics.reservoir import ReservoirStatistic
-from moe.upcycle.weights import FFNWeights
 
 
 class Inputs(ReservoirStatistic):

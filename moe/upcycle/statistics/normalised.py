@@ -11,8 +11,8 @@ from functools import cached_property
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from moe.experts.weights import FFNWeights
 from moe.upcycle.statistics.base import Statistic, hidden_of
-from moe.upcycle.weights import FFNWeights
 
 
 class MarkingStatistic(Statistic):

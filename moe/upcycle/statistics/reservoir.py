@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.draws import hashed_uniform
-from moe.noise import mix32
+from moe.routing.draws import hashed_uniform
+from moe.routing.noise import mix32
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 
 _BITS32 = 0xFFFFFFFF

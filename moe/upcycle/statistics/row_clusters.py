@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moe.clustering import balanced_kmeans
+from moe.upcycle.clustering import balanced_kmeans
 from moe.upcycle.statistics.base import Statistic
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import triton_path
 from kernels.backend import MainGrads
+from kernels.triton import triton_path
 from tests.kernels.expert_reference import (
     EVERY,
     FACTORS,

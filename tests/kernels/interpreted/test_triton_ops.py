@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import triton_ops as ops
 from kernels.backend import ExpertTensors, LowRank, MainGrads
 from kernels.expert_mlp import BACKENDS
-from kernels.plan import make_plan
+from kernels.plan.row_plan import make_plan
+from kernels.triton import triton_ops as ops
 from tests.kernels.expert_reference import FACTORS, NAMES, Inputs, Sizes, call, make_inputs, run_backend
 
 BIASED = Sizes(T=5, E=3, D=7, F=5, b_up=True, b_down=True)

@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import triton_launch as launch
 from kernels.backend import ExpertTensors, LowRank
 from kernels.expert_mlp import BACKENDS
-from kernels.plan import RowPlan, make_plan
-from kernels.triton_blocks import Target
-from kernels.triton_launch_backward import down_backward
-from kernels.triton_tiles import tile_and_column, tiles_kernel
+from kernels.plan.row_plan import RowPlan, make_plan
+from kernels.triton import triton_launch as launch
+from kernels.triton.triton_blocks import Target
+from kernels.triton.triton_launch_backward import down_backward
+from kernels.triton.triton_tiles import tile_and_column, tiles_kernel
 from tests.kernels.expert_reference import (
     FACTORS,
     NAMES,

@@ -12,14 +12,14 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from kernels.plan import sorted_route
-from kernels.triton_blocks import Target, candidates
-from kernels.triton_route import route, scan_kernel
-from kernels.triton_tune import GpuTimer, Layer, cases
+from kernels.plan.row_plan import sorted_route
+from kernels.plan.triton_route import route, scan_kernel
+from kernels.triton.triton_blocks import Target, candidates
+from kernels.tune.triton_tune import GpuTimer, Layer, cases
 from moe.dispatch.local import LocalDispatcher
-from moe.experts import Experts
+from moe.experts.experts import Experts
+from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.upcycle.weights import ExpertBank
 from tests.moe.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
 
 

@@ -1,0 +1,82 @@
+"""The back end of our own Triton kernels: for GPUs, and for CPU tensors under Triton's interpreter.
+
+It saves x and the pre-activation H alone, gathers inside the products, sums the slots of a token in fixed
+order, and never waits for the device. No GPU has run it yet: see docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from kernels.activations import ACTIVATIONS
+from kernels.backend import ExpertTensors, Workload
+from kernels.plan.row_plan import RowPlan
+from kernels.triton.triton_ops import experts as run_experts
+from kernels.triton.tuned_blocks import refusal as tuned_refusal
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+# One program holds the prefix sum over all experts.
+_MOST_EXPERTS = 4096
+
+
+class TritonBackend:
+    """Up, down and gather-and-sum forward; dH, dW and dX backward."""
+
+    name = "triton"
+
+    def refusal(self, work: Workload) -> str | None:
+        """Refuses fp64, what is no NVIDIA GPU of capability 8.0, and machines without Triton."""
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if work.dtype not in _DTYPES:
+            return f"it runs fp32, bf16 and fp16, not {work.dtype}"
+        if work.activation not in ACTIVATIONS:
+            return f"it has no activation {work.activation!r}"
+        if work.num_experts > _MOST_EXPERTS:
+            return f"it runs up to {_MOST_EXPERTS} experts, not {work.num_experts}"
+        return _device_refusal(work.device)
+
+    def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
+        """See `kernels.backend.Backend.run`."""
+        low, main = experts.low_rank, experts.main_grads
+        factors = [] if low is None else [low.a_up_ErD, low.b_up_EUr, low.a_down_ErF, low.b_down_EDr]
+        main_grads = [] if main is None else [main.w_up_EUD, main.w_down_EDF]
+        kinds = [tensor.dtype for tensor in (*factors, *main_grads)]
+        expected = [x_TD.dtype] * len(factors) + [torch.float32] * len(main_grads)
+        assert kinds == expected, f"factors and fp32 buffers are {kinds}, beside {x_TD.dtype}"
+        tensors = (
+            x_TD,
+            weights_TK,
+            experts.w_up_EUD,
+            experts.w_down_EDF,
+            experts.b_up_EU,
+            experts.b_down_ED,
+        )
+        leaves = [tensor for tensor in (*tensors, *factors) if tensor is not None]
+        keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        index = (plan.token_R, plan.slot_R, plan.row_TK.contiguous(), plan.counts_E)
+        function = (experts.activation, experts.gated, 0.0 if low is None else low.scale)
+        out: Tensor = run_experts(*tensors, factors, main_grads, *index, *function, keep)[0]
+        return out
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "it runs on GPUs; on a CPU only under Triton's interpreter, with TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"it runs on GPUs, and the weights are on {device.type}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 runs kernels on CPU tensors, and the weights are on cuda"
+    if torch.version.hip is not None:
+        return "it was never built for AMD GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
+    return tuned_refusal(device)

@@ -1,0 +1,125 @@
+"""What sets an expert apart from the base that all experts of a layer share, in few bytes.
+
+DeRS (arXiv 2503.01359): experts that were upcycled from one network stay close to it, so that a base and
+small differences hold them: nine of ten differences dropped at random, or two bits for each. A difference of
+0, as of copies before training, is held exactly.
+
+Letters: M rows, N columns of a matrix, B elements of a block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moe.routing.draws import hashed_uniform
+from moe.routing.noise import mix32
+
+_BITS32 = 0xFFFFFFFF
+# Steps of the uniform quantiser with least squared error for a Gaussian of deviation 1, by bits: minimised
+# numerically; to 4 bits they are those of Max 1960, "Quantizing for minimum distortion".
+_STEPS = {1: 1.5956, 2: 0.9957, 4: 0.3352, 8: 0.03076}
+Shape = tuple[int, ...]
+
+
+class DeltaCodec(ABC):
+    """A way to hold differences."""
+
+    @abstractmethod
+    def parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+        """What `encode` gives for a matrix of that shape and dtype: dtype and shape by name."""
+
+    @abstractmethod
+    def encode(self, delta: Tensor, key: str) -> dict[str, Tensor]:
+        """Holds a difference.
+
+        Args:
+            delta: Any shape, fp32.
+            key: Names the matrix; the same for `decode`.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor], shape: Shape, key: str) -> Tensor:
+        """The difference, about: fp32, of that shape."""
+
+
+@dataclass(frozen=True)
+class SparseDelta(DeltaCodec):
+    """Keeps one element of every block of ``one_of``, at a place that a hash chooses.
+
+    The paper drops at random; one of each block is as random, and needs no index: the places follow from seed
+    and key.
+
+    Attributes:
+        one_of: B.
+        rescale: Whether what is kept is multiplied by B, so that the difference is right in the mean.
+        seed: Of the places.
+    """
+
+    one_of: int = 10
+    rescale: bool = False
+    seed: int = 0
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+        """The kept values, in the matrix's dtype."""
+        return {"values": (dtype, (-(-torch.Size(shape).numel() // self.one_of),))}
+
+    def encode(self, delta: Tensor, key: str) -> dict[str, Tensor]:
+        """See `DeltaCodec.encode`."""
+        return {"values": delta.flatten()[self._places(delta.numel(), key)]}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: Shape, key: str) -> Tensor:
+        """See `DeltaCodec.decode`."""
+        count = torch.Size(shape).numel()
+        flat = torch.zeros(count)
+        factor = float(self.one_of) if self.rescale else 1.0
+        flat[self._places(count, key)] = parts["values"].float() * factor
+        return flat.view(shape)
+
+    def _places(self, count: int, key: str) -> Tensor:
+        start = torch.arange(0, count, self.one_of)
+        salt = int(hashed_uniform(self.seed, "delta", key) * 2**32)
+        block = start // self.one_of
+        bits = mix32(mix32((block & _BITS32) ^ salt) ^ (block >> 32))
+        return start + bits % (count - start).clamp(max=self.one_of)
+
+
+@dataclass(frozen=True)
+class QuantisedDelta(DeltaCodec):
+    """So many bits for each element, and a step for each row.
+
+    Attributes:
+        bits: 1, 2, 4 or 8.
+    """
+
+    bits: int = 2
+
+    def parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Levels, packed along the rows, and steps in fp32."""
+        *rows, width = shape
+        packed = -(-width * self.bits // 8)
+        return {"packed": (torch.uint8, (*rows, packed)), "step": (torch.float32, (*rows, 1))}
+
+    def encode(self, delta: Tensor, key: str) -> dict[str, Tensor]:
+        """See `DeltaCodec.encode`."""
+        step_M1 = _STEPS[self.bits] * delta.square().mean(-1, keepdim=True).sqrt()
+        half, per_byte = 1 << (self.bits - 1), 8 // self.bits
+        # Rows of zeros have step 0, and any level of theirs is 0.
+        level = torch.floor(delta / step_M1.clamp_min(torch.finfo(torch.float32).tiny)) + half
+        level = level.clamp(0, 2 * half - 1).to(torch.uint8)
+        level = pad(level, (0, -level.shape[-1] % per_byte))
+        level = level.view(*level.shape[:-1], -1, per_byte)
+        shift = torch.arange(0, 8, self.bits, dtype=torch.uint8)
+        return {"packed": (level << shift).sum(-1, dtype=torch.uint8), "step": step_M1}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: Shape, key: str) -> Tensor:
+        """See `DeltaCodec.decode`."""
+        half = 1 << (self.bits - 1)
+        shift = torch.arange(0, 8, self.bits, dtype=torch.uint8)
+        level = ((parts["packed"][..., None] >> shift) & (2 * half - 1)).flatten(-2)[..., : shape[-1]]
+        return (level.float() - half + 0.5) * parts["step"]

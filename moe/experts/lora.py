@@ -1,0 +1,95 @@
+"""Low-rank factors beside the experts' weights: LoRA (E. Hu et al., arXiv 2106.09685), for each expert.
+
+``W x + (alpha / r) B (A x)``: W stays as it is, A and B train. A is drawn and B is zero, so that the mixture
+computes at first what it computes without them.
+
+Letters: E experts, D model width, F expert width, U = 2F when gated, else F; r rank; I, O width in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.routing.draws import seeded_generator
+from moe.types import Config
+
+#: Name of a stack of weights to the names of its factors A and B.
+FACTORS: Mapping[str, tuple[str, str]] = {
+    "w_up_EUD": ("lora_a_up_ErD", "lora_b_up_EUr"),
+    "w_down_EDF": ("lora_a_down_ErF", "lora_b_down_EDr"),
+}
+#: Those that are drawn; the others begin as zeros.
+DRAWN = frozenset(a for a, _ in FACTORS.values())
+FACTOR_NAMES = frozenset(name for pair in FACTORS.values() for name in pair)
+
+
+@dataclass(frozen=True)
+class LoraConfig(Config):
+    """Low-rank factors of the experts."""
+
+    rank: int = 0
+    """r; 0 trains the experts' weights themselves."""
+    alpha: float = 16.0
+    """The product of the factors is multiplied by alpha / r."""
+
+    def __post_init__(self) -> None:
+        broken = []
+        if self.rank < 0:
+            broken.append(f"rank={self.rank} must be 0 or more. Give 0 to train the weights themselves.")
+        if not self.alpha > 0:
+            broken.append(f"alpha={self.alpha} must be above 0. 16 is usual.")
+        if broken:
+            raise ValueError("\n".join(broken))
+
+    @property
+    def scale(self) -> float:
+        """alpha / r; 0 without factors."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, tuple[int, int, int]]:
+    """The shape of every factor by its name."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for name, weight in (("w_up_EUD", w_up_EUD), ("w_down_EDF", w_down_EDF)):
+        count, out, width = weight.shape
+        a, b = FACTORS[name]
+        found |= {a: (count, rank, width), b: (count, out, rank)}
+    return found
+
+
+def rank_refusal(rank: int, model_width: int, expert_width: int) -> str | None:
+    """Why experts of such widths cannot have factors of this rank, as a clause; None when they can."""
+    least = min(model_width, expert_width)
+    if rank <= least:
+        return None
+    return (
+        f"the experts' matrices have widths of {model_width} and {expert_width}: no matrix of theirs has a "
+        f"rank above {least}"
+    )
+
+
+def drawn_factor(seed: int, layer: int, name: str, expert: int, shape: tuple[int, int]) -> Tensor:
+    """One expert's A, the same on every rank that holds it.
+
+    Normal of variance 1 / I, so that ``A x`` is as large as x.
+
+    Args:
+        seed: Of the run.
+        layer: Index of the block.
+        name: Of the factor, one of `DRAWN`.
+        expert: Index among all experts of the layer.
+        shape: ``(r, I)``.
+    """
+    generator = seeded_generator(seed, "lora", layer, name, expert)
+    factor_rI: Tensor = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+    return factor_rI
+
+
+def merged(weight_EOI: Tensor, a_ErI: Tensor, b_EOr: Tensor, scale: float) -> Tensor:
+    """``W + scale * B A`` in at least fp32: weights that compute alone what they do with their factors."""
+    wide = torch.promote_types(weight_EOI.dtype, torch.float32)
+    return torch.baddbmm(weight_EOI.to(wide), b_EOr.to(wide), a_ErI.to(wide), alpha=scale)

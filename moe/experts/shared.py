@@ -1,0 +1,52 @@
+"""The expert that every token uses, beside the routed ones.
+
+Letters: D model width, F its width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.activations import ACTIVATIONS
+from moe.experts.weights import FFNWeights
+
+
+class SharedExpert(nn.Module):
+    """A feed-forward network whose output is added to that of the routed experts.
+
+    Attributes:
+        w_up_UD: Gate rows first, then up rows, when gated.
+        w_down_DF: Down projection.
+        b_up_U: Bias of the up projection, or None.
+        b_down_D: Bias of the down projection, or None.
+    """
+
+    def __init__(self, weights: FFNWeights) -> None:
+        super().__init__()
+        self.activation = weights.activation
+        self.gated = weights.gate_FD is not None
+        up_UD, b_up_U = weights.up_FD, weights.b_up_F
+        if weights.gate_FD is not None:
+            up_UD = torch.cat([weights.gate_FD, weights.up_FD])
+        if weights.b_gate_F is not None and weights.b_up_F is not None:
+            b_up_U = torch.cat([weights.b_gate_F, weights.b_up_F])
+        self.w_up_UD = nn.Parameter(up_UD.contiguous())
+        self.w_down_DF = nn.Parameter(weights.down_DF.contiguous())
+        self.b_up_U = None if b_up_U is None else nn.Parameter(b_up_U.contiguous())
+        self.b_down_D = None if weights.b_down_D is None else nn.Parameter(weights.b_down_D.contiguous())
+        # Which of our matrices holds several, one above the other: what orthogonalises takes them apart.
+        self.fused_rows = {"w_up_UD": 2} if self.gated else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., D]``."""
+        hidden = functional.linear(x, self.w_up_UD, self.b_up_U)
+        act = ACTIVATIONS[self.activation]
+        hidden = act.hidden(*hidden.chunk(2, dim=-1)) if self.gated else act.forward(hidden)
+        return functional.linear(hidden, self.w_down_DF, self.b_down_D)
+
+    def extra_repr(self) -> str:
+        """Shape, for printing the model."""
+        D, F = self.w_down_DF.shape
+        return f"model_width={D}, width={F}, {self.activation}, gated={self.gated}"

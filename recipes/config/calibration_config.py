@@ -1,0 +1,38 @@
+"""On which text, and how much of it, a dense model is looked at before it becomes a mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.types import Config
+from recipes.runtime.rules import require
+
+
+@dataclass(frozen=True)
+class CalibrationConfig(Config):
+    """Config of the calibration; only methods that ask for statistics run one."""
+
+    path: str | list[str] | None = None
+    """Text, in any form that ``data.path`` has; None takes the run's first training samples."""
+    samples: int = 256
+    """Samples of ``data.seq_len`` tokens; a statistic that needs another's result passes over them again."""
+    batch_size: int = 8
+    """Samples of a forward pass, over all ranks."""
+    save_every: int = 50
+    """Batches between states that a stopped calibration goes on from; 0 saves when asked to stop alone."""
+    max_gib: float = 16.0
+    """Memory that the statistics of all layers may take on a rank, in GiB."""
+
+    def __post_init__(self) -> None:
+        """Checks the values that need no file.
+
+        Raises:
+            ValueError: One line for each value that breaks its rule, with what to do instead.
+        """
+        require(
+            (self.path not in ("", []), "path is empty. Name files or a glob, or leave it at null."),
+            (self.samples >= 1, f"samples={self.samples} must be at least 1. Raise it; 256 is little."),
+            (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1. Raise it."),
+            (self.save_every >= 0, f"save_every={self.save_every} must be at least 0. Raise it."),
+            (self.max_gib > 0, f"max_gib={self.max_gib} leaves no memory. Set it above 0."),
+        )

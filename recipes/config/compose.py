@@ -1,0 +1,142 @@
+"""Composes the config of a run from ``conf/`` and the command line, by hydra."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.errors import ConfigError, Mistake
+from recipes.runtime.source_root import SOURCE_ROOT
+
+CONF = SOURCE_ROOT / "conf"
+
+
+def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved values of a run.
+
+    Args:
+        overrides: As on the command line: ``+recipe=upcycle``, ``router.top_k=4``, ``router=sigmoid``.
+
+    Raises:
+        ConfigError: Options or choices do not exist, or overrides cannot be read; all of them at once.
+    """
+    unreadable = {override: mistake for override in overrides if (mistake := _unreadable(override))}
+    mistakes = list(unreadable.values())
+    remaining = [override for override in overrides if override not in unreadable]
+    while True:
+        try:
+            values = _compose(remaining)
+            break
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            # hydra stops at the first mistake: without what caused it, it goes on to the next one.
+            culprit = _culprit(error, remaining)
+            mistakes.append(_explain(error, culprit))
+            if culprit is None:
+                raise ConfigError(mistakes) from None
+            removed = _key(culprit)
+            remaining = [o for o in remaining if o != culprit and not _key(o).startswith(f"{removed}.")]
+    if mistakes:
+        raise ConfigError(mistakes)
+    if values["job"] is None:
+        recipes = ", ".join(sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+        raise ConfigError.one("recipe", None, "no recipe is chosen", f"Add +recipe=NAME, one of: {recipes}.")
+    return values
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", list(overrides))
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return values
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _unreadable(override: str) -> Mistake | None:
+    """What is wrong with the form of an override, whatever it sets."""
+    path, equals, value = override.lstrip("+~").partition("=")
+    if not equals and not override.startswith("~"):
+        return Mistake("command line", override, "this sets nothing", "Write OPTION=VALUE.")
+    quoted = f"""Quote it, with the shell's quotes outside: '{path}="{value}"'."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return Mistake(path, value, "it holds characters that have a meaning of their own", quoted)
+    if parsed.is_sweep_override():
+        remedy = f"{quoted[:-1]}, or write a list: '{path}=[{value}]'."
+        return Mistake(path, value, "a comma outside of a list", remedy)
+    return None
+
+
+def _text(error: Exception) -> str:
+    # hydra wraps what it was stopped by, at times in an exception without a text. Its search path names
+    # folders of this machine, which are not what an override is looked for in.
+    text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
+    return text.partition("Config search path:")[0]
+
+
+def _culprit(error: Exception, overrides: Sequence[str]) -> str | None:
+    """The override that a message of hydra's is about."""
+    text = _text(error)
+    for override in overrides:
+        if re.search(rf"(?<![\w.]){re.escape(_key(override))}(?![\w.]*\w)", text):
+            return override
+    # Some messages name nothing: then it is the one that cannot be composed on its own.
+    for override in overrides:
+        try:
+            _compose([override])
+        except (HydraException, OmegaConfBaseException, ValueError):
+            return override
+    return None
+
+
+def _explain(error: Exception, culprit: str | None) -> Mistake:
+    """hydra's message as path, value, rule and remedy, with the nearest option that exists."""
+    text = _text(error)
+    path, _, value = (culprit or "command line").lstrip("+~").partition("=")
+    if "No match in the defaults list" in text and (CONF / path).is_dir():
+        return Mistake(path, value, "it is chosen with a plus", f"Write +{path}={value}.")
+    if re.search(r"Key '.*' is not in struct|Could not override", text):
+        known = _all_keys(_defaults())
+        near = difflib.get_close_matches(path, known, n=1) or _same_leaf(path, known)
+        remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
+        return Mistake(path, value, "there is no such option", remedy)
+    if (CONF / path).is_dir() and culprit is not None:
+        choices = ", ".join(sorted(p.stem for p in (CONF / path).glob("*.yaml"))) or "none"
+        return Mistake(path, value, "there is no such choice", f"Choose one of: {choices}.")
+    first = " ".join(text.split())
+    return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
+
+
+def _same_leaf(path: str, known: Sequence[str]) -> list[str]:
+    leaf = path.rpartition(".")[2]
+    return [key for key in known if key.rpartition(".")[2] == leaf]
+
+
+def _defaults() -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config")
+
+
+def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items_ex(resolve=False):
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, DictConfig):
+            keys += _all_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """The values as yaml text."""
+    return OmegaConf.to_yaml(OmegaConf.create(values))

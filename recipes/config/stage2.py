@@ -1,0 +1,36 @@
+"""What the second of two stages is told; everything else is as in the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.types import Config
+from recipes.runtime.rules import require
+
+
+@dataclass(frozen=True)
+class Stage2Config(Config):
+    """The second stage of ``job: two_stage``: the first's weights, other data, a new optimizer."""
+
+    path: str | list[str] | None = None
+    """Its data, in the format of ``data.path``."""
+    validation_path: str | list[str] | None = None
+    """Documents to validate on; None takes some of ``path``, ``data.validation_fraction`` of it."""
+    steps: int = 600
+    """Optimizer steps."""
+    lr: float = 2e-5
+    """Learning rate at the top of its schedule."""
+    warmup_steps: int = 18
+    """Optimizer steps before the full learning rate is reached."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path not in ("", []), "path is empty. Name files or a glob."),
+            (
+                self.validation_path not in ("", []),
+                "validation_path is empty. Name files or a glob, or leave it at null.",
+            ),
+            (self.steps >= 1, f"steps={self.steps} must be at least 1. Raise it."),
+            (self.lr >= 0, f"lr={self.lr} must be 0 or more. 2e-5 is usual."),
+            (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more. Give 0 for none."),
+        )

@@ -1,0 +1,51 @@
+"""What the experiment `upcycle_vs_cpt` is told beside what every run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe.types import Config
+from recipes.runtime.rules import require
+
+
+@dataclass(frozen=True)
+class VersusConfig(Config):
+    """Config of the experiment; no other recipe reads it.
+
+    Attributes:
+        arms: ``continued`` (the upcycled model and the dense one trained on), ``scratch`` (the mixture from
+            drawn weights), or ``all``.
+        sunk_steps: Lengths of dense pre-training whose FLOPs the mixture from scratch gets on top of
+            ``train.steps``, each a run of its own, besides one with none; None: that of the embedded default
+            (``model.steps``), none with a checkpoint.
+        scratch_lr: Learning rate of the mixture from scratch; None: ``optim.lr``, as the other arms.
+        init_std: Standard deviation of the experts' weights in the mixture from scratch.
+        batches: Sequences of the decode steps that serving cost is counted of.
+    """
+
+    arms: Literal["all", "continued", "scratch"] = "all"
+    sunk_steps: list[int] | None = None
+    scratch_lr: float | None = None
+    init_std: float = 0.02
+    batches: list[int] = field(default_factory=lambda: [1, 32])
+
+    def __post_init__(self) -> None:
+        require(
+            (
+                all(steps >= 0 for steps in self.sunk_steps or []),
+                f"sunk_steps={self.sunk_steps} must be numbers of at least 0. Or leave it at null.",
+            ),
+            (
+                self.scratch_lr is None or self.scratch_lr > 0,
+                f"scratch_lr={self.scratch_lr} must be above 0. Or leave it at null.",
+            ),
+            (
+                self.init_std > 0,
+                f"init_std={self.init_std}: experts of zeros stay equal. Set it above 0; 0.02 is usual.",
+            ),
+            (
+                len(self.batches) > 0 and all(size >= 1 for size in self.batches),
+                f"batches={self.batches} must be numbers of at least 1. Give [1, 32].",
+            ),
+        )

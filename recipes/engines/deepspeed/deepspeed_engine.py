@@ -1,0 +1,291 @@
+"""The engine of DeepSpeed: ZeRO-0 to ZeRO-3, with experts spread over ranks, on CPUs and GPUs.
+
+The optimizer, its groups, clipping and checkpoints are Graft's own, so that a run does what it does on the
+native engine; DeepSpeed cuts gradients, optimizer state and weights over the ranks.
+
+Letters: B samples of a micro-batch, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import weakref
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.errors import Mistake
+from recipes.checkpoint import GlobalTensor, LocalShard
+from recipes.checkpoint.shard_layout import place
+from recipes.data.samples import Marks
+from recipes.engines.base import may_update
+from recipes.engines.deepspeed.ds_config import settings
+from recipes.engines.deepspeed.flat_partitions import (
+    Partition,
+    StepCounts,
+    replicated_partitions,
+    sharded_partitions,
+    sharded_run,
+    state_tensors,
+)
+from recipes.engines.deepspeed.zero_experts import Spread, gather_slices, spread_experts
+from recipes.engines.example_layouts import EngineLayout
+from recipes.engines.hf_train_module import HostTrainable
+from recipes.engines.optim.clipping import clip_parts
+from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer
+from recipes.engines.process import ProcessConfig, ProcessEngine
+from recipes.engines.run_options import RunOptions
+from recipes.models.hf.deferred_init import (
+    PresentWeights,
+    WeightSource,
+    drop_memory,
+    persistent_buffers,
+    stand_in,
+)
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.skeleton import empty_copy
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig(ProcessConfig):
+    """Config of `DeepSpeedEngine`."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is cut over the ranks: 1 the optimizer state, 2 the gradients as well, 3 the weights as well."""
+
+
+class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
+    """ZeRO by DeepSpeed."""
+
+    name = "deepspeed"
+    config_class = DeepSpeedConfig
+    compared = tuple(
+        EngineLayout(
+            2, ("engine=deepspeed", f"engine.zero_stage={stage}", f"engine.expert_parallel={spread}")
+        )
+        for stage in range(4)
+        for spread in (1, 2)
+    )
+
+    @classmethod
+    def check(cls, config: DeepSpeedConfig) -> str | None:
+        """DeepSpeed must be installed, and the ranks fit."""
+        if importlib.util.find_spec("deepspeed") is None:
+            return (
+                "name='deepspeed': the package deepspeed is not installed. Install it, or set engine=native"
+            )
+        return super().check(config)
+
+    @classmethod
+    def check_optimizer(cls, config: DeepSpeedConfig, optim: OptimConfig) -> list[Mistake]:
+        """ZeRO cuts a group of parameters anywhere, and Muon needs whole matrices."""
+        if optim.name == "adamw":
+            return []
+        rule = (
+            "engine=deepspeed cuts matrices over the ranks at any place, and this optimizer needs them whole"
+        )
+        return [Mistake("optim.name", optim.name, rule, "Set optim=adamw, or engine=native.")]
+
+    @classmethod
+    def check_run(cls, config: DeepSpeedConfig, run: RunOptions) -> list[Mistake]:
+        """ZeRO-3 loses track of frozen weights that are spread over ranks."""
+        rank = run.experts.lora.rank
+        if not (rank and config.zero_stage == 3 and config.expert_parallel > 1):
+            return []
+        rule = (
+            "DeepSpeed's ZeRO-3 cannot cut experts that are spread over ranks where some weights are frozen"
+        )
+        remedy = "Set engine.zero_stage=2 or engine.expert_parallel=1, or experts.lora.rank=0."
+        return [Mistake("experts.lora.rank", rank, rule, remedy)]
+
+    def open(self) -> None:
+        """Joins the process group, and has DeepSpeed join it."""
+        super().open()
+        # DeepSpeed finds its device by itself, and would find a GPU that the run is not to use.
+        os.environ["DS_ACCELERATOR"] = self.config.device_type()
+        os.environ.setdefault("LOCAL_RANK", "0")
+        from recipes.engines.deepspeed.moe_engine import join
+
+        join()
+
+    def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> DeepSpeedTrainable:
+        """Wraps the model and builds its optimizer."""
+        skeleton = empty_copy(host)
+        weights = PresentWeights({name: p.data for name, p in host.model.named_parameters()}, host.weights)
+        buffers = {name for name, _ in persistent_buffers(host.model) if name in weights.buffers}
+        host.weights = None
+        stand_in(host.model, self.device)
+        drop_memory(host.model.parameters(), self.device)
+        host.context.group = self.data_group
+        if self.config.activation_checkpointing:
+            host.model.gradient_checkpointing_enable({"use_reentrant": False})
+        host.model.to(self.device)
+        spread = spread_experts(host, self.config.expert_parallel)
+        trainable = DeepSpeedTrainable(self, host, skeleton, optim, spread)
+        trainable.take(weights, buffers)
+        return trainable
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            from recipes.engines.deepspeed.moe_engine import leave
+
+            leave()
+
+
+class DeepSpeedTrainable(HostTrainable):
+    """A host under DeepSpeed with its optimizer."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        host: HuggingFaceHost,
+        skeleton: HuggingFaceHost,
+        optim: OptimConfig,
+        spread: Spread,
+    ) -> None:
+        from recipes.engines.deepspeed.moe_engine import release, wrap
+
+        super().__init__(engine, host)
+        self.stage: int = engine.config.zero_stage
+        self.spread = spread
+        self.clip_norm = optim.clip_norm
+        self._skeleton = skeleton
+        self.optimizer: OptimizerSet = build_optimizer(host.model, optim)
+        self.names = {id(param): name for name, param in host.model.named_parameters()}
+        elements = sum(param.numel() for param in host.model.parameters())
+        told = settings(self.stage, engine.config.precision, elements)
+        self.wrapped = wrap(host, self.optimizer, told, spread)
+        run, optimizer = host.context, self.optimizer
+        optimizer.optimizers[0].register_step_pre_hook(lambda *_: optimizer.drop_frozen(run.step))
+        weakref.finalize(self, release, self.wrapped).atexit = False
+        self.partitions = self._partitions()
+        self._counts = StepCounts()
+
+    @property
+    def skeleton(self) -> HuggingFaceHost:
+        """See `Trainable.skeleton`."""
+        return self._skeleton
+
+    def _partitions(self) -> list[Partition]:
+        if self.stage == 0:
+            return []
+        find = sharded_partitions if self.stage == 3 else replicated_partitions
+        return find(self.wrapped.optimizer, self.names)
+
+    def take(self, weights: WeightSource, buffers: Collection[str]) -> None:
+        """Fills what this rank holds, where DeepSpeed has laid it out.
+
+        Args:
+            weights: Of every parameter, and of some buffers.
+            buffers: Those.
+        """
+        held = dict(self._parameters())
+        held |= {name: buffer for name, buffer in self._buffers().items() if name in buffers}
+        weights.fill({name: place(name, value) for name, value in held.items()})
+
+    def _call(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self.wrapped(**inputs).logits
+        return logits
+
+    def forward_backward(
+        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
+    ) -> Tensor:
+        """See `HostTrainable.forward_backward`."""
+        self._begin(micro_batch, num_micro_batches)
+        self.wrapped.set_gradient_accumulation_boundary(micro_batch == num_micro_batches - 1)
+        loss = self._loss(tokens_BS1, marks)
+        self.wrapped.backward(loss * self.host.context.loss_scale, scale_wrt_gas=False)
+        return loss.detach()
+
+    def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
+        """See `Trainable.step`."""
+        from recipes.engines.deepspeed.moe_engine import discard_gradients
+
+        self._counts.take()
+        norm = clip_parts(self._gradients(), self.clip_norm, self.engine.device)
+        if may_update(float(norm), norm_limit):
+            self.optimizer.set_lr_factor(lr_factor)
+            self.wrapped.step()
+            self._after_update()
+        else:
+            discard_gradients(self.wrapped, self.stage)
+        return norm
+
+    def _gradients(self) -> list[tuple[list[Tensor], list[dist.ProcessGroup]]]:
+        """The gradients that this rank holds, with the groups whose ranks hold other parts of the same."""
+        frozen = self.optimizer.frozen
+        hidden = frozen.groups if self.host.context.step < frozen.steps else ()
+        if self.stage == 0:
+            self.optimizer.drop_frozen(self.host.context.step)
+            named = [(self.names[id(p)], p.grad) for p in self.host.model.parameters() if p.grad is not None]
+            here = [grad for name, grad in named if name not in self.spread.counts]
+            cut = [grad for name, grad in named if name in self.spread.counts]
+            return [(here, []), (cut, [] if self.spread.group is None else [self.spread.group])]
+        found = []
+        for i, partition in enumerate(self.partitions):
+            if partition.group["name"] in hidden:
+                continue
+            grads = self.wrapped.optimizer.averaged_gradients[i]
+            if self.stage == 3:
+                # What follows a parameter's last element was never written.
+                grads = [grad[: run.length] for grad, run in zip(grads, partition.runs, strict=True)]
+            found += grads
+        assert dist.group.WORLD is not None
+        return [(found, [dist.group.WORLD])]
+
+    def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
+        """See `Trainable.checkpoint_tensors`."""
+        self._counts.forget()
+        tensors = {f"model.{name}": tensor for name, tensor in self._weights()}
+        if self.stage == 0:
+            state = self.optimizer.state_tensors(self.host.model.named_parameters())
+            return tensors | {key: self._slice(_owner(key), value) for key, value in state.items()}
+        inner = self.optimizer.optimizers[0]
+        return tensors | state_tensors(inner, self.partitions, self.spread, self._counts)
+
+    def _weights(self) -> Iterator[tuple[str, GlobalTensor]]:
+        yield from self._parameters()
+        yield from self._buffers().items()
+
+    def _parameters(self) -> Iterator[tuple[str, GlobalTensor]]:
+        for name, param in self.host.model.named_parameters():
+            if self.stage == 3:
+                part: Any = param
+                yield name, sharded_run(part, name).shard(part.ds_tensor.data, self.spread)
+            else:
+                yield name, self._slice(name, param.data)
+
+    def _slice(self, name: str, tensor: Tensor) -> GlobalTensor:
+        if name not in self.spread.counts or tensor.ndim == 0:
+            return tensor
+        shape, row = self.spread.place(name, tuple(tensor.shape))
+        return LocalShard(tensor, shape, (row, *[0] * (len(shape) - 1)))
+
+    @torch.no_grad()
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainable.full_tensors`."""
+        for name, param in self.host.model.named_parameters():
+            whole = self._whole(param)
+            yield name, gather_slices(whole, self.spread) if name in self.spread.counts else whole
+        yield from self._buffers().items()
+
+    def _whole(self, param: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return param.data
+        from recipes.engines.deepspeed.moe_engine import gathered
+
+        with gathered(param):
+            return param.data.clone()
+
+
+def _owner(key: str) -> str:
+    """The parameter that a tensor of the optimizer's state belongs to."""
+    return key.removeprefix("optim.").rpartition(".")[0]

@@ -1,0 +1,234 @@
+"""DeepSpeed around a host. Importing this module imports DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from deepspeed.utils import set_z3_leaf_modules_by_name
+
+from recipes.engines.deepspeed.zero_experts import EXPERT_GROUPS, Spread
+from recipes.engines.optim.optimizer import OptimizerSet
+from recipes.models.hf.deferred_init import has_memory, without_memory
+from recipes.models.hf.hf_model import HuggingFaceHost
+
+
+class MixtureEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, for expert layers that are not of its own classes.
+
+    It knows mixtures by its own classes alone; here they are known by how their parameters are marked.
+    """
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        self.has_moe_layers = any(is_moe_param(param) for param in model.parameters())
+
+    def _broadcast_model(self) -> None:
+        """There is nothing to send yet."""
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """Our experts are placed as DeepSpeed's automatic expert parallelism places its own."""
+
+
+def join() -> None:
+    """Makes DeepSpeed use the process group that is open. Collective."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its own reduction for CPUs would be compiled by each machine at its first start, which takes minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls functions of torch by names that torch is about to drop, every time.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def leave() -> None:
+    """Closes the default process group, and lets DeepSpeed forget all of them."""
+    if deepspeed.comm.comm.cdb is None:
+        # It has not joined: something failed before.
+        torch.distributed.destroy_process_group()
+        return
+    deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+
+
+def wrap(
+    host: HuggingFaceHost, optimizer: OptimizerSet, told: dict[str, Any], spread: Spread
+) -> MixtureEngine:
+    """Wraps a host whose experts are spread already, and gives this rank's part of it memory.
+
+    Args:
+        host: Whose parameters have no memory; they are given some, which is not filled.
+        optimizer: Of its parameters; one torch optimizer, which ZeRO gives its partitions to.
+        told: From `recipes.engines.deepspeed.ds_config.settings`.
+        spread: From `recipes.engines.deepspeed.zero_experts.spread_experts`.
+    """
+    (inner,) = optimizer.optimizers
+    names = [group["name"] for group in inner.param_groups]
+    if spread.ranks > 1:
+        for group in inner.param_groups:
+            if group["name"] in EXPERT_GROUPS:
+                # While DeepSpeed looks, a group of experts is called like the ranks that share them.
+                group |= {"moe": True, "name": spread.name}
+    _make_leaves(host)
+    with _without_copies():
+        wrapped = MixtureEngine(
+            args=None, model=host.model, optimizer=inner, config=told, config_class=DeepSpeedConfig(told)
+        )
+    for group, name in zip(inner.param_groups, names, strict=True):
+        group["name"] = name
+    _give_memory(wrapped.optimizer, host.model)
+    _share_weights(wrapped.optimizer)
+    return wrapped
+
+
+@contextlib.contextmanager
+def _without_copies() -> Iterator[None]:
+    """While open, DeepSpeed lays out parameters that have no memory, and neither copies nor sends them."""
+    replaced = [
+        (DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", _flat_without_memory),
+        (DeepSpeedZeroOptimizer, "initialize_optimizer_states", _nothing),
+        (deepspeed.zero.Init, "_zero_init_param", _cut_alone),
+        (deepspeed.zero.Init, "_all_gather", _gather_nothing),
+        (DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", _share_at_once),
+        (DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", _nothing),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in replaced]
+    try:
+        for owner, name, instead in replaced:
+            setattr(owner, name, instead)
+        yield
+    finally:
+        for (owner, name, _), was in zip(replaced, before, strict=True):
+            setattr(owner, name, was)
+
+
+def _flat_without_memory(
+    zero: Any,
+    tensors: Sequence[Any],
+    alignment: int,
+    use_cpu_data: bool = False,
+    param_padding: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """What ZeRO-1 and ZeRO-2 lay the parameters of a group into, in the place of their copies."""
+    sizes = [(tensor.cpu_data if use_cpu_data else tensor).numel() for tensor in tensors]
+    numel = sum(sizes) + sum(param_padding or ())
+    return without_memory([numel + -numel % alignment], tensors[0].dtype, zero.device)
+
+
+def _cut_alone(init: Any, param: Any) -> None:
+    """Cuts a parameter as ZeRO-3 does, and sends no rank what another has of it."""
+    init._convert_to_deepspeed_param(param)
+    param.partition()
+
+
+def _gather_nothing(init: Any, params: Sequence[Any], async_op: bool = False, hierarchy: Any = None) -> None:
+    """ZeRO-3 hangs hooks on parameters while they are whole; their shapes are enough for that."""
+    for param in params:
+        param.data = without_memory(param.ds_shape, param.dtype, init.local_device)
+        param.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def _share_at_once(zero: Any, create: Any = DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions) -> None:
+    """Has ZeRO-3 update weights in fp32 as they are: it takes the name of their device for another one."""
+    zero.device = torch.device(zero.device)
+    create(zero)
+
+
+def _nothing(zero: Any) -> None:
+    """Gradients of zeros are there for optimizers alone that make their state when they are built."""
+
+
+def _give_memory(zero: Any, model: torch.nn.Module) -> None:
+    """Gives what DeepSpeed has laid out without memory, its own."""
+    flats = getattr(zero, "bit16_groups_flat", ())
+    for i in range(len(flats)):
+        # ZeRO-1 and ZeRO-2 have copied what there is nothing of.
+        zero.single_partition_of_fp32_groups[i].untyped_storage().resize_(0)
+    for i, flat in enumerate(flats):
+        whole = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
+        zero.bit16_groups_flat[i] = whole
+        zero.parallel_partitioned_bit16_groups[i] = zero.get_data_parallel_partitions(whole, i)
+        zero._update_model_bit16_weights(i)
+    for parameter in model.parameters():
+        if not has_memory(parameter):
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def _make_leaves(host: HuggingFaceHost) -> None:
+    """Has ZeRO-3 gather and reduce each layer with a router whole, whichever experts run."""
+    routed = {id(layer) for layer in host.routed_layers()}
+    named = [(name, module) for name, module in host.model.named_modules() if id(module) in routed]
+    set_z3_leaf_modules_by_name(host.model, [name for name, _ in named])
+    for _, module in named:
+        module.register_forward_pre_hook(_by_position, with_kwargs=True)
+
+
+def _by_position(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Attention is called by keywords, which hooks on gradients of a module's input do not see."""
+    if args:
+        return args, kwargs
+    first = next(iter(inspect.signature(module.forward).parameters))
+    return (kwargs[first],), {key: value for key, value in kwargs.items() if key != first}
+
+
+def _share_weights(zero: Any) -> None:
+    """Updates the model's own weights, of which ZeRO made a copy in fp32, as they are already."""
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+            rank = torch.distributed.get_rank(zero.real_dp_process_group[i])
+            master.data = zero.parallel_partitioned_bit16_groups[i][rank].data
+        # Else each parameter would hold on to the copy.
+        zero._link_all_hp_params()
+    elif hasattr(zero, "fp32_partitioned_groups_flat"):
+        for master, part in zip(
+            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+        ):
+            master.data = part.data
+
+
+def discard_gradients(wrapped: MixtureEngine, stage: int) -> None:
+    """Forgets the gradients of a step that is not taken."""
+    zero: Any = wrapped.optimizer
+    if stage == 0:
+        wrapped.zero_grad()
+        return
+    zero.zero_grad(set_to_none=True)
+    if stage == 3:
+        zero._pre_step()
+        zero.averaged_gradients = {}
+        return
+    zero.micro_step_id = INITIAL_MICRO_STEP_ID
+    for i in zero.averaged_gradients:
+        zero.averaged_gradients[i] = None
+        zero.all_grad_tensors[i] = None
+
+
+def release(wrapped: MixtureEngine) -> None:
+    """Gives back what a model that nobody uses any more holds.
+
+    Hooks on gradients keep a model for ever. Without them Python frees it, but for ZeRO-3, whose parameters
+    hold each other in ways that it does not see through: of those the memory is freed.
+    """
+    wrapped.destroy()
+    zero: Any = wrapped.optimizer
+    if not hasattr(zero, "lp_param_buffer"):
+        return
+    moments = [value for state in zero.optimizer.state.values() for value in state.values()]
+    for tensor in (zero.lp_param_buffer, zero.grad_partitions_flat_buffer, *moments):
+        tensor.untyped_storage().resize_(0)
+
+
+def gathered(param: Any) -> Any:
+    """A context in which a parameter that ZeRO-3 has cut is whole. Collective."""
+    return deepspeed.zero.GatheredParameters([param])

@@ -1,0 +1,215 @@
+"""A run's checkpoint as a model for others: tensor by tensor, without building the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from moe.errors import ConfigError
+from moe.experts.lora import merged
+from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
+from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
+from recipes.config.schema import RunConfig, parse_config
+from recipes.jobs.identity import read_run_file
+from recipes.jobs.run_dir import RunDir
+from recipes.models.export import Exporter
+from recipes.models.export.base import Layout
+from recipes.models.export.placement import Placement
+from recipes.models.export.spec import ModelSpec
+from recipes.models.export.write_export import dtype_keys, publish, write_companions, write_live
+from recipes.models.hf.state_dict_map import LiveNames
+from recipes.models.lora_model import Factors, factors_of, is_factor
+from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.runtime.atomic import atomic_write_json
+from recipes.upcycling.calibration.gather import read_statistics
+from recipes.upcycling.calibration.statistics_files import CalibrationFolder
+from recipes.upcycling.convert.conversion import RECORD
+from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
+from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, dense_dtype, write_dense
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a user asks for.
+
+    Attributes:
+        run: The run's directory.
+        step: Of the checkpoint; None for the newest complete one.
+        dtype: Of the output; None as the dense checkpoint.
+        target: Name of a format; ``auto`` for the best that holds it exactly.
+        layout: Of the experts' tensors.
+        leg: ``moe``, or ``cpt`` for the dense model that was trained on the same tokens.
+    """
+
+    run: Path
+    step: int | None = None
+    dtype: torch.dtype | None = None
+    target: str = "auto"
+    layout: Layout = "per_expert"
+    leg: Literal["moe", "cpt"] = "moe"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        format: Of it.
+        exact_in: Programs that compute exactly this function from it.
+        checkpoint: Where the weights come from.
+        step: Of the checkpoint.
+        total_bytes: Of the tensors.
+    """
+
+    path: Path
+    format: str
+    exact_in: list[str]
+    checkpoint: Path
+    step: int
+    total_bytes: int
+
+
+def export_run(request: ExportRequest, out: Path) -> Exported:
+    """Writes the mixture of a run's checkpoint.
+
+    Raises:
+        ConfigError: The folder is no run, has no such checkpoint, or the output exists.
+        CheckpointError: The checkpoint is damaged.
+    """
+    if out.exists():
+        raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
+    config, dense = _read_run(request.run)
+    if request.leg == "cpt":
+        return _export_dense(request, dense, out)
+    if config.attention is not None:
+        rule = "its key-value heads are experts, which only the run itself exports"
+        raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
+    checkpoint = _checkpoint(request)
+    verify_checkpoint(checkpoint)
+    statistics = read_statistics(CalibrationFolder.of_run(request.run))
+    conversion = plan_conversion(
+        ConversionRequest(
+            dense=dense,
+            method=config.upcycle,
+            router=config.router,
+            seed=config.seed,
+            target=request.target,
+            layout=request.layout,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        None if statistics is None else statistics.by_layer(),
+    )
+    with open_checkpoint(checkpoint) as tensors:
+        dtype = request.dtype or conversion.main_dtype
+        merging = Merging(tensors, factors_of(conversion.spec, config.experts.lora))
+        total = _write(merging, conversion.spec, conversion.exporter, request.layout, dtype, dense, out)
+        step = tensors.step
+    exact_in = conversion.exporter.exact_in(conversion.spec)
+    return Exported(out, conversion.exporter.name, exact_in, checkpoint, step, total)
+
+
+def _export_dense(request: ExportRequest, dense: Path, out: Path) -> Exported:
+    checkpoint = _checkpoint(request)
+    verify_checkpoint(checkpoint)
+    with open_checkpoint(checkpoint) as tensors:
+        total = write_dense(tensors, dense, request.dtype or dense_dtype(dense), out)
+        step = tensors.step
+    family = json.loads((out / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return Exported(out, family, ["transformers"], checkpoint, step, total)
+
+
+def _read_run(run: Path) -> tuple[RunConfig, Path]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError.one("run", str(run), "there is no config.yaml in it", "Give a run's directory.")
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    config = parse_config(values)
+    known = read_run_file(run).get("identity")
+    if known is None:
+        raise ConfigError.one("run", str(run), "it has no dense model yet", "Let it train to a checkpoint.")
+    return config, Path(known["dense"])
+
+
+def _checkpoint(request: ExportRequest) -> Path:
+    folder = RunDir(request.run).checkpoints(request.leg)
+    if request.step is None:
+        found = find_checkpoint(folder).path
+        if found is None:
+            rule = f"it has no complete checkpoint of {request.leg}"
+            remedy = "Resume the run." if request.leg == "moe" else "Run it with compare.cpt=true."
+            raise ConfigError.one("run", str(request.run), rule, remedy)
+        return found
+    path = folder / f"step-{request.step:08d}"
+    if not path.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
+        raise ConfigError.one("--step", request.step, f"{folder} holds {there}", "Choose one of these.")
+    return path
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The model in a checkpoint, low-rank factors merged into their weights as these are read.
+
+    Attributes:
+        tensors: Of the checkpoint.
+        factors: By the names of the weights.
+    """
+
+    tensors: CheckpointTensors
+    factors: Mapping[str, Factors]
+
+    def names(self) -> list[str]:
+        """Of the model's tensors, without the factors."""
+        return [name for name in self.tensors.names(MODEL_PREFIX) if not is_factor(name)]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model."""
+        tensor = self.tensors.read(MODEL_PREFIX + name)
+        if name not in self.factors:
+            return tensor
+        pair = self.factors[name]
+        a_ErI, b_EOr = (self.tensors.read(MODEL_PREFIX + part) for part in (pair.a, pair.b))
+        return merged(tensor, a_ErI, b_EOr, pair.scale)
+
+
+def _write(
+    merging: Merging,
+    spec: ModelSpec,
+    exporter: Exporter,
+    layout: Layout,
+    dtype: torch.dtype,
+    dense: Path,
+    out: Path,
+) -> int:
+    live, names, tensors = LiveNames(spec), merging.names(), merging.tensors
+    kept = [
+        TensorSpec(name, tensors.dtype(MODEL_PREFIX + name), tensors.shape(MODEL_PREFIX + name))
+        for name in names
+        if live.pieces(name) is None and live.router(name) is None
+    ]
+    placement = Placement(spec, exporter, kept, dtype, layout)
+    total = sum(tensor.num_bytes for tensor in placement.specs)
+    require_space(out, total, "the model")
+    temporary = out.with_name(f".tmp-{out.name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    files = TensorFiles(temporary, placement.specs)
+    for name in names:
+        write_live(files, name, merging.read(name), live, placement)
+    for name, constant in placement.constants.items():
+        files.write(name, constant)
+    files.finish()
+    config: dict[str, Any] = exporter.config(spec) | dtype_keys(dtype)
+    write_companions(temporary, config, dense)
+    record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
+    router = asdict(spec.mixtures[0].router.config)
+    atomic_write_json(temporary / RECORD, record | {"router": router})
+    publish(temporary, out)
+    return total

@@ -1,0 +1,85 @@
+"""What a run may not change when it goes on: everything that decides what its weights mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.errors import CheckpointError, Mistake
+from recipes.config.compose import to_yaml
+from recipes.config.schema import RunConfig
+from recipes.data.build_data import TrainData
+from recipes.jobs.base import Session
+from recipes.jobs.top_k_schedules import sparsify_identity
+from recipes.runtime.atomic import atomic_write_text
+from recipes.runtime.run_file import read_run_file, write_run_file
+
+_REMEDY = "Set it back to go on, or start a new run with resume=none."
+_DATA_REMEDY = (
+    "The files of data.path, or how they are split, are not those of then: put them back to go on, or start "
+    "a new run with resume=none."
+)
+
+
+def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
+    """The fields by config path, with the values that a checkpoint depends on."""
+    fields: dict[str, Any] = {
+        "dense": str(dense),
+        "data": data.fingerprint,
+        "data.seq_len": config.data.seq_len,
+        "seed": config.seed,
+        "optim.name": config.optim.name,
+        "train.global_batch_size": config.train.global_batch_size,
+    }
+    for section in ("router", "upcycle"):
+        for key, value in dataclasses.asdict(getattr(config, section)).items():
+            fields[f"{section}.{key}"] = value
+    if config.attention is not None:
+        for key, value in dataclasses.asdict(config.attention).items():
+            fields[f"attention.{key}"] = value
+    if config.experts.lora.rank:
+        for key, value in dataclasses.asdict(config.experts.lora).items():
+            fields[f"experts.lora.{key}"] = value
+    if config.job == "two_stage":
+        # Where the first stage ends, the second has begun.
+        fields |= {"train.steps": config.train.steps, "stage2.path": config.stage2.path}
+        fields["stage2.validation_path"] = config.stage2.validation_path
+    fields["sparsify"] = sparsify_identity(config)
+    return json.loads(json.dumps(fields))
+
+
+def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
+    """Compares the run's identity with the one it began with, on all ranks, and writes down what it is told.
+
+    A resume that is refused leaves the run's ``config.yaml`` as it was.
+
+    Raises:
+        CheckpointError: A field has changed; every one is named with both values.
+    """
+
+    def compare() -> None:
+        wanted = identity(session.config, dense, data)
+        run_dir = session.run_dir
+        origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
+        began = read_run_file(origin).get("identity")
+        if began is not None:
+            changed = [
+                Mistake(
+                    path,
+                    wanted.get(path),
+                    f"the run in {origin} began with {began.get(path)!r}",
+                    _DATA_REMEDY if path == "data" else _REMEDY,
+                )
+                for path in sorted(set(began) | set(wanted))
+                if began.get(path) != wanted.get(path)
+            ]
+            if changed:
+                raise CheckpointError(changed)
+        # A run that is killed before its first checkpoint starts from there again.
+        fork = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
+        write_run_file(run_dir.path, identity=wanted, **fork)
+        atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(session.values)))
+
+    session.on_rank_zero(compare)

@@ -1,0 +1,81 @@
+"""What must hold of a run whose experts train low-rank factors, before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kernels.backend import Workload
+from kernels.expert_mlp import BACKENDS
+from moe.errors import Mistake
+from moe.experts.lora import rank_refusal
+from moe.routers import router_class
+from moe.upcycle.layer_plan import FFNShape
+from recipes.config.schema import RunConfig
+
+RANK_PATH = "experts.lora.rank"
+
+
+def check_low_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
+    """Why the factors that a run asks for cannot be, or would not be of what is exported.
+
+    Args:
+        config: The run.
+        shape: Of the dense network, where it can be told. Experts may be narrower:
+            `recipes.models.lora_model` looks at them again.
+    """
+    rank = config.experts.lora.rank
+    if not rank:
+        return []
+    mistakes = []
+    if router_class(config.router.name).reads_experts(config.router):
+        rule = "it reads the experts' weights, which do not change beside low-rank factors and do on export"
+        remedy = "Choose another router, or set experts.lora.rank=0."
+        mistakes.append(Mistake("router.name", config.router.name, rule, remedy))
+    if config.optim.start_from is not None:
+        rule = "it holds the state of weights that do not train beside low-rank factors"
+        mistakes.append(
+            Mistake("optim.start_from", config.optim.start_from, rule, f"Set null, or {RANK_PATH}=0.")
+        )
+    if shape is None:
+        return mistakes
+    refusal = rank_refusal(rank, shape.model_width, shape.width)
+    if refusal is not None:
+        remedy = f"Set {min(shape.model_width, shape.width)} or less; 8 to 64 are usual."
+        mistakes.append(Mistake(RANK_PATH, rank, refusal, remedy))
+    return mistakes + _check_backend(config, shape)
+
+
+def _check_backend(config: RunConfig, shape: FFNShape) -> list[Mistake]:
+    """A back end that is forced must run the rank; what it refuses besides is not of the rank."""
+    backend, engine = config.experts.backend, config.engine
+    kind = getattr(engine, "device_type", lambda: "cpu")()
+    work = Workload(
+        device=torch.device(kind),
+        dtype=torch.bfloat16 if getattr(engine, "precision", "fp32") == "bf16" else torch.float32,
+        num_experts=config.upcycle.num_experts,
+        model_width=shape.model_width,
+        expert_width=shape.width,
+        activation=shape.activation,
+        has_bias=shape.up_bias or shape.down_bias,
+    )
+    if backend == "auto" or BACKENDS[backend].refusal(work) is not None:
+        return []
+    refusal = BACKENDS[backend].refusal(replace(work, low_rank=config.experts.lora.rank))
+    if refusal is None:
+        return []
+    remedy = f"Set another {RANK_PATH}, or experts.backend=auto."
+    return [Mistake("experts.backend", backend, refusal, remedy)]
+
+
+def refuse_low_rank(config: RunConfig, who: str) -> list[Mistake]:
+    """The mistake of asking for factors where somebody has none.
+
+    Args:
+        config: The run.
+        who: And why, as a clause.
+    """
+    rank: Any = config.experts.lora.rank
+    return [Mistake(RANK_PATH, rank, who, "Set it to 0.")] if rank else []

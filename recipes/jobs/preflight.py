@@ -1,0 +1,246 @@
+"""What can be checked before anything expensive starts. Each check returns every mistake it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from moe.errors import Mistake, UserError
+from moe.routers import router_class
+from moe.upcycle import upcycle_methods
+from moe.upcycle.layer_plan import FFNShape
+from recipes.config.schema import RunConfig
+from recipes.data.chat_template import check_chat_template
+from recipes.data.config import DataConfig
+from recipes.data.sources import check_paths
+from recipes.data.tokenizer import check_tokenizer
+from recipes.engines import engine_classes
+from recipes.jobs.backend_rules import check_library
+from recipes.jobs.lora_rules import check_low_rank
+from recipes.jobs.run_dir import choose_run_dir
+from recipes.jobs.top_k_schedules import check_sparsify, check_sparsify_layers
+from recipes.models.hf.attention_blocks import attention_mistakes
+from recipes.models.hf.branches import check_sources
+from recipes.models.hf.header_shape import read_ffn_shape
+from recipes.models.hf.inspection import check_dense, read_config
+from recipes.models.hf.method_fit import method_mistakes
+from recipes.runtime.relaunch import Launch
+from recipes.upcycling.optim_start import check_optim_start
+from recipes.upcycling.prompts.prompt_rows import check_prompts
+
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
+    """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
+    ranks = world_size // engine_classes()[config.engine.name].same_data(config.engine)
+    mistakes = check_batch(config, max(1, ranks)) + check_router(config) + check_engine(config)
+    mistakes += (
+        check_sparsify(config) + check_schedule(config) + check_paths(config.data) + check_folders(config)
+    )
+    mistakes += check_calibration(config) + check_run_dir(config) + check_optim_start(config)
+    mistakes += check_chat_template(config.data, config.dense) + check_library(config)
+    if config.dense is None:
+        shape = _embedded_shape(config)
+        mistakes += check_method(config, shape) + check_low_rank(config, shape)
+        return mistakes + check_model(config)
+    found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
+    if found:
+        return mistakes + check_method(config, None) + check_low_rank(config, None) + found
+    folder = Path(config.dense).expanduser()
+    dense = read_ffn_shape(folder)
+    mistakes += check_method(config, dense) + check_low_rank(config, dense)
+    return mistakes + check_fit(config, read_config(folder))
+
+
+def check_places(values: Mapping[str, Any]) -> list[Mistake]:
+    """The files and folders that a config names, where the rest of it is too wrong to be read."""
+    mistakes = []
+    with contextlib.suppress(ValidationError):  # the schema has told what is wrong
+        mistakes += check_paths(TypeAdapter(DataConfig).validate_python(values.get("data")))
+    for name in ("output_dir", "cache_dir"):
+        if isinstance(folder := values.get(name), str):
+            mistakes += check_folder(name, folder)
+    if isinstance(dense := values.get("dense"), str):
+        mistakes += check_dense(dense, trust_remote_code=values.get("trust_remote_code") is True)
+    return mistakes
+
+
+def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
+    """The global batch must divide over ranks and micro-batches."""
+    train = config.train
+    if train.micro_batch_size == "auto":
+        if train.global_batch_size % world_size == 0:
+            return []
+        rule = f"it does not divide over {world_size} ranks"
+        remedy = f"Set a multiple of {world_size}."
+        return [Mistake("train.global_batch_size", train.global_batch_size, rule, remedy)]
+    unit = train.micro_batch_size * world_size
+    if train.global_batch_size % unit == 0:
+        return []
+    rule = f"it is no multiple of train.micro_batch_size={train.micro_batch_size} times {world_size} ranks"
+    return [Mistake("train.global_batch_size", train.global_batch_size, rule, f"Set a multiple of {unit}.")]
+
+
+def check_router(config: RunConfig) -> list[Mistake]:
+    """The router must be able to route over so many experts, by what a run knows of its tokens."""
+    cls = router_class(config.router.name)
+    mistakes = []
+    for key in sorted(cls.needed_keys(config.router)):
+        rule = "the data of a run carries no such key of its tokens: it is for callers of the library"
+        remedy = "Set router.key=token_ids, and router.edges to the first ids of the ranges."
+        mistakes.append(Mistake("router.key", key, rule, remedy))
+    found = cls.check(config.router, config.upcycle.num_experts)
+    if found is not None:
+        rule, _, remedy = found.partition(". ")
+        leaf = "top_k" if hasattr(config.router, "top_k") else "name"
+        mistakes.append(Mistake(f"router.{leaf}", getattr(config.router, leaf), rule, f"{remedy}."))
+    return mistakes
+
+
+def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
+    """The upcycling method must fit the router and the dense network, and its own sources the dense model.
+
+    Args:
+        config: The run.
+        shape: Of the dense network, where it can be told.
+    """
+    method = upcycle_methods()[config.upcycle.name](config.upcycle)
+    mistakes = []
+    if not check_router(config):
+        mistakes += method_mistakes(method, config.router, shape) + check_prompts(config)
+    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
+
+
+def _embedded_shape(config: RunConfig) -> FFNShape:
+    model = config.model
+    return FFNShape(model.intermediate_size, model.hidden_size, gated=True, activation="silu")
+
+
+def _embedded_config(config: RunConfig) -> dict[str, Any]:
+    model = config.model
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+    }
+
+
+def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
+    """Attention that is to become experts must be of a kind that can.
+
+    Args:
+        config: The run.
+        dense: The content of the dense model's ``config.json``.
+    """
+    return [] if config.attention is None else attention_mistakes(config.attention, dense)
+
+
+def check_engine(config: RunConfig) -> list[Mistake]:
+    """The machine must have what the engine needs, and the engine be able to train the mixture."""
+    engine = engine_classes()[config.engine.name]
+    mistakes = engine.check_mixture(config.engine, config.upcycle.num_experts, config.router)
+    mistakes += engine.check_optimizer(config.engine, config.optim)
+    mistakes += engine.check_run(config.engine, config)
+    found = engine.check(config.engine)
+    if found is None:
+        return mistakes
+    head, _, rest = found.partition(": ")
+    rule, _, remedy = rest.partition(". ")
+    name, _, value = head.partition("=")
+    return [Mistake(f"engine.{name}", value.strip("'"), rule, f"{remedy}."), *mistakes]
+
+
+def check_schedule(config: RunConfig) -> list[Mistake]:
+    """Warm-up and decay must fit into the run."""
+    if config.train.steps == 0:
+        return []
+    try:
+        config.optim.schedule.check(config.train.steps)
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        schedule = config.optim.schedule
+        return [Mistake("optim.schedule.warmup_steps", schedule.warmup_steps, rule, remedy)]
+    return []
+
+
+def check_calibration(config: RunConfig) -> list[Mistake]:
+    """Text of the calibration's own must be there, as the run's."""
+    if config.calibration.path is None:
+        return []
+    own = replace(config.data, path=config.calibration.path, validation_path=None)
+    return check_paths(own, "calibration")
+
+
+def check_model(config: RunConfig) -> list[Mistake]:
+    """The embedded default's own schedule and depth must fit as well."""
+    mistakes = check_layers(config, config.model.num_layers)
+    mistakes += check_attention(config, _embedded_config(config))
+    if 0 < config.model.steps <= config.model.warmup_steps:
+        rule = f"it does not fit into model.steps={config.model.steps}"
+        mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
+    return mistakes
+
+
+def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
+    """The model must have the layers that are to become mixtures."""
+    try:
+        picked = config.upcycle.layer_choice.pick(depth)
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        return [Mistake("upcycle.layers", config.upcycle.layers, rule, remedy)]
+    return check_sparsify_layers(config, len(picked))
+
+
+def check_run_dir(config: RunConfig) -> list[Mistake]:
+    """A run that is named anew must not exist, one that is resumed must; rank 0 decides, as when it runs."""
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    try:
+        choose_run_dir(config, Launch.of_this_process())
+    except UserError as error:
+        return list(error.mistakes)
+    return []
+
+
+def check_folders(config: RunConfig) -> list[Mistake]:
+    """Output and cache folder must be writable, or be creatable."""
+    return check_folder("output_dir", config.output_dir) + check_folder("cache_dir", config.cache_dir)
+
+
+def check_folder(name: str, value: str) -> list[Mistake]:
+    """One of them, by its config path."""
+    folder = Path(value).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        return [Mistake(name, value, f"{existing} is a file", "Give another folder.")]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [Mistake(name, value, f"{existing} is not writable", "Give a folder that you may write to.")]
+    return []
+
+
+def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
+    """Tokenizer, layers and sequence length must fit the dense model."""
+    text = dense.get("text_config") or dense
+    vocab_size = text.get("vocab_size")
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)
+    depth = _first(text, _DEPTH_KEYS)
+    if depth is not None:
+        mistakes += check_layers(config, depth)
+    context = _first(text, _CONTEXT_KEYS)
+    if context is not None and config.data.seq_len > context:
+        rule = f"the dense model takes {context} tokens at most"
+        mistakes.append(Mistake("data.seq_len", config.data.seq_len, rule, f"Set {context} or less."))
+    return mistakes
+
+
+def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)

@@ -1,0 +1,121 @@
+"""The run directory: what it is called, what lies in it, and which one a resume means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe.errors import ConfigError
+from recipes.config.schema import RunConfig
+from recipes.runtime.relaunch import Launch
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """``outputs/<run.name>/`` and the names of what lies in it.
+
+    Attributes:
+        path: The directory.
+        resumed: Whether an earlier run goes on in it.
+        fork: A checkpoint of another run that the first leg starts from; None for none.
+    """
+
+    path: Path
+    resumed: bool = False
+    fork: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def summary(self) -> Path:
+        """``summary.json``."""
+        return self.path / "summary.json"
+
+    @property
+    def export(self) -> Path:
+        """The exported model."""
+        return self.path / "hf"
+
+    def checkpoints(self, leg: str) -> Path:
+        """Checkpoints of a leg: the main model's are the run's own."""
+        return self.path / "checkpoints" if leg == "moe" else self.path / leg / "checkpoints"
+
+
+def choose_run_dir(config: RunConfig, launch: Launch | None = None) -> RunDir:
+    """Decides where a run lives. Call it on rank 0 alone and broadcast: the answer depends on the disk.
+
+    Args:
+        config: Of the run.
+        launch: The torchrun command that started this process. A run directory that it has claimed before is
+            gone on with whatever ``resume`` says: torchrun has restarted the run.
+
+    Raises:
+        ConfigError: The named run exists and is not to be resumed, or what is to be resumed does not.
+    """
+    outputs = Path(config.output_dir).expanduser().absolute()
+    if config.resume not in ("none", "auto"):
+        return _from_path(config, outputs, launch)
+    if config.run.name is not None:
+        path = outputs / config.run.name
+        if _used(path) and config.resume == "none" and not (launch and launch.restarts(path)):
+            raise ConfigError.one(
+                "run.name",
+                config.run.name,
+                f"{path} holds a run already",
+                "Set resume=auto to go on with it, or give another name.",
+            )
+        return RunDir(path, resumed=_used(path))
+    if (claimed := _claimed(config, outputs, launch)) is not None:
+        return RunDir(claimed, resumed=True)
+    taken = _numbered(outputs, config.job)
+    if config.resume == "auto" and taken:
+        return RunDir(outputs / f"{config.job}-{max(taken)}", resumed=True)
+    return RunDir(outputs / f"{config.job}-{max(taken, default=0) + 1}")
+
+
+def _used(path: Path) -> bool:
+    """Whether there is anything in it, but for files that a killed process was just writing."""
+    return path.is_dir() and any(not inner.name.startswith(".tmp-") for inner in path.iterdir())
+
+
+def _claimed(config: RunConfig, outputs: Path, launch: Launch | None) -> Path | None:
+    """The run of this very command, begun by processes that torchrun has replaced by this one."""
+    if launch is None:
+        return None
+    if config.run.name is not None:
+        path = outputs / config.run.name
+        return path if launch.restarts(path) else None
+    return launch.find(outputs / f"{config.job}-{number}" for number in _numbered(outputs, config.job))
+
+
+def _numbered(outputs: Path, job: str) -> list[int]:
+    if not outputs.is_dir():
+        return []
+    matches = (re.fullmatch(rf"{re.escape(job)}-(\d+)", path.name) for path in outputs.iterdir())
+    return [int(match[1]) for match in matches if match]
+
+
+def _from_path(config: RunConfig, outputs: Path, launch: Launch | None) -> RunDir:
+    """``resume=RUN`` goes on in that run, ``resume=RUN/checkpoints/step-N`` starts a new one from there."""
+    path = Path(config.resume).expanduser().absolute()
+    remedy = "Give a run directory, one of its checkpoints, auto or none."
+    if not path.is_dir():
+        raise ConfigError.one("resume", config.resume, "there is no such directory", remedy)
+    if path.name.startswith("step-"):
+        if (claimed := _claimed(config, outputs, launch)) is not None:
+            return RunDir(claimed, resumed=True, fork=path)
+        name = config.run.name or f"{config.job}-{max(_numbered(outputs, config.job), default=0) + 1}"
+        target = outputs / name
+        if _used(target):
+            rule = f"{target} holds a run already, and a checkpoint starts a new one"
+            raise ConfigError.one("run.name", name, rule, "Give another name.")
+        return RunDir(target, fork=path)
+    # A run that was stopped while it calibrated, or in the first of two stages, has no checkpoint there yet;
+    # one that trains from scratch alone never has.
+    if not any((path / name).is_dir() for name in ("checkpoints", "calibration", "stage1", "scratch")):
+        raise ConfigError.one("resume", config.resume, "it holds no checkpoints", remedy)
+    return RunDir(path, resumed=True)

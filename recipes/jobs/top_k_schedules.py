@@ -1,0 +1,162 @@
+"""The ``sparsify`` section of a run: what may be wrong with it, and the schedule that it describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from moe.errors import Mistake
+from moe.routers import router_class, router_classes
+from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
+from moe.upcycle import UpcycleMethod
+from recipes.config.schema import RunConfig
+from recipes.models.hf.hf_model import HuggingFaceHost, chosen_sites
+from recipes.tracking.step_costs import Costs
+
+
+def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None:
+    """The schedule of a checked config; None where K stays what it is.
+
+    Args:
+        config: Of the run.
+        layers: Indices of the mixture layers in the host, ascending.
+    """
+    if not config.sparsify or config.train.steps == 0:
+        return None
+    top_k: int = config.router.top_k  # type: ignore[attr-defined]
+    return make_schedule(config.sparsify, layers, top_k, config.train.steps, tokens_per_step(config))
+
+
+def host_schedule(
+    config: RunConfig, host: HuggingFaceHost, method: UpcycleMethod[Any]
+) -> TopKSchedule | None:
+    """The same of a host before its surgery: the step-0 check is then made at the first K."""
+    return schedule_of(config, [site.layer for site in chosen_sites(host, method)])
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Over all ranks and micro-batches."""
+    return config.train.global_batch_size * config.data.seq_len
+
+
+def sparsify_identity(config: RunConfig) -> list[Any] | None:
+    """What a run may not change of it when it goes on: K, and the steps at which it changes.
+
+    A share of a run that is given more steps is another step: K would rise again. Tokens stay where they are.
+    """
+    if not config.sparsify:
+        return None
+    ends = [phase.end(config.train.steps, tokens_per_step(config)) for phase in config.sparsify]
+    return [
+        {"until_step": end, "top_k": phase.top_k, "layers": phase.layers}
+        for end, phase in zip(ends, config.sparsify, strict=True)
+    ]
+
+
+def describe_phases(schedule: TopKSchedule | None, costs: Sequence[tuple[int, Costs]]) -> list[str]:
+    """A line a phase, for people."""
+    return [
+        f"from step {phase['first_step']} on {phase['top_k']} experts a token, layer by layer, "
+        f"{phase['active_params']:,} active parameters"
+        for phase in summarise_phases(schedule, costs)
+    ]
+
+
+def summarise_phases(
+    schedule: TopKSchedule | None, costs: Sequence[tuple[int, Costs]]
+) -> list[dict[str, Any]]:
+    """The phases of a run for ``summary.json``: first step, K by layer from below, cost of a token."""
+    return [
+        {
+            "first_step": start,
+            "top_k": [] if schedule is None else list(schedule.at(start).values()),
+            "active_params": cost.active_params,
+            "flops_per_token_train": cost.flops_per_token_train,
+        }
+        for start, cost in costs
+    ]
+
+
+def check_sparsify(config: RunConfig) -> list[Mistake]:
+    """The router must be able to change K, to the numbers that are asked for, and the phases fit the run."""
+    if not config.sparsify:
+        return []
+    if not router_class(config.router.name).varies_top_k:
+        able = ", ".join(name for name, cls in router_classes().items() if cls.varies_top_k)
+        rule = "this router cannot change its number of experts between steps"
+        remedy = f"Leave sparsify out, or choose a router of: {able}."
+        return [Mistake("router.name", config.router.name, rule, remedy)]
+    return [*_numbers(config), *_falls(config), *_ends(config)]
+
+
+def check_sparsify_layers(config: RunConfig, num_layers: int) -> list[Mistake]:
+    """Phases name no more layers than there are mixtures."""
+    return [
+        Mistake(
+            f"sparsify.{place}.{'layers' if isinstance(phase.top_k, int) else 'top_k'}",
+            phase.layers if isinstance(phase.top_k, int) else phase.top_k,
+            f"it names {phase.num_listed} layers, and {num_layers} become mixtures",
+            f"Name {num_layers} at most.",
+        )
+        for place, phase in enumerate(config.sparsify)
+        if phase.num_listed > num_layers
+    ]
+
+
+def _numbers(config: RunConfig) -> list[Mistake]:
+    """Each K must be one that the router could have had from the start, by the router's own rules."""
+    mistakes = []
+    for place, phase in enumerate(config.sparsify):
+        for top_k in sorted({phase.top_k} if isinstance(phase.top_k, int) else set(phase.top_k)):
+            if found := _refusal(config, top_k):
+                rule, _, remedy = found.partition(". ")
+                mistakes.append(Mistake(f"sparsify.{place}.top_k", top_k, rule, remedy))
+    return mistakes
+
+
+def _refusal(config: RunConfig, top_k: int) -> str | None:
+    """Why the router cannot have this K, as "rule. Remedy."."""
+    try:
+        changed = dataclasses.replace(config.router, top_k=top_k)  # type: ignore[call-arg]
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        return first.partition(": ")[2] or first
+    found = router_class(config.router.name).check(changed, config.upcycle.num_experts)
+    return None if found is None else f"{found}."
+
+
+def _falls(config: RunConfig) -> list[Mistake]:
+    """K falls from phase to phase and to the router's own, in every layer, or it would not be sparsified."""
+    top_k: int = config.router.top_k  # type: ignore[attr-defined]
+    named = max(phase.num_listed for phase in config.sparsify)
+    last = SparsePhase(until=0.5, top_k=top_k)
+    mistakes = []
+    for place, (phase, follows) in enumerate(zip(config.sparsify, [*config.sparsify[1:], last], strict=True)):
+        # Layers beyond those that are named have one number in each phase.
+        rises = [p for p in range(named + 1) if phase.experts(p, top_k) < follows.experts(p, top_k)]
+        if rises:
+            rule = f"in layer {rises[0]} from below fewer experts would be followed by more"
+            remedy = f"K falls over the phases, to router.top_k={top_k} behind the last."
+            mistakes.append(Mistake(f"sparsify.{place}.top_k", phase.top_k, rule, remedy))
+    return mistakes
+
+
+def _ends(config: RunConfig) -> list[Mistake]:
+    """Every phase has a step, and one is left behind the last."""
+    steps, tokens = config.train.steps, tokens_per_step(config)
+    if steps == 0:
+        return []
+    mistakes, before = [], 0
+    for place, phase in enumerate(config.sparsify):
+        end = phase.end(steps, tokens)
+        path = f"sparsify.{place}.until"
+        if end <= before:
+            rule = f"it ends at step {end}, and the phase before it at step {before}"
+            mistakes.append(Mistake(path, phase.until, rule, "Order the phases, each later than the last."))
+        elif end >= steps:
+            rule = f"it ends at step {end}, and the run has {steps} steps of {tokens} tokens"
+            remedy = "The router's own top_k needs a step at least: end it earlier, or raise train.steps."
+            mistakes.append(Mistake(path, phase.until, rule, remedy))
+        before = max(before, end)
+    return mistakes

@@ -1,0 +1,224 @@
+"""A checkpoint to base and deltas, and back: matrix by matrix, never a whole model in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.errors import ConfigError, HostError
+from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
+from recipes.checkpoint import require_space
+from recipes.models.ders.expert_groups import ExpertGroup, find_groups
+from recipes.models.export.write_export import publish, write_companions
+from recipes.models.hf.inspection import read_config
+from recipes.models.safetensors.dense_files import DenseFiles
+from recipes.models.safetensors.tensor_files import DTYPE_NAMES, TensorFiles, TensorSpec
+from recipes.runtime.atomic import atomic_write_json
+
+#: What makes a folder one of base and deltas; its config has a name of its own, so that no reader takes it.
+RECORD, CONFIG = "ders.json", "moe_config.json"
+_VERSION = 1
+_CODECS: dict[str, type[DeltaCodec]] = {"sparse": SparseDelta, "quantised": QuantisedDelta}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What became of a checkpoint.
+
+    Attributes:
+        source_bytes: Of its tensors.
+        stored_bytes: Of base, deltas and the rest.
+        relative_error: Of the experts, ``|W' - W| / |W|`` over all of them.
+        delta_share: How far experts are from their base, ``|W - base| / |W|`` over all of them.
+        groups: Matrices of experts.
+    """
+
+    source_bytes: int
+    stored_bytes: int
+    relative_error: float
+    delta_share: float
+    groups: int
+
+
+def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = lambda n: None) -> Compression:
+    """Writes a mixture as base and deltas.
+
+    Args:
+        source: A checkpoint folder of transformers or in Graft's own format.
+        out: Must not exist.
+        codec: How differences are held.
+        progress: Told of bytes that were read.
+
+    Raises:
+        ConfigError: ``out`` exists.
+        HostError: There are no experts in the source, or its files are damaged.
+        DiskError: There is no room.
+    """
+    files = DenseFiles(source)
+    specs = [stored.spec for stored in files.tensors.values()]
+    groups = find_groups(specs)
+    if not groups:
+        rule = "it has no experts: no tensors are named ...experts.N..., nor stacked as ...experts.NAME"
+        raise HostError.one("SOURCE", str(source), rule, "Give a mixture.")
+    taken = {group.member(e) for group in groups for e in range(group.num_experts)}
+    kept = [spec for spec in specs if spec.name not in taken]
+    stored = [*kept, *(spec for group in groups for spec in _stored_specs(group, codec))]
+    temporary = _begin(out, sum(spec.num_bytes for spec in stored))
+    target = TensorFiles(temporary, stored)
+    for spec in kept:
+        target.write(spec.name, files.read(spec.name))
+        progress(spec.num_bytes)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for group in groups:
+        for sums in _compress_group(group, files, target, codec):
+            totals += sums
+            progress(group.dtype.itemsize * torch.Size(group.shape).numel())
+    target.finish()
+    files.close()
+    atomic_write_json(temporary / RECORD, _record(groups, specs, codec))
+    write_companions(temporary, read_config(source), source)
+    (temporary / "config.json").rename(temporary / CONFIG)
+    publish(temporary, out)
+    wrong, apart, whole = totals.tolist()
+    return Compression(
+        source_bytes=sum(spec.num_bytes for spec in specs),
+        stored_bytes=target.total_bytes,
+        relative_error=(wrong / max(whole, 1e-300)) ** 0.5,
+        delta_share=(apart / max(whole, 1e-300)) ** 0.5,
+        groups=len(groups),
+    )
+
+
+def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
+    """Writes base and deltas as the checkpoint that they were made of; returns its bytes.
+
+    Args:
+        source: A folder of `compress`.
+        out: Must not exist.
+        progress: Told of bytes that were written.
+
+    Raises:
+        ConfigError: ``out`` exists.
+        HostError: The source is no such folder, or damaged.
+        DiskError: There is no room.
+    """
+    codec, groups, specs = _read_record(source)
+    files = DenseFiles(source)
+    _require_whole(source, files, codec, groups, specs)
+    temporary = _begin(out, sum(spec.num_bytes for spec in specs))
+    target = TensorFiles(temporary, specs)
+    for spec in specs:
+        if spec.name in files.tensors:
+            target.write(spec.name, files.read(spec.name))
+            progress(spec.num_bytes)
+    for group in groups:
+        base = files.read(f"{group.stem}.base").float()
+        for expert in range(group.num_experts):
+            parts = {
+                part: files.read(f"{group.stem}.{expert}.{part}")
+                for part in codec.parts(group.shape, group.dtype)
+            }
+            matrix = base + codec.decode(parts, group.shape, group.key(expert))
+            offset = expert * matrix.numel() if group.stacked else 0
+            progress(target.write(group.member(expert), matrix, offset) * group.dtype.itemsize)
+    target.finish()
+    files.close()
+    write_companions(temporary, json.loads((source / CONFIG).read_text(encoding="utf-8")), source)
+    publish(temporary, out)
+    return target.total_bytes
+
+
+def _require_whole(
+    source: Path, files: DenseFiles, codec: DeltaCodec, groups: list[ExpertGroup], specs: list[TensorSpec]
+) -> None:
+    taken = {group.member(e) for group in groups for e in range(group.num_experts)}
+    wanted = {spec.name for spec in specs} - taken
+    wanted |= {spec.name for group in groups for spec in _stored_specs(group, codec)}
+    if missing := sorted(wanted - set(files.tensors)):
+        rule = f"{len(missing)} tensors are missing from its files, {missing[0]} the first"
+        raise HostError.one("SOURCE", str(source), rule, "Restore its files, or compress again.")
+
+
+def _begin(out: Path, num_bytes: int) -> Path:
+    if out.exists():
+        raise ConfigError.one("OUT", str(out), "it exists already", "Give another folder, or delete it.")
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    require_space(out, num_bytes, "the result")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _stored_specs(group: ExpertGroup, codec: DeltaCodec) -> Iterator[TensorSpec]:
+    yield TensorSpec(f"{group.stem}.base", group.dtype, group.shape)
+    for expert in range(group.num_experts):
+        for part, (dtype, shape) in codec.parts(group.shape, group.dtype).items():
+            yield TensorSpec(f"{group.stem}.{expert}.{part}", dtype, shape)
+
+
+def _compress_group(
+    group: ExpertGroup, files: DenseFiles, target: TensorFiles, codec: DeltaCodec
+) -> Iterator[Tensor]:
+    """Squares of errors, differences and weights, expert by expert."""
+    # In fp64, so that the mean of copies is the copy.
+    total = torch.zeros(group.shape, dtype=torch.float64)
+    for expert in range(group.num_experts):
+        total += _read(group, files, expert)
+    # As it is stored: what rounding takes from the base goes to the differences.
+    base = (total / group.num_experts).to(group.dtype)
+    target.write(f"{group.stem}.base", base)
+    for expert in range(group.num_experts):
+        matrix = _read(group, files, expert)
+        delta = matrix - base.float()
+        kinds = codec.parts(group.shape, group.dtype)
+        parts = {p: v.to(kinds[p][0]) for p, v in codec.encode(delta, group.key(expert)).items()}
+        for part, tensor in parts.items():
+            target.write(f"{group.stem}.{expert}.{part}", tensor)
+        again = (base.float() + codec.decode(parts, group.shape, group.key(expert))).to(group.dtype).float()
+        yield torch.stack([(again - matrix).double().square().sum(), delta.double().square().sum(),
+                           matrix.double().square().sum()])  # fmt: skip
+
+
+def _read(group: ExpertGroup, files: DenseFiles, expert: int) -> Tensor:
+    if not group.stacked:
+        return files.read(group.member(expert)).float()
+    count = torch.Size(group.shape).numel()
+    return files.read_run(group.name, expert * count, (expert + 1) * count).view(group.shape).float()
+
+
+def _record(groups: list[ExpertGroup], specs: list[TensorSpec], codec: DeltaCodec) -> dict[str, Any]:
+    (name,) = (name for name, kind in _CODECS.items() if isinstance(codec, kind))
+    return {
+        "format_version": _VERSION,
+        "codec": {"name": name, **asdict(codec)},  # type: ignore[call-overload]
+        "groups": [asdict(group) | {"dtype": DTYPE_NAMES[group.dtype]} for group in groups],
+        "tensors": [[spec.name, DTYPE_NAMES[spec.dtype], list(spec.shape)] for spec in specs],
+    }
+
+
+def _read_record(source: Path) -> tuple[DeltaCodec, list[ExpertGroup], list[TensorSpec]]:
+    try:
+        content = json.loads((source / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        rule = f"it has no {RECORD} that can be read"
+        raise HostError.one("SOURCE", str(source), rule, "Give a folder of tools.ders compress.") from error
+    if content["format_version"] != _VERSION:
+        rule = f"its format has version {content['format_version']}, this reads {_VERSION}"
+        raise HostError.one("SOURCE", str(source), rule, "Take the version of Graft that wrote it.")
+    options = dict(content["codec"])
+    codec = _CODECS[options.pop("name")](**options)
+    groups = [
+        ExpertGroup(**entry | {"shape": tuple(entry["shape"]), "dtype": _DTYPES[entry["dtype"]]})
+        for entry in content["groups"]
+    ]
+    specs = [TensorSpec(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in content["tensors"]]
+    return codec, groups, specs

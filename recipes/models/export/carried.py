@@ -1,0 +1,81 @@
+"""What the native formats have in common: config values that travel, and what all of them refuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from recipes.models.export.spec import MixtureSpec, ModelSpec
+
+#: Config keys with the same name and meaning in the Llama-like families and their mixtures.
+COMMON_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.mlp")
+
+
+def carried_values(config: Any, keys: Sequence[str] = COMMON_KEYS) -> dict[str, Any]:
+    """The values of a dense config that a native one takes over, whose defaults are of another family."""
+    return {key: getattr(config, key) for key in keys if hasattr(config, key)}
+
+
+def with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
+    """Adds rope_theta and rope_scaling: readers before transformers 5 know nothing of rope_parameters."""
+    rope = content.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        content["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        content["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    return content
+
+
+def refuse_unlike_llama(name: str, spec: ModelSpec) -> str | None:
+    """Experts must be gated and without biases, alike in all mixtures, in blocks named as Llama's are."""
+    first = spec.mixtures[0]
+    for mixture in spec.mixtures:
+        if _BLOCK.fullmatch(mixture.site) is None:
+            return f"{name} has its experts in model.layers.N.mlp, and this host in {mixture.site}"
+        if not mixture.expert.gated or mixture.expert.up_bias or mixture.expert.down_bias:
+            return (
+                f"{name}'s experts are gated and without biases, and these are not in layer {mixture.index}"
+            )
+        if _kind(mixture) != _kind(first):
+            return f"{name} has one router and one size of experts, and layer {mixture.index} differs"
+    return None
+
+
+def _kind(mixture: MixtureSpec) -> tuple[object, ...]:
+    return (mixture.router.config, mixture.num_experts, mixture.expert, mixture.shared_width)
+
+
+def refuse_other_than_softmax(name: str, spec: ModelSpec, *, must_sum_to_one: bool) -> str | None:
+    """The router must be top-k of a softmax over all experts, or over the chosen."""
+    router = spec.mixtures[0].router
+    if router.name != "topk":
+        return f"{name} has a top-k router, not {router.name!r}"
+    if router.config.score != "softmax":
+        return f"{name}'s gates are a softmax, and this router's are a {router.config.score}"
+    if must_sum_to_one and not router.weights_sum_to_one:
+        return f"{name}'s gates are a softmax renormalised to sum to 1, and this router's are not"
+    return None
+
+
+def block_of(mixture: MixtureSpec) -> str:
+    """``model.layers.N``."""
+    return mixture.site.removesuffix(".mlp")

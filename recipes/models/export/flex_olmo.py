@@ -1,0 +1,54 @@
+"""OLMo2 hosts as plain FlexOlmo, which has the same norms in the same places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipes.models.export.carried import (
+    COMMON_KEYS,
+    carried_values,
+    refuse_other_than_softmax,
+    refuse_unlike_llama,
+    with_old_rope_keys,
+)
+from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.spec import ModelSpec
+
+
+class FlexOlmoExporter(NativeExporter):
+    """Writes `FlexOlmoForCausalLM`."""
+
+    name = "flex_olmo"
+    title = "FlexOlmo"
+    hosts = ("olmo2",)
+
+    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+        """FlexOlmo has a softmax router, renormalised or not, in every block."""
+        if spec.dense_layers:
+            count = len(spec.mixtures)
+            return f"FlexOlmo has no dense layers, and {count} of {spec.num_layers} are mixtures"
+        if spec.mixtures[0].shared_width:
+            return "FlexOlmo has no shared expert, and this mixture has"
+        return refuse_unlike_llama("FlexOlmo", spec) or refuse_other_than_softmax(
+            "FlexOlmo", spec, must_sum_to_one=False
+        )
+
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
+        """The dense config with experts."""
+        from transformers import FlexOlmoConfig
+
+        mixture = spec.mixtures[0]
+        config = FlexOlmoConfig(
+            **carried_values(spec.config, (*COMMON_KEYS, "attention_bias")),
+            intermediate_size=mixture.expert.width,
+            num_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.router.top_k,
+            norm_topk_prob=mixture.router.weights_sum_to_one,
+            router_aux_loss_coef=mixture.router.config.balance_coef,
+        )
+        config.architectures = ["FlexOlmoForCausalLM"]
+        return with_old_rope_keys(config.to_dict())
+
+    def exact_in(self, spec: ModelSpec) -> list[str]:
+        """No other reader is known to hold this family."""
+        return ["transformers"]

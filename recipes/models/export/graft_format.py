@@ -1,0 +1,309 @@
+"""Graft's own format, for mixtures that no class of transformers computes exactly.
+
+A folder with safetensors under the host's own names, experts by their global number, and a
+``config.json`` of model type ``graft_moe`` that holds the dense host's config and how to rebuild router and
+experts. transformers loads it after ``import recipes.models.auto``, and refuses to load it as something else
+before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moe.attention.routed_attention import AttentionContext
+from moe.dispatch.local import LocalDispatcher
+from moe.errors import HostError
+from moe.experts.experts import Experts
+from moe.experts.shared import SharedExpert
+from moe.experts.weights import ExpertBank, FFNWeights
+from moe.layer import MoELayer
+from moe.routers import router_class
+from moe.types import LayerContext
+from moe.upcycle.layer_plan import Matrix
+from recipes.models.export.base import Exporter
+from recipes.models.export.placement import Placement
+from recipes.models.export.read_back import Unread
+from recipes.models.export.spec import AttentionSpec, MixtureSpec, ModelSpec, describe_host
+from recipes.models.hf.attention_blocks import RoutedSelfAttention, attention_sites
+from recipes.models.hf.deferred_init import parameters_on_meta
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.inspection import weight_files
+from recipes.models.hf.state_dict_map import LiveNames
+from recipes.models.safetensors.tensor_files import TensorSpec
+
+MODEL_TYPE = "graft_moe"
+FORMAT_VERSION = 2
+#: Of models with attention experts, which readers of the other would take for dense attention.
+ATTENTION_VERSION = 3
+
+
+class GraftExporter(Exporter):
+    """Writes what any host with any router is, exactly."""
+
+    name = "graft"
+    title = "Graft's own format"
+    is_native = False
+
+    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+        """Holds everything."""
+        return None
+
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
+        """The host's config and, block by block, router and experts."""
+        # Of the weights' dtype config.json tells itself; the cache is off for training alone.
+        dense = {k: v for k, v in spec.config.to_dict().items() if k not in ("dtype", "use_cache")}
+        dense["architectures"] = [spec.architecture]
+        content = {
+            "model_type": MODEL_TYPE,
+            "format_version": FORMAT_VERSION,
+            "architectures": ["GraftMoEForCausalLM"],
+            "dense_config": dense,
+            "moe_layers": [_entry(mixture) for mixture in spec.mixtures],
+        }
+        if not spec.attention:
+            return content
+        attention = [_attention_entry(one) for one in spec.attention]
+        return content | {"format_version": ATTENTION_VERSION, "attention_layers": attention}
+
+    def expert_name(self, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+        """By the expert's number over all ranks."""
+        return f"{mixture.site}.experts.{expert}.{matrix}.{'bias' if bias else 'weight'}"
+
+    def shared_name(self, mixture: MixtureSpec, matrix: Matrix, bias: bool) -> str:
+        """Beside the experts."""
+        return f"{mixture.site}.shared.{matrix}.{'bias' if bias else 'weight'}"
+
+    def router_name(self, mixture: MixtureSpec, key: str) -> str:
+        """As in the model."""
+        return f"{mixture.site}.router.{key}"
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Routers choose by small differences (a bias moves by 1e-3) that bf16 would round away."""
+        return ".router." in name
+
+    def open(self, folder: Path) -> Unread:
+        """As `load_graft` reads it."""
+        return GraftUnread(folder)
+
+
+class GraftUnread(Unread):
+    """Read as `load_graft` reads it, a part of the files at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the config and the names in the files."""
+        self._host = _built(folder, parameters_on_meta)
+        super().__init__(self._host.model.float().eval(), folder)
+        self._weights = _Weights(self._host, folder)
+
+    def fill(self, wanted: Callable[[str], bool]) -> None:
+        """See `Unread.fill`."""
+        self._weights.fill(torch.float32, wanted)
+        for module in self.model.modules():
+            # Routers come as they are in the files.
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta and parameter.dtype != torch.float32:
+                    module._parameters[name] = torch.nn.Parameter(parameter.float(), requires_grad=False)
+
+
+def _entry(mixture: MixtureSpec) -> dict[str, Any]:
+    shape = mixture.expert
+    E, D, F = mixture.num_experts, shape.model_width, shape.width
+    U = 2 * F if shape.gated else F
+    shapes = {"w_up_EUD": [E, U, D], "w_down_EDF": [E, D, F]}
+    if shape.up_bias:
+        shapes["b_up_EU"] = [E, U]
+    if shape.down_bias:
+        shapes["b_down_ED"] = [E, D]
+    return {
+        "index": mixture.index,
+        "name": mixture.site,
+        "router": dataclasses.asdict(mixture.router.config),
+        "activation": shape.activation,
+        "gated": shape.gated,
+        "shapes": shapes,
+        "shared_width": mixture.shared_width,
+    }
+
+
+def _attention_entry(attention: AttentionSpec) -> dict[str, Any]:
+    return {
+        "index": attention.index,
+        "name": attention.site,
+        "router": dataclasses.asdict(attention.router.config),
+        "scale": attention.scale,
+    }
+
+
+def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHost:
+    """Loads a folder that `GraftExporter` wrote; the model generates as any of transformers does.
+
+    Args:
+        folder: The export.
+        dtype: Of the floating-point tensors; None as in the files.
+
+    Raises:
+        HostError: The folder holds something else, or its tensors do not fit its config.
+    """
+    host = _built(folder)
+    _Weights(host, folder).fill(dtype)
+    return host
+
+
+def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> HuggingFaceHost:
+    """The model of a folder's config, its weights still to be read.
+
+    Args:
+        folder: The export.
+        memory: What is open while parameters are made; not those of routers, which compute with theirs.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if content.get("model_type") != MODEL_TYPE:
+        rule = f"its model_type is {content.get('model_type')!r}, not {MODEL_TYPE!r}"
+        raise HostError.one("path", str(folder), rule, "Load it with transformers' AutoModelForCausalLM.")
+    known = ATTENTION_VERSION if "attention_layers" in content else FORMAT_VERSION
+    if content.get("format_version") != known:
+        rule = f"its format_version is {content.get('format_version')}, and {known} is known here"
+        raise HostError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
+    dense = dict(content["dense_config"])
+    config = AutoConfig.for_model(dense.pop("model_type"), **dense)
+    with memory():
+        model = AutoModelForCausalLM.from_config(config)
+    host = HuggingFaceHost(model=model, folder=folder, source_dtype=model.dtype)
+    for entry in content["moe_layers"]:
+        parent, _, child = entry["name"].rpartition(".")
+        setattr(model.get_submodule(parent), child, _empty_layer(entry, host, memory))
+    for entry in content.get("attention_layers", []):
+        _cut_attention(entry, host, memory)
+    return host
+
+
+def _cut_attention(
+    entry: Mapping[str, Any], host: HuggingFaceHost, memory: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Puts attention experts in their place; their weights are read later."""
+    (site,) = attention_sites(host, [entry["index"]])
+    heads, width = host.config.num_key_value_heads, host.config.hidden_size
+    cls = router_class(entry["router"]["name"])
+    router = cls(cls.config_class(**entry["router"]), width, heads)
+    context = AttentionContext(host.context, entry["index"])
+    with memory():
+        site.replace(RoutedSelfAttention(site.dense, router, context, entry["scale"]))
+
+
+def _empty_layer(
+    entry: Mapping[str, Any], host: HuggingFaceHost, memory: Callable[[], AbstractContextManager[None]]
+) -> MoELayer:
+    shapes = entry["shapes"]
+    bank = ExpertBank(
+        activation=entry["activation"],
+        gated=entry["gated"],
+        **{
+            name: torch.empty(shapes[name]) if name in shapes else None
+            for name in ("w_up_EUD", "w_down_EDF", "b_up_EU", "b_down_ED")
+        },
+    )
+    cls = router_class(entry["router"]["name"])
+    router = cls(cls.config_class(**entry["router"]), shapes["w_up_EUD"][2], bank.num_experts)
+    with memory():
+        experts = Experts(bank)
+        shared = SharedExpert(_empty_shared(entry, bank)) if entry["shared_width"] else None
+    return MoELayer(router, LocalDispatcher(), experts, LayerContext(host.context, entry["index"]), shared)
+
+
+def _empty_shared(entry: Mapping[str, Any], bank: ExpertBank) -> FFNWeights:
+    F, D = entry["shared_width"], bank.w_up_EUD.shape[2]
+    biased = bank.b_up_EU is not None
+    return FFNWeights(
+        up_FD=torch.empty(F, D),
+        down_DF=torch.empty(D, F),
+        activation=bank.activation,
+        gate_FD=torch.empty(F, D) if bank.gated else None,
+        b_gate_F=torch.empty(F) if bank.gated and biased else None,
+        b_up_F=torch.empty(F) if biased else None,
+        b_down_D=None if bank.b_down_ED is None else torch.empty(D),
+    )
+
+
+class _Files:
+    """The tensors of a folder by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {}
+        for path in weight_files(folder):
+            file = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+class _Weights:
+    """Every tensor of a model in the files of a folder; what is missing or left over is a mistake."""
+
+    def __init__(self, host: HuggingFaceHost, folder: Path) -> None:
+        spec, self._files, self._host = describe_host(host), _Files(folder), host
+        self._live, own = LiveNames(spec), host.model.state_dict()
+        kept = [
+            TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in own.items()
+            if self._live.pieces(name) is None and self._live.router(name) is None
+        ]
+        self._placement = Placement(spec, GraftExporter(), kept, None)
+        wanted = {spec.name for spec in self._placement.specs}
+        tied = {name for name, _ in host.model.named_parameters(remove_duplicate=False)} - {
+            name for name, _ in host.model.named_parameters()
+        }
+        there = self._files.names()
+        missing, unexpected = sorted(wanted - there - tied), sorted(there - wanted)
+        if missing or unexpected:
+            rule = f"missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
+            raise HostError.one("path", str(folder), rule, "Export the run again.")
+        self._shapes = {name: tensor.shape for name, tensor in own.items() if name not in tied}
+
+    @torch.no_grad()
+    def fill(self, dtype: torch.dtype | None, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Reads the tensors whose names in the model are wanted."""
+        filled = {
+            name: _read(name, shape, self._live, self._placement, self._files, dtype)
+            for name, shape in self._shapes.items()
+            if wanted(name)
+        }
+        self._host.model.load_state_dict(filled, strict=False, assign=True)
+        self._host.model.tie_weights()
+
+
+def _read(
+    name: str,
+    shape: Sequence[int],
+    live: LiveNames,
+    placement: Placement,
+    files: _Files,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    router, parts = live.router(name), live.pieces(name)
+    if router is not None:
+        return files.read(placement.router(router.layer, router.key))
+    if parts is None:
+        tensor = files.read(placement.kept(name))
+        casts = dtype is not None and tensor.is_floating_point() and not GraftExporter().keeps_dtype(name)
+        return tensor.to(dtype) if casts else tensor
+    first = files.read(placement.slot(parts[0].piece).name)
+    stacked = torch.empty(tuple(shape), dtype=dtype or first.dtype)
+    for part in parts:
+        part.of(stacked).copy_(files.read(placement.slot(part.piece).name))
+    return stacked

@@ -1,0 +1,179 @@
+"""Where every weight of a mixture goes in a format's files: tensor names, shapes, dtypes and offsets.
+
+Letters: D model width, E experts, F expert width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.upcycle.build_experts import expert_shape
+from moe.upcycle.layer_plan import ExpertPlan, Matrix
+from recipes.models.export.base import Exporter, Layout
+from recipes.models.export.spec import MixtureSpec, ModelSpec
+from recipes.models.safetensors.tensor_files import TensorSpec
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One matrix or bias of one expert.
+
+    Attributes:
+        layer: Index of the block.
+        expert: Of the routed expert; None for the shared one.
+        matrix: Which.
+        bias: Its bias instead of the matrix itself.
+    """
+
+    layer: int
+    expert: int | None
+    matrix: Matrix
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a piece goes.
+
+    Attributes:
+        name: The tensor that holds it.
+        offset: Elements of that tensor before it.
+        shape: Of the piece.
+        factor: What it is multiplied by on the way.
+    """
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    factor: float
+
+
+class Placement:
+    """The tensors of a checkpoint in a format, and the way of every weight into them.
+
+    Attributes:
+        specs: Every tensor of the checkpoint.
+        constants: Those that the format has and the model has not, by name.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        exporter: Exporter,
+        kept: Sequence[TensorSpec],
+        dtype: torch.dtype | None,
+        layout: Layout = "per_expert",
+    ) -> None:
+        """Lays a model out.
+
+        Args:
+            spec: The model.
+            exporter: The format.
+            kept: Its tensors outside the mixtures, under their names in the host.
+            dtype: Of the floating-point tensors; None leaves each as it is, and the mixtures as `kept`.
+            layout: One of the exporter's.
+        """
+        assert layout in exporter.layouts, (layout, exporter.name, exporter.layouts)
+        self._exporter = exporter
+        self._dtype = dtype
+        self._layout = layout
+        self._slots: dict[Piece, Slot] = {}
+        self._routers: dict[tuple[int, str], str] = {}
+        self._kept: dict[str, str] = {}
+        self.specs: list[TensorSpec] = []
+        self.constants: dict[str, Tensor] = {}
+        floating = [s.dtype for s in kept if s.dtype.is_floating_point]
+        self._expert_dtype = dtype or max(set(floating), key=floating.count, default=torch.float32)
+        for tensor in kept:
+            self._kept[tensor.name] = exporter.kept_name(tensor.name)
+            self._add(self._kept[tensor.name], tensor.dtype, tensor.shape)
+        for mixture in spec.mixtures:
+            self._place_mixture(mixture)
+        for name, constant in exporter.constants(spec):
+            self.constants[name] = constant
+            self._add(name, self._expert_dtype, tuple(constant.shape))
+
+    def _add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        if self._dtype is not None and dtype.is_floating_point and not self._exporter.keeps_dtype(name):
+            dtype = self._dtype
+        self.specs.append(TensorSpec(name, dtype, shape))
+
+    def _place_mixture(self, mixture: MixtureSpec) -> None:
+        for key, tensor in mixture.router.state_dict().items():
+            name = self._exporter.router_name(mixture, key)
+            self._routers[mixture.index, key] = name
+            keeps = self._exporter.keeps_dtype(name) or not tensor.dtype.is_floating_point
+            self._add(name, tensor.dtype if keeps else self._expert_dtype, tuple(tensor.shape))
+        if self._layout == "fused":
+            self._place_fused(mixture)
+        else:
+            for piece, shape in pieces(mixture):
+                if piece.expert is not None:
+                    self._place_alone(mixture, piece, shape)
+        for piece, shape in pieces(mixture):
+            if piece.expert is None:
+                self._place_alone(mixture, piece, shape)
+
+    def _place_alone(self, mixture: MixtureSpec, piece: Piece, shape: tuple[int, ...]) -> None:
+        if piece.expert is None:
+            name = self._exporter.shared_name(mixture, piece.matrix, piece.bias)
+        else:
+            name = self._exporter.expert_name(mixture, piece.expert, piece.matrix, piece.bias)
+        self._slots[piece] = Slot(name, 0, shape, self._exporter.factor(mixture, piece.expert, piece.matrix))
+        self._add(name, self._expert_dtype, shape)
+
+    def _place_fused(self, mixture: MixtureSpec) -> None:
+        """Gate rows above up rows, experts one after the other: each piece is a run of the stack."""
+        E, D, F = mixture.num_experts, mixture.expert.model_width, mixture.expert.width
+        U = 2 * F if mixture.expert.gated else F
+        up, down = (self._exporter.fused_name(mixture, matrix) for matrix in ("up", "down"))
+        self._add(up, self._expert_dtype, (E, U, D))
+        self._add(down, self._expert_dtype, (E, D, F))
+        for piece, shape in pieces(mixture):
+            if piece.expert is None:
+                continue
+            assert not piece.bias, f"{self._exporter.name} has no fused biases"
+            name, offset = (
+                (down, piece.expert * D * F) if piece.matrix == "down" else (up, piece.expert * U * D)
+            )
+            if piece.matrix == "up" and mixture.expert.gated:
+                offset += F * D
+            self._slots[piece] = Slot(
+                name, offset, shape, self._exporter.factor(mixture, piece.expert, piece.matrix)
+            )
+
+    def kept(self, name: str) -> str:
+        """The name in the files of a tensor outside the mixtures."""
+        return self._kept[name]
+
+    def router(self, layer: int, key: str) -> str:
+        """The name in the files of a tensor of a router."""
+        return self._routers[layer, key]
+
+    def slot(self, piece: Piece) -> Slot:
+        """Where a piece goes."""
+        return self._slots[piece]
+
+    @property
+    def slots(self) -> Mapping[Piece, Slot]:
+        """Every piece of every mixture."""
+        return self._slots
+
+
+def pieces(mixture: MixtureSpec) -> Iterator[tuple[Piece, tuple[int, ...]]]:
+    """Every matrix and bias of a mixture's experts with its shape, the shared expert's last."""
+    shape, D = mixture.expert, mixture.expert.model_width
+    widths: list[tuple[int | None, int]] = [(e, shape.width) for e in range(mixture.num_experts)]
+    if mixture.shared_width:
+        widths.append((None, mixture.shared_width))
+    for expert, width in widths:
+        plan = ExpertPlan(width, slice(0, width))
+        for matrix in shape.matrices:
+            yield Piece(mixture.index, expert, matrix), expert_shape(plan, matrix, D)
+            if shape.down_bias if matrix == "down" else shape.up_bias:
+                bias = (D,) if matrix == "down" else (width,)
+                yield Piece(mixture.index, expert, matrix, bias=True), bias

@@ -1,0 +1,95 @@
+"""Qwen2 hosts as plain Qwen2-MoE, whose shared expert is always there and always gated.
+
+Its gate is a sigmoid of ``x w``: with w = 0 it is 1/2, so the shared expert's down projection is written
+doubled. A mixture without a shared expert gets one of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.upcycle.layer_plan import Matrix
+from recipes.models.export.carried import (
+    COMMON_KEYS,
+    carried_values,
+    refuse_other_than_softmax,
+    refuse_unlike_llama,
+    with_old_rope_keys,
+)
+from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.spec import MixtureSpec, ModelSpec
+
+# Width of a shared expert of zeros: quantisers and tensor parallelism want a multiple of 256.
+_IDLE_WIDTH = 256
+
+
+class Qwen2MoEExporter(NativeExporter):
+    """Writes `Qwen2MoeForCausalLM`."""
+
+    name = "qwen2_moe"
+    title = "Qwen2-MoE"
+    hosts = ("qwen2",)
+    shared_module = "shared_expert"
+
+    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+        """Qwen2-MoE has a softmax router, renormalised or not."""
+        config = spec.config
+        if "sliding_attention" in (config.layer_types or ()):
+            return "windows in some layers are counted otherwise by Qwen2-MoE, and the host has such"
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+            return "Qwen2-MoE's heads divide the hidden size, and the host's do not"
+        return refuse_unlike_llama("Qwen2-MoE", spec) or refuse_other_than_softmax(
+            "Qwen2-MoE", spec, must_sum_to_one=False
+        )
+
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
+        """With the flag for renormalisation always written: readers differ in what they assume."""
+        from transformers import Qwen2MoeConfig
+
+        mixture, source = spec.mixtures[0], spec.config
+        keys = tuple(key for key in COMMON_KEYS if key != "head_dim")
+        config = Qwen2MoeConfig(
+            **carried_values(source, keys),
+            intermediate_size=source.intermediate_size,
+            moe_intermediate_size=mixture.expert.width,
+            shared_expert_intermediate_size=mixture.shared_width or _IDLE_WIDTH,
+            num_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.router.top_k,
+            norm_topk_prob=mixture.router.weights_sum_to_one,
+            router_aux_loss_coef=mixture.router.config.balance_coef,
+            decoder_sparse_step=1,
+            mlp_only_layers=spec.dense_layers,
+            use_sliding_window=False,
+            qkv_bias=True,
+        )
+        config.architectures = ["Qwen2MoeForCausalLM"]
+        return with_old_rope_keys(config.to_dict())
+
+    def factor(self, mixture: MixtureSpec, expert: int | None, matrix: Matrix) -> float:
+        """Undoes the gate of 1/2."""
+        return 2.0 if expert is None and matrix == "down" else 1.0
+
+    def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+        """The shared experts' gates; where there is no shared expert, one of zeros."""
+        for mixture in spec.mixtures:
+            D = mixture.expert.model_width
+            # Over a shared expert of zeros any gate will do, and one reader divides by it.
+            gate = torch.zeros(1, D) if mixture.shared_width else torch.full((1, D), 1e-3)
+            yield f"{mixture.site}.shared_expert_gate.weight", gate
+            if not mixture.shared_width:
+                for matrix in ("gate", "up"):
+                    yield f"{mixture.site}.shared_expert.{matrix}_proj.weight", torch.zeros(_IDLE_WIDTH, D)
+                yield f"{mixture.site}.shared_expert.down_proj.weight", torch.zeros(D, _IDLE_WIDTH)
+
+    def exact_in(self, spec: ModelSpec) -> list[str]:
+        """llama.cpp never renormalises here, has no dense layers, and divides by the shared gate's logit."""
+        found = ["transformers", "vllm"]
+        mixture = spec.mixtures[0]
+        if not mixture.router.weights_sum_to_one and not spec.dense_layers and not mixture.shared_width:
+            found.append("llama.cpp")
+        return found

@@ -1,0 +1,62 @@
+"""Qwen3 hosts as plain Qwen3-MoE, with dense layers among the mixtures where there are some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipes.models.export.carried import (
+    COMMON_KEYS,
+    carried_values,
+    refuse_other_than_softmax,
+    refuse_unlike_llama,
+    with_old_rope_keys,
+)
+from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.spec import ModelSpec
+
+
+class Qwen3MoEExporter(NativeExporter):
+    """Writes `Qwen3MoeForCausalLM`."""
+
+    name = "qwen3_moe"
+    title = "Qwen3-MoE"
+    hosts = ("qwen3",)
+
+    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+        """Qwen3-MoE has a softmax router, renormalised or not, and no shared expert."""
+        config = spec.config
+        if "sliding_attention" in (config.layer_types or ()):
+            return "Qwen3-MoE has one attention for all layers, and the host has windows in some"
+        if spec.mixtures[0].shared_width:
+            return "Qwen3-MoE has no shared expert, and this mixture has"
+        return refuse_unlike_llama("Qwen3-MoE", spec) or refuse_other_than_softmax(
+            "Qwen3-MoE", spec, must_sum_to_one=False
+        )
+
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Its experts' number under both names that readers look for, and the flag always written."""
+        from transformers import Qwen3MoeConfig
+
+        mixture, source = spec.mixtures[0], spec.config
+        config = Qwen3MoeConfig(
+            **carried_values(source, (*COMMON_KEYS, "attention_bias")),
+            intermediate_size=source.intermediate_size,
+            moe_intermediate_size=mixture.expert.width,
+            num_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.router.top_k,
+            norm_topk_prob=mixture.router.weights_sum_to_one,
+            router_aux_loss_coef=mixture.router.config.balance_coef,
+            decoder_sparse_step=1,
+            mlp_only_layers=spec.dense_layers,
+            use_sliding_window=False,
+        )
+        config.architectures = ["Qwen3MoeForCausalLM"]
+        content = with_old_rope_keys(config.to_dict())
+        return content | dict.fromkeys(("num_experts", "num_local_experts"), mixture.num_experts)
+
+    def exact_in(self, spec: ModelSpec) -> list[str]:
+        """llama.cpp always renormalises here and knows no dense layers."""
+        found = ["transformers", "vllm"]
+        if spec.mixtures[0].router.weights_sum_to_one and not spec.dense_layers:
+            found.append("llama.cpp")
+        return found

@@ -1,0 +1,135 @@
+"""An export read back block by block: it computes, and no more of it is in memory than is asked for.
+
+The blocks of a decoder come one after the other. Each gets its weights when it is due and, in a model that is
+larger than the memory it may take, gives them up behind its turn; embeddings, head and what else lies outside
+of the blocks stay.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from moe.errors import HostError
+from recipes.models.hf.deferred_init import unfilled_model
+from recipes.models.hf.ffn_blocks import decoder_blocks
+from recipes.models.hf.inspection import weight_files
+from recipes.runtime.heartbeat import Watch
+
+
+class Unread(ABC):
+    """An exported model in fp32 whose parameters have no memory yet.
+
+    Attributes:
+        model: As transformers builds it from the export's config.
+        folder: The export.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.model = model
+        self.folder = folder
+
+    @abstractmethod
+    def fill(self, wanted: Callable[[str], bool]) -> None:
+        """Gives the parameters and buffers their values whose names are wanted.
+
+        Raises:
+            HostError: A tensor of the files does not fit the model.
+        """
+
+
+class NativeUnread(Unread):
+    """Read by transformers' own loader, a part of the files at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the config alone."""
+        from transformers import AutoConfig
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        super().__init__(unfilled_model(AutoConfig.from_pretrained(folder, local_files_only=True)), folder)
+        self._mapping = get_model_conversion_mapping(self.model)
+
+    def fill(self, wanted: Callable[[str], bool]) -> None:
+        """See `Unread.fill`."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        slices = {}
+        for path in weight_files(self.folder):
+            file = safe_open(path, framework="pt")
+            names = filter(wanted, file.keys())
+            slices |= {name: file.get_slice(name) for name in names}
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping)
+        info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
+        if wrong:
+            raise refusal(self.folder, f"transformers does not know what to do with {wrong[:3]}")
+
+
+class ReadBack:
+    """The model of an export, which computes.
+
+    Attributes:
+        model: In evaluation mode.
+        stays: Whether all of it stays in memory once it is read.
+    """
+
+    def __init__(self, unread: Unread, memory_bytes: float, watch: Watch | None = None) -> None:
+        """Reads what lies outside of the blocks.
+
+        Args:
+            unread: The export.
+            memory_bytes: What the model may take, in fp32; it stays in memory if it takes no more.
+            watch: Is told of every block.
+
+        Raises:
+            HostError: The files lack a tensor, or have one that does not fit.
+        """
+        self._unread = unread
+        self._watch = watch or Watch()
+        self.model = model = unread.model
+        blocks = decoder_blocks(model, model.config.get_text_config())
+        [place] = [name for name, module in model.named_modules() if module is blocks]
+        self.stays = sum(p.numel() * p.element_size() for p in model.parameters()) <= memory_bytes
+        self._fill(lambda name: not name.startswith(f"{place}."))
+        model.tie_weights()
+        inside = {id(parameter) for parameter in blocks.parameters()}
+        self._require([name for name, p in model.named_parameters() if p.is_meta and id(p) not in inside])
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._read, f"{place}.{number}."))
+            if not self.stays:
+                block.register_forward_hook(_drop)
+
+    def _read(self, prefix: str, block: nn.Module, args: Any) -> None:
+        self._watch.beat()
+        if not any(parameter.is_meta for parameter in block.parameters()):
+            return
+        self._fill(lambda name: name.startswith(prefix))
+        self._require([prefix + name for name, p in block.named_parameters() if p.is_meta])
+
+    @torch.no_grad()
+    def _fill(self, wanted: Callable[[str], bool]) -> None:
+        self._unread.fill(wanted)
+
+    def _require(self, missing: list[str]) -> None:
+        if missing:
+            raise refusal(self._unread.folder, f"no file holds {', '.join(missing[:3])}")
+
+
+def _drop(block: nn.Module, args: Any, out: Any) -> None:
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def refusal(folder: Path, rule: str) -> HostError:
+    """An export that cannot be read back."""
+    return HostError.one("export", str(folder), rule, "Export the run again: its checkpoints are whole.")

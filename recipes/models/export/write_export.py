@@ -1,0 +1,237 @@
+"""Writes a trained model into a folder that others load, and proves that it loads as the same function."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.errors import ExactnessError
+from moe.upcycle.equivalence import MAX_KL, TOLERANCES, LogitDrift, agree, logit_drift
+from recipes.models.export.base import Exporter, Layout
+from recipes.models.export.placement import Placement
+from recipes.models.export.read_back import ReadBack, refusal
+from recipes.models.export.spec import describe_host
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.state_dict_map import LiveNames
+from recipes.models.lora_model import factors_of, host_lora, is_factor, without_factors
+from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.runtime.atomic import atomic_write_json, fsync_folder
+from recipes.runtime.heartbeat import Watch
+
+# What travels with a checkpoint besides weights and config.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "tekken.json",
+)
+
+
+def export(
+    host: HuggingFaceHost,
+    exporter: Exporter,
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    writes: bool,
+    layout: Layout = "per_expert",
+    watch: Watch | None = None,
+) -> None:
+    """Writes the model. A folder that exists is replaced at the end, by a rename.
+
+    Args:
+        host: What the tensors belong to; gives config and tokenizer.
+        exporter: The format.
+        tensors: Names and full tensors, by a generator that all ranks must exhaust together.
+        folder: Where to.
+        dtype: Of the floating-point weights in the files.
+        writes: Whether this rank writes (rank 0); the others only take part in gathering.
+        layout: One of the exporter's.
+        watch: Is told of every tensor.
+
+    Raises:
+        HostError: A tensor, or an expert of it, was not given, or twice, or the files hold something else.
+    """
+    watch = watch or Watch()
+    spec, tied = describe_host(host), _tied_names(host)
+    tensors = without_factors(tensors, factors_of(spec, host_lora(host)), computes=writes)
+    live = LiveNames(spec)
+    kept = [
+        TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in host.model.state_dict().items()
+        if name not in tied
+        and not is_factor(name)
+        and live.pieces(name) is None
+        and live.router(name) is None
+    ]
+    placement = Placement(spec, exporter, kept, dtype, layout)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    files = TensorFiles(temporary, placement.specs, checked=True) if writes else None
+    for name, tensor in watch.each(tensors):
+        if files is not None and name not in tied:
+            write_live(files, name, tensor.detach(), live, placement)
+    if files is not None:
+        for name, constant in placement.constants.items():
+            files.write(name, constant)
+        problems = [problem for problem in watch.each(files.problems()) if problem is not None]
+        files.finish()
+        if problems:
+            raise refusal(folder, "; ".join(problems[:3]))
+        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), host.folder)
+        publish(temporary, folder)
+
+
+def write_live(files: TensorFiles, name: str, tensor: Tensor, live: LiveNames, placement: Placement) -> None:
+    """Writes one of the host's tensors to wherever it goes."""
+    router, parts = live.router(name), live.pieces(name)
+    if router is not None:
+        files.write(placement.router(router.layer, router.key), tensor)
+    elif parts is None:
+        files.write(placement.kept(name), tensor)
+    else:
+        for part in parts:
+            slot = placement.slot(part.piece)
+            values = part.of(tensor)
+            files.write(slot.name, values if slot.factor == 1.0 else values * slot.factor, slot.offset)
+
+
+def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None:
+    """Writes ``config.json`` and copies the tokenizer and what else travels with a checkpoint."""
+    atomic_write_json(folder / "config.json", config)
+    _copy_companions(source, folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Gives a finished folder its name; one that has it already is replaced."""
+    _sync(temporary)
+    _replace(temporary, folder)
+
+
+def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
+    """Under the name of today and under the one that readers before transformers 4.56 look for."""
+    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+
+
+def _tied_names(host: HuggingFaceHost) -> set[str]:
+    """Names that a tied model must not write: the same parameter under its second name."""
+    every = {name for name, _ in host.model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in host.model.named_parameters()}
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported and how it compares after reloading.
+
+    Attributes:
+        format: Name of the format.
+        is_native: Whether plain transformers loads it.
+        path: The folder.
+        logits: Drift of the reloaded model's logits from the trained model's, on real tokens.
+        sample: A continuation that the reloaded model generated; None where it was read block by block, since
+            every token would read all of it again.
+    """
+
+    format: str
+    is_native: bool
+    path: Path
+    logits: LogitDrift
+    sample: str | None
+
+
+@torch.no_grad()
+def verify_export(
+    exporter: Exporter,
+    folder: Path,
+    tokens_BS: Tensor,
+    logits_BSV: Tensor,
+    dtype: torch.dtype,
+    memory_bytes: float = math.inf,
+    watch: Watch | None = None,
+) -> ExportReport:
+    """Reads what was exported back as its users would, compares logits, and generates.
+
+    Args:
+        exporter: The format it was written in.
+        folder: Where.
+        tokens_BS: Real tokens.
+        logits_BSV: The trained model's logits on them.
+        dtype: The lower of the precisions of files and engine, for the tolerance.
+        memory_bytes: A model that takes more in fp32 is never whole: one block of it is in memory at a time.
+        watch: Is told of every block.
+
+    Raises:
+        ExactnessError: The reloaded model computes something else.
+        HostError: The files lack a tensor, or have one that does not fit.
+    """
+    read = ReadBack(exporter.open(folder), memory_bytes, watch)
+    model = read.model
+    drift = logit_drift(logits_BSV.cpu(), model(input_ids=tokens_BS.cpu()).logits)
+    if not agree(drift, dtype):
+        allowed = f"KL {MAX_KL:.0e}" if dtype.itemsize == 2 else f"{TOLERANCES[dtype]:.0e} of the largest"
+        raise ExactnessError(
+            f"the model exported to {folder} as {exporter.name} does not compute what was trained: logits "
+            f"differ by {drift.relative:.2e} of the largest, KL {drift.kl:.1e}, and at most {allowed} is "
+            f"allowed for {dtype}. The checkpoints are whole"
+        )
+    sample = _sample(model, folder, tokens_BS) if read.stays else None
+    return ExportReport(exporter.name, exporter.is_native, folder, drift, sample)
+
+
+def _sample(model: Any, folder: Path, tokens_BS: Tensor) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    prompt_1S = tokens_BS[:1, : min(32, tokens_BS.shape[1])].cpu()
+    out = model.generate(
+        prompt_1S,
+        attention_mask=torch.ones_like(prompt_1S),
+        max_new_tokens=32,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+    return json.dumps({"prompt": tokenizer.decode(prompt_1S[0]), "text": tokenizer.decode(out[0])})

@@ -1,0 +1,323 @@
+"""Puts attention experts in the place of a transformers decoder's attention.
+
+The families are listed: what an attention does besides its projections cannot be told from its weights. What
+was recognised is compared with the module itself all the same.
+
+Letters: B sequences, S positions, T tokens, D model width, E experts (key-value heads).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.attention.attention_config import (
+    AttentionConfig,
+    attention_scale,
+    counts_all_once,
+    router_mistakes,
+)
+from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights
+from moe.errors import ConfigError, HostError, Mistake
+from moe.routers import Router, router_class
+from moe.routing.draws import seeded_generator
+from moe.upcycle.equivalence import (
+    TOLERANCES,
+    LayerDrift,
+    LogitDrift,
+    layer_drift,
+    logit_drift,
+    require_exact,
+)
+from recipes.models.hf.ffn_blocks import decoder_blocks
+from recipes.models.hf.hf_model import HuggingFaceHost
+
+#: Families whose attention is projections, an optional norm of each head, rotary embedding and softmax.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What masks the layer can read: of others it is given none, and windows and padding would be lost.
+_IMPLEMENTATIONS = ("sdpa", "eager")
+_SITE = "self_attn"
+
+
+def attention_mistakes(config: AttentionConfig, dense: Mapping[str, Any]) -> list[Mistake]:
+    """Why the attention of a model cannot become experts, from its ``config.json`` alone.
+
+    Args:
+        config: What is asked for.
+        dense: The content of the file.
+    """
+    family = dense.get("model_type")
+    if family not in FAMILIES:
+        rule = f"attention experts are known for {', '.join(FAMILIES)}, and this model is {family!r}"
+        return [Mistake("attention", config.name, rule, "Set attention=none, or take such a model.")]
+    heads = dense.get("num_key_value_heads") or dense.get("num_attention_heads") or 0
+    if heads < 2:
+        rule = f"the model has {heads} key-value head, and experts are key-value heads"
+        return [Mistake("attention", config.name, rule, "Set attention=none.")]
+    mistakes = router_mistakes(config, router_class(config.router.name), heads)
+    try:
+        config.layer_choice.pick(int(dense["num_hidden_layers"]))
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        mistakes.append(Mistake("attention.layers", config.layers, rule, remedy))
+    return mistakes
+
+
+class RoutedSelfAttention(AttentionMoE):
+    """`AttentionMoE` with the signature that decoder blocks of transformers call.
+
+    Attributes:
+        layer: Index of the block.
+        host_config: The decoder's config, which says how masks are made.
+    """
+
+    def __init__(self, dense: Any, router: Router[Any], context: AttentionContext, scale: float) -> None:
+        """Takes over the weights of a dense attention.
+
+        Args:
+            dense: transformers' module.
+            router: Over its key-value heads.
+            context: Of the layer.
+            scale: As in `AttentionMoE`.
+        """
+        norms = (getattr(dense, "q_norm", None), getattr(dense, "k_norm", None))
+        weights = read_attention(dense)
+        super().__init__(router, weights, context, scale=scale, norms=norms, dropout=dense.attention_dropout)
+        self.layer = context.layer_index
+        self.host_config = dense.config
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers' own; attention probabilities are not given out.
+
+        Raises:
+            HostError: The attention implementation or the cache is of a kind that has no masks or no room
+                for experts.
+        """
+        self._require_masks(attention_mask)
+        memory = None
+        if past_key_values is not None:
+            from recipes.models.hf.attention_cache import memory_of
+
+            memory = memory_of(past_key_values, self.layer)
+        return super().forward(hidden_states, position_embeddings, attention_mask, memory), None
+
+    def _require_masks(self, mask: Tensor | None) -> None:
+        found = self.host_config._attn_implementation
+        if found in _IMPLEMENTATIONS and (mask is None or mask.dim() == 4):
+            return
+        rule = "attention experts need masks as sdpa and eager are given"
+        remedy = "Load the model with attn_implementation='sdpa'."
+        raise HostError.one("attn_implementation", found, rule, remedy)
+
+
+def read_attention(dense: Any) -> AttentionWeights:
+    """The weights of transformers' module, cut into experts; they share its memory where they can."""
+    projections = (dense.q_proj, dense.k_proj, dense.v_proj, dense.o_proj)
+    num_experts = dense.k_proj.out_features // dense.head_dim
+    biases = [None if linear.bias is None else linear.bias.detach() for linear in projections]
+    query, key, value, output = (linear.weight.detach() for linear in projections)
+    return AttentionWeights.cut(num_experts, (query, key, value, output), *biases)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a host.
+
+    Attributes:
+        layer: Index of its block.
+        block: The block.
+        dense: transformers' module.
+    """
+
+    layer: int
+    block: nn.Module
+    dense: nn.Module
+
+    def replace(self, routed: RoutedSelfAttention) -> None:
+        """Puts experts in its place."""
+        setattr(self.block, _SITE, routed)
+
+
+def attention_sites(host: HuggingFaceHost, layers: Sequence[int]) -> list[AttentionSite]:
+    """The dense attention of some blocks."""
+    blocks = decoder_blocks(host.model, host.config)
+    return [AttentionSite(i, blocks[i], blocks[i].get_submodule(_SITE)) for i in layers]
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What was done and how exact it is.
+
+    Attributes:
+        layers: Indices of the blocks whose attention became experts.
+        num_experts: E.
+        top_k: Experts a token.
+        scale: What the router's weights are multiplied by.
+        claimed_exact: Whether every token uses all experts and each counts 1.
+        logits: Drift of the logits on real tokens, from those before this surgery.
+        drifts: Drift of each layer on its own.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    scale: float
+    claimed_exact: bool
+    logits: LogitDrift
+    drifts: tuple[LayerDrift, ...]
+
+
+def describe_attention(report: AttentionReport) -> str:
+    """One line on what was done."""
+    worst = max(report.drifts, key=lambda drift: drift.relative_error)
+    drift = "exact"
+    if not report.claimed_exact:
+        drift = (
+            f"KL {report.logits.kl:.2e}, not exact; layer {worst.layer} drifts most, relative error "
+            f"{worst.relative_error:.2f}, gain {worst.gain:.2f}"
+        )
+    return (
+        f"attention: {report.top_k} of {report.num_experts} key-value heads a token in layers "
+        f"{list(report.layers)}, weights times {report.scale:g}; logits differ from those before by "
+        f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest): {drift}. FLOPs are not "
+        "counted: which keys a query meets depends on the text"
+    )
+
+
+def summarise_attention(report: AttentionReport) -> dict[str, Any]:
+    """The same for ``summary.json``."""
+    return json.loads(json.dumps(asdict(report)))  # type: ignore[no-any-return]
+
+
+def swap_attention(
+    host: HuggingFaceHost, config: AttentionConfig, seed: int
+) -> list[tuple[AttentionSite, RoutedSelfAttention]]:
+    """Puts attention experts in the place of the chosen layers' attention; returns each with its site.
+
+    Args:
+        host: Changed in place; its feed-forward networks may be mixtures already.
+        config: What is asked for.
+        seed: Of the routers' weights.
+
+    Raises:
+        ConfigError: The model or the router does not fit.
+        HostError: An attention computes something else than it is taken for.
+    """
+    if mistakes := attention_mistakes(config, host.config.to_dict()):
+        raise ConfigError(mistakes)
+    cls = router_class(config.router.name)
+    layers = config.layer_choice.pick(len(decoder_blocks(host.model, host.config)))
+    swapped = []
+    for site in attention_sites(host, layers):
+        weights = read_attention(site.dense)
+        router = cls(config.router, weights.w_q_EQD.shape[2], len(weights.w_q_EQD))
+        router.reset_parameters(seeded_generator(seed, "attention router", site.layer))
+        scale = attention_scale(config, router.num_experts)
+        routed = RoutedSelfAttention(site.dense, router, AttentionContext(host.context, site.layer), scale)
+        _verify(host, site, routed)
+        site.replace(routed)
+        swapped.append((site, routed))
+    return swapped
+
+
+@torch.no_grad()
+def upcycle_attention(
+    host: HuggingFaceHost, config: AttentionConfig, seed: int, tokens_BS: Tensor
+) -> AttentionReport:
+    """Turns a host's attention into experts and measures whether it still computes the same.
+
+    Args:
+        host: Changed in place.
+        config: What is asked for.
+        seed: Of the routers' weights.
+        tokens_BS: ``[B, S]`` real tokens.
+
+    Raises:
+        ConfigError: As `swap_attention`.
+        ExactnessError: All heads count 1, and the logits differ.
+    """
+    host.model.eval()
+    before = host.model(input_ids=tokens_BS).logits
+    swapped = swap_attention(host, config, seed)
+    host.model.eval()
+    drifts: list[LayerDrift] = []
+    with _measuring(swapped, drifts):
+        after = host.model(input_ids=tokens_BS).logits
+    first = swapped[0][1]
+    exact = all(counts_all_once(routed.router, routed.scale) for _, routed in swapped)
+    logits = logit_drift(before, after)
+    if exact:
+        require_exact("attention=moe", logits, drifts, after.dtype)
+    return AttentionReport(
+        layers=tuple(site.layer for site, _ in swapped),
+        num_experts=first.experts.num_experts,
+        top_k=first.router.top_k,
+        scale=first.scale,
+        claimed_exact=exact,
+        logits=logits,
+        drifts=tuple(drifts),
+    )
+
+
+@contextmanager
+def _measuring(
+    swapped: Sequence[tuple[AttentionSite, RoutedSelfAttention]], drifts: list[LayerDrift]
+) -> Iterator[None]:
+    """While open, each forward pass of attention experts is compared with the dense one on the same input."""
+
+    def hook(site: AttentionSite) -> Callable[..., None]:
+        def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> None:
+            # One pass from the start: what the experts have remembered of it is not for the dense module.
+            dense = site.dense(*args, **kwargs | {"past_key_values": None})[0]
+            drifts.append(layer_drift(site.layer, dense, out[0]))
+
+        return compare
+
+    handles = [routed.register_forward_hook(hook(site), with_kwargs=True) for site, routed in swapped]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _verify(host: HuggingFaceHost, site: AttentionSite, routed: RoutedSelfAttention) -> None:
+    """Compares all experts together with the dense attention, on random input."""
+    E, D = routed.experts.num_experts, routed.experts.w_q_EQD.shape[2]
+    like = routed.experts.w_q_EQD
+    x_1SD = torch.randn(1, 8, D, generator=torch.Generator().manual_seed(0)).to(like)
+    rotary = host.model.get_decoder().rotary_emb(x_1SD, torch.arange(8, device=like.device)[None])
+    ones_TE = torch.full((8, E), 1 / routed.scale, device=like.device)
+    training = routed.training
+    ours = routed.eval().attend(x_1SD, ones_TE, ones_TE > 0, rotary)
+    routed.train(training)
+    training = site.dense.training
+    mask = torch.ones(8, 8, dtype=torch.bool, device=like.device).tril()
+    if host.config._attn_implementation == "eager":
+        mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+    theirs = site.dense.eval()(
+        hidden_states=x_1SD, position_embeddings=rotary, attention_mask=mask[None, None]
+    )[0]
+    site.dense.train(training)
+    drift = layer_drift(site.layer, theirs, ours)
+    if not drift.max_relative <= TOLERANCES[like.dtype]:
+        rule = (
+            f"the attention of layer {site.layer} ({type(site.dense).__name__}) computes something else than "
+            "projections, norms and rotary embedding say: outputs differ by "
+            f"{drift.max_relative:.1e} of the largest"
+        )
+        raise HostError.one("dense", host.config.model_type, rule, "Set attention=none for this model.")

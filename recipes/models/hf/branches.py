@@ -1,0 +1,120 @@
+"""Several dense models that become one mixture: whether they fit together, and the mean of their rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe.errors import ConfigError, Mistake
+from recipes.models.hf.inspection import check_dense, read_config
+
+# What may differ between models that compute alike: names, versions, dtypes of files, generation.
+_FREE_KEYS = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def check_sources(folders: Sequence[str], dense: str | None, *, trust_remote_code: bool) -> list[Mistake]:
+    """Every reason why folders cannot be branches of a dense model; reads configs and headers, no weights.
+
+    Args:
+        folders: ``upcycle.sources``.
+        dense: The seed's folder, checked by itself; None for the embedded default.
+        trust_remote_code: Whether folders may bring code.
+    """
+    if not folders:
+        return []
+    mistakes: list[Mistake] = []
+    seed = None if dense is None else Path(dense).expanduser()
+    if seed is not None and check_dense(str(seed), trust_remote_code=trust_remote_code):
+        seed = None  # told already, as the mistakes of dense
+    for number, folder in enumerate(folders):
+        where = f"upcycle.sources.{number}"
+        found = check_dense(folder, trust_remote_code=trust_remote_code)
+        mistakes += [Mistake(where, m.value, m.rule, m.remedy) for m in found]
+        if found or seed is None:
+            continue
+        branch = Path(folder).expanduser()
+        mistakes += _config_mistakes(where, folder, read_config(seed), read_config(branch))
+        if _vocabulary(seed) != _vocabulary(branch):
+            rule = "its tokenizer has another vocabulary than the dense model's"
+            mistakes.append(
+                Mistake(where, folder, rule, "Give models that were trained on from the dense one.")
+            )
+    return mistakes
+
+
+def _config_mistakes(
+    where: str, folder: str, seed: Mapping[str, Any], branch: Mapping[str, Any]
+) -> list[Mistake]:
+    differing = [
+        key for key in sorted((seed.keys() & branch.keys()) - _FREE_KEYS) if seed[key] != branch[key]
+    ]
+    remedy = "Give models that were trained on from the dense one."
+    return [
+        Mistake(where, folder, f"its {key} is {branch[key]!r}, the dense model's is {seed[key]!r}", remedy)
+        for key in differing
+    ]
+
+
+def _vocabulary(folder: Path) -> Any:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+
+
+def require_same(model: Any, branches: Sequence[Any], folders: Sequence[str]) -> None:
+    """Holds branches to the dense model's configuration and shapes.
+
+    Raises:
+        ConfigError: They differ; every difference of a config is named, and the first one of the shapes.
+    """
+    mistakes = []
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    for number, (branch, folder) in enumerate(zip(branches, folders, strict=True)):
+        where = f"upcycle.sources.{number}"
+        mistakes += _config_mistakes(where, folder, model.config.to_dict(), branch.config.to_dict())
+        theirs = {name: tuple(value.shape) for name, value in branch.named_parameters()}
+        differing = [name for name in sorted(shapes | theirs) if shapes.get(name) != theirs.get(name)]
+        if differing:
+            name = differing[0]
+            rule = f"its {name} has shape {theirs.get(name)}, the dense model's has {shapes.get(name)}"
+            mistakes.append(
+                Mistake(where, folder, rule, "Give models that were trained on from the dense one.")
+            )
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+@torch.no_grad()
+def average(models: Sequence[nn.Module], members: Sequence[int], left_out: Sequence[str]) -> None:
+    """Gives the first model the mean of several models' parameters.
+
+    Args:
+        models: All of one architecture.
+        members: Which of them the mean is of.
+        left_out: Prefixes of the names of parameters that stay as they are.
+    """
+    if tuple(members) == (0,):
+        return
+    states = [dict(models[member].named_parameters()) for member in members]
+    for name, parameter in models[0].named_parameters():
+        if not name.startswith(tuple(left_out)):
+            parameter.copy_(torch.stack([state[name] for state in states]).mean(0))

@@ -1,0 +1,188 @@
+"""Where the feed-forward networks of a checkpoint are, told from its config alone: names, no weights.
+
+The host is built without memory, its networks are found as in a loaded model, and one of them is tried
+out at a small width, so that a family whose network computes something else is refused before anything
+is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe.errors import HostError
+from moe.upcycle.layer_plan import FFNShape, Matrix
+from recipes.models.hf.ffn_blocks import FFNSite, find_ffns, is_conv1d, linear_names
+
+# Of the network that is tried out.
+_TRIAL_WIDTH = 64
+_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+
+
+@dataclass(frozen=True)
+class MatrixName:
+    """Where a matrix of a network is.
+
+    Attributes:
+        tensor: Name of the tensor, as in the host's state.
+        part: Which of so many equal runs of rows it is, as (index, number).
+        transposed: Stored as ``[in, out]`` (GPT-2's Conv1D).
+    """
+
+    tensor: str
+    part: tuple[int, int] = (0, 1)
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class FFNNames:
+    """One feed-forward network by its names.
+
+    Attributes:
+        layer: Index of the block.
+        site: Module path.
+        shape: Of the network.
+        matrices: Where each of its matrices is.
+        biases: Where each of its biases is.
+    """
+
+    layer: int
+    site: str
+    shape: FFNShape
+    matrices: Mapping[Matrix, MatrixName]
+    biases: Mapping[Matrix, MatrixName]
+
+
+@dataclass(frozen=True)
+class HostNames:
+    """What is known of a host from its config.
+
+    Attributes:
+        config: transformers' config.
+        architecture: Name of its class.
+        ffns: Its feed-forward networks, in order.
+        state: Name to shape of everything in its state, tied tensors once.
+        tied: Second names of tied tensors, with the first.
+        in_state: From a name in checkpoint files to that in the state; transformers has renamed some, and
+            some files leave out what the names of the base model begin with.
+        ignored: Regular expressions of names that transformers leaves unread.
+    """
+
+    config: Any
+    architecture: str
+    ffns: tuple[FFNNames, ...]
+    state: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    in_state: Callable[[str], str]
+    ignored: tuple[str, ...]
+
+
+def read_names(folder: Any, *, trust_remote_code: bool = False) -> HostNames:
+    """Names of the host whose ``config.json`` is in a folder.
+
+    Raises:
+        HostError: transformers does not know the model, or its networks cannot be told.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        remedy = "Check config.json, and that this version of transformers knows the model."
+        raise HostError.one(
+            "dense", str(folder), f"transformers cannot build it ({first})", remedy
+        ) from error
+    _try_out(config, trust_remote_code)
+    sites = find_ffns(model, config, verify=False)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    doubled = {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+    state = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in doubled}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return HostNames(
+        config=config,
+        architecture=type(model).__name__,
+        ffns=tuple(_names(model, site) for site in sites),
+        state=state,
+        tied=doubled,
+        in_state=_renaming(model),
+        ignored=tuple(ignored),
+    )
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """transformers' own renaming of what it reads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [
+        rule for rule in get_model_conversion_mapping(model) or () if isinstance(rule, WeightRenaming)
+    ]
+    prefix, state = model.base_model_prefix, model.state_dict()
+
+    def in_state(name: str) -> str:
+        renamed: str = rename_source_key(name, renamings, [], prefix, state)[0]
+        return renamed
+
+    return in_state
+
+
+def _try_out(config: Any, trust_remote_code: bool) -> None:
+    """Compares the network of a narrow block of the family with what it is taken for, on random weights."""
+    from transformers import AutoModelForCausalLM
+
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    for key in _WIDTH_KEYS:
+        if isinstance(getattr(small, key, None), int):
+            setattr(small, key, _TRIAL_WIDTH)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+    generator = torch.Generator().manual_seed(0)
+    for site in find_ffns(model, small, verify=False):
+        network = model.get_submodule(site.name).to_empty(device="cpu")
+        for parameter in network.parameters():
+            with torch.no_grad():
+                parameter.normal_(std=0.02, generator=generator)
+    find_ffns(model, small)
+
+
+def _names(model: nn.Module, site: FFNSite) -> FFNNames:
+    network = model.get_submodule(site.name)
+    gate, up, down = linear_names(network)
+    weights = site.weights
+    shape = FFNShape(
+        width=weights.width,
+        model_width=weights.model_width,
+        gated=gate is not None,
+        activation=weights.activation,
+        up_bias=weights.b_up_F is not None,
+        down_bias=weights.b_down_D is not None,
+    )
+    matrices, biases = {}, {}
+    for matrix, linear, part in _parts(gate, up, down):
+        module = network.get_submodule(linear)
+        matrices[matrix] = MatrixName(f"{site.name}.{linear}.weight", part, is_conv1d(module))
+        if module.bias is not None:
+            biases[matrix] = MatrixName(f"{site.name}.{linear}.bias", part)
+    return FFNNames(site.layer, site.name, shape, matrices, biases)
+
+
+def _parts(gate: str | None, up: str, down: str) -> Iterator[tuple[Matrix, str, tuple[int, int]]]:
+    fused = gate == up
+    if gate is not None:
+        yield "gate", gate, (0, 2) if fused else (0, 1)
+    yield "up", up, (1, 2) if fused else (0, 1)
+    yield "down", down, (0, 1)

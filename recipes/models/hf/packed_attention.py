@@ -1,0 +1,74 @@
+"""Whether a host keeps the conversations of a sample apart, and samples that fit it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from recipes.data.build_data import TrainData
+from recipes.data.chat_samples import ChatSamples
+
+# Of what another conversation before it does to the logits of one; the rest is rounding.
+_NOTHING = 1e-2
+
+
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether tokens see no other conversation when positions begin anew with theirs.
+
+    Measured: by how much the logits of a second conversation change when the first is another, with positions
+    that begin anew and with those that run on.
+
+    Args:
+        model: A decoder of transformers in evaluation mode.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    device = model.get_input_embeddings().weight.device
+    ids_2S = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 4, 5, 6]], device=device)
+
+    def change(positions: list[int]) -> float:
+        positions_1S = torch.tensor([positions], device=device)
+        first, second = (
+            model(input_ids=ids_2S[row : row + 1], position_ids=positions_1S, use_cache=False).logits[:, 3:]
+            for row in (0, 1)
+        )
+        return float((first - second).abs().max())
+
+    return change([0, 1, 2, 0, 1, 2]) <= _NOTHING * change([0, 1, 2, 3, 4, 5])
+
+
+def fit_attention(data: TrainData, model: Any, say: Callable[[str], None]) -> TrainData:
+    """The same samples, with positions that begin anew where the model keeps conversations apart by them.
+
+    Args:
+        data: Of the run; text stays as it is.
+        model: The dense decoder.
+        say: Takes a line on what attention does.
+    """
+    if not isinstance(data.train, ChatSamples):
+        return data
+    if keeps_apart(model):
+        say("attention: the conversations of a sample do not see one another")
+        return data
+    say(
+        "attention: this model does not keep the conversations of a sample apart; each sees those before it, "
+        "as documents of text do"
+    )
+    return _crossing(data)
+
+
+def attending_as(data: TrainData, other: TrainData) -> TrainData:
+    """The same samples for the model that others have been fitted to."""
+    fitted = other.train
+    return data if not isinstance(fitted, ChatSamples) or fitted.isolated else _crossing(data)
+
+
+def _crossing(data: TrainData) -> TrainData:
+    train, validation = data.train, data.validation
+    assert isinstance(train, ChatSamples) and isinstance(validation, ChatSamples), "chat data on both sides"
+    return replace(data, train=train.crossing(), validation=validation.crossing())

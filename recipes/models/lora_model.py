@@ -1,0 +1,184 @@
+"""Low-rank factors in a host: put beside the experts' weights, drawn, and merged into them on export.
+
+Letters: E experts, r rank, I and O width in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe.errors import ConfigError
+from moe.experts.experts import Experts
+from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
+from moe.layer import moe_layers
+from recipes.checkpoint.shard_layout import Placed, place
+from recipes.models.export.spec import ModelSpec
+from recipes.models.hf.deferred_init import WeightSource
+from recipes.models.hf.hf_model import HuggingFaceHost
+
+RANK_PATH = "experts.lora.rank"
+
+
+def require_rank(spec: ModelSpec, lora: LoraConfig) -> None:
+    """Refuses factors that are larger than what they stand beside.
+
+    Raises:
+        ConfigError: A mixture's experts are narrower than the rank.
+    """
+    for mixture in spec.mixtures:
+        refusal = rank_refusal(lora.rank, mixture.expert.model_width, mixture.expert.width)
+        if refusal is not None:
+            limit = min(mixture.expert.model_width, mixture.expert.width)
+            rule = f"{refusal} (layer {mixture.index})"
+            raise ConfigError.one(RANK_PATH, lora.rank, rule, f"Set {limit} or less; 8 to 64 are usual.")
+
+
+def add_low_rank(host: HuggingFaceHost, lora: LoraConfig, seed: int) -> None:
+    """Freezes the routed experts' weights and lets factors train beside them; nothing without a rank.
+
+    Everything else of the model (routers, shared experts, attention, norms, embeddings) trains as before.
+    Where the model has no memory yet, each rank draws its own part of the factors when it gets some.
+
+    Args:
+        host: Its networks are mixtures already; not spread over ranks.
+        lora: Of the factors.
+        seed: Of the run.
+    """
+    if not lora.rank:
+        return
+    for _, layer in host.moe_layers():
+        layer.experts.add_low_rank(lora)
+    layers = {
+        f"{site}.experts.{name}": layer.context.layer_index
+        for site, layer in moe_layers(host.model)
+        for name in FACTOR_NAMES
+    }
+    if host.weights is None:
+        _draw(_factors(host.model), layers, seed)
+    else:
+        host.weights = _WithFactors(host.weights, layers, seed)
+
+
+class _WithFactors(WeightSource):
+    """Another source, and factors that are drawn."""
+
+    def __init__(self, inner: WeightSource, layers: Mapping[str, int], seed: int) -> None:
+        """Draws nothing yet.
+
+        Args:
+            inner: Of everything else.
+            layers: The block of each factor, by name.
+            seed: Of the run.
+        """
+        self._inner = inner
+        self._layers = layers
+        self._seed = seed
+
+    @property
+    def buffers(self) -> Collection[str]:
+        """See `WeightSource.buffers`."""
+        return self._inner.buffers
+
+    def fill(self, held: Mapping[str, Placed]) -> None:
+        """See `WeightSource.fill`."""
+        _draw({name: held[name] for name in held if is_factor(name)}, self._layers, self._seed)
+        self._inner.fill({name: placed for name, placed in held.items() if not is_factor(name)})
+
+    @torch.no_grad()
+    def give(self, model: nn.Module, device: torch.device) -> None:
+        """See `WeightSource.give`; the other source may hand over what it has."""
+        for experts in (module for module in model.modules() if isinstance(module, Experts)):
+            for name in FACTOR_NAMES & set(experts._parameters):
+                empty = experts._parameters[name]
+                assert empty is not None and empty.is_meta, name
+                experts._parameters[name] = nn.Parameter(torch.empty_like(empty, device=device))
+        _draw(_factors(model), self._layers, self._seed)
+        self._inner.give(model, device)
+
+
+def _factors(model: nn.Module) -> dict[str, Placed]:
+    """What this rank holds of every factor."""
+    return {name: place(name, p.data) for name, p in model.named_parameters() if is_factor(name)}
+
+
+@torch.no_grad()
+def _draw(held: Mapping[str, Placed], layers: Mapping[str, int], seed: int) -> None:
+    """Gives what this rank holds of factors their first values."""
+    for path, placed in held.items():
+        name, shape = path.rpartition(".")[2], (placed.shape[1], placed.shape[2])
+        for piece in placed.pieces:
+            piece.tensor.zero_()
+            first, count = piece.box.offset[0], piece.box.size[0]
+            for expert in range(first, first + count) if name in DRAWN else ():
+                whole_rI = drawn_factor(seed, layers[path], name, expert, shape)
+                axes = zip(piece.box.offset[1:], piece.box.size[1:], strict=True)
+                rows, columns = (slice(start, start + size) for start, size in axes)
+                piece.tensor[expert - first].copy_(whole_rI[rows, columns])
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one stack of weights.
+
+    Attributes:
+        a: Name of A, as the model has it.
+        b: Name of B.
+        scale: Of their product.
+    """
+
+    a: str
+    b: str
+    scale: float
+
+
+def factors_of(spec: ModelSpec, lora: LoraConfig) -> dict[str, Factors]:
+    """Every stack of weights that has factors, by its name in the model."""
+    if not lora.rank:
+        return {}
+    return {
+        f"{mixture.site}.experts.{weight}": Factors(
+            f"{mixture.site}.experts.{a}", f"{mixture.site}.experts.{b}", lora.scale
+        )
+        for mixture in spec.mixtures
+        for weight, (a, b) in FACTORS.items()
+    }
+
+
+def host_lora(host: HuggingFaceHost) -> LoraConfig:
+    """Of the factors that a host has; the same in all of its mixtures."""
+    return next((layer.experts.lora for _, layer in host.moe_layers()), LoraConfig())
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of the model is a factor."""
+    return name.rpartition(".")[2] in FACTOR_NAMES
+
+
+def without_factors(
+    tensors: Iterable[tuple[str, Tensor]], factors: Mapping[str, Factors], *, computes: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors, factors merged into their weights, one layer's held at a time.
+
+    Args:
+        tensors: Names and full tensors; a layer's weights and factors come one after the other.
+        factors: From `factors_of`.
+        computes: Whether the caller uses what it is given; where not, weights come as they are.
+    """
+    owners = {name: weight for weight, pair in factors.items() for name in (weight, pair.a, pair.b)}
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name not in owners or not computes:
+            if name not in owners or name in factors:
+                yield name, tensor
+            continue
+        held[name] = tensor
+        weight = owners[name]
+        pair = factors[weight]
+        if all(part in held for part in (weight, pair.a, pair.b)):
+            whole_EOI, a_ErI, b_EOr = (held.pop(part) for part in (weight, pair.a, pair.b))
+            yield weight, merged(whole_EOI, a_ErI, b_EOr, pair.scale)
+    assert not held, f"no factors or weights came for {sorted(held)}"

@@ -1,6 +1,0 @@
-"""What a run looks like to people: figures, a page that opens anywhere, and a table for the terminal."""
-
-from recipes.report.build import build_report, readme_figure
-from recipes.report.results import results_table
-
-__all__ = ["build_report", "readme_figure", "results_table"]

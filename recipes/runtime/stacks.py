@@ -1,0 +1,73 @@
+"""Where the code of this process is, and its stacks written down."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import sys
+import traceback
+from pathlib import Path
+from typing import Literal
+
+from recipes.runtime.source_root import SOURCE_ROOT
+
+# Innermost frames in these wait for other ranks, or may do so.
+_COLLECTIVES = "torch/distributed/"
+_BACKWARD = "torch/autograd/"
+
+
+def where_is(thread: int) -> tuple[str, Literal["collective", "backward", "elsewhere"]]:
+    """The innermost line of a thread and the innermost one of ours, and whether it waits for other ranks.
+
+    Args:
+        thread: Its identifier.
+    """
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "its thread has ended", "elsewhere"
+    frames = traceback.extract_stack(frame, limit=64)
+    innermost = frames[-1]
+    text = f"{_short(innermost.filename)}:{innermost.lineno} {innermost.name}"
+    ours = next((f for f in reversed(frames) if _is_ours(f.filename)), None)
+    if ours is not None and ours is not innermost:
+        text += f", called from {_short(ours.filename)}:{ours.lineno} {ours.name}"
+    path = innermost.filename.replace("\\", "/")
+    if _COLLECTIVES in path:
+        return text, "collective"
+    return text, "backward" if _BACKWARD in path else "elsewhere"
+
+
+def stack_of(thread: int) -> str:
+    """The Python stack of a thread, the innermost line last.
+
+    Args:
+        thread: Its identifier.
+    """
+    frame = sys._current_frames().get(thread)
+    return "its thread has ended\n" if frame is None else "".join(traceback.format_stack(frame))
+
+
+def dump_stacks(path: Path, headline: str, *, with_stacks: bool = True) -> None:
+    """Writes the headline and the Python stacks of all threads to a file.
+
+    A file that cannot be written is left out: more important things follow.
+    """
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            file.write(headline + "\n\n")
+            file.flush()
+            if with_stacks:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _is_ours(filename: str) -> bool:
+    path = Path(filename)
+    return path.is_relative_to(SOURCE_ROOT) and "site-packages" not in path.parts
+
+
+def _short(filename: str) -> str:
+    """From our own folder, or from the package's."""
+    if _is_ours(filename):
+        return str(Path(filename).relative_to(SOURCE_ROOT))
+    return filename.partition("site-packages/")[2] or filename

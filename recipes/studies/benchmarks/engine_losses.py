@@ -1,0 +1,101 @@
+"""The engines against each other: the same job from the same start, as whole runs of ``train.py``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe.errors import GraftError
+from recipes.engines import engine_classes
+from recipes.engines.example_layouts import EngineLayout
+from recipes.runtime.source_root import SOURCE_ROOT
+
+_TAIL = 15
+REFERENCE = EngineLayout(1, ("engine=native",))
+# Everything that does not change what is computed, and nothing that is not needed here.
+_QUIET = ("tracker.mode=disabled", "compare.cpt=false", "train.eval_every=0", "train.save_every=0")
+
+
+def compared_layouts() -> list[EngineLayout]:
+    """What every engine offers for comparison; first the one that the others are compared with."""
+    offered = [layout for name in sorted(engine_classes()) for layout in engine_classes()[name].compared]
+    return [REFERENCE, *(layout for layout in offered if layout != REFERENCE)]
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a run has computed.
+
+    Attributes:
+        layout: Of the run.
+        losses: Of every step.
+        validation: Loss at the end.
+        step_s: Median seconds of a step.
+    """
+
+    layout: EngineLayout
+    losses: tuple[float, ...]
+    validation: float
+    step_s: float
+
+    def distance(self, other: Series) -> float:
+        """The largest relative difference of a step's loss."""
+        return max(abs(a - b) / abs(b) for a, b in zip(self.losses, other.losses, strict=True))
+
+
+def run_layouts(
+    layouts: Sequence[EngineLayout], overrides: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> Iterator[Series]:
+    """Trains under each, the first one first; where no dense model is given, all begin with its embedded one.
+
+    What a run has computed comes when the run is over.
+
+    Args:
+        layouts: What to run.
+        overrides: Of ``train.py``, for all.
+        folder: Of the runs.
+        say: Told of progress.
+
+    Raises:
+        GraftError: A run failed; the message ends with what it said.
+    """
+    common = list(overrides)
+    if not any(option.startswith("dense=") for option in common):
+        common += _embedded(layouts[0], common, folder, say)
+    for number, layout in enumerate(layouts):
+        say(f"{number + 1}/{len(layouts)}: {layout.name}")
+        name = f"layout-{number:02d}"
+        _train(layout, [*common, f"output_dir={folder}", f"run.name={name}"])
+        yield _read(layout, folder / name)
+
+
+def _embedded(
+    layout: EngineLayout, overrides: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> list[str]:
+    """The embedded default as a folder: given by name it belongs to no engine."""
+    say("making the dense model")
+    none = ["train.steps=0", "optim.schedule.warmup_steps=0", f"output_dir={folder}", "run.name=dense"]
+    _train(layout, [*overrides, *none])
+    identity = json.loads((folder / "dense" / "run.json").read_text(encoding="utf-8"))["identity"]
+    return [f"dense={identity['dense']}"]
+
+
+def _train(layout: EngineLayout, options: Sequence[str]) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
+    command = [sys.executable, *launch, str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
+    ended = subprocess.run([*command, *_QUIET, *options], cwd=SOURCE_ROOT, capture_output=True, text=True)
+    if ended.returncode != 0:
+        said = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
+        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{said}")
+
+
+def _read(layout: EngineLayout, run: Path) -> Series:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row.get("leg") == "moe" and "loss" in row]
+    seconds = sorted(row["step_s"] for row in steps)
+    validation = [row["val_loss"] for row in rows if row.get("leg") == "moe" and "val_loss" in row][-1]
+    return Series(layout, tuple(row["loss"] for row in steps), validation, seconds[len(seconds) // 2])

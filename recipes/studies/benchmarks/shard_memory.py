@@ -1,0 +1,92 @@
+"""What each rank holds while a mixture is made, over model sizes and numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.errors import GraftError
+from recipes.studies.benchmarks.conversion_speed import ROOT, DenseSize, make_dense
+from recipes.studies.benchmarks.shard_rank import RankMemory, RankTask
+
+#: Mixtures of 8 experts of 23, 168 and 868 million parameters.
+SIZES = (DenseSize(256, 704, 4, 4096), DenseSize(512, 1408, 8, 8192), DenseSize(1024, 2816, 12, 16384))
+TINY = DenseSize(128, 128, 2, 256)
+# Every block of this size or more is the system's own, so that what is freed is gone from the resident set.
+_MMAP_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks share a mixture.
+
+    Attributes:
+        ranks: Their number.
+        expert_parallel: Over how many the experts of a layer are spread.
+        whole: Whether every rank makes the whole mixture before it keeps its part.
+        engine: Its name.
+        options: Fields of its config, and their values.
+    """
+
+    ranks: int
+    expert_parallel: int = 1
+    whole: bool = False
+    engine: str = "native"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of the engine's config."""
+        return {"name": self.engine, "expert_parallel": self.expert_parallel} | dict(self.options)
+
+
+class RankFailedError(GraftError):
+    """A rank of the measurement has not come to its end."""
+
+
+def write_dense(sizes: Sequence[DenseSize], folder: Path) -> tuple[Path, list[Path]]:
+    """Writes random checkpoints, in bf16; the tiny one's folder, and that of each size."""
+    folders = [folder / f"dense-{size.hidden_size}" for size in sizes]
+    for size, path in zip((TINY, *sizes), (folder / "tiny", *folders), strict=True):
+        make_dense(size, path)
+    return folder / "tiny", folders
+
+
+def measure_layout(
+    dense: Path, tiny: Path, layout: Layout, method: str = "copy", experts: int = 8
+) -> list[RankMemory]:
+    """Starts the ranks, one process each, and measures; by rank.
+
+    Args:
+        dense: The dense checkpoint.
+        tiny: A small one of the same family.
+        layout: Of the ranks.
+        method: A name of `moe.upcycle` whose config has no need of more.
+        experts: Of each layer.
+
+    Raises:
+        RankFailedError: With the end of what the ranks have said.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        task = RankTask(str(dense), str(tiny), out, method, experts, layout.fields, layout.whole)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            f"--nproc-per-node={layout.ranks}",
+            *("-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))),
+        ]
+        environment = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": str(_MMAP_BYTES),
+            "MALLOC_TRIM_THRESHOLD_": str(_MMAP_BYTES),
+        }
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RankFailedError(f"a rank of {layout} has failed:\n{done.stderr[-4000:]}")
+        files = [Path(out) / f"rank-{rank}.json" for rank in range(layout.ranks)]
+        return [RankMemory(**json.loads(file.read_text(encoding="utf-8"))) for file in files]

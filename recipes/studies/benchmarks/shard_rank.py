@@ -1,0 +1,231 @@
+"""One rank of the measurement of online upcycling: ``python -m recipes.benchmarks.shard_rank JSON``.
+
+What libraries take on first use is not a model's memory: everything is done once with a tiny model before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moe.dispatch.local import LocalDispatcher
+from moe.routers.topk import TopKConfig, TopKRouter
+from moe.upcycle import upcycle_methods
+from recipes.checkpoint import local_memory
+from recipes.engines import Engine, Trainable, engine_classes
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.ffn_blocks import decoder_blocks
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.runtime.resident import peak_resident_bytes
+from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.sharded.sharded_check import measure_shards
+from recipes.upcycling.sharded.sharded_models import mixture_host
+
+_TOKENS = 64
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """What a rank measures.
+
+    Attributes:
+        dense: The dense checkpoint.
+        tiny: A small one, to begin with.
+        out: Folder of the results.
+        method: A name of `moe.upcycle`.
+        experts: Of each layer.
+        engine: Fields of the engine's config, its name among them.
+        whole: Whether every rank makes the whole mixture before it keeps its part.
+    """
+
+    dense: str
+    tiny: str
+    out: str
+    method: str
+    experts: int
+    engine: dict[str, Any]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What a rank held, in bytes.
+
+    Attributes:
+        mixture: The whole mixture's weights in fp32.
+        dense: The dense model's.
+        layer: Those of its largest block.
+        outside: Those outside of its blocks.
+        shard: What this rank keeps of the mixture's weights.
+        besides: What the engine keeps besides when it is ready to train, as buffers of gradients.
+        making: The most while its part was made, beyond what was there before.
+        gate: The most in the step-0 gate and until the part is made; None where that was left out.
+        read: What it read of files while its part was made.
+    """
+
+    mixture: int
+    dense: int
+    layer: int
+    outside: int
+    shard: int
+    besides: int
+    making: int
+    gate: int | None
+    read: int
+
+
+class PeakMeter:
+    """The most memory since it was started, beyond what was there then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            # What earlier work has freed goes back to the system before anything is counted.
+            ctypes.CDLL(None).malloc_trim(0)
+            _CLEAR.write_text("5")
+            self._before = _resident_bytes()
+
+    def held(self) -> int:
+        """What is there now, in bytes."""
+        gc.collect()
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) - self._before
+        ctypes.CDLL(None).malloc_trim(0)
+        return _resident_bytes() - self._before
+
+    def peak(self) -> int:
+        """In bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return peak_resident_bytes() - self._before
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_bytes() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
+
+
+def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
+    """Makes a mixture and says what that took. All ranks call it together."""
+    config = upcycle_methods()[task.method].config_class(name=task.method, num_experts=task.experts)
+    make = _whole if task.whole else _in_parts
+    read, meter = _read_bytes(), PeakMeter(engine.device)
+    made = _ready(engine, make(dense, config))
+    making, read, held = meter.peak(), _read_bytes() - read, meter.held()
+    host = made.skeleton if isinstance(made, Trainable) else made
+    blocks = [_bytes(block.parameters()) for block in decoder_blocks(host.model, host.config)]
+    every = _bytes(host.model.parameters())
+    experts = sum(_bytes(layer.experts.parameters()) for _, layer in host.moe_layers())
+    shard = _bytes(_weights(made))
+    del host, made
+    gate = None if task.whole else _gate(engine, dense, config)
+    return RankMemory(
+        mixture=every,
+        dense=every - experts + experts // task.experts,
+        layer=max(blocks),
+        outside=every - sum(blocks),
+        shard=shard,
+        besides=max(0, held - shard),
+        making=making,
+        gate=gate,
+        read=read,
+    )
+
+
+def _in_parts(dense: Path, config: Any) -> HuggingFaceHost:
+    return mixture_host(plan_mixture(MixtureRequest(dense, config, TopKConfig())))
+
+
+def _whole(dense: Path, config: Any) -> HuggingFaceHost:
+    host = load_host(dense)
+    surgery = Surgery(
+        method=upcycle_methods()[config.name](config),
+        make_router=lambda width, experts: TopKRouter(TopKConfig(), width, experts),
+        make_dispatcher=LocalDispatcher,
+        backend="auto",
+        seed=0,
+    )
+    swap(host, surgery)
+    return host
+
+
+def _ready(engine: Engine[Any], host: HuggingFaceHost) -> Trainable | HuggingFaceHost:
+    """The mixture where its weights lie while it trains."""
+    if not engine.trains_as_held:
+        return engine.prepare(host, OptimConfig())
+    engine.hold(host)
+    return host
+
+
+def _weights(made: Trainable | HuggingFaceHost) -> list[Tensor]:
+    """The memory of a mixture's weights and buffers on this rank."""
+    if isinstance(made, Trainable):
+        named = made.checkpoint_tensors().items()
+        return [part for name, value in named if name.startswith("model.") for part in local_memory(value)]
+    return [*(_local(p) for p in made.model.parameters()), *made.model.buffers()]
+
+
+def _gate(engine: Engine[Any], dense: Path, config: Any) -> int:
+    """With as few tokens as there may be: activations are not what is measured."""
+    plan = plan_mixture(MixtureRequest(dense, config, TopKConfig()))
+    meter = PeakMeter(engine.device)
+    tokens_BS = torch.arange(_TOKENS)[None] % plan.names.config.vocab_size
+    # What is freed by chance alone is not counted on.
+    gc.disable()
+    try:
+        _, weights = measure_shards(engine, plan, tokens_BS)
+        if not engine.trains_as_held:
+            # What was measured is gone, and is made once more.
+            engine.prepare(mixture_host(plan, weights=weights), OptimConfig())
+        return meter.peak()
+    finally:
+        gc.enable()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def main(read: Callable[[], str] = lambda: sys.argv[1]) -> None:
+    """Measures, and writes ``rank-N.json``."""
+    task = RankTask(**json.loads(read()))
+    kind = engine_classes()[task.engine["name"]]
+    engine = kind(kind.config_class(**task.engine))
+    engine.open()
+    try:
+        measure(engine, task, Path(task.tiny))
+        found = measure(engine, task, Path(task.dense))
+        path = Path(task.out) / f"rank-{engine.rank}.json"
+        path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        engine.barrier()
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()

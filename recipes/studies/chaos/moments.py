@@ -1,0 +1,50 @@
+"""When ranks die: drawn before the job starts, the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.studies.chaos.chaos_settings import ChaosSettings
+
+Kind = Literal["anywhere", "saves", "start"]
+_WEIGHTS: dict[Kind, int] = {"anywhere": 3, "saves": 2, "start": 1}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When one rank is killed.
+
+    Attributes:
+        kind: ``anywhere``: in the step after `step`; ``saves``: in the first save after it; ``start``: while
+            the restart after the kill before this one is starting up.
+        step: Steps that are done before; of no meaning for ``start``.
+        fraction: How far into the step, the save or the start-up, from 0 to 1.
+        rank: Who is killed.
+    """
+
+    kind: Kind
+    step: int
+    fraction: float
+    rank: int
+
+
+def draw_moments(settings: ChaosSettings) -> list[Moment]:
+    """The kills in the order in which they come.
+
+    The first is never a ``start``: those come while a restart is under way, behind a kill of another kind.
+    """
+    draw = random.Random(settings.seed)
+    if settings.aim == "mixed":
+        kinds = draw.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=settings.kills)
+    else:
+        kinds = [settings.aim] * settings.kills
+    kinds[0] = "anywhere" if kinds[0] == "start" else kinds[0]
+    # Behind the last of them there are saves to be hit, and steps to be seen.
+    last = max(2, settings.steps - 2 * settings.save_every)
+    steps = sorted(draw.randrange(1, last) for _ in kinds)
+    return [
+        Moment(kind, step, draw.random(), draw.randrange(settings.ranks))
+        for kind, step in zip(kinds, steps, strict=True)
+    ]

@@ -1,0 +1,88 @@
+"""A job under torchrun, and its ranks one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from recipes.runtime.source_root import SOURCE_ROOT
+
+
+class Torchrun:
+    """A job that is running. Leaving the context kills what is left of it.
+
+    Attributes:
+        log: What all its processes print.
+    """
+
+    def __init__(self, ranks: int, restarts: int, script: Sequence[str], log: Path) -> None:
+        """Starts it.
+
+        Args:
+            ranks: Processes.
+            restarts: How often torchrun starts them anew.
+            script: The program and its arguments, as torchrun takes them.
+            log: File for the output; replaced.
+        """
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        sizes = [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        environment = os.environ | {"PYTHONPATH": str(SOURCE_ROOT)}
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*torchrun, *sizes, *script], env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def __enter__(self) -> Torchrun:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._process.poll() is None:
+            left = [*self._children(), psutil.Process(self._process.pid)]
+            for process in left:
+                _kill(process)
+        self._process.wait()
+
+    def ended(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code once it has ended; None when it takes longer."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes that are alive, by rank."""
+        found = {}
+        for process in self._children():
+            try:
+                rank = process.environ().get("RANK")
+                alive = process.status() != psutil.STATUS_ZOMBIE
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if rank is not None and alive:
+                found[int(rank)] = process
+        return found
+
+    def _children(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        os.kill(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,162 @@
+"""Several methods on one dense checkpoint, side by side before a GPU-hour is spent."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe.errors import ConfigError, Mistake, UserError
+from recipes.config.compose import CONF, compose_config
+from recipes.config.schema import RunConfig, parse_config
+from recipes.jobs.preflight import check_router
+from recipes.models.hf.drift import MethodDrift, measure_drift
+from recipes.models.hf.hf_model import HuggingFaceHost, load_host
+from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
+from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
+from recipes.upcycling.surgery import make_surgery
+
+# Of the columns after the method's name.
+_WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
+_ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method with its options.
+
+    Attributes:
+        label: As it was written.
+        overrides: train.py's, for it.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+
+
+def parse_candidates(text: str) -> list[Candidate]:
+    """Reads ``copy,drop[ratio=0.25],snake[router=one_plus,router.top_k=4]``.
+
+    Keys without a dot are the method's own (``upcycle.KEY``), but for ``router``.
+
+    Raises:
+        ConfigError: It has another form, or names no method; all mistakes at once.
+    """
+    known = sorted(path.stem for path in (CONF / "upcycle").glob("*.yaml"))
+    found, mistakes = [], []
+    for part in _parts(text):
+        match = _ENTRY.fullmatch(part.strip())
+        if match is None or match[1] not in known:
+            remedy = f"Write NAME or NAME[option=value,...]; names are {', '.join(known)}."
+            mistakes.append(Mistake("--compare", part.strip(), "there is no such method", remedy))
+            continue
+        options = [option.strip() for option in _parts(match[2] or "") if option.strip()]
+        named = [o if "." in o.split("=")[0] or o.startswith("router=") else f"upcycle.{o}" for o in options]
+        found.append(Candidate(part.strip(), (f"upcycle={match[1]}", *named)))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return found
+
+
+def _parts(text: str) -> list[str]:
+    """Splits at the commas that are in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def compare_methods(
+    dense: Path,
+    candidates: Sequence[Candidate],
+    overrides: Sequence[str],
+    tokens_BS: Tensor,
+    say: Callable[[str, MethodDrift | UserError], None],
+) -> dict[str, MethodDrift | UserError]:
+    """Measures every candidate; one that does not fit is told and takes no other down.
+
+    Args:
+        dense: The dense checkpoint.
+        candidates: The methods.
+        overrides: train.py's, for all of them; a candidate's own come after.
+        tokens_BS: ``[B, S]`` real tokens.
+        say: Told of every result as it comes.
+    """
+    found: dict[str, MethodDrift | UserError] = {}
+    host = load_host(dense)
+    for candidate in candidates:
+        try:
+            values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
+            config = parse_config(values | {"dense": str(dense)})
+            if mistakes := check_router(config) + check_prompts(config):
+                raise ConfigError(mistakes)
+            result: MethodDrift | UserError = _measure(config, host, tokens_BS)
+        except UserError as error:
+            result = error
+        found[candidate.label] = result
+        say(candidate.label, result)
+    return found
+
+
+def _measure(config: RunConfig, host: HuggingFaceHost, tokens_BS: Tensor) -> MethodDrift:
+    surgery = make_surgery(config)
+    if surgery.method.aligns_outputs:
+        remedy = "Leave it false, or run train.py with train.steps=0."
+        raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
+    sources = [load_host(Path(folder).expanduser()) for folder in surgery.method.sources]
+    if sources:
+        # The rest of the host becomes a mean.
+        host = load_host(host.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        known = calibrate_alone(config, host, Path(folder))
+    if known is None:
+        raise KeyboardInterrupt
+    return measure_drift(host, surgery, tokens_BS, sources, with_prompt_rows(known, config, host))
+
+
+def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
+    """The results for people, the smallest drift first; what does not fit comes last, with its reason."""
+    rows = [(label, drift) for label, drift in results.items() if isinstance(drift, MethodDrift)]
+    rows.sort(key=lambda row: (row[1].logits.kl, -row[1].claims_exact))
+    width = max([len(label) for label in results] + [6])
+    heads = ("claims", "KL", "loss", "dense", "rel. error", "worst layer", "cosine", "gain", "load", "params")
+    lines = [f"{'method':{width}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, _WIDTHS, strict=True))]
+    for label, drift in rows:
+        worst = max(drift.layers, key=lambda layer: layer.relative_error)
+        load = sum(drift.load_entropy) / len(drift.load_entropy)
+        cells = (
+            "exact" if drift.claims_exact else "-",
+            f"{drift.logits.kl:.1e}",
+            f"{drift.loss:.3f}",
+            f"{drift.dense_loss:.3f}",
+            f"{drift.mean('relative_error'):.3f}",
+            str(worst.layer),
+            f"{drift.mean('cosine'):.3f}",
+            f"{drift.mean('gain'):.2f}",
+            f"{load:.2f}",
+            f"{drift.parameters / 1e6:.1f}M",
+        )
+        lines.append(f"{label:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True)))
+    for label, error in results.items():
+        if isinstance(error, UserError):
+            lines += [f"{label:{width}}  does not fit: {mistake}" for mistake in error.mistakes]
+    return "\n".join(lines)
+
+
+def drift_figures(results: Mapping[str, MethodDrift | UserError]) -> dict[str, Any]:
+    """The results for programs."""
+    return {
+        label: {"mistakes": [str(mistake) for mistake in drift.mistakes]}
+        if isinstance(drift, UserError)
+        else asdict(drift)
+        for label, drift in results.items()
+    }

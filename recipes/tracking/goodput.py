@@ -1,0 +1,166 @@
+"""Which part of a run's time has trained it.
+
+Goodput is the time of the optimizer steps that still count (each step of each leg once: a resume drops those
+past its checkpoint; neither those that were skipped nor those that a return to a checkpoint has undone) over
+the time since the run's first command was given. Start-up, data, surgery, evaluation, saving, export, steps
+that were lost, and the time between two processes of the run are thus all in the denominator. ``run.json``
+keeps when each process of the run began, and how and when it ended; of one that was killed, both its end and
+its steps are told by the rows that it left.
+
+A recovery lasts from the last step before a process failed to the first step of a process after it. One that
+was asked to stop, or was refused to go on by an error of its user, has not failed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.runtime.run_file import read_run_file, write_run_file
+from recipes.tracking.metrics_log import METRICS_FILE, read_rows
+
+_PARTS = "parts"
+_SPENT = ("evaluation", "saving")
+
+
+class GoodputLedger:
+    """The parts of a run, on the rank that writes. Open it before rows are dropped by a resume."""
+
+    def __init__(self, run_dir: Path, started: float) -> None:
+        """Ends the part of a process that was killed, and begins this one's.
+
+        Args:
+            run_dir: Of the run.
+            started: When the command was given, by ``time.time()``.
+        """
+        self._run_dir = run_dir
+        before: list[dict[str, Any]] = read_run_file(run_dir).get(_PARTS, [])
+        rows = list(read_rows(run_dir / METRICS_FILE)) if before else []
+        self._failed_at = _failed_at(before, rows)
+        self._before = [_ended(part, rows) for part in before]
+        self._part: dict[str, Any] = {"started": started, "steps_s": 0.0}
+        self._kept_s = 0.0
+        self.recount()
+        self._write()
+
+    def recount(self) -> None:
+        """After rows were dropped: what is left of the steps."""
+        self._kept_s = _seconds(list(read_rows(self._run_dir / METRICS_FILE)))
+
+    def add_step(self, seconds: float, *, counts: bool = True) -> None:
+        """A step is done; one that was skipped does not count."""
+        self._kept_s += seconds if counts else 0.0
+        self._part["steps_s"] += seconds
+
+    def recovery(self, now: float) -> float | None:
+        """Asked after each step: with the first one after a failure, the seconds that the recovery took.
+
+        Args:
+            now: By ``time.time()``.
+        """
+        if self._failed_at is None:
+            return None
+        seconds, self._failed_at = now - self._failed_at, None
+        self._part["recovery_s"] = seconds
+        self._write()
+        return seconds
+
+    def goodput(self, now: float) -> float:
+        """Up to now."""
+        return self._kept_s / max(now - self._first, 1e-9)
+
+    def figures(self, now: float, spent: Mapping[str, float]) -> dict[str, float | int]:
+        """For ``summary.json``: the share, and where the rest went, in seconds.
+
+        Args:
+            now: By ``time.time()``.
+            spent: Of this process: see `recipes.training.training_loop.Loop.spent`.
+        """
+        parts = [*self._before, self._part | dict(spent) | {"ended": now}]
+        wall = now - self._first
+        alive = _alive(parts)
+        stepped = sum(part["steps_s"] for part in parts)
+        recoveries = [part["recovery_s"] for part in parts if "recovery_s" in part]
+        aside = {kind: sum(part.get(kind, 0.0) for part in parts) for kind in _SPENT}
+        return {
+            "goodput": self._kept_s / max(wall, 1e-9),
+            "goodput_while_running": self._kept_s / max(alive, 1e-9),
+            "wall_s": wall,
+            "steps_s": self._kept_s,
+            "lost_steps_s": max(0.0, stepped - self._kept_s),
+            **{f"{kind}_s": seconds for kind, seconds in aside.items()},
+            "other_s": max(0.0, alive - max(stepped, self._kept_s) - sum(aside.values())),
+            "down_s": max(0.0, wall - alive),
+            "processes": len(parts),
+            "recoveries": len(recoveries),
+            "recovery_s": sum(recoveries),
+            "recovery_worst_s": max(recoveries, default=0.0),
+        }
+
+    def close(self, spent: Mapping[str, float], *, failed: bool = False) -> None:
+        """The process ends.
+
+        Args:
+            spent: As for `figures`.
+            failed: Neither because it was done or asked to stop, nor by an error of its user.
+        """
+        self._part |= dict(spent) | {"ended": time.time(), "failed": failed}
+        self._write()
+
+    @property
+    def _first(self) -> float:
+        first: float = [*self._before, self._part][0]["started"]
+        return first
+
+    def _write(self) -> None:
+        write_run_file(self._run_dir, **{_PARTS: [*self._before, self._part]})
+
+
+def _ended(part: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A part with its end; of a killed process that is its last row."""
+    if "ended" in part:
+        return part
+    own = [row for row in rows if row.get("time", 0.0) >= part["started"]]
+    ended = max((row["time"] for row in own), default=part["started"])
+    return part | {"steps_s": _seconds(own), "ended": ended, "failed": True}
+
+
+def _failed_at(parts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """When the last step was done before the newest processes, one or more, have failed; None if not so."""
+    began = None
+    for part in reversed(parts):
+        if "ended" in part and not part.get("failed", False):
+            break
+        began = part["started"]
+    if began is None:
+        return None
+    steps = [float(row["time"]) for row in rows if row.get("step_s") and row.get("time", 0.0) >= began]
+    return max(steps, default=began)
+
+
+def _alive(parts: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds in which a process of the run was there, those of two at once counted once."""
+    total, until = 0.0, -math.inf
+    for part in parts:
+        total += max(0.0, part["ended"] - max(part["started"], until))
+        until = max(until, part["ended"])
+    return total
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of the steps that count."""
+    kept: dict[tuple[str, int], float] = {}
+    for row in rows:
+        leg, step = str(row.get("leg")), int(row.get("step", 0))
+        if "went_back_to" in row:
+            kept = {
+                key: seconds
+                for key, seconds in kept.items()
+                if key[0] != leg or key[1] <= row["went_back_to"]
+            }
+        if not row.get("skipped"):
+            kept[leg, step] = float(row.get("step_s") or 0.0)
+    return sum(kept.values())

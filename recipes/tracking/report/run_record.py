@@ -1,0 +1,141 @@
+"""Reads back what a run has left in its directory, however far it came.
+
+Letters: S logged steps, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe.errors import DataError
+from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE, read_rows
+from recipes.tracking.report.formats import number
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+Row = Mapping[str, Any]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """The load of one MoE layer over a run.
+
+    Attributes:
+        layer: Index of the layer in the host.
+        steps_S: Steps at which load was logged, ascending.
+        load_SE: Share of the routed slots of each expert.
+    """
+
+    layer: int
+    steps_S: Floats
+    load_SE: Floats
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that a run directory tells.
+
+    Attributes:
+        run_dir: The directory.
+        legs: Leg to its rows, in the order of training.
+        loads: The MoE layers of the ``moe`` leg.
+        summary: What ``summary.json`` holds; empty where the run has not finished.
+        config: Text of ``config.yaml``; None when missing.
+    """
+
+    run_dir: Path
+    legs: Mapping[str, Sequence[Row]]
+    loads: Sequence[LayerLoad]
+    summary: Mapping[str, Any]
+    config: str | None
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the summary, empty where it is missing."""
+        return section(self.summary, name)
+
+
+def section(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """``summary[name]`` when it is a mapping, else an empty one."""
+    value = summary.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def read_run(run_dir: str | Path) -> RunRecord:
+    """Reads a run directory, finished or not.
+
+    Raises:
+        DataError: It is not there, holds nothing to report, or a file in it is damaged.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        remedy = "Give the run directory, such as outputs/my-run."
+        raise DataError.one("run directory", str(run_dir), "is not a folder", remedy)
+    legs: dict[str, list[Row]] = {}
+    for row in read_rows(run_dir / METRICS_FILE):
+        legs.setdefault(str(row.get("leg", "moe")), []).append(row)
+    summary = _read_summary(run_dir / SUMMARY_FILE)
+    if not legs and not summary:
+        rule = f"holds neither {METRICS_FILE} with a row nor {SUMMARY_FILE}"
+        raise DataError.one(
+            "run directory", str(run_dir), rule, "Give the directory of a run that has trained."
+        )
+    config = run_dir / CONFIG_FILE
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
+    return RunRecord(run_dir, legs, _read_loads(run_dir / LOAD_FILE), summary, text)
+
+
+def series(rows: Sequence[Row], name: str) -> tuple[Floats, Floats]:
+    """A figure over tokens: ``[S]`` tokens and ``[S]`` values of the rows that have both, in order of tokens.
+
+    A row of step 0 has trained on no tokens, whether it says so or not.
+    """
+    points: dict[float, float] = {}
+    for row in rows:
+        value = number(row.get(name))
+        tokens = number(row.get("tokens", 0 if row.get("step") == 0 else None))
+        if value is not None and tokens is not None:
+            points[tokens] = value
+    ordered = sorted(points.items())
+    return np.array([x for x, _ in ordered]), np.array([y for _, y in ordered])
+
+
+def last(rows: Sequence[Row], name: str) -> float | None:
+    """The last known value of a figure."""
+    _, values = series(rows, name)
+    return float(values[-1]) if values.size else None
+
+
+def _read_summary(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = "Remove it to report what metrics.jsonl has."
+        raise DataError.one(str(path), str(error), "is not JSON", remedy) from error
+    return summary if isinstance(summary, dict) else {}
+
+
+def _read_loads(path: Path) -> list[LayerLoad]:
+    """The layers' load, step by step. A step written twice counts as written last."""
+    layers: dict[int, dict[int, Floats]] = {}
+    for row in read_rows(path):
+        if row.get("leg", "moe") != "moe" or not isinstance(row.get("step"), int):
+            continue
+        for layer, load in zip(row.get("layers", ()), row.get("load", ()), strict=False):
+            layers.setdefault(int(layer), {})[row["step"]] = np.array(load, dtype=np.float64)
+    return [_stack(layer, steps) for layer, steps in sorted(layers.items())]
+
+
+def _stack(layer: int, steps: Mapping[int, Floats]) -> LayerLoad:
+    experts = steps[max(steps)].size
+    kept = sorted(step for step, load_E in steps.items() if load_E.size == experts)
+    return LayerLoad(layer, np.array(kept, dtype=np.float64), np.stack([steps[step] for step in kept]))

@@ -1,0 +1,154 @@
+"""The figures of a step beside its loss: what it used of the hardware, and what its routers did."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from moe.accounting.training import StepTouched, training_step_bytes, used_flops_per_token
+from moe.accounting.utilisation import Metric, above_one, share_of_peak
+from moe.metrics import LoadReport
+from recipes.tracking.step_costs import Costs, StepCosts
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """One step as it ran.
+
+    Attributes:
+        tokens: Over all ranks.
+        seconds: How long it took.
+        ranks: That computed gradients.
+        micro_batches: Over all ranks.
+        load: Of the mixtures.
+        attention: Of attention experts.
+    """
+
+    tokens: int
+    seconds: float
+    ranks: int
+    micro_batches: int
+    load: LoadReport | None = None
+    attention: LoadReport | None = None
+
+
+@dataclass
+class StepFigures:
+    """Of one leg, so that a utilisation above 1 is said once in it.
+
+    Attributes:
+        steps: What S-MFU and S-MBU need; None where nobody asked for them.
+        end: What a token costs with the K that the routers are set to, which ``steps`` has too.
+        speaks: Whether this rank warns.
+    """
+
+    steps: StepCosts | None
+    end: Costs
+    speaks: bool = True
+    _warned: set[str] = field(default_factory=set)
+
+    def of_step(self, costs: Costs, work: StepWork) -> dict[str, float]:
+        """What the step used of the hardware; what is not known is left out, see `missing`.
+
+        Args:
+            costs: What a token costs at this step.
+            work: The step.
+        """
+        row: dict[str, float] = {"active_params": costs.active_params}
+        flops = costs.flops_per_token_train
+        if flops is not None:
+            row["flops_per_token"] = flops
+            self._put(row, "MFU", flops * work.tokens, work, costs.peak_flops)
+        used = self._used_flops(work)
+        if used is not None:
+            row["flops_per_token_used"] = used
+            self._put(row, "S-MFU", used * work.tokens, work, costs.peak_flops)
+        if self.steps is not None and self.steps.uncounted is None:
+            row |= self._bandwidth(self.steps, work)
+        return row
+
+    def missing(self) -> dict[str, str]:
+        """Which shares no step has, and why."""
+        gone: dict[str, str] = {}
+        if self.end.flops_per_token_train is None:
+            gone |= dict.fromkeys(("mfu", "s_mfu"), "the accounting does not know this model's attention")
+        elif self.end.peak_flops is None:
+            gone |= dict.fromkeys(("mfu", "s_mfu"), "no peak FLOP/s of the device was asked for")
+        elif self.steps is not None and not self.steps.counts_slots:
+            gone["s_mfu"] = "this router's experts see mixtures of tokens, which a routing does not count"
+        if self.steps is None:
+            gone["s_mbu"] = "the bytes of a step were not asked for"
+        elif self.steps.uncounted is not None:
+            gone["s_mbu"] = self.steps.uncounted
+        elif self.steps.peak_bytes_per_s is None:
+            gone["s_mbu"] = "the memory bandwidth of the device is not known"
+        return gone
+
+    def _used_flops(self, work: StepWork) -> float | None:
+        flops = self.end.flops_per_token_train
+        if flops is None or self.steps is None or not self.steps.counts_slots:
+            return None
+        reports = [report for report in (work.load, work.attention) if report is not None]
+        used = [number for report in reports for number in report.per_layer["experts_per_token"]]
+        return used_flops_per_token(flops, self.steps.model.mixtures, used)
+
+    def _bandwidth(self, steps: StepCosts, work: StepWork) -> dict[str, float]:
+        reports = [report for report in (work.load, work.attention) if report is not None]
+        touched = StepTouched(
+            ranks=work.ranks,
+            micro_batches=work.micro_batches,
+            tokens=work.tokens,
+            distinct=tuple(number for report in reports for number in report.distinct),
+            distinct_in_step=tuple(number for report in reports for number in report.distinct_in_step),
+            readers=steps.readers,
+        )
+        row = {"step_bytes": training_step_bytes(steps.model, touched, steps.weight_size).total}
+        if work.load is not None:
+            row["router/experts_touched"] = sum(work.load.distinct) / len(work.load.distinct)
+        self._put(row, "S-MBU", row["step_bytes"], work, steps.peak_bytes_per_s)
+        if max(steps.readers, default=1) > 1:
+            row |= self._busiest(steps, work, reports, touched)
+        return row
+
+    def _busiest(
+        self, steps: StepCosts, work: StepWork, reports: Sequence[LoadReport], touched: StepTouched
+    ) -> dict[str, float]:
+        """Of the rank that the others wait for: as if one had the most experts to read in every layer.
+
+        Its bytes and share are those of ranks that all read as many, of which it is one.
+        """
+        each = [number for report in reports for number in report.busiest]
+        once = [number for report in reports for number in report.busiest_in_step]
+        most = replace(
+            touched,
+            distinct=tuple(number * count for number, count in zip(steps.readers, each, strict=True)),
+            distinct_in_step=tuple(number * count for number, count in zip(steps.readers, once, strict=True)),
+        )
+        amount = training_step_bytes(steps.model, most, steps.weight_size).total
+        row = {"step_bytes_busiest_rank": amount / work.ranks}
+        share = share_of_peak(amount, work.seconds, steps.peak_bytes_per_s, work.ranks)
+        return row if share is None else row | {"s_mbu_busiest_rank": share}
+
+    def _put(
+        self, row: dict[str, float], metric: Metric, amount: float, work: StepWork, peak: float | None
+    ) -> None:
+        share = share_of_peak(amount, work.seconds, peak, work.ranks)
+        if share is None:
+            return
+        row[metric.lower().replace("-", "_")] = share
+        warning = above_one(metric, share)
+        if warning is not None and self.speaks and metric not in self._warned:
+            self._warned.add(metric)
+            warnings.warn(warning, stacklevel=2)
+
+
+def router_figures(load: LoadReport | None, kind: str = "") -> dict[str, float]:
+    """What the routers did, as means over the layers and layer by layer."""
+    if load is None:
+        return {}
+    row = {f"{kind}router/{name}": value for name, value in load.means().items()}
+    for name, values in load.per_layer.items():
+        for layer, value in zip(load.layers, values, strict=True):
+            row[f"layer/{layer:02d}/{kind}{name}"] = value
+    return row

@@ -1,0 +1,371 @@
+"""The dashboards: every row goes to ``metrics.jsonl`` first and to Weights & Biases second.
+
+The files are the record; wandb mirrors them. Whatever happens to wandb (no network, a key that is
+refused, its process killed) is said once, and training goes on without it. wandb only ever appends: steps
+that a resumed run trains again stand twice in its charts, and once in ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import netrc
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from moe.errors import DiskError, Mistake
+from moe.types import Config
+from recipes.runtime.rules import require
+from recipes.tracking.buffered_log import PatientLog
+from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
+from recipes.tracking.report.colours import load_image
+
+_LOG = logging.getLogger("graft.tracking")
+_MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+_SAME_SERVER = {"api.forge.coreweave.com": ("api.wandb.ai",)}  # wandb takes the second's key for the first
+_MAX_BINS = 512  # wandb refuses histograms with more
+_NOT_CHARTED = frozenset({"leg", "time"})  # the leg is in every name, and wandb keeps its own time
+
+
+@dataclass(frozen=True)
+class TrackerConfig(Config):
+    """Where the charts go.
+
+    Attributes:
+        mode: ``online``, ``offline`` (kept under the run directory), ``disabled``, or ``auto``: what
+            WANDB_MODE says, else online when an API key is found, else offline.
+        project: wandb project.
+        entity: wandb user or team; None for the account's own.
+        group: wandb group of runs.
+        tags: wandb tags.
+        media_every: Steps between pictures and histograms of expert load.
+        timeout_s: Seconds to wait for wandb when a run starts and when it ends.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "graft"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    media_every: int = 50
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.project), "project is empty; name a wandb project"),
+            (self.media_every >= 1, f"media_every={self.media_every} must be at least 1 step"),
+            (self.timeout_s > 0, f"timeout_s={self.timeout_s} must be more than 0 seconds"),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """The load of every expert of a step, as `moe.metrics.LoadReport` has it.
+
+    Attributes:
+        layers: Index of each MoE layer in the host.
+        load: Layer by expert, the share of routed slots; a layer's shares sum to 1.
+    """
+
+    layers: Sequence[int]
+    load: Sequence[Sequence[float]]
+
+
+class NullTracker:
+    """A tracker that tracks nothing: of the other ranks, when disabled, and after wandb has failed.
+
+    Attributes:
+        run_id: What a checkpoint stores, so that a resumed run continues the same charts; None where no
+            tracker has run.
+    """
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
+
+    def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
+        """Takes the row of a step, which has ``leg`` and ``step``, and the experts' load where known."""
+
+    def finish(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Ends the charts, with the figures to keep as the run's summary."""
+
+
+class Tracker(NullTracker):
+    """Mirrors rows to a wandb run. Never raises on account of wandb. Made by `start`."""
+
+    def __init__(self, wandb: ModuleType, run: Any, media_every: int) -> None:
+        super().__init__(run.id)
+        self._wandb = wandb
+        self._run = run
+        self._media_every = media_every
+        self._legs: set[str] = set()
+
+    def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
+        """Sends one row in one call: each name behind its leg (``moe/loss``), drawn over ``<leg>/step``."""
+        self._attempt(lambda: self._send(row, load))
+
+    def finish(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Writes the summary and waits, at most the configured time, until wandb has everything."""
+        self._attempt(lambda: self._end(summary or {}))
+        self._run = None
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Runs ``action`` unless wandb has failed before. A failure is said, and is the last one."""
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            folder = _shown(self._run)
+            self._run = None
+            _give_up(self._wandb, error, f"To upload what it had taken: wandb sync {folder}")
+
+    def _send(self, row: Mapping[str, Any], load: ExpertLoad | None) -> None:
+        leg = str(row["leg"])
+        if leg not in self._legs:
+            self._run.define_metric(f"{leg}/step", hidden=True)
+            self._run.define_metric(f"{leg}/*", step_metric=f"{leg}/step")
+            self._legs.add(leg)
+        values = {f"{leg}/{key}": value for key, value in row.items() if key not in _NOT_CHARTED}
+        if load is not None and row["step"] % self._media_every == 0:
+            values |= self._media(leg, load)
+        self._run.log(values)
+
+    def _end(self, summary: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(summary))
+        self._run.finish()
+
+    def _media(self, leg: str, load: ExpertLoad) -> dict[str, Any]:
+        """One picture of all layers, and for each layer the load by expert as a histogram."""
+        load_LE = np.asarray(load.load, dtype=np.float64)
+        caption = "rows: MoE layers, columns: experts; blue 0, pale 1, red 2 or more times the uniform load"
+        media = {f"{leg}/load": self._wandb.Image(load_image(load_LE), caption=caption)}
+        for layer, load_E in zip(load.layers, load_LE, strict=True):
+            bins = np.histogram(
+                np.arange(load_E.size),
+                bins=min(load_E.size, _MAX_BINS),
+                range=(0, load_E.size),
+                weights=load_E,
+            )
+            media[f"{leg}/layer/{layer:02d}/load"] = self._wandb.Histogram(np_histogram=bins)
+        return media
+
+
+def start(
+    cfg: TrackerConfig,
+    run_dir: str | Path,
+    run_name: str,
+    config: Mapping[str, Any],
+    run_id: str | None = None,
+    rank: int = 0,
+    say: Callable[[str], None] = print,
+) -> NullTracker:
+    """Starts the charts of a run on rank 0 and says in one line where they are.
+
+    Args:
+        cfg: Where the charts go.
+        run_dir: The run directory; everything that wandb keeps is written to its ``wandb`` folder.
+        run_name: Name of the run.
+        config: The resolved configuration, shown beside the charts.
+        run_id: Of the checkpoint that is resumed, so that its charts go on; None starts new ones.
+        rank: Global rank of this process.
+        say: Takes the line.
+
+    Returns:
+        A `Tracker`; a `NullTracker` on other ranks, when disabled, and when wandb cannot start, which is
+        said in a warning.
+    """
+    if rank != 0 or cfg.mode == "disabled":
+        return NullTracker(run_id)
+    run_id = run_id or secrets.token_hex(4)
+    wandb: Any = None
+    try:
+        with _environment(Path(run_dir)):
+            wandb = importlib.import_module("wandb")
+            mode, reason = _choose_mode(cfg, wandb)
+            if mode == "disabled":
+                say(f"wandb: off ({reason})")
+                return NullTracker(run_id)
+            run = _init(wandb, cfg, mode, Path(run_dir), name=run_name, id=run_id, config=dict(config))
+    except Exception as error:
+        _give_up(wandb, error)
+        return NullTracker(run_id)
+    say(_where(run, mode, reason))
+    return Tracker(wandb, run, cfg.media_every)
+
+
+def _init(wandb: Any, cfg: TrackerConfig, mode: str, run_dir: Path, **run: Any) -> Any:
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=cfg.timeout_s,
+        finish_timeout=cfg.timeout_s,
+        finish_timeout_raises=True,
+    )
+    folder = str(run_dir.resolve())
+    named = {"project": cfg.project, "entity": cfg.entity, "group": cfg.group, "tags": list(cfg.tags)}
+    return wandb.init(dir=folder, mode=mode, resume="allow", settings=settings, **named, **run)
+
+
+def _choose_mode(cfg: TrackerConfig, wandb: Any) -> tuple[str, str]:
+    """The mode to run in, and why.
+
+    Raises:
+        RuntimeError: The environment names an unknown mode, or online is asked for without a key.
+    """
+    asked = os.environ.get("WANDB_MODE", "") if cfg.mode == "auto" else cfg.mode
+    if asked and asked not in _MODES:
+        raise RuntimeError(f"WANDB_MODE={asked!r} is none of {', '.join(_MODES)}")
+    reason = "as WANDB_MODE says" if cfg.mode == "auto" else "as tracker.mode says"
+    mode = _MODES.get(asked, "")
+    if mode in ("offline", "disabled"):
+        return mode, reason
+    source = _credentials(wandb)
+    if mode == "online" and source is None:
+        raise RuntimeError(
+            f"mode online, {reason}, needs an API key; run `wandb login`, or set WANDB_API_KEY"
+        )
+    return ("online", f"key from {source}") if source else ("offline", "no API key found")
+
+
+def _credentials(wandb: Any) -> str | None:
+    """Where wandb would find a key, without reading it further and without asking anyone; None if nowhere."""
+    for name in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
+        if os.environ.get(name):
+            return name
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    if settings.api_key:
+        return "the wandb settings"
+    host = urlsplit(settings.base_url).netloc
+    names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in names):
+        known = netrc.netrc(path).hosts if path.is_file() else {}
+        if any(name in known for name in (host, *_SAME_SERVER.get(host, ()))):
+            return str(path)
+    return None
+
+
+def _where(run: Any, mode: str, reason: str) -> str:
+    if mode == "online":
+        return f"wandb: online ({reason}): {run.url}"
+    return f"wandb: offline ({reason}); to upload the charts: wandb sync {_shown(run)}"
+
+
+def _shown(run: Any) -> str:
+    """The folder of a wandb run, as a shell takes it."""
+    folder, here = Path(run.dir).parent, Path.cwd()
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+
+
+@contextlib.contextmanager
+def _environment(run_dir: Path) -> Iterator[None]:
+    """Keeps wandb quiet and its logs in the run directory while it starts; its service inherits both."""
+    wanted = {"WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(run_dir.resolve() / "wandb" / "cache")}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _give_up(wandb: Any, error: Exception, kept: str = "It has no charts of this run.") -> None:
+    """Says once that wandb has failed, and frees what is left of it, so that it is quiet at exit too."""
+    first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    _LOG.warning(
+        "wandb failed and is off (%s). Training goes on; metrics.jsonl has everything. %s", first, kept
+    )
+    if wandb is not None:
+        with contextlib.suppress(Exception):
+            wandb.teardown(exit_code=1)
+
+
+class RunLogger:
+    """Where a training loop puts its rows: the files first, then the tracker.
+
+    Rank 0 writes ``metrics.jsonl`` and ``load.jsonl``; on the other ranks every method does nothing, so
+    that a loop calls it alike everywhere.
+
+    Args:
+        run_dir: The run directory.
+        tracker: What `start` gave.
+        rank: Global rank of this process.
+
+    Raises:
+        DiskError: A file cannot be opened.
+    """
+
+    def __init__(self, run_dir: str | Path, tracker: NullTracker, rank: int = 0) -> None:
+        self.tracker = tracker
+        self._logs: tuple[PatientLog, ...] = ()
+        if rank == 0:
+            self._logs = (PatientLog(Path(run_dir) / METRICS_FILE), PatientLog(Path(run_dir) / LOAD_FILE))
+
+    def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
+        """Logs a step.
+
+        Args:
+            row: At least ``leg`` and ``step``; numbers by name.
+            load: Load of every expert, in steps where it is known.
+
+        Raises:
+            DiskError: Very many rows cannot be written; a few wait, which is said once.
+        """
+        if not self._logs:
+            return
+        metrics, loads = self._logs
+        metrics.append(row)
+        if load is not None:
+            layers = list(load.layers)
+            loads.append({"leg": row["leg"], "step": row["step"], "layers": layers, "load": list(load.load)})
+        self.tracker.log(row, load)
+
+    def truncate_after(self, leg: str, step: int) -> int:
+        """Drops the rows of ``leg`` past ``step`` from the files, before a resumed run writes them again.
+
+        Legs that come later in the run are dropped with ``step`` -1.
+
+        Returns:
+            How many rows of metrics were dropped.
+        """
+        return [log.truncate_after(leg, step) for log in self._logs][0] if self._logs else 0
+
+    def sync(self) -> None:
+        """Waits until the disk has every row; call it before a checkpoint counts as written."""
+        for log in self._logs:
+            log.sync()
+
+    def finish(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Closes the files, then the charts. The figures of ``summary`` become the charts' summary.
+
+        Raises:
+            DiskError: Rows were not written; everything is closed nevertheless.
+        """
+        mistakes: list[Mistake] = []
+        for log in self._logs:
+            try:
+                log.close()
+            except DiskError as error:
+                mistakes += error.mistakes
+        self.tracker.finish(summary)
+        if mistakes:
+            raise DiskError(mistakes)

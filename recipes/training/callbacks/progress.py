@@ -1,0 +1,87 @@
+"""Progress that a person can follow: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from moe.metrics import LoadReport
+from recipes.training.callbacks.base import Callback, LegInfo
+
+
+class Progress(Callback):
+    """For rank 0. Shows loss, tokens/s, utilisation, load imbalance and the time that is left."""
+
+    def __init__(self, log_every: int) -> None:
+        """Prints a line every ``log_every`` steps where there is no terminal."""
+        self.log_every = log_every
+        self._bar: Any = None
+        self._started = 0.0
+        self._val_loss: float | None = None
+
+    def on_leg_start(self, leg: LegInfo) -> None:
+        """Opens the bar."""
+        self._started = time.perf_counter()
+        self._val_loss = None
+        if _has_terminal():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=leg.total_steps,
+                initial=leg.first_step,
+                desc=leg.title,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                "[{elapsed}<{remaining}{postfix}]",
+            )
+
+    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+        """Moves the bar or prints a line."""
+        self._val_loss = row.get("val_loss", self._val_loss)
+        step = int(row["step"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures(row), refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        last = step == leg.total_steps
+        if step == leg.first_step or last or step % self.log_every == 0 or "val_loss" in row:
+            print(
+                f"{leg.title} {step}/{leg.total_steps}  {self._figures(row)}{self._eta(leg, step)}",
+                flush=True,
+            )
+
+    def _figures(self, row: Mapping[str, float]) -> str:
+        parts = []
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.3f}")
+        if self._val_loss is not None:
+            parts.append(f"val {self._val_loss:.3f}")
+        if "tokens_per_s" in row:
+            parts.append(f"{row['tokens_per_s']:,.0f} tok/s")
+        if "mfu" in row:
+            parts.append(f"mfu {100 * row['mfu']:.1f}%")
+        if "router/maxvio" in row:
+            parts.append(f"maxvio {row['router/maxvio']:.2f}")
+        return "  ".join(parts)
+
+    def _eta(self, leg: LegInfo, step: int) -> str:
+        done = step - leg.first_step
+        if done <= 0 or step >= leg.total_steps:
+            return ""
+        seconds = (time.perf_counter() - self._started) / done * (leg.total_steps - step)
+        return f"  eta {int(seconds // 60)}:{int(seconds % 60):02d}"
+
+    def on_leg_end(self, leg: LegInfo) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _has_terminal() -> bool:
+    """A terminal without a width, as containers have them, would show an empty bar."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0

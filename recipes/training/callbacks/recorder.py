@@ -1,0 +1,45 @@
+"""Puts every row of the loop into the run's files and charts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from moe.metrics import LoadReport
+from recipes.tracking.goodput import GoodputLedger
+from recipes.tracking.trackers import ExpertLoad, RunLogger
+from recipes.training.callbacks.base import Callback, LegInfo
+
+
+class Recorder(Callback):
+    """Writes ``metrics.jsonl`` and ``load.jsonl`` first, then the tracker."""
+
+    def __init__(self, logger: RunLogger, ledger: GoodputLedger | None = None) -> None:
+        """``ledger`` is of the rank that writes."""
+        self.logger = logger
+        self.ledger = ledger
+
+    def on_leg_start(self, leg: LegInfo) -> None:
+        """Drops rows past the checkpoint that is resumed: they are written again."""
+        dropped = self.logger.truncate_after(leg.name, leg.first_step if leg.first_step else -1)
+        if self.ledger is not None and dropped:
+            self.ledger.recount()
+
+    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+        """Writes the row."""
+        experts = None if load is None else ExpertLoad(load.layers, load.load)
+        now = time.time()
+        line: dict[str, Any] = {"leg": leg.name, **row, "time": now}
+        if self.ledger is not None and "step_s" in row:
+            self.ledger.add_step(row["step_s"], counts="skipped" not in row)
+            line["goodput"] = self.ledger.goodput(now)
+            if (recovery := self.ledger.recovery(now)) is not None:
+                line["recovery_s"] = recovery
+        self.logger.log(line, experts)
+        if self.ledger is not None and "went_back_to" in row:
+            self.ledger.recount()
+
+    def before_checkpoint(self, leg: LegInfo, step: int) -> None:
+        """The rows up to a checkpoint are on the disk before it is: a resume counts on them."""
+        self.logger.sync()

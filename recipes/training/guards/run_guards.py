@@ -1,0 +1,24 @@
+"""What guards a run, as the training loop is given it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipes.runtime.config import FaultsConfig
+from recipes.runtime.heartbeat import Watch
+
+
+@dataclass(frozen=True)
+class RunGuards:
+    """The guards of a run.
+
+    Attributes:
+        faults: When steps are skipped, and when the run ends.
+        folder: The run directory, where bad batches are written down; None writes none.
+        watch: Is told where training is.
+    """
+
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    folder: Path | None = None
+    watch: Watch = field(default_factory=Watch)

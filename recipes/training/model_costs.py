@@ -1,0 +1,149 @@
+"""What a host costs a token, from the live module and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe.accounting.attention_experts import AttentionExpertsShape
+from moe.accounting.flops import forward_flops_per_token, training_flops_per_token
+from moe.accounting.mixers import AttentionShape, Mixer
+from moe.accounting.params import ExpertModule, count_parameters, expert_modules
+from moe.accounting.router_elements import router_elements
+from moe.accounting.shape import attention_from_config
+from moe.accounting.training import Mixture, StepModel, update_bytes
+from moe.attention.routed_attention import attention_layers
+from moe.errors import ConfigError
+from moe.layer import moe_layers
+from recipes.checkpoint import GlobalTensor, global_shape, local_memory
+from recipes.engines import Trainable
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.runtime.resident import peak_resident_bytes
+from recipes.tracking.step_costs import Costs
+
+
+def measure_costs(
+    host: HuggingFaceHost,
+    seq_len: int,
+    peak_flops: float | None,
+    top_k: Mapping[int, int] | None = None,
+) -> Costs:
+    """Counts parameters exactly and FLOPs by the ``exact`` convention; call it before the model is sharded.
+
+    FLOPs are None where the accounting does not know the host's attention: they are never guessed. With
+    attention experts the keys that a query meets are those expected under uniform routing, see
+    `moe.accounting.attention_experts`.
+
+    Args:
+        host: The decoder.
+        seq_len: Tokens a sample.
+        peak_flops: Of one rank's device; None when unknown.
+        top_k: Layer index to experts a token, where that is another number than the router's own.
+    """
+    numbers = {
+        f"{name}.experts": top_k[layer.context.layer_index]
+        for name, layer in moe_layers(host.model)
+        if top_k and layer.context.layer_index in top_k
+    }
+    count = count_parameters(host.model, numbers)
+    content: dict[str, Any] = host.config.to_dict()
+    forward = training = None
+    try:
+        attention = _mixers(host, attention_from_config(content))
+    except ConfigError:
+        attention = None
+    if attention is not None:
+        forward = forward_flops_per_token(count, attention, seq_len)
+        training = training_flops_per_token(count, attention, seq_len)
+    return Costs(
+        total_params=count.total,
+        active_params=count.active,
+        flops_per_token_forward=forward,
+        flops_per_token_train=training,
+        peak_flops=peak_flops,
+    )
+
+
+def _mixers(host: HuggingFaceHost, dense: Sequence[Mixer]) -> list[Mixer]:
+    """The attention of every layer, with heads that are experts where the host has them."""
+    mixers = list(dense)
+    for index, layer in host.attention_layers():
+        plain, router = mixers[index], layer.router
+        assert isinstance(plain, AttentionShape), plain
+        mixers[index] = AttentionExpertsShape(plain, router.top_k, *router_elements(router))
+    return mixers
+
+
+def scheduled_costs(
+    host: HuggingFaceHost, seq_len: int, peak_flops: float | None
+) -> tuple[tuple[int, Costs], ...]:
+    """What a token costs from each step on at which the host's schedule changes K; empty without one."""
+    if host.schedule is None:
+        return ()
+    return tuple(
+        (start, measure_costs(host, seq_len, peak_flops, host.schedule.at(start)))
+        for start in host.schedule.starts
+    )
+
+
+def step_model(host: HuggingFaceHost) -> StepModel:
+    """What a step of a host moves, but for its update; call it before the model is sharded.
+
+    The mixtures are in the order in which the loop reports their load.
+    """
+    found = {each.name: each for each in expert_modules(host.model)}
+    routed = [*moe_layers(host.model), *attention_layers(host.model)]
+    experts = [found[f"{name}.experts"] for name, _ in routed]
+    theirs = {id(param) for each in experts for param in each.experts.parameters()}
+    count = count_parameters(host.model)
+    embeddings = [module for module in host.model.modules() if isinstance(module, nn.Embedding)]
+    trained = sum(p.numel() for p in host.model.parameters() if p.requires_grad and id(p) not in theirs)
+    return StepModel(
+        always=count.total - count.routed - count.looked_up,
+        always_trained=max(0, trained - count.looked_up),
+        row=sum(module.embedding_dim for module in embeddings),
+        mixtures=tuple(_mixture(each) for each in experts),
+        update_bytes=0.0,
+    )
+
+
+def _mixture(found: ExpertModule) -> Mixture:
+    params, experts = list(found.experts.parameters()), found.num_experts
+    return Mixture(
+        num_experts=experts,
+        top_k=found.top_k,
+        matrix=sum(param.numel() for param in params if param.ndim >= 3) // experts,
+        elements=sum(param.numel() for param in params) // experts,
+        trained=sum(param.numel() for param in params if param.requires_grad) // experts,
+        frozen=sum(p.numel() for p in params if p.ndim >= 3 and not p.requires_grad) // experts,
+    )
+
+
+def local_update_bytes(trainable: Trainable) -> float:
+    """Bytes that the update moves on this rank: of its shard, or of its whole replica."""
+    tensors = trainable.checkpoint_tensors()
+    state = {name: t for name, t in tensors.items() if name.startswith("optim.") and global_shape(t)}
+    # Of a parameter a rank updates what it holds of each tensor of its state, which has its dtype.
+    weights = {name.rpartition(".")[0]: _local_bytes(t) for name, t in state.items()}
+    held = sum(weights.values())
+    return update_bytes(held, sum(map(_local_bytes, state.values())), held)
+
+
+def _local_bytes(tensor: GlobalTensor) -> int:
+    return sum(memory.nbytes for memory in local_memory(tensor))
+
+
+def expert_readers(host: HuggingFaceHost) -> tuple[int, ...]:
+    """Of every mixture of a step, ranks over which its experts are spread; empty where none are."""
+    ranks = tuple(layer.experts.ranks for _, layer in host.moe_layers())
+    return ranks + (1,) * len(host.attention_layers()) if any(each > 1 for each in ranks) else ()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The largest resident memory of this process so far, or on a GPU its largest allocation."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()

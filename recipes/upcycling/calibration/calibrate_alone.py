@@ -1,0 +1,43 @@
+"""Gathers a method's statistics outside a run: by one process, into a folder that it goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe.upcycle import upcycle_methods
+from recipes.config.schema import RunConfig
+from recipes.data.build_data import load_data
+from recipes.engines import engine_classes
+from recipes.engines.console import RankConsole
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.packed_attention import fit_attention
+from recipes.runtime.interrupt import StopRequest
+from recipes.upcycling.calibration.gather import Calibration, LayerTensors
+
+
+def calibrate_alone(config: RunConfig, host: HuggingFaceHost, folder: Path) -> LayerTensors | None:
+    """The statistics that the config's method asks for.
+
+    Args:
+        config: Names the method, the text and how much of it.
+        host: The dense decoder.
+        folder: Where state and result are kept: a second call goes on, or reads.
+
+    Returns:
+        By layer and name; None when it was asked to stop, with the state saved.
+    """
+    method = upcycle_methods()[config.upcycle.name](config.upcycle).for_router(config.router)
+    if not method.statistics:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_size = int(host.config.get_text_config().vocab_size)
+    cache = Path(config.cache_dir).expanduser().absolute() / "tokens"
+    engine = engine_classes()[config.engine.name](config.engine)
+    engine.open()
+    try:
+        data = load_data(config.data, host.folder, cache, vocab_size, lambda line: None)
+        data = fit_attention(data, host.model, print)
+        with StopRequest(speaks=True) as stop:
+            return Calibration(config, RankConsole(engine), stop, folder, host, method, data).run()
+    finally:
+        engine.close()

@@ -1,0 +1,287 @@
+"""Gathers the statistics that a method asks for, on all ranks together; stopped, it goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moe.errors import CheckpointError, ConfigError
+from moe.upcycle import UpcycleMethod
+from moe.upcycle.build_experts import ffn_shape
+from moe.upcycle.layer_plan import Draws
+from moe.upcycle.statistics.layer_statistics import (
+    LayerStatistics,
+    Wanted,
+    needs_gradient,
+    reads_text,
+    statistic_bytes,
+)
+from recipes.config.schema import RunConfig
+from recipes.data.build_data import TrainData, load_data
+from recipes.data.samples import Marks, Samples
+from recipes.engines.console import RankConsole
+from recipes.models.hf.ffn_blocks import FFNSite
+from recipes.models.hf.hf_model import HuggingFaceHost, chosen_sites
+from recipes.models.hf.packed_attention import fit_attention
+from recipes.runtime.interrupt import StopRequest
+from recipes.tracking.metrics_log import Metric, reduce_metrics
+from recipes.upcycling.calibration.batch_progress import BatchProgress
+from recipes.upcycling.calibration.observe import Observer
+from recipes.upcycling.calibration.statistics_files import (
+    CalibrationFolder,
+    Stored,
+    checkpoint_fingerprint,
+    read_stored,
+    require_identity,
+    write_stored,
+)
+
+LayerTensors = Mapping[int, Mapping[str, Tensor]]
+
+
+class Calibration:
+    """One model's statistics for one method."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: RankConsole,
+        stop: StopRequest,
+        folder: Path,
+        host: HuggingFaceHost,
+        method: UpcycleMethod[Any],
+        data: TrainData,
+    ) -> None:
+        """Takes what it needs of a run.
+
+        Args:
+            config: Of the run.
+            console: Its ranks.
+            stop: Asks for an early end.
+            folder: Where state and result are kept.
+            host: The dense decoder.
+            method: Names the statistics.
+            data: The run's data, which is calibrated on where ``calibration.path`` names no other.
+        """
+        self.run_config = config
+        self.console = console
+        self.engine = console.engine
+        self.stop = stop
+        self.host = host
+        self.method = method
+        self.wanted = Wanted(tuple(method.statistics), method.statistic_options)
+        self.config = config.calibration
+        self.folder = CalibrationFolder.of_run(folder)
+        self.text, text_fingerprint = self._text(data)
+        self.identity = self._identity(text_fingerprint)
+
+    def run(self) -> LayerTensors | None:
+        """Gathers them, or reads what an earlier process of the run has gathered.
+
+        Returns:
+            By layer and name; None when the run was asked to stop, with the state saved.
+
+        Raises:
+            ConfigError: They take more memory than ``calibration.max_gib``.
+            CheckpointError: What lies in the run's directory is of another model, text or option.
+        """
+        kept = read_statistics(self.folder)
+        if kept is not None:
+            require_identity(self.folder.statistics, kept, self.identity)
+            return kept.by_layer()
+        started = time.time()
+        device = self.engine.device
+        self.host.model.to(device)
+        try:
+            # Found again: on another device the weights are other tensors.
+            sites = chosen_sites(self.host, self.method)
+            self._require_memory(sites)
+            finished = self._gather(sites)
+        finally:
+            self.host.model.to("cpu")
+        if not finished:
+            return None
+        self.console.say(
+            f"calibration: {', '.join(self.wanted.names)} of {len(sites)} layers on "
+            f"{self.config.samples * self.text.seq_len:,} tokens took {time.time() - started:.0f} s"
+        )
+        kept = read_statistics(self.folder)
+        assert kept is not None, self.folder.statistics
+        return kept.by_layer()
+
+    def _text(self, data: TrainData) -> tuple[Samples, str]:
+        path = self.config.path
+        if path is None:
+            return data.train, data.fingerprint
+        run, console = self.run_config, self.console
+        # Both sides of the split: all of it is calibrated on, none held out.
+        own = dataclasses.replace(run.data, path=path, validation_path=path)
+        cache = Path(run.cache_dir).expanduser().absolute() / "tokens"
+        vocab_size = int(self.host.config.get_text_config().vocab_size)
+
+        def load(log: Any) -> TrainData:
+            return load_data(own, self.host.folder, cache, vocab_size, log)
+
+        console.on_rank_zero(lambda: load(console.lines).fingerprint)
+        loaded = fit_attention(load(lambda line: None), self.host.model, console.say)
+        return loaded.train, loaded.fingerprint
+
+    def _identity(self, text_fingerprint: str) -> dict[str, Any]:
+        """What decides the statistics, by config path where it has one."""
+        config = self.run_config
+        layers = [site.layer for site in chosen_sites(self.host, self.method)]
+        dense = self.console.on_rank_zero(lambda: checkpoint_fingerprint(self.host.folder))
+        return {
+            "calibration.samples": self.config.samples,
+            "calibration.batch_size": self.config.batch_size,
+            "calibration text": text_fingerprint,
+            "data.seq_len": config.data.seq_len,
+            "dense weights": dense,
+            "seed": config.seed,
+            "statistics": self.wanted.describe(),
+            "upcycle.layers": layers,
+        }
+
+    def _require_memory(self, sites: list[FFNSite]) -> None:
+        by_name: dict[str, int] = {}
+        for site in sites:
+            for name, size in statistic_bytes(ffn_shape(site.weights), self.wanted).items():
+                by_name[name] = by_name.get(name, 0) + size
+        total = sum(by_name.values()) / 2**30
+        if total > self.config.max_gib:
+            largest = max(by_name, key=lambda name: by_name[name])
+            rule = (
+                f"the statistics of {len(sites)} layers take {total:.1f} GiB, most of it for {largest} "
+                f"({by_name[largest] / 2**30:.1f} GiB)"
+            )
+            remedy = "Raise it, upcycle fewer layers, or choose a method or split that needs less."
+            raise ConfigError.one("calibration.max_gib", self.config.max_gib, rule, remedy)
+
+    def _gather(self, sites: list[FFNSite]) -> bool:
+        seed = self.run_config.seed
+        layers = {
+            site.layer: LayerStatistics(site.weights, self.wanted, Draws(seed, site.layer)) for site in sites
+        }
+        observer = Observer(self.host, sites, layers, self.engine.compute_dtype)
+        first_pass, first_batch = self._load(layers)
+        passes = next(iter(layers.values())).passes
+        for number in range(first_pass, len(passes)):
+            if first_batch == 0:
+                for statistics in layers.values():
+                    statistics.begin(number)
+            if reads_text(passes[number]) and not self._pass(observer, number, len(passes), first_batch):
+                return False
+            first_batch = 0
+            for statistics in layers.values():
+                statistics.finish(number, self._group)
+        tensors = {
+            f"{index}/{name}": value
+            for index, statistics in layers.items()
+            for name, value in statistics.asked_for().items()
+        }
+        self.console.on_rank_zero(lambda: self._conclude(tensors))
+        return True
+
+    @property
+    def _group(self) -> ProcessGroup | None:
+        return self.engine.data_group if self.engine.world_size > 1 else None
+
+    def _pass(self, observer: Observer, number: int, count: int, first_batch: int) -> bool:
+        """One pass over the text; returns whether it came to its end."""
+        size = self.config.batch_size
+        batches = -(-self.config.samples // size)
+        gradient = needs_gradient(observer.layers[observer.sites[0].layer].passes[number])
+        label = "calibration" if count == 1 else f"calibration, pass {number + 1} of {count}"
+        shown = self.console.say if self.console.leads else None
+        with observer.watching(gradient), BatchProgress(label, batches, first_batch, shown) as progress:
+            for batch in range(first_batch, batches):
+                self._batch(observer, batch, gradient)
+                self.console.watch.beat()
+                progress.update()
+                done = batch + 1
+                stopping = self._asked_to_stop()
+                due = self.config.save_every > 0 and done % self.config.save_every == 0
+                if done < batches and (stopping or due) or stopping:
+                    self._save(observer.layers, number, done)
+                if stopping:
+                    return False
+        return True
+
+    def _batch(self, observer: Observer, batch: int, gradient: bool) -> None:
+        """The samples of a batch are dealt out to the ranks; a rank without any has nothing to do."""
+        engine, size = self.engine, self.config.batch_size
+        every = range(batch * size, min(self.config.samples, (batch + 1) * size))
+        own = every[engine.rank :: engine.world_size]
+        if own:
+            tokens_BS1 = torch.stack([torch.from_numpy(self.text.sample(n)) for n in own])
+            first_index_B = torch.tensor(own) * self.text.seq_len
+            observer.show(tokens_BS1, first_index_B, gradient, self._marks(own))
+
+    def _marks(self, own: range) -> Marks | None:
+        return Marks.together([self.text.marks(n, 1) for n in own])
+
+    def _asked_to_stop(self) -> bool:
+        """On all ranks when it is on one."""
+        requested = {"stop": Metric(float(self.stop.requested), "max")}
+        return reduce_metrics(requested, self.engine.data_group)["stop"] > 0
+
+    def _save(self, layers: Mapping[int, LayerStatistics], number: int, done: int) -> None:
+        tensors = {
+            f"{index}/{key}": value
+            for index, statistics in layers.items()
+            for key, value in statistics.state(self._group).items()
+        }
+        stored = Stored(tensors, self.identity, (number, done))
+        self.console.on_rank_zero(lambda: write_stored(self.folder.state, stored))
+
+    def _load(self, layers: Mapping[int, LayerStatistics]) -> tuple[int, int]:
+        """Goes on from a state; returns the pass and the batches of it that are done."""
+        stored = read_stored(self.folder.state)
+        if stored is None:
+            return 0, 0
+        require_identity(self.folder.state, stored, self.identity)
+        number, done = stored.place
+        for index, statistics in layers.items():
+            statistics.load(number, stored.layer(index), takes_sums=self.console.leads)
+        self.console.say(f"calibration: going on from batch {done} of pass {number + 1}")
+        return number, done
+
+    def _conclude(self, tensors: Mapping[str, Tensor]) -> None:
+        write_stored(self.folder.statistics, Stored(tensors, self.identity))
+        self.folder.state.unlink(missing_ok=True)
+
+
+def read_statistics(folder: CalibrationFolder) -> Stored | None:
+    """The finished statistics of a run; None where there are none."""
+    return read_stored(folder.statistics)
+
+
+def kept_statistics(console: RankConsole, run_dir: Path, source: Path) -> LayerTensors:
+    """The statistics that the experts of a checkpoint were planned by.
+
+    A run that goes on from another run's checkpoint gets a file of its own.
+
+    Args:
+        console: The ranks of the run.
+        run_dir: Its directory.
+        source: The checkpoint.
+
+    Raises:
+        CheckpointError: They are not there.
+    """
+    origin, own = (CalibrationFolder.of_run(path) for path in (source.parent.parent, run_dir))
+    stored = read_statistics(origin)
+    if stored is None:
+        rule = "the experts were planned by statistics, and their file is missing"
+        remedy = "Restore it from the run, or start a new run."
+        raise CheckpointError.one("resume", str(origin.statistics), rule, remedy)
+    if own != origin:
+        console.on_rank_zero(lambda: write_stored(own.statistics, stored))
+    return stored.by_layer()

@@ -1,0 +1,249 @@
+"""What a conversion will do, all of it known before the first weight is read.
+
+Letters: D model width, E experts, F width of a feed-forward network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe.errors import ConfigError
+from moe.routers import Router
+from moe.upcycle.layer_plan import LayerPlan, Matrix
+from recipes.models.export import Exporter, choose_exporter, exporters
+from recipes.models.export.base import Layout
+from recipes.models.export.placement import Placement
+from recipes.models.export.spec import ModelSpec
+from recipes.models.hf.ffn_names import FFNNames, HostNames, MatrixName
+from recipes.models.safetensors.dense_files import DenseFiles
+from recipes.models.safetensors.tensor_files import TensorSpec
+from recipes.upcycling.convert.moe_plan import (
+    LayerTensors,
+    MixturePlan,
+    MixtureRequest,
+    StoredModel,
+    plan_mixture,
+)
+
+
+@dataclass(frozen=True)
+class ConversionRequest(MixtureRequest):
+    """What a user asks for; the seed is that of a training run.
+
+    Attributes:
+        dtype: Of the output; None as the input.
+        target: Name of a format; ``auto`` for the best that holds it exactly.
+        layout: Of the experts' tensors.
+        untie: Whether to write a head of its own where the model ties it to the embeddings.
+    """
+
+    dtype: torch.dtype | None = None
+    target: str = "auto"
+    layout: Layout = "per_expert"
+    untie: bool = False
+
+
+@dataclass(frozen=True)
+class KeptWork:
+    """A tensor that is carried over.
+
+    Attributes:
+        name: In the host.
+        sources: Its name in each of the checkpoints that it is the mean of.
+    """
+
+    name: str
+    sources: tuple[tuple[int, str], ...]
+
+    @property
+    def key(self) -> str:
+        """For the journal."""
+        return f"kept {self.name}"
+
+
+@dataclass(frozen=True)
+class ExpertWork:
+    """One matrix (or bias) of one dense network, which goes into all experts of its layer.
+
+    Attributes:
+        ffn: The network.
+        source: Of which checkpoint.
+        matrix: Which matrix.
+        bias: Its bias instead.
+        where: In that checkpoint's files.
+    """
+
+    ffn: FFNNames
+    source: int
+    matrix: Matrix
+    bias: bool
+    where: MatrixName
+
+    @property
+    def key(self) -> str:
+        """For the journal."""
+        return f"{'bias' if self.bias else 'matrix'} {self.ffn.layer} {self.source} {self.matrix}"
+
+
+@dataclass(frozen=True)
+class RouterWork:
+    """The router of a layer."""
+
+    layer: int
+
+    @property
+    def key(self) -> str:
+        """For the journal."""
+        return f"router {self.layer}"
+
+
+@dataclass(frozen=True)
+class ConstantWork:
+    """A tensor that the format has and the model has not."""
+
+    name: str
+
+    @property
+    def key(self) -> str:
+        """For the journal."""
+        return f"constant {self.name}"
+
+
+Work = KeptWork | ExpertWork | RouterWork | ConstantWork
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion, ready to be carried out.
+
+    Attributes:
+        request: What was asked for.
+        names: Of the dense host.
+        files: The dense checkpoints.
+        spec: The mixture.
+        plans: Of each mixture, by block.
+        routers: Of each mixture, by block; their tensors are what is written.
+        exporter: The format.
+        refusals: Why native formats were not chosen.
+        placement: Where everything goes.
+        work: Everything to be done.
+        skipped: Tensors of the dense files that no reader needs.
+        claims_exact: Whether the method keeps the function under this router.
+    """
+
+    request: ConversionRequest
+    names: HostNames
+    files: tuple[DenseFiles, ...]
+    spec: ModelSpec
+    plans: Mapping[int, LayerPlan]
+    routers: Mapping[int, Router[Any]]
+    exporter: Exporter
+    refusals: Sequence[str]
+    placement: Placement
+    work: tuple[Work, ...]
+    skipped: tuple[str, ...]
+    claims_exact: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the output's tensors."""
+        return sum(spec.num_bytes for spec in self.placement.specs)
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """That of most of the output's bytes."""
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.placement.specs:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``, but for the dtype."""
+        content = self.exporter.config(self.spec)
+        if self.request.untie:
+            content["tie_word_embeddings"] = False
+        return content
+
+
+def plan_conversion(request: ConversionRequest, statistics: LayerTensors | None = None) -> Conversion:
+    """Plans a conversion from configs and file headers alone.
+
+    Args:
+        request: What is asked for.
+        statistics: By block, for methods that need some; and the router's rows, where somebody gives them.
+
+    Raises:
+        HostError: The dense checkpoint or the format cannot be had.
+        ConfigError: The method does not fit.
+    """
+    mixture = plan_mixture(request, statistics)
+    model = mixture.model
+    assert model is not None, "a conversion reads the dense files"
+    exporter, refusals = _exporter(request, mixture.spec)
+    kept = list(_kept(mixture, model, request.untie))
+    first = model.files[0]
+    kept_specs = [
+        TensorSpec(work.name, first.tensors[stored].spec.dtype, model.names.state[same])
+        for work, same, stored in kept
+    ]
+    placement = Placement(mixture.spec, exporter, kept_specs, request.dtype, request.layout)
+    work = (
+        *(work for work, _, _ in kept),
+        *(RouterWork(layer) for layer in mixture.plans),
+        *(ConstantWork(name) for name in placement.constants),
+        *expert_work(mixture.ffns, model),
+    )
+    return Conversion(
+        request=request,
+        names=model.names,
+        files=model.files,
+        spec=mixture.spec,
+        plans=mixture.plans,
+        routers=mixture.routers,
+        exporter=exporter,
+        refusals=refusals,
+        placement=placement,
+        work=work,
+        skipped=model.skipped,
+        claims_exact=mixture.claims_exact,
+    )
+
+
+def _kept(mixture: MixturePlan, model: StoredModel, untie: bool) -> Iterator[tuple[KeptWork, str, str]]:
+    """What is carried over: the work, the host's own name of the tensor, its name in the first files."""
+    taken = tuple(f"{ffn.site}." for ffn in mixture.ffns)
+    wanted = {name: name for name in model.names.state if not name.startswith(taken)}
+    if untie:
+        wanted |= model.names.tied
+    for name, same in wanted.items():
+        sources = tuple((source, model.stored[source][same]) for source in mixture.method.averaged)
+        yield KeptWork(name, sources), same, model.stored[0][same]
+
+
+def _exporter(request: ConversionRequest, spec: ModelSpec) -> tuple[Exporter, Sequence[str]]:
+    if request.target == "auto":
+        exporter, refusals = choose_exporter(spec)
+    else:
+        exporter, refusals = exporters()[request.target], ()
+        if reason := exporter.refusal(spec):
+            raise ConfigError.one(
+                "--target", request.target, reason, "Use --target auto, or change the method."
+            )
+    if request.layout not in exporter.layouts:
+        rule = f"the format {exporter.name} is written {' or '.join(exporter.layouts)}"
+        raise ConfigError.one("--layout", request.layout, rule, f"Use --layout {exporter.layouts[0]}.")
+    return exporter, refusals
+
+
+def expert_work(ffns: Sequence[FFNNames], model: StoredModel) -> Iterator[ExpertWork]:
+    """Every matrix and bias of the dense networks that become mixtures, of every checkpoint."""
+    for ffn in ffns:
+        for source in range(len(model.files)):
+            for bias, where in ((False, ffn.matrices), (True, ffn.biases)):
+                for matrix, name in where.items():
+                    yield ExpertWork(ffn, source, matrix, bias, model.where(source, name))

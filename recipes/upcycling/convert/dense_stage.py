@@ -1,0 +1,59 @@
+"""A dense model that a run has trained on, as a folder for others: tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.checkpoint import require_space
+from recipes.checkpoint.offline import CheckpointTensors
+from recipes.models.export.write_export import dtype_keys, publish, write_companions
+from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+
+# What a model's tensors are called in a checkpoint, beside those of the optimizer.
+MODEL_PREFIX = "model."
+
+
+def dense_dtype(dense: Path) -> torch.dtype:
+    """As the dense model's config says; fp32 where it says nothing."""
+    config: dict[str, Any] = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    assert isinstance(found, torch.dtype), found
+    return found
+
+
+def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out: Path) -> int:
+    """Writes the weights with the config and the tokenizer of the model that the training began with.
+
+    Args:
+        tensors: The checkpoint.
+        dense: That model.
+        dtype: Of the floating-point tensors.
+        out: Where to; it must not exist.
+
+    Returns:
+        Bytes of the tensors.
+
+    Raises:
+        DiskError: There is not enough space.
+    """
+    specs = []
+    for name in tensors.names(MODEL_PREFIX):
+        stored = tensors.dtype(MODEL_PREFIX + name)
+        kind = dtype if stored.is_floating_point else stored
+        specs.append(TensorSpec(name, kind, tensors.shape(MODEL_PREFIX + name)))
+    total = sum(spec.num_bytes for spec in specs)
+    require_space(out, total, "the model")
+    temporary = out.with_name(f".tmp-{out.name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    files = TensorFiles(temporary, specs)
+    for spec in specs:
+        files.write(spec.name, tensors.read(MODEL_PREFIX + spec.name))
+    files.finish()
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    write_companions(temporary, config | dtype_keys(dtype), dense)
+    publish(temporary, out)
+    return total

@@ -1,0 +1,122 @@
+"""The step-0 gate on two folders: do dense model and mixture compute the same, on real text?
+
+Letters: B samples, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.errors import HostError
+from moe.upcycle.equivalence import LogitDrift, agree, logit_drift
+from recipes.data.config import DataConfig
+from recipes.data.sources import read_documents
+from recipes.data.tokenizer import load_tokenizer
+from recipes.models.export.graft_format import MODEL_TYPE, load_graft
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """How two models differ.
+
+    Attributes:
+        logits: On real tokens.
+        gradients: Largest difference of a shared parameter's gradient over the largest gradient of
+            that parameter, by name, worst first; None when not asked for.
+        dtype: The lower precision of the two folders' weights.
+        tokens: Compared.
+    """
+
+    logits: LogitDrift
+    gradients: dict[str, float] | None
+    dtype: torch.dtype
+    tokens: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both compute the same function, as far as the dtype can tell."""
+        return agree(self.logits, self.dtype)
+
+
+def real_tokens(folder: Path, data: DataConfig, samples: int, length: int) -> Tensor:
+    """``[samples, length]`` ids of real text under a checkpoint's tokenizer.
+
+    Raises:
+        HostError: The text is too short.
+    """
+    tokenizer = load_tokenizer(folder, append_eos=False)
+    ids: list[int] = []
+    for document in read_documents(data, lambda line: None):
+        ids += tokenizer(document.text)["input_ids"]
+        if len(ids) >= samples * length:
+            return torch.tensor(ids[: samples * length]).view(samples, length)
+    rule = f"it has {len(ids)} tokens, and {samples} samples of {length} are wanted"
+    raise HostError.one("--text", data.path, rule, "Give more text, or fewer or shorter samples.")
+
+
+def compare_folders(dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False) -> GateReport:
+    """Loads both in fp32, one after the other, and compares them.
+
+    Args:
+        dense: The dense checkpoint.
+        moe: The mixture: a native class of transformers or Graft's own format.
+        tokens_BS: Real tokens.
+        gradients: Whether to compare the gradients of the parameters that both have, too.
+    """
+    dense_logits, dense_grads, dense_dtype = _evaluate(dense, tokens_BS, gradients)
+    moe_logits, moe_grads, moe_dtype = _evaluate(moe, tokens_BS, gradients)
+    if dense_logits.shape != moe_logits.shape:
+        rule = f"their vocabularies have {dense_logits.shape[-1]} and {moe_logits.shape[-1]} entries"
+        raise HostError.one("--moe", str(moe), rule, "Give the dense checkpoint that it was made from.")
+    lower = max(dense_dtype, moe_dtype, key=lambda dtype: -dtype.itemsize)
+    return GateReport(
+        logits=logit_drift(dense_logits, moe_logits),
+        gradients=_gradient_drift(dense_grads, moe_grads) if gradients else None,
+        dtype=lower,
+        tokens=tokens_BS.numel(),
+    )
+
+
+def load_any(folder: Path) -> Any:
+    """A folder as its users load it: Graft's own format, or what transformers knows."""
+    from transformers import AutoModelForCausalLM
+
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if content.get("model_type") == MODEL_TYPE:
+        return load_graft(folder).model.eval()
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _evaluate(
+    folder: Path, tokens_BS: Tensor, gradients: bool
+) -> tuple[Tensor, dict[str, Tensor], torch.dtype]:
+    model = load_any(folder)
+    dtype = min((p.dtype for p in model.parameters() if p.dim() > 1), key=lambda d: d.itemsize)
+    model = model.float()
+    found: dict[str, Tensor] = {}
+    rows = []
+    with torch.set_grad_enabled(gradients):
+        for row in tokens_BS.split(1):
+            logits = model(input_ids=row, use_cache=False).logits
+            rows.append(logits.detach())
+            if gradients:
+                loss = torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:])
+                (loss / len(tokens_BS)).backward()
+    if gradients:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return torch.cat(rows), found, dtype
+
+
+def _gradient_drift(dense: dict[str, Tensor], moe: dict[str, Tensor]) -> dict[str, float]:
+    common = [name for name in dense if name in moe and dense[name].shape == moe[name].shape]
+    drift = {
+        name: float((dense[name] - moe[name]).abs().max() / dense[name].abs().max().clamp_min(1e-30))
+        for name in common
+    }
+    return dict(sorted(drift.items(), key=lambda item: -item[1]))

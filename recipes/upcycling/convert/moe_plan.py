@@ -1,0 +1,246 @@
+"""The mixture that a dense checkpoint becomes, known from configs and file headers before any weight is read.
+
+The converter writes it into files, and the ranks of a run each make their own part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe.errors import ConfigError, HostError, Mistake
+from moe.routers import Router, router_class
+from moe.routers.base import RouterConfig
+from moe.routing.draws import seeded_generator
+from moe.upcycle import UpcycleMethod, upcycle_methods
+from moe.upcycle.base import UpcycleConfig
+from moe.upcycle.build_experts import DenseMatrix, router_start
+from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.router_start import start_rows, take_given_rows
+from recipes.models.export.spec import MixtureSpec, ModelSpec
+from recipes.models.hf.ffn_names import FFNNames, HostNames, MatrixName, read_names
+from recipes.models.safetensors.dense_files import DenseFiles
+
+# Left over from versions of transformers that saved them; every reader computes them anew.
+_LEFTOVERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
+
+LayerTensors = Mapping[int, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class MixtureRequest:
+    """What makes a mixture what it is.
+
+    Attributes:
+        dense: The dense checkpoint.
+        method: How it becomes a mixture.
+        router: The router's config.
+        seed: Of routers and methods.
+        trust_remote_code: Whether the model may bring its own code.
+    """
+
+    dense: Path
+    method: UpcycleConfig
+    router: RouterConfig
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """Dense checkpoints of one shape, by what their configs and file headers say.
+
+    Attributes:
+        names: Of the host.
+        files: The checkpoints; the first is the one that is upcycled.
+        stored: For each of them, the names in its files by the names in the host's state.
+        skipped: Tensors of the first that no reader needs.
+    """
+
+    names: HostNames
+    files: tuple[DenseFiles, ...]
+    stored: tuple[Mapping[str, str], ...]
+    skipped: tuple[str, ...]
+
+    def where(self, source: int, name: MatrixName) -> MatrixName:
+        """Where a matrix is in a checkpoint's files, whose tensors may have other names than the host's."""
+        return replace(name, tensor=self.stored[source][name.tensor])
+
+    def close(self) -> None:
+        """Closes the files; they are opened again when something is read."""
+        for files in self.files:
+            files.close()
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """A mixture, layer by layer.
+
+    Attributes:
+        request: What was asked for.
+        method: Told of its router.
+        names: Of the host.
+        model: Where the dense weights are; None where nobody is to read them.
+        ffns: The networks that become mixtures.
+        plans: Of each mixture, by block.
+        routers: Of each mixture, by block; their tensors are what it begins with.
+        spec: The mixture's shape.
+        claims_exact: Whether the method keeps the function under this router.
+    """
+
+    request: MixtureRequest
+    method: UpcycleMethod[Any]
+    names: HostNames
+    model: StoredModel | None
+    ffns: tuple[FFNNames, ...]
+    plans: Mapping[int, LayerPlan]
+    routers: Mapping[int, Router[Any]]
+    spec: ModelSpec
+    claims_exact: bool
+
+
+def open_dense(
+    dense: Path,
+    sources: Sequence[str] = (),
+    *,
+    names: HostNames | None = None,
+    trust_remote_code: bool = False,
+) -> StoredModel:
+    """Reads the headers of dense checkpoints.
+
+    Args:
+        dense: The one that is upcycled.
+        sources: Others of the same shape.
+        names: Of the host, where they have been read already.
+        trust_remote_code: Whether the model may bring its own code.
+
+    Raises:
+        HostError: A checkpoint is not whole, or not of this model.
+    """
+    names = names or read_names(dense, trust_remote_code=trust_remote_code)
+    files = tuple(DenseFiles(Path(folder).expanduser()) for folder in (dense, *sources))
+    stored = tuple(_stored_names(each, names) for each in files)
+    return StoredModel(names, files, stored, _left_over(files[0], names, set(stored[0].values())))
+
+
+def plan_mixture(
+    request: MixtureRequest, statistics: LayerTensors | None = None, *, reads: bool = True
+) -> MixturePlan:
+    """Plans a mixture from configs and file headers; of the weights it reads what routers begin with.
+
+    Args:
+        request: What is asked for.
+        statistics: By block, for methods that need some; and the router's rows, where somebody gives them.
+        reads: Whether the dense files are there to be read. Else shapes alone are right, as for a mixture
+            whose weights come from a checkpoint.
+
+    Raises:
+        HostError: The dense checkpoint cannot be had.
+        ConfigError: The method does not fit.
+    """
+    names = read_names(request.dense, trust_remote_code=request.trust_remote_code)
+    chosen = _chosen(names, request.method)
+    method = _method(request, chosen[0].shape)
+    model = open_dense(request.dense, method.sources, names=names) if reads else None
+    known = statistics or {}
+    plans = {
+        ffn.layer: method.plan(ffn.shape, Draws(request.seed, ffn.layer), _known(method, known, ffn))
+        for ffn in chosen
+    }
+    routers = {ffn.layer: _draw_router(request, ffn, plans[ffn.layer]) for ffn in chosen}
+    if model is not None:
+        for ffn in chosen:
+            _start_router(routers[ffn.layer], ffn, plans[ffn.layer], known.get(ffn.layer, {}), model)
+    mixtures = tuple(_mixture(ffn, plans[ffn.layer], routers[ffn.layer]) for ffn in chosen)
+    return MixturePlan(
+        request=request,
+        method=method,
+        names=names,
+        model=model,
+        ffns=tuple(chosen),
+        plans=plans,
+        routers=routers,
+        spec=ModelSpec(names.config, names.architecture, mixtures),
+        claims_exact=all(method.is_exact(router) for router in routers.values()),
+    )
+
+
+def _method(request: MixtureRequest, shape: FFNShape) -> UpcycleMethod[Any]:
+    method: UpcycleMethod[Any] = upcycle_methods()[request.method.name](request.method)
+    if unfit := method.check(request.router, shape):
+        raise ConfigError([Mistake(u.option, u.value, u.rule, u.remedy) for u in unfit])
+    return method.for_router(request.router)
+
+
+def _known(method: UpcycleMethod[Any], statistics: LayerTensors, ffn: FFNNames) -> Mapping[str, Tensor]:
+    if not method.statistics:
+        return {}
+    if ffn.layer not in statistics:
+        rule = f"it needs statistics of layer {ffn.layer} on real text: {', '.join(method.statistics)}"
+        raise ConfigError.one("upcycle.name", method.name, rule, "Gather them first (see docs/upcycling.md).")
+    return statistics[ffn.layer]
+
+
+def _chosen(names: HostNames, config: UpcycleConfig) -> list[FFNNames]:
+    try:
+        return [names.ffns[i] for i in config.layer_choice.pick(len(names.ffns))]
+    except ValueError as error:
+        rule, _, remedy = str(error).partition(". ")
+        raise ConfigError.one("upcycle.layers", config.layers, rule, remedy) from error
+
+
+def _draw_router(request: MixtureRequest, ffn: FFNNames, plan: LayerPlan) -> Router[Any]:
+    """Converter and training run draw alike, so that both begin alike."""
+    cls = router_class(request.router.name)
+    router: Router[Any] = cls(request.router, ffn.shape.model_width, len(plan.experts))
+    router.reset_parameters(seeded_generator(request.seed, "router", ffn.layer))
+    return router
+
+
+def _start_router(
+    router: Router[Any], ffn: FFNNames, plan: LayerPlan, known: Mapping[str, Tensor], model: StoredModel
+) -> None:
+    """Rows of dense neurons are read from the files."""
+    dense = {
+        matrix: DenseMatrix(model.files[0].read_matrix(model.where(0, ffn.matrices[matrix])))
+        for matrix in plan.router.matrices
+    }
+    start_rows(router, router_start(plan.router, dense))
+    take_given_rows(router, known)
+
+
+def _mixture(ffn: FFNNames, plan: LayerPlan, router: Router[Any]) -> MixtureSpec:
+    shape = replace(ffn.shape, width=plan.expert_width)
+    shared = 0 if plan.shared is None else plan.shared.width
+    return MixtureSpec(ffn.layer, ffn.site, router, len(plan.experts), shape, shared)
+
+
+def _stored_names(files: DenseFiles, names: HostNames) -> dict[str, str]:
+    there = {names.in_state(stored): stored for stored in files.tensors}
+    missing = [name for name in names.state if name not in there]
+    if missing:
+        rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
+        raise HostError.one("dense", str(files.folder), rule, "Download the checkpoint again.")
+    for name, shape in names.state.items():
+        found = files.tensors[there[name]].spec.shape
+        if found != shape:
+            rule = f"{name} is {list(found)} in its files and {list(shape)} by config.json"
+            raise HostError.one("dense", str(files.folder), rule, "Give the config.json of these weights.")
+    return {name: there[name] for name in names.state}
+
+
+def _left_over(files: DenseFiles, names: HostNames, used: set[str]) -> tuple[str, ...]:
+    """Tensors that have no place in the host; those that transformers would miss nothing of are skipped."""
+    left = sorted(n for n in set(files.tensors) - used if names.in_state(n) not in names.tied)
+    patterns = (*_LEFTOVERS, *names.ignored)
+    unknown = [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]
+    if unknown:
+        rule = f"its files hold {len(unknown)} weights that config.json has no place for, {unknown[0]} the"
+        remedy = "Give the config.json of these weights."
+        raise HostError.one("dense", str(files.folder), f"{rule} first", remedy)
+    return tuple(left)

@@ -1,0 +1,155 @@
+"""Router rows from what a dense model makes of prompts.
+
+Letters: S tokens of a prompt, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from moe.errors import ConfigError, Mistake
+from moe.upcycle import UpcycleMethod, upcycle_methods
+from moe.upcycle.gates import observe
+from moe.upcycle.router_start import GIVEN_ROWS
+from recipes.config.prompts_config import PromptsConfig
+from recipes.config.schema import RunConfig
+from recipes.data.tokenizer import load_tokenizer
+from recipes.models.hf.ffn_blocks import FFNSite
+from recipes.models.hf.hf_model import HuggingFaceHost, chosen_sites
+from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
+
+LayerTensors = Mapping[int, Mapping[str, Tensor]]
+_ROUNDING = 1e-5
+
+
+def check_prompts(config: RunConfig) -> list[Mistake]:
+    """The file must hold prompts for each expert, and router and method must leave rows to be set."""
+    path = config.prompts.path
+    if path is None:
+        return []
+    mistakes = []
+    try:
+        count = len(read_prompts(path))
+        if count != config.upcycle.num_experts:
+            rule = f"it has prompts for {count} experts, and there are {config.upcycle.num_experts}"
+            mistakes.append(Mistake("prompts.path", path, rule, f"Set upcycle.num_experts={count}."))
+    except ConfigError as error:
+        mistakes += error.mistakes
+    if upcycle_methods()[config.upcycle.name].starts_router:
+        rule = f"upcycle={config.upcycle.name} sets the router's rows itself"
+        mistakes.append(Mistake("prompts.path", path, rule, "Leave it at null, or choose another method."))
+    if not observe(config.router, config.upcycle.num_experts).has_rows:
+        rule = "it has no row for each expert that prompts could set"
+        remedy = "Choose one that has, such as topk, or set prompts.path=null."
+        mistakes.append(Mistake("router.name", config.router.name, rule, remedy))
+    return mistakes
+
+
+def with_prompt_rows(known: LayerTensors, config: RunConfig, host: HuggingFaceHost) -> LayerTensors:
+    """Adds each mixture's rows to what is known of its layer; nothing where the config names no prompts.
+
+    Args:
+        known: Statistics by layer.
+        config: Of the run or conversion.
+        host: The dense decoder, not yet changed.
+
+    Raises:
+        ConfigError: The file cannot be used.
+    """
+    if config.prompts.path is None:
+        return known
+    method: UpcycleMethod[Any] = upcycle_methods()[config.upcycle.name](config.upcycle)
+    sites = chosen_sites(host, method)
+    rows = prompt_rows(host, sites, read_prompts(config.prompts.path), config.prompts)
+    return {layer: {**known.get(layer, {}), GIVEN_ROWS: rows_ED} for layer, rows_ED in rows.items()}
+
+
+@torch.no_grad()
+def prompt_rows(
+    host: HuggingFaceHost, sites: Sequence[FFNSite], prompts: Sequence[ExpertPrompts], config: PromptsConfig
+) -> dict[int, Tensor]:
+    """The rows of every layer: ``[E, D]`` fp32, each of length ``config.scale``.
+
+    A row is the mean over its positive prompts less that over its negative ones, of what each layer's network
+    reads; each prompt passes by itself, so that there is no padding.
+
+    Raises:
+        ConfigError: Two experts would get rows that cannot be told apart.
+    """
+    tokenizer = load_tokenizer(host.folder, append_eos=False)
+    training = host.model.training
+    host.model.eval()
+    means: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
+    with _inputs(host.model, sites) as inputs:
+        for expert in prompts:
+            positive = _mean(host, tokenizer, expert.positive, inputs, config)
+            negative = _mean(host, tokenizer, expert.negative, inputs, config) if expert.negative else {}
+            for layer, mean_D in positive.items():
+                left_D = mean_D - negative[layer] if negative else mean_D
+                _require_more_than_rounding(left_D.norm() / mean_D.norm(), layer, config)
+                means[layer].append(normalize(left_D, dim=0))
+    host.model.train(training)
+    return {layer: _rows(torch.stack(means_D), layer, config) for layer, means_D in means.items()}
+
+
+def _rows(means_ED: Tensor, layer: int, config: PromptsConfig) -> Tensor:
+    centred_ED = means_ED - means_ED.mean(0) if config.centre and len(means_ED) > 1 else means_ED
+    _require_more_than_rounding(centred_ED.norm(dim=-1).min(), layer, config)
+    rows_ED = normalize(centred_ED, dim=-1)
+    alike_EE = (rows_ED @ rows_ED.mT - torch.eye(len(rows_ED))).tril(-1)
+    if len(rows_ED) > 1 and float(alike_EE.max()) > 0.9999:
+        first, second = divmod(int(alike_EE.argmax()), len(rows_ED))
+        rule = (
+            f"experts {second} and {first} get the same row in layer {layer}: the router could not part them"
+        )
+        raise ConfigError.one("prompts.path", config.path, rule, "Give them prompts that differ more.")
+    return config.scale * rows_ED
+
+
+def _require_more_than_rounding(left: Tensor, layer: int, config: PromptsConfig) -> None:
+    """What is left of a vector of length 1 must be more than rounding leaves, or the row would be noise."""
+    if not float(left) > _ROUNDING:
+        rule = f"prompts cancel out in layer {layer}, and leave nothing for a row"
+        raise ConfigError.one("prompts.path", config.path, rule, "Give them prompts that differ more.")
+
+
+def _mean(
+    host: HuggingFaceHost,
+    tokenizer: Any,
+    texts: Sequence[str],
+    inputs: dict[int, Tensor],
+    config: PromptsConfig,
+) -> dict[int, Tensor]:
+    total: dict[int, Tensor] = {}
+    for text in texts:
+        ids_1S = torch.tensor([tokenizer(text)["input_ids"]], device=host.model.device)
+        host.model.base_model(input_ids=ids_1S, use_cache=False)
+        for layer, x_SD in inputs.items():
+            vector_D = x_SD[-1] if config.take == "last" else x_SD.mean(0)
+            total[layer] = total.get(layer, 0) + vector_D / len(texts)
+    return total
+
+
+@contextmanager
+def _inputs(model: nn.Module, sites: Sequence[FFNSite]) -> Iterator[dict[int, Tensor]]:
+    """While open, holds what each network read in the last pass: ``[S, D]`` fp32."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[layer] = args[0].detach().flatten(0, -2).float().cpu()
+
+        return hook
+
+    handles = [model.get_submodule(site.name).register_forward_pre_hook(keep(site.layer)) for site in sites]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,61 @@
+"""Gives the layers of a mixture the spread of outputs that their dense networks have, channel by channel.
+
+Letters: T tokens, D model width, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from recipes.checkpoint.shard_layout import Placed, place
+from recipes.models.hf.hf_model import HuggingFaceHost
+
+
+def output_gain(dense: Tensor, out: Tensor) -> Tensor:
+    """``[D]`` what outputs ``[..., D]`` are multiplied by to vary over tokens as much as the dense network's.
+
+    Source: the release of Qu et al. 2024 (LLaMA-MoE v2, arXiv 2411.15708), without its shift of the means,
+    which needs a bias that exported mixtures do not have. 1 where a channel does not vary.
+    """
+    wanted_D, found_D = (value.float().flatten(0, -2).std(0) for value in (dense, out))
+    gain_D = wanted_D / found_D
+    return torch.where(torch.isfinite(gain_D) & (gain_D > 0), gain_D, torch.ones_like(gain_D))
+
+
+@torch.no_grad()
+def scale_outputs(host: HuggingFaceHost, gains: Mapping[int, Tensor]) -> None:
+    """Multiplies what the layers' down projections write by a gain for each channel; each rank its own part.
+
+    Args:
+        host: Whose mixtures may be spread over ranks.
+        gains: Block index to ``[D]``, the same on all ranks.
+    """
+    for module in host.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for index, layer in host.moe_layers():
+        for name, parameter in layer.named_parameters():
+            scale_down(name, place(name, parameter), gains[index])
+
+
+def scale_down(name: str, held: Placed, gain_D: Tensor) -> None:
+    """Multiplies what a rank holds of a down projection, or its bias; leaves what is neither.
+
+    Args:
+        name: Of the tensor; its last letters are its axes.
+        held: What of it is held.
+        gain_D: ``[D]`` of all channels.
+    """
+    leaf = name.rpartition(".")[2]
+    if not leaf.startswith(("w_down", "b_down")):
+        return
+    axis = leaf.rpartition("_")[2].index("D")
+    for piece in held.pieces:
+        start, size = piece.box.offset[axis], piece.box.size[axis]
+        shape = [1] * piece.tensor.ndim
+        shape[axis] = size
+        piece.tensor.mul_(gain_D[start : start + size].view(shape).to(piece.tensor))

@@ -1,0 +1,97 @@
+"""Hosts without memory, dense or as mixtures, that know where their weights come from.
+
+Letters: D model width, E experts, F expert width, U = 2F when gated, else F.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from moe.dispatch.local import LocalDispatcher
+from moe.experts.experts import Experts
+from moe.experts.shared import SharedExpert
+from moe.experts.weights import ExpertBank, FFNWeights
+from moe.layer import MoELayer
+from moe.types import LayerContext
+from moe.upcycle.layer_plan import FFNShape
+from recipes.models.export.spec import MixtureSpec
+from recipes.models.hf.deferred_init import LaterWeights, WeightSource, unfilled_model
+from recipes.models.hf.ffn_names import HostNames
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.upcycling.convert.moe_plan import MixturePlan, StoredModel
+from recipes.upcycling.sharded.upcycled_weights import MadeWeights
+
+
+def dense_host(model: StoredModel, *, trust_remote_code: bool = False) -> HuggingFaceHost:
+    """The dense decoder; each rank will read its part of it."""
+    weights = MadeWeights(model)
+    return _host(model.names, model.files[0].folder, weights, trust_remote_code=trust_remote_code)
+
+
+def mixture_host(
+    plan: MixturePlan, backend: str = "auto", weights: WeightSource | None = None
+) -> HuggingFaceHost:
+    """The mixture; each rank will make its part of it.
+
+    Args:
+        plan: Of the mixture.
+        backend: Of the experts.
+        weights: Where parameters come from instead; routers begin as planned in any case.
+    """
+    if weights is None:
+        weights = LaterWeights() if plan.model is None else MadeWeights(plan.model, plan)
+    host = _host(plan.names, plan.request.dense, weights, trust_remote_code=plan.request.trust_remote_code)
+    for spec in plan.spec.mixtures:
+        parent, _, child = spec.site.rpartition(".")
+        setattr(host.model.get_submodule(parent), child, _mixture(spec, host, backend))
+    return host
+
+
+def _host(
+    names: HostNames, folder: Path, weights: WeightSource, *, trust_remote_code: bool = False
+) -> HuggingFaceHost:
+    # A copy: to build a model in fp32 is to say so in its config.
+    model = unfilled_model(copy.deepcopy(names.config), trust_remote_code=trust_remote_code)
+    dtype = names.config.dtype
+    source_dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return HuggingFaceHost(model=model, folder=folder, source_dtype=source_dtype, weights=weights)
+
+
+def _mixture(spec: MixtureSpec, host: HuggingFaceHost, backend: str) -> MoELayer:
+    # A copy: the plan may be carried out again, after this router has been cut into shards.
+    router = copy.deepcopy(spec.router)
+    experts = Experts(_bank(spec.expert, spec.num_experts), backend)
+    shared = SharedExpert(_network(spec.expert, spec.shared_width)) if spec.shared_width else None
+    layer = MoELayer(router, LocalDispatcher(), experts, LayerContext(host.context, spec.index), shared)
+    return layer.eval()
+
+
+def _bank(shape: FFNShape, num_experts: int) -> ExpertBank:
+    E, D, F = num_experts, shape.model_width, shape.width
+    U = 2 * F if shape.gated else F
+    with torch.device("meta"):
+        return ExpertBank(
+            w_up_EUD=torch.empty(E, U, D),
+            w_down_EDF=torch.empty(E, D, F),
+            activation=shape.activation,
+            gated=shape.gated,
+            b_up_EU=torch.empty(E, U) if shape.up_bias else None,
+            b_down_ED=torch.empty(E, D) if shape.down_bias else None,
+        )
+
+
+def _network(shape: FFNShape, width: int) -> FFNWeights:
+    F, D = width, shape.model_width
+    with torch.device("meta"):
+        return FFNWeights(
+            up_FD=torch.empty(F, D),
+            down_DF=torch.empty(D, F),
+            activation=shape.activation,
+            gate_FD=torch.empty(F, D) if shape.gated else None,
+            b_gate_F=torch.empty(F) if shape.gated and shape.up_bias else None,
+            b_up_F=torch.empty(F) if shape.up_bias else None,
+            b_down_D=torch.empty(D) if shape.down_bias else None,
+        )
