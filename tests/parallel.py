@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # Folders whose files start ranks or whole jobs; all others follow.
-_FIRST = ("engines", "jobs", "online", "guards", "kernels", "convert", "cap", "versus", "calibration")
+_FIRST = ("engines", "jobs", "sharded", "runtime", "kernels", "upcycling", "cap", "studies")
 
 
 def arrange(items: Sequence[pytest.Item], tests: Path) -> list[pytest.Item]:
@@ -23,7 +23,7 @@ def arrange(items: Sequence[pytest.Item], tests: Path) -> list[pytest.Item]:
     """
 
     def place(item: pytest.Item) -> int:
-        folder = item.path.relative_to(tests).parts[0]
+        folder = item.path.parent.name
         return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
 
     return sorted(items, key=place)

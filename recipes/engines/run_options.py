@@ -12,12 +12,29 @@ from recipes.data.config import DataConfig
 class DefaultModelShape(Protocol):
     """The sizes of the model that a run trains where it is given no checkpoint."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    @property
+    def vocab_size(self) -> int:
+        """Entries of its vocabulary."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the model."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of its feed-forward networks."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
 
 
 class RunOptions(Protocol):

@@ -23,7 +23,7 @@ from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import RouterConfig
 from tests.kernels.expert_reference import NAMES, Inputs, Sizes, make_inputs
-from tests.moe.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
+from tests.moe.routers.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
 
 T, D, E, F = 32, 8, 4, 12
 

@@ -17,7 +17,7 @@ from moe.registry import discover
 from moe.routers import router_classes
 from moe.types import Config
 from moe.upcycle import upcycle_methods
-from tests.moe.routing_cases import make_context
+from tests.moe.routers.routing_cases import make_context
 
 
 class Animal(ABC):

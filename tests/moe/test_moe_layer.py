@@ -21,7 +21,7 @@ from moe.routers.topk import TopKConfig
 from moe.upcycle import FFNWeights
 from moe.upcycle.copies import CopyConfig
 from tests.kernels.expert_reference import FORMULAS, ON_VALUE
-from tests.moe.routing_cases import ROUTER_CONFIGS, label, make_ffn, make_layer, make_router
+from tests.moe.routers.routing_cases import ROUTER_CONFIGS, label, make_ffn, make_layer, make_router
 
 SUM_TO_ONE = [config for config in ROUTER_CONFIGS if make_router(config).weights_sum_to_one]
 every_config = pytest.mark.parametrize("config", ROUTER_CONFIGS, ids=label)

@@ -15,7 +15,7 @@ from moe.routers.topk import TopKConfig
 from moe.routing.balance import count_load, switch_loss, z_loss
 from moe.types import Routing
 from tests.distributed_helper import run_ranks
-from tests.moe.routing_cases import make_context, make_router
+from tests.moe.routers.routing_cases import make_context, make_router
 
 T, D, E = 12, 6, 4
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import GraftError
-from recipes.studies.benchmarks.conversion_speed import ROOT, DenseSize, make_dense
+from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.studies.benchmarks.conversion_speed import DenseSize, make_dense
 from recipes.studies.benchmarks.shard_rank import RankMemory, RankTask
 
 #: Mixtures of 8 experts of 23, 168 and 868 million parameters.
@@ -85,7 +86,9 @@ def measure_layout(
             "MALLOC_MMAP_THRESHOLD_": str(_MMAP_BYTES),
             "MALLOC_TRIM_THRESHOLD_": str(_MMAP_BYTES),
         }
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=SOURCE_ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RankFailedError(f"a rank of {layout} has failed:\n{done.stderr[-4000:]}")
         files = [Path(out) / f"rank-{rank}.json" for rank in range(layout.ranks)]

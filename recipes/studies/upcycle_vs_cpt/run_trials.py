@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from recipes.studies.comparison.router_trials import ROOT
+from recipes.runtime.source_root import SOURCE_ROOT
 from recipes.studies.upcycle_vs_cpt.arms_trials import Trial
 
 _POLL_S = 0.5
@@ -57,9 +57,9 @@ def launcher(overrides: Sequence[str], ranks: int) -> _Launch:
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [str(ROOT / "train.py"), *trial.arguments(overrides)]
+        command += [str(SOURCE_ROOT / "train.py"), *trial.arguments(overrides)]
         with trial.log.open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(command, cwd=SOURCE_ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     return launch
 

@@ -20,7 +20,7 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from tests.moe.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
+from tests.moe.routers.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
 
 
 def test_worked_by_hand_with_unused_slots() -> None:

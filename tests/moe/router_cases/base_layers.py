@@ -1,8 +1,0 @@
-"""BASE layers."""
-
-from __future__ import annotations
-
-from moe.routers.base_layers import BaseLayersConfig
-from tests.moe.router_case import RouterCase
-
-CASE = RouterCase(variants=(BaseLayersConfig(max_rounds=1), BaseLayersConfig(max_rounds=0)))

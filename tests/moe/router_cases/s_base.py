@@ -1,8 +1,0 @@
-"""S-BASE."""
-
-from __future__ import annotations
-
-from moe.routers.s_base import SBaseConfig
-from tests.moe.router_case import RouterCase
-
-CASE = RouterCase(variants=(SBaseConfig(top_k=2), SBaseConfig(top_k=4), SBaseConfig(iterations=20)))

@@ -1,8 +1,0 @@
-"""Soft MoE."""
-
-from __future__ import annotations
-
-from moe.routers.soft_moe import SoftMoEConfig
-from tests.moe.router_case import RouterCase
-
-CASE = RouterCase(variants=(SoftMoEConfig(slots_per_expert=1), SoftMoEConfig(slots_per_expert=3)))

@@ -1,0 +1,8 @@
+"""BASE layers."""
+
+from __future__ import annotations
+
+from moe.routers.base_layers import BaseLayersConfig
+from tests.moe.routers.router_case import RouterCase
+
+CASE = RouterCase(variants=(BaseLayersConfig(max_rounds=1), BaseLayersConfig(max_rounds=0)))

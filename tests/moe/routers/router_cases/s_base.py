@@ -1,0 +1,8 @@
+"""S-BASE."""
+
+from __future__ import annotations
+
+from moe.routers.s_base import SBaseConfig
+from tests.moe.routers.router_case import RouterCase
+
+CASE = RouterCase(variants=(SBaseConfig(top_k=2), SBaseConfig(top_k=4), SBaseConfig(iterations=20)))

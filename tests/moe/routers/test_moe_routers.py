@@ -1,0 +1,191 @@
+"""The contract of every router that discovery finds: names, sound routings, any size of batch, precision.
+
+What a router cannot be held to it says in its case, ``tests/moe/routers/router_cases/NAME.py``, with the reason.
+
+Letters: T tokens, D model width, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from moe.routers import RouterConfig, router_class, router_classes
+from tests.moe.routers.router_contract import (
+    D,
+    E,
+    T,
+    assert_same,
+    assert_sound,
+    batch_context,
+    every_config,
+    route,
+    tokens,
+)
+from tests.moe.routers.routing_cases import (
+    batch_fields,
+    make_router,
+)
+
+
+@pytest.mark.parametrize("name", list(router_classes()))
+def test_name_class_and_config_belong_together(name: str) -> None:
+    cls = router_class(name)
+    assert cls is router_classes()[name] and cls.name == name
+    assert cls.config_class(name=name).name == name
+    assert issubclass(cls.config_class, RouterConfig) and cls.parameter_role == "router"
+
+
+def test_an_unknown_name_is_refused_with_the_list() -> None:
+    with pytest.raises(KeyError, match="no router is called 'nope'; there are: .*topk"):
+        router_class("nope")
+
+
+@every_config
+def test_check_accepts_what_routes_and_speaks_when_it_refuses(config: RouterConfig) -> None:
+    cls = router_class(config.name)
+    assert cls.check(config, E) is None
+    assert cls.check(config, 64) is None
+    message = cls.check(config, 0)
+    assert message is None or (". " in message and message.strip() == message), message
+
+
+@every_config
+def test_top_k_is_what_a_token_uses(config: RouterConfig) -> None:
+    router = make_router(config, D, E)
+    routing = route(router, tokens())
+    assert 0 < router.top_k <= E and isinstance(router.top_k, int)
+    if routing.slot_mask_TK is None:
+        assert routing.expert_ids_TK.shape == (T, router.top_k)
+    assert (router.model_width, router.num_experts) == (D, E)
+
+
+@every_config
+@pytest.mark.parametrize("training", [True, False])
+def test_a_scheduled_top_k_routes_as_a_router_of_that_top_k(config: RouterConfig, training: bool) -> None:
+    cls = router_class(config.name)
+    router = make_router(config, D, E).train(training)
+    if not cls.varies_top_k:
+        pytest.skip("preflight refuses it")
+    for top_k in range(1, E + 1):
+        try:
+            with_it = dataclasses.replace(config, top_k=top_k)  # type: ignore[call-arg]
+        except ValueError:
+            continue
+        if cls.check(with_it, E) is not None:
+            continue
+        other = make_router(with_it, D, E).train(training)
+        found, expected = route(router, tokens(), top_k={0: top_k}), route(other, tokens())
+        assert_same(found, expected)
+        # Another layer's number is not this one's.
+        assert_same(route(router, tokens(), top_k={1: top_k}), route(router, tokens()))
+
+
+@every_config
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e5])
+def test_weights_are_finite_and_ids_in_range(config: RouterConfig, training: bool, scale: float) -> None:
+    router = make_router(config, D, E).train(training)
+    routing = route(router, tokens() * scale)
+    assert_sound(router, routing, T)
+    assert all(loss.isfinite() and loss.shape == () for loss in routing.losses.values())
+
+
+@every_config
+@pytest.mark.parametrize("num", [0, 1])
+def test_few_tokens(config: RouterConfig, num: int) -> None:
+    router = make_router(config, D, E)
+    routing = route(router, tokens(num=num))
+    assert_sound(router, routing, num)
+    assert all(loss.isfinite() for loss in routing.losses.values())
+
+
+@every_config
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 1)])
+def test_any_batch_shape(config: RouterConfig, shape: tuple[int, int]) -> None:
+    router = make_router(config, D, E)
+    num = shape[0] * shape[1]
+    given = batch_fields(num, E)
+    ids_BS = given["token_ids"].view(shape)
+    keys = {name: key.view(shape) for name, key in given["keys"].items()}
+    for training in (True, False):
+        routing = route(router.train(training), tokens(num=num), token_ids=ids_BS, keys=keys)
+        assert_sound(router, routing, num)
+
+
+@every_config
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 5, 7, 16])
+@pytest.mark.parametrize("training", [True, False])
+def test_any_number_of_experts(config: RouterConfig, num_experts: int, training: bool) -> None:
+    if router_class(config.name).check(config, num_experts) is not None:
+        pytest.skip("refused in words")
+    router = make_router(config, D, num_experts).train(training)
+    for x_TD in (tokens(), tokens() * 0, tokens(num=1), tokens(num=0)):
+        routing = route(router, x_TD)
+        assert_sound(router, routing, len(x_TD), num_experts)
+        assert all(loss.isfinite() for loss in routing.losses.values())
+
+
+@every_config
+def test_all_experts_at_once(config: RouterConfig) -> None:
+    if "top_k" not in vars(config):
+        pytest.skip("has no top_k")
+    for num_experts in (1, E):
+        try:
+            every = dataclasses.replace(config, top_k=num_experts)
+        except ValueError:
+            continue
+        assert router_class(config.name).check(every, num_experts) is None
+        router = make_router(every, D, num_experts)
+        assert_sound(router, route(router, tokens()), T, num_experts)
+
+
+@every_config
+@pytest.mark.parametrize("training", [True, False])
+def test_same_input_same_routing(config: RouterConfig, training: bool) -> None:
+    router = make_router(config, D, E).train(training)
+    x_TD = tokens()
+    kept_TD, state = x_TD.clone(), copy.deepcopy(router.state_dict())
+    assert_same(route(router, x_TD), route(router, x_TD))
+    assert torch.equal(x_TD, kept_TD), "the tokens were written to"
+    for key, value in router.state_dict().items():
+        assert torch.equal(value, state[key]), f"forward changed {key}"
+
+
+@every_config
+def test_evaluation_makes_no_losses_and_no_noise(config: RouterConfig) -> None:
+    router = make_router(config, D, E).eval()
+    first = router(tokens(), batch_context(router, T))
+    assert not first.losses
+    assert_same(first, router(tokens(), batch_context(router, T, step=7, micro_batch=3)))
+
+
+@every_config
+def test_arithmetic_is_fp32_on_bf16_tokens_and_parameters(config: RouterConfig) -> None:
+    narrow = make_router(config, D, E).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    x_TD = tokens().bfloat16()
+    found = route(narrow, x_TD)
+    assert found.weights_TK.dtype == torch.float32
+    assert_same(found, route(wide, x_TD.float()))
+
+
+@every_config
+def test_arithmetic_is_fp32_under_autocast(config: RouterConfig) -> None:
+    router = make_router(config, D, E)
+    expected = route(router, tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(route(router, tokens()), expected)
+
+
+@every_config
+def test_fp64_models_are_routed_in_fp64(config: RouterConfig) -> None:
+    # Or copies, exact by claim, would miss the bound of moe.upcycle.equivalence for fp64 by the rounding of
+    # fp32.
+    router = make_router(config, D, E).double()
+    routing = route(router, tokens().double())
+    assert routing.weights_TK.dtype == torch.float64
+    assert_sound(router, routing, T)

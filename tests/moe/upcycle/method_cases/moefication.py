@@ -1,0 +1,12 @@
+"""MoEfication."""
+
+from __future__ import annotations
+
+from moe.upcycle.moefication import MoEficationConfig
+from tests.moe.upcycle.method_case import MethodCase
+
+CASE = MethodCase(
+    variants=(MoEficationConfig(num_experts=4, split="cluster"),),
+    sums=True,
+    refusal="ReLU",
+)

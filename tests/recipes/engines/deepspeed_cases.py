@@ -1,0 +1,289 @@
+"""Trains tiny mixtures under DeepSpeed and under the native engine, in one process for all of them.
+
+A layout is ``(ranks, zero_stage, expert_parallel)``; the native engine's, which has no stage, has None there.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import weakref
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.engines import Trainable
+from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainable
+from recipes.engines.deepspeed.zero_experts import gather_slices
+from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.engines.optim.optimizer import FrozenConfig, OptimConfig
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.training_loop import Loop
+from tests.recipes.engines import engine_cases
+from tests.recipes.engines.case_list import ALONE
+from tests.recipes.engines.engine_cases import (
+    GLOBAL_BATCH,
+    Case,
+    Outcome,
+    full,
+    make_host,
+    make_leg,
+    open_engine,
+)
+from tests.recipes.engines.engine_cases import tokens as samples
+
+Layout: TypeAlias = tuple[int, int | None, int]
+
+_CONSTANT = ScheduleConfig("constant", warmup_steps=0)
+# Frozen experts, two learning rates, decay and a clip that bites, in two micro-batches with recomputation.
+RICH = OptimConfig(
+    lr=3e-3,
+    # Well above what rounding does to a gradient of 0, which AdamW would blow up.
+    eps=1e-4,
+    router_lr_scale=2.0,
+    clip_norm=0.5,
+    frozen=FrozenConfig(steps=1),
+    schedule=_CONSTANT,
+)
+CASES = {
+    "plain": Case(micro=4),
+    "rich": Case(micro=4, optim=RICH, steps=4, engine={"activation_checkpointing": True}),
+    "one_expert": ALONE["one_expert"],
+    "dead_experts": ALONE["dead_experts"],
+    "biases": ALONE["biases"],
+    "attention": ALONE["attention_accumulating"],
+    "lora": Case(micro=4, optim=RICH, steps=3, lora=4),
+    "bf16": Case(engine={"precision": "bf16"}, steps=2),
+}
+TRAINED: dict[Layout, tuple[str, ...]] = {
+    (1, None, 1): ("plain", "rich"),
+    (2, None, 1): tuple(CASES),
+    (1, 0, 1): ("plain",),
+    (1, 3, 1): ("rich",),
+    (2, 0, 1): ("rich",),
+    (2, 1, 1): ("rich", "dead_experts", "lora"),
+    (2, 2, 1): ("rich", "bf16"),
+    (2, 3, 1): ("rich", "attention", "lora"),
+    (2, 0, 2): ("plain",),
+    (2, 1, 2): ("one_expert",),
+    (2, 2, 2): ("rich", "biases", "lora"),
+    (2, 3, 2): ("plain", "rich", "one_expert", "dead_experts", "bf16"),
+}
+# After these many steps a checkpoint is written, and one more step is done.
+SAVED = 2
+# Who writes, and who goes on from it.
+READS: dict[Layout, tuple[Layout, ...]] = {
+    (2, None, 1): ((2, 1, 1), (2, 3, 2), (2, 0, 2), (1, 2, 1)),
+    (2, 2, 1): ((2, None, 2), (2, 3, 1), (1, 3, 1)),
+    (2, 3, 2): ((2, None, 1), (2, 1, 2), (1, None, 1)),
+    (2, 0, 2): ((2, 2, 1),),
+}
+REFUSED: tuple[Layout, ...] = ((2, 2, 2), (2, 3, 2))
+FREED: tuple[Layout, ...] = ((1, 2, 1), (1, 3, 1))
+STEPS = 50
+LONG: tuple[Layout, ...] = ((2, None, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2))
+
+
+@dataclass
+class Found:
+    """What a rank has found.
+
+    Attributes:
+        trained: By layout and case.
+        written: Weights after the step behind the checkpoint, by the layout that wrote it.
+        read: The same, by the layout that wrote the checkpoint and the one that went on from it.
+        refused: By layout, whether a loss that is not finite on one rank, and a norm above the limit, updated
+            nothing on this one; and by how much the step after them differs from one without them.
+        series: Losses by layout.
+        freed: By layout, whether a model that nobody uses any more has given its memory back.
+    """
+
+    trained: dict[Layout, dict[str, Outcome]] = field(default_factory=dict)
+    written: dict[Layout, dict[str, Tensor]] = field(default_factory=dict)
+    read: dict[tuple[Layout, Layout], dict[str, Tensor]] = field(default_factory=dict)
+    refused: dict[Layout, tuple[bool, float]] = field(default_factory=dict)
+    series: dict[Layout, list[float]] = field(default_factory=dict)
+    freed: dict[Layout, bool] = field(default_factory=dict)
+
+
+def work(rank: int, world_size: int, folder: str) -> Found:
+    """For `run_ranks`: everything that so many ranks do."""
+    here(rank, world_size)
+    found = Found()
+    for layout, names in TRAINED.items():
+        if layout[0] == world_size:
+            found.trained[layout] = {name: train(CASES[name], layout) for name in names}
+    for layout in READS:
+        if layout[0] == world_size:
+            found.written[layout] = _write(Path(folder), layout)
+    for source, readers in READS.items():
+        for layout in readers:
+            if layout[0] == world_size:
+                found.read[source, layout] = _read(Path(folder), source, layout)
+    if world_size == 2:
+        found.refused = {layout: _refuses(layout) for layout in REFUSED}
+        found.series = {layout: series(layout, STEPS) for layout in LONG}
+    if world_size == 1:
+        found.freed = {layout: _frees(layout) for layout in FREED}
+    return found
+
+
+def here(rank: int, world_size: int) -> None:
+    """What torchrun would tell."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.setdefault("LOCAL_RANK", str(rank))
+
+
+def prepared(case: Case, layout: Layout) -> Any:
+    """A trainable of a layout, on the process group that is open already."""
+    ranks, stage, spread = layout
+    assert ranks == dist.get_world_size()
+    host, more = make_host(case), case.engine | {"expert_parallel": spread}
+    if stage is None:
+        return open_engine(**more).prepare(host, case.optim)
+    config: Any = {"device": "cpu", "threads": 1, "zero_stage": stage} | more
+    engine = DeepSpeedEngine(DeepSpeedConfig(**config))
+    with patch("torch.distributed.init_process_group"):
+        engine.open()
+    return engine.prepare(host, case.optim)
+
+
+def train(case: Case, layout: Layout) -> Outcome:
+    """Runs a case on this rank, with as many samples in a micro-batch over all ranks as one rank has."""
+    outcome = Outcome()
+    trainable = prepared(case, layout)
+    _look_before_first_step(trainable, outcome)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = trainable.engine.broadcast(folder)
+        leg = make_leg(replace(case, micro=case.micro // layout[0]), trainable, Path(folder))
+        Loop(trainable.engine, [engine_cases._Record(outcome)], StopRequest()).run(leg)
+        trainable.engine.barrier()
+    outcome.weights = weights_of(trainable)
+    outcome.notes = {"updates": [layer.context.run.step for layer in trainable.host.routed_layers()]}
+    return outcome
+
+
+def weights_of(trainable: Trainable) -> dict[str, Tensor]:
+    """The model in full."""
+    return {name: full(tensor) for name, tensor in trainable.full_tensors()}
+
+
+def _look_before_first_step(trainable: Any, outcome: Outcome) -> None:
+    original = trainable.step
+
+    def step(lr_factor: float, *limit: float) -> Tensor:
+        if not outcome.grads:
+            outcome.grads = gradients(trainable)
+            counts = [
+                sum(float(sums[-4]) for sums in layer.stats.sums.values())
+                for _, layer in trainable.host.moe_layers()
+            ]
+            total = torch.tensor(counts)
+            dist.all_reduce(total)
+            outcome.tokens = total.tolist()
+        return original(lr_factor, *limit)
+
+    trainable.step = step
+
+
+def gradients(trainable: Any) -> dict[str, Tensor]:
+    """The gradients of a step in full, by name."""
+    named = {name: p for name, p in trainable.host.model.named_parameters() if p.requires_grad}
+    if not isinstance(trainable, DeepSpeedTrainable):
+        return {name: full(param.grad) for name, param in named.items()}
+    spread = trainable.spread
+    if trainable.stage == 0:
+        return {
+            name: gather_slices(param.grad, spread) if name in spread.counts else full(param.grad)
+            for name, param in named.items()
+        }
+    pieces = []
+    for i, partition in enumerate(trainable.partitions):
+        flat = torch.cat([grad.flatten() for grad in trainable.wrapped.optimizer.averaged_gradients[i]])
+        shards = {run.name: run.shard(flat, spread) for run in partition.runs}
+        pieces += [(name, s.global_shape, s.start, s.tensor.clone()) for name, s in shards.items()]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, pieces)
+    whole = {name: torch.full(shape, float("nan")) for name, shape, _, _ in pieces}
+    for name, _, start, part in (piece for rank in every for piece in rank):
+        whole[name].view(-1)[start : start + len(part)] = part
+    return {name: whole[name] for name in named}
+
+
+def take_step(trainable: Any, step: int) -> Tensor:
+    """One step of the global batch, in one micro-batch; returns the loss of all ranks."""
+    engine = trainable.engine
+    share = GLOBAL_BATCH // engine.world_size
+    batch = samples(step * GLOBAL_BATCH + engine.rank * share, share)
+    loss = trainable.forward_backward(torch.from_numpy(batch), 0, 1)
+    trainable.step(1.0)
+    dist.all_reduce(loss)
+    return loss / engine.world_size
+
+
+def _write(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    trainable = prepared(ALONE["adamw"], layout)
+    for step in range(SAVED):
+        take_step(trainable, step)
+    save_checkpoint(_place(folder, layout), SAVED, trainable.checkpoint_tensors(), {})
+    take_step(trainable, SAVED)
+    return weights_of(trainable)
+
+
+def _read(folder: Path, source: Layout, layout: Layout) -> dict[str, Tensor]:
+    trainable = prepared(ALONE["adamw"], layout)
+    # It has trained something else before.
+    take_step(trainable, 7)
+    load_checkpoint(_place(folder, source) / f"step-{SAVED:08d}", trainable.checkpoint_tensors())
+    take_step(trainable, SAVED)
+    return weights_of(trainable)
+
+
+def _place(folder: Path, layout: Layout) -> Path:
+    return folder / "x".join(str(part) for part in layout)
+
+
+def _refuses(layout: Layout) -> tuple[bool, float]:
+    trainable, fresh = (prepared(ALONE["adamw"], layout) for _ in range(2))
+    before = weights_of(trainable)
+    original = trainable._loss
+    broken = float("nan") if trainable.engine.rank == 1 else 1.0
+    trainable._loss = lambda *args: original(*args) * broken
+    share = GLOBAL_BATCH // layout[0]
+    trainable.forward_backward(torch.from_numpy(samples(share * trainable.engine.rank, share)), 0, 1)
+    norm = trainable.step(1.0)
+    trainable._loss = original
+    # Another that is finite, and above what it may be.
+    trainable.forward_backward(torch.from_numpy(samples(0, share)), 0, 1)
+    limited = trainable.step(1.0, 0.5 * float(trainable.clip_norm or 1.0))
+    after = weights_of(trainable)
+    held = not bool(torch.isfinite(norm)) and bool(torch.isfinite(limited))
+    held &= all(torch.equal(after[name], before[name]) for name in before)
+    for other in (trainable, fresh):
+        take_step(other, 0)
+    wanted, got = weights_of(fresh), weights_of(trainable)
+    return held, max(float((got[name] - wanted[name]).abs().max()) for name in wanted)
+
+
+def _frees(layout: Layout) -> bool:
+    trainable = prepared(ALONE["adamw"], layout)
+    take_step(trainable, 0)
+    model, weights = weakref.ref(trainable.host.model), trainable.partitions[0].weights
+    assert weights.untyped_storage().size() > 0
+    del trainable
+    gc.collect()
+    gc.collect()
+    return model() is None or weights.untyped_storage().size() == 0
+
+
+def series(layout: Layout, steps: int) -> list[float]:
+    """The losses of so many steps."""
+    trainable = prepared(ALONE["adamw"], layout)
+    return [float(take_step(trainable, step)) for step in range(steps)]

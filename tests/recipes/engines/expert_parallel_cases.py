@@ -1,0 +1,227 @@
+"""Trainings under all layouts of the native engine, and checkpoints that one writes and another reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.engines.native.native_engine import NativeTrainable
+from tests.recipes.engines import engine_cases
+from tests.recipes.engines.case_list import ALONE
+from tests.recipes.engines.engine_cases import (
+    GLOBAL_BATCH,
+    Case,
+    Outcome,
+    full,
+    make_host,
+    open_engine,
+    run_cases,
+)
+from tests.recipes.engines.engine_cases import tokens as samples
+from tests.recipes.engines.test_native_ranks import relative
+
+
+class Layout(NamedTuple):
+    """So many ranks, laid out.
+
+    Attributes:
+        ranks: All of them.
+        spread: Over which the experts are spread.
+        replicas: Groups that hold the same.
+        heads: Ranks over which heads are spread.
+    """
+
+    ranks: int
+    spread: int = 1
+    replicas: int = 1
+    heads: int = 1
+
+    @property
+    def engine(self) -> dict[str, int]:
+        """Fields of `NativeConfig`."""
+        return {
+            "expert_parallel": self.spread,
+            "replicas": self.replicas,
+            "tensor_parallel": self.heads,
+        }
+
+
+# One rank trains every case; how many experts there are where it is not four.
+NAMES = ("fsdp", "fsdp_recomputing", "adamw", "muon", "clipped", "one_expert", "biases", "lora", "bf16")
+FEW = {"two_experts": 2}
+TRAINED: dict[Layout, tuple[str, ...]] = {
+    Layout(1): (*NAMES, "two_experts"),
+    Layout(2, 2): NAMES[1:],
+    Layout(4, 2): ("fsdp_recomputing", "two_experts"),
+    Layout(4, 4): ("fsdp_recomputing",),
+    Layout(2, replicas=2): ("clipped", "lora"),
+    Layout(4, replicas=2): ("fsdp_recomputing",),
+    Layout(4, 2, replicas=2): ("muon",),
+    Layout(2, heads=2): ("fsdp", "clipped", "muon", "lora", "bf16"),
+    Layout(4, 2, heads=2): ("fsdp_recomputing",),
+    Layout(4, 2, replicas=2, heads=2): ("adamw",),
+}
+# Who wrote a checkpoint, and who goes on from it.
+Read = tuple[Layout, Layout]
+REFUSING = (Layout(2, 2), Layout(2, replicas=2), Layout(2, heads=2))
+# Norms of single heads; biases; one matrix for all three, and a bias behind the rows.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "gpt_neox": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+}
+# After these many steps a checkpoint is written, and one more step is done.
+SAVED = 2
+
+
+@dataclass
+class Found:
+    """What the ranks of one start have found.
+
+    Attributes:
+        trained: By layout and case.
+        written: Weights after the step behind the checkpoint, by the layout that wrote it.
+        read: The same, by the layout that wrote the checkpoint and that which went on from it.
+        refused: By layout, whether a gradient that is not finite on one rank updated nothing on this one.
+        families: By family, the largest error of a gradient when heads are spread, and whose.
+        samples: By layout, the ranks whose tokens routers see together.
+        noisy: The loss under dropout when heads are spread, and how often those ranks summed something.
+    """
+
+    trained: dict[Layout, dict[str, Outcome]] = field(default_factory=dict)
+    written: dict[Layout, dict[str, Tensor]] = field(default_factory=dict)
+    read: dict[Read, dict[str, Tensor]] = field(default_factory=dict)
+    refused: dict[Layout, bool] = field(default_factory=dict)
+    families: dict[str, tuple[float, str]] = field(default_factory=dict)
+    samples: dict[Layout, list[int]] = field(default_factory=dict)
+    noisy: tuple[float, int] | None = None
+
+
+def work(rank: int, world_size: int, folder: str, reads: list[Read], trains: bool) -> Found:
+    """For `run_ranks`: what so many ranks train, write and read."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    found = Found()
+    for layout in [layout for layout in TRAINED if layout.ranks == world_size and trains]:
+        found.trained[layout] = _train(rank, layout)
+        found.written[layout] = _write(Path(folder), layout)
+        found.samples[layout] = samples_of(layout)
+    for source, layout in reads:
+        found.read[source, layout] = _read(Path(folder), source, layout)
+    if trains and world_size == 2:
+        found.refused = {layout: _refuses(rank, layout) for layout in REFUSING}
+        found.families = {family: _family_error(family) for family in FAMILIES}
+        found.noisy = _noisy_loss(rank)
+    return found
+
+
+def _case(name: str, layout: Layout) -> Case:
+    case = ALONE["muon" if name in FEW else name]
+    micro = case.micro // layout.ranks * layout.heads
+    return replace(case, micro=micro, engine=case.engine | layout.engine)
+
+
+def _train(rank: int, layout: Layout) -> dict[str, Outcome]:
+    names = TRAINED[layout]
+    done = run_cases(rank, layout.ranks, {n: _case(n, layout) for n in names if n not in FEW})
+    for name in set(names) & set(FEW):
+        with patch.object(engine_cases, "EXPERTS", FEW[name]):
+            done |= run_cases(rank, layout.ranks, {name: _case(name, layout)})
+    return done
+
+
+def samples_of(layout: Layout) -> list[int]:
+    """The ranks whose tokens routers see together, of which this one is. Collective."""
+    group = _prepared(layout).host.context.group
+    assert group is not None
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def _prepared(layout: Layout, recomputes: bool = False) -> NativeTrainable:
+    case = ALONE["adamw"]
+    engine = open_engine(activation_checkpointing=recomputes, **layout.engine)
+    return engine.prepare(make_host(case), case.optim)
+
+
+def _step(trainable: NativeTrainable, step: int) -> Tensor:
+    engine = trainable.engine
+    share = GLOBAL_BATCH // engine.data_ranks
+    batch = samples(step * GLOBAL_BATCH + engine.data_rank * share, share)
+    trainable.forward_backward(torch.from_numpy(batch), 0, 1)
+    return trainable.step(1.0)
+
+
+def _weights(trainable: NativeTrainable) -> dict[str, Tensor]:
+    return {name: full(tensor) for name, tensor in trainable.full_tensors()}
+
+
+def _write(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    trainable = _prepared(layout)
+    for step in range(SAVED):
+        _step(trainable, step)
+    save_checkpoint(_place(folder, layout), SAVED, trainable.checkpoint_tensors(), {})
+    _step(trainable, SAVED)
+    return _weights(trainable)
+
+
+def _read(folder: Path, source: Layout, layout: Layout) -> dict[str, Tensor]:
+    # Recomputation ends here where it ends by default: after the last tensor that backward needs.
+    trainable = _prepared(layout, recomputes=True)
+    tensors: dict[str, Any] = trainable.checkpoint_tensors()
+    for tensor in tensors.values():
+        tensor.fill_(7)
+    load_checkpoint(_place(folder, source) / f"step-{SAVED:08d}", tensors)
+    _step(trainable, SAVED)
+    return _weights(trainable)
+
+
+def _place(folder: Path, layout: Layout) -> Path:
+    return folder / "x".join(str(number) for number in layout)
+
+
+def _refuses(rank: int, layout: Layout) -> bool:
+    trainable = _prepared(layout)
+    before = _weights(trainable)
+    trainable.forward_backward(torch.from_numpy(samples(4 * rank, 4)), 0, 1)
+    if rank == 1:
+        grad = trainable.host.moe_layers()[0][1].experts.w_up_EUD.grad
+        grad.to_local().flatten()[0] = float("nan")
+    norm = trainable.step(1.0)
+    after = _weights(trainable)
+    return not bool(torch.isfinite(norm)) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def _family_error(family: str) -> tuple[float, str]:
+    """Against plain torch on this rank alone."""
+    case = Case(family=family, model=FAMILIES[family])
+    ids_BS1 = torch.from_numpy(samples(0, GLOBAL_BATCH))
+    plain = make_host(case).model.train()
+    logits = plain(input_ids=ids_BS1[:, :-1]).logits
+    F.cross_entropy(logits.flatten(0, 1), ids_BS1[:, 1:].flatten()).backward()
+    cut = open_engine(tensor_parallel=2).prepare(make_host(case), case.optim)
+    cut.forward_backward(ids_BS1, 0, 1)
+    wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    errors = [
+        (relative(full(parameter.grad), wanted[name]), name)
+        for name, parameter in cut.host.model.named_parameters()
+    ]
+    assert len(errors) == len(wanted)
+    return max(errors)
+
+
+def _noisy_loss(rank: int) -> tuple[float, int]:
+    """Of the same samples on every rank, whose random states differ before."""
+    case = Case(family="gpt_neox", model={"attention_dropout": 0.0, "hidden_dropout": 0.5})
+    trainable = open_engine(tensor_parallel=2).prepare(make_host(case), case.optim)
+    torch.manual_seed(rank)
+    with CommDebugMode() as counted:
+        loss = trainable.forward_backward(torch.from_numpy(samples(0, GLOBAL_BATCH)), 0, 1)
+    return float(loss), counted.get_comm_counts()[torch.ops.c10d_functional.all_reduce]

@@ -1,0 +1,182 @@
+"""The loss of conversations is the mean over counted tokens, whatever ranks and micro-batches there are."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recipes.data.chat_samples import ChatSamples
+from recipes.data.chat_tokens import ChatTokens
+from recipes.data.indexed import IndexedDataset, IndexedWriter
+from recipes.models.hf.packed_attention import keeps_apart
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.training_loop import Loop, validation_loss
+from tests.distributed_helper import run_ranks
+from tests.recipes.engines.engine_cases import (
+    GLOBAL_BATCH,
+    SEQ_LEN,
+    VOCABULARY,
+    Case,
+    Outcome,
+    _look_before_first_step,
+    _Record,
+    make_host,
+    make_leg,
+    open_engine,
+)
+
+LENGTHS = [11, 10, 9, 8, 7, 13, 9, 8, 11, 7, 6, 9, 8, 12, 7, 2, 3, 5, 9, 8]
+# fp32: sums in another order.
+ROUNDING = {"rtol": 2e-5, "atol": 2e-7}
+
+
+def write(folder: Path) -> None:
+    """Conversations of 2 to 13 tokens, whose replies are from one token to nearly all of them."""
+    draw = np.random.default_rng(0)
+    with IndexedWriter(folder / "ids", np.uint16) as ids, IndexedWriter(folder / "counted", np.uint8) as own:
+        for length in LENGTHS:
+            ids.add_document(draw.integers(1, VOCABULARY, length))
+            begin = int(draw.integers(1, length))
+            own.add_document((np.arange(length) >= begin).astype(np.uint8))
+
+
+def read(folder: Path) -> ChatSamples:
+    """All of them, in samples of 12 + 1 tokens."""
+    chat = ChatTokens(IndexedDataset(folder / "ids"), IndexedDataset(folder / "counted"))
+    return ChatSamples(chat, SEQ_LEN, 0, np.arange(len(LENGTHS)), np.array(LENGTHS), shuffled=False)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is shared out.
+
+    Attributes:
+        ranks: Processes.
+        micro: Samples of a forward pass on one.
+        strategy: Of the engine.
+        balance: Coefficient of the balance loss.
+    """
+
+    ranks: int
+    micro: int
+    strategy: str = "fsdp"
+    balance: float = 0.0
+
+    def case(self) -> Case:
+        """Of the engine's tests."""
+        router = {"balance_coef": self.balance, "z_coef": self.balance / 5}
+        return Case({"strategy": self.strategy}, self.micro, router, steps=2)
+
+
+WAYS = [
+    Way(1, GLOBAL_BATCH),
+    Way(1, 2),
+    Way(2, 4),
+    Way(2, 2),
+    Way(2, 2, "ddp"),
+    # The balance loss is of a micro-batch: over ranks the same, over more micro-batches another.
+    Way(1, GLOBAL_BATCH, balance=0.5),
+    Way(2, 4, balance=0.5),
+]
+
+
+def train_all(rank: int, world_size: int, folder: Path) -> dict[Way, Outcome]:
+    """For `run_ranks`: every way of so many ranks."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    return {way: train(folder, way) for way in WAYS if way.ranks == world_size}
+
+
+def train(folder: Path, way: Way) -> Outcome:
+    """On this rank."""
+    outcome, case, samples = Outcome(), way.case(), read(folder)
+    engine = open_engine(**case.engine)
+    trainable = engine.prepare(make_host(case), case.optim)
+    _look_before_first_step(trainable, outcome, engine)
+    data: Any = SimpleNamespace(train=samples, validation=samples, files=())
+    with tempfile.TemporaryDirectory() as checkpoints:
+        leg = make_leg(case, trainable, Path(engine.broadcast(checkpoints)))
+        leg.data = data
+        outcome.notes["before"] = validation_loss(engine, trainable, data, leg.train)
+        with patch("recipes.training.training_loop.Saver.save"):
+            Loop(engine, [_Record(outcome)], StopRequest()).run(leg)
+        engine.barrier()
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files."""
+    folder = tmp_path_factory.mktemp("chat")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[Way, Outcome]:
+    """Of every way, on its first rank."""
+    return run_ranks(train_all, 1, folder)[0] | run_ranks(train_all, 2, folder)[0]
+
+
+def obvious_loss(folder: Path, first: int, count: int) -> float:
+    """Every conversation on its own, token by token."""
+    samples, host = read(folder), make_host(Way(1, 8).case())
+    host.model.eval()
+    losses = []
+    for n in range(first, first + count):
+        for _, start, length in samples._pieces(n):
+            tokens = torch.tensor(samples._chat.ids.tokens(start, start + length).astype(np.int64))
+            counted = samples._chat.counted.tokens(start, start + length)
+            with torch.no_grad():
+                log_p = F.log_softmax(host.model(input_ids=tokens[None]).logits[0].double(), -1)
+            losses += [-float(log_p[i - 1, tokens[i]]) for i in range(1, length) if counted[i]]
+    return sum(losses) / len(losses)
+
+
+def test_counts_differ_from_sample_to_sample(folder: Path) -> None:
+    samples = read(folder)
+    counts = [samples.num_counted(n, 1) for n in range(GLOBAL_BATCH)]
+    assert sum(counts[:4]) != sum(counts[4:])
+    assert not bool(samples.marks(0, samples.samples_per_epoch).real_BS.all()), "there is padding"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_step_is_the_mean_over_counted_tokens(folder: Path, outcomes: dict[Way, Outcome]) -> None:
+    outcome = outcomes[Way(1, GLOBAL_BATCH)]
+    assert outcome.rows[1]["loss"] == pytest.approx(obvious_loss(folder, 0, GLOBAL_BATCH), rel=1e-5)
+    # Five validation samples at most: the last forward pass has three that do not count.
+    assert outcome.notes["before"] == pytest.approx(obvious_loss(folder, 0, 5), rel=1e-5)
+    # Padding reaches no router.
+    used = int(read(folder).marks(0, GLOBAL_BATCH).real_BS.sum())
+    assert used < GLOBAL_BATCH * SEQ_LEN
+    assert outcome.tokens == [used, used]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", [way for way in WAYS if way != Way(1, GLOBAL_BATCH, balance=way.balance)])
+def test_any_ranks_and_micro_batches_do_what_one_does(way: Way, outcomes: dict[Way, Outcome]) -> None:
+    one, other = outcomes[Way(1, GLOBAL_BATCH, balance=way.balance)], outcomes[way]
+    for row, same in zip(other.rows, one.rows, strict=True):
+        for name in {"loss", "val_loss", "grad_norm"} & set(same):
+            assert row[name] == pytest.approx(same[name], rel=2e-5), (row["step"], name)
+    assert other.tokens == one.tokens
+    for name, grad in one.grads.items():
+        torch.testing.assert_close(other.grads[name], grad, **ROUNDING, msg=name)
+
+
+def test_whether_a_host_keeps_conversations_apart(folder: Path) -> None:
+    host = make_host(Way(1, 8).case())
+    assert keeps_apart(host.model.eval())
+    with patch.object(host.model, "forward", lambda input_ids, use_cache: None):
+        assert not keeps_apart(host.model)

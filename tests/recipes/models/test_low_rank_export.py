@@ -1,0 +1,103 @@
+"""Factors of a host: drawn alike wherever they are, and merged into what is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moe.errors import ConfigError
+from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor
+from moe.routers.topk import TopKConfig
+from moe.upcycle.copies import CopyConfig
+from recipes.models.export import choose_exporter
+from recipes.models.export.graft_format import load_graft
+from recipes.models.export.spec import describe_host
+from recipes.models.export.write_export import export
+from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.lora_model import add_low_rank, require_rank
+from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.sharded.sharded_models import mixture_host
+from tests.conftest import MakeCheckpoint
+from tests.recipes.models.test_exporters import assert_same_logits, names_in, reload, trained_host, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LORA = LoraConfig(rank=4, alpha=6.0)
+
+
+def _with_factors(folder: Path) -> HuggingFaceHost:
+    """Factors as training makes them."""
+    host = trained_host(folder)
+    add_low_rank(host, LORA, seed=3)
+    for index, layer in host.moe_layers():
+        generator = torch.Generator().manual_seed(index)
+        for name in sorted(FACTOR_NAMES - DRAWN):
+            factor = getattr(layer.experts, name)
+            factor.data.copy_(0.3 * torch.randn(factor.shape, generator=generator))
+    return host
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_exported_model_is_the_trained_one(
+    family: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    host = _with_factors(make_checkpoint(family))
+    exporter, _ = choose_exporter(describe_host(host))
+    assert exporter.is_native == (family == "llama")
+    folder = write(host, tmp_path / "hf")
+    assert not [name for name in names_in(folder) if "lora" in name]
+    model: Any = reload(folder) if family == "llama" else load_graft(folder).model
+    assert_same_logits(model, host)
+    plain = trained_host(make_checkpoint(family))
+    with pytest.raises(AssertionError):
+        assert_same_logits(model, plain)
+
+
+def test_the_weights_in_the_files_are_the_sum(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    host = _with_factors(make_checkpoint("qwen3"))
+    exporter, _ = choose_exporter(describe_host(host))
+    tensors = list(host.model.state_dict().items())
+    before = {name: tensor.clone() for name, tensor in tensors}
+    export(host, exporter, tensors, tmp_path / "hf", torch.float32, writes=True, layout="fused")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.model.state_dict().items())
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    for index, layer in host.moe_layers():
+        for weight, fused in (("w_up_EUD", "gate_up_proj"), ("w_down_EDF", "down_proj")):
+            (name,) = [n for n in found if f"layers.{index}." in n and n.endswith(fused)]
+            a, b = (getattr(layer.experts, part).double() for part in FACTORS[weight])
+            exact = getattr(layer.experts, weight).double() + LORA.scale * b @ a
+            # fp32 rounds the sum of r + 1 terms.
+            torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_host_without_memory_draws_the_same_factors(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("llama")
+    request = MixtureRequest(folder, CopyConfig(num_experts=4), TopKConfig(), 3)
+    unfilled = mixture_host(plan_mixture(request))
+    add_low_rank(unfilled, LORA, seed=3)
+    factors = [p for name, p in unfilled.model.named_parameters() if "lora" in name]
+    assert len(factors) == 4 * len(unfilled.moe_layers()) and all(factor.is_meta for factor in factors)
+    assert unfilled.weights is not None
+    unfilled.weights.give(unfilled.model, torch.device("cpu"))
+    whole = trained_host(folder)
+    add_low_rank(whole, LORA, seed=3)
+    for (index, ours), (_, theirs) in zip(unfilled.moe_layers(), whole.moe_layers(), strict=True):
+        for name in FACTOR_NAMES:
+            factor: Tensor = getattr(ours.experts, name)
+            assert factor.requires_grad and torch.equal(factor, getattr(theirs.experts, name))
+            drawn = drawn_factor(3, index, name, 2, (factor.shape[1], factor.shape[2]))
+            assert torch.equal(factor[2], drawn) if name in DRAWN else not factor.any()
+        assert not ours.experts.w_up_EUD.requires_grad and not ours.experts.w_up_EUD.is_meta
+
+
+def test_a_rank_above_the_experts_width_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+    spec = describe_host(trained_host(make_checkpoint("llama")))
+    width = min(spec.mixtures[0].expert.width, spec.mixtures[0].expert.model_width)
+    require_rank(spec, LoraConfig(rank=width))
+    with pytest.raises(ConfigError, match=rf"experts.lora.rank={width + 1}: .*Set {width} or less"):
+        require_rank(spec, LoraConfig(rank=width + 1))

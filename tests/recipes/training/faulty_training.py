@@ -1,0 +1,212 @@
+"""Trains a tiny mixture in which steps go wrong, on one rank of several, as a test says.
+
+One process runs many cases: to start it takes longer than to train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.dispatch.local import LocalDispatcher
+from moe.errors import GraftError
+from moe.metrics import LoadReport
+from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
+from moe.upcycle.copies import Copy, CopyConfig
+from recipes.checkpoint import find_checkpoint
+from recipes.engines.native.native_engine import NativeTrainable
+from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.engines.optim.muon import local_part
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.runtime.config import FaultsConfig
+from recipes.runtime.interrupt import StopRequest
+from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.guards.run_guards import RunGuards
+from recipes.training.stage import LegResult
+from recipes.training.training_loop import Loop
+from tests.conftest import random_model
+from tests.recipes.engines.engine_cases import EXPERTS, VOCABULARY, Case, full, make_leg, open_engine
+
+FAULTY_RANK = 1
+BIAS_RATE = 0.01
+_ADAMW = OptimConfig(lr=3e-3, schedule=ScheduleConfig("cosine", warmup_steps=2))
+# Faults: what the step of this number (from 0) meets on the faulty rank, or on all of them.
+Faults = Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Story:
+    """A training and what goes wrong in it.
+
+    Attributes:
+        faults: By step.
+        steps: Optimizer steps.
+        save_every: Steps between checkpoints.
+        engine: Fields of `NativeConfig`.
+        guards: When steps are skipped and the run ends.
+        heals: After the error that ends it the run goes on without faults.
+        stop_at: The run is asked to stop in the step after this one, and goes on from its checkpoint.
+        equal: Whether the router has no preference: then half of the experts get no token.
+        dropout: Of attention, drawn from the random state that checkpoints carry.
+    """
+
+    faults: Faults = field(default_factory=dict)
+    steps: int = 6
+    save_every: int = 2
+    engine: dict[str, Any] = field(default_factory=dict)
+    guards: FaultsConfig = field(default_factory=FaultsConfig)
+    heals: bool = False
+    stop_at: int | None = None
+    equal: bool = False
+    dropout: float = 0.1
+
+
+@dataclass
+class Told:
+    """What came of it on a rank.
+
+    Attributes:
+        rows: By step.
+        weights: Model in full behind every step, by the number of steps done.
+        state: Optimizer and router state behind the last step: this rank's part.
+        error: The error that ended it: class and text.
+        saved: Steps of the checkpoints at the end.
+        written: What was written down of bad batches, by file name.
+        said: What the rank printed.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    error: tuple[str, str] | None = None
+    saved: list[int] = field(default_factory=list)
+    written: dict[str, Any] = field(default_factory=dict)
+    said: str = ""
+
+
+class _Recorder(Callback):
+    def __init__(self, told: Told, trainable: NativeTrainable, stop: StopRequest) -> None:
+        self.told, self.trainable, self.stop = told, trainable, stop
+        self.stop_at: int | None = None
+
+    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+        self.told.rows.append(dict(row))
+        step = int(row["step"])
+        self.told.weights[step] = {name: full(t) for name, t in self.trainable.full_tensors()}
+        self.stop.requested = self.stop_at == step
+
+
+def _host(story: Story) -> HuggingFaceHost:
+    """The same weights in every process; a router with state of its own, kept between steps."""
+    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "attention_dropout": story.dropout}
+    host = HuggingFaceHost(random_model("llama", **small), Path(), torch.float32)
+    config = DeepSeekV3Config(init_std=0.3, bias_rate=BIAS_RATE, balance_coef=0.1)
+    surgery = Surgery(
+        method=Copy(CopyConfig(num_experts=EXPERTS, noise_std=0.5)),
+        make_router=lambda width, experts: DeepSeekV3Router(config, width, experts),
+        make_dispatcher=LocalDispatcher,
+        backend="auto",
+        seed=0,
+    )
+    swap(host, surgery)
+    if story.equal:
+        for _, layer in host.moe_layers():
+            layer.router.weight_ED.data.zero_()
+    return host
+
+
+def poison(trainable: NativeTrainable, rank: int, faults: Faults) -> None:
+    """Makes steps go wrong by the number of the step."""
+    losses, forward_backward = trainable._losses, trainable.forward_backward
+
+    def kind(of: str, everywhere: bool = False) -> bool:
+        return faults.get(trainable.host.context.step) == of and (everywhere or rank == FAULTY_RANK)
+
+    def poisoned_losses(tokens_BS1: Tensor, marks: Any) -> Tensor:
+        found = losses(tokens_BS1, marks)
+        if not torch.is_grad_enabled():
+            return found
+        for name, factor in (("nan_loss", math.nan), ("inf_loss", math.inf), ("spike", 1e3), ("higher", 1e6)):
+            found = found * factor if kind(name) else found
+        return found
+
+    def poisoned(tokens_BS1: Tensor, micro: int, count: int, marks: Any = None) -> Tensor:
+        loss = forward_backward(tokens_BS1, micro, count, marks)
+        if kind("inf_loss_finite_gradient"):
+            return torch.full_like(loss, math.inf)
+        for name, value in (("nan_gradient", math.nan), ("inf_gradient", math.inf)):
+            if kind(name) and micro == count - 1:
+                grads = [p.grad for p in trainable.host.model.parameters() if p.grad is not None]
+                parts = [part for part in map(local_part, grads) if part.numel()]
+                parts[len(parts) // 2].view(-1)[0] = value
+        return loss
+
+    trainable._losses, trainable.forward_backward = poisoned_losses, poisoned  # type: ignore[method-assign]
+
+
+def _leg(story: Story, folder: Path, told: Told, stop_at: int | None) -> None:
+    engine = open_engine(**story.engine)
+    trainable = engine.prepare(_host(story), _ADAMW)
+    poison(trainable, engine.rank, story.faults)
+    case = Case(optim=_ADAMW, steps=story.steps, micro=2)
+    leg = make_leg(case, trainable, folder / "checkpoints")
+    leg.train = replace(leg.train, save_every=story.save_every, eval_every=0, keep_last=None)
+    stop = StopRequest()
+    recorder = _Recorder(told, trainable, stop)
+    recorder.stop_at = stop_at
+    loop = Loop(engine, [recorder], stop, guards=RunGuards(story.guards, folder))
+    found = find_checkpoint(leg.checkpoints)
+    if found.path is not None:
+        leg.state |= loop.resume(leg, found.path)
+    try:
+        result: LegResult | None = loop.run(leg)
+    except GraftError as error:
+        result, told.error = None, (type(error).__name__, str(error))
+    engine.barrier()
+    told.state = {name: local_part(t).clone() for name, t in trainable.checkpoint_tensors().items()}
+    if result is not None and stop_at is not None:
+        assert not result.finished, "it was asked to stop"
+
+
+def _tell(story: Story, folder: Path) -> Told:
+    told, out = Told(), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        if story.stop_at is not None:
+            _leg(story, folder, told, story.stop_at)
+        _leg(story, folder, told, None)
+        if story.heals:
+            _leg(replace(story, faults={}), folder, told, None)
+    told.said = out.getvalue()
+    told.saved = sorted(
+        int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")
+    )
+    told.written = {
+        path.name: json.loads(path.read_text()) for path in sorted((folder / "faults").glob("*.json"))
+    }
+    return told
+
+
+def tell_all(rank: int, world_size: int, folder: str, stories: dict[str, Story]) -> dict[str, Told]:
+    """For `run_ranks`: all stories, one after the other."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    told = {}
+    for name, story in stories.items():
+        place = Path(folder) / name
+        told[name] = _tell(story, place)
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(place)
+        torch.distributed.barrier()
+    return told

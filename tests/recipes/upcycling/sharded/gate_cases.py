@@ -1,0 +1,140 @@
+"""The step-0 gate on shards, what is trained afterwards, and how a run goes on: for several ranks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from moe.dispatch.local import LocalDispatcher
+from moe.errors import ExactnessError
+from moe.routers import router_class
+from moe.upcycle import upcycle_methods
+from moe.upcycle.copies import CopyConfig
+from moe.upcycle.drop import DropConfig
+from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.hf_model import Surgery, SurgeryReport, load_host, upcycle
+from recipes.upcycling.convert.conversion_plan import ExpertWork
+from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.sharded.sharded_check import measure_shards
+from recipes.upcycling.sharded.sharded_models import mixture_host
+from recipes.upcycling.sharded.upcycled_weights import MadeWeights
+from tests.conftest import VOCABULARY
+from tests.recipes.engines.engine_cases import open_engine
+from tests.recipes.upcycling.sharded.engine_online_cases import see
+from tests.recipes.upcycling.sharded.online_cases import (
+    SEED,
+    Case,
+    compare_all,
+    differences,
+    made_whole,
+    plan_of,
+)
+from tests.recipes.upcycling.sharded.row_cases import train_by_rows
+
+COPY, DROP = CopyConfig(num_experts=4), DropConfig(num_experts=4)
+
+
+@dataclass
+class Found:
+    """What one rank has seen.
+
+    Attributes:
+        report: Of the gate on shards.
+        whole: The same by the surgery in one memory.
+        logits: Largest difference of what is then trained, from the mixture in one memory.
+    """
+
+    report: SurgeryReport
+    whole: SurgeryReport
+    logits: float
+
+
+def some_tokens() -> Tensor:
+    """The same on all ranks."""
+    return torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def gate(case: Case) -> Found:
+    """Measures a case on shards and in one memory, and prepares it for training."""
+    assert case.method is not None
+    engine, plan, tokens = open_engine(**case.engine), plan_of(case), some_tokens()
+    report, weights = measure_shards(engine, plan, tokens)
+    trainable = engine.prepare(mixture_host(plan, weights=weights), OptimConfig())
+    host = load_host(case.dense)
+    surgery = Surgery(
+        method=upcycle_methods()[case.method.name](case.method),
+        make_router=lambda width, experts: router_class(case.router.name)(case.router, width, experts),
+        make_dispatcher=LocalDispatcher,
+        backend="auto",
+        seed=SEED,
+    )
+    whole = upcycle(host, surgery, tokens)
+    with torch.no_grad():
+        wanted = host.model(input_ids=tokens).logits
+    return Found(report, whole, float((trainable.logits(tokens) - wanted).abs().max() / wanted.abs().max()))
+
+
+def refusal(case: Case) -> str:
+    """What the gate says when a layer's experts come out wrong."""
+    make = MadeWeights._make_matrices
+
+    def wrong(self: MadeWeights, work: ExpertWork, targets: list[Any], draws: Any) -> None:
+        make(self, work, targets, draws)
+        if work.ffn.layer == 1 and work.matrix == "down":
+            targets[-1].view.zero_()
+
+    with patch.object(MadeWeights, "_make_matrices", wrong):
+        try:
+            measure_shards(open_engine(**case.engine), plan_of(case), some_tokens())
+        except ExactnessError as error:
+            return str(error)
+    return "nothing"
+
+
+def resumed(case: Case) -> list[str]:
+    """What differs after a checkpoint has been loaded where nothing dense can be read."""
+    assert case.method is not None
+    engine = open_engine(**case.engine)
+    begun = engine.prepare(mixture_host(plan_of(case)), OptimConfig())
+    folder = engine.broadcast(tempfile.mkdtemp())
+    save_checkpoint(Path(folder), 1, begun.checkpoint_tensors(), {})
+    request = MixtureRequest(case.dense, case.method, case.router, SEED)
+    # Sources are not looked for, either.
+    with patch(
+        "recipes.models.safetensors.dense_files.DenseFiles.__init__", side_effect=AssertionError("read")
+    ):
+        host = mixture_host(plan_mixture(request, reads=False))
+        trainable = engine.prepare(host, OptimConfig())
+        load_checkpoint(Path(folder) / "step-00000001", trainable.checkpoint_tensors())
+    return differences(host, made_whole(case, {}))
+
+
+def look(rank: int, world_size: int, cases: dict[str, Case], dense: Path, gpt2: Path) -> dict[str, Any]:
+    """For `run_ranks`: everything."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    found: dict[str, Any] = {"differences": compare_all(cases)}
+    found["engines"] = see(world_size, dense)
+    if world_size > 2:
+        return found
+    exact = Case(dense, COPY)
+    measured = {
+        "exact": exact,
+        "inexact": Case(dense, DROP),
+        "some layers": Case(gpt2, replace(COPY, layers=[1])),
+        "bf16": replace(exact, engine={"precision": "bf16"}),
+    }
+    if world_size > 1:
+        measured["spread"] = Case(dense, DROP, engine={"expert_parallel": world_size})
+    found |= {name: gate(case) for name, case in measured.items()}
+    found["refusal"] = refusal(exact)
+    found["resumed"] = resumed(Case(dense, replace(COPY, noise_std=0.3)))
+    found["rows"] = train_by_rows(world_size)
+    return found

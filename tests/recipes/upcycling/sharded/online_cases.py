@@ -1,0 +1,164 @@
+"""Makes mixtures shard by shard and whole, and says where the two differ: one process, many cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.dispatch.local import LocalDispatcher
+from moe.routers import RouterConfig, router_class
+from moe.routers.analytical import AnalyticalConfig
+from moe.routers.one_plus import OnePlusConfig
+from moe.routers.topk import TopKConfig
+from moe.routers.unit_linear import UnitLinearConfig
+from moe.upcycle import UpcycleConfig, upcycle_methods
+from moe.upcycle.layer_plan import FFNShape
+from recipes.engines.native.native_engine import NativeEngine
+from recipes.engines.optim.optimizer import OptimConfig
+from recipes.models.hf.deferred_init import TakenWeights
+from recipes.models.hf.ffn_blocks import find_ffns
+from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.upcycling.convert.moe_plan import (
+    LayerTensors,
+    MixturePlan,
+    MixtureRequest,
+    open_dense,
+    plan_mixture,
+)
+from recipes.upcycling.sharded.sharded_models import dense_host, mixture_host
+from tests.moe.dispatch.gathered import gathered
+from tests.recipes.engines.engine_cases import full, open_engine
+
+SEED = 3
+# The first that a method takes: most average, some sum.
+_ROUTERS: tuple[RouterConfig, ...] = (
+    TopKConfig(top_k=2),
+    OnePlusConfig(top_k=2),
+    UnitLinearConfig(top_k=2),
+    AnalyticalConfig(top_k=2),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mixture.
+
+    Attributes:
+        dense: The dense checkpoint.
+        method: How it becomes a mixture; None leaves it dense.
+        router: Its router.
+        engine: Fields of the engine's config.
+    """
+
+    dense: Path
+    method: UpcycleConfig | None = None
+    router: RouterConfig = TopKConfig(top_k=2)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def statistics_of(host: HuggingFaceHost, config: UpcycleConfig, router: RouterConfig) -> LayerTensors:
+    """What the method must be told, of random tokens."""
+    method = upcycle_methods()[config.name](config).for_router(router)
+    if not method.statistics:
+        return {}
+    return {site.layer: gathered(method, site.weights) for site in find_ffns(host.model, host.config)}
+
+
+def fitting_router(config: UpcycleConfig, shape: FFNShape) -> RouterConfig | None:
+    """The first router that a method takes on a network of this shape."""
+    method = upcycle_methods()[config.name](config)
+    return next((router for router in _ROUTERS if not method.check(router, shape)), None)
+
+
+def made_whole(case: Case, statistics: LayerTensors) -> HuggingFaceHost:
+    """The same by loading everything and the surgery in memory."""
+    host = load_host(case.dense)
+    if case.method is not None:
+        surgery = Surgery(
+            method=upcycle_methods()[case.method.name](case.method),
+            make_router=lambda width, experts: router_class(case.router.name)(case.router, width, experts),
+            make_dispatcher=LocalDispatcher,
+            backend="auto",
+            seed=SEED,
+        )
+        sources = [load_host(Path(folder)) for folder in surgery.method.sources]
+        swap(host, surgery, sources, statistics)
+    host.model.eval()
+    return host
+
+
+def plan_of(case: Case, statistics: LayerTensors | None = None) -> MixturePlan:
+    """The plan of a case's mixture."""
+    assert case.method is not None
+    return plan_mixture(MixtureRequest(case.dense, case.method, case.router, SEED), statistics)
+
+
+def differences(host: HuggingFaceHost, whole: HuggingFaceHost) -> list[str]:
+    """What is not the same bit for bit: parameters, buffers, what is tied."""
+    ours, theirs = _tensors(host.model), _tensors(whole.model)
+    found = [f"{name} is in one alone" for name in ours.keys() ^ theirs.keys()]
+    for name in sorted(ours.keys() & theirs.keys()):
+        mine = full(ours[name])
+        if mine.dtype != theirs[name].dtype or not torch.equal(mine, theirs[name]):
+            found.append(f"{name}: {mine.dtype} {tuple(mine.shape)}")
+    if host.source_dtype != whole.source_dtype:
+        found.append(f"dtype of the files: {host.source_dtype}, {whole.source_dtype}")
+    if _tied(host.model) != _tied(whole.model):
+        found.append(f"tied: {_tied(host.model)}, {_tied(whole.model)}")
+    return found
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _tied(model: nn.Module) -> set[str]:
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def compare(case: Case) -> list[str]:
+    """Differences of what is made in shards, before and after it has moved to the model that trains."""
+    engine: NativeEngine = open_engine(**case.engine)
+    if case.method is None:
+        whole, host = made_whole(case, {}), dense_host(open_dense(case.dense))
+        engine.prepare(host, OptimConfig())
+        return differences(host, whole)
+    statistics = statistics_of(load_host(case.dense), case.method, case.router)
+    plan, whole = plan_of(case, statistics), made_whole(case, statistics)
+    host = mixture_host(plan)
+    engine.hold(host)
+    found = differences(host, whole)
+    moved = mixture_host(plan, weights=TakenWeights(host.model))
+    trainable = engine.prepare(moved, OptimConfig())
+    found += [f"moved: {line}" for line in differences(moved, whole)]
+    full_names = {name for name, _ in trainable.full_tensors()}
+    return found + [f"{name} is not saved" for name in full_names ^ set(state(whole.model))]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones once."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
+
+
+def compare_all(cases: dict[str, Case]) -> dict[str, list[str]]:
+    """The differences of every case."""
+    found: dict[str, list[str]] = {}
+    for name, case in cases.items():
+        try:
+            found[name] = compare(case)
+        except Exception as error:
+            raise AssertionError(f"case {name}") from error
+    return found
+
+
+def with_all_layers(config: UpcycleConfig, sources: list[str]) -> UpcycleConfig:
+    """A config for a host of three blocks, its sources real ones."""
+    if getattr(config, "sources", None):
+        config = replace(config, sources=sources[: len(config.sources)])  # type: ignore[call-arg]
+    return replace(config, layers="all")
