@@ -80,7 +80,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
-def activation_refusal(name: str, gated: bool) -> str | None:
+def activation_unsupported_reason(name: str, gated: bool) -> str | None:
     """Why experts cannot have this activation, as a clause; None when they can.
 
     Args:

@@ -95,7 +95,7 @@ def compile_variant(variant: Variant, capability: int) -> Report:
     registers, stack = _resources(built.asm["cubin"])
     instruction = _MATRIX[capability] if _MATRIX[capability] in built.asm["ptx"] else ""
     report = Report(variant, capability, registers, stack, built.metadata.shared, instruction, ())
-    return Report(**{**vars(report), "failures": tuple(gate_failures(report))})
+    return Report(**{**vars(report), "failures": tuple(limit_failures(report))})
 
 
 def _type_of(name: str, constants: Mapping[str, Any], variant: Variant) -> str:
@@ -108,7 +108,7 @@ def _type_of(name: str, constants: Mapping[str, Any], variant: Variant) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def gate_failures(report: Report) -> Iterator[str]:
+def limit_failures(report: Report) -> Iterator[str]:
     """Which gates a report fails, as clauses."""
     if report.stack:
         yield f"{report.stack} bytes of registers spilled"

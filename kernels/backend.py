@@ -130,7 +130,7 @@ class Backend(Protocol):
     def name(self) -> str:
         """The value of ``experts.backend`` that forces this back end."""
 
-    def refusal(self, work: Workload) -> str | None:
+    def unsupported_reason(self, work: Workload) -> str | None:
         """Why this back end cannot run the workload, as a clause; None when it can."""
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.activations import activation_refusal
+from kernels.activations import activation_unsupported_reason
 from kernels.backend import Backend, ExpertTensors, Workload
 from kernels.cpu.cpu_backend import CpuBackend
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 from kernels.torch.expert_loop import LoopBackend
 from kernels.torch.grouped_mm import GroupedMMBackend
 from kernels.triton.triton_backend import TritonBackend
@@ -34,7 +34,7 @@ _FEW_EXPERTS = 4
 #: proxy: torch.compile cannot read one any more once the code that it traces has changed any dict.
 BACKENDS: Mapping[str, Backend] = {
     **{backend.name: backend for backend in (CpuBackend(), TritonBackend(), _GROUPED, LoopBackend())},
-    **RIVALS,
+    **THIRD_PARTY,
 }
 
 
@@ -83,20 +83,20 @@ def _named(forced: str, *values: Any) -> tuple[str, str]:
     if forced != "auto":
         if forced not in BACKENDS:
             raise BackendError(f"no back end is called {forced!r}; there are: auto, {', '.join(BACKENDS)}")
-        refusal = BACKENDS[forced].refusal(work)
-        if refusal is not None:
-            raise BackendError(f"the back end {forced!r} cannot run this: {refusal}")
+        unsupported_reason = BACKENDS[forced].unsupported_reason(work)
+        if unsupported_reason is not None:
+            raise BackendError(f"the back end {forced!r} cannot run this: {unsupported_reason}")
         return forced, "forced by experts.backend"
-    if BACKENDS["cpu"].refusal(work) is None:
-        if few_products(work) and _GROUPED.refusal(work) is None:
+    if BACKENDS["cpu"].unsupported_reason(work) is None:
+        if few_products(work) and _GROUPED.unsupported_reason(work) is None:
             return "grouped_mm", f"{work.dtype} on CPU, so few products that F.grouped_mm's lighter calls win"
         return "cpu", f"fused path for {work.dtype} on CPU"
     # On a GPU, triton and the rivals come in here, for the shapes that kernels.bench shows them faster in.
-    refusal = _GROUPED.refusal(work)
-    if refusal is None:
+    unsupported_reason = _GROUPED.unsupported_reason(work)
+    if unsupported_reason is None:
         how = "one fused kernel" if _GROUPED.is_fused(work) else "a loop over experts inside torch here"
         return "grouped_mm", f"F.grouped_mm takes {work.dtype} on {work.device.type} ({how})"
-    return "loop", f"F.grouped_mm cannot run this: {refusal}; one expert after the other"
+    return "loop", f"F.grouped_mm cannot run this: {unsupported_reason}; one expert after the other"
 
 
 def expert_mlp(
@@ -117,7 +117,7 @@ def expert_mlp(
     Raises:
         BackendError: The activation is unknown, or needs a gate that the experts do not have.
     """
-    if (refusal := activation_refusal(experts.activation, experts.gated)) is not None:
-        raise BackendError(f"no back end can run this: {refusal}")
+    if (unsupported_reason := activation_unsupported_reason(experts.activation, experts.gated)) is not None:
+        raise BackendError(f"no back end can run this: {unsupported_reason}")
     # Back ends address the weights by flat slot.
     return backend.run(x_TD, weights_TK.contiguous(), plan, experts)

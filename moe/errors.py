@@ -64,7 +64,7 @@ class DataError(UserError):
     """Training data cannot be read or does not fit."""
 
 
-class HostError(UserError):
+class ModelError(UserError):
     """The dense checkpoint cannot be loaded, or cannot hold a mixture of experts."""
 
 

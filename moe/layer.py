@@ -38,13 +38,13 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router = router
         self.stats = LayerStats()
-        self.send_by(dispatcher)
+        self.set_dispatcher(dispatcher)
         self.experts = experts
         self.shared = shared
         router.attach(experts)
         self.context = context
 
-    def send_by(self, dispatcher: Dispatcher) -> None:
+    def set_dispatcher(self, dispatcher: Dispatcher) -> None:
         """Lets another dispatcher bring the tokens to the experts, as when these move to several ranks."""
         self.stats.readers = dispatcher.group
         self.dispatcher = self.router.wrap_dispatcher(dispatcher)
@@ -53,13 +53,13 @@ class MoELayer(nn.Module):
         """Runs the tokens through their experts."""
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, self.context)
-        arrival = self.dispatcher.start(x_TD, routing)
+        handle = self.dispatcher.start(x_TD, routing)
         # While the tokens travel: what needs no expert.
         shared_TD = None if self.shared is None else self.shared(x_TD)
         run = self.context.run
         if self.training:
             self.stats.record(run.micro_batch, routing, self.context.token_mask_T(len(x_TD)))
-        sent = arrival()
+        sent = handle()
         out_TD = self.dispatcher.combine(self.experts(sent), sent)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD

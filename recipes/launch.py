@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _guarded(lambda: _run(arguments, started))
     except KeyboardInterrupt:
-        if _speaks():
+        if _verbose():
             print("interrupted: whatever checkpoints there are, are complete", file=sys.stderr)
         return INTERRUPTED
 
@@ -103,7 +103,7 @@ def _place(error: OSError) -> str:
 
 def _report(lines: list[str], code: int) -> int:
     """The first rank of a machine speaks; the others wait for torchrun to end them, so that it is heard."""
-    if not _speaks():
+    if not _verbose():
         threading.Event().wait(_SPEAK_FIRST_S)
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -111,7 +111,7 @@ def _report(lines: list[str], code: int) -> int:
     return code
 
 
-def _speaks() -> bool:
+def _verbose() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

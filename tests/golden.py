@@ -78,18 +78,18 @@ def _write_texts(place: Path) -> None:
     """Ten documents and two files of conversations, of invented words."""
     draw = random.Random(0)
 
-    def say(count: int) -> str:
+    def log(count: int) -> str:
         return " ".join(draw.choices(_WORDS, k=count))
 
     (place / "text").mkdir()
     for number in range(10):
-        (place / "text" / f"{number}.txt").write_text(say(400), encoding="utf-8")
+        (place / "text" / f"{number}.txt").write_text(log(400), encoding="utf-8")
     for name in ("general", "maths"):
         lines = []
         for _ in range(60):
             turns = range(draw.randint(1, 3))
             pairs = [(("user", draw.randint(1, 6)), ("assistant", draw.randint(1, 12))) for _ in turns]
-            messages = [{"role": role, "content": say(count)} for pair in pairs for role, count in pair]
+            messages = [{"role": role, "content": log(count)} for pair in pairs for role, count in pair]
             lines.append(json.dumps({"messages": messages}) + "\n")
         (place / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     (place / "template.jinja").write_text(_TEMPLATE, encoding="utf-8")
@@ -122,7 +122,7 @@ def _losses(run_dir: Path) -> dict[str, list[str]]:
     for line in path.read_text().splitlines() if path.exists() else []:
         row: dict[str, Any] = json.loads(line)
         losses = [float(row[key]).hex() for key in ("loss", "val_loss") if key in row]
-        found.setdefault(row.get("stage") or row["leg"], []).extend(losses)
+        found.setdefault(row.get("stage") or row["stage"], []).extend(losses)
     return found
 
 

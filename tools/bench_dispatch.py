@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         "backend": "gloo",
         "threads_a_rank": 1,
     }
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
-    say(", ".join(f"{name} {value}" for name, value in machine.items()))
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
+    log(", ".join(f"{name} {value}" for name, value in machine.items()))
     found = [measure(shape, ranks, args.rounds) for ranks in sizes]
-    say(render(found, shape, os.cpu_count() or 1))
+    log(render(found, shape, os.cpu_count() or 1))
     figures = {
         "machine": machine,
         "shape": asdict(shape),

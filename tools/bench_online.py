@@ -95,7 +95,11 @@ def _layouts(arguments: argparse.Namespace) -> list[Any]:
         spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
         told = {"engine": arguments.engine, "options": tuple(options)}
         every = [Layout(ranks, **told), *(Layout(ranks, ep, **told) for ep in spread)]
-        every = [one for one in every if kind.grid_refusal(kind.config_class(**one.fields), ranks) is None]
+        every = [
+            one
+            for one in every
+            if kind.dims_unsupported_reason(kind.config_class(**one.fields), ranks) is None
+        ]
         found += [*every, Layout(ranks, whole=True, **told)] if every else []
     return found
 
@@ -128,7 +132,7 @@ def main() -> int:
 
 
 _HEAD = (
-    f"{'dense':>7}{'mixture':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'besides':>9}{'+layer':>8}"
+    f"{'dense':>7}{'moe':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'besides':>9}{'+layer':>8}"
     f"{'making':>8}{'gate':>8}{'read':>8}"
 )
 
@@ -144,7 +148,7 @@ def _line(row: dict[str, Any]) -> str:
     parts = ("shard", "besides", "layer")
     bound = max(sum(rank[part] for part in parts) for rank in row["by_rank"]) / 2**20
     spread = "-" if row["whole"] else str(row["expert_parallel"])
-    line = f"{shown(most('dense'), 7)}{shown(most('mixture'), 9)}{shown(most('layer'), 7)}{row['ranks']:>7}"
+    line = f"{shown(most('dense'), 7)}{shown(most('moe'), 9)}{shown(most('layer'), 7)}{row['ranks']:>7}"
     line += f"{spread:>4}{shown(most('shard'), 8)}{shown(most('besides'), 9)}{bound:8.0f}"
     line += "".join(shown(most(key), 8) for key in ("making", "gate", "read"))
     return line + ("  whole on each rank first" if row["whole"] else "")

@@ -44,7 +44,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(mistakes)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)
 
 
@@ -64,7 +64,7 @@ def main() -> int:
         slow_down(arguments.disk_mib_s)
     shape = SaveShape(arguments.width, arguments.layers, arguments.batch, arguments.steps)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found, size = measure_saves(shape, arguments.rounds, Path(folder), _say)
+        found, size = measure_saves(shape, arguments.rounds, Path(folder), _log)
     rows: dict[str, Any] = {rival: found[rival].as_dict() for rival in RIVALS}
     disk = "the disk as it is"
     if arguments.disk_mib_s is not None:

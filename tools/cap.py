@@ -219,10 +219,10 @@ def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, An
     paths = [Path(path).expanduser() for path in args.compare]
     reports = read_reports(paths)
     report = join_reports(reports, [path.stem for path in paths])
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     for line in differences(reports):
-        say(f"note: {line}")
-    say(f"{aligned(RATIO_HEAD, ratio_rows(report))}\n")
+        log(f"note: {line}")
+    log(f"{aligned(RATIO_HEAD, ratio_rows(report))}\n")
     return report
 
 
@@ -231,14 +231,14 @@ def _show(args: argparse.Namespace, report: dict[str, Any], anchors: dict[str, A
     from recipes.cap.cap_table import text_of
     from recipes.cap.radar import make_radar
 
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
-    say(text_of(report))
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log(text_of(report))
     write_json(args.json, report)
     if args.out is not None:
         from recipes.cap.cap_page import write_report
 
         radar = make_radar(report, anchors, args.radar, args.radar_batch)
-        say(f"\npage: {write_report(Path(args.out).expanduser(), report, radar)}")
+        log(f"\npage: {write_report(Path(args.out).expanduser(), report, radar)}")
 
 
 if __name__ == "__main__":

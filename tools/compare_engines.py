@@ -53,12 +53,12 @@ def main() -> int:
     if mistakes:
         raise ConfigError(mistakes)
     overrides = [f"train.steps={arguments.steps}", *arguments.options]
-    say = partial(print, file=sys.stderr, flush=True)
+    log = partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.keep).expanduser().absolute() if arguments.keep else Path(scratch)
         out = sys.stderr if arguments.json == STDOUT else sys.stdout
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", file=out)
-        done = _print(run_layouts(chosen, overrides, folder, say), out)
+        done = _print(run_layouts(chosen, overrides, folder, log), out)
     figures = [
         {
             "layout": one.layout.name,

@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         figures = describe_counted(content, found.count, found.attention, request)
     else:
         figures = describe_model(content, request)
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     for line in lines_of(figures):
-        say(line)
+        log(line)
     write_json(args.json, figures)
     return 0
 

@@ -62,7 +62,7 @@ def main() -> int:
         dtype=dtypes.get(arguments.dtype),
         target=arguments.target,
         layout=arguments.layout,
-        leg=arguments.leg,
+        stage=arguments.stage,
     )
     done = export_run(request, Path(arguments.out).expanduser().absolute())
     print(

@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     from moe.errors import UserError
     from moe.scaling_laws import laws
 
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     if args.list:
-        say("\n\n".join(describe(law) for law in laws().values()))
+        log("\n\n".join(describe(law) for law in laws().values()))
         return 0
     known = laws()
     if mistakes := _flag_mistakes(args, known):
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     runs = parse_runs(read_text(args.runs, "RUNS.csv"), args.runs)
     options = FitOptions(args.delta, args.starts, bootstrap=args.bootstrap, level=args.level, seed=args.seed)
     fit = fit_law(known[args.law], runs, options)
-    say(summary(fit, runs, options))
+    log(summary(fit, runs, options))
     if args.figure:
         _write_png(args.figure, _figure(fit, runs))
-        say(f"figure: {args.figure}")
+        log(f"figure: {args.figure}")
     write_json(args.json, fit_record(fit, args.runs))
     return 0
 

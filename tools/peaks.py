@@ -78,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     dtypes = [getattr(torch, _DTYPES[name]) for name in names]
     rates = measure_machine(device, dtypes, args.rounds, args.seconds)
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
-    say(f"{describe_device(device)}, torch {torch.__version__}, load {load:.1f}")
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log(f"{describe_device(device)}, torch {torch.__version__}, load {load:.1f}")
     for line in _lines(rates):
-        say(line)
+        log(line)
     figures = {
         "device": describe_device(device),
         "machine": platform.platform(),

@@ -76,14 +76,14 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: A flag or the config cannot be used, or no layout fits.
     """
     args = build_parser().parse_args(argv)
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     work = _published if args.check_published or args.fit else _plan
-    figures = work(args, say)
+    figures = work(args, log)
     write_json(args.json, figures)
     return 0
 
 
-def _published(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def _published(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
     from moe.errors import ConfigError
     from moe.planning.assumptions import FITTED, Assumptions, with_settings
     from moe.planning.fit_efficiency import Fit, refit
@@ -97,16 +97,16 @@ def _published(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         fitted = refit(rows, assumed)
         values = {name: getattr(fitted, name) for name in FITTED}
         for name, value in values.items():
-            say(f"{name:16}{value:10.4g}   (set: {getattr(assumed, name):.4g})")
+            log(f"{name:16}{value:10.4g}   (set: {getattr(assumed, name):.4g})")
         return values
     tell = partial(print, end="\r", file=sys.stderr, flush=True) if sys.stderr.isatty() else lambda line: None
     checks = Fit(rows, assumed).check(tell)
     for line in check_lines(checks, assumed):
-        say(line)
+        log(line)
     return check_figures(checks, assumed)
 
 
-def _plan(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def _plan(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
     from moe.accounting.memory import ElementBytes
     from moe.accounting.shape import shape_from_config
     from moe.planning.advice import refuse_these, refuse_to_fit
@@ -129,7 +129,7 @@ def _plan(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any
     if not fitting:
         raise refuse_these(plans, args.only) if only else refuse_to_fit(job, cluster, assumed, sizes)
     for line in plan_lines(fitting[: args.top], len(fitting), len(layouts)):
-        say(line)
+        log(line)
     return {
         "job": job_figures(job, fitting[0]),
         "parameters": vars(assumed),

@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         granularity=args.granularity,
     )
     found = plan(question, curves)
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
-    say(summary(found))
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log(summary(found))
     if args.figure:
         from recipes.tracking.report.canvas import png
 
         write_bytes(args.figure, png(_figure(question, curves, found)))
-        say(f"\nfigure: {args.figure}")
+        log(f"\nfigure: {args.figure}")
     write_json(args.json, {"question": asdict(question), **_finite(asdict(found))})
     return 0
 

@@ -38,18 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     from recipes.tracking.report.run_record import read_run
     from recipes.tracking.report.sections import missing_parts
 
-    say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
+    log = partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
     path = build_report(args.run_dir)
     record = read_run(args.run_dir)
-    say(results_table(record.summary))
+    log(results_table(record.summary))
     gone = missing_parts(record)
     if gone:
-        say("\nnot measured:")
+        log("\nnot measured:")
     for text in gone:
-        say(f"  {text}")
-    say(f"\nreport: {path}")
+        log(f"  {text}")
+    log(f"\nreport: {path}")
     if args.figure:
-        say(f"figure: {readme_figure(args.run_dir, args.figure)}")
+        log(f"figure: {readme_figure(args.run_dir, args.figure)}")
     found: dict[str, Any] = {"report": str(path), "not_measured": gone}
     found["results"] = [asdict(result) for result in read_results(record.summary)]
     text = json.dumps(found, indent=2)

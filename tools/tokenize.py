@@ -59,12 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     if mistakes:
         raise DataError(mistakes)
     refuse_existing(args.output, "--output")
-    say = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
-    counts = tokenise(cfg, args.tokenizer, args.output, say)
+    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
+    counts = tokenise(cfg, args.tokenizer, args.output, log)
     rate = counts.tokens / max(counts.seconds, 1e-9)
     if counts.empty_documents:
-        say(f"{counts.empty_documents} empty documents left out")
-    say(
+        log(f"{counts.empty_documents} empty documents left out")
+    log(
         f"{counts.documents} documents, {counts.tokens} tokens, {counts.text_bytes} bytes of text "
         f"in {counts.seconds:.1f} s, {rate:.0f} tokens/s: {args.output}.bin and .idx"
     )

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
 from tools.command import check_json_target, run_command, write_json
-from tools.verify import describe_gate, gate_figures
+from tools.verify import describe_equivalence, gate_figures
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
     from recipes.upcycling.calibration.gather import LayerTensors
     from recipes.upcycling.convert.conversion import ConversionResult
     from recipes.upcycling.convert.conversion_plan import Conversion, ConversionRequest
-    from recipes.upcycling.convert.folder_check import GateReport
+    from recipes.upcycling.convert.folder_check import EquivalenceReport
 
 _DTYPES = ("source", "fp32", "bf16", "fp16")
 
@@ -94,7 +94,7 @@ def main() -> int:
     print(_conclude(conversion, result, peak), file=stream)
     gate = _verify(arguments, config, out) if arguments.verify else None
     if gate is not None:
-        print(describe_gate(gate), file=stream)
+        print(describe_equivalence(gate), file=stream)
     write_json(arguments.json, _figures(conversion, result, peak, gate))
     return 0 if gate is None or gate.agrees or not conversion.claims_exact else 1
 
@@ -221,7 +221,7 @@ def _convert(conversion: Conversion, out: Path) -> ConversionResult:
         return convert(conversion, out, bar.update)
 
 
-def _verify(arguments: argparse.Namespace, config: RunConfig, out: Path) -> GateReport:
+def _verify(arguments: argparse.Namespace, config: RunConfig, out: Path) -> EquivalenceReport:
     from recipes.upcycling.convert.folder_check import compare_folders, real_tokens
 
     dense = Path(arguments.dense).expanduser()
@@ -229,18 +229,18 @@ def _verify(arguments: argparse.Namespace, config: RunConfig, out: Path) -> Gate
 
 
 def _describe(conversion: Conversion) -> str:
-    spec, first = conversion.spec, conversion.spec.mixtures[0]
+    spec, first = conversion.spec, conversion.spec.moe_blocks[0]
     shared = f" and a shared one {first.shared_width} wide" if first.shared_width else ""
     dense_width = conversion.names.ffns[0].shape.width
     lines = [
         f"dense:   {spec.architecture}, {spec.num_layers} layers, networks {dense_width} wide",
-        f"mixture: {conversion.request.method.name}, {len(spec.mixtures)} layers with {first.num_experts} "
+        f"mixture: {conversion.request.method.name}, {len(spec.moe_blocks)} layers with {first.num_experts} "
         f"experts {first.expert.width} wide{shared}, router {first.router.name}, top {first.router.top_k}",
         f"format:  {conversion.exporter.name}, exact in {', '.join(conversion.exporter.exact_in(spec))}",
         f"size:    {_size(conversion.total_bytes)}",
     ]
     if not conversion.exporter.is_native:
-        lines.append(f"         in Graft's own format, since {'; '.join(conversion.refusals)}")
+        lines.append(f"         in Graft's own format, since {'; '.join(conversion.unsupported_reasons)}")
     if conversion.skipped:
         skipped = conversion.skipped
         lines.append(f"skipped: {len(skipped)} tensors that readers compute anew, such as {skipped[0]}")
@@ -262,7 +262,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _figures(
-    conversion: Conversion, result: ConversionResult, peak: int, gate: GateReport | None
+    conversion: Conversion, result: ConversionResult, peak: int, gate: EquivalenceReport | None
 ) -> dict[str, Any]:
     return {
         "format": conversion.exporter.name,

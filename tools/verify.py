@@ -13,7 +13,7 @@ from tools.command import check_json_target, run_command, write_json
 
 if TYPE_CHECKING:
     from recipes.data.config import DataConfig
-    from recipes.upcycling.convert.folder_check import GateReport
+    from recipes.upcycling.convert.folder_check import EquivalenceReport
 
 
 def _parse() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main() -> int:
     dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
     tokens = real_tokens(dense, data, arguments.samples, arguments.length)
     report = compare_folders(dense, moe, tokens, gradients=arguments.gradients)
-    print(describe_gate(report), file=sys.stderr if arguments.json == "-" else sys.stdout)
+    print(describe_equivalence(report), file=sys.stderr if arguments.json == "-" else sys.stdout)
     write_json(arguments.json, gate_figures(report))
     return 0 if report.agrees else 1
 
@@ -70,7 +70,7 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     return mistakes
 
 
-def describe_gate(report: GateReport) -> str:
+def describe_equivalence(report: EquivalenceReport) -> str:
     """The figures for people."""
     drift = report.logits
     verdict = "the same function" if report.agrees else "NOT the same function"
@@ -86,7 +86,7 @@ def describe_gate(report: GateReport) -> str:
     return "\n".join(lines)
 
 
-def gate_figures(report: GateReport) -> dict[str, Any]:
+def gate_figures(report: EquivalenceReport) -> dict[str, Any]:
     """The figures for programs."""
     return {
         "agrees": report.agrees,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kernels.bench.bench_case import Case, Layer, make_layer
-from kernels.bench.bench_layer import fastest_of, refusals, runner, stopwatch, usable
+from kernels.bench.bench_layer import fastest_of, runner, stopwatch, unsupported_reasons, usable
 from kernels.bench.bench_shapes import H200, Roof
 from kernels.bench.timing import Timing, interleave, median_ratio, summarise
 from kernels.expert_mlp import choose_backend
@@ -68,7 +68,7 @@ def measure_decode(
     """
     names = list(dict.fromkeys([*names, BASE]))
     whole = make_layer(replace(case, tokens=max(tokens)))
-    work, refused = refusals(case, names)
+    work, refused = unsupported_reasons(case, names)
     # The largest batch first, for those that tune themselves on what they see first.
     _, refused = usable(whole, names, refused, backward=False)
     results = []

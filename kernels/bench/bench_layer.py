@@ -97,11 +97,11 @@ def _peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def refusals(case: Case, names: Sequence[str]) -> tuple[Workload, dict[str, str | None]]:
+def unsupported_reasons(case: Case, names: Sequence[str]) -> tuple[Workload, dict[str, str | None]]:
     """What back ends are chosen by, and why each refuses it."""
     s = case.shape
     work = Workload(case.device, case.dtype, s.experts, s.width, s.expert_width, "silu", False)
-    return work, {name: BACKENDS[name].refusal(work) for name in names}
+    return work, {name: BACKENDS[name].unsupported_reason(work) for name in names}
 
 
 def measure_layer(
@@ -116,7 +116,7 @@ def measure_layer(
         roof: Of the GPU, for the share of the least time.
         passes: Some of `PASSES`.
     """
-    work, refused = refusals(case, names)
+    work, refused = unsupported_reasons(case, names)
     layer = make_layer(case)
     plan = layer.plan(case.tokens)
     auto = choose_backend(work.with_rows(plan)).backend.name

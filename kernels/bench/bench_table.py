@@ -20,7 +20,7 @@ from kernels.bench.bench_figure import Bar
 from kernels.bench.bench_layer import PASSES, Result, measure_layer
 from kernels.bench.bench_products import GOALS, ProductResult, measure_products
 from kernels.bench.bench_shapes import Roof
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LEGEND = (
@@ -137,7 +137,7 @@ def _duration(seconds: float) -> str:
 
 
 def _name(backend: str, *, is_auto: bool, is_fastest: bool) -> str:
-    mark = ("<<" if backend in RIVALS else "<") if is_fastest else ""
+    mark = ("<<" if backend in THIRD_PARTY else "<") if is_fastest else ""
     return f"{backend}{'*' if is_auto else ''} {mark}"
 
 

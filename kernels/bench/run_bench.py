@@ -23,7 +23,7 @@ from kernels.bench.bench_figure import Bar, bars_svg
 from kernels.bench.bench_shapes import ROUTINGS, SHAPES, Roof
 from kernels.bench.bench_table import decode_table, layers_table, products_table
 from kernels.expert_mlp import BACKENDS
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -130,7 +130,7 @@ def _cases(arguments: argparse.Namespace, tokens: Sequence[int], routings: Seque
 
 def _missing(names: Sequence[str]) -> dict[str, str]:
     """Adapters whose library is not there, or not in a version that was read, with the reason."""
-    found = {name: RIVALS[name].missing() for name in names if name in RIVALS}
+    found = {name: THIRD_PARTY[name].missing() for name in names if name in THIRD_PARTY}
     return {name: why for name, why in found.items() if why is not None}
 
 

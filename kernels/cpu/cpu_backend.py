@@ -17,7 +17,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def refusal(self, work: Workload) -> str | None:
+    def unsupported_reason(self, work: Workload) -> str | None:
         """Refuses other devices, and fp16, for which CPUs have no fast product."""
         if work.device.type != "cpu":
             return f"it runs on CPUs, and the weights are on {work.device.type}"

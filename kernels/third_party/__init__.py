@@ -1,7 +1,7 @@
 """Adapters for other libraries' expert kernels: found by being here, run where their library is installed.
 
-Each is a `kernels.third_party.adapter.Rival` in a file of its own. Without its library it refuses and says
-how to get it.
+Each is a `kernels.third_party.adapter.ThirdPartyBackend` in a file of its own. Without its library it refuses
+and says how to get it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import pkgutil
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kernels.third_party.adapter import Rival
+from kernels.third_party.adapter import ThirdPartyBackend
 
 
-def _discover() -> dict[str, Rival]:
-    found: dict[str, Rival] = {}
+def _discover() -> dict[str, ThirdPartyBackend]:
+    found: dict[str, ThirdPartyBackend] = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for value in vars(module).values():
             own = inspect.isclass(value) and value.__module__ == module.__name__
-            if own and issubclass(value, Rival) and not inspect.isabstract(value):
+            if own and issubclass(value, ThirdPartyBackend) and not inspect.isabstract(value):
                 assert value.name not in found, f"two adapters are called {value.name!r}"
                 found[value.name] = value()
     return found
 
 
 #: Every adapter by the name that forces it, whether or not its library is installed.
-RIVALS: Mapping[str, Rival] = MappingProxyType(_discover())
+THIRD_PARTY: Mapping[str, ThirdPartyBackend] = MappingProxyType(_discover())

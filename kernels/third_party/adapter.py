@@ -26,7 +26,7 @@ from kernels.plan.row_plan import RowPlan
 from kernels.torch.expert_loop import LoopBackend
 
 
-class RivalLimitError(RuntimeError):
+class ThirdPartyLimitError(RuntimeError):
     """A batch is beyond what a library can address; known only once the rows are."""
 
 
@@ -53,7 +53,7 @@ class Requirement:
         """The range, for people."""
         return f">={_dotted(self.at_least)},<{_dotted(self.below)}"
 
-    def refusal(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why the library cannot be used, as a clause: it is missing, or of another version."""
         if importlib.util.find_spec(self.module) is None:
             return f"the package {self.distribution} is not installed ({self.install})"
@@ -75,7 +75,7 @@ class Requirement:
         return importlib.import_module(f"{self.module}.{submodule}" if submodule else self.module)
 
 
-class Rival(ABC):
+class ThirdPartyBackend(ABC):
     """A back end that another library computes.
 
     Attributes:
@@ -106,14 +106,18 @@ class Rival(ABC):
 
     def missing(self) -> str | None:
         """Why its libraries cannot be used, or None: they are installed, in versions that were read."""
-        found = (requirement.refusal() for requirement in self.requirements)
+        found = (requirement.unsupported_reason() for requirement in self.requirements)
         return next((why for why in found if why is not None), None)
 
-    def refusal(self, work: Workload) -> str | None:
-        """See `kernels.backend.Backend.refusal`; the library first, as nothing else matters without it."""
+    def unsupported_reason(self, work: Workload) -> str | None:
+        """See `Backend.unsupported_reason`; the library first, as nothing else matters without it."""
         if (why := self.missing()) is not None:
             return why
-        for reason in (self._kind_refusal, self._width_refusal, self._device_refusal):
+        for reason in (
+            self._kind_unsupported_reason,
+            self._width_unsupported_reason,
+            self._device_unsupported_reason,
+        ):
             if (why := reason(work)) is not None:
                 return why
         return None
@@ -122,7 +126,7 @@ class Rival(ABC):
         """See `kernels.backend.Backend.run`.
 
         Raises:
-            RivalLimitError: The rows are more than the library can address.
+            ThirdPartyLimitError: The rows are more than the library can address.
         """
         if plan.num_rows == 0:
             # A grid of no programs is an error to some; the loop gives zeros that have gradients.
@@ -133,7 +137,7 @@ class Rival(ABC):
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         """The same, of at least one row."""
 
-    def _kind_refusal(self, work: Workload) -> str | None:
+    def _kind_unsupported_reason(self, work: Workload) -> str | None:
         if work.dtype not in self.dtypes:
             return f"it runs {', '.join(_short(dtype) for dtype in self.dtypes)}, not {work.dtype}"
         if work.low_rank:
@@ -148,13 +152,13 @@ class Rival(ABC):
             return f"it has no activation {work.activation!r}; it has {', '.join(self.activations)}"
         return None
 
-    def _width_refusal(self, work: Workload) -> str | None:
+    def _width_unsupported_reason(self, work: Workload) -> str | None:
         for name, width in (("model width", work.model_width), ("expert width", work.expert_width)):
             if width % self.multiple:
                 return f"the {name} {width} is not a multiple of {self.multiple}"
         return None
 
-    def _device_refusal(self, work: Workload) -> str | None:
+    def _device_unsupported_reason(self, work: Workload) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if work.device.type == "cpu" and self.interpretable:
             return None if interpreted else "it runs on GPUs; on a CPU only with TRITON_INTERPRET=1"
@@ -169,9 +173,9 @@ class Rival(ABC):
                 "its fp32 products are TF32, and torch.get_float32_matmul_precision() asks for true fp32 "
                 "(torch.set_float32_matmul_precision('high') allows TF32)"
             )
-        return self._capability_refusal(torch.cuda.get_device_capability(work.device))
+        return self._capability_unsupported_reason(torch.cuda.get_device_capability(work.device))
 
-    def _capability_refusal(self, capability: tuple[int, int]) -> str | None:
+    def _capability_unsupported_reason(self, capability: tuple[int, int]) -> str | None:
         here = _dotted(capability)
         if capability < self.least_capability:
             return f"it needs compute capability {_dotted(self.least_capability)}, and this GPU has {here}"

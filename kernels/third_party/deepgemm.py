@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import ExpertTensors
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party.adapter import Requirement, Rival
+from kernels.third_party.adapter import Requirement, ThirdPartyBackend
 from kernels.third_party.products import by_product, counted
 
 
@@ -90,7 +90,7 @@ class _Product(torch.autograd.Function):
         return drows_RI, dw_EOI, None, None
 
 
-class DeepGEMM(Rival):
+class DeepGEMM(ThirdPartyBackend):
     """Its bf16 products between our gather and our gather-and-sum."""
 
     name = "deepgemm"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.backend import ExpertTensors
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party.adapter import Requirement, Rival
+from kernels.third_party.adapter import Requirement, ThirdPartyBackend
 from kernels.third_party.products import by_product, counted
 
 #: Needed by MegaBlocks as well.
@@ -27,7 +27,7 @@ GROUPED_GEMM = Requirement(
 )
 
 
-class GroupedGemm(Rival):
+class GroupedGemm(ThirdPartyBackend):
     """Its product between our gather and our gather-and-sum."""
 
     name = "grouped_gemm"

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kernels.backend import ExpertTensors
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party.adapter import Requirement, Rival
+from kernels.third_party.adapter import Requirement, ThirdPartyBackend
 from kernels.third_party.routed import every_slot_used
 
 
-class Liger(Rival):
+class Liger(ThirdPartyBackend):
     """The fused function, of SwiGLU experts without biases."""
 
     name = "liger"

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from kernels.backend import ExpertTensors
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party.adapter import Requirement, Rival, RivalLimitError
+from kernels.third_party.adapter import Requirement, ThirdPartyBackend, ThirdPartyLimitError
 from kernels.third_party.grouped_gemm import GROUPED_GEMM
 from kernels.third_party.products import hidden_to_rows
 from kernels.third_party.routed import every_slot_used
 
 
-class MegaBlocks(Rival):
+class MegaBlocks(ThirdPartyBackend):
     """Its gather and scatter with grouped_gemm's product between them."""
 
     name = "megablocks"
@@ -41,7 +41,7 @@ class MegaBlocks(Rival):
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         routed = every_slot_used(x_TD, weights_TK, plan)
         if len(routed.slot_R) * x_TD.shape[1] >= 2**31:
-            raise RivalLimitError("megablocks addresses rows with 32 bits, and these are too many")
+            raise ThirdPartyLimitError("megablocks addresses rows with 32 bits, and these are too many")
         ops, gmm = self.requirements[0].load("ops"), self.requirements[1].load("ops").gmm
         ends_E = routed.ends_E.to(torch.int32)
         sizes_E = routed.ends_E.diff(prepend=routed.ends_E.new_zeros(1)).cpu()

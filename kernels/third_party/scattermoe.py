@@ -17,13 +17,13 @@ from torch import Tensor
 from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party.adapter import Requirement, Rival, RivalLimitError
+from kernels.third_party.adapter import Requirement, ThirdPartyBackend, ThirdPartyLimitError
 from kernels.third_party.routed import every_slot_used
 
 _ADDRESSABLE = 2**31
 
 
-class ScatterMoE(Rival):
+class ScatterMoE(ThirdPartyBackend):
     """`parallel_linear` twice, as its own gated layer does, the activation by torch."""
 
     name = "scattermoe"
@@ -41,17 +41,17 @@ class ScatterMoE(Rival):
     rounds_fp32 = True
     interpretable = True
 
-    def _width_refusal(self, work: Workload) -> str | None:
+    def _width_unsupported_reason(self, work: Workload) -> str | None:
         elements = work.num_experts * work.model_width * work.expert_width * (2 if work.gated else 1)
         if elements >= _ADDRESSABLE:
             return f"it addresses weight gradients with 32 bits, and these have {elements} elements"
-        return super()._width_refusal(work)
+        return super()._width_unsupported_reason(work)
 
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         routed = every_slot_used(x_TD, weights_TK, plan)
         widest = max(x_TD.shape[1], experts.w_up_EUD.shape[1])
         if len(routed.slot_R) * widest >= _ADDRESSABLE:
-            raise RivalLimitError(
+            raise ThirdPartyLimitError(
                 f"scattermoe addresses rows with 32 bits: {len(routed.slot_R)} rows of {widest} are too many"
             )
         parallel_linear = self.requirements[0].load().parallel_linear

@@ -22,7 +22,7 @@ class LoopBackend:
 
     name = "loop"
 
-    def refusal(self, work: Workload) -> str | None:
+    def unsupported_reason(self, work: Workload) -> str | None:
         """Runs everything."""
         return None
 

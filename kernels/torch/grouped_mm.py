@@ -29,7 +29,7 @@ class GroupedMMBackend:
 
     name = "grouped_mm"
 
-    def refusal(self, work: Workload) -> str | None:
+    def unsupported_reason(self, work: Workload) -> str | None:
         """Refuses what `F.grouped_mm` does not take: dtypes, strides, biases, buffers for gradients."""
         if work.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"F.grouped_mm takes fp32, bf16 and fp16, not {work.dtype}"

@@ -16,7 +16,7 @@ from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan.row_plan import RowPlan
 from kernels.triton.triton_ops import experts as run_experts
-from kernels.triton.tuned_blocks import refusal as tuned_refusal
+from kernels.triton.tuned_blocks import unsupported_reason as tuned_unsupported_reason
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
@@ -29,7 +29,7 @@ class TritonBackend:
 
     name = "triton"
 
-    def refusal(self, work: Workload) -> str | None:
+    def unsupported_reason(self, work: Workload) -> str | None:
         """Refuses fp64, what is no NVIDIA GPU of capability 8.0, and machines without Triton."""
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -39,7 +39,7 @@ class TritonBackend:
             return f"it has no activation {work.activation!r}"
         if work.num_experts > _MOST_EXPERTS:
             return f"it runs up to {_MOST_EXPERTS} experts, not {work.num_experts}"
-        return _device_refusal(work.device)
+        return _device_unsupported_reason(work.device)
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         """See `kernels.backend.Backend.run`."""
@@ -65,7 +65,7 @@ class TritonBackend:
         return out
 
 
-def _device_refusal(device: torch.device) -> str | None:
+def _device_unsupported_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
@@ -79,4 +79,4 @@ def _device_refusal(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
-    return tuned_refusal(device)
+    return tuned_unsupported_reason(device)

@@ -101,7 +101,7 @@ def _of_device(wish: str, device: torch.device) -> Tuned:
     return read(identity.path() if wish == "1" else Path(wish), identity)
 
 
-def refusal(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why the tuned blocks that the environment asks for cannot be used on a GPU, as a clause."""
     try:
         tuned_blocks(device, torch.bfloat16)

@@ -92,11 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     layer = Layer(given.tokens, given.experts, given.top_k, given.model_width, given.expert_width)
     device, dtype = torch.device("cuda", 0), DTYPES[given.dtype]
     widths = (layer.experts, layer.model_width, layer.expert_width, "silu", False)
-    refusal = "there is no GPU here"
+    unsupported_reason = "there is no GPU here"
     if torch.cuda.is_available():
-        refusal = BACKENDS["triton"].refusal(Workload(device, dtype, *widths)) or ""
-    if refusal:
-        print(f"the Triton kernels cannot be tuned: {refusal}", file=sys.stderr)
+        unsupported_reason = BACKENDS["triton"].unsupported_reason(Workload(device, dtype, *widths)) or ""
+    if unsupported_reason:
+        print(f"the Triton kernels cannot be tuned: {unsupported_reason}", file=sys.stderr)
         return 2
     identity = identity_of(device)
     path = given.out or identity.path()

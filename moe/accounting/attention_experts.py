@@ -103,11 +103,11 @@ class AttentionExpertsShape(Mixer):
         return self.dense.most_keys(seq_len)
 
 
-def attention_mixtures(shape: ModelShape) -> tuple[AttentionExpertsShape, ...]:
+def attention_moe_blocks(shape: ModelShape) -> tuple[AttentionExpertsShape, ...]:
     """The attention layers of a model whose heads are experts, in order."""
     return tuple(mixer for mixer in shape.attention if isinstance(mixer, AttentionExpertsShape))
 
 
-def mixtures(shape: ModelShape) -> tuple[MoEShape | AttentionExpertsShape, ...]:
+def moe_blocks(shape: ModelShape) -> tuple[MoEShape | AttentionExpertsShape, ...]:
     """All that routes: networks in order, then attention in order, as `moe.metrics.report_load` has them."""
-    return (*shape.moe, *attention_mixtures(shape))
+    return (*shape.moe, *attention_moe_blocks(shape))

@@ -119,7 +119,7 @@ def step_bytes(
     Args:
         shape: Of the model.
         batch: Of the pass.
-        distinct: Different routed experts of every one of `moe.accounting.attention_experts.mixtures`, see
+        distinct: Different routed experts of every one of `moe.accounting.attention_experts.moe_blocks`, see
             `moe.accounting.distinct`.
         bits: By class; 16 each by default.
 

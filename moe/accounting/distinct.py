@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.accounting.attention_experts import mixtures
+from moe.accounting.attention_experts import moe_blocks
 from moe.accounting.layers import ModelShape
 from moe.accounting.params import count_from_shape
 
@@ -67,13 +67,13 @@ def expected_distinct_of(shares: Iterable[float], tokens: int) -> float:
 
 def estimated_distinct(shape: ModelShape, tokens: int) -> DistinctExperts:
     """Without a trace: see `expected_distinct`. Exact for one token."""
-    layers = (expected_distinct(one.num_experts, one.top_k, tokens) for one in mixtures(shape))
+    layers = (expected_distinct(one.num_experts, one.top_k, tokens) for one in moe_blocks(shape))
     return DistinctExperts(tuple(layers), "estimated-uniform-upper-bound")
 
 
 def all_distinct(shape: ModelShape) -> tuple[float, ...]:
     """Every expert of every mixture: what MBU takes every pass for."""
-    return tuple(float(one.num_experts) for one in mixtures(shape))
+    return tuple(float(one.num_experts) for one in moe_blocks(shape))
 
 
 def touched_share(shape: ModelShape, distinct: Sequence[float]) -> float:
@@ -81,7 +81,7 @@ def touched_share(shape: ModelShape, distinct: Sequence[float]) -> float:
     total = count_from_shape(shape).total
     width = shape.hidden_size
     idle = 0.0
-    for one, used in zip(mixtures(shape), distinct, strict=True):
+    for one, used in zip(moe_blocks(shape), distinct, strict=True):
         expert = one.expert_matrix_parameters(width) + one.expert_vector_parameters(width)
         idle += (one.num_experts - used) * expert
     return (total - idle) / total

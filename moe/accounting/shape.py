@@ -97,12 +97,12 @@ def _check_causal(config: LayerConfig) -> None:
 
 def _graft_shape(config: LayerConfig) -> ModelShape:
     # It builds routers: not before one is there.
-    from moe.accounting.families.graft import with_mixtures
+    from moe.accounting.families.graft import with_moe_blocks
 
     dense = config.get("dense_config")
     if not isinstance(dense, Mapping):
         refuse("dense_config", dense, f"the config of {GRAFT} needs this key", "Give the whole config.json.")
-    return with_mixtures(config, shape_from_config(dense))
+    return with_moe_blocks(config, shape_from_config(dense))
 
 
 def attention_from_config(config: LayerConfig) -> tuple[Mixer, ...]:

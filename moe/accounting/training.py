@@ -52,7 +52,7 @@ class StepModel:
             are only looked up.
         always_trained: Of these, those that have a gradient.
         row: Elements that a token looks up.
-        mixtures: In the order of the layers.
+        moe_blocks: In the order of the layers.
         update_bytes: Of the update, all ranks together: what their shards or replicas hold. See
             `update_bytes`.
     """
@@ -60,7 +60,7 @@ class StepModel:
     always: int
     always_trained: int
     row: int
-    mixtures: tuple[Mixture, ...]
+    moe_blocks: tuple[Mixture, ...]
     update_bytes: float
 
 
@@ -108,7 +108,7 @@ class TrainingBytes:
 
 
 def used_flops_per_token(
-    flops_per_token: float, mixtures: Sequence[Mixture], experts_per_token: Sequence[float]
+    flops_per_token: float, moe_blocks: Sequence[Mixture], experts_per_token: Sequence[float]
 ) -> float:
     """FLOPs of a token's forward and backward pass with the experts that were used: what S-MFU is of.
 
@@ -120,17 +120,14 @@ def used_flops_per_token(
 
     Args:
         flops_per_token: With K of every mixture, see `moe.accounting.flops.training_flops_per_token`.
-        mixtures: Of the model, with the same K.
+        moe_blocks: Of the model, with the same K.
         experts_per_token: Of every mixture: slots that were used, over tokens.
 
     Raises:
         ValueError: There is not one number for every mixture.
     """
-    pairs = zip(mixtures, experts_per_token, strict=True)
-    more = sum(
-        (used - mixture.top_k) * (TRAINING_FORWARDS * mixture.matrix - mixture.frozen)
-        for mixture, used in pairs
-    )
+    pairs = zip(moe_blocks, experts_per_token, strict=True)
+    more = sum((used - moe.top_k) * (TRAINING_FORWARDS * moe.matrix - moe.frozen) for moe, used in pairs)
     return flops_per_token + 2 * more
 
 
@@ -150,19 +147,19 @@ def training_step_bytes(
     """
     counts = (touched.distinct, touched.distinct_in_step)
     wrong = [
-        count for count in counts if len(count) != len(model.mixtures) or not _fits(count, model.mixtures)
+        count for count in counts if len(count) != len(model.moe_blocks) or not _fits(count, model.moe_blocks)
     ]
     if wrong:
-        limits = tuple(mixture.num_experts for mixture in model.mixtures)
+        limits = tuple(moe.num_experts for moe in model.moe_blocks)
         raise ValueError(f"distinct={wrong[0]} must hold a number from 0 to E for mixtures of E={limits}.")
     passes, ranks = touched.micro_batches, touched.ranks
     read = float(passes * model.always)
     moved = float((2 * passes - ranks) * model.always_trained)
-    readers = touched.readers or (1,) * len(model.mixtures)
-    for mixture, each, once, together in zip(model.mixtures, *counts, readers, strict=True):
+    readers = touched.readers or (1,) * len(model.moe_blocks)
+    for moe, each, once, together in zip(model.moe_blocks, *counts, readers, strict=True):
         read_experts = passes / together * each
-        read += read_experts * mixture.elements
-        moved += (2 * read_experts - ranks / together * once) * mixture.trained
+        read += read_experts * moe.elements
+        moved += (2 * read_experts - ranks / together * once) * moe.trained
     return TrainingBytes(
         weights=float(weight_size * (2 * read + model.row * touched.tokens)),
         gradients=float(gradient_size * moved),
@@ -184,5 +181,5 @@ def update_bytes(weights: int, state: int, gradients: int) -> float:
     return float(2 * weights + 2 * state + gradients)
 
 
-def _fits(count: Sequence[float], mixtures: Sequence[Mixture]) -> bool:
-    return all(0 <= used <= mixture.num_experts for used, mixture in zip(count, mixtures, strict=True))
+def _fits(count: Sequence[float], moe_blocks: Sequence[Mixture]) -> bool:
+    return all(0 <= used <= moe.num_experts for used, moe in zip(count, moe_blocks, strict=True))

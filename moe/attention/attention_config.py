@@ -55,10 +55,10 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
         cls: Class of its router.
         num_experts: E.
     """
-    refusal = _kind_refusal(config.router, cls)
-    if refusal is not None:
+    unsupported_reason = _kind_unsupported_reason(config.router, cls)
+    if unsupported_reason is not None:
         remedy = "Choose a router of single tokens such as one_plus, topk or sigmoid."
-        return [Mistake("attention.router.name", config.router.name, refusal, remedy)]
+        return [Mistake("attention.router.name", config.router.name, unsupported_reason, remedy)]
     top_k = getattr(config.router, "top_k", 1)
     if top_k > num_experts:
         rule = f"the model has {num_experts} key-value heads"
@@ -73,7 +73,7 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
     return []
 
 
-def _kind_refusal(config: RouterConfig, cls: type[Router[Any]]) -> str | None:
+def _kind_unsupported_reason(config: RouterConfig, cls: type[Router[Any]]) -> str | None:
     """Why attention has no place for a kind of router."""
     if not cls.is_causal:
         return "a token's heads would depend on later tokens"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moe.dispatch.base import Arrival, Dispatched, Dispatcher
+from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from moe.registry import discover
 
-__all__ = ["Arrival", "Dispatched", "Dispatcher", "dispatcher_classes"]
+__all__ = ["DispatchHandle", "Dispatched", "Dispatcher", "dispatcher_classes"]
 
 
 def dispatcher_classes() -> dict[str, type[Dispatcher]]:

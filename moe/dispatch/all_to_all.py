@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from kernels.plan.row_plan import make_plan
-from moe.dispatch.base import Arrival, Dispatched, Dispatcher
+from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from moe.errors import ConfigError
 from moe.types import Routing
 
@@ -102,7 +102,7 @@ class AllToAllDispatcher(Dispatcher):
         self.num_experts = num_experts
         self.num_local = experts_of_a_rank(num_experts, self.ranks)
 
-    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
+    def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
         """Sends each token to the ranks of its experts, with its weights there."""
         assert routing.num_experts == self.num_experts, (routing.num_experts, self.num_experts)
         rank_TK = self._rank_of_slots(routing)

@@ -32,7 +32,7 @@ class Dispatched:
     plan: RowPlan
 
 
-Arrival: TypeAlias = Callable[[], Dispatched]
+DispatchHandle: TypeAlias = Callable[[], Dispatched]
 """Waits until tokens that are under way have arrived. To be called once."""
 
 
@@ -44,7 +44,7 @@ class Dispatcher(ABC):
     """The ranks that hold a copy of all experts between them; None is this process alone."""
 
     @abstractmethod
-    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
+    def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
         """Sends ``[T, D]`` tokens on their way to where their experts are, and does not wait for them.
 
         What is computed between this call and that of the result runs while they travel; in backward, while

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.plan.row_plan import make_plan
-from moe.dispatch.base import Arrival, Dispatched, Dispatcher
+from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from moe.types import Routing
 
 
@@ -17,7 +17,7 @@ class LocalDispatcher(Dispatcher):
 
     name = "local"
 
-    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
+    def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
         """Sorts the slots by expert; x stays where it is."""
         plan = make_plan(routing.expert_ids_TK, routing.num_experts, routing.slot_mask_TK)
         weights_TK = routing.weights_TK

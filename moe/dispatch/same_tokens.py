@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from moe.dispatch.base import Arrival, Dispatched, Dispatcher
+from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from moe.types import Routing
 
 
@@ -54,7 +54,7 @@ class SameTokensDispatcher(Dispatcher):
         self.group = inner.group
         self._same = same
 
-    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
+    def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
         """Sends the share on its way."""
         mask_TK, mine = routing.slot_mask_TK, _share(len(x_TD), self._same)
         share = Routing(
@@ -63,10 +63,10 @@ class SameTokensDispatcher(Dispatcher):
             routing.num_experts,
             None if mask_TK is None else mask_TK[mine],
         )
-        arrival = self.inner.start(_take(x_TD, self._same), share)
+        handle = self.inner.start(_take(x_TD, self._same), share)
 
         def arrive() -> Dispatched:
-            inner = arrival()
+            inner = handle()
             return SharedDispatched(inner.rows_ND, inner.weights_NK, inner.plan, inner, len(x_TD))
 
         return arrive

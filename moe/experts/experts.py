@@ -153,10 +153,10 @@ class Experts(nn.Module):
         key = (device, dtype)
         if key not in self._adding:
             work = replace(self._workload(device, dtype), accumulates=True)
-            refusal = self._choice(device, dtype).backend.refusal(work)
-            self._adding[key] = refusal is None
-            if refusal is not None:
-                _LOG.debug("gradients of experts are returned, not added in fp32: %s", refusal)
+            unsupported_reason = self._choice(device, dtype).backend.unsupported_reason(work)
+            self._adding[key] = unsupported_reason is None
+            if unsupported_reason is not None:
+                _LOG.debug("gradients of experts are returned, not added in fp32: %s", unsupported_reason)
         return self._adding[key]
 
     @torch.no_grad()

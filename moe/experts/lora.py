@@ -61,7 +61,7 @@ def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, 
     return found
 
 
-def rank_refusal(rank: int, model_width: int, expert_width: int) -> str | None:
+def rank_unsupported_reason(rank: int, model_width: int, expert_width: int) -> str | None:
     """Why experts of such widths cannot have factors of this rank, as a clause; None when they can."""
     least = min(model_width, expert_width)
     if rank <= least:

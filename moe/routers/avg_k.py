@@ -57,7 +57,7 @@ class AvgKRouter(Router[AvgKConfig]):
     name = "avg_k"
     config_class = AvgKConfig
     host_syncs: ClassVar[str | None] = "once, before the first training pass: whether the experts differ"
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "its first training pass asks whether the experts differ. Run one before compiling"
     )
 

@@ -54,8 +54,8 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         mixes_tokens: Whether experts see mixtures of tokens: what a routing says of tokens is then not how
             much the experts compute.
         host_syncs: Why the host waits for a GPU in a training pass, and how often; None where it never does.
-        compile_refusal: Why ``torch.compile(router, fullgraph=True)`` cannot hold the training passes of all
-            steps in one graph, and what to do; None where it can.
+        compile_unsupported_reason: Why ``torch.compile(router, fullgraph=True)`` cannot hold the training
+            passes of all steps in one graph, and what to do; None where it can.
     """
 
     name: ClassVar[str]
@@ -65,7 +65,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     varies_top_k: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
     host_syncs: ClassVar[str | None] = None
-    compile_refusal: ClassVar[str | None] = None
+    compile_unsupported_reason: ClassVar[str | None] = None
 
     def __init__(self, config: ConfigT, model_width: int, num_experts: int) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class BaseLayersRouter(Router[BaseLayersConfig]):
     host_syncs: ClassVar[str | None] = (
         "the auction asks once a round of bidding whether every token is held, and places the rest by index"
     )
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "the auction lasts as many rounds as the tokens need. Compile the experts alone"
     )
 

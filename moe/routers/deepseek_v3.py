@@ -86,7 +86,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
     name = "deepseek_v3"
     config_class = DeepSeekV3Config
     varies_top_k: ClassVar[bool] = True
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
         "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
     )

@@ -49,7 +49,7 @@ class GShardRouter(LinearRouter[GShardConfig]):
 
     name = "gshard"
     config_class = GShardConfig
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host in each pass. "
         "Compile the experts alone"
     )

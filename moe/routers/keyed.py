@@ -72,7 +72,7 @@ class KeyedRouter(Router[KeyedConfig]):
     name = "keyed"
     config_class = KeyedConfig
     host_syncs: ClassVar[str | None] = "asks once a pass whether every key names an expert"
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "asks whether every key names an expert, and then raises an error. Compile the experts alone"
     )
 

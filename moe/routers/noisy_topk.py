@@ -70,7 +70,7 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
     name = "noisy_topk"
     config_class = NoisyTopKConfig
     varies_top_k: ClassVar[bool] = True
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host. Compile the "
         "experts alone"
     )

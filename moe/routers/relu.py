@@ -68,7 +68,7 @@ class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):
     host_syncs: ClassVar[str | None] = (
         "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
     )
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
         "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
     )

@@ -48,7 +48,7 @@ class SinkhornRouter(AssignedRouter[SinkhornConfig]):
     name = "sinkhorn"
     config_class = SinkhornConfig
     host_syncs: ClassVar[str | None] = "every check_every iterations, whether Sinkhorn has converged"
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "it iterates until it has converged. router=s_base iterates a fixed number of times"
     )
 

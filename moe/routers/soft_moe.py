@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.dispatch.base import Arrival, Dispatched, Dispatcher
+from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from moe.routers.base import Router, RouterConfig
 from moe.routing.chosen import sequence_shape
 from moe.routing.token_mean import figure_mean
@@ -156,7 +156,7 @@ class SoftDispatcher(Dispatcher):
     def __init__(self, inner: Dispatcher) -> None:
         self.inner = inner
 
-    def start(self, x_TD: Tensor, routing: Routing) -> Arrival:
+    def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
         """Mixes the tokens of each sequence into slots and sends those."""
         assert isinstance(routing, SoftRouting), type(routing)
         dispatch_BSN, combine_BSN = routing.dispatch_BSN, routing.combine_BSN
@@ -168,10 +168,10 @@ class SoftDispatcher(Dispatcher):
             slots_MD = (dispatch_BSN.transpose(1, 2) @ x_BSD).reshape(B * N, D).to(x_TD.dtype)
         expert_N = torch.arange(E, device=x_TD.device).repeat_interleave(N // E)
         ones_M1 = torch.ones(B * N, 1, dtype=dispatch_BSN.dtype, device=x_TD.device)
-        arrival = self.inner.start(slots_MD, Routing(expert_N.repeat(B)[:, None], ones_M1, E))
+        handle = self.inner.start(slots_MD, Routing(expert_N.repeat(B)[:, None], ones_M1, E))
 
         def arrive() -> Dispatched:
-            inner = arrival()
+            inner = handle()
             return SoftDispatched(
                 inner.rows_ND, inner.weights_NK, inner.plan, inner=inner, combine_BSN=combine_BSN
             )

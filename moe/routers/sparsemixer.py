@@ -61,7 +61,7 @@ class SparseMixerRouter(LinearRouter[SparseMixerConfig]):
 
     name = "sparsemixer"
     config_class = SparseMixerConfig
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host in each pass. "
         "Compile the experts alone"
     )

@@ -81,7 +81,7 @@ class SSRRouter(AssignedRouter[SSRConfig]):
     host_syncs: ClassVar[str | None] = (
         "only on steps that transport: every check_every iterations, whether Sinkhorn has converged"
     )
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "whether a step transports is a hash of seed, step and layer, which the host computes in every pass. "
         "Compile the experts alone"
     )

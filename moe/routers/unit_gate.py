@@ -60,7 +60,7 @@ class UnitGateRouter(Router[UnitGateConfigT], Generic[UnitGateConfigT]):
         load_bias: Moves towards even load.
     """
 
-    compile_refusal: ClassVar[str | None] = (
+    compile_unsupported_reason: ClassVar[str | None] = (
         "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
         "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
     )

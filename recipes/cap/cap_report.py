@@ -53,7 +53,7 @@ def measure(request: Request, log: Log = lambda line: None) -> Figures:
 
     Raises:
         ConfigError: The request has mistakes, all of them, before a model is loaded.
-        HostError: A system cannot be loaded, or ran otherwise than asked.
+        ModelError: A system cannot be loaded, or ran otherwise than asked.
     """
     mistakes = check_request(request)
     if mistakes:

@@ -47,7 +47,7 @@ def find_source(given: Path) -> Source | Mistake:
         remedy = f"Let the run end, or write one: python -m tools.export {given} --out DIR."
         return Mistake("FOLDER", str(given), "this run has no exported model yet", remedy)
     if given.name in (_DENSE, _CONTINUED) and _is_run(given.parent):
-        return _leg(given)
+        return _stage(given)
     rule = "there is no config.json in it, and it is no run"
     return Mistake("FOLDER", str(given), rule, "Give the folder of a local checkpoint, or of a run.")
 
@@ -56,7 +56,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / _SETTINGS).is_file()
 
 
-def _leg(given: Path) -> Source | Mistake:
+def _stage(given: Path) -> Source | Mistake:
     run = given.parent
     try:
         dense = read_run_file(run).get("identity", {}).get("dense")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe.accounting.attention_experts import mixtures
+from moe.accounting.attention_experts import moe_blocks
 from moe.accounting.distinct import DistinctExperts, traced_distinct
 from moe.accounting.layers import ModelShape
 from moe.attention.routed_attention import AttentionMoE, by_expert
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.layer import MoELayer
 
 _INDEX_NAMES = ("top_k_index", "router_indices")
@@ -77,12 +77,12 @@ def check_sites(sites: Sequence[Site], shape: ModelShape, folder: str) -> None:
     """Whether the mixtures that can be watched are those that the accounting knows.
 
     Raises:
-        HostError: They differ; counts would be given to the wrong layers.
+        ModelError: They differ; counts would be given to the wrong layers.
     """
-    found, known = [site.num_experts for site in sites], [one.num_experts for one in mixtures(shape)]
+    found, known = [site.num_experts for site in sites], [one.num_experts for one in moe_blocks(shape)]
     if found != known:
         rule = f"its modules have mixtures of {found} experts, its config describes {known}"
-        raise HostError.one("FOLDER", folder, rule, "Watch it with a class that recipes/cap/hooks.py knows.")
+        raise ModelError.one("FOLDER", folder, rule, "Watch it with a class that recipes/cap/hooks.py knows.")
 
 
 class ExpertTrace:

@@ -15,7 +15,7 @@ from moe.accounting.layers import ModelShape
 from moe.accounting.params import count_from_shape
 from moe.accounting.quantisation import bits_from_config
 from moe.accounting.shape import known_families, shape_from_config
-from moe.errors import ConfigError, HostError, Mistake
+from moe.errors import ConfigError, Mistake, ModelError
 from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
@@ -106,7 +106,7 @@ def load_system(
             its own choice.
 
     Raises:
-        HostError: It cannot be loaded, or has other parameters than its config says.
+        ModelError: It cannot be loaded, or has other parameters than its config says.
         ConfigError: Its config cannot be used.
     """
     config = read_config(source)
@@ -153,14 +153,14 @@ def _take_weights(model: nn.Module, checkpoint: Path) -> None:
     """Puts the weights of a run's checkpoint into the model that it was trained from.
 
     Raises:
-        HostError: It lacks some.
+        ModelError: It lacks some.
     """
     with open_checkpoint(checkpoint) as tensors:
         there = set(tensors.names(_IN_CHECKPOINT))
         lost = [name for name, _ in model.named_parameters() if name not in there]
         if lost:
             rule = f"it lacks {len(lost)} tensors of the model, such as {lost[0]}"
-            raise HostError.one("FOLDER", str(checkpoint), rule, "Give the folder of a checkpoint.")
+            raise ModelError.one("FOLDER", str(checkpoint), rule, "Give the folder of a checkpoint.")
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors.read(_IN_CHECKPOINT + name))
 
@@ -171,13 +171,13 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) ->
     from recipes.models.export.graft_format import MODEL_TYPE, load_graft
 
     if config.get("model_type") == MODEL_TYPE:
-        return load_graft(folder, dtype).model
+        return load_graft(folder, dtype).module
     try:
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
     except (ImportError, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         rule = f"transformers cannot load it ({first})"
-        raise HostError.one("FOLDER", str(folder), rule, "Give a complete decoder checkpoint.") from error
+        raise ModelError.one("FOLDER", str(folder), rule, "Give a complete decoder checkpoint.") from error
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:

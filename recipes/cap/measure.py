@@ -17,7 +17,7 @@ from kernels.bench.timing import interleave, median_ratio, summarise
 from moe.accounting.bytes import cache_bytes
 from moe.accounting.passes import decode_batch, prefill_batch
 from moe.accounting.utilisation import Machine
-from moe.errors import HostError
+from moe.errors import ModelError
 from recipes.cap.cost import Rates, cost_figures
 from recipes.cap.decode import Rollout, roll_out
 from recipes.cap.efficiency import efficiency
@@ -60,7 +60,7 @@ def measure_point(
         rates: What its hours cost.
 
     Raises:
-        HostError: The batch that ran was not the one asked for.
+        ModelError: The batch that ran was not the one asked for.
     """
     B, S = prompt_BS.shape
     point: dict[str, Any] = {"batch_size": B, "prompt": S, "new": work.new, "rounds": work.rounds}
@@ -102,7 +102,7 @@ def _refused(system: System, error: RuntimeError) -> Exception:
     if way in (None, "eager") or not any(site.kind == "indices" for site in system.sites):
         return error
     rule = f"the model does not run with it ({str(error).strip().splitlines()[0]})"
-    return HostError.one("--experts", way, rule, "Give --experts eager.")
+    return ModelError.one("--experts", way, rule, "Give --experts eager.")
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -130,11 +130,11 @@ def _check_run(run: Rollout, sequences: int, length: int, system: System) -> Non
     reached = set(run.sequences)
     if reached != {sequences}:
         rule = f"passes ran with batches of {sorted(reached)}"
-        raise HostError.one("--batch-sizes", sequences, rule, f"Look into {system.source.given}.")
+        raise ModelError.one("--batch-sizes", sequences, rule, f"Look into {system.source.given}.")
     if run.cache_length not in (None, length):
         rule = f"the cache holds {run.cache_length} tokens a sequence after {length}"
         remedy = "Its cache is of a kind not known here."
-        raise HostError.one("FOLDER", str(system.source.given), rule, remedy)
+        raise ModelError.one("FOLDER", str(system.source.given), rule, remedy)
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe.accounting.distinct import estimated_distinct
 from moe.accounting.passes import decode_batch
 from moe.accounting.utilisation import Machine
-from moe.errors import HostError
+from moe.errors import ModelError
 from recipes.cap.cost import Rates, cost_figures
 from recipes.cap.efficiency import efficiency
 from recipes.cap.loading import Known
@@ -43,7 +43,7 @@ def measure_served(
         rates: What its hours cost.
 
     Raises:
-        HostError: The server cannot be reached, or refuses.
+        ModelError: The server cannot be reached, or refuses.
     """
     _, B, S = prompts_RBS.shape
     point: dict[str, Any] = {"batch_size": B, "prompt": S, "new": work.new, "rounds": work.rounds}
@@ -53,7 +53,7 @@ def measure_served(
     if failed:
         if len(failed) == requests["attempted"]:
             remedy = "Look at the server's log, --server and --model."
-            raise HostError.one("--server", server.url, f"every request failed: {failed[0]}", remedy)
+            raise ModelError.one("--server", server.url, f"every request failed: {failed[0]}", remedy)
         reason = f"{len(failed)} of {requests['attempted']} requests failed: {failed[0]}"
         return point | unmeasured_point(rates, reason) | {"requests": requests}
     timed = rounds[1:]

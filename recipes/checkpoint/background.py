@@ -84,7 +84,7 @@ class BackgroundSave:
     def forget(self) -> None:
         """Clears what the ranks have left for each other, once all of them have read it."""
         ranks = self._save.ranks
-        if ranks.leads:
+        if ranks.is_rank0:
             for name in (*range(ranks.size), "outcome"):
                 self._store.delete_key(f"{self._key}/{name}")
 
@@ -103,7 +103,7 @@ class BackgroundSave:
     def _part_and_outcome(self, entries: Sequence[tuple[str, Tensor]] | Exception) -> dict[str, Any]:
         ranks = self._save.ranks
         self._store.set(f"{self._key}/{ranks.rank}", json.dumps(self._write(entries)))
-        if not ranks.leads:
+        if not ranks.is_rank0:
             return self._read("outcome")
         outcome = self._publish([self._read(str(rank)) for rank in range(ranks.size)])
         self._store.set(f"{self._key}/outcome", json.dumps(outcome))

@@ -138,7 +138,7 @@ class Saver:
             self._before = None
         short = _short_of_memory(found)
         if short is not None:
-            if self._ranks.leads and not self._told_memory:
+            if self._ranks.is_rank0 and not self._told_memory:
                 self._told_memory = True
                 print(f"checkpoints are written while training waits: {short}", file=sys.stderr, flush=True)
             write_and_publish(prepared)
@@ -162,7 +162,7 @@ class Saver:
     def _tell(self, step: int, error: GraftError) -> None:
         self._failed += 1
         self._figures["failed_saves"] = self._failed
-        if self._ranks.leads:
+        if self._ranks.is_rank0:
             print(
                 f"the checkpoint of step {step} was not saved; older ones are whole, training goes on, and "
                 f"the next save tries again: {error}",

@@ -51,7 +51,7 @@ def find_checkpoint(root: str | Path, *, group: dist.ProcessGroup | None = None)
         group: The ranks that take part; None is all of them, or this process alone.
     """
     root, ranks = Path(root), Ranks(group)
-    names = ranks.together(f"listing {root}", lambda: _list(root) if ranks.leads else [])[0]
+    names = ranks.together(f"listing {root}", lambda: _list(root) if ranks.is_rank0 else [])[0]
     rejected: list[tuple[Path, str]] = []
     for name in names:
         path = root / name

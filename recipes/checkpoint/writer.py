@@ -150,7 +150,7 @@ def prepare_save(
 
     index = plan(ranks.together(f"preparing {root / step_name(step)}", look))
     temporary = _temporary(root, step)
-    ranks.together(f"making {temporary}", lambda: _make(root, temporary) if ranks.leads else None)
+    ranks.together(f"making {temporary}", lambda: _make(root, temporary) if ranks.is_rank0 else None)
     entries = _entries(index, ranks.rank, placed, rank_tensors)
     return PreparedSave(ranks, root, step, index, entries, bytes(state_json), keep)
 
@@ -160,9 +160,9 @@ def write_and_publish(save: PreparedSave) -> Path:
     ranks = save.ranks
     try:
         written = ranks.together(f"writing {save.temporary}", lambda: save.write().model_dump())
-        ranks.together(f"publishing {save.final}", lambda: save.publish(written) if ranks.leads else None)
+        ranks.together(f"publishing {save.final}", lambda: save.publish(written) if ranks.is_rank0 else None)
     except GraftError:
-        ranks.together(f"removing {save.temporary}", lambda: save.discard() if ranks.leads else None)
+        ranks.together(f"removing {save.temporary}", lambda: save.discard() if ranks.is_rank0 else None)
         raise
     return save.final
 

@@ -23,7 +23,7 @@ from moe.upcycle import UpcycleConfig, upcycle_methods
 from recipes.config.calibration_config import CalibrationConfig
 from recipes.config.prompts_config import PromptsConfig
 from recipes.config.stage2 import Stage2Config
-from recipes.config.upcycle_vs_cpt_config import VersusConfig
+from recipes.config.upcycle_vs_cpt_config import UpcycleVsCPTConfig
 from recipes.data.config import DataConfig
 from recipes.engines import EngineConfig, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
@@ -199,14 +199,14 @@ class RunConfig(Config):
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     attention: AttentionConfig | None = None
     """Key-value heads as experts; None leaves attention dense."""
-    sparsify: list[SparsePhase] = field(default_factory=list)
+    top_k_schedule: list[SparsePhase] = field(default_factory=list)
     """Stretches of the run in which lower layers use more experts than ``router.top_k``; none: K stays."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     compare: CompareConfig = field(default_factory=CompareConfig)
-    versus: VersusConfig = field(default_factory=VersusConfig)
+    upcycle_vs_cpt: UpcycleVsCPTConfig = field(default_factory=UpcycleVsCPTConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 

@@ -10,7 +10,7 @@ from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
-class VersusConfig(Config):
+class UpcycleVsCPTConfig(Config):
     """Config of the experiment; no other recipe reads it.
 
     Attributes:

@@ -21,7 +21,7 @@ import torch
 from moe.errors import DataError
 from recipes.data.chat_tokens import ChatTokens
 from recipes.data.packing import EPOCHS_KEPT, permutation
-from recipes.data.samples import Marks
+from recipes.data.samples import TokenMetadata
 
 CHAT_ORDER_VERSION = 1
 """Raised whenever the same tokens and settings would be packed or follow one another differently."""
@@ -165,7 +165,7 @@ class ChatSamples:
         same.isolated = False
         return same
 
-    def marks(self, first: int, count: int) -> Marks:
+    def metadata(self, first: int, count: int) -> TokenMetadata:
         """Which of their targets count, where padding is, and where conversations begin."""
         counted = np.stack([self._counted(n) for n in range(first, first + count)])
         real = np.zeros((count, self.seq_len + 1), dtype=np.bool_)
@@ -177,7 +177,7 @@ class ChatSamples:
                 positions[row, begin:end] = np.arange(length)
             real[row, :end] = True
             positions[row, end:] = np.arange(self.seq_len + 1 - end)
-        return Marks(
+        return TokenMetadata(
             weights_BS=torch.from_numpy(counted[:, 1:].astype(np.float32)),
             real_BS=torch.from_numpy(real[:, :-1].copy()),
             positions_BS=torch.from_numpy(positions[:, :-1].copy()) if self.isolated else None,

@@ -97,7 +97,7 @@ class PackedDataset:
             out[row] = self.sample(first + row)
         return out
 
-    def marks(self, first: int, count: int) -> None:
+    def metadata(self, first: int, count: int) -> None:
         """Every token is real and every target counts alike."""
 
     def num_counted(self, first: int, count: int) -> int:

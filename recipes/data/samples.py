@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Marks:
+class TokenMetadata:
     """What is known of the tokens of a batch.
 
     Attributes:
@@ -30,23 +30,23 @@ class Marks:
     real_BS: Tensor
     positions_BS: Tensor | None
 
-    def times(self, factor: float) -> Marks:
+    def times(self, factor: float) -> TokenMetadata:
         """With weights times a factor."""
         return replace(self, weights_BS=self.weights_BS * factor)
 
-    def after(self, count: int) -> Marks:
+    def after(self, count: int) -> TokenMetadata:
         """Of the samples behind the first."""
         positions = None if self.positions_BS is None else self.positions_BS[count:]
-        return Marks(self.weights_BS[count:], self.real_BS[count:], positions)
+        return TokenMetadata(self.weights_BS[count:], self.real_BS[count:], positions)
 
     @staticmethod
-    def together(parts: Sequence[Marks | None]) -> Marks | None:
+    def together(parts: Sequence[TokenMetadata | None]) -> TokenMetadata | None:
         """Of all samples of some batches of one kind; None for samples of which nothing is known."""
         known = [part for part in parts if part is not None]
         if not known:
             return None
         positions = [part.positions_BS for part in known if part.positions_BS is not None]
-        return Marks(
+        return TokenMetadata(
             torch.cat([part.weights_BS for part in known]),
             torch.cat([part.real_BS for part in known]),
             torch.cat(positions) if positions else None,
@@ -78,7 +78,7 @@ class Samples(Protocol):
     def batch(self, first: int, count: int) -> np.ndarray:
         """``[count, S + 1]`` int64: the samples first .. first + count - 1."""
 
-    def marks(self, first: int, count: int) -> Marks | None:
+    def metadata(self, first: int, count: int) -> TokenMetadata | None:
         """What is known of them; None where every token is real and every target counts alike."""
 
     def num_counted(self, first: int, count: int) -> int:

@@ -49,7 +49,7 @@ class Progress:
         self._tokens += tokens
         self._read += consumed
         if isinstance(self._log, Lines):
-            self._log.beat()
+            self._log.progress()
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._documents} documents, {self._tokens} tokens", refresh=False)
             self._bar.update(consumed)

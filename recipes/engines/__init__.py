@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moe.registry import discover
-from recipes.engines.base import Engine, EngineConfig, MicroBatch, Trainable
+from recipes.engines.base import Engine, EngineConfig, MicroBatch, TrainModule
 
-__all__ = ["Engine", "EngineConfig", "MicroBatch", "Trainable", "engine_classes"]
+__all__ = ["Engine", "EngineConfig", "MicroBatch", "TrainModule", "engine_classes"]
 
 
 def engine_classes() -> dict[str, type[Engine[Any]]]:

@@ -20,11 +20,11 @@ from moe.errors import Mistake
 from moe.routers import RouterConfig
 from moe.types import Config
 from recipes.checkpoint import GlobalTensor
-from recipes.data.samples import Marks
+from recipes.data.samples import TokenMetadata
 from recipes.engines.example_layouts import EngineLayout
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.engines.run_options import RunOptions
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,26 @@ class MicroBatch:
 
     Attributes:
         tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
-        marks: What is known of the tokens; their weights are such that the mean over ranks and micro-batches
-            of the weighted sums is the step's loss. None: all tokens count alike.
+        metadata: What is known of the tokens; their weights are such that the mean over ranks and
+            micro-batches of the weighted sums is the step's loss. None: all tokens count alike.
     """
 
     tokens_BS1: Tensor
-    marks: Marks | None = None
+    metadata: TokenMetadata | None = None
 
 
-class Trainable(ABC):
+class TrainModule(ABC):
     """A model that an engine has made trainable."""
 
-    host: HuggingFaceHost
+    model: HFModel
 
     @property
-    def skeleton(self) -> HuggingFaceHost:
+    def skeleton(self) -> HFModel:
         """The model as it was before it was spread: names, shapes and settings. Its tensors may be empty."""
-        return self.host
+        return self.model
 
     @abstractmethod
-    def accumulate(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+    def forward_backward(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
         """Adds up the gradients of a step. Collective.
 
         Args:
@@ -94,7 +94,7 @@ class Trainable(ABC):
         """
 
     @abstractmethod
-    def token_losses(self, tokens_BS1: Tensor, marks: Marks | None = None) -> Tensor:
+    def token_losses(self, tokens_BS1: Tensor, metadata: TokenMetadata | None = None) -> Tensor:
         """``[B, S]`` cross-entropy of each target, unweighted, in evaluation mode and without gradients."""
 
     @abstractmethod
@@ -116,8 +116,8 @@ class Engine(ABC, Generic[ConfigT]):
     A subclass sets `name` and `config_class` and is found by being a module of `recipes.engines`.
 
     Attributes:
-        trains_as_held: Whether `prepare` spreads a model over the ranks as `hold` does, so that what is held
-            can be trained as it lies.
+        trains_as_held: Whether `prepare` spreads a model over the ranks as `shard_for_eval` does, so that
+            what is held can be trained as it lies.
         compared: Layouts in which ``python -m tools.compare_engines`` runs it.
     """
 
@@ -135,7 +135,7 @@ class Engine(ABC, Generic[ConfigT]):
         return None
 
     @classmethod
-    def check_mixture(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
+    def check_moe(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
         """Why the engine as configured cannot train a mixture of so many experts under this router."""
         return []
 
@@ -150,19 +150,19 @@ class Engine(ABC, Generic[ConfigT]):
         return []
 
     @classmethod
-    def same_data(cls, config: ConfigT) -> int:
+    def model_parallel_size(cls, config: ConfigT) -> int:
         """How many ranks see the same samples: neighbours, where `data_rank` does not say otherwise."""
         return 1
 
     @property
     def data_rank(self) -> int:
         """Which of the `data_ranks` this process is, or is a part of."""
-        return self.rank // self.same_data(self.config)
+        return self.rank // self.model_parallel_size(self.config)
 
     @property
     def data_ranks(self) -> int:
         """How many see samples of their own."""
-        return self.world_size // self.same_data(self.config)
+        return self.world_size // self.model_parallel_size(self.config)
 
     def describe(self) -> str | None:
         """Which of several ways it goes, for a line at the start of a run; None where there is one."""
@@ -203,21 +203,22 @@ class Engine(ABC, Generic[ConfigT]):
         """Joins the process group."""
 
     @abstractmethod
-    def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> Trainable:
+    def prepare(self, model: HFModel, optim: OptimConfig) -> TrainModule:
         """Spreads a model over the ranks and gives it an optimizer.
 
         Args:
-            host: Changed in place. Of parameters that have no memory yet, `host.weights` fills what each rank
-                holds; others hold the same on all ranks.
+            model: Changed in place. Of parameters that have no memory yet, `model.weights` fills what each
+                rank holds; others hold the same on all ranks.
             optim: The optimizer's settings.
         """
 
     @abstractmethod
-    def hold(self, host: HuggingFaceHost) -> None:
+    def shard_for_eval(self, model: HFModel) -> None:
         """Spreads a model over the ranks for passes in fp32 that train nothing.
 
         Args:
-            host: Without memory yet. Changed in place; called by all ranks together, and then its model, too.
+            model: Without memory yet. Changed in place; called by all ranks together, and then its model,
+                too.
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from moe.errors import GraftError
 from recipes.engines.base import Engine
-from recipes.runtime.heartbeat import Lines, Watch
+from recipes.runtime.heartbeat import Heartbeat, Lines
 
 T = TypeVar("T")
 
@@ -19,33 +19,33 @@ class RankConsole:
 
     Attributes:
         engine: Open; knows the ranks.
-        watch: Is told of progress.
+        heartbeat: Is told of progress.
     """
 
     engine: Engine[Any]
-    watch: Watch = field(default_factory=Watch)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.engine.rank == 0
 
     @property
     def lines(self) -> Lines:
-        """`say` for work that may take long, and tells the watch of what it does between lines."""
-        return Lines(self.say, self.watch)
+        """`log` for work that may take long, and tells the watch of what it does between lines."""
+        return Lines(self.log, self.heartbeat)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line, on rank 0."""
-        self.watch.beat()
-        if self.leads:
+        self.heartbeat.progress()
+        if self.is_rank0:
             print(line, flush=True)
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Does something on rank 0 while the others wait; its result, or its error, is everybody's."""
         result: T | None = None
         error: GraftError | None = None
-        if self.leads:
+        if self.is_rank0:
             try:
                 result = work()
             except GraftError as caught:

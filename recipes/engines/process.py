@@ -17,10 +17,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moe.errors import Mistake
 from moe.routers import RouterConfig
 from recipes.engines.base import Engine, EngineConfig
-from recipes.engines.native.expert_parallel import mixture_mistakes, rank_refusal
-from recipes.engines.native.parallel_dims import Layout
+from recipes.engines.native.expert_parallel import moe_mistakes, rank_unsupported_reason
+from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.shard_for_eval import cut_blocks, gather_when_called
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.rendezvous import join
 from recipes.runtime.rules import require
 
@@ -81,17 +81,17 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
                 f"device={config.device!r}: {local} ranks on this machine and {torch.cuda.device_count()} "
                 "GPUs. Start one rank for each GPU (--nproc-per-node)"
             )
-        return cls.grid_refusal(config, int(os.environ.get("WORLD_SIZE", "1")))
+        return cls.dims_unsupported_reason(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     @classmethod
-    def grid_refusal(cls, config: ProcessConfigT, world_size: int) -> str | None:
+    def dims_unsupported_reason(cls, config: ProcessConfigT, world_size: int) -> str | None:
         """Why so many ranks cannot be laid out as configured, as "field=value: rule. Remedy."."""
-        return rank_refusal(config.expert_parallel, world_size)
+        return rank_unsupported_reason(config.expert_parallel, world_size)
 
     @classmethod
-    def check_mixture(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
+    def check_moe(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
         """The experts must divide over the ranks that share them."""
-        return mixture_mistakes(config.expert_parallel, num_experts, router)
+        return moe_mistakes(config.expert_parallel, num_experts, router)
 
     @property
     def rank(self) -> int:
@@ -143,14 +143,14 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
-    def hold(self, host: HuggingFaceHost) -> None:
-        """See `Engine.hold`: FSDP2 cuts it over all ranks, whatever the engine."""
-        assert host.weights is not None, "a model that has its memory is held already"
-        mesh = Layout(self.world_size).weight_mesh(self.config.device_type())
-        cut_blocks(host, mesh, MixedPrecisionPolicy())
-        host.weights.give(host.model, self.device)
-        host.weights = None
-        gather_when_called(host.model)
+    def shard_for_eval(self, model: HFModel) -> None:
+        """See `Engine.shard_for_eval`: FSDP2 cuts it over all ranks, whatever the engine."""
+        assert model.weights is not None, "a model that has its memory is held already"
+        mesh = ParallelDims(self.world_size).weight_mesh(self.config.device_type())
+        cut_blocks(model, mesh, MixedPrecisionPolicy())
+        model.weights.give(model.module, self.device)
+        model.weights = None
+        gather_when_called(model.module)
 
     def close(self) -> None:
         """Leaves the process group."""

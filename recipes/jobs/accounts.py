@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 from moe.accounting.device_peaks import peak_for
 from moe.accounting.training import StepModel
-from recipes.engines import Trainable
+from recipes.engines import TrainModule
 from recipes.jobs.base import Session
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.tracking.bandwidth import Bandwidth, Peaks, bandwidth_for
 from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
 from recipes.tracking.results import Results
 from recipes.tracking.step_costs import StepCosts
-from recipes.tracking.training_figures import summarise_leg
+from recipes.tracking.training_figures import summarise_stage
 from recipes.training.model_costs import expert_readers, local_update_bytes, peak_memory_bytes
 
 _JOULES_PER_KWH = 3.6e6
@@ -34,38 +34,38 @@ def find_peaks(session: Session) -> Peaks:
 
 
 def step_costs(
-    session: Session, host: HuggingFaceHost, model: StepModel, trainable: Trainable, bandwidth: Bandwidth
+    session: Session, model: HFModel, cost_model: StepModel, train_module: TrainModule, bandwidth: Bandwidth
 ) -> StepCosts:
     """What the figures of a leg's steps need; all ranks call it together.
 
     Args:
         session: The run.
-        host: The model.
+        model: The model.
         model: Its shape, taken before it was spread over the ranks.
-        trainable: The model after that.
+        train_module: The model after that.
         bandwidth: Of a rank's device.
     """
-    local = {"update": Metric(local_update_bytes(trainable), "sum")}
+    local = {"update": Metric(local_update_bytes(train_module), "sum")}
     moved = reduce_metrics(local, session.engine.data_group)["update"]
     return StepCosts(
-        model=dataclasses.replace(model, update_bytes=moved),
+        model=dataclasses.replace(cost_model, update_bytes=moved),
         weight_size=session.engine.compute_dtype.itemsize,
         peak_bytes_per_s=bandwidth.value,
-        readers=expert_readers(host),
+        readers=expert_readers(model),
         uncounted=None if session.engine.data_ranks == session.engine.world_size else _CUT,
-        counts_slots=not any(layer.router.mixes_tokens for layer in host.routed_layers()),
+        counts_slots=not any(layer.router.mixes_tokens for layer in model.routed_layers()),
     )
 
 
-def put_training(session: Session, results: Results, leg: str, missing: Mapping[str, str]) -> None:
+def put_training(session: Session, results: Results, stage: str, missing: Mapping[str, str]) -> None:
     """The figures of a leg as far as it has come, with the reasons of those that are null."""
-    if not session.leads:
+    if not session.is_rank0:
         return
-    rows = [row for row in read_rows(session.run_dir.path / METRICS_FILE) if row.get("leg") == leg]
-    figures = summarise_leg(rows)
+    rows = [row for row in read_rows(session.run_dir.path / METRICS_FILE) if row.get("stage") == stage]
+    figures = summarise_stage(rows)
     reasons = {name: reason for name, reason in missing.items() if figures.get(name) is None}
-    legs = results.content.setdefault("training", {})
-    legs[leg] = figures | {"missing": reasons}
+    stages = results.content.setdefault("training", {})
+    stages[stage] = figures | {"missing": reasons}
     results.write()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 from moe.errors import Mistake
 from recipes.config.schema import RunConfig
 
@@ -13,7 +13,9 @@ def check_library(config: RunConfig) -> list[Mistake]:
     Whether it can run the layers is known once the model is: `kernels.expert_mlp.choose_backend` says so.
     """
     backend = config.experts.backend
-    refusal = RIVALS[backend].missing() if backend in RIVALS else None
-    if refusal is None:
+    unsupported_reason = THIRD_PARTY[backend].missing() if backend in THIRD_PARTY else None
+    if unsupported_reason is None:
         return []
-    return [Mistake("experts.backend", backend, refusal, "Install it, or set experts.backend=auto.")]
+    return [
+        Mistake("experts.backend", backend, unsupported_reason, "Install it, or set experts.backend=auto.")
+    ]

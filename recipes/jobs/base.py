@@ -12,7 +12,7 @@ from recipes.config.schema import RunConfig
 from recipes.engines import Engine
 from recipes.engines.console import RankConsole
 from recipes.jobs.run_dir import RunDir
-from recipes.runtime.heartbeat import Lines, Watch
+from recipes.runtime.heartbeat import Heartbeat, Lines
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.trackers import RunLogger
@@ -50,26 +50,26 @@ class Session:
     @property
     def console(self) -> RankConsole:
         """How its ranks speak and act as one."""
-        return RankConsole(self.engine, self.watch)
+        return RankConsole(self.engine, self.heartbeat)
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.engine.rank == 0
 
     @property
-    def watch(self) -> Watch:
+    def heartbeat(self) -> Heartbeat:
         """Is told of where the run is."""
-        return self.loop.guards.watch
+        return self.loop.guards.heartbeat
 
     @property
     def lines(self) -> Lines:
-        """`say` for work that may take long, and tells the watch of what it does between lines."""
+        """`log` for work that may take long, and tells the watch of what it does between lines."""
         return self.console.lines
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line, on rank 0."""
-        self.console.say(line)
+        self.console.log(line)
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Does something on rank 0 while the others wait; its result, or its error, is everybody's."""

@@ -22,9 +22,9 @@ from recipes.data.build_data import TrainData, load_data
 from recipes.data.sources import fingerprint, read_documents
 from recipes.engines.optim.optimizer import OptimConfig, ScheduleConfig
 from recipes.jobs.base import Session
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.training.model_costs import measure_costs
-from recipes.training.training_loop import Leg, LegResult
+from recipes.training.training_loop import Stage, StageResult
 
 # Raised when the code changes what the default becomes, so that old caches are not taken for it.
 _VERSION = 1
@@ -39,7 +39,7 @@ def _key(*parts: Any) -> str:
     ]
 
 
-def embedded_tokenizer(session: Session) -> Path:
+def default_tokenizer(session: Session) -> Path:
     """The folder of the tokenizer, trained now unless it is cached."""
     config = session.config
     key = _key("tokenizer", fingerprint(config.data), config.model.vocab_size)
@@ -48,11 +48,11 @@ def embedded_tokenizer(session: Session) -> Path:
     def train() -> None:
         if folder.is_dir():
             return
-        session.say(f"tokenizer: training a byte-level BPE of {config.model.vocab_size} entries")
+        session.log(f"tokenizer: training a byte-level BPE of {config.model.vocab_size} entries")
         temporary = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        read = session.watch.each(read_documents(config.data, session.lines))
+        read = session.heartbeat.each(read_documents(config.data, session.lines))
         documents = (document.text for document in read)
         train_byte_level_bpe(documents, config.model.vocab_size, temporary)
         temporary.rename(folder)
@@ -66,10 +66,10 @@ def cache_dir(config: RunConfig) -> Path:
     return Path(config.cache_dir).expanduser().absolute()
 
 
-def embedded_dense(session: Session) -> tuple[Path, TrainData]:
-    """The folder of the default, which `train_embedded` fills, and the data it is trained on."""
+def default_dense(session: Session) -> tuple[Path, TrainData]:
+    """The folder of the default, which `train_default` fills, and the data it is trained on."""
     config = session.config
-    tokenizer = embedded_tokenizer(session)
+    tokenizer = default_tokenizer(session)
     data = shared_data(session, tokenizer, config.model.vocab_size)
     settings = dataclasses.asdict(config.model), config.train.global_batch_size, config.data.seq_len
     # Engines round differently by their settings (precision), so that each has its own default. How the ranks
@@ -80,24 +80,24 @@ def embedded_dense(session: Session) -> tuple[Path, TrainData]:
     return folder / "hf", data
 
 
-def train_embedded(session: Session, dense: Path, data: TrainData) -> bool:
+def train_default(session: Session, dense: Path, data: TrainData) -> bool:
     """Trains the default unless it is cached.
 
     Args:
         session: The run.
-        dense: Its folder, as `embedded_dense` says.
+        dense: Its folder, as `default_dense` says.
         data: What it is trained on.
 
     Returns:
         False when the run was asked to stop before the default was trained.
     """
     if session.on_rank_zero(lambda: (dense / "config.json").is_file()):
-        session.say(f"dense: using the embedded default cached in {dense}")
+        session.log(f"dense: using the embedded default cached in {dense}")
         return True
     started = time.time()
-    session.watch.mark("making the dense default")
-    finished = _train(session, dense.parent, embedded_tokenizer(session), data)
-    session.say(f"dense: the embedded default took {time.time() - started:.0f} s")
+    session.heartbeat.beat("making the dense default")
+    finished = _train(session, dense.parent, default_tokenizer(session), data)
+    session.log(f"dense: the embedded default took {time.time() - started:.0f} s")
     return finished
 
 
@@ -122,29 +122,29 @@ def vocab_size_of(folder: Path) -> int:
 
 def _train(session: Session, folder: Path, tokenizer: Path, data: TrainData) -> bool:
     config = session.config
-    host = fresh_model(config.model, config.data.seq_len, tokenizer)
-    costs = measure_costs(host, config.data.seq_len, None)
+    model = fresh_model(config.model, config.data.seq_len, tokenizer)
+    costs = measure_costs(model, config.data.seq_len, None)
     what = "training a Llama" if config.model.steps else "drawing the weights of a Llama"
-    session.say(f"dense: no checkpoint given, {what} of {costs.total_params:,} parameters")
+    session.log(f"dense: no checkpoint given, {what} of {costs.total_params:,} parameters")
     optim = _optim(config.model)
-    leg = Leg(
+    stage = Stage(
         name="dense",
         title="dense",
         train=dataclasses.replace(config.train, steps=config.model.steps),
         optim=optim,
         data=data,
-        trainable=session.engine.prepare(host, optim),
+        train_module=session.engine.prepare(model, optim),
         costs=costs,
         checkpoints=folder / "checkpoints",
         seed=config.model.seed,
     )
-    found = find_checkpoint(leg.checkpoints)
+    found = find_checkpoint(stage.checkpoints)
     if found.path is not None:
-        session.say(f"dense: going on from {found.path}")
-        leg.state |= session.loop.resume(leg, found.path)
-    result = session.loop.run(leg)
+        session.log(f"dense: going on from {found.path}")
+        stage.state |= session.loop.resume(stage, found.path)
+    result = session.loop.run(stage)
     if result.finished:
-        _save(session, leg, result, folder, tokenizer)
+        _save(session, stage, result, folder, tokenizer)
     return result.finished
 
 
@@ -154,7 +154,7 @@ def _optim(model: DefaultModelConfig) -> OptimConfig:
     return OptimConfig(name="adamw", lr=model.lr, schedule=schedule)
 
 
-def fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> HuggingFaceHost:
+def fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> HFModel:
     """The default with its weights as they are drawn."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -176,13 +176,15 @@ def fresh_model(model: DefaultModelConfig, seq_len: int, tokenizer: Path) -> Hug
         torch.manual_seed(model.seed)
         built = LlamaForCausalLM(llama)
     built.config.use_cache = False
-    return HuggingFaceHost(model=built, folder=tokenizer, source_dtype=torch.float32)
+    return HFModel(module=built, folder=tokenizer, source_dtype=torch.float32)
 
 
-def _save(session: Session, leg: Leg, result: LegResult, folder: Path, tokenizer: Path) -> None:
+def _save(session: Session, stage: Stage, result: StageResult, folder: Path, tokenizer: Path) -> None:
     """Saves an ordinary Hugging Face folder, under its name only when it is whole."""
-    session.watch.mark("saving the dense default")
-    weights = {name: tensor.cpu() for name, tensor in session.watch.each(leg.trainable.full_tensors())}
+    session.heartbeat.beat("saving the dense default")
+    weights = {
+        name: tensor.cpu() for name, tensor in session.heartbeat.each(stage.train_module.full_tensors())
+    }
     temporary = folder / ".tmp-hf"
 
     def save() -> None:
@@ -190,7 +192,7 @@ def _save(session: Session, leg: Leg, result: LegResult, folder: Path, tokenizer
 
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(tokenizer, temporary)
-        plain = LlamaForCausalLM(leg.trainable.host.config)
+        plain = LlamaForCausalLM(stage.train_module.model.config)
         plain.load_state_dict(weights, strict=False)
         plain.tie_weights()
         plain.config.use_cache = True
@@ -199,4 +201,4 @@ def _save(session: Session, leg: Leg, result: LegResult, folder: Path, tokenizer
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     session.on_rank_zero(save)
-    session.say(f"dense: validation loss {result.val_loss:.3f}, saved in {folder / 'hf'}")
+    session.log(f"dense: validation loss {result.val_loss:.3f}, saved in {folder / 'hf'}")

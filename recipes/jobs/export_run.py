@@ -24,7 +24,7 @@ from recipes.models.export.base import Layout
 from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import dtype_keys, publish, write_companions, write_live
-from recipes.models.hf.state_dict_map import LiveNames
+from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
 from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
 from recipes.runtime.atomic import atomic_write_json
@@ -45,7 +45,7 @@ class ExportRequest:
         dtype: Of the output; None as the dense checkpoint.
         target: Name of a format; ``auto`` for the best that holds it exactly.
         layout: Of the experts' tensors.
-        leg: ``moe``, or ``cpt`` for the dense model that was trained on the same tokens.
+        stage: ``moe``, or ``cpt`` for the dense model that was trained on the same tokens.
     """
 
     run: Path
@@ -53,7 +53,7 @@ class ExportRequest:
     dtype: torch.dtype | None = None
     target: str = "auto"
     layout: Layout = "per_expert"
-    leg: Literal["moe", "cpt"] = "moe"
+    stage: Literal["moe", "cpt"] = "moe"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     if out.exists():
         raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
     config, dense = _read_run(request.run)
-    if request.leg == "cpt":
+    if request.stage == "cpt":
         return _export_dense(request, dense, out)
     if config.attention is not None:
         rule = "its key-value heads are experts, which only the run itself exports"
@@ -139,12 +139,12 @@ def _read_run(run: Path) -> tuple[RunConfig, Path]:
 
 
 def _checkpoint(request: ExportRequest) -> Path:
-    folder = RunDir(request.run).checkpoints(request.leg)
+    folder = RunDir(request.run).checkpoints(request.stage)
     if request.step is None:
         found = find_checkpoint(folder).path
         if found is None:
-            rule = f"it has no complete checkpoint of {request.leg}"
-            remedy = "Resume the run." if request.leg == "moe" else "Run it with compare.cpt=true."
+            rule = f"it has no complete checkpoint of {request.stage}"
+            remedy = "Resume the run." if request.stage == "moe" else "Run it with compare.cpt=true."
             raise ConfigError.one("run", str(request.run), rule, remedy)
         return found
     path = folder / f"step-{request.step:08d}"
@@ -189,7 +189,7 @@ def _write(
     dense: Path,
     out: Path,
 ) -> int:
-    live, names, tensors = LiveNames(spec), merging.names(), merging.tensors
+    live, names, tensors = StateDictMap(spec), merging.names(), merging.tensors
     kept = [
         TensorSpec(name, tensors.dtype(MODEL_PREFIX + name), tensors.shape(MODEL_PREFIX + name))
         for name in names
@@ -209,7 +209,7 @@ def _write(
     config: dict[str, Any] = exporter.config(spec) | dtype_keys(dtype)
     write_companions(temporary, config, dense)
     record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
-    router = asdict(spec.mixtures[0].router.config)
+    router = asdict(spec.moe_blocks[0].router.config)
     atomic_write_json(temporary / RECORD, record | {"router": router})
     publish(temporary, out)
     return total

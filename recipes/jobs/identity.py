@@ -12,7 +12,7 @@ from recipes.config.compose import to_yaml
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import TrainData
 from recipes.jobs.base import Session
-from recipes.jobs.top_k_schedules import sparsify_identity
+from recipes.jobs.top_k_schedules import top_k_schedule_identity
 from recipes.runtime.atomic import atomic_write_text
 from recipes.runtime.run_file import read_run_file, write_run_file
 
@@ -46,7 +46,7 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
         # Where the first stage ends, the second has begun.
         fields |= {"train.steps": config.train.steps, "stage2.path": config.stage2.path}
         fields["stage2.validation_path"] = config.stage2.validation_path
-    fields["sparsify"] = sparsify_identity(config)
+    fields["top_k_schedule"] = top_k_schedule_identity(config)
     return json.loads(json.dumps(fields))
 
 

@@ -10,7 +10,7 @@ import torch
 from kernels.backend import Workload
 from kernels.expert_mlp import BACKENDS
 from moe.errors import Mistake
-from moe.experts.lora import rank_refusal
+from moe.experts.lora import rank_unsupported_reason
 from moe.routers import router_class
 from moe.upcycle.layer_plan import FFNShape
 from recipes.config.schema import RunConfig
@@ -41,10 +41,10 @@ def check_low_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
         )
     if shape is None:
         return mistakes
-    refusal = rank_refusal(rank, shape.model_width, shape.width)
-    if refusal is not None:
+    unsupported_reason = rank_unsupported_reason(rank, shape.model_width, shape.width)
+    if unsupported_reason is not None:
         remedy = f"Set {min(shape.model_width, shape.width)} or less; 8 to 64 are usual."
-        mistakes.append(Mistake(RANK_PATH, rank, refusal, remedy))
+        mistakes.append(Mistake(RANK_PATH, rank, unsupported_reason, remedy))
     return mistakes + _check_backend(config, shape)
 
 
@@ -61,13 +61,15 @@ def _check_backend(config: RunConfig, shape: FFNShape) -> list[Mistake]:
         activation=shape.activation,
         has_bias=shape.up_bias or shape.down_bias,
     )
-    if backend == "auto" or BACKENDS[backend].refusal(work) is not None:
+    if backend == "auto" or BACKENDS[backend].unsupported_reason(work) is not None:
         return []
-    refusal = BACKENDS[backend].refusal(replace(work, low_rank=config.experts.lora.rank))
-    if refusal is None:
+    unsupported_reason = BACKENDS[backend].unsupported_reason(
+        replace(work, low_rank=config.experts.lora.rank)
+    )
+    if unsupported_reason is None:
         return []
     remedy = f"Set another {RANK_PATH}, or experts.backend=auto."
-    return [Mistake("experts.backend", backend, refusal, remedy)]
+    return [Mistake("experts.backend", backend, unsupported_reason, remedy)]
 
 
 def refuse_low_rank(config: RunConfig, who: str) -> list[Mistake]:

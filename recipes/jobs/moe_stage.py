@@ -14,10 +14,10 @@ from moe.upcycle import UpcycleMethod
 from moe.upcycle.equivalence import TOLERANCES
 from recipes.config.schema import RunConfig
 from recipes.data.chat_template import carry_template
-from recipes.jobs.top_k_schedules import host_schedule, schedule_of, summarise_phases
-from recipes.jobs.trained_stage import TrainedLeg
+from recipes.jobs.top_k_schedules import model_schedule, schedule_of, summarise_phases
+from recipes.jobs.trained_stage import TrainedStage
 from recipes.models.export import choose_exporter
-from recipes.models.export.spec import describe_host
+from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export, verify_export
 from recipes.models.hf.attention_blocks import (
     describe_attention,
@@ -27,18 +27,18 @@ from recipes.models.hf.attention_blocks import (
 )
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.drift import describe_surgery, summarise_surgery
-from recipes.models.hf.hf_model import HuggingFaceHost, load_host, swap, upcycle
+from recipes.models.hf.hf_model import HFModel, load_model, swap, upcycle
 from recipes.models.lora_model import add_low_rank, require_rank
-from recipes.tracking.results import leg_label
+from recipes.tracking.results import stage_label
 from recipes.training.model_costs import measure_costs
-from recipes.training.stage import Leg, LegResult
+from recipes.training.stage import Stage, StageResult
 from recipes.training.validation import validation_loss
 from recipes.upcycling.calibration.gather import Calibration, LayerTensors, kept_statistics
-from recipes.upcycling.convert.moe_plan import MixturePlan, MixtureRequest, plan_mixture
+from recipes.upcycling.convert.moe_plan import MoEPlan, MoERequest, plan_moe
 from recipes.upcycling.optim_start import start_optimizer
 from recipes.upcycling.prompts.prompt_rows import with_prompt_rows
 from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import mixture_host
+from recipes.upcycling.sharded.sharded_models import moe_model
 from recipes.upcycling.surgery import make_surgery
 
 # Real tokens of the step-0 gate and of the comparison after export.
@@ -46,12 +46,12 @@ _CHECK_SAMPLES = 8
 _CHECK_LENGTH = 512
 
 
-class MoELeg(TrainedLeg):
+class MoEStage(TrainedStage):
     """The upcycled model."""
 
     name = "moe"
 
-    def _build(self, source: Path | None) -> Leg | None:
+    def _build(self, source: Path | None) -> Stage | None:
         self._fit_attention()
         method = make_surgery(self.config).method
         statistics = self._statistics(method, source)
@@ -61,7 +61,7 @@ class MoELeg(TrainedLeg):
             if method.aligns_outputs:
                 rule = f"it is measured on models in parts, and {reason}"
                 raise ConfigError.one("upcycle.align_outputs", True, rule, "Set attention=none.")
-            self.session.say(f"{self.name}: every rank makes the whole mixture at first: {reason}")
+            self.session.log(f"{self.name}: every rank makes the whole mixture at first: {reason}")
             return self._build_whole(source, statistics)
         return self._build_shards(source, statistics)
 
@@ -69,75 +69,75 @@ class MoELeg(TrainedLeg):
         """Why no rank can make its part alone; None where each can."""
         return None if self.config.attention is None else "experts of attention are made of whole models"
 
-    def _build_shards(self, source: Path | None, statistics: LayerTensors) -> Leg:
+    def _build_shards(self, source: Path | None, statistics: LayerTensors) -> Stage:
         """Each rank makes what it holds, and nothing is ever whole."""
         plan = self._plan(source, statistics)
         require_rank(plan.spec, self.config.experts.lora)
         backend, schedule = self.config.experts.backend, schedule_of(self.config, list(plan.plans))
-        host, state = mixture_host(plan, backend), {}
-        host.schedule = schedule
+        model, state = moe_model(plan, backend), {}
+        model.schedule = schedule
         if source is None:
-            self._mark("the step-0 gate")
+            self._beat("the step-0 gate")
             # Exactness was measured when the run began: a checkpoint's weights need not be made.
-            report, host.weights = measure_shards(
+            report, model.weights = measure_shards(
                 self.session.engine, plan, self._check_tokens(), backend, schedule
             )
-            self.session.say(describe_surgery(report))
+            self.session.log(describe_surgery(report))
             state = {"exactness": summarise_surgery(report)}
-        return self._begun(self._mixture_leg(host, state), source)
+        return self._begun(self._moe_stage(model, state), source)
 
-    def _mixture_leg(self, host: HuggingFaceHost, state: dict[str, Any]) -> Leg:
+    def _moe_stage(self, model: HFModel, state: dict[str, Any]) -> Stage:
         """The leg, with low-rank factors beside the experts where they are asked for."""
         lora = self.config.experts.lora
-        require_rank(describe_host(host), lora)
-        add_low_rank(host, lora, self.config.seed)
+        require_rank(describe_model(model), lora)
+        add_low_rank(model, lora, self.config.seed)
         if lora.rank:
             instead = "train in the place of the experts' weights"
-            self.session.say(f"{self.name}: low-rank factors of rank {lora.rank} {instead}")
-        return self._leg(host, state)
+            self.session.log(f"{self.name}: low-rank factors of rank {lora.rank} {instead}")
+        return self._stage(model, state)
 
-    def _begun(self, leg: Leg, source: Path | None) -> Leg:
+    def _begun(self, stage: Stage, source: Path | None) -> Stage:
         """With the optimizer state of the dense model's training, where a run that begins is given one."""
         given = self.config.optim.start_from
         if given is not None and source is None:
-            folder, spec = Path(given).expanduser(), describe_host(leg.trainable.skeleton)
-            done = start_optimizer(leg.trainable.checkpoint_tensors(), spec, self.folder, folder)
-            self.session.say(f"{self.name}: optimizer state of step {done} of {folder}, none for the routers")
-        return leg
+            folder, spec = Path(given).expanduser(), describe_model(stage.train_module.skeleton)
+            done = start_optimizer(stage.train_module.checkpoint_tensors(), spec, self.folder, folder)
+            self.session.log(f"{self.name}: optimizer state of step {done} of {folder}, none for the routers")
+        return stage
 
-    def _plan(self, source: Path | None, statistics: LayerTensors) -> MixturePlan:
+    def _plan(self, source: Path | None, statistics: LayerTensors) -> MoEPlan:
         config, trust = self.config, self.config.trust_remote_code
-        request = MixtureRequest(self.folder, config.upcycle, config.router, config.seed, trust)
+        request = MoERequest(self.folder, config.upcycle, config.router, config.seed, trust)
         branches = make_surgery(config).method.sources if source is None else ()
         # The preflight knows no embedded default to compare them with.
         if mistakes := check_sources(branches, str(self.folder), trust_remote_code=trust):
             raise ConfigError(mistakes)
-        return plan_mixture(request, statistics, reads=source is None)
+        return plan_moe(request, statistics, reads=source is None)
 
-    def _build_whole(self, source: Path | None, statistics: LayerTensors) -> Leg:
-        host = self._load(self.folder)
+    def _build_whole(self, source: Path | None, statistics: LayerTensors) -> Stage:
+        model = self._load(self.folder)
         surgery = make_surgery(self.config)
-        host.schedule = host_schedule(self.config, host, surgery.method)
+        model.schedule = model_schedule(self.config, model, surgery.method)
         if source is not None:
             # The weights come from the checkpoint: exactness was measured when the run began.
-            swap(host, surgery, [host] * len(surgery.method.sources), statistics)
+            swap(model, surgery, [model] * len(surgery.method.sources), statistics)
             if self.config.attention is not None:
-                swap_attention(host, self.config.attention, self.config.seed)
-            return self._mixture_leg(host, {})
-        self._mark("the step-0 gate")
+                swap_attention(model, self.config.attention, self.config.seed)
+            return self._moe_stage(model, {})
+        self._beat("the step-0 gate")
         sources = [self._load(Path(folder).expanduser()) for folder in surgery.method.sources]
-        report = upcycle(host, surgery, self._check_tokens(), sources, statistics)
-        self.session.say(describe_surgery(report))
+        report = upcycle(model, surgery, self._check_tokens(), sources, statistics)
+        self.session.log(describe_surgery(report))
         state = {"exactness": summarise_surgery(report)}
         if self.config.attention is not None:
-            cut = upcycle_attention(host, self.config.attention, self.config.seed, self._check_tokens())
-            self.session.say(describe_attention(cut))
+            cut = upcycle_attention(model, self.config.attention, self.config.seed, self._check_tokens())
+            self.session.log(describe_attention(cut))
             state["attention"] = summarise_attention(cut)
-        return self._begun(self._mixture_leg(host, state), source)
+        return self._begun(self._moe_stage(model, state), source)
 
-    def _load(self, folder: Path) -> HuggingFaceHost:
+    def _load(self, folder: Path) -> HFModel:
         """A dense model, whole."""
-        return load_host(folder, trust_remote_code=self.config.trust_remote_code)
+        return load_model(folder, trust_remote_code=self.config.trust_remote_code)
 
     def _statistics(self, method: UpcycleMethod[Any], source: Path | None) -> LayerTensors | None:
         """What the method must be told of the dense model; None when the run was asked to stop meanwhile."""
@@ -149,9 +149,9 @@ class MoELeg(TrainedLeg):
             )
         if not method.statistics and self.config.prompts.path is None:
             return {}
-        self._mark("calibration")
-        self.session.say(f"{self.name}: every rank loads the whole dense model, to look at text with it")
-        host = self._load(self.folder)
+        self._beat("calibration")
+        self.session.log(f"{self.name}: every rank loads the whole dense model, to look at text with it")
+        model = self._load(self.folder)
         found: LayerTensors | None = {}
         if method.statistics:
             found = Calibration(
@@ -159,13 +159,13 @@ class MoELeg(TrainedLeg):
                 self.session.console,
                 self.session.stop,
                 self.session.run_dir.path,
-                host,
+                model,
                 method,
                 self.data,
             ).run()
-        known = None if found is None else with_prompt_rows(found, self.config, host)
-        self._mark("making the model")
-        del host
+        known = None if found is None else with_prompt_rows(found, self.config, model)
+        self._beat("making the model")
+        del model
         gc.collect()
         return known
 
@@ -173,51 +173,61 @@ class MoELeg(TrainedLeg):
         batch = self.data.validation.batch(0, _CHECK_SAMPLES)
         return torch.from_numpy(batch[:, : min(self.data.train.seq_len, _CHECK_LENGTH)])
 
-    def _finish(self, leg: Leg, result: LegResult) -> None:
-        self.results.put("exactness", leg.state["exactness"])
-        if "attention" in leg.state:
-            self.results.put("attention", leg.state["attention"])
-        if leg.scheduled_costs:
-            self.results.put("sparsify", summarise_phases(leg.trainable.host.schedule, leg.scheduled_costs))
-        self._put_dense(leg, result)
-        self._export(leg)
-        self._log_backend(leg)
+    def _finish(self, stage: Stage, result: StageResult) -> None:
+        self.results.put("exactness", stage.state["exactness"])
+        if "attention" in stage.state:
+            self.results.put("attention", stage.state["attention"])
+        if stage.scheduled_costs:
+            self.results.put(
+                "top_k_schedule", summarise_phases(stage.train_module.model.schedule, stage.scheduled_costs)
+            )
+        self._put_dense(stage, result)
+        self._export(stage)
+        self._log_backend(stage)
 
-    def _put_dense(self, leg: Leg, result: LegResult) -> None:
+    def _put_dense(self, stage: Stage, result: StageResult) -> None:
         """The row of the dense model that everything is compared with."""
-        self._mark("evaluating the dense model")
-        host = self._dense()
-        costs = measure_costs(host, self.config.data.seq_len, None)
-        trainable = self.session.engine.prepare(host, self.config.optim)
-        engine, watch = self.session.engine, self.session.watch
-        loss = validation_loss(engine, trainable, self.data, self.config.train, watch)
-        self.results.put_leg("dense", leg_label("dense"), loss, 0, costs, None)
+        self._beat("evaluating the dense model")
+        model = self._dense()
+        costs = measure_costs(model, self.config.data.seq_len, None)
+        train_module = self.session.engine.prepare(model, self.config.optim)
+        engine, heartbeat = self.session.engine, self.session.heartbeat
+        loss = validation_loss(engine, train_module, self.data, self.config.train, heartbeat)
+        self.results.put_stage("dense", stage_label("dense"), loss, 0, costs, None)
 
-    def _log_backend(self, leg: Leg) -> None:
-        _, layer = leg.trainable.host.moe_layers()[0]
+    def _log_backend(self, stage: Stage) -> None:
+        _, layer = stage.train_module.model.moe_layers()[0]
         choice = layer.experts.backend_choice()
         if choice is not None:
             self.results.put("experts", {"backend": choice.backend.name, "reason": choice.reason})
 
-    def _export(self, leg: Leg) -> None:
-        session, host = self.session, leg.trainable.skeleton
-        exporter, refusals = choose_exporter(describe_host(host))
-        dtype = _export_dtype(self.config, host)
+    def _export(self, stage: Stage) -> None:
+        session, model = self.session, stage.train_module.skeleton
+        exporter, unsupported_reasons = choose_exporter(describe_model(model))
+        dtype = _export_dtype(self.config, model)
         if not exporter.is_native:
-            session.say(f"export: in Graft's own format, since {'; '.join(refusals)}")
-        self._mark("the export")
-        tensors, watch = leg.trainable.full_tensors(), session.watch
-        export(host, exporter, tensors, session.run_dir.export, dtype, writes=session.leads, watch=watch)
-        self._mark("checking the export")
+            session.log(f"export: in Graft's own format, since {'; '.join(unsupported_reasons)}")
+        self._beat("the export")
+        tensors, heartbeat = stage.train_module.full_tensors(), session.heartbeat
+        export(
+            model,
+            exporter,
+            tensors,
+            session.run_dir.export,
+            dtype,
+            writes=session.is_rank0,
+            heartbeat=heartbeat,
+        )
+        self._beat("checking the export")
         tokens = self._check_tokens()
-        logits = leg.trainable.logits(tokens)
+        logits = stage.train_module.logits(tokens)
         loosest = max((dtype, session.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
         session.on_rank_zero(lambda: carry_template(self.config.data, session.run_dir.export))
         memory, folder = self.config.export.memory_gib * 2**30, session.run_dir.export
         report = session.on_rank_zero(
-            lambda: verify_export(exporter, folder, tokens, logits, loosest, memory, watch)
+            lambda: verify_export(exporter, folder, tokens, logits, loosest, memory, heartbeat)
         )
-        session.say(
+        session.log(
             f"export: {report.format} in {report.path}; reloaded, its logits differ by "
             f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
         )
@@ -236,6 +246,6 @@ class MoELeg(TrainedLeg):
         )
 
 
-def _export_dtype(config: RunConfig, host: HuggingFaceHost) -> torch.dtype:
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": host.source_dtype}
+def _export_dtype(config: RunConfig, model: HFModel) -> torch.dtype:
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": model.source_dtype}
     return named[config.export.dtype]

@@ -24,7 +24,7 @@ from recipes.engines import engine_classes
 from recipes.jobs.backend_rules import check_library
 from recipes.jobs.lora_rules import check_low_rank
 from recipes.jobs.run_dir import choose_run_dir
-from recipes.jobs.top_k_schedules import check_sparsify, check_sparsify_layers
+from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.header_shape import read_ffn_shape
@@ -40,15 +40,18 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
-    ranks = world_size // engine_classes()[config.engine.name].same_data(config.engine)
+    ranks = world_size // engine_classes()[config.engine.name].model_parallel_size(config.engine)
     mistakes = check_batch(config, max(1, ranks)) + check_router(config) + check_engine(config)
     mistakes += (
-        check_sparsify(config) + check_schedule(config) + check_paths(config.data) + check_folders(config)
+        check_top_k_schedule(config)
+        + check_schedule(config)
+        + check_paths(config.data)
+        + check_folders(config)
     )
     mistakes += check_calibration(config) + check_run_dir(config) + check_optim_start(config)
     mistakes += check_chat_template(config.data, config.dense) + check_library(config)
     if config.dense is None:
-        shape = _embedded_shape(config)
+        shape = _default_shape(config)
         mistakes += check_method(config, shape) + check_low_rank(config, shape)
         return mistakes + check_model(config)
     found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
@@ -119,12 +122,12 @@ def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 
-def _embedded_shape(config: RunConfig) -> FFNShape:
+def _default_shape(config: RunConfig) -> FFNShape:
     model = config.model
     return FFNShape(model.intermediate_size, model.hidden_size, gated=True, activation="silu")
 
 
-def _embedded_config(config: RunConfig) -> dict[str, Any]:
+def _default_model_config(config: RunConfig) -> dict[str, Any]:
     model = config.model
     return {
         "model_type": "llama",
@@ -147,7 +150,7 @@ def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake
 def check_engine(config: RunConfig) -> list[Mistake]:
     """The machine must have what the engine needs, and the engine be able to train the mixture."""
     engine = engine_classes()[config.engine.name]
-    mistakes = engine.check_mixture(config.engine, config.upcycle.num_experts, config.router)
+    mistakes = engine.check_moe(config.engine, config.upcycle.num_experts, config.router)
     mistakes += engine.check_optimizer(config.engine, config.optim)
     mistakes += engine.check_run(config.engine, config)
     found = engine.check(config.engine)
@@ -183,7 +186,7 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
 def check_model(config: RunConfig) -> list[Mistake]:
     """The embedded default's own schedule and depth must fit as well."""
     mistakes = check_layers(config, config.model.num_layers)
-    mistakes += check_attention(config, _embedded_config(config))
+    mistakes += check_attention(config, _default_model_config(config))
     if 0 < config.model.steps <= config.model.warmup_steps:
         rule = f"it does not fit into model.steps={config.model.steps}"
         mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
@@ -197,7 +200,7 @@ def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
     except ValueError as error:
         rule, _, remedy = str(error).partition(". ")
         return [Mistake("upcycle.layers", config.upcycle.layers, rule, remedy)]
-    return check_sparsify_layers(config, len(picked))
+    return check_top_k_schedule_layers(config, len(picked))
 
 
 def check_run_dir(config: RunConfig) -> list[Mistake]:

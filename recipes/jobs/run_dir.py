@@ -40,9 +40,9 @@ class RunDir:
         """The exported model."""
         return self.path / "hf"
 
-    def checkpoints(self, leg: str) -> Path:
+    def checkpoints(self, stage: str) -> Path:
         """Checkpoints of a leg: the main model's are the run's own."""
-        return self.path / "checkpoints" if leg == "moe" else self.path / leg / "checkpoints"
+        return self.path / "checkpoints" if stage == "moe" else self.path / stage / "checkpoints"
 
 
 def choose_run_dir(config: RunConfig, launch: Launch | None = None) -> RunDir:

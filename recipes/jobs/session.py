@@ -17,7 +17,7 @@ from recipes.jobs.base import Job, Session
 from recipes.jobs.run_dir import RunDir, choose_run_dir
 from recipes.runtime.agreement import facts_of_this_rank, require_agreement
 from recipes.runtime.atomic import atomic_write_text, write_synced
-from recipes.runtime.heartbeat import Watch
+from recipes.runtime.heartbeat import Heartbeat
 from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.ranks import Ranks
 from recipes.runtime.relaunch import Launch
@@ -54,18 +54,18 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
         _agree_on_start(store, engine, values)
     engine.open()
     try:
-        watch = _watch(config, engine)
-        with watch.job():
+        heartbeat = _heartbeat(config, engine)
+        with heartbeat.job():
             if store is None:
                 _agree_on_start(group_store(), engine, values)
             # Dropout and the like differ between ranks; weights do not come from this state.
             torch.manual_seed(config.seed + engine.rank)
             _quiet_libraries()
-            watch.mark("choosing the run's directory")
+            heartbeat.beat("choosing the run's directory")
             run_dir = _agree_on_run_dir(engine, config)
             _make_run_dir(engine, run_dir, values)
-            watch.writes_to(run_dir.path)
-            return _run_open(job, config, values, engine, run_dir, watch, started)
+            heartbeat.writes_to(run_dir.path)
+            return _run_open(job, config, values, engine, run_dir, heartbeat, started)
     finally:
         engine.close()
 
@@ -76,10 +76,10 @@ def _run_open(
     values: dict[str, Any],
     engine: Engine[Any],
     run_dir: RunDir,
-    watch: Watch,
+    heartbeat: Heartbeat,
     started: float,
 ) -> int:
-    watch.mark("starting the tracker")
+    heartbeat.beat("starting the tracker")
     tracker_id = None
     if engine.rank == 0:
         tracker_id = read_run_file(run_dir.path).get("wandb_run_id")
@@ -94,15 +94,15 @@ def _run_open(
     meters = RunMeters(engine.device, first_on_machine=engine.first_on_machine)
     spent: dict[str, float] = {}
     try:
-        with StopRequest(speaks=engine.rank == 0) as stop:
-            guards = RunGuards(config.faults, run_dir.path, watch)
+        with StopRequest(verbose=engine.rank == 0) as stop:
+            guards = RunGuards(config.faults, run_dir.path, heartbeat)
             loop = Loop(engine, callbacks, stop, meters, guards)
             spent = loop.spent
             session = Session(config, values, engine, run_dir, stop, logger, loop, started, ledger)
             finished = job.run(session)
             if not finished:
-                session.say(f"stopped and saved; go on with: resume={run_dir.path}")
-        watch.mark("closing the run's records")
+                session.log(f"stopped and saved; go on with: resume={run_dir.path}")
+        heartbeat.beat("closing the run's records")
     except BaseException as error:
         # Errors that are told to the user, and a second Ctrl-C, are no failures that a run recovers from.
         failed = not isinstance(error, GraftError | KeyboardInterrupt)
@@ -152,9 +152,9 @@ def _agree_on_start(store: Store, engine: Engine[Any], values: dict[str, Any]) -
     require_agreement(store, engine.rank, engine.world_size, facts_of_this_rank(values))
 
 
-def _watch(config: RunConfig, engine: Engine[Any]) -> Watch:
+def _heartbeat(config: RunConfig, engine: Engine[Any]) -> Heartbeat:
     if config.faults.hang_s is None and config.faults.phase_hang_s is None:
-        return Watch()
+        return Heartbeat()
     return Watchdog(engine.rank, engine.world_size, group_store(), config.faults)
 
 

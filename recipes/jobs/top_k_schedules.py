@@ -1,4 +1,4 @@
-"""The ``sparsify`` section of a run: what may be wrong with it, and the schedule that it describes."""
+"""The ``top_k_schedule`` section of a run: what may be wrong with it, and the schedule that it describes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe.routers import router_class, router_classes
 from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
 from moe.upcycle import UpcycleMethod
 from recipes.config.schema import RunConfig
-from recipes.models.hf.hf_model import HuggingFaceHost, chosen_sites
+from recipes.models.hf.hf_model import HFModel, chosen_sites
 from recipes.tracking.step_costs import Costs
 
 
@@ -22,17 +22,15 @@ def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None
         config: Of the run.
         layers: Indices of the mixture layers in the host, ascending.
     """
-    if not config.sparsify or config.train.steps == 0:
+    if not config.top_k_schedule or config.train.steps == 0:
         return None
     top_k: int = config.router.top_k  # type: ignore[attr-defined]
-    return make_schedule(config.sparsify, layers, top_k, config.train.steps, tokens_per_step(config))
+    return make_schedule(config.top_k_schedule, layers, top_k, config.train.steps, tokens_per_step(config))
 
 
-def host_schedule(
-    config: RunConfig, host: HuggingFaceHost, method: UpcycleMethod[Any]
-) -> TopKSchedule | None:
+def model_schedule(config: RunConfig, model: HFModel, method: UpcycleMethod[Any]) -> TopKSchedule | None:
     """The same of a host before its surgery: the step-0 check is then made at the first K."""
-    return schedule_of(config, [site.layer for site in chosen_sites(host, method)])
+    return schedule_of(config, [site.layer for site in chosen_sites(model, method)])
 
 
 def tokens_per_step(config: RunConfig) -> int:
@@ -40,17 +38,17 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.train.global_batch_size * config.data.seq_len
 
 
-def sparsify_identity(config: RunConfig) -> list[Any] | None:
+def top_k_schedule_identity(config: RunConfig) -> list[Any] | None:
     """What a run may not change of it when it goes on: K, and the steps at which it changes.
 
     A share of a run that is given more steps is another step: K would rise again. Tokens stay where they are.
     """
-    if not config.sparsify:
+    if not config.top_k_schedule:
         return None
-    ends = [phase.end(config.train.steps, tokens_per_step(config)) for phase in config.sparsify]
+    ends = [phase.end(config.train.steps, tokens_per_step(config)) for phase in config.top_k_schedule]
     return [
         {"until_step": end, "top_k": phase.top_k, "layers": phase.layers}
-        for end, phase in zip(ends, config.sparsify, strict=True)
+        for end, phase in zip(ends, config.top_k_schedule, strict=True)
     ]
 
 
@@ -78,28 +76,28 @@ def summarise_phases(
     ]
 
 
-def check_sparsify(config: RunConfig) -> list[Mistake]:
+def check_top_k_schedule(config: RunConfig) -> list[Mistake]:
     """The router must be able to change K, to the numbers that are asked for, and the phases fit the run."""
-    if not config.sparsify:
+    if not config.top_k_schedule:
         return []
     if not router_class(config.router.name).varies_top_k:
         able = ", ".join(name for name, cls in router_classes().items() if cls.varies_top_k)
         rule = "this router cannot change its number of experts between steps"
-        remedy = f"Leave sparsify out, or choose a router of: {able}."
+        remedy = f"Leave top_k_schedule out, or choose a router of: {able}."
         return [Mistake("router.name", config.router.name, rule, remedy)]
     return [*_numbers(config), *_falls(config), *_ends(config)]
 
 
-def check_sparsify_layers(config: RunConfig, num_layers: int) -> list[Mistake]:
+def check_top_k_schedule_layers(config: RunConfig, num_layers: int) -> list[Mistake]:
     """Phases name no more layers than there are mixtures."""
     return [
         Mistake(
-            f"sparsify.{place}.{'layers' if isinstance(phase.top_k, int) else 'top_k'}",
+            f"top_k_schedule.{place}.{'layers' if isinstance(phase.top_k, int) else 'top_k'}",
             phase.layers if isinstance(phase.top_k, int) else phase.top_k,
             f"it names {phase.num_listed} layers, and {num_layers} become mixtures",
             f"Name {num_layers} at most.",
         )
-        for place, phase in enumerate(config.sparsify)
+        for place, phase in enumerate(config.top_k_schedule)
         if phase.num_listed > num_layers
     ]
 
@@ -107,15 +105,15 @@ def check_sparsify_layers(config: RunConfig, num_layers: int) -> list[Mistake]:
 def _numbers(config: RunConfig) -> list[Mistake]:
     """Each K must be one that the router could have had from the start, by the router's own rules."""
     mistakes = []
-    for place, phase in enumerate(config.sparsify):
+    for place, phase in enumerate(config.top_k_schedule):
         for top_k in sorted({phase.top_k} if isinstance(phase.top_k, int) else set(phase.top_k)):
-            if found := _refusal(config, top_k):
+            if found := _unsupported_reason(config, top_k):
                 rule, _, remedy = found.partition(". ")
-                mistakes.append(Mistake(f"sparsify.{place}.top_k", top_k, rule, remedy))
+                mistakes.append(Mistake(f"top_k_schedule.{place}.top_k", top_k, rule, remedy))
     return mistakes
 
 
-def _refusal(config: RunConfig, top_k: int) -> str | None:
+def _unsupported_reason(config: RunConfig, top_k: int) -> str | None:
     """Why the router cannot have this K, as "rule. Remedy."."""
     try:
         changed = dataclasses.replace(config.router, top_k=top_k)  # type: ignore[call-arg]
@@ -129,16 +127,18 @@ def _refusal(config: RunConfig, top_k: int) -> str | None:
 def _falls(config: RunConfig) -> list[Mistake]:
     """K falls from phase to phase and to the router's own, in every layer, or it would not be sparsified."""
     top_k: int = config.router.top_k  # type: ignore[attr-defined]
-    named = max(phase.num_listed for phase in config.sparsify)
+    named = max(phase.num_listed for phase in config.top_k_schedule)
     last = SparsePhase(until=0.5, top_k=top_k)
     mistakes = []
-    for place, (phase, follows) in enumerate(zip(config.sparsify, [*config.sparsify[1:], last], strict=True)):
+    for place, (phase, follows) in enumerate(
+        zip(config.top_k_schedule, [*config.top_k_schedule[1:], last], strict=True)
+    ):
         # Layers beyond those that are named have one number in each phase.
         rises = [p for p in range(named + 1) if phase.experts(p, top_k) < follows.experts(p, top_k)]
         if rises:
             rule = f"in layer {rises[0]} from below fewer experts would be followed by more"
             remedy = f"K falls over the phases, to router.top_k={top_k} behind the last."
-            mistakes.append(Mistake(f"sparsify.{place}.top_k", phase.top_k, rule, remedy))
+            mistakes.append(Mistake(f"top_k_schedule.{place}.top_k", phase.top_k, rule, remedy))
     return mistakes
 
 
@@ -148,9 +148,9 @@ def _ends(config: RunConfig) -> list[Mistake]:
     if steps == 0:
         return []
     mistakes, before = [], 0
-    for place, phase in enumerate(config.sparsify):
+    for place, phase in enumerate(config.top_k_schedule):
         end = phase.end(steps, tokens)
-        path = f"sparsify.{place}.until"
+        path = f"top_k_schedule.{place}.until"
         if end <= before:
             rule = f"it ends at step {end}, and the phase before it at step {before}"
             mistakes.append(Mistake(path, phase.until, rule, "Order the phases, each later than the last."))

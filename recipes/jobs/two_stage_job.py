@@ -20,14 +20,14 @@ from recipes.data.sources import check_paths, resolve
 from recipes.engines.optim.optimizer import FrozenConfig
 from recipes.jobs.base import Session
 from recipes.jobs.default_model import shared_data, vocab_size_of
-from recipes.jobs.moe_stage import MoELeg
-from recipes.jobs.trained_stage import TrainedLeg
+from recipes.jobs.moe_stage import MoEStage
+from recipes.jobs.trained_stage import TrainedStage
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.tracking.bandwidth import Peaks
 from recipes.tracking.results import Results
-from recipes.training.training_loop import Leg, LegResult, validation_loss
+from recipes.training.training_loop import Stage, StageResult, validation_loss
 from recipes.upcycling.calibration.gather import LayerTensors, kept_statistics
 
 
@@ -57,9 +57,9 @@ class TwoStageJob(UpcycleJob):
             mistakes.append(Mistake("stage2.warmup_steps", config.stage2.warmup_steps, rule, remedy))
         return mistakes + _check_meaning(config)
 
-    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedLeg]]:
+    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
         """The stages."""
-        return [Stage1Leg, Stage2Leg]
+        return [FirstStage, SecondStage]
 
 
 def _check_meaning(config: RunConfig) -> list[Mistake]:
@@ -85,11 +85,11 @@ def stage2_config(config: RunConfig) -> RunConfig:
         data=dataclasses.replace(config.data, path=stage.path, validation_path=stage.validation_path),
         train=dataclasses.replace(config.train, steps=stage.steps),
         optim=dataclasses.replace(config.optim, lr=stage.lr, schedule=schedule, frozen=FrozenConfig()),
-        sparsify=[],
+        top_k_schedule=[],
     )
 
 
-class _StageLeg(MoELeg):
+class _TwoStagePart(MoEStage):
     """What both have in common: the statistics that the experts were planned by are the run's."""
 
     number: int
@@ -103,7 +103,7 @@ class _StageLeg(MoELeg):
             self.session.run_dir.checkpoints("moe") / source.name,
         )
 
-    def _put_stage(self, result: LegResult, tokens: int, **more: Any) -> None:
+    def _put_stage(self, result: StageResult, tokens: int, **more: Any) -> None:
         """A section of the stage, replacing that of an earlier process."""
         row = {
             "stage": self.number,
@@ -118,18 +118,18 @@ class _StageLeg(MoELeg):
         self.results.put("stages", sorted([*others, row | more], key=lambda old: old["stage"]))
 
 
-class Stage1Leg(_StageLeg):
+class FirstStage(_TwoStagePart):
     """Upcycles and trains; nothing is exported yet."""
 
     name = "stage1"
     number = 1
 
-    def _finish(self, leg: Leg, result: LegResult) -> None:
-        self.results.put("exactness", leg.state["exactness"])
-        self._put_stage(result, result.step * leg.tokens_per_step)
+    def _finish(self, stage: Stage, result: StageResult) -> None:
+        self.results.put("exactness", stage.state["exactness"])
+        self._put_stage(result, result.step * stage.tokens_per_step)
 
 
-class Stage2Leg(_StageLeg):
+class SecondStage(_TwoStagePart):
     """Goes on with the first stage's weights."""
 
     name = "moe"
@@ -140,8 +140,8 @@ class Stage2Leg(_StageLeg):
     ) -> None:
         config = stage2_config(session.config)
         own = dataclasses.replace(session, config=config)
-        session.watch.mark("reading the data of stage 2")
-        session.say(f"stage 2: {config.data.path}")
+        session.heartbeat.beat("reading the data of stage 2")
+        session.log(f"stage 2: {config.data.path}")
         second = shared_data(own, folder, session.on_rank_zero(lambda: vocab_size_of(folder)))
         session.on_rank_zero(lambda: _refuse_other_data(session, second))
         super().__init__(own, folder, second, results, peaks)
@@ -170,24 +170,24 @@ class Stage2Leg(_StageLeg):
         self.results.write()
         return True
 
-    def _build(self, source: Path | None) -> Leg | None:
+    def _build(self, source: Path | None) -> Stage | None:
         if source is not None:
             return super()._build(source)
         begun = self._end_of_stage1()
-        leg = super()._build(begun)
-        assert leg is not None, "nothing is calibrated, so that nothing can be stopped"
-        tensors = leg.trainable.checkpoint_tensors()
+        stage = super()._build(begun)
+        assert stage is not None, "nothing is calibrated, so that nothing can be stopped"
+        tensors = stage.train_module.checkpoint_tensors()
         loaded = load_checkpoint(begun, tensors, checksums=False)
         for name, tensor in tensors.items():
             if name.startswith("optim."):
                 for memory in local_memory(tensor):
                     memory.zero_()  # as before an optimizer's first step
-        leg.state |= {key: loaded.state[key] for key in ("exactness", "attention") if key in loaded.state}
-        self.session.say(f"stage 2: begins with the weights of {begun}")
-        return leg
+        stage.state |= {key: loaded.state[key] for key in ("exactness", "attention") if key in loaded.state}
+        self.session.log(f"stage 2: begins with the weights of {begun}")
+        return stage
 
     def _end_of_stage1(self) -> Path:
-        folder = self.session.run_dir.checkpoints(Stage1Leg.name)
+        folder = self.session.run_dir.checkpoints(FirstStage.name)
         found = find_checkpoint(folder)
         if found.path is None or int(found.path.name.removeprefix("step-")) != self.first_steps:
             rule = "the last checkpoint of the first stage is missing, and the second begins with it"
@@ -198,20 +198,20 @@ class Stage2Leg(_StageLeg):
         """Nothing has been trained on this data."""
         return 0
 
-    def _finish(self, leg: Leg, result: LegResult) -> None:
+    def _finish(self, stage: Stage, result: StageResult) -> None:
         engine, train = self.session.engine, self.config.train
         first = attending_as(self.first_data, self.data)
-        again = validation_loss(engine, leg.trainable, first, train, self.session.watch)
-        self._put_stage(result, result.step * leg.tokens_per_step, val_loss_stage1=again)
+        again = validation_loss(engine, stage.train_module, first, train, self.session.heartbeat)
+        self._put_stage(result, result.step * stage.tokens_per_step, val_loss_stage1=again)
         ended = self.results.content["stages"][0]["val_loss"]
-        self.session.say(
+        self.session.log(
             f"stage 1: validation loss on its own data {ended:.4f} at its end, {again:.4f} after stage 2"
         )
-        before = self.results.row(Stage1Leg.name)
+        before = self.results.row(FirstStage.name)
         assert before is not None, "the second stage comes after the first"
         # Beside the others, which are validated on the second stage's data.
         before["val_loss"] = result.first_val_loss
-        super()._finish(leg, result)
+        super()._finish(stage, result)
 
 
 def _refuse_other_data(session: Session, data: TrainData) -> None:

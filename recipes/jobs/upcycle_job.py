@@ -12,12 +12,12 @@ from recipes.data.build_data import TrainData
 from recipes.data.sources import resolve
 from recipes.jobs.accounts import account, find_peaks
 from recipes.jobs.base import Job, Session
-from recipes.jobs.default_model import embedded_dense, shared_data, train_embedded, vocab_size_of
+from recipes.jobs.default_model import default_dense, shared_data, train_default, vocab_size_of
 from recipes.jobs.identity import refuse_changes
 from recipes.jobs.lora_rules import refuse_low_rank
-from recipes.jobs.moe_stage import MoELeg
+from recipes.jobs.moe_stage import MoEStage
 from recipes.jobs.preflight import check_run
-from recipes.jobs.trained_stage import CPTLeg, TrainedLeg
+from recipes.jobs.trained_stage import CPTStage, TrainedStage
 from recipes.tracking.results import Results
 
 
@@ -47,34 +47,36 @@ class UpcycleJob(Job):
             mistakes += refuse_low_rank(config, self.needs_weights)
         return mistakes
 
-    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedLeg]]:
+    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
         """The legs of a run, in order."""
-        return [MoELeg, CPTLeg] if config.trains_cpt else [MoELeg]
+        return [MoEStage, CPTStage] if config.trains_cpt else [MoEStage]
 
     def run(self, session: Session) -> bool:
         """Trains what is to be trained, leg by leg; a resumed run skips the legs that are finished."""
         config = session.config
-        session.watch.mark("reading the data")
+        session.heartbeat.beat("reading the data")
         if config.dense is None:
-            folder, data = embedded_dense(session)
+            folder, data = default_dense(session)
         else:
             folder = Path(config.dense).expanduser().absolute()
             vocab_size = session.on_rank_zero(lambda: vocab_size_of(folder))
             data = shared_data(session, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         refuse_changes(session, folder, data)
-        if config.dense is None and not train_embedded(session, folder, data):
+        if config.dense is None and not train_default(session, folder, data):
             return False
-        content = session.engine.broadcast(Results.read(session.run_dir.summary) if session.leads else None)
-        results = Results(session.run_dir.summary, content, writes=session.leads)
+        content = session.engine.broadcast(
+            Results.read(session.run_dir.summary) if session.is_rank0 else None
+        )
+        results = Results(session.run_dir.summary, content, writes=session.is_rank0)
         _describe(session, data)
-        session.watch.mark("measuring the device")
+        session.heartbeat.beat("measuring the device")
         # Once for all legs, so that their utilisations compare.
         peaks = find_peaks(session)
-        legs = [kind(session, folder, data, results, peaks) for kind in self.kinds(config)]
-        trains = not all(leg.finished for leg in legs)
-        ended = all(leg.run() for leg in legs)
-        session.watch.mark("the report")
+        stages = [kind(session, folder, data, results, peaks) for kind in self.kinds(config)]
+        trains = not all(stage.finished for stage in stages)
+        ended = all(stage.run() for stage in stages)
+        session.heartbeat.beat("the report")
         if trains:
             results.content["peaks"] = peaks.figures()
             account(session, results)
@@ -86,7 +88,7 @@ class UpcycleJob(Job):
 def _describe(session: Session, data: TrainData) -> None:
     train, world = session.config.train, session.engine.data_ranks
     tokens = train.global_batch_size * data.train.seq_len
-    session.say(
+    session.log(
         f"data: {data.train_tokens:,} tokens to train on, {data.validation_tokens:,} held out; a step takes "
         f"{tokens:,} tokens = {train.num_micro_batches(world)} micro-batches x {world} ranks x "
         f"{train.micro_size(world)} samples x {data.train.seq_len}; {train.steps} steps are "

@@ -26,21 +26,21 @@ from recipes.checkpoint.names import parse_step, step_name
 from recipes.config.schema import RunConfig
 from recipes.jobs.base import Session
 from recipes.jobs.budget import continued_steps, scratch_steps
-from recipes.jobs.default_model import embedded_tokenizer, fresh_model
-from recipes.jobs.moe_stage import MoELeg
+from recipes.jobs.default_model import default_tokenizer, fresh_model
+from recipes.jobs.moe_stage import MoEStage
 from recipes.jobs.serving import serving_costs
-from recipes.jobs.trained_stage import CPTLeg, TrainedLeg
+from recipes.jobs.trained_stage import CPTStage, TrainedStage
 from recipes.jobs.upcycle_job import UpcycleJob
-from recipes.models.hf.hf_model import HuggingFaceHost, swap
+from recipes.models.hf.hf_model import HFModel, swap
 from recipes.models.hf.inspection import read_config
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.model_costs import measure_costs
-from recipes.training.training_loop import Leg, LegResult
+from recipes.training.training_loop import Stage, StageResult
 from recipes.upcycling.surgery import make_surgery
 
 
 class UpcycleVsCPTJob(UpcycleJob):
-    """The legs that ``versus.arms`` names, each budget a finished run of its own.
+    """The legs that ``upcycle_vs_cpt.arms`` names, each budget a finished run of its own.
 
     Under a schedule that stays and then decays, shorter runs share the constant part of the longest: they
     branch off from its checkpoints, and are to the last bit what they would be on their own.
@@ -54,27 +54,27 @@ class UpcycleVsCPTJob(UpcycleJob):
         """What would make the arms incomparable, too."""
         mistakes = super().check(config, world_size) + _check_points(config)
         method = upcycle_methods()[config.upcycle.name](config.upcycle)
-        if config.versus.arms != "continued" and (method.statistics or method.sources):
+        if config.upcycle_vs_cpt.arms != "continued" and (method.statistics or method.sources):
             rule = "a mixture from scratch has no dense model to look at"
-            remedy = "Set versus.arms=continued, or take a method that reads weights alone."
+            remedy = "Set upcycle_vs_cpt.arms=continued, or take a method that reads weights alone."
             mistakes.append(Mistake("upcycle.name", config.upcycle.name, rule, remedy))
-        if config.sparsify:
+        if config.top_k_schedule:
             rule = "the arms are compared at FLOPs that do not change over a run"
-            mistakes.append(Mistake("sparsify", len(config.sparsify), rule, "Leave it out."))
+            mistakes.append(Mistake("top_k_schedule", len(config.top_k_schedule), rule, "Leave it out."))
         if not mistakes and config.dense is not None:
             mistakes += _check_flops(config.dense)
         return mistakes
 
-    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedLeg]]:
+    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
         """The upcycled model first: it says the others' budgets. Of an arm the longest run first."""
-        arms, sunk = config.versus.arms, sunk_steps(config)
-        legs: list[Callable[..., TrainedLeg]] = []
+        arms, sunk = config.upcycle_vs_cpt.arms, sunk_steps(config)
+        stages: list[Callable[..., TrainedStage]] = []
         if arms != "scratch":
-            legs += [UpcycledLeg, ContinuedLeg, EqualTokensLeg]
+            stages += [UpcycledStage, ContinuedStage, EqualTokensStage]
         if arms != "continued":
-            legs.append(partial(ScratchLeg, sunk=sunk[-1]))
-            legs += [partial(ScratchBranch, sunk=steps) for steps in sunk[:-1]]
-        return legs
+            stages.append(partial(ScratchStage, sunk=sunk[-1]))
+            stages += [partial(ScratchBranch, sunk=steps) for steps in sunk[:-1]]
+        return stages
 
     def run(self, session: Session) -> bool:
         """Leaves the newest checkpoint of every leg: those to branch off from have been of use.
@@ -92,7 +92,7 @@ class UpcycleVsCPTJob(UpcycleJob):
 def sunk_steps(config: RunConfig) -> list[int]:
     """Dense steps whose FLOPs a mixture from scratch gets on top, ascending; 0, for none, is among them."""
     own = config.model.steps if config.dense is None else 0
-    given = [own] if config.versus.sunk_steps is None else config.versus.sunk_steps
+    given = [own] if config.upcycle_vs_cpt.sunk_steps is None else config.upcycle_vs_cpt.sunk_steps
     return sorted({0, *given})
 
 
@@ -115,10 +115,10 @@ def _refuse_other_budgets(session: Session) -> None:
     wanted = {
         "train.steps": config.train.steps,
         "train.eval_every": config.train.eval_every,
-        "versus.sunk_steps": sunk_steps(config),
+        "upcycle_vs_cpt.sunk_steps": sunk_steps(config),
         "optim.lr": config.optim.lr,
         "optim.schedule": dataclasses.asdict(config.optim.schedule),
-        "versus.scratch_lr": config.versus.scratch_lr,
+        "upcycle_vs_cpt.scratch_lr": config.upcycle_vs_cpt.scratch_lr,
     }
     began = read_run_file(path).get("budgets", wanted)
     remedy = "Set it back to go on, or start a new run with resume=none."
@@ -148,18 +148,18 @@ def _check_flops(dense: str) -> list[Mistake]:
     return []
 
 
-class UpcycledLeg(MoELeg):
+class UpcycledStage(MoEStage):
     """The upcycled model, with what serving costs before and after."""
 
-    def _finish(self, leg: Leg, result: LegResult) -> None:
-        super()._finish(leg, result)
+    def _finish(self, stage: Stage, result: StageResult) -> None:
+        super()._finish(stage, result)
         exported = json.loads((self.session.run_dir.export / "config.json").read_text(encoding="utf-8"))
         contents = {"dense": read_config(self.folder), "moe": exported}
         self.results.put("serving", {model: self._serving(content) for model, content in contents.items()})
-        _, layer = leg.trainable.host.moe_layers()[0]
+        _, layer = stage.train_module.model.moe_layers()[0]
         experts = self.config.upcycle.num_experts
         self.results.put("mixture", {"num_experts": experts, "top_k": layer.router.top_k})
-        self.results.put("tokens_per_step", leg.tokens_per_step)
+        self.results.put("tokens_per_step", stage.tokens_per_step)
 
     def _serving(self, content: dict[str, Any]) -> list[dict[str, Any]] | None:
         """None where the accounting does not know the family: a shape is never guessed."""
@@ -167,7 +167,7 @@ class UpcycledLeg(MoELeg):
             shape = shape_from_config(content)
         except ConfigError:
             return None
-        return serving_costs(shape, self.config.versus.batches, self.config.data.seq_len)
+        return serving_costs(shape, self.config.upcycle_vs_cpt.batches, self.config.data.seq_len)
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:
@@ -177,20 +177,20 @@ def _with_steps(config: RunConfig, steps: int) -> RunConfig:
     return dataclasses.replace(config, train=train)
 
 
-def _branch_source(leg: TrainedLeg, parent: str) -> Path:
+def _branch_source(stage: TrainedStage, parent: str) -> Path:
     """The newest checkpoint of a longer run that lies in the constant part of this one.
 
     The parent decays later, since it is longer: up to there both are one run.
     """
-    train, schedule = leg.config.train, leg.config.optim.schedule
+    train, schedule = stage.config.train, stage.config.optim.schedule
     constant = max(train.steps - schedule.decay_steps(train.steps), 0)
     step = constant // train.eval_every * train.eval_every
-    path = leg.session.run_dir.checkpoints(parent) / step_name(step)
+    path = stage.session.run_dir.checkpoints(parent) / step_name(step)
     verify_checkpoint(path)
     return path
 
 
-class ContinuedLeg(CPTLeg):
+class ContinuedStage(CPTStage):
     """The dense model, until it has cost what the upcycled model has."""
 
     @property
@@ -216,7 +216,7 @@ class ContinuedLeg(CPTLeg):
         return continued_steps(self.session.config.train.steps, dense_flops, moe_flops)
 
 
-class EqualTokensLeg(ContinuedLeg):
+class EqualTokensStage(ContinuedStage):
     """The dense model on as many tokens as the upcycled one: the start of the longer run, and its own end."""
 
     name = "cpt_tokens"
@@ -231,13 +231,13 @@ class EqualTokensLeg(ContinuedLeg):
         return _branch_source(self, "cpt")
 
 
-def _from_zero(leg: TrainedLeg) -> bool:
+def _from_zero(stage: TrainedStage) -> bool:
     """Whether a run decays before its first checkpoint: then there is nothing to share."""
-    train, schedule = leg.config.train, leg.config.optim.schedule
+    train, schedule = stage.config.train, stage.config.optim.schedule
     return train.steps - schedule.decay_steps(train.steps) < train.eval_every
 
 
-class ScratchLeg(TrainedLeg):
+class ScratchStage(TrainedStage):
     """The same mixture on drawn weights, from the first sample on: it sees what the dense model saw."""
 
     name = "scratch"
@@ -246,7 +246,7 @@ class ScratchLeg(TrainedLeg):
         super().__init__(*parts)
         self.sunk = sunk
         config = self.config
-        lr = config.versus.scratch_lr or config.optim.lr
+        lr = config.upcycle_vs_cpt.scratch_lr or config.optim.lr
         self.config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
 
     @property
@@ -271,27 +271,27 @@ class ScratchLeg(TrainedLeg):
 
     def _count(self) -> None:
         """FLOPs of both models: before the steps are known, no leg is."""
-        host = self._drawn()
-        dense = measure_costs(host, self.config.data.seq_len, None).flops_per_token_train
-        swap(host, make_surgery(self.config))
-        moe = measure_costs(host, self.config.data.seq_len, None).flops_per_token_train
+        model = self._drawn()
+        dense = measure_costs(model, self.config.data.seq_len, None).flops_per_token_train
+        swap(model, make_surgery(self.config))
+        moe = measure_costs(model, self.config.data.seq_len, None).flops_per_token_train
         self.results.put("scratch_flops", {"dense": dense, "moe": moe})
 
     def _first_sample(self) -> int:
         return 0
 
-    def _build(self, source: Path | None) -> Leg:
-        host = self._drawn()
-        for _, layer in swap(host, make_surgery(self.config)):
+    def _build(self, source: Path | None) -> Stage:
+        model = self._drawn()
+        for _, layer in swap(model, make_surgery(self.config)):
             _draw(layer, self.config)
-        return self._leg(host, {})
+        return self._stage(model, {})
 
-    def _drawn(self) -> HuggingFaceHost:
+    def _drawn(self) -> HFModel:
         """The dense model's shape with weights that nobody has trained."""
         config, seed = self.config, self.config.seed
         if config.dense is None:
             model = dataclasses.replace(config.model, seed=seed)
-            return fresh_model(model, config.data.seq_len, embedded_tokenizer(self.session))
+            return fresh_model(model, config.data.seq_len, default_tokenizer(self.session))
         from transformers import AutoConfig, AutoModelForCausalLM
 
         trust = config.trust_remote_code
@@ -300,10 +300,10 @@ class ScratchLeg(TrainedLeg):
             torch.manual_seed(seed)
             built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust, dtype=torch.float32)
         built.config.use_cache = False
-        return HuggingFaceHost(model=built, folder=self.folder, source_dtype=torch.float32)
+        return HFModel(module=built, folder=self.folder, source_dtype=torch.float32)
 
 
-class ScratchBranch(ScratchLeg):
+class ScratchBranch(ScratchStage):
     """The mixture from scratch at a smaller budget."""
 
     def __init__(self, *parts: Any, sunk: int) -> None:
@@ -327,5 +327,5 @@ def _draw(layer: MoELayer, config: RunConfig) -> None:
             if parameter.ndim < axes:
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, config.versus.init_std, generator=generator)
+                parameter.normal_(0.0, config.upcycle_vs_cpt.init_std, generator=generator)
     layer.router.reset_parameters(seeded_generator(config.seed, "scratch-router", index))

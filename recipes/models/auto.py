@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from recipes.models.export.graft_format import MODEL_TYPE, GraftExporter, load_graft
 from recipes.models.export.write_export import export
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
 class GraftMoEConfig(PretrainedConfig):  # type: ignore[misc]
@@ -39,7 +39,7 @@ class GraftMoEForCausalLM:
             options: ``dtype`` (or ``torch_dtype``) and what the Auto classes add themselves.
 
         Raises:
-            HostError: The folder is no such export, or an option is not known here.
+            ModelError: The folder is no such export, or an option is not known here.
         """
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
         for added in ("config", "local_files_only", "trust_remote_code", "adapter_kwargs", "_from_auto"):
@@ -48,24 +48,24 @@ class GraftMoEForCausalLM:
         options = {name: value for name, value in options.items() if value is not None}
         if args or options:
             raise _unknown(options)
-        host = load_graft(Path(path), dtype if isinstance(dtype, torch.dtype) else None)
+        model = load_graft(Path(path), dtype if isinstance(dtype, torch.dtype) else None)
         # The class' own method would write a dense config over a mixture's weights.
-        host.model.save_pretrained = types.MethodType(_saver(host), host.model)
-        return host.model.eval()
+        model.module.save_pretrained = types.MethodType(_saver(model), model.module)
+        return model.module.eval()
 
 
-def _unknown(options: dict[str, Any]) -> HostError:
+def _unknown(options: dict[str, Any]) -> ModelError:
     rule = "they are not known to Graft's own format"
-    return HostError.one("options", sorted(options), rule, "Leave them out.")
+    return ModelError.one("options", sorted(options), rule, "Leave them out.")
 
 
-def _saver(host: HuggingFaceHost) -> Any:
-    def save_pretrained(model: Any, folder: str | Path, **options: Any) -> None:
+def _saver(model: HFModel) -> Any:
+    def save_pretrained(module: Any, folder: str | Path, **options: Any) -> None:
         """Writes the model in Graft's own format."""
         if options:
             raise _unknown(options)
-        tensors = model.state_dict().items()
-        export(host, GraftExporter(), tensors, Path(folder), model.dtype, writes=True)
+        tensors = module.state_dict().items()
+        export(model, GraftExporter(), tensors, Path(folder), module.dtype, writes=True)
 
     return save_pretrained
 

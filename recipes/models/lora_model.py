@@ -13,12 +13,20 @@ from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.experts.experts import Experts
-from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
+from moe.experts.lora import (
+    DRAWN,
+    FACTOR_NAMES,
+    FACTORS,
+    LoraConfig,
+    drawn_factor,
+    merged,
+    rank_unsupported_reason,
+)
 from moe.layer import moe_layers
 from recipes.checkpoint.shard_layout import Placed, place
 from recipes.models.export.spec import ModelSpec
 from recipes.models.hf.deferred_init import WeightSource
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 RANK_PATH = "experts.lora.rank"
 
@@ -29,38 +37,38 @@ def require_rank(spec: ModelSpec, lora: LoraConfig) -> None:
     Raises:
         ConfigError: A mixture's experts are narrower than the rank.
     """
-    for mixture in spec.mixtures:
-        refusal = rank_refusal(lora.rank, mixture.expert.model_width, mixture.expert.width)
-        if refusal is not None:
-            limit = min(mixture.expert.model_width, mixture.expert.width)
-            rule = f"{refusal} (layer {mixture.index})"
+    for moe in spec.moe_blocks:
+        unsupported_reason = rank_unsupported_reason(lora.rank, moe.expert.model_width, moe.expert.width)
+        if unsupported_reason is not None:
+            limit = min(moe.expert.model_width, moe.expert.width)
+            rule = f"{unsupported_reason} (layer {moe.index})"
             raise ConfigError.one(RANK_PATH, lora.rank, rule, f"Set {limit} or less; 8 to 64 are usual.")
 
 
-def add_low_rank(host: HuggingFaceHost, lora: LoraConfig, seed: int) -> None:
+def add_low_rank(model: HFModel, lora: LoraConfig, seed: int) -> None:
     """Freezes the routed experts' weights and lets factors train beside them; nothing without a rank.
 
     Everything else of the model (routers, shared experts, attention, norms, embeddings) trains as before.
     Where the model has no memory yet, each rank draws its own part of the factors when it gets some.
 
     Args:
-        host: Its networks are mixtures already; not spread over ranks.
+        model: Its networks are mixtures already; not spread over ranks.
         lora: Of the factors.
         seed: Of the run.
     """
     if not lora.rank:
         return
-    for _, layer in host.moe_layers():
+    for _, layer in model.moe_layers():
         layer.experts.add_low_rank(lora)
     layers = {
         f"{site}.experts.{name}": layer.context.layer_index
-        for site, layer in moe_layers(host.model)
+        for site, layer in moe_layers(model.module)
         for name in FACTOR_NAMES
     }
-    if host.weights is None:
-        _draw(_factors(host.model), layers, seed)
+    if model.weights is None:
+        _draw(_factors(model.module), layers, seed)
     else:
-        host.weights = _WithFactors(host.weights, layers, seed)
+        model.weights = _WithFactors(model.weights, layers, seed)
 
 
 class _WithFactors(WeightSource):
@@ -140,17 +148,17 @@ def factors_of(spec: ModelSpec, lora: LoraConfig) -> dict[str, Factors]:
     if not lora.rank:
         return {}
     return {
-        f"{mixture.site}.experts.{weight}": Factors(
-            f"{mixture.site}.experts.{a}", f"{mixture.site}.experts.{b}", lora.scale
+        f"{moe.site}.experts.{weight}": Factors(
+            f"{moe.site}.experts.{a}", f"{moe.site}.experts.{b}", lora.scale
         )
-        for mixture in spec.mixtures
+        for moe in spec.moe_blocks
         for weight, (a, b) in FACTORS.items()
     }
 
 
-def host_lora(host: HuggingFaceHost) -> LoraConfig:
+def model_lora(model: HFModel) -> LoraConfig:
     """Of the factors that a host has; the same in all of its mixtures."""
-    return next((layer.experts.lora for _, layer in host.moe_layers()), LoraConfig())
+    return next((layer.experts.lora for _, layer in model.moe_layers()), LoraConfig())
 
 
 def is_factor(name: str) -> bool:

@@ -301,18 +301,18 @@ def check_wandb(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     mode = environ.get("WANDB_MODE")
     if mode:
         return [Finding("wandb", "ok", f"{version}, WANDB_MODE={mode}")]
-    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(host, environ):
-        return [Finding("wandb", "ok", f"{version}, logged in to {host}")]
-    text = f"{version}, no login for {host}: runs are kept on disk only"
+    model = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(model, environ):
+        return [Finding("wandb", "ok", f"{version}, logged in to {model}")]
+    text = f"{version}, no login for {model}: runs are kept on disk only"
     return [Finding("wandb", "warn", text, "Run wandb login, or leave it and use metrics.jsonl.")]
 
 
-def _in_netrc(host: str, environ: Mapping[str, str]) -> bool:
+def _in_netrc(model: str, environ: Mapping[str, str]) -> bool:
     names = [environ["NETRC"]] if environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for path in (Path(name).expanduser() for name in names):
         try:
-            if path.is_file() and netrc.netrc(path).authenticators(host):
+            if path.is_file() and netrc.netrc(path).authenticators(model):
                 return True
         except (netrc.NetrcParseError, OSError):
             continue

@@ -22,7 +22,7 @@ class Position:
 
     Attributes:
         rank: Its number.
-        marks: Marks that it has passed. All ranks pass the same ones.
+        metadata: Marks that it has passed. All ranks pass the same ones.
         where: Of the last mark, in words.
         waited_s: Seconds since then.
         at: The line of code that it is in.
@@ -30,7 +30,7 @@ class Position:
     """
 
     rank: int
-    marks: int
+    metadata: int
     where: str
     waited_s: float
     at: str
@@ -84,8 +84,8 @@ def verdict(
 def _behind(told: Sequence[Position]) -> list[int]:
     if not told:
         return []
-    fewest = min(position.marks for position in told)
-    last = [position for position in told if position.marks == fewest]
+    fewest = min(position.metadata for position in told)
+    last = [position for position in told if position.metadata == fewest]
     own = [position.rank for position in last if position.kind == "elsewhere"]
     if own:
         return sorted(own)

@@ -16,7 +16,7 @@ ASIDE = 10.0
 """So many times as long the first batch of a validation may take, or a save."""
 
 
-class Watch:
+class Heartbeat:
     """Watches nothing. `recipes.runtime.watchdog.Watchdog` does."""
 
     @contextlib.contextmanager
@@ -32,7 +32,7 @@ class Watch:
     def writes_to(self, folder: Path) -> None:
         """Where the stacks of a hang are written: before, they are shown alone."""
 
-    def mark(self, where: str, patience: float = 1.0) -> None:
+    def beat(self, where: str, patience: float = 1.0) -> None:
         """This rank has come so far. All ranks pass the same marks in the same order.
 
         Args:
@@ -40,25 +40,25 @@ class Watch:
             patience: How much longer than usual the next mark of a training may take to come.
         """
 
-    def beat(self) -> None:
+    def progress(self) -> None:
         """This rank works: a file, a layer, a tensor is done. Other ranks need not do the same."""
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """The items, each a sign of work."""
         for item in items:
-            self.beat()
+            self.progress()
             yield item
 
 
 class Lines:
     """Says lines of work that may take long. Each counts as progress, and so does what lies between."""
 
-    def __init__(self, say: Callable[[str], None], watch: Watch) -> None:
-        """Says by ``say``, and tells ``watch``."""
-        self._say = say
-        self.beat = watch.beat
+    def __init__(self, log: Callable[[str], None], heartbeat: Heartbeat) -> None:
+        """Says by ``say``, and tells ``heartbeat``."""
+        self._log = log
+        self.progress = heartbeat.progress
 
     def __call__(self, line: str) -> None:
         """Says a line."""
-        self.beat()
-        self._say(line)
+        self.progress()
+        self._log(line)

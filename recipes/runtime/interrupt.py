@@ -18,10 +18,10 @@ class StopRequest:
         requested: Whether a signal has come.
     """
 
-    def __init__(self, *, speaks: bool = False) -> None:
-        """Says so on stderr when a signal comes, on the rank that ``speaks``."""
+    def __init__(self, *, verbose: bool = False) -> None:
+        """Says so on stderr when a signal comes, on the rank that ``verbose``."""
         self.requested = False
-        self._speaks = speaks
+        self._verbose = verbose
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -40,7 +40,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._speaks and not self.requested:
+        if self._verbose and not self.requested:
             os.write(2, _NOTICE)  # not by print: a signal may come while stderr is being written
         # torchrun passes a SIGTERM on to ranks that already had the terminal's Ctrl-C: that is one request.
         self.requested = True

@@ -35,7 +35,7 @@ class Ranks:
         assert self.rank >= 0, "a rank outside the process group took part in a checkpoint"
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """True on the one rank that does what is done once."""
         return self.rank == 0
 

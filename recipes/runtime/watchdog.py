@@ -28,7 +28,7 @@ from torch.distributed import PrefixStore, Store
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.error_file import write_error_file
 from recipes.runtime.hang import Position, describe, verdict
-from recipes.runtime.heartbeat import ASIDE, Watch
+from recipes.runtime.heartbeat import ASIDE, Heartbeat
 from recipes.runtime.stacks import dump_stacks, stack_of, where_is
 
 HUNG = 75
@@ -50,7 +50,7 @@ class _Mark:
     trains: bool = False
 
 
-class Watchdog(Watch):
+class Watchdog(Heartbeat):
     """Of one rank. All ranks must use theirs alike."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Watchdog(Watch):
         self._end = end
         self._backstop_s = backstop_s
         self._look_s = min(_LONGEST_LOOK_S, self._step_s / _LOOKS, self._phase_s / _LOOKS)
-        self._mark = _Mark(0, "the start of the run")
+        self._beat = _Mark(0, "the start of the run")
         self._beats = 0
         self._marked_at = time.monotonic()
         self._longest_s = 0.0
@@ -95,28 +95,28 @@ class Watchdog(Watch):
         store.set_timeout(timedelta(seconds=_STORE_S))
 
     def writes_to(self, folder: Path) -> None:
-        """See `Watch.writes_to`."""
+        """See `Heartbeat.writes_to`."""
         self._folder = folder
 
-    def mark(self, where: str, patience: float = 1.0) -> None:
-        """See `Watch.mark`."""
-        now, last = time.monotonic(), self._mark
+    def beat(self, where: str, patience: float = 1.0) -> None:
+        """See `Heartbeat.beat`."""
+        now, last = time.monotonic(), self._beat
         if last.trains and last.patience < ASIDE:
             self._longest_s = max(self._longest_s, now - self._marked_at)
         self._marked_at = now
-        self._mark = _Mark(last.count + 1, where, patience, last.trains)
+        self._beat = _Mark(last.count + 1, where, patience, last.trains)
 
-    def beat(self) -> None:
-        """See `Watch.beat`."""
+    def progress(self) -> None:
+        """See `Heartbeat.progress`."""
         self._beats += 1
 
     @contextlib.contextmanager
     def job(self) -> Iterator[None]:
-        """See `Watch.job`."""
+        """See `Heartbeat.job`."""
         self._thread_watched = threading.get_ident()
         self._done.clear()
-        self.mark("the start of the run")
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.beat("the start of the run")
+        thread = threading.Thread(target=self._heartbeat, name="watchdog", daemon=True)
         thread.start()
         left = ""
         try:
@@ -134,24 +134,24 @@ class Watchdog(Watch):
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """See `Watch.training`."""
+        """See `Heartbeat.training`."""
         self._trains(True)
-        self.mark("the start of training", ASIDE)
+        self.beat("the start of training", ASIDE)
         try:
             yield
         finally:
             self._trains(False)
-            self.mark("what comes after training")
+            self.beat("what comes after training")
 
     def _trains(self, trains: bool) -> None:
-        last = self._mark
-        self._mark = _Mark(last.count, last.where, ASIDE, trains)
+        last = self._beat
+        self._beat = _Mark(last.count, last.where, ASIDE, trains)
 
-    def _watch(self) -> None:
+    def _heartbeat(self) -> None:
         """Looks until the job is over. Time in which this process was stopped does not count as waiting."""
         seen, before = (-1, -1), time.monotonic()
         while not self._done.wait(self._look_s):
-            now, mark = time.monotonic(), self._mark
+            now, mark = time.monotonic(), self._beat
             passed, before = min(now - before, 2 * self._look_s), now
             moved, seen = (mark.count, self._beats) != seen, (mark.count, self._beats)
             self._waited = 0.0 if moved else self._waited + passed
@@ -199,7 +199,7 @@ class Watchdog(Watch):
 
     def _position(self) -> Position:
         at, kind = where_is(self._thread_watched)
-        return Position(self.rank, self._mark.count, self._mark.where, self._waited, at, kind)
+        return Position(self.rank, self._beat.count, self._beat.where, self._waited, at, kind)
 
     def _all_stop(self, call: str) -> None:
         """Every rank writes its stacks; the caller, who is to blame; all end.
@@ -208,14 +208,14 @@ class Watchdog(Watch):
             call: The rank that has called, and when.
         """
         caller, when = call.split()
-        leads, place = int(caller) == self.rank, self._place(when)
+        is_rank0, place = int(caller) == self.rank, self._place(when)
         position = self._position()
         stacks = self._dump(place, describe(position))
         self._store.set(f"at/{self.rank}", json.dumps(position.as_dict()))
-        text, named = self._conclude(place) if leads else self._read_conclusion()
+        text, named = self._conclude(place) if is_rank0 else self._read_conclusion()
         self._store.set(f"read/{self.rank}", "")
-        if leads or self.rank in named:
-            shown = f"error: {text}\n" if leads else ""
+        if is_rank0 or self.rank in named:
+            shown = f"error: {text}\n" if is_rank0 else ""
             if self.rank in named:
                 shown += f"rank {self.rank} hangs here:\n{stacks}"
             os.write(2, shown.encode())
@@ -263,7 +263,7 @@ class Watchdog(Watch):
         """What all ranks have told within a while, and who is named."""
         self._wait_for("at")
         told = [Position(**json.loads(text)) for text in self._heard("at").values()]
-        mark = self._mark
+        mark = self._beat
         option, limit, times = "phase_hang_s", self._phase_s, 1.0
         if mark.trains:
             option, limit, times = "hang_s", self._step_s, mark.patience

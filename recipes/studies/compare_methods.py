@@ -16,7 +16,7 @@ from recipes.config.compose import CONF, compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_router
 from recipes.models.hf.drift import MethodDrift, measure_drift
-from recipes.models.hf.hf_model import HuggingFaceHost, load_host
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
 from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
 from recipes.upcycling.surgery import make_surgery
@@ -80,7 +80,7 @@ def compare_methods(
     candidates: Sequence[Candidate],
     overrides: Sequence[str],
     tokens_BS: Tensor,
-    say: Callable[[str, MethodDrift | UserError], None],
+    log: Callable[[str, MethodDrift | UserError], None],
 ) -> dict[str, MethodDrift | UserError]:
     """Measures every candidate; one that does not fit is told and takes no other down.
 
@@ -89,38 +89,38 @@ def compare_methods(
         candidates: The methods.
         overrides: train.py's, for all of them; a candidate's own come after.
         tokens_BS: ``[B, S]`` real tokens.
-        say: Told of every result as it comes.
+        log: Told of every result as it comes.
     """
     found: dict[str, MethodDrift | UserError] = {}
-    host = load_host(dense)
+    model = load_model(dense)
     for candidate in candidates:
         try:
             values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
             config = parse_config(values | {"dense": str(dense)})
             if mistakes := check_router(config) + check_prompts(config):
                 raise ConfigError(mistakes)
-            result: MethodDrift | UserError = _measure(config, host, tokens_BS)
+            result: MethodDrift | UserError = _measure(config, model, tokens_BS)
         except UserError as error:
             result = error
         found[candidate.label] = result
-        say(candidate.label, result)
+        log(candidate.label, result)
     return found
 
 
-def _measure(config: RunConfig, host: HuggingFaceHost, tokens_BS: Tensor) -> MethodDrift:
+def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
     surgery = make_surgery(config)
     if surgery.method.aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
         raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
-    sources = [load_host(Path(folder).expanduser()) for folder in surgery.method.sources]
+    sources = [load_model(Path(folder).expanduser()) for folder in surgery.method.sources]
     if sources:
         # The rest of the host becomes a mean.
-        host = load_host(host.folder)
+        model = load_model(model.folder)
     with tempfile.TemporaryDirectory() as folder:
-        known = calibrate_alone(config, host, Path(folder))
+        known = calibrate_alone(config, model, Path(folder))
     if known is None:
         raise KeyboardInterrupt
-    return measure_drift(host, surgery, tokens_BS, sources, with_prompt_rows(known, config, host))
+    return measure_drift(model, surgery, tokens_BS, sources, with_prompt_rows(known, config, model))
 
 
 def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:

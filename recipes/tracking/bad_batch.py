@@ -23,14 +23,14 @@ class BadStep:
     """A step that updated nothing.
 
     Attributes:
-        leg: Of the run.
+        stage: Of the run.
         step: Counted from 1, as in ``metrics.jsonl``.
         loss: Of all ranks.
         grad_norm: Of all ranks.
         in_a_row: Such steps in a row, this one counted.
     """
 
-    leg: str
+    stage: str
     step: int
     loss: float
     grad_norm: float
@@ -74,8 +74,8 @@ def record_bad_batch(
     bad_ranks = tuple(rank for rank, found in enumerate(everyone) if not _all_finite(found["losses"]))
     if folder is None:
         return BatchRecord(None, bad_ranks)
-    path = folder / FOLDER / f"{bad.leg}-step-{bad.step:08d}.json"
-    if not ranks.leads:
+    path = folder / FOLDER / f"{bad.stage}-step-{bad.step:08d}.json"
+    if not ranks.is_rank0:
         return BatchRecord(path, bad_ranks)
     try:
         atomic_write_text(path, _text(bad, bad_ranks, everyone))

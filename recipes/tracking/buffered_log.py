@@ -16,7 +16,7 @@ MOST_ROWS = 20_000
 """More rows than these do not wait: the run ends."""
 
 
-class PatientLog:
+class BufferedLog:
     """A `MetricsLog` that says once when the disk is full, and tries again with every row.
 
     Args:
@@ -43,11 +43,13 @@ class PatientLog:
         if self._problem is not None and len(self._waiting) > MOST_ROWS:
             raise self._problem
 
-    def truncate_after(self, leg: str, step: int) -> int:
+    def truncate_after(self, stage: str, step: int) -> int:
         """See `MetricsLog.truncate_after`."""
         self._flush()
-        self._waiting = deque(row for row in self._waiting if row.get("leg") != leg or row["step"] <= step)
-        return self._log.truncate_after(leg, step)
+        self._waiting = deque(
+            row for row in self._waiting if row.get("stage") != stage or row["step"] <= step
+        )
+        return self._log.truncate_after(stage, step)
 
     def sync(self) -> None:
         """Waits until the disk has every row that it takes."""

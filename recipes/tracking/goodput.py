@@ -154,13 +154,13 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
     """Of the steps that count."""
     kept: dict[tuple[str, int], float] = {}
     for row in rows:
-        leg, step = str(row.get("leg")), int(row.get("step", 0))
+        stage, step = str(row.get("stage")), int(row.get("step", 0))
         if "went_back_to" in row:
             kept = {
                 key: seconds
                 for key, seconds in kept.items()
-                if key[0] != leg or key[1] <= row["went_back_to"]
+                if key[0] != stage or key[1] <= row["went_back_to"]
             }
         if not row.get("skipped"):
-            kept[leg, step] = float(row.get("step_s") or 0.0)
+            kept[stage, step] = float(row.get("step_s") or 0.0)
     return sum(kept.values())

@@ -159,11 +159,11 @@ class MetricsLog:
                 os.ftruncate(self._descriptor, end)
             raise DiskError([disk_mistake(self.path, error)]) from error
 
-    def truncate_after(self, leg: str, step: int) -> int:
+    def truncate_after(self, stage: str, step: int) -> int:
         """Drops, in one atomic step, the rows of ``leg`` past ``step``: a resumed run writes them again.
 
         Args:
-            leg: Only rows of this leg are dropped.
+            stage: Only rows of this leg are dropped.
             step: The last step to keep; -1 drops the whole leg.
 
         Returns:
@@ -177,13 +177,13 @@ class MetricsLog:
         dropped = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
             row = _parse(line, self.path, number)
-            past = row.get("leg") == leg and row.get("step", -1) > step
+            past = row.get("stage") == stage and row.get("step", -1) > step
             dropped += past
             if not past:
                 kept.append(line)
         if dropped:
             self._replace(b"".join(kept))
-            _LOG.info("%s: dropped %d rows of leg %s after step %d", self.path, dropped, leg, step)
+            _LOG.info("%s: dropped %d rows of leg %s after step %d", self.path, dropped, stage, step)
         return dropped
 
     def sync(self) -> None:

@@ -45,7 +45,7 @@ class Results:
         """The row of a finished leg."""
         return next((row for row in self.content["results"] if row["model"] == model), None)
 
-    def put_leg(
+    def put_stage(
         self, model: str, label: str, val_loss: float | None, tokens: int, costs: Costs, speed: float | None
     ) -> None:
         """Adds or replaces the row of a model, in the order of `_LABELS`."""
@@ -72,7 +72,7 @@ class Results:
             atomic_write_json(self.path, self.content)
 
 
-def leg_label(model: str) -> str:
+def stage_label(model: str) -> str:
     """How a model is called in tables: ``cpt_tokens`` and ``scratch_400`` are shorter runs of an arm."""
     kind, _, which = model.partition("_")
     if not which:

@@ -117,7 +117,7 @@ class WindowFigures:
         self._before = 0.0
         self._tokens = 0
 
-    def begin_leg(self) -> None:
+    def begin_stage(self) -> None:
         """Tokens of the leg before are not of this one's first window."""
         self._tokens = 0
 

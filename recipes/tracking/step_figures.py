@@ -40,12 +40,12 @@ class StepFigures:
     Attributes:
         steps: What S-MFU and S-MBU need; None where nobody asked for them.
         end: What a token costs with the K that the routers are set to, which ``steps`` has too.
-        speaks: Whether this rank warns.
+        verbose: Whether this rank warns.
     """
 
     steps: StepCosts | None
     end: Costs
-    speaks: bool = True
+    verbose: bool = True
     _warned: set[str] = field(default_factory=set)
 
     def of_step(self, costs: Costs, work: StepWork) -> dict[str, float]:
@@ -91,7 +91,7 @@ class StepFigures:
             return None
         reports = [report for report in (work.load, work.attention) if report is not None]
         used = [number for report in reports for number in report.per_layer["experts_per_token"]]
-        return used_flops_per_token(flops, self.steps.model.mixtures, used)
+        return used_flops_per_token(flops, self.steps.model.moe_blocks, used)
 
     def _bandwidth(self, steps: StepCosts, work: StepWork) -> dict[str, float]:
         reports = [report for report in (work.load, work.attention) if report is not None]
@@ -138,7 +138,7 @@ class StepFigures:
             return
         row[metric.lower().replace("-", "_")] = share
         warning = above_one(metric, share)
-        if warning is not None and self.speaks and metric not in self._warned:
+        if warning is not None and self.verbose and metric not in self._warned:
             self._warned.add(metric)
             warnings.warn(warning, stacklevel=2)
 

@@ -26,7 +26,7 @@ import numpy as np
 from moe.errors import DiskError, Mistake
 from moe.types import Config
 from recipes.runtime.rules import require
-from recipes.tracking.buffered_log import PatientLog
+from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 from recipes.tracking.report.colours import load_image
 
@@ -40,7 +40,7 @@ _MODES = {
 }
 _SAME_SERVER = {"api.forge.coreweave.com": ("api.wandb.ai",)}  # wandb takes the second's key for the first
 _MAX_BINS = 512  # wandb refuses histograms with more
-_NOT_CHARTED = frozenset({"leg", "time"})  # the leg is in every name, and wandb keeps its own time
+_NOT_CHARTED = frozenset({"stage", "time"})  # the leg is in every name, and wandb keeps its own time
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Tracker(NullTracker):
         self._wandb = wandb
         self._run = run
         self._media_every = media_every
-        self._legs: set[str] = set()
+        self._stages: set[str] = set()
 
     def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
         """Sends one row in one call: each name behind its leg (``moe/loss``), drawn over ``<leg>/step``."""
@@ -136,25 +136,25 @@ class Tracker(NullTracker):
             _give_up(self._wandb, error, f"To upload what it had taken: wandb sync {folder}")
 
     def _send(self, row: Mapping[str, Any], load: ExpertLoad | None) -> None:
-        leg = str(row["leg"])
-        if leg not in self._legs:
-            self._run.define_metric(f"{leg}/step", hidden=True)
-            self._run.define_metric(f"{leg}/*", step_metric=f"{leg}/step")
-            self._legs.add(leg)
-        values = {f"{leg}/{key}": value for key, value in row.items() if key not in _NOT_CHARTED}
+        stage = str(row["stage"])
+        if stage not in self._stages:
+            self._run.define_metric(f"{stage}/step", hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
+        values = {f"{stage}/{key}": value for key, value in row.items() if key not in _NOT_CHARTED}
         if load is not None and row["step"] % self._media_every == 0:
-            values |= self._media(leg, load)
+            values |= self._media(stage, load)
         self._run.log(values)
 
     def _end(self, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(summary))
         self._run.finish()
 
-    def _media(self, leg: str, load: ExpertLoad) -> dict[str, Any]:
+    def _media(self, stage: str, load: ExpertLoad) -> dict[str, Any]:
         """One picture of all layers, and for each layer the load by expert as a histogram."""
         load_LE = np.asarray(load.load, dtype=np.float64)
         caption = "rows: MoE layers, columns: experts; blue 0, pale 1, red 2 or more times the uniform load"
-        media = {f"{leg}/load": self._wandb.Image(load_image(load_LE), caption=caption)}
+        media = {f"{stage}/load": self._wandb.Image(load_image(load_LE), caption=caption)}
         for layer, load_E in zip(load.layers, load_LE, strict=True):
             bins = np.histogram(
                 np.arange(load_E.size),
@@ -162,7 +162,7 @@ class Tracker(NullTracker):
                 range=(0, load_E.size),
                 weights=load_E,
             )
-            media[f"{leg}/layer/{layer:02d}/load"] = self._wandb.Histogram(np_histogram=bins)
+            media[f"{stage}/layer/{layer:02d}/load"] = self._wandb.Histogram(np_histogram=bins)
         return media
 
 
@@ -173,7 +173,7 @@ def start(
     config: Mapping[str, Any],
     run_id: str | None = None,
     rank: int = 0,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> NullTracker:
     """Starts the charts of a run on rank 0 and says in one line where they are.
 
@@ -184,7 +184,7 @@ def start(
         config: The resolved configuration, shown beside the charts.
         run_id: Of the checkpoint that is resumed, so that its charts go on; None starts new ones.
         rank: Global rank of this process.
-        say: Takes the line.
+        log: Takes the line.
 
     Returns:
         A `Tracker`; a `NullTracker` on other ranks, when disabled, and when wandb cannot start, which is
@@ -199,13 +199,13 @@ def start(
             wandb = importlib.import_module("wandb")
             mode, reason = _choose_mode(cfg, wandb)
             if mode == "disabled":
-                say(f"wandb: off ({reason})")
+                log(f"wandb: off ({reason})")
                 return NullTracker(run_id)
             run = _init(wandb, cfg, mode, Path(run_dir), name=run_name, id=run_id, config=dict(config))
     except Exception as error:
         _give_up(wandb, error)
         return NullTracker(run_id)
-    say(_where(run, mode, reason))
+    log(_where(run, mode, reason))
     return Tracker(wandb, run, cfg.media_every)
 
 
@@ -316,9 +316,9 @@ class RunLogger:
 
     def __init__(self, run_dir: str | Path, tracker: NullTracker, rank: int = 0) -> None:
         self.tracker = tracker
-        self._logs: tuple[PatientLog, ...] = ()
+        self._logs: tuple[BufferedLog, ...] = ()
         if rank == 0:
-            self._logs = (PatientLog(Path(run_dir) / METRICS_FILE), PatientLog(Path(run_dir) / LOAD_FILE))
+            self._logs = (BufferedLog(Path(run_dir) / METRICS_FILE), BufferedLog(Path(run_dir) / LOAD_FILE))
 
     def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
         """Logs a step.
@@ -336,10 +336,12 @@ class RunLogger:
         metrics.append(row)
         if load is not None:
             layers = list(load.layers)
-            loads.append({"leg": row["leg"], "step": row["step"], "layers": layers, "load": list(load.load)})
+            loads.append(
+                {"stage": row["stage"], "step": row["step"], "layers": layers, "load": list(load.load)}
+            )
         self.tracker.log(row, load)
 
-    def truncate_after(self, leg: str, step: int) -> int:
+    def truncate_after(self, stage: str, step: int) -> int:
         """Drops the rows of ``leg`` past ``step`` from the files, before a resumed run writes them again.
 
         Legs that come later in the run are dropped with ``step`` -1.
@@ -347,7 +349,7 @@ class RunLogger:
         Returns:
             How many rows of metrics were dropped.
         """
-        return [log.truncate_after(leg, step) for log in self._logs][0] if self._logs else 0
+        return [log.truncate_after(stage, step) for log in self._logs][0] if self._logs else 0
 
     def sync(self) -> None:
         """Waits until the disk has every row; call it before a checkpoint counts as written."""

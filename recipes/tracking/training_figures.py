@@ -8,7 +8,7 @@ from typing import Any
 SHARES = ("mfu", "s_mfu", "s_mbu")
 
 
-def summarise_leg(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def summarise_stage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The figures of a leg over all its steps, those of earlier processes too; None where not measured.
 
     Shares are weighted by the time of their steps, which for one peak is the ratio of the sums (equation 6 of

@@ -19,14 +19,14 @@ from moe.attention.routed_attention import attention_layers
 from moe.errors import ConfigError
 from moe.layer import moe_layers
 from recipes.checkpoint import GlobalTensor, global_shape, local_memory
-from recipes.engines import Trainable
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.engines import TrainModule
+from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.resident import peak_resident_bytes
 from recipes.tracking.step_costs import Costs
 
 
 def measure_costs(
-    host: HuggingFaceHost,
+    model: HFModel,
     seq_len: int,
     peak_flops: float | None,
     top_k: Mapping[int, int] | None = None,
@@ -38,21 +38,21 @@ def measure_costs(
     `moe.accounting.attention_experts`.
 
     Args:
-        host: The decoder.
+        model: The decoder.
         seq_len: Tokens a sample.
         peak_flops: Of one rank's device; None when unknown.
         top_k: Layer index to experts a token, where that is another number than the router's own.
     """
     numbers = {
         f"{name}.experts": top_k[layer.context.layer_index]
-        for name, layer in moe_layers(host.model)
+        for name, layer in moe_layers(model.module)
         if top_k and layer.context.layer_index in top_k
     }
-    count = count_parameters(host.model, numbers)
-    content: dict[str, Any] = host.config.to_dict()
+    count = count_parameters(model.module, numbers)
+    content: dict[str, Any] = model.config.to_dict()
     forward = training = None
     try:
-        attention = _mixers(host, attention_from_config(content))
+        attention = _mixers(model, attention_from_config(content))
     except ConfigError:
         attention = None
     if attention is not None:
@@ -67,50 +67,48 @@ def measure_costs(
     )
 
 
-def _mixers(host: HuggingFaceHost, dense: Sequence[Mixer]) -> list[Mixer]:
+def _mixers(model: HFModel, dense: Sequence[Mixer]) -> list[Mixer]:
     """The attention of every layer, with heads that are experts where the host has them."""
     mixers = list(dense)
-    for index, layer in host.attention_layers():
+    for index, layer in model.attention_layers():
         plain, router = mixers[index], layer.router
         assert isinstance(plain, AttentionShape), plain
         mixers[index] = AttentionExpertsShape(plain, router.top_k, *router_elements(router))
     return mixers
 
 
-def scheduled_costs(
-    host: HuggingFaceHost, seq_len: int, peak_flops: float | None
-) -> tuple[tuple[int, Costs], ...]:
+def scheduled_costs(model: HFModel, seq_len: int, peak_flops: float | None) -> tuple[tuple[int, Costs], ...]:
     """What a token costs from each step on at which the host's schedule changes K; empty without one."""
-    if host.schedule is None:
+    if model.schedule is None:
         return ()
     return tuple(
-        (start, measure_costs(host, seq_len, peak_flops, host.schedule.at(start)))
-        for start in host.schedule.starts
+        (start, measure_costs(model, seq_len, peak_flops, model.schedule.at(start)))
+        for start in model.schedule.starts
     )
 
 
-def step_model(host: HuggingFaceHost) -> StepModel:
+def step_model(model: HFModel) -> StepModel:
     """What a step of a host moves, but for its update; call it before the model is sharded.
 
     The mixtures are in the order in which the loop reports their load.
     """
-    found = {each.name: each for each in expert_modules(host.model)}
-    routed = [*moe_layers(host.model), *attention_layers(host.model)]
+    found = {each.name: each for each in expert_modules(model.module)}
+    routed = [*moe_layers(model.module), *attention_layers(model.module)]
     experts = [found[f"{name}.experts"] for name, _ in routed]
     theirs = {id(param) for each in experts for param in each.experts.parameters()}
-    count = count_parameters(host.model)
-    embeddings = [module for module in host.model.modules() if isinstance(module, nn.Embedding)]
-    trained = sum(p.numel() for p in host.model.parameters() if p.requires_grad and id(p) not in theirs)
+    count = count_parameters(model.module)
+    embeddings = [module for module in model.module.modules() if isinstance(module, nn.Embedding)]
+    trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad and id(p) not in theirs)
     return StepModel(
         always=count.total - count.routed - count.looked_up,
         always_trained=max(0, trained - count.looked_up),
         row=sum(module.embedding_dim for module in embeddings),
-        mixtures=tuple(_mixture(each) for each in experts),
+        moe_blocks=tuple(_moe(each) for each in experts),
         update_bytes=0.0,
     )
 
 
-def _mixture(found: ExpertModule) -> Mixture:
+def _moe(found: ExpertModule) -> Mixture:
     params, experts = list(found.experts.parameters()), found.num_experts
     return Mixture(
         num_experts=experts,
@@ -122,9 +120,9 @@ def _mixture(found: ExpertModule) -> Mixture:
     )
 
 
-def local_update_bytes(trainable: Trainable) -> float:
+def local_update_bytes(train_module: TrainModule) -> float:
     """Bytes that the update moves on this rank: of its shard, or of its whole replica."""
-    tensors = trainable.checkpoint_tensors()
+    tensors = train_module.checkpoint_tensors()
     state = {name: t for name, t in tensors.items() if name.startswith("optim.") and global_shape(t)}
     # Of a parameter a rank updates what it holds of each tensor of its state, which has its dtype.
     weights = {name.rpartition(".")[0]: _local_bytes(t) for name, t in state.items()}
@@ -136,10 +134,10 @@ def _local_bytes(tensor: GlobalTensor) -> int:
     return sum(memory.nbytes for memory in local_memory(tensor))
 
 
-def expert_readers(host: HuggingFaceHost) -> tuple[int, ...]:
+def expert_readers(model: HFModel) -> tuple[int, ...]:
     """Of every mixture of a step, ranks over which its experts are spread; empty where none are."""
-    ranks = tuple(layer.experts.ranks for _, layer in host.moe_layers())
-    return ranks + (1,) * len(host.attention_layers()) if any(each > 1 for each in ranks) else ()
+    ranks = tuple(layer.experts.ranks for _, layer in model.moe_layers())
+    return ranks + (1,) * len(model.attention_layers()) if any(each > 1 for each in ranks) else ()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

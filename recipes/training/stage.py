@@ -9,13 +9,13 @@ from typing import Any
 
 from recipes.config.schema import TrainConfig
 from recipes.data.build_data import TrainData
-from recipes.engines import Trainable
+from recipes.engines import TrainModule
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.tracking.step_costs import Costs, StepCosts
 
 
 @dataclass
-class Leg:
+class Stage:
     """One model's training within a run.
 
     Attributes:
@@ -24,7 +24,7 @@ class Leg:
         train: Steps, batch and intervals.
         optim: Optimizer and schedule.
         data: Samples.
-        trainable: The model under its engine.
+        train_module: The model under its engine.
         costs: What a token costs, at the end where that changes.
         scheduled_costs: What it costs from each of these steps on, ascending from 0; empty where that is
             ``costs`` throughout.
@@ -41,7 +41,7 @@ class Leg:
     train: TrainConfig
     optim: OptimConfig
     data: TrainData
-    trainable: Trainable
+    train_module: TrainModule
     costs: Costs
     checkpoints: Path
     state: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Leg:
 
 
 @dataclass
-class LegResult:
+class StageResult:
     """How a leg ended.
 
     Attributes:

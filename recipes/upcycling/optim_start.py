@@ -24,8 +24,8 @@ from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
 from recipes.checkpoint.shard_layout import place
 from recipes.config.schema import RunConfig
 from recipes.models.export.spec import ModelSpec
-from recipes.models.hf.ffn_names import HostNames, MatrixName, read_names
-from recipes.models.hf.state_dict_map import LiveNames, LivePiece
+from recipes.models.hf.ffn_names import MatrixName, ModelNames, read_names
+from recipes.models.hf.state_dict_map import StateDictMap, StateDictPiece
 
 PATH = "optim.start_from"
 _STATE, _WEIGHTS = "optim.", "model."
@@ -62,7 +62,7 @@ def start_optimizer(tensors: Mapping[str, GlobalTensor], spec: ModelSpec, dense:
 
     Args:
         tensors: Weights and optimizer state of this rank under global names, see
-            `recipes.engines.Trainable.checkpoint_tensors`. The weights are the mixture's already.
+            `recipes.engines.TrainModule.checkpoint_tensors`. The weights are the mixture's already.
         spec: Of the mixture.
         dense: Folder of the dense model.
         given: Folder of the checkpoint that its training has left.
@@ -118,11 +118,11 @@ def _check_same(tensors: Mapping[str, GlobalTensor], state: DenseState, given: P
 class DenseState:
     """A dense training's tensors by the names that they have in the mixture of its copies."""
 
-    def __init__(self, files: CheckpointTensors, names: HostNames, spec: ModelSpec) -> None:
+    def __init__(self, files: CheckpointTensors, names: ModelNames, spec: ModelSpec) -> None:
         self._files = files
         self._there = set(files.names(""))
         self._networks = {network.layer: network for network in names.ffns}
-        self._live = LiveNames(spec)
+        self._live = StateDictMap(spec)
 
     def is_new(self, name: str) -> bool:
         """Whether no dense model has it: of a router."""
@@ -150,11 +150,11 @@ class DenseState:
             return [name]
         return sorted({_renamed(name, self._place(piece).tensor) for piece in pieces})
 
-    def _place(self, live: LivePiece) -> MatrixName:
+    def _place(self, live: StateDictPiece) -> MatrixName:
         network, piece = self._networks[live.piece.layer], live.piece
         return (network.biases if piece.bias else network.matrices)[piece.matrix]
 
-    def _part(self, name: str, live: LivePiece) -> Tensor:
+    def _part(self, name: str, live: StateDictPiece) -> Tensor:
         """``[out, in]`` or ``[out]`` of one matrix."""
         where = self._place(live)
         whole = self._files.read(_renamed(name, where.tensor))

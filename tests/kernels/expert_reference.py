@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
 from kernels.expert_mlp import BACKENDS, expert_mlp
 from kernels.plan.row_plan import make_plan
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 
 #: Everything that carries a gradient, by name.
 NAMES = ("x", "weights", "w_up", "w_down", "b_up", "b_down")
@@ -131,13 +131,13 @@ def runs(
 
     Other libraries need not keep the contract (a second backward pass, equal bits): test_kernels_rivals.py.
     """
-    if name in RIVALS:
+    if name in THIRD_PARTY:
         return []
     pairs = [(device, dtype) for device in DEVICES for dtype in dtypes]
     return [
         (device, dtype)
         for device, dtype in pairs
-        if BACKENDS[name].refusal(workload(sizes, dtype, device, accumulates=accumulates)) is None
+        if BACKENDS[name].unsupported_reason(workload(sizes, dtype, device, accumulates=accumulates)) is None
     ]
 
 

@@ -16,7 +16,7 @@ import inspect
 import pytest
 import torch
 
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 from tests.kernels.expert_reference import (
     DEVICES,
     Sizes,
@@ -31,27 +31,27 @@ from tests.kernels.test_kernels_rivals import CASES, fits, with_mask
 
 # Multiples of what every library asks for, several tiles of rows, and a ragged last one.
 WIDE = {"wide": Sizes(T=150, E=3, D=192, F=128), "wide, slots masked": Sizes(T=150, E=3, K=3, D=192, F=128)}
-INSTALLED = [name for name, rival in RIVALS.items() if rival.missing() is None]
+INSTALLED = [name for name, rival in THIRD_PARTY.items() if rival.missing() is None]
 
 
 def _runs(name: str, sizes: Sizes, device: str, dtype: torch.dtype) -> bool:
     if device == "cpu" and dtype == torch.bfloat16:
         return False  # the interpreter multiplies wrongly in bf16
-    return fits(name, sizes) and RIVALS[name].refusal(workload(sizes, dtype, device)) is None
+    return fits(name, sizes) and THIRD_PARTY[name].unsupported_reason(workload(sizes, dtype, device)) is None
 
 
 REAL = [
     pytest.param(name, sizes, "masked" in case, device, dtype, id=f"{name}-{case}-{device}-{str(dtype)[6:]}")
     for name in INSTALLED
     for device in DEVICES
-    for dtype in RIVALS[name].dtypes
+    for dtype in THIRD_PARTY[name].dtypes
     for case, sizes in (CASES | WIDE).items()
     if _runs(name, sizes, device, dtype)
 ]
 
 
 def test_something_is_installed_and_runs() -> None:
-    assert REAL, {name: rival.missing() for name, rival in RIVALS.items()}
+    assert REAL, {name: rival.missing() for name, rival in THIRD_PARTY.items()}
 
 
 @pytest.mark.parametrize(("name", "sizes", "masked", "device", "dtype"), REAL)

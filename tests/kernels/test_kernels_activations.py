@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.activations import ACTIVATIONS, activation_refusal
+from kernels.activations import ACTIVATIONS, activation_unsupported_reason
 from kernels.expert_mlp import BACKENDS, BackendError
 from tests.kernels.expert_reference import FORMULAS, Sizes, call, make_inputs
 
@@ -66,9 +66,12 @@ def test_nan_is_passed_on(name: str) -> None:
 
 
 def test_drelu_asks_for_a_gate() -> None:
-    assert activation_refusal("drelu", True) is None and activation_refusal("relu", False) is None
-    assert "no gate" in str(activation_refusal("drelu", False))
-    assert "there are: silu" in str(activation_refusal("mish", True))
+    assert (
+        activation_unsupported_reason("drelu", True) is None
+        and activation_unsupported_reason("relu", False) is None
+    )
+    assert "no gate" in str(activation_unsupported_reason("drelu", False))
+    assert "there are: silu" in str(activation_unsupported_reason("mish", True))
     inputs = make_inputs(Sizes(activation="drelu", gated=False))
     for name in BACKENDS:
         with pytest.raises(BackendError, match="no gate"):

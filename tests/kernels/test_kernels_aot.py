@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kernels.aot import SHARED_LIMITS, Report, compile_all, compile_variant, gate_failures
+from kernels.aot import SHARED_LIMITS, Report, compile_all, compile_variant, limit_failures
 from kernels.triton.aot_variants import ADDED, REPRESENTATIVE, Variant, all_variants, candidate_variants
 from tests.paths import ROOT
 
@@ -62,7 +62,7 @@ def test_hopper_multiplies_by_wgmma() -> None:
 )
 def test_the_gates_see_what_they_look_for(change: dict[str, object], failure: str | None) -> None:
     report = Report(**{**vars(WELL), **change})  # type: ignore[arg-type]
-    assert list(gate_failures(report)) == ([] if failure is None else [failure])
+    assert list(limit_failures(report)) == ([] if failure is None else [failure])
 
 
 def test_the_command_prints_a_table_and_refuses_unknown_capabilities() -> None:

@@ -28,7 +28,7 @@ from kernels.bench.bench_products import ProductShape, measure_products
 from kernels.bench.bench_shapes import H200, ROUTINGS, SHAPES, expert_ids, floor_seconds
 from kernels.expert_mlp import BACKENDS
 from kernels.plan.row_plan import RowPlan
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 from kernels.torch.expert_loop import LoopBackend
 
 CPU = torch.device("cpu")
@@ -241,7 +241,7 @@ def test_products_are_measured() -> None:
 def test_the_command_writes_table_figures_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = {requirement.module for rival in RIVALS.values() for requirement in rival.requirements}
+    modules = {requirement.module for rival in THIRD_PARTY.values() for requirement in rival.requirements}
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else real(name))
     data, picture = tmp_path / "new" / "bench.json", tmp_path / "bench.svg"
@@ -265,7 +265,7 @@ def test_the_command_writes_table_figures_and_picture(
         f"sigma-tiny/96 balanced {dtype}" for dtype in ("fp32", "bf16")
     ]
     assert {r["tokens"] for r in figures["decode"][0]["results"]} == {1, 4}
-    assert set(figures["missing"]) == set(RIVALS) and figures["clocks_at_the_end"] == {}
+    assert set(figures["missing"]) == set(THIRD_PARTY) and figures["clocks_at_the_end"] == {}
     assert figures["machine"]["torch"] == torch.__version__
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.svg", "new"]
@@ -279,12 +279,12 @@ def test_another_library_that_wins_is_marked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Its adapter runs our own path here, and the seconds are made up: this is about the marks.
-    liger = RIVALS["liger"]
-    monkeypatch.setattr(type(liger), "refusal", lambda self, work: None)
+    liger = THIRD_PARTY["liger"]
+    monkeypatch.setattr(type(liger), "unsupported_reason", lambda self, work: None)
     monkeypatch.setattr(type(liger), "missing", lambda self: None)
     monkeypatch.setattr(type(liger), "run", BACKENDS["cpu"].run)
     for module in ("bench_layer", "bench_decode"):
-        monkeypatch.setattr(f"kernels.{module}.interleave", _made_up_seconds)
+        monkeypatch.setattr(f"kernels.bench.{module}.interleave", _made_up_seconds)
     size = ["--shape", "sigma-tiny", "--tokens", "4", "--decode-tokens", "4", "--divide", "96"]
     size += ["--dtype", "fp32", "--rounds", "3"]
     options = ["--part", "layer", "decode", "--routing", "balanced", "--backend", "liger", "loop"]

@@ -45,7 +45,7 @@ def test_unknown_back_end_is_refused_with_the_list() -> None:
 def test_what_is_forced_is_either_what_runs_or_refused_by_name(name: str) -> None:
     for sizes, dtype, device in itertools.product(SWEEP[::5], DTYPES, ("cpu", "meta")):
         work = workload(sizes, dtype, device)
-        clause = BACKENDS[name].refusal(work)
+        clause = BACKENDS[name].unsupported_reason(work)
         if clause is None:
             choice = choose_backend(work, name)
             assert choice.backend is BACKENDS[name] and "forced" in choice.reason
@@ -92,7 +92,7 @@ def test_auto_always_finds_one_that_does_not_refuse() -> None:
     for sizes, dtype, device in itertools.product(SWEEP, DTYPES, ("cpu", "meta")):
         work = workload(sizes, dtype, device)
         choice = choose_backend(work)
-        assert choice.backend.refusal(work) is None and choice.reason
+        assert choice.backend.unsupported_reason(work) is None and choice.reason
         assert "forced" not in choice.reason
 
 

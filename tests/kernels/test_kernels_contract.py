@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.activations import ACTIVATIONS
 from kernels.backend import MainGrads
 from kernels.expert_mlp import BACKENDS
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 from tests.kernels.expert_reference import (
     DEVICES,
     EVERY,
@@ -174,7 +174,7 @@ ACCUMULATING = [
 def test_every_backend_is_compared_somewhere() -> None:
     compared = {str(param.values[0]) for param in STANDARD}
     # Without a GPU, a back end for GPUs alone has nothing to run on.
-    expected = set(BACKENDS) - set(RIVALS) if "cuda" in DEVICES else {"cpu", "grouped_mm", "loop"}
+    expected = set(BACKENDS) - set(THIRD_PARTY) if "cuda" in DEVICES else {"cpu", "grouped_mm", "loop"}
     assert expected <= compared, f"run the standard case on no device: {expected - compared}"
 
 

@@ -28,9 +28,11 @@ RANKS = pytest.mark.parametrize("rank", [0, 16])
 
 def _leaves(rank: int = 0, device: str = "cuda") -> tuple[list[Tensor], Tensor, Tensor]:
     sizes = replace(SIZES, rank=rank)
-    refusal = BACKENDS["triton"].refusal(workload(sizes, torch.bfloat16, device, accumulates=rank > 0))
-    if refusal is not None:
-        pytest.skip(refusal)
+    unsupported_reason = BACKENDS["triton"].unsupported_reason(
+        workload(sizes, torch.bfloat16, device, accumulates=rank > 0)
+    )
+    if unsupported_reason is not None:
+        pytest.skip(unsupported_reason)
     inputs = make_inputs(sizes).to(torch.bfloat16, device)
     return [v.requires_grad_() for v in inputs.tensors.values()], inputs.ids_TK, inputs.grad_TD
 

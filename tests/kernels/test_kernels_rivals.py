@@ -21,8 +21,8 @@ import kernels.third_party
 from kernels.backend import Workload
 from kernels.expert_mlp import BACKENDS, BackendError, choose_backend
 from kernels.plan.row_plan import RowPlan, sorted_route
-from kernels.third_party import RIVALS
-from kernels.third_party.adapter import Requirement, RivalLimitError
+from kernels.third_party import THIRD_PARTY
+from kernels.third_party.adapter import Requirement, ThirdPartyLimitError
 from kernels.third_party.deepgemm import DeepGEMM
 from kernels.third_party.scattermoe import ScatterMoE
 from recipes.config.compose import compose_config
@@ -71,7 +71,7 @@ CASES = {
 
 def fits(name: str, sizes: Sizes) -> bool:
     """Whether an adapter takes experts of this kind, whatever their widths and wherever they are."""
-    rival = RIVALS[name]
+    rival = THIRD_PARTY[name]
     biased = sizes.b_up or sizes.b_down
     known = rival.activations is None or sizes.activation in rival.activations
     return (rival.ungated or sizes.gated) and (rival.biased or not biased) and known
@@ -82,7 +82,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every library is there in the first version its adapter is for, on an H200."""
     versions = {
         r.distribution: ".".join(map(str, r.at_least))
-        for rival in RIVALS.values()
+        for rival in THIRD_PARTY.values()
         for r in rival.requirements
     }
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleType(name))
@@ -100,28 +100,28 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_adapters_are_found_by_being_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(RIVALS) == {"deepgemm", "grouped_gemm", "liger", "megablocks", "scattermoe", "sonicmoe"}
-    assert all(BACKENDS[name] is rival and rival.name == name for name, rival in RIVALS.items())
+    assert set(THIRD_PARTY) == {"deepgemm", "grouped_gemm", "liger", "megablocks", "scattermoe", "sonicmoe"}
+    assert all(BACKENDS[name] is rival and rival.name == name for name, rival in THIRD_PARTY.items())
     source = (Path(kernels.third_party.__file__).parent / "liger.py").read_text()
     (tmp_path / "tiger.py").write_text(source.replace('"liger"', '"tiger"'))
     monkeypatch.setattr(kernels.third_party, "__path__", [*kernels.third_party.__path__, str(tmp_path)])
     found = kernels.third_party._discover()
     monkeypatch.delitem(sys.modules, "kernels.third_party.tiger")
-    assert set(found) == {*RIVALS, "tiger"}
+    assert set(found) == {*THIRD_PARTY, "tiger"}
 
 
-@pytest.mark.parametrize("name", list(RIVALS))
+@pytest.mark.parametrize("name", list(THIRD_PARTY))
 def test_what_is_not_installed_says_so_and_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError) as caught:
         choose_backend(workload(Sizes(), torch.bfloat16), name)
-    first = RIVALS[name].requirements[0]
+    first = THIRD_PARTY[name].requirements[0]
     why = f"the package {first.distribution} is not installed ({first.install})"
     assert str(caught.value) == f"the back end {name!r} cannot run this: {why}"
 
 
 def test_a_run_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {requirement.module for rival in RIVALS.values() for requirement in rival.requirements}
+    modules = {requirement.module for rival in THIRD_PARTY.values() for requirement in rival.requirements}
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else real(name))
 
@@ -136,18 +136,18 @@ def test_a_run_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-@pytest.mark.parametrize("name", list(RIVALS))
+@pytest.mark.parametrize("name", list(THIRD_PARTY))
 def test_versions_that_nobody_read_are_refused(
     name: str, present: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rival = RIVALS[name]
-    assert rival.refusal(CUDA) is None
+    rival = THIRD_PARTY[name]
+    assert rival.unsupported_reason(CUDA) is None
     for requirement in rival.requirements:
         below = ".".join(map(str, requirement.below))
         for version in ("0.0.1", below, f"{below}.dev0", "main"):
             with monkeypatch.context() as patch:
                 patch.setattr(importlib.metadata, "version", _only(requirement, version))
-                why = rival.refusal(CUDA)
+                why = rival.unsupported_reason(CUDA)
             range_ = requirement.versions
             assert (
                 why == f"{requirement.distribution} {version} is installed, and the adapter is for {range_}"
@@ -155,7 +155,9 @@ def test_versions_that_nobody_read_are_refused(
         # A source tree on the path is not installed: whose version is it?
         with monkeypatch.context() as patch:
             patch.setattr(importlib.metadata, "version", _only(requirement, None))
-            assert "no package" in str(rival.refusal(CUDA)) and "version" in str(rival.refusal(CUDA))
+            assert "no package" in str(rival.unsupported_reason(CUDA)) and "version" in str(
+                rival.unsupported_reason(CUDA)
+            )
 
 
 def _only(requirement: Requirement, version: str | None):  # type: ignore[no-untyped-def]
@@ -198,33 +200,39 @@ def _only(requirement: Requirement, version: str | None):  # type: ignore[no-unt
 def test_workloads_are_refused_with_the_reason(
     name: str, change: dict[str, object], message: str, present: None
 ) -> None:
-    assert RIVALS[name].refusal(CUDA) is None
+    assert THIRD_PARTY[name].unsupported_reason(CUDA) is None
     with pytest.raises(BackendError) as caught:
         choose_backend(dataclasses.replace(CUDA, **change), name)  # type: ignore[arg-type]
     assert f"the back end {name!r} cannot run this: " in str(caught.value) and message in str(caught.value)
 
 
 def test_gpus_are_refused_by_capability(present: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, refused in [((7, 5), set(RIVALS)), ((8, 9), {"deepgemm", "sonicmoe"})]:
+    for capability, refused in [((7, 5), set(THIRD_PARTY)), ((8, 9), {"deepgemm", "sonicmoe"})]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
-        assert {name for name, rival in RIVALS.items() if rival.refusal(CUDA) is not None} == refused
+        assert {
+            name for name, rival in THIRD_PARTY.items() if rival.unsupported_reason(CUDA) is not None
+        } == refused
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert RIVALS["sonicmoe"].refusal(CUDA) == (
+    assert THIRD_PARTY["sonicmoe"].unsupported_reason(CUDA) == (
         "it has kernels for compute capability 9.x and 10.x, and this GPU has 12.0"
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "TRITON_INTERPRET=1 runs kernels on CPU" in str(RIVALS["liger"].refusal(CUDA))
-    assert RIVALS["liger"].refusal(dataclasses.replace(CUDA, device=torch.device("cpu"))) is None
+    assert "TRITON_INTERPRET=1 runs kernels on CPU" in str(THIRD_PARTY["liger"].unsupported_reason(CUDA))
+    assert (
+        THIRD_PARTY["liger"].unsupported_reason(dataclasses.replace(CUDA, device=torch.device("cpu"))) is None
+    )
 
 
 def test_a_forced_rival_is_chosen_and_auto_takes_none(present: None) -> None:
-    for name in RIVALS:
-        assert choose_backend(CUDA, name).backend is RIVALS[name]
+    for name in THIRD_PARTY:
+        assert choose_backend(CUDA, name).backend is THIRD_PARTY[name]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert choose_backend(dataclasses.replace(CUDA, dtype=dtype)).backend.name not in RIVALS
+        assert choose_backend(dataclasses.replace(CUDA, dtype=dtype)).backend.name not in THIRD_PARTY
 
 
-RUNS = [pytest.param(n, c, id=f"{n}-{c}") for n in RIVALS for c, sizes in CASES.items() if fits(n, sizes)]
+RUNS = [
+    pytest.param(n, c, id=f"{n}-{c}") for n in THIRD_PARTY for c, sizes in CASES.items() if fits(n, sizes)
+]
 
 
 @pytest.mark.parametrize(("name", "case"), RUNS)
@@ -241,7 +249,7 @@ def test_what_is_passed_to_a_library_gives_outputs_and_gradients(
     assert_agrees(name, inputs.to(dtype), reference, NAMES)
 
 
-@pytest.mark.parametrize("name", list(RIVALS))
+@pytest.mark.parametrize("name", list(THIRD_PARTY))
 @pytest.mark.parametrize("used", ["some", "none"])
 def test_rows_that_pad_a_plan_reach_nothing(
     name: str, used: str, stand_ins: None, monkeypatch: pytest.MonkeyPatch
@@ -262,7 +270,7 @@ def test_rows_that_pad_a_plan_reach_nothing(
     assert_agrees(name, inputs.to(torch.float32), reference, NAMES)
 
 
-@pytest.mark.parametrize("name", list(RIVALS))
+@pytest.mark.parametrize("name", list(THIRD_PARTY))
 def test_frozen_weights_and_no_gradients_at_all(name: str, stand_ins: None) -> None:
     inputs = make_inputs(Sizes()).to(torch.float32)
     reference = run_reference(inputs.to(torch.float64))
@@ -277,7 +285,7 @@ def test_rows_beyond_32_bits_are_refused_before_a_kernel_runs(
 ) -> None:
     inputs = make_inputs(Sizes()).to(torch.float32)
     monkeypatch.setattr("kernels.third_party.scattermoe._ADDRESSABLE", 26 * 24)
-    with pytest.raises(RivalLimitError, match="addresses rows with 32 bits: 26 rows of 24 are too many"):
+    with pytest.raises(ThirdPartyLimitError, match="addresses rows with 32 bits: 26 rows of 24 are too many"):
         run_backend("scattermoe", inputs, ())
     assert ScatterMoE().requirements[0].versions == ">=0.3,<0.4"
 

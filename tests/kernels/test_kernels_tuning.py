@@ -210,9 +210,9 @@ def test_only_the_variable_makes_launches_look(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv("GRAFT_TUNED_BLOCKS", wish)
         assert tuned_blocks.tuned_blocks(device, torch.bfloat16) == expected
         assert tuned_blocks.tuned_blocks(device, torch.float32) == {}
-        assert tuned_blocks.refusal(device) is None
+        assert tuned_blocks.unsupported_reason(device) is None
     monkeypatch.setenv("GRAFT_TUNED_BLOCKS", str(tmp_path / "no.json"))
-    assert "does not exist" in str(tuned_blocks.refusal(device))
+    assert "does not exist" in str(tuned_blocks.unsupported_reason(device))
 
 
 def test_the_hash_is_of_the_files_with_kernels(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ KNOWN_SHAPES = {"w_up_EUD", "w_down_EDF", "b_up_EU", "b_down_ED"}
 KNOWN_KEYS = {"index", "name", "router", "activation", "gated", "shapes", "shared_width"}
 
 
-def with_mixtures(config: LayerConfig, dense: ModelShape) -> ModelShape:
+def with_moe_blocks(config: LayerConfig, dense: ModelShape) -> ModelShape:
     """The dense model with its mixtures in place.
 
     Routers are built without memory, so that whatever they hold is counted.
@@ -52,7 +52,7 @@ def with_mixtures(config: LayerConfig, dense: ModelShape) -> ModelShape:
         if unknown:
             refuse(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
         index = _index(entry, where, len(layers))
-        layers[index] = replace(layers[index], ffn=_mixture(entry, where))
+        layers[index] = replace(layers[index], ffn=_moe(entry, where))
     for number, entry in enumerate(config.get("attention_layers", ())):
         where = f"attention_layers[{number}]"
         check_keys(entry, f"{MODEL_TYPE} in {where}", ATTENTION_KEYS)
@@ -78,7 +78,7 @@ def _attention(entry: Mapping[str, Any], where: str, dense: Mixer, hidden: int) 
     return AttentionExpertsShape(dense, router.top_k, matrix, vector)
 
 
-def _mixture(entry: Mapping[str, Any], where: str) -> MoEShape:
+def _moe(entry: Mapping[str, Any], where: str) -> MoEShape:
     shapes = entry["shapes"]
     experts, _, hidden = shapes["w_up_EUD"]
     biases = {name in shapes for name in ("b_up_EU", "b_down_ED")}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor, LocalShard
 from recipes.checkpoint.shard_layout import place
-from recipes.data.samples import Marks
+from recipes.data.samples import TokenMetadata
 from recipes.engines.base import may_update
 from recipes.engines.deepspeed.ds_config import settings
 from recipes.engines.deepspeed.flat_partitions import (
@@ -34,9 +34,9 @@ from recipes.engines.deepspeed.flat_partitions import (
     sharded_run,
     state_tensors,
 )
-from recipes.engines.deepspeed.zero_experts import Spread, gather_slices, spread_experts
+from recipes.engines.deepspeed.zero_experts import DeepSpeedEP, apply_ep, gather_slices
 from recipes.engines.example_layouts import EngineLayout
-from recipes.engines.hf_train_module import HostTrainable
+from recipes.engines.hf_train_module import HFTrainModule
 from recipes.engines.optim.clipping import clip_parts
 from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer
 from recipes.engines.process import ProcessConfig, ProcessEngine
@@ -48,7 +48,7 @@ from recipes.models.hf.deferred_init import (
     persistent_buffers,
     stand_in,
 )
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.skeleton import empty_copy
 
 
@@ -115,22 +115,22 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
 
         join()
 
-    def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> DeepSpeedTrainable:
+    def prepare(self, model: HFModel, optim: OptimConfig) -> DeepSpeedTrainModule:
         """Wraps the model and builds its optimizer."""
-        skeleton = empty_copy(host)
-        weights = PresentWeights({name: p.data for name, p in host.model.named_parameters()}, host.weights)
-        buffers = {name for name, _ in persistent_buffers(host.model) if name in weights.buffers}
-        host.weights = None
-        stand_in(host.model, self.device)
-        drop_memory(host.model.parameters(), self.device)
-        host.context.group = self.data_group
+        skeleton = empty_copy(model)
+        weights = PresentWeights({name: p.data for name, p in model.module.named_parameters()}, model.weights)
+        buffers = {name for name, _ in persistent_buffers(model.module) if name in weights.buffers}
+        model.weights = None
+        stand_in(model.module, self.device)
+        drop_memory(model.module.parameters(), self.device)
+        model.context.group = self.data_group
         if self.config.activation_checkpointing:
-            host.model.gradient_checkpointing_enable({"use_reentrant": False})
-        host.model.to(self.device)
-        spread = spread_experts(host, self.config.expert_parallel)
-        trainable = DeepSpeedTrainable(self, host, skeleton, optim, spread)
-        trainable.take(weights, buffers)
-        return trainable
+            model.module.gradient_checkpointing_enable({"use_reentrant": False})
+        model.module.to(self.device)
+        spread = apply_ep(model, self.config.expert_parallel)
+        train_module = DeepSpeedTrainModule(self, model, skeleton, optim, spread)
+        train_module.take(weights, buffers)
+        return train_module
 
     def close(self) -> None:
         """Leaves the process group."""
@@ -140,38 +140,38 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
             leave()
 
 
-class DeepSpeedTrainable(HostTrainable):
+class DeepSpeedTrainModule(HFTrainModule):
     """A host under DeepSpeed with its optimizer."""
 
     def __init__(
         self,
         engine: DeepSpeedEngine,
-        host: HuggingFaceHost,
-        skeleton: HuggingFaceHost,
+        model: HFModel,
+        skeleton: HFModel,
         optim: OptimConfig,
-        spread: Spread,
+        spread: DeepSpeedEP,
     ) -> None:
         from recipes.engines.deepspeed.moe_engine import release, wrap
 
-        super().__init__(engine, host)
+        super().__init__(engine, model)
         self.stage: int = engine.config.zero_stage
         self.spread = spread
         self.clip_norm = optim.clip_norm
         self._skeleton = skeleton
-        self.optimizer: OptimizerSet = build_optimizer(host.model, optim)
-        self.names = {id(param): name for name, param in host.model.named_parameters()}
-        elements = sum(param.numel() for param in host.model.parameters())
+        self.optimizer: OptimizerSet = build_optimizer(model.module, optim)
+        self.names = {id(param): name for name, param in model.module.named_parameters()}
+        elements = sum(param.numel() for param in model.module.parameters())
         told = settings(self.stage, engine.config.precision, elements)
-        self.wrapped = wrap(host, self.optimizer, told, spread)
-        run, optimizer = host.context, self.optimizer
+        self.wrapped = wrap(model, self.optimizer, told, spread)
+        run, optimizer = model.context, self.optimizer
         optimizer.optimizers[0].register_step_pre_hook(lambda *_: optimizer.drop_frozen(run.step))
         weakref.finalize(self, release, self.wrapped).atexit = False
         self.partitions = self._partitions()
         self._counts = StepCounts()
 
     @property
-    def skeleton(self) -> HuggingFaceHost:
-        """See `Trainable.skeleton`."""
+    def skeleton(self) -> HFModel:
+        """See `TrainModule.skeleton`."""
         return self._skeleton
 
     def _partitions(self) -> list[Partition]:
@@ -195,18 +195,22 @@ class DeepSpeedTrainable(HostTrainable):
         logits: Tensor = self.wrapped(**inputs).logits
         return logits
 
-    def forward_backward(
-        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
+    def micro_batch_backward(
+        self,
+        tokens_BS1: Tensor,
+        micro_batch: int,
+        num_micro_batches: int,
+        metadata: TokenMetadata | None = None,
     ) -> Tensor:
-        """See `HostTrainable.forward_backward`."""
+        """See `HFTrainModule.micro_batch_backward`."""
         self._begin(micro_batch, num_micro_batches)
         self.wrapped.set_gradient_accumulation_boundary(micro_batch == num_micro_batches - 1)
-        loss = self._loss(tokens_BS1, marks)
-        self.wrapped.backward(loss * self.host.context.loss_scale, scale_wrt_gas=False)
+        loss = self._loss(tokens_BS1, metadata)
+        self.wrapped.backward(loss * self.model.context.loss_scale, scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
-        """See `Trainable.step`."""
+        """See `TrainModule.step`."""
         from recipes.engines.deepspeed.moe_engine import discard_gradients
 
         self._counts.take()
@@ -222,10 +226,12 @@ class DeepSpeedTrainable(HostTrainable):
     def _gradients(self) -> list[tuple[list[Tensor], list[dist.ProcessGroup]]]:
         """The gradients that this rank holds, with the groups whose ranks hold other parts of the same."""
         frozen = self.optimizer.frozen
-        hidden = frozen.groups if self.host.context.step < frozen.steps else ()
+        hidden = frozen.groups if self.model.context.step < frozen.steps else ()
         if self.stage == 0:
-            self.optimizer.drop_frozen(self.host.context.step)
-            named = [(self.names[id(p)], p.grad) for p in self.host.model.parameters() if p.grad is not None]
+            self.optimizer.drop_frozen(self.model.context.step)
+            named = [
+                (self.names[id(p)], p.grad) for p in self.model.module.parameters() if p.grad is not None
+            ]
             here = [grad for name, grad in named if name not in self.spread.counts]
             cut = [grad for name, grad in named if name in self.spread.counts]
             return [(here, []), (cut, [] if self.spread.group is None else [self.spread.group])]
@@ -242,11 +248,11 @@ class DeepSpeedTrainable(HostTrainable):
         return [(found, [dist.group.WORLD])]
 
     def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
-        """See `Trainable.checkpoint_tensors`."""
+        """See `TrainModule.checkpoint_tensors`."""
         self._counts.forget()
         tensors = {f"model.{name}": tensor for name, tensor in self._weights()}
         if self.stage == 0:
-            state = self.optimizer.state_tensors(self.host.model.named_parameters())
+            state = self.optimizer.state_tensors(self.model.module.named_parameters())
             return tensors | {key: self._slice(_owner(key), value) for key, value in state.items()}
         inner = self.optimizer.optimizers[0]
         return tensors | state_tensors(inner, self.partitions, self.spread, self._counts)
@@ -256,7 +262,7 @@ class DeepSpeedTrainable(HostTrainable):
         yield from self._buffers().items()
 
     def _parameters(self) -> Iterator[tuple[str, GlobalTensor]]:
-        for name, param in self.host.model.named_parameters():
+        for name, param in self.model.module.named_parameters():
             if self.stage == 3:
                 part: Any = param
                 yield name, sharded_run(part, name).shard(part.ds_tensor.data, self.spread)
@@ -271,8 +277,8 @@ class DeepSpeedTrainable(HostTrainable):
 
     @torch.no_grad()
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainable.full_tensors`."""
-        for name, param in self.host.model.named_parameters():
+        """See `TrainModule.full_tensors`."""
+        for name, param in self.model.module.named_parameters():
             whole = self._whole(param)
             yield name, gather_slices(whole, self.spread) if name in self.spread.counts else whole
         yield from self._buffers().items()

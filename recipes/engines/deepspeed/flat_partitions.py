@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recipes.checkpoint import FlatShard, GlobalTensor
-from recipes.engines.deepspeed.zero_experts import Spread
+from recipes.engines.deepspeed.zero_experts import DeepSpeedEP
 from recipes.engines.optim.optimizer import materialise_adamw
 
 
@@ -34,7 +34,7 @@ class Run:
     length: int
     offset: int
 
-    def shard(self, flat: Tensor, spread: Spread) -> FlatShard:
+    def shard(self, flat: Tensor, spread: DeepSpeedEP) -> FlatShard:
         """What of the whole parameter, over all ranks, a flat tensor laid out alike holds."""
         shape, row = spread.place(self.name, self.shape)
         start = row * math.prod(shape[1:]) + self.start
@@ -141,7 +141,7 @@ class StepCounts:
 
 
 def state_tensors(
-    optimizer: torch.optim.Optimizer, partitions: list[Partition], spread: Spread, counts: StepCounts
+    optimizer: torch.optim.Optimizer, partitions: list[Partition], spread: DeepSpeedEP, counts: StepCounts
 ) -> dict[str, GlobalTensor]:
     """The optimizer's live state under the names that a checkpoint gives it on every engine."""
     tensors: dict[str, GlobalTensor] = {}

@@ -19,13 +19,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_modules_by_name
 
-from recipes.engines.deepspeed.zero_experts import EXPERT_GROUPS, Spread
+from recipes.engines.deepspeed.zero_experts import EXPERT_GROUPS, DeepSpeedEP
 from recipes.engines.optim.optimizer import OptimizerSet
 from recipes.models.hf.deferred_init import has_memory, without_memory
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
-class MixtureEngine(DeepSpeedEngine):
+class MoEEngine(DeepSpeedEngine):
     """DeepSpeed's engine, for expert layers that are not of its own classes.
 
     It knows mixtures by its own classes alone; here they are known by how their parameters are marked.
@@ -62,16 +62,14 @@ def leave() -> None:
     deepspeed.comm.comm.cdb = None
 
 
-def wrap(
-    host: HuggingFaceHost, optimizer: OptimizerSet, told: dict[str, Any], spread: Spread
-) -> MixtureEngine:
+def wrap(model: HFModel, optimizer: OptimizerSet, told: dict[str, Any], spread: DeepSpeedEP) -> MoEEngine:
     """Wraps a host whose experts are spread already, and gives this rank's part of it memory.
 
     Args:
-        host: Whose parameters have no memory; they are given some, which is not filled.
+        model: Whose parameters have no memory; they are given some, which is not filled.
         optimizer: Of its parameters; one torch optimizer, which ZeRO gives its partitions to.
         told: From `recipes.engines.deepspeed.ds_config.settings`.
-        spread: From `recipes.engines.deepspeed.zero_experts.spread_experts`.
+        spread: From `recipes.engines.deepspeed.zero_experts.apply_ep`.
     """
     (inner,) = optimizer.optimizers
     names = [group["name"] for group in inner.param_groups]
@@ -80,14 +78,14 @@ def wrap(
             if group["name"] in EXPERT_GROUPS:
                 # While DeepSpeed looks, a group of experts is called like the ranks that share them.
                 group |= {"moe": True, "name": spread.name}
-    _make_leaves(host)
+    _make_leaves(model)
     with _without_copies():
-        wrapped = MixtureEngine(
-            args=None, model=host.model, optimizer=inner, config=told, config_class=DeepSpeedConfig(told)
+        wrapped = MoEEngine(
+            args=None, model=model.module, optimizer=inner, config=told, config_class=DeepSpeedConfig(told)
         )
     for group, name in zip(inner.param_groups, names, strict=True):
         group["name"] = name
-    _give_memory(wrapped.optimizer, host.model)
+    _give_memory(wrapped.optimizer, model.module)
     _share_weights(wrapped.optimizer)
     return wrapped
 
@@ -165,11 +163,11 @@ def _give_memory(zero: Any, model: torch.nn.Module) -> None:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
-def _make_leaves(host: HuggingFaceHost) -> None:
+def _make_leaves(model: HFModel) -> None:
     """Has ZeRO-3 gather and reduce each layer with a router whole, whichever experts run."""
-    routed = {id(layer) for layer in host.routed_layers()}
-    named = [(name, module) for name, module in host.model.named_modules() if id(module) in routed]
-    set_z3_leaf_modules_by_name(host.model, [name for name, _ in named])
+    routed = {id(layer) for layer in model.routed_layers()}
+    named = [(name, module) for name, module in model.module.named_modules() if id(module) in routed]
+    set_z3_leaf_modules_by_name(model.module, [name for name, _ in named])
     for _, module in named:
         module.register_forward_pre_hook(_by_position, with_kwargs=True)
 
@@ -197,7 +195,7 @@ def _share_weights(zero: Any) -> None:
             master.data = part.data
 
 
-def discard_gradients(wrapped: MixtureEngine, stage: int) -> None:
+def discard_gradients(wrapped: MoEEngine, stage: int) -> None:
     """Forgets the gradients of a step that is not taken."""
     zero: Any = wrapped.optimizer
     if stage == 0:
@@ -214,7 +212,7 @@ def discard_gradients(wrapped: MixtureEngine, stage: int) -> None:
         zero.all_grad_tensors[i] = None
 
 
-def release(wrapped: MixtureEngine) -> None:
+def release(wrapped: MoEEngine) -> None:
     """Gives back what a model that nobody uses any more holds.
 
     Hooks on gradients keep a model for ever. Without them Python frees it, but for ZeRO-3, whose parameters

@@ -16,13 +16,13 @@ from torch.distributed import ProcessGroup
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.experts.experts import Experts
 from moe.layer import moe_layers
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 EXPERT_GROUPS = ("experts", "expert_biases")
 
 
 @dataclass(frozen=True)
-class Spread:
+class DeepSpeedEP:
     """How experts are spread over ranks.
 
     Attributes:
@@ -51,15 +51,15 @@ class Spread:
         return (self.counts[name], *shape[1:]), self.rank * shape[0]
 
 
-def spread_experts(host: HuggingFaceHost, ranks: int) -> Spread:
+def apply_ep(model: HFModel, ranks: int) -> DeepSpeedEP:
     """Leaves each rank its slice of every layer's experts, and lets the tokens travel. Collective.
 
     Args:
-        host: Whose parameters have no memory yet.
+        model: Whose parameters have no memory yet.
         ranks: Over how many; a divisor of the number of experts and of all ranks.
     """
     if ranks == 1:
-        return Spread()
+        return DeepSpeedEP()
     from deepspeed.utils import groups
 
     name = f"ep_size_{ranks}"
@@ -67,11 +67,11 @@ def spread_experts(host: HuggingFaceHost, ranks: int) -> Spread:
     group = groups._get_expert_parallel_group(name)
     rank: int = groups._get_expert_parallel_rank(name)
     counts = {}
-    for site, layer in moe_layers(host.model):
+    for site, layer in moe_layers(model.module):
         found = _take_slice(layer.experts, ranks, name)
         counts |= {f"{site}.experts.{key}": count for key, count in found.items()}
-        layer.send_by(AllToAllDispatcher(layer.router.num_experts, group))
-    return Spread(ranks, name, group, counts, rank)
+        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, group))
+    return DeepSpeedEP(ranks, name, group, counts, rank)
 
 
 def _take_slice(experts: Experts, ranks: int, group_name: str) -> dict[str, int]:
@@ -88,7 +88,7 @@ def _take_slice(experts: Experts, ranks: int, group_name: str) -> dict[str, int]
     return counts
 
 
-def gather_slices(part: Tensor, spread: Spread) -> Tensor:
+def gather_slices(part: Tensor, spread: DeepSpeedEP) -> Tensor:
     """All experts from the slices of a group. Collective."""
     parts = [torch.empty_like(part) for _ in range(spread.ranks)]
     torch.distributed.all_gather(parts, part.contiguous(), group=spread.group)

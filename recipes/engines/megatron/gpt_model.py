@@ -11,32 +11,32 @@ from torch import Tensor, nn
 
 from moe.layer import MoELayer
 from recipes.engines.megatron.gpt_shape import GPTShape, read_shape
-from recipes.engines.megatron.rank_groups import Layout, Places
+from recipes.engines.megatron.rank_groups import ParallelDims, Places
 from recipes.engines.megatron.settings import Settings
 from recipes.engines.megatron.slots import Attention, Norm, RouterSlot, SharedSlot
 from recipes.engines.megatron.stages import blocks_of_stages, megatron_layout
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
-def build_gpt(host: HuggingFaceHost, layout: Layout, places: Places, settings: Settings) -> Any:
+def build_gpt(model: HFModel, layout: ParallelDims, places: Places, settings: Settings) -> Any:
     """This rank's stage of a GPT model, its weights not set yet; routers and shared experts are the host's.
 
     Its ``expert_kind`` tells which of the host's tensors the parameters of its experts are.
 
     Args:
-        host: Of one of the families, dense or with mixtures; experts are cut to this rank's already.
+        model: Of one of the families, dense or with mixtures; experts are cut to this rank's already.
         layout: The groups, joined already.
         places: Of this rank.
         settings: Of the engine.
     """
     from megatron.core.models.gpt import GPTModel
 
-    shape = read_shape(host.config.to_dict())
-    config = _transformer_config(host, shape, layout, settings)
+    shape = read_shape(model.config.to_dict())
+    config = _transformer_config(model, shape, layout, settings)
     blocks = blocks_of_stages(shape.layers, layout.pipeline)[places.stage]
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(host, shape, blocks, settings),
+        transformer_layer_spec=_block_spec(model, shape, blocks, settings),
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.max_positions,
         pre_process=places.stage == 0,
@@ -50,9 +50,9 @@ def build_gpt(host: HuggingFaceHost, layout: Layout, places: Places, settings: S
     return gpt
 
 
-def keep_padding(gpt: Any, host: HuggingFaceHost, layout: Layout, places: Places) -> None:
+def keep_padding(gpt: Any, model: HFModel, layout: ParallelDims, places: Places) -> None:
     """Leaves the embedding of padding as it is where the host does: it gets no gradient."""
-    padding = host.model.get_input_embeddings().padding_idx
+    padding = model.module.get_input_embeddings().padding_idx
     if padding is None or not gpt.pre_process:
         return
 
@@ -65,7 +65,7 @@ def keep_padding(gpt: Any, host: HuggingFaceHost, layout: Layout, places: Places
     gpt.embedding.word_embeddings.register_forward_hook(detach)
 
 
-def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, settings: Settings) -> Any:
+def _transformer_config(model: HFModel, shape: GPTShape, layout: ParallelDims, settings: Settings) -> Any:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
 
@@ -78,7 +78,7 @@ def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, 
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    more |= _moe_fields(host, shape, layout, settings)
+    more |= _moe_fields(model, shape, layout, settings)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.width,
@@ -113,17 +113,17 @@ def _transformer_config(host: HuggingFaceHost, shape: GPTShape, layout: Layout, 
     )
 
 
-def _moe_fields(host: HuggingFaceHost, shape: GPTShape, layout: Layout, settings: Settings) -> dict[str, Any]:
+def _moe_fields(model: HFModel, shape: GPTShape, layout: ParallelDims, settings: Settings) -> dict[str, Any]:
     """What the config says of mixtures; routing and balance are our routers'."""
-    mixtures = dict(host.moe_layers())
-    if not mixtures:
+    moe_blocks = dict(model.moe_layers())
+    if not moe_blocks:
         return {}
-    first = next(iter(mixtures.values()))
-    sends = settings.sends.fields(first.router.num_experts, _largest_top_k(host, first))
+    first = next(iter(moe_blocks.values()))
+    sends = settings.sends.fields(first.router.num_experts, _largest_top_k(model, first))
     return {
         "expert_model_parallel_size": layout.expert,
         "num_moe_experts": first.router.num_experts,
-        "moe_layer_freq": [int(i in mixtures) for i in range(shape.layers)],
+        "moe_layer_freq": [int(i in moe_blocks) for i in range(shape.layers)],
         "moe_ffn_hidden_size": first.experts.w_down_EDF.shape[-1],
         "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
@@ -133,17 +133,19 @@ def _moe_fields(host: HuggingFaceHost, shape: GPTShape, layout: Layout, settings
     }
 
 
-def _largest_top_k(host: HuggingFaceHost, layer: MoELayer) -> int:
+def _largest_top_k(model: HFModel, layer: MoELayer) -> int:
     """That a layer's router is asked for in the course of the run."""
-    of_phases = () if host.schedule is None else host.schedule.top_k
+    of_phases = () if model.schedule is None else model.schedule.top_k
     return max([layer.router.top_k, *(k for phase in of_phases for k in phase.values())])
 
 
-def _block_spec(host: HuggingFaceHost, shape: GPTShape, blocks: range, settings: Settings) -> Any:
+def _block_spec(model: HFModel, shape: GPTShape, blocks: range, settings: Settings) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    mixtures = dict(host.moe_layers())
-    networks = {i: _moe_spec(host, mixtures[i], settings) if i in mixtures else _dense_spec() for i in blocks}
+    moe_blocks = dict(model.moe_layers())
+    networks = {
+        i: _moe_spec(model, moe_blocks[i], settings) if i in moe_blocks else _dense_spec() for i in blocks
+    }
     layers = [_layer_spec(shape, networks[i]) for i in blocks]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 
@@ -190,14 +192,14 @@ def _dense_spec() -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def _moe_spec(host: HuggingFaceHost, layer: MoELayer, settings: Settings) -> Any:
+def _moe_spec(model: HFModel, layer: MoELayer, settings: Settings) -> Any:
     import megatron.core
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoE
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    most = settings.sends.most_experts(layer.router.num_experts, _largest_top_k(host, layer))
+    most = settings.sends.most_experts(layer.router.num_experts, _largest_top_k(model, layer))
 
     def make_router(config: Any, pg_collection: Any = None) -> RouterSlot:
         if not config.sequence_parallel:

@@ -22,8 +22,8 @@ from recipes.checkpoint import LocalBlocks, LocalShard
 from recipes.checkpoint.shard_layout import Placed, place
 from recipes.engines.megatron.expert_kinds import ExpertKind
 from recipes.engines.megatron.gpt_shape import GPTShape, read_shape
-from recipes.engines.megatron.rank_groups import Layout, Over, Places
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.engines.megatron.rank_groups import Over, ParallelDims, Places
+from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.ranks import Ranks
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -71,20 +71,20 @@ class Held:
     over: Over = "none"
 
 
-def host_tensors(host: HuggingFaceHost) -> dict[str, Tensor]:
+def model_tensors(model: HFModel) -> dict[str, Tensor]:
     """Parameters, tied ones once, and the buffers that are part of the state, by name."""
-    tensors: dict[str, Tensor] = {name: p.data for name, p in host.model.named_parameters()}
-    every = {name for name, _ in host.model.named_parameters(remove_duplicate=False)}
-    return tensors | {k: v for k, v in host.model.state_dict().items() if k not in every}
+    tensors: dict[str, Tensor] = {name: p.data for name, p in model.module.named_parameters()}
+    every = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
+    return tensors | {k: v for k, v in model.module.state_dict().items() if k not in every}
 
 
 def cut_experts(
-    layer: MoELayer, places: Places, layout: Layout, device: torch.device, dtype: torch.dtype
+    layer: MoELayer, places: Places, layout: ParallelDims, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Leaves one of the host's layers room for this rank's slice of the experts, and lets tokens travel."""
     make_room(layer.experts, device, dtype, layer.router.num_experts // layout.expert)
     if layout.expert > 1:
-        layer.send_by(AllToAllDispatcher(layer.router.num_experts, places.expert_group))
+        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, places.expert_group))
 
 
 def make_room(module: nn.Module, device: torch.device, dtype: torch.dtype, rows: int | None = None) -> None:
@@ -102,7 +102,7 @@ def make_room(module: nn.Module, device: torch.device, dtype: torch.dtype, rows:
         setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-def mark_parameters(held: Sequence[Held], layout: Layout) -> None:
+def mark_parameters(held: Sequence[Held], layout: ParallelDims) -> None:
     """Tells Megatron which gradients are summed over which ranks, where its own layers do not."""
     for each in held:
         tensor: Any = each.tensor
@@ -114,16 +114,16 @@ def mark_parameters(held: Sequence[Held], layout: Layout) -> None:
             tensor.allreduce = layout.expert == layout.tensor == 1
 
 
-def empty_host(host: HuggingFaceHost, live: Sequence[Tensor]) -> None:
+def empty_model(model: HFModel, live: Sequence[Tensor]) -> None:
     """Frees the host's own weights; names and shapes stay, and so does what the GPT model uses itself."""
     kept = {id(tensor) for tensor in live}
     # Tied parameters stay one.
     emptied = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-        for p in host.model.parameters()
+        for p in model.module.parameters()
         if id(p) not in kept
     }
-    for module in host.model.modules():
+    for module in model.module.modules():
         for name, parameter in list(module._parameters.items()):
             if id(parameter) in emptied:
                 module._parameters[name] = emptied[id(parameter)]
@@ -226,27 +226,27 @@ def box(tensor: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
     return tensor[tuple(slice(low, low + length) for low, length in axes)]
 
 
-def find_parts(gpt: Any, host: HuggingFaceHost, places: Places, layout: Layout) -> list[Held]:
+def find_parts(gpt: Any, model: HFModel, places: Places, layout: ParallelDims) -> list[Held]:
     """What every parameter of this rank's stage of a GPT model is made of.
 
     Args:
         gpt: From `recipes.engines.megatron.gpt_model.build_gpt`.
-        host: The same that it was built from; its weights may be emptied already.
+        model: The same that it was built from; its weights may be emptied already.
         places: Of this rank.
         layout: Of all.
     """
-    shape = read_shape(host.config.to_dict())
+    shape = read_shape(model.config.to_dict())
     cut = _Cut(shape, places.tensor, layout.tensor)
     held = []
     if gpt.pre_process:
         held.append(cut.rows(gpt.embedding.word_embeddings.weight, _EMBEDDING, shape.vocabulary))
-    mixtures = {layer.context.layer_index: (name, layer) for name, layer in moe_layers(host.model)}
+    moe_blocks = {layer.context.layer_index: (name, layer) for name, layer in moe_layers(model.module)}
     for block in gpt.decoder.layers:
         index = block.layer_number - 1
         prefix = f"model.layers.{index}"
         held += cut.attention(block.self_attention, f"{prefix}.self_attn")
-        if index in mixtures:
-            held += _mixture(block.mlp, gpt.expert_kind, *mixtures[index], places, layout)
+        if index in moe_blocks:
+            held += _moe(block.mlp, gpt.expert_kind, *moe_blocks[index], places, layout)
         else:
             held += cut.network(block.mlp, f"{prefix}.mlp")
         held.append(_same(block.input_layernorm.weight, f"{prefix}.input_layernorm.weight"))
@@ -331,8 +331,8 @@ class _Cut:
         ]
 
 
-def _mixture(
-    module: Any, kind: ExpertKind, prefix: str, layer: Any, places: Places, layout: Layout
+def _moe(
+    module: Any, kind: ExpertKind, prefix: str, layer: Any, places: Places, layout: ParallelDims
 ) -> list[Held]:
     """Router, experts and shared expert of a layer."""
     held = [_same(p, f"{prefix}.router.{name}") for name, p in layer.router.named_parameters()]

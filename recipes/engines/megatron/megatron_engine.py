@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import HostError, Mistake
+from moe.errors import Mistake, ModelError
 from moe.routers import RouterConfig, router_class
 from recipes.engines.example_layouts import EngineLayout
 from recipes.engines.megatron.dispatchers import Spread, dispatchers, free_buffers
@@ -23,12 +23,12 @@ from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.engines.run_options import DefaultModelShape, RunOptions
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import check_dense, read_config
 
 if TYPE_CHECKING:
-    from recipes.engines.megatron.megatron_train_module import MegatronTrainable
-    from recipes.engines.megatron.rank_groups import Layout, Places
+    from recipes.engines.megatron.megatron_train_module import MegatronTrainModule
+    from recipes.engines.megatron.rank_groups import ParallelDims, Places
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         self._places: Places | None = None
 
     @classmethod
-    def same_data(cls, config: MegatronConfig) -> int:
+    def model_parallel_size(cls, config: MegatronConfig) -> int:
         """Ranks that cut matrices between them, and the stages of a pipeline, see the same samples."""
         return config.tensor_parallel * config.pipeline_parallel
 
@@ -102,7 +102,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         return self.rank % in_stage // self.config.tensor_parallel
 
     @classmethod
-    def grid_refusal(cls, config: MegatronConfig, world_size: int) -> str | None:
+    def dims_unsupported_reason(cls, config: MegatronConfig, world_size: int) -> str | None:
         """The ranks must divide into stages, and those of a stage into groups of the other kinds."""
         stages = config.pipeline_parallel
         if world_size % stages:
@@ -122,9 +122,9 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         return None
 
     @classmethod
-    def check_mixture(cls, config: MegatronConfig, num_experts: int, router: RouterConfig) -> list[Mistake]:
+    def check_moe(cls, config: MegatronConfig, num_experts: int, router: RouterConfig) -> list[Mistake]:
         """The experts must divide over the ranks, and the routing be a map of tokens to experts."""
-        mistakes = super().check_mixture(config, num_experts, router)
+        mistakes = super().check_moe(config, num_experts, router)
         mistakes += dispatchers()[config.dispatcher].route_mistakes(num_experts, router)
         kind = router_class(router.name)
         remedy = "Set engine=native, or choose another router."
@@ -167,7 +167,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             dense = read_config(Path(run.dense).expanduser())
             mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or _cut_mistakes(dense, config)
         if run.dense is None:
-            mistakes += _cut_mistakes(_embedded(run.model), config)
+            mistakes += _cut_mistakes(_default_config(run.model), config)
         if run.data.seq_len % config.tensor_parallel:
             rule = f"samples of {run.data.seq_len} tokens do not divide over so many ranks"
             remedy = "Set a divisor of data.seq_len, or 1."
@@ -180,12 +180,12 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         return f"megatron: experts={experts.name} ({experts.told}), dispatcher={sends.name} ({sends.told})"
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelDims:
         """How the ranks are laid out."""
-        from recipes.engines.megatron.rank_groups import Layout
+        from recipes.engines.megatron.rank_groups import ParallelDims
 
         tensor = self.config.tensor_parallel
-        return Layout(
+        return ParallelDims(
             tensor=tensor,
             expert=self.config.expert_parallel,
             pipeline=self.config.pipeline_parallel,
@@ -213,22 +213,22 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         if self.config.device_type() == "cuda":
             seed_gpu()
 
-    def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> MegatronTrainable:
+    def prepare(self, model: HFModel, optim: OptimConfig) -> MegatronTrainModule:
         """Builds the GPT model of a host, gives it the host's weights, and builds its optimizer.
 
         Raises:
-            HostError: Megatron's GPT model cannot compute what the host computes.
+            ModelError: Megatron's GPT model cannot compute what the host computes.
         """
         from recipes.engines.megatron.gpt_shape import family_mistakes
         from recipes.engines.megatron.prepare import prepare
         from recipes.engines.megatron.settings import Settings
 
         assert self._places is not None, "open() comes before prepare()"
-        dense = host.config.to_dict()
-        if mistakes := family_mistakes(dense, str(host.folder)) or _cut_mistakes(dense, self.config):
-            raise HostError(mistakes)
-        for _, layer in host.moe_layers():
-            # What `check_mixture` refuses is not built; wrapped routers may bring a dispatcher all the same.
+        dense = model.config.to_dict()
+        if mistakes := family_mistakes(dense, str(model.folder)) or _cut_mistakes(dense, self.config):
+            raise ModelError(mistakes)
+        for _, layer in model.moe_layers():
+            # What `check_moe` refuses is not built; wrapped routers may bring a dispatcher all the same.
             kind = type(layer.dispatcher)
             assert kind is LocalDispatcher, f"{layer.router.name} sends by {kind.__name__}"
         settings = Settings(
@@ -239,10 +239,10 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             distributed=self.config.distributed_optimizer,
             recomputes=self.config.activation_checkpointing,
         )
-        trainable = prepare(host, optim, self.layout, self._places, settings)
+        train_module = prepare(model, optim, self.layout, self._places, settings)
         # Other stages have other routers.
-        host.context.group = self._places.stage_group
-        return trainable
+        model.context.group = self._places.stage_group
+        return train_module
 
     def leave(self) -> None:
         """Takes Megatron's groups apart, and undoes what computing on CPUs needs."""
@@ -280,7 +280,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
 
 
-def _embedded(model: DefaultModelShape) -> dict[str, Any]:
+def _default_config(model: DefaultModelShape) -> dict[str, Any]:
     """What the embedded default's ``config.json`` will hold of its shape."""
     return {
         "model_type": "llama",

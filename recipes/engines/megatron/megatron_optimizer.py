@@ -16,7 +16,7 @@ from recipes.engines.megatron.cpu_patches import cuda_type_names
 from recipes.engines.megatron.hf_weights import Blocks, Held, Part
 from recipes.engines.megatron.settings import Settings
 from recipes.engines.optim.optimizer import OptimConfig, build_optimizer
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
@@ -36,15 +36,15 @@ class Rule:
     weight_decay: float
 
 
-def rules_of(host: HuggingFaceHost, optim: OptimConfig) -> dict[str, Rule]:
+def rules_of(model: HFModel, optim: OptimConfig) -> dict[str, Rule]:
     """The rule of every parameter that is trained, by the host's name; before the host is emptied.
 
     They are those of the native engine, read off its optimizer.
     """
-    names = {id(parameter): name for name, parameter in host.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.module.named_parameters()}
     return {
         names[id(parameter)]: Rule(group["name"], group["base_lr"], group["weight_decay"])
-        for group in build_optimizer(host.model, optim).param_groups
+        for group in build_optimizer(model.module, optim).param_groups
         for parameter in group["params"]
     }
 

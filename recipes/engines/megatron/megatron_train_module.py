@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint import LocalBlocks
-from recipes.data.samples import Marks
-from recipes.engines.base import MicroBatch, Trainable, may_update
+from recipes.data.samples import TokenMetadata
+from recipes.engines.base import MicroBatch, TrainModule, may_update
 from recipes.engines.megatron.gpt_shape import read_shape
 from recipes.engines.megatron.hf_weights import (
     Blocks,
     Held,
     find_parts,
     gathered,
-    host_tensors,
     live_blocks,
+    model_tensors,
     placed,
 )
 from recipes.engines.megatron.megatron_optimizer import (
@@ -35,33 +35,33 @@ from recipes.engines.megatron.megatron_optimizer import (
     state_tensors,
 )
 from recipes.engines.megatron.pipeline import from_last_stage, run_schedule, share_statistics
-from recipes.engines.megatron.rank_groups import Layout, Places
+from recipes.engines.megatron.rank_groups import ParallelDims, Places
 from recipes.engines.megatron.stages import blocks_of_stages
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.deferred_init import WeightSource
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
-class MegatronTrainable(Trainable):
+class MegatronTrainModule(TrainModule):
     """This rank's stage of a GPT model in Megatron's data parallelism, with its optimizer.
 
     Attributes:
-        host: Names, routers and their context; its other weights are Megatron's now.
+        model: Names, routers and their context; its other weights are Megatron's now.
     """
 
     def __init__(
         self,
-        host: HuggingFaceHost,
-        skeleton: HuggingFaceHost,
+        model: HFModel,
+        skeleton: HFModel,
         chunk: Any,
         optimizer: Any,
         rules: Mapping[str, Rule],
         optim: OptimConfig,
-        layout: Layout,
+        layout: ParallelDims,
         places: Places,
         device: torch.device,
     ) -> None:
-        self.host = host
+        self.model = model
         self._skeleton = skeleton
         self.chunk = chunk
         self.optimizer = optimizer
@@ -69,7 +69,7 @@ class MegatronTrainable(Trainable):
         self.layout = layout
         self.places = places
         self.device = device
-        self._shape = read_shape(host.config.to_dict())
+        self._shape = read_shape(model.config.to_dict())
         self._blocks_here = blocks_of_stages(self._shape.layers, layout.pipeline)[places.stage]
         self._may_be_stale = False
         frozen = optim.frozen.groups
@@ -80,19 +80,19 @@ class MegatronTrainable(Trainable):
         ]
 
     @property
-    def skeleton(self) -> HuggingFaceHost:
-        """See `Trainable.skeleton`."""
+    def skeleton(self) -> HFModel:
+        """See `TrainModule.skeleton`."""
         return self._skeleton
 
     @property
     def held(self) -> list[Held]:
         """What this rank's parameters and buffers are made of."""
-        return find_parts(self.chunk.module, self.host, self.places, self.layout)
+        return find_parts(self.chunk.module, self.model, self.places, self.layout)
 
-    def accumulate(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
-        """See `Trainable.accumulate`."""
+    def forward_backward(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+        """See `TrainModule.forward_backward`."""
         numbers = iter(range(count))
-        self.host.context.num_micro_batches, self.host.context.loss_scale = count, 1.0 / count
+        self.model.context.num_micro_batches, self.model.context.loss_scale = count, 1.0 / count
 
         def forward(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
@@ -101,12 +101,12 @@ class MegatronTrainable(Trainable):
             if out.requires_grad:
                 # By then later micro-batches have been through the routers, which recomputation runs again.
                 out.register_hook(lambda _: tell())
-            return out, partial(_loss, batch.marks)
+            return out, partial(_loss, batch.metadata)
 
         self.chunk.train()
         self._refresh()
         found = run_schedule(self.chunk, forward, micro_batches, count, trains=True)
-        share_statistics([layer.stats for _, layer in self.host.moe_layers()], self.places, self.device)
+        share_statistics([layer.stats for _, layer in self.model.moe_layers()], self.places, self.device)
         return list(from_last_stage(found, (count,), self.places, self.device))
 
     def _forward(self, batch: MicroBatch, tell: Callable[[], None], *, logits: bool = False) -> Tensor:
@@ -118,7 +118,7 @@ class MegatronTrainable(Trainable):
         out: Tensor = self.chunk(
             tokens_BS1[:, :-1],
             None,
-            _hidden(batch.marks, self.device),
+            _hidden(batch.metadata, self.device),
             labels=None if logits else tokens_BS1[:, 1:].contiguous(),
             runtime_gather_output=logits,
         )
@@ -133,18 +133,22 @@ class MegatronTrainable(Trainable):
 
     def _tell_routers(self, batch: MicroBatch, micro_batch: int) -> None:
         """What the host's hook tells of a batch, and which of its step it is."""
-        run, marks, tokens_BS = self.host.context, batch.marks, batch.tokens_BS1[:, :-1].to(self.device)
+        run, metadata, tokens_BS = (
+            self.model.context,
+            batch.metadata,
+            batch.tokens_BS1[:, :-1].to(self.device),
+        )
         run.micro_batch = micro_batch
-        if self.host.schedule is not None:
-            run.top_k = self.host.schedule.at(run.step)
+        if self.model.schedule is not None:
+            run.top_k = self.model.schedule.at(run.step)
         run.token_ids = tokens_BS
-        run.padding_mask = None if marks is None else marks.real_BS.to(self.device)
+        run.padding_mask = None if metadata is None else metadata.real_BS.to(self.device)
 
     @torch.no_grad()
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
-        """See `Trainable.step`."""
+        """See `TrainModule.step`."""
         self.optimizer.prepare_grads()
-        if self.host.context.step < self.optim_config.frozen.steps:
+        if self.model.context.step < self.optim_config.frozen.steps:
             drop_gradients(self.optimizer, self._frozen)
         norm = float(self.optimizer.get_grad_norm())
         if may_update(norm, norm_limit):
@@ -152,8 +156,8 @@ class MegatronTrainable(Trainable):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["max_lr"] * lr_factor
             self.optimizer.step_with_ready_grads()
-            self.host.context.step += 1
-            for index, layer in self.host.moe_layers():
+            self.model.context.step += 1
+            for index, layer in self.model.moe_layers():
                 if index in self._blocks_here:
                     layer.router.after_optimizer_step(layer.context)
         self.optimizer.zero_grad()
@@ -170,14 +174,14 @@ class MegatronTrainable(Trainable):
             torch._foreach_mul_(grads, factor)
 
     @torch.no_grad()
-    def token_losses(self, tokens_BS1: Tensor, marks: Marks | None = None) -> Tensor:
-        """See `Trainable.token_losses`."""
-        batch = MicroBatch(tokens_BS1, marks)
+    def token_losses(self, tokens_BS1: Tensor, metadata: TokenMetadata | None = None) -> Tensor:
+        """See `TrainModule.token_losses`."""
+        batch = MicroBatch(tokens_BS1, metadata)
         return self._evaluate(batch, (tokens_BS1.shape[0], tokens_BS1.shape[1] - 1))
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """See `Trainable.logits`."""
+        """See `TrainModule.logits`."""
         samples, length = tokens_BS.shape
         # Sequences are cut evenly; what follows a position does not change it. There are no targets.
         spare = -length % (self.layout.tensor if self.layout.sequence else 1)
@@ -199,7 +203,7 @@ class MegatronTrainable(Trainable):
         return from_last_stage(found, (1, *shape), self.places, self.device)[0]
 
     def checkpoint_tensors(self) -> dict[str, Any]:
-        """See `Trainable.checkpoint_tensors`."""
+        """See `TrainModule.checkpoint_tensors`."""
         # Whoever holds them may write into them.
         self._may_be_stale = self._keeps_masters
         live = {f"model.{name}": blocks for name, blocks in self._blocks().items()}
@@ -219,8 +223,8 @@ class MegatronTrainable(Trainable):
         return live_blocks(live) | master_blocks(self.optimizer, low)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainable.full_tensors`."""
-        names = list(host_tensors(self.skeleton))
+        """See `TrainModule.full_tensors`."""
+        names = list(model_tensors(self.skeleton))
         return gathered(self._blocks(), self.places, names, self.device)
 
     @torch.no_grad()
@@ -234,20 +238,20 @@ class MegatronTrainable(Trainable):
         self._may_be_stale = self._keeps_masters
 
 
-def _loss(marks: Marks | None, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(metadata: TokenMetadata | None, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of a micro-batch, which the schedule divides in place, and what is reported of it."""
-    loss = losses_BS.mean() if marks is None else (losses_BS * marks.weights_BS.to(losses_BS)).sum()
+    loss = losses_BS.mean() if metadata is None else (losses_BS * metadata.weights_BS.to(losses_BS)).sum()
     return loss, loss.detach().clone()
 
 
-def _hidden(marks: Marks | None, device: torch.device) -> Tensor | None:
+def _hidden(metadata: TokenMetadata | None, device: torch.device) -> Tensor | None:
     """``[B, 1, S, S]``, True where a position does not see another; None where it sees all before it.
 
     Rotary embeddings depend on distances alone, so that positions need not begin anew with a conversation.
     """
-    if marks is None or marks.positions_BS is None:
+    if metadata is None or metadata.positions_BS is None:
         return None
-    positions_BS = marks.positions_BS.to(device)
+    positions_BS = metadata.positions_BS.to(device)
     begins_BS = torch.nn.functional.pad(positions_BS[:, 1:] - positions_BS[:, :-1] != 1, (1, 0))
     number_BS = begins_BS.cumsum(1)
     same_BSS = number_BS[:, :, None] == number_BS[:, None, :]

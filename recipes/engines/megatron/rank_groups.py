@@ -10,7 +10,7 @@ Over: TypeAlias = Literal["none", "tensor", "expert"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelDims:
     """Sizes of Megatron's groups.
 
     Attributes:

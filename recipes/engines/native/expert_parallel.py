@@ -17,17 +17,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.dispatch.all_to_all import AllToAllDispatcher
-from moe.errors import HostError, Mistake
+from moe.errors import Mistake, ModelError
 from moe.experts.experts import Experts
 from moe.routers import RouterConfig, router_class
 from recipes.engines.optim.muon import local_part
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 _PATH = "engine.expert_parallel"
 
 
 @dataclass(frozen=True)
-class ExpertGrid:
+class ExpertMeshes:
     """The ranks as the experts see them.
 
     Attributes:
@@ -44,7 +44,7 @@ class ExpertGrid:
         return self.copies.size(self.copies.ndim - 1)
 
 
-def rank_refusal(expert_parallel: int, world_size: int) -> str | None:
+def rank_unsupported_reason(expert_parallel: int, world_size: int) -> str | None:
     """Why so many ranks cannot be such a grid, as "field=value: rule. Remedy."."""
     if world_size % expert_parallel == 0:
         return None
@@ -54,7 +54,7 @@ def rank_refusal(expert_parallel: int, world_size: int) -> str | None:
     )
 
 
-def mixture_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
+def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
     """Why such a mixture cannot be spread over so many ranks."""
     if expert_parallel == 1:
         return []
@@ -70,25 +70,25 @@ def mixture_mistakes(expert_parallel: int, num_experts: int, router: RouterConfi
     return mistakes
 
 
-def spread_experts(host: HuggingFaceHost, grid: ExpertGrid, policy: MixedPrecisionPolicy) -> list[Experts]:
+def apply_ep(model: HFModel, grid: ExpertMeshes, policy: MixedPrecisionPolicy) -> list[Experts]:
     """Leaves each rank its slice of every layer's experts, and lets the tokens travel; returns the experts.
 
     To be called before anything that holds the experts is sharded.
 
     Args:
-        host: With the same weights on all ranks.
+        model: With the same weights on all ranks.
         grid: Of all ranks.
         policy: Of the experts' products; their inputs must not be cast (combine weights stay fp32).
 
     Raises:
-        HostError: FSDP2 cannot cut the experts over the ranks that hold the same ones.
+        ModelError: FSDP2 cannot cut the experts over the ranks that hold the same ones.
     """
     assert not policy.cast_forward_inputs, policy
     spread = []
-    for _, layer in host.moe_layers():
+    for _, layer in model.moe_layers():
         dim = cut_dim(layer.experts, grid.cutters, grid.ranks.size())
         layer.experts.spread(grid.ranks)
-        layer.send_by(AllToAllDispatcher(layer.router.num_experts, grid.ranks.get_group()))
+        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, grid.ranks.get_group()))
         fully_shard(
             layer.experts,
             mesh=grid.copies,
@@ -108,7 +108,7 @@ def cut_dim(experts: Experts, copies: int, ranks: int) -> int:
         ranks: Ranks that are to hold all of them between them.
 
     Raises:
-        HostError: Neither divides.
+        ModelError: Neither divides.
     """
     count = len(experts.w_down_EDF)
     if count // ranks % copies == 0:
@@ -120,21 +120,21 @@ def cut_dim(experts: Experts, copies: int, ranks: int) -> int:
             f"over the {copies} ranks that hold the same experts"
         )
         remedy = "Set another expert_parallel, or start another number of ranks."
-        raise HostError.one(_PATH, ranks, rule, remedy)
+        raise ModelError.one(_PATH, ranks, rule, remedy)
     return 1
 
 
-def cut_by_rows(host: HuggingFaceHost, ranks: int) -> set[nn.Parameter]:
+def cut_by_rows(model: HFModel, ranks: int) -> set[nn.Parameter]:
     """Experts' weights that FSDP2 is to cut by their output features, so that all ranks hold equally much.
 
     Cut by experts, eight of them over sixteen ranks would leave half of the ranks empty.
 
     Args:
-        host: Not sharded yet; experts that are spread already are left out.
+        model: Not sharded yet; experts that are spread already are left out.
         ranks: Over which FSDP2 cuts.
     """
     found: set[nn.Parameter] = set()
-    for _, layer in host.moe_layers():
+    for _, layer in model.moe_layers():
         weights = list(layer.experts.parameters())
         whole = not any(isinstance(weight, DTensor) for weight in weights)
         if whole and len(weights[0]) % ranks and not any(weight.shape[1] % ranks for weight in weights):

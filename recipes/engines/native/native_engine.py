@@ -25,20 +25,20 @@ from torch.nn.parallel import DistributedDataParallel
 from moe.errors import Mistake
 from moe.experts.experts import Experts
 from recipes.checkpoint import GlobalTensor
-from recipes.data.samples import Marks
+from recipes.data.samples import TokenMetadata
 from recipes.engines.base import may_update
 from recipes.engines.example_layouts import EngineLayout
-from recipes.engines.hf_train_module import HostTrainable
+from recipes.engines.hf_train_module import HFTrainModule
 from recipes.engines.native.expert_parallel import (
-    ExpertGrid,
+    ExpertMeshes,
+    apply_ep,
     average_gradients,
     gathered,
-    spread_experts,
 )
-from recipes.engines.native.parallel_dims import Layout
+from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.shard_for_eval import cut_blocks, gather_when_called
 from recipes.engines.native.tensor_parallel import (
-    AttentionGrid,
+    AttentionMeshes,
     add_partial_gradients,
     attention_mistakes,
     cut_attention,
@@ -49,7 +49,7 @@ from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_opt
 from recipes.engines.process import ProcessConfig, ProcessEngine
 from recipes.engines.run_options import RunOptions
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import check_dense, read_config
 from recipes.tracking.metrics_log import Metric, reduce_metrics
 
@@ -120,19 +120,19 @@ class NativeEngine(ProcessEngine[NativeConfig]):
     def __init__(self, config: NativeConfig) -> None:
         super().__init__(config)
         self._mesh: DeviceMesh | None = None
-        self._expert_grid: ExpertGrid | None = None
-        self._attention_grid: AttentionGrid | None = None
+        self._expert_meshes: ExpertMeshes | None = None
+        self._attention_meshes: AttentionMeshes | None = None
         self._samples: ProcessGroup | None = None
 
     @classmethod
-    def same_data(cls, config: NativeConfig) -> int:
+    def model_parallel_size(cls, config: NativeConfig) -> int:
         """Ranks that hold the heads of attention between them see the same samples."""
         return config.tensor_parallel
 
     @classmethod
-    def grid_refusal(cls, config: NativeConfig, world_size: int) -> str | None:
-        """See `ProcessEngine.grid_refusal`."""
-        return _layout(config, world_size).refusal()
+    def dims_unsupported_reason(cls, config: NativeConfig, world_size: int) -> str | None:
+        """See `ProcessEngine.dims_unsupported_reason`."""
+        return _dims(config, world_size).unsupported_reason()
 
     @classmethod
     def check_run(cls, config: NativeConfig, run: RunOptions) -> list[Mistake]:
@@ -156,51 +156,53 @@ class NativeEngine(ProcessEngine[NativeConfig]):
     def open(self) -> None:
         """Joins the process group, and lays the ranks out."""
         super().open()
-        layout, kind = _layout(self.config, self.world_size), self.config.device_type()
-        self._mesh = layout.weight_mesh(kind)
-        self._expert_grid = layout.expert_grid(kind)
-        self._attention_grid = layout.attention_grid(kind)
+        dims, kind = _dims(self.config, self.world_size), self.config.device_type()
+        self._mesh = dims.weight_mesh(kind)
+        self._expert_meshes = dims.expert_meshes(kind)
+        self._attention_meshes = dims.attention_meshes(kind)
         # Routers that assign the tokens of all ranks must not see one twice.
-        self._samples = self.data_group if self._attention_grid is None else self._attention_grid.samples()
+        self._samples = (
+            self.data_group if self._attention_meshes is None else self._attention_meshes.samples()
+        )
 
-    def prepare(self, host: HuggingFaceHost, optim: OptimConfig) -> NativeTrainable:
+    def prepare(self, model: HFModel, optim: OptimConfig) -> NativeTrainModule:
         """Wraps the model and builds its optimizer."""
-        host.context.group = self._samples
+        model.context.group = self._samples
         if self.config.activation_checkpointing:
-            host.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.module.gradient_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
-            _compile_blocks(host)
-        parts = self._spread(host, self._policy)
-        wrapped: nn.Module = host.model
+            _compile_blocks(model)
+        parts = self._spread(model, self._policy)
+        wrapped: nn.Module = model.module
         if self.config.strategy == "ddp":
-            wrapped = DistributedDataParallel(host.model, forward_sync_buffers=False)
-        return NativeTrainable(self, host, wrapped, optim, parts)
+            wrapped = DistributedDataParallel(model.module, forward_sync_buffers=False)
+        return NativeTrainModule(self, model, wrapped, optim, parts)
 
-    def hold(self, host: HuggingFaceHost) -> None:
-        """See `Engine.hold`."""
-        self._spread(host, MixedPrecisionPolicy())
-        gather_when_called(host.model)
+    def shard_for_eval(self, model: HFModel) -> None:
+        """See `Engine.shard_for_eval`."""
+        self._spread(model, MixedPrecisionPolicy())
+        gather_when_called(model.module)
 
-    def _spread(self, host: HuggingFaceHost, policy: MixedPrecisionPolicy) -> Parts:
+    def _spread(self, model: HFModel, policy: MixedPrecisionPolicy) -> Parts:
         """Leaves each rank its part of the model, and fills it."""
         assert self._mesh is not None, "open() comes first"
         parts = Parts(self.config)
         if self.config.strategy == "fsdp":
             own = replace(policy, cast_forward_inputs=False)
-            if self._expert_grid is not None:
-                parts.experts = spread_experts(host, self._expert_grid, own)
-            if self._attention_grid is not None:
-                ranks = self._attention_grid.ranks
-                parts.partial = cut_attention(host, self._attention_grid, policy)
-                spread = None if self._expert_grid is None else self._expert_grid.ranks
-                parts.partial += share_tokens(host, ranks, spread)
-                parts.same_data = ranks.get_group()
-            self._shard(host, self._mesh, policy)
-        if host.weights is not None:
-            host.weights.give(host.model, self.device)
-            host.weights = None
+            if self._expert_meshes is not None:
+                parts.experts = apply_ep(model, self._expert_meshes, own)
+            if self._attention_meshes is not None:
+                ranks = self._attention_meshes.ranks
+                parts.partial = cut_attention(model, self._attention_meshes, policy)
+                spread = None if self._expert_meshes is None else self._expert_meshes.ranks
+                parts.partial += share_tokens(model, ranks, spread)
+                parts.model_parallel_size = ranks.get_group()
+            self._shard(model, self._mesh, policy)
+        if model.weights is not None:
+            model.weights.give(model.module, self.device)
+            model.weights = None
         if self.config.strategy == "ddp":
-            host.model.to(self.device)
+            model.module.to(self.device)
         return parts
 
     @property
@@ -210,18 +212,18 @@ class NativeEngine(ProcessEngine[NativeConfig]):
             param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
         )
 
-    def _shard(self, host: HuggingFaceHost, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    def _shard(self, model: HFModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         if policy.param_dtype is not None:
             # Routers stay fp32: a group of their own that neither casts weights nor inputs.
-            for layer in host.routed_layers():
+            for layer in model.routed_layers():
                 fully_shard(
                     layer.router, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
                 )
-        cut_blocks(host, mesh, policy)
+        cut_blocks(model, mesh, policy)
 
 
-def _layout(config: NativeConfig, world_size: int) -> Layout:
-    return Layout(world_size, config.replicas, config.expert_parallel, config.tensor_parallel)
+def _dims(config: NativeConfig, world_size: int) -> ParallelDims:
+    return ParallelDims(world_size, config.replicas, config.expert_parallel, config.tensor_parallel)
 
 
 @dataclass
@@ -232,18 +234,18 @@ class Parts:
         config: Of the engine.
         experts: That are spread over ranks.
         partial: Modules of whose gradients each rank that sees the same samples has computed a part.
-        same_data: The ranks that see the same samples; None where no other does.
+        model_parallel_size: The ranks that see the same samples; None where no other does.
     """
 
     config: NativeConfig
     experts: list[Experts] = field(default_factory=list)
     partial: list[nn.Module] = field(default_factory=list)
-    same_data: ProcessGroup | None = None
+    model_parallel_size: ProcessGroup | None = None
 
     def begin_step(self, device: torch.device) -> None:
         """Lets ranks that see the same samples draw the same noise."""
-        if self.same_data is not None:
-            share_random_state(device, self.same_data)
+        if self.model_parallel_size is not None:
+            share_random_state(device, self.model_parallel_size)
 
     def finish_gradients(self) -> None:
         """Makes of what FSDP2 has left the gradients of the mean over all samples."""
@@ -251,43 +253,47 @@ class Parts:
         add_partial_gradients(self.partial, self.config.tensor_parallel)
 
 
-def _compile_blocks(host: HuggingFaceHost) -> None:
-    for layer in host.routed_layers():
+def _compile_blocks(model: HFModel) -> None:
+    for layer in model.routed_layers():
         # Which rows go where is known on the host only: the layer runs between compiled graphs.
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
-    for block in decoder_blocks(host.model, host.config):
+    for block in decoder_blocks(model.module, model.config):
         block.compile()
 
 
-class NativeTrainable(HostTrainable):
+class NativeTrainModule(HFTrainModule):
     """A host under FSDP2 or DDP with its optimizer."""
 
     def __init__(
         self,
         engine: NativeEngine,
-        host: HuggingFaceHost,
+        model: HFModel,
         wrapped: nn.Module,
         optim: OptimConfig,
         parts: Parts,
     ) -> None:
-        super().__init__(engine, host)
+        super().__init__(engine, model)
         self.config = engine.config
         self.wrapped = wrapped
         self.parts = parts
         self.optim_config = optim
-        self.optimizer: OptimizerSet = build_optimizer(host.model, optim)
+        self.optimizer: OptimizerSet = build_optimizer(model.module, optim)
 
-    def forward_backward(
-        self, tokens_BS1: Tensor, micro_batch: int, num_micro_batches: int, marks: Marks | None = None
+    def micro_batch_backward(
+        self,
+        tokens_BS1: Tensor,
+        micro_batch: int,
+        num_micro_batches: int,
+        metadata: TokenMetadata | None = None,
     ) -> Tensor:
-        """See `HostTrainable.forward_backward`."""
+        """See `HFTrainModule.micro_batch_backward`."""
         self._begin(micro_batch, num_micro_batches)
         if micro_batch == 0:
             self.parts.begin_step(self.engine.device)
         last = micro_batch == num_micro_batches - 1
         with self._gradient_sync(last):
-            loss = self._loss(tokens_BS1, marks)
-            (loss * self.host.context.loss_scale).backward()
+            loss = self._loss(tokens_BS1, metadata)
+            (loss * self.model.context.loss_scale).backward()
         if last:
             self.parts.finish_gradients()
         return loss.detach()
@@ -308,9 +314,9 @@ class NativeTrainable(HostTrainable):
         return logits
 
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
-        """See `Trainable.step`."""
-        self.optimizer.drop_frozen(self.host.context.step)
-        norm = clip_grad_norm(self.host.model.parameters(), self.optim_config.clip_norm)
+        """See `TrainModule.step`."""
+        self.optimizer.drop_frozen(self.model.context.step)
+        norm = clip_grad_norm(self.model.module.parameters(), self.optim_config.clip_norm)
         if isinstance(self.wrapped, DistributedDataParallel) or self.config.replicas > 1:
             # Taken of each copy by itself: were one of them damaged, the others would go on alone.
             norm = reduce_metrics({"norm": Metric(norm, "mean")}, self.engine.data_group)["norm"]
@@ -322,10 +328,10 @@ class NativeTrainable(HostTrainable):
         return torch.as_tensor(norm)
 
     def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
-        """See `Trainable.checkpoint_tensors`."""
+        """See `TrainModule.checkpoint_tensors`."""
         self._reshard()
         tensors = {f"model.{name}": tensor for name, tensor in self._model_tensors().items()}
-        return tensors | self.optimizer.state_tensors(self.host.model.named_parameters())
+        return tensors | self.optimizer.state_tensors(self.model.module.named_parameters())
 
     def _reshard(self) -> None:
         """After a forward pass without backward FSDP2 leaves its outermost weights gathered."""
@@ -335,12 +341,12 @@ class NativeTrainable(HostTrainable):
 
     def _model_tensors(self) -> dict[str, Tensor]:
         """Parameters, tied ones once, and the buffers that are part of the state."""
-        tensors: dict[str, Tensor] = {name: p.data for name, p in self.host.model.named_parameters()}
+        tensors: dict[str, Tensor] = {name: p.data for name, p in self.model.module.named_parameters()}
         return tensors | self._buffers()
 
     @torch.no_grad()
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainable.full_tensors`."""
+        """See `TrainModule.full_tensors`."""
         self._reshard()
         for name, tensor in self._model_tensors().items():
             yield name, gathered(tensor) if isinstance(tensor, DTensor) else tensor

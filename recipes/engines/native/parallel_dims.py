@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from recipes.engines.native.expert_parallel import ExpertGrid
-from recipes.engines.native.tensor_parallel import AttentionGrid
+from recipes.engines.native.expert_parallel import ExpertMeshes
+from recipes.engines.native.tensor_parallel import AttentionMeshes
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelDims:
     """How many ranks do what.
 
     Attributes:
@@ -37,7 +37,7 @@ class Layout:
         """Ranks that hold the model between them."""
         return self.world_size // self.replicas
 
-    def refusal(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why there cannot be such a grid, as "field=value: rule. Remedy."; None where there can."""
         ranks, copies = self.world_size, self.replicas
         if ranks % copies:
@@ -65,7 +65,7 @@ class Layout:
             return init_device_mesh(kind, (self.group,), mesh_dim_names=("dp",))
         return init_device_mesh(kind, (self.replicas, self.group), mesh_dim_names=("replica", "dp"))
 
-    def expert_grid(self, kind: str) -> ExpertGrid | None:
+    def expert_meshes(self, kind: str) -> ExpertMeshes | None:
         """Over which experts are spread and cut; None where they are as everything else.
 
         Args:
@@ -73,9 +73,9 @@ class Layout:
         """
         if self.expert_parallel == 1:
             return None
-        return ExpertGrid(*self._inner(kind, self.expert_parallel, "ep"))
+        return ExpertMeshes(*self._inner(kind, self.expert_parallel, "ep"))
 
-    def attention_grid(self, kind: str) -> AttentionGrid | None:
+    def attention_meshes(self, kind: str) -> AttentionMeshes | None:
         """Over which heads are spread and cut; None where they are as everything else.
 
         Args:
@@ -83,7 +83,7 @@ class Layout:
         """
         if self.tensor_parallel == 1:
             return None
-        return AttentionGrid(*self._inner(kind, self.tensor_parallel, "tp"))
+        return AttentionMeshes(*self._inner(kind, self.tensor_parallel, "tp"))
 
     def _inner(self, kind: str, ways: int, name: str) -> tuple[DeviceMesh, DeviceMesh]:
         """The ranks that have the same of something that so many neighbours share, and those neighbours."""

@@ -9,26 +9,26 @@ from torch.distributed.tensor import Shard
 
 from recipes.engines.native.expert_parallel import cut_by_rows
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
-def cut_blocks(host: HuggingFaceHost, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def cut_blocks(model: HFModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Cuts each block, and then what is left of the model.
 
     Args:
-        host: Modules that are cut already stay as they are.
+        model: Modules that are cut already stay as they are.
         mesh: Its last axis cuts; one before it holds copies.
         policy: Of what is cut here.
     """
-    rows = cut_by_rows(host, mesh.size(mesh.ndim - 1))
-    for block in decoder_blocks(host.model, host.config):
+    rows = cut_by_rows(model, mesh.size(mesh.ndim - 1))
+    for block in decoder_blocks(model.module, model.config):
         fully_shard(
             block,
             mesh=mesh,
             mp_policy=policy,
             shard_placement_fn=lambda parameter: Shard(1) if parameter in rows else Shard(0),
         )
-    fully_shard(host.model, mesh=mesh, mp_policy=policy)
+    fully_shard(model.module, mesh=mesh, mp_policy=policy)
 
 
 def gather_when_called(model: nn.Module) -> None:

@@ -28,10 +28,10 @@ from moe.dispatch import Dispatcher
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.same_tokens import SameTokensDispatcher
-from moe.errors import HostError, Mistake
+from moe.errors import Mistake, ModelError
 from recipes.engines.optim.muon import local_part
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 _PATH = "engine.tensor_parallel"
 _REMEDY = "Set engine.tensor_parallel=1, or take another model."
@@ -40,7 +40,7 @@ _COLUMNS, _ROWS, _WHOLE = "colwise", "rowwise", "replicated_with_grad_allreduce"
 
 
 @dataclass(frozen=True)
-class AttentionGrid:
+class AttentionMeshes:
     """The ranks as attention sees them.
 
     Attributes:
@@ -120,15 +120,13 @@ def attention_mistakes(dense: Mapping[str, Any], ways: int) -> list[Mistake]:
     ]
 
 
-def cut_attention(
-    host: HuggingFaceHost, grid: AttentionGrid, policy: MixedPrecisionPolicy
-) -> list[nn.Module]:
+def cut_attention(model: HFModel, grid: AttentionMeshes, policy: MixedPrecisionPolicy) -> list[nn.Module]:
     """Leaves each rank its heads of every block, cut over the ranks that hold the same ones.
 
     To be called before anything that holds attention is sharded.
 
     Args:
-        host: With the same weights on all ranks.
+        model: With the same weights on all ranks.
         grid: Of all ranks.
         policy: Of the projections.
 
@@ -136,17 +134,17 @@ def cut_attention(
         Modules that every rank holds, and of whose gradients each computes the part of its heads.
 
     Raises:
-        HostError: The attention is not what transformers says of the family.
+        ModelError: The attention is not what transformers says of the family.
     """
     ways = grid.ranks.size()
-    dense = host.config.to_dict()
+    dense = model.config.to_dict()
     if mistakes := attention_mistakes(dense, ways):
-        raise HostError(mistakes)
-    plan = attention_plan(str(host.config.get_text_config().model_type))
+        raise ModelError(mistakes)
+    plan = attention_plan(str(model.config.get_text_config().model_type))
     assert plan is not None, "attention_mistakes refuses families without a plan"
     in_part: list[nn.Module] = []
     cut = 0
-    for block in decoder_blocks(host.model, host.config):
+    for block in decoder_blocks(model.module, model.config):
         attention = getattr(block, plan.module, None)
         if attention is None or not hasattr(attention, plan.rows):
             continue  # a block that mixes tokens by other means stays whole
@@ -169,7 +167,7 @@ def cut_attention(
         cut += 1
     if not cut:
         rule = f"no block of the model has {plan.module}.{plan.rows}"
-        raise HostError.one(_PATH, ways, rule, _REMEDY)
+        raise ModelError.one(_PATH, ways, rule, _REMEDY)
     return in_part
 
 
@@ -198,7 +196,7 @@ def _require_known(attention: nn.Module, plan: AttentionPlan, ways: int) -> None
     ]
     if unknown or odd:
         rule = f"{', '.join(unknown + odd)} of {type(attention).__name__}: it is not known how to cut such"
-        raise HostError.one(_PATH, ways, rule, _REMEDY)
+        raise ModelError.one(_PATH, ways, rule, _REMEDY)
 
 
 def _cut_dim(parameter: nn.Parameter, copies: DeviceMesh) -> Shard:
@@ -209,20 +207,20 @@ def _cut_dim(parameter: nn.Parameter, copies: DeviceMesh) -> Shard:
     return Shard(1 if even else 0)
 
 
-def share_tokens(host: HuggingFaceHost, ranks: DeviceMesh, experts: DeviceMesh | None) -> list[nn.Module]:
+def share_tokens(model: HFModel, ranks: DeviceMesh, experts: DeviceMesh | None) -> list[nn.Module]:
     """Lets each rank send its share of the tokens to the experts; returns these.
 
     Args:
-        host: Whose experts are spread already, where they are.
+        model: Whose experts are spread already, where they are.
         ranks: One axis of ranks that see the same samples.
         experts: One axis of ranks that hold all experts between them; None where each rank holds all.
     """
     found: list[nn.Module] = []
-    for _, layer in host.moe_layers():
+    for _, layer in model.moe_layers():
         inner: Dispatcher = LocalDispatcher()
         if experts is not None:
             inner = AllToAllDispatcher(layer.router.num_experts, experts.get_group())
-        layer.send_by(SameTokensDispatcher(inner, ranks.get_group()))
+        layer.set_dispatcher(SameTokensDispatcher(inner, ranks.get_group()))
         found.append(layer.experts)
     return found
 

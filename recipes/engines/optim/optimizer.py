@@ -299,10 +299,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerSet:
     groups = group_parameters(model)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient. Unfreeze what is to be trained.")
-    unfilled = [name for names in groups.values() for name in names if parameters[name].is_meta]
-    if unfilled:
+    deferred = [name for names in groups.values() for name in names if parameters[name].is_meta]
+    if deferred:
         raise ValueError(
-            f"{unfilled[0]} is on the meta device. Fill the model before building its optimizer."
+            f"{deferred[0]} is on the meta device. Fill the model before building its optimizer."
         )
     blocks = fused_rows(model)
     rules = _group_rules(config)

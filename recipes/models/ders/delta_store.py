@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import ConfigError, HostError
+from moe.errors import ConfigError, ModelError
 from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from recipes.checkpoint import require_space
 from recipes.models.ders.expert_groups import ExpertGroup, find_groups
@@ -60,7 +60,7 @@ def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = la
 
     Raises:
         ConfigError: ``out`` exists.
-        HostError: There are no experts in the source, or its files are damaged.
+        ModelError: There are no experts in the source, or its files are damaged.
         DiskError: There is no room.
     """
     files = DenseFiles(source)
@@ -68,7 +68,7 @@ def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = la
     groups = find_groups(specs)
     if not groups:
         rule = "it has no experts: no tensors are named ...experts.N..., nor stacked as ...experts.NAME"
-        raise HostError.one("SOURCE", str(source), rule, "Give a mixture.")
+        raise ModelError.one("SOURCE", str(source), rule, "Give a mixture.")
     taken = {group.member(e) for group in groups for e in range(group.num_experts)}
     kept = [spec for spec in specs if spec.name not in taken]
     stored = [*kept, *(spec for group in groups for spec in _stored_specs(group, codec))]
@@ -108,7 +108,7 @@ def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
 
     Raises:
         ConfigError: ``out`` exists.
-        HostError: The source is no such folder, or damaged.
+        ModelError: The source is no such folder, or damaged.
         DiskError: There is no room.
     """
     codec, groups, specs = _read_record(source)
@@ -145,7 +145,7 @@ def _require_whole(
     wanted |= {spec.name for group in groups for spec in _stored_specs(group, codec)}
     if missing := sorted(wanted - set(files.tensors)):
         rule = f"{len(missing)} tensors are missing from its files, {missing[0]} the first"
-        raise HostError.one("SOURCE", str(source), rule, "Restore its files, or compress again.")
+        raise ModelError.one("SOURCE", str(source), rule, "Restore its files, or compress again.")
 
 
 def _begin(out: Path, num_bytes: int) -> Path:
@@ -210,10 +210,10 @@ def _read_record(source: Path) -> tuple[DeltaCodec, list[ExpertGroup], list[Tens
         content = json.loads((source / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         rule = f"it has no {RECORD} that can be read"
-        raise HostError.one("SOURCE", str(source), rule, "Give a folder of tools.ders compress.") from error
+        raise ModelError.one("SOURCE", str(source), rule, "Give a folder of tools.ders compress.") from error
     if content["format_version"] != _VERSION:
         rule = f"its format has version {content['format_version']}, this reads {_VERSION}"
-        raise HostError.one("SOURCE", str(source), rule, "Take the version of Graft that wrote it.")
+        raise ModelError.one("SOURCE", str(source), rule, "Take the version of Graft that wrote it.")
     options = dict(content["codec"])
     codec = _CODECS[options.pop("name")](**options)
     groups = [

@@ -21,12 +21,12 @@ def choose_exporter(spec: ModelSpec) -> tuple[Exporter, list[str]]:
         The exporter; where it is no native one, why each native one for such hosts was refused.
     """
     family = spec.config.model_type
-    fitting = [e for e in exporters().values() if not e.hosts or family in e.hosts]
-    refusals = []
+    fitting = [e for e in exporters().values() if not e.models or family in e.models]
+    unsupported_reasons = []
     for exporter in sorted(fitting, key=lambda exporter: not exporter.is_native):
-        refusal = exporter.refusal(spec)
-        if refusal is None:
+        unsupported_reason = exporter.unsupported_reason(spec)
+        if unsupported_reason is None:
             none = f"no class of transformers holds a mixture in a host of {family}"
-            return exporter, [] if exporter.is_native else refusals or [none]
-        refusals.append(refusal)
-    raise AssertionError(f"no format holds the model: {refusals}")
+            return exporter, [] if exporter.is_native else unsupported_reasons or [none]
+        unsupported_reasons.append(unsupported_reason)
+    raise AssertionError(f"no format holds the model: {unsupported_reasons}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.models.export.spec import MixtureSpec, ModelSpec
+from recipes.models.export.spec import ModelSpec, MoESpec
 
 #: Config keys with the same name and meaning in the Llama-like families and their mixtures.
 COMMON_KEYS = (
@@ -47,26 +47,24 @@ def with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_unlike_llama(name: str, spec: ModelSpec) -> str | None:
     """Experts must be gated and without biases, alike in all mixtures, in blocks named as Llama's are."""
-    first = spec.mixtures[0]
-    for mixture in spec.mixtures:
-        if _BLOCK.fullmatch(mixture.site) is None:
-            return f"{name} has its experts in model.layers.N.mlp, and this host in {mixture.site}"
-        if not mixture.expert.gated or mixture.expert.up_bias or mixture.expert.down_bias:
-            return (
-                f"{name}'s experts are gated and without biases, and these are not in layer {mixture.index}"
-            )
-        if _kind(mixture) != _kind(first):
-            return f"{name} has one router and one size of experts, and layer {mixture.index} differs"
+    first = spec.moe_blocks[0]
+    for moe in spec.moe_blocks:
+        if _BLOCK.fullmatch(moe.site) is None:
+            return f"{name} has its experts in model.layers.N.mlp, and this host in {moe.site}"
+        if not moe.expert.gated or moe.expert.up_bias or moe.expert.down_bias:
+            return f"{name}'s experts are gated and without biases, and these are not in layer {moe.index}"
+        if _kind(moe) != _kind(first):
+            return f"{name} has one router and one size of experts, and layer {moe.index} differs"
     return None
 
 
-def _kind(mixture: MixtureSpec) -> tuple[object, ...]:
-    return (mixture.router.config, mixture.num_experts, mixture.expert, mixture.shared_width)
+def _kind(moe: MoESpec) -> tuple[object, ...]:
+    return (moe.router.config, moe.num_experts, moe.expert, moe.shared_width)
 
 
 def refuse_other_than_softmax(name: str, spec: ModelSpec, *, must_sum_to_one: bool) -> str | None:
     """The router must be top-k of a softmax over all experts, or over the chosen."""
-    router = spec.mixtures[0].router
+    router = spec.moe_blocks[0].router
     if router.name != "topk":
         return f"{name} has a top-k router, not {router.name!r}"
     if router.config.score != "softmax":
@@ -76,6 +74,6 @@ def refuse_other_than_softmax(name: str, spec: ModelSpec, *, must_sum_to_one: bo
     return None
 
 
-def block_of(mixture: MixtureSpec) -> str:
+def block_of(moe: MoESpec) -> str:
     """``model.layers.N``."""
-    return mixture.site.removesuffix(".mlp")
+    return moe.site.removesuffix(".mlp")

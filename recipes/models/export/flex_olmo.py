@@ -20,14 +20,14 @@ class FlexOlmoExporter(NativeExporter):
 
     name = "flex_olmo"
     title = "FlexOlmo"
-    hosts = ("olmo2",)
+    models = ("olmo2",)
 
-    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
         """FlexOlmo has a softmax router, renormalised or not, in every block."""
         if spec.dense_layers:
-            count = len(spec.mixtures)
+            count = len(spec.moe_blocks)
             return f"FlexOlmo has no dense layers, and {count} of {spec.num_layers} are mixtures"
-        if spec.mixtures[0].shared_width:
+        if spec.moe_blocks[0].shared_width:
             return "FlexOlmo has no shared expert, and this mixture has"
         return refuse_unlike_llama("FlexOlmo", spec) or refuse_other_than_softmax(
             "FlexOlmo", spec, must_sum_to_one=False
@@ -37,14 +37,14 @@ class FlexOlmoExporter(NativeExporter):
         """The dense config with experts."""
         from transformers import FlexOlmoConfig
 
-        mixture = spec.mixtures[0]
+        moe = spec.moe_blocks[0]
         config = FlexOlmoConfig(
             **carried_values(spec.config, (*COMMON_KEYS, "attention_bias")),
-            intermediate_size=mixture.expert.width,
-            num_experts=mixture.num_experts,
-            num_experts_per_tok=mixture.router.top_k,
-            norm_topk_prob=mixture.router.weights_sum_to_one,
-            router_aux_loss_coef=mixture.router.config.balance_coef,
+            intermediate_size=moe.expert.width,
+            num_experts=moe.num_experts,
+            num_experts_per_tok=moe.router.top_k,
+            norm_topk_prob=moe.router.weights_sum_to_one,
+            router_aux_loss_coef=moe.router.config.balance_coef,
         )
         config.architectures = ["FlexOlmoForCausalLM"]
         return with_old_rope_keys(config.to_dict())

@@ -27,15 +27,15 @@ class Glm4MoEExporter(NativeExporter):
 
     name = "glm4_moe"
     title = "GLM-4-MoE"
-    hosts = ("llama", "mistral", "qwen2", "qwen3")
+    models = ("llama", "mistral", "qwen2", "qwen3")
     shared_module = "shared_experts"
     router_keys = {"weight_ED": "weight", "bias_E": "e_score_correction_bias"}
 
-    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
         """Dense layers come first, the shared expert is as wide as so many routed ones."""
-        config, mixture = spec.config, spec.mixtures[0]
-        if mixture.router.name != "deepseek_v3":
-            return f"GLM-4-MoE has DeepSeek-V3's router, not {mixture.router.name!r}"
+        config, moe = spec.config, spec.moe_blocks[0]
+        if moe.router.name != "deepseek_v3":
+            return f"GLM-4-MoE has DeepSeek-V3's router, not {moe.router.name!r}"
         return (
             _refuse_attention(config)
             or refuse_unlike_llama("GLM-4-MoE", spec)
@@ -47,8 +47,8 @@ class Glm4MoEExporter(NativeExporter):
         """Rotary embeddings over the whole head, norms on queries and keys as the host has them."""
         from transformers import Glm4MoeConfig
 
-        mixture, source = spec.mixtures[0], spec.config
-        router = mixture.router.config
+        moe, source = spec.moe_blocks[0], spec.config
+        router = moe.router.config
         values = carried_values(source)
         values["rope_parameters"] = dict(values["rope_parameters"]) | {"partial_rotary_factor": 1.0}
         values.setdefault("head_dim", source.hidden_size // source.num_attention_heads)
@@ -58,10 +58,10 @@ class Glm4MoEExporter(NativeExporter):
             attention_bias=source.model_type == "qwen2",
             use_qk_norm=source.model_type == "qwen3",
             intermediate_size=source.intermediate_size,
-            moe_intermediate_size=mixture.expert.width,
-            n_routed_experts=mixture.num_experts,
-            n_shared_experts=mixture.shared_width // mixture.expert.width or 1,
-            num_experts_per_tok=mixture.router.top_k,
+            moe_intermediate_size=moe.expert.width,
+            n_routed_experts=moe.num_experts,
+            n_shared_experts=moe.shared_width // moe.expert.width or 1,
+            num_experts_per_tok=moe.router.top_k,
             norm_topk_prob=router.renormalise,
             routed_scaling_factor=router.routed_scaling,
             n_group=router.num_groups,
@@ -74,13 +74,13 @@ class Glm4MoEExporter(NativeExporter):
 
     def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
         """A shared expert of zeros where there is none: the class always has one."""
-        for mixture in spec.mixtures:
-            if mixture.shared_width:
+        for moe in spec.moe_blocks:
+            if moe.shared_width:
                 continue
-            F, D = mixture.expert.width, mixture.expert.model_width
+            F, D = moe.expert.width, moe.expert.model_width
             for matrix in ("gate", "up"):
-                yield f"{mixture.site}.shared_experts.{matrix}_proj.weight", torch.zeros(F, D)
-            yield f"{mixture.site}.shared_experts.down_proj.weight", torch.zeros(D, F)
+                yield f"{moe.site}.shared_experts.{matrix}_proj.weight", torch.zeros(F, D)
+            yield f"{moe.site}.shared_experts.down_proj.weight", torch.zeros(D, F)
 
     def keeps_dtype(self, name: str) -> bool:
         """The selection bias moves by 1e-3, which bf16 would round away; the class holds it in fp32."""
@@ -103,22 +103,22 @@ def _refuse_attention(config: Any) -> str | None:
 
 
 def _refuse_router(spec: ModelSpec) -> str | None:
-    mixture = spec.mixtures[0]
-    config = mixture.router.config
+    moe = spec.moe_blocks[0]
+    config = moe.router.config
     if config.score != "sigmoid" or config.group_score != "top2_sum":
         return "GLM-4-MoE scores by a sigmoid and groups by their two best, and this router does not"
-    if mixture.num_experts // config.num_groups < 2:
+    if moe.num_experts // config.num_groups < 2:
         return "GLM-4-MoE needs two experts in a group"
     return None
 
 
 def _refuse_layers(spec: ModelSpec) -> str | None:
-    dense, mixture = spec.dense_layers, spec.mixtures[0]
+    dense, moe = spec.dense_layers, spec.moe_blocks[0]
     if dense != list(range(len(dense))):
         return f"GLM-4-MoE's dense layers come first, and here layers {dense} are dense"
-    if mixture.shared_width % mixture.expert.width:
+    if moe.shared_width % moe.expert.width:
         return (
-            f"GLM-4-MoE's shared expert is as wide as several routed ones, and {mixture.shared_width} is no "
-            f"multiple of {mixture.expert.width}"
+            f"GLM-4-MoE's shared expert is as wide as several routed ones, and {moe.shared_width} is no "
+            f"multiple of {moe.expert.width}"
         )
     return None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe.attention.routed_attention import AttentionContext
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import ExpertBank, FFNWeights
@@ -32,12 +32,12 @@ from moe.upcycle.layer_plan import Matrix
 from recipes.models.export.base import Exporter
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import Unread
-from recipes.models.export.spec import AttentionSpec, MixtureSpec, ModelSpec, describe_host
+from recipes.models.export.spec import AttentionSpec, ModelSpec, MoESpec, describe_model
 from recipes.models.hf.attention_blocks import RoutedSelfAttention, attention_sites
 from recipes.models.hf.deferred_init import parameters_on_meta
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import weight_files
-from recipes.models.hf.state_dict_map import LiveNames
+from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.safetensors.tensor_files import TensorSpec
 
 MODEL_TYPE = "graft_moe"
@@ -53,7 +53,7 @@ class GraftExporter(Exporter):
     title = "Graft's own format"
     is_native = False
 
-    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
         """Holds everything."""
         return None
 
@@ -67,24 +67,24 @@ class GraftExporter(Exporter):
             "format_version": FORMAT_VERSION,
             "architectures": ["GraftMoEForCausalLM"],
             "dense_config": dense,
-            "moe_layers": [_entry(mixture) for mixture in spec.mixtures],
+            "moe_layers": [_entry(moe) for moe in spec.moe_blocks],
         }
         if not spec.attention:
             return content
         attention = [_attention_entry(one) for one in spec.attention]
         return content | {"format_version": ATTENTION_VERSION, "attention_layers": attention}
 
-    def expert_name(self, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+    def expert_name(self, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
         """By the expert's number over all ranks."""
-        return f"{mixture.site}.experts.{expert}.{matrix}.{'bias' if bias else 'weight'}"
+        return f"{moe.site}.experts.{expert}.{matrix}.{'bias' if bias else 'weight'}"
 
-    def shared_name(self, mixture: MixtureSpec, matrix: Matrix, bias: bool) -> str:
+    def shared_name(self, moe: MoESpec, matrix: Matrix, bias: bool) -> str:
         """Beside the experts."""
-        return f"{mixture.site}.shared.{matrix}.{'bias' if bias else 'weight'}"
+        return f"{moe.site}.shared.{matrix}.{'bias' if bias else 'weight'}"
 
-    def router_name(self, mixture: MixtureSpec, key: str) -> str:
+    def router_name(self, moe: MoESpec, key: str) -> str:
         """As in the model."""
-        return f"{mixture.site}.router.{key}"
+        return f"{moe.site}.router.{key}"
 
     def keeps_dtype(self, name: str) -> bool:
         """Routers choose by small differences (a bias moves by 1e-3) that bf16 would round away."""
@@ -100,9 +100,9 @@ class GraftUnread(Unread):
 
     def __init__(self, folder: Path) -> None:
         """Reads the config and the names in the files."""
-        self._host = _built(folder, parameters_on_meta)
-        super().__init__(self._host.model.float().eval(), folder)
-        self._weights = _Weights(self._host, folder)
+        self._model = _built(folder, parameters_on_meta)
+        super().__init__(self._model.module.float().eval(), folder)
+        self._weights = _Weights(self._model, folder)
 
     def fill(self, wanted: Callable[[str], bool]) -> None:
         """See `Unread.fill`."""
@@ -114,9 +114,9 @@ class GraftUnread(Unread):
                     module._parameters[name] = torch.nn.Parameter(parameter.float(), requires_grad=False)
 
 
-def _entry(mixture: MixtureSpec) -> dict[str, Any]:
-    shape = mixture.expert
-    E, D, F = mixture.num_experts, shape.model_width, shape.width
+def _entry(moe: MoESpec) -> dict[str, Any]:
+    shape = moe.expert
+    E, D, F = moe.num_experts, shape.model_width, shape.width
     U = 2 * F if shape.gated else F
     shapes = {"w_up_EUD": [E, U, D], "w_down_EDF": [E, D, F]}
     if shape.up_bias:
@@ -124,13 +124,13 @@ def _entry(mixture: MixtureSpec) -> dict[str, Any]:
     if shape.down_bias:
         shapes["b_down_ED"] = [E, D]
     return {
-        "index": mixture.index,
-        "name": mixture.site,
-        "router": dataclasses.asdict(mixture.router.config),
+        "index": moe.index,
+        "name": moe.site,
+        "router": dataclasses.asdict(moe.router.config),
         "activation": shape.activation,
         "gated": shape.gated,
         "shapes": shapes,
-        "shared_width": mixture.shared_width,
+        "shared_width": moe.shared_width,
     }
 
 
@@ -143,7 +143,7 @@ def _attention_entry(attention: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHost:
+def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HFModel:
     """Loads a folder that `GraftExporter` wrote; the model generates as any of transformers does.
 
     Args:
@@ -151,14 +151,14 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HuggingFaceHos
         dtype: Of the floating-point tensors; None as in the files.
 
     Raises:
-        HostError: The folder holds something else, or its tensors do not fit its config.
+        ModelError: The folder holds something else, or its tensors do not fit its config.
     """
-    host = _built(folder)
-    _Weights(host, folder).fill(dtype)
-    return host
+    model = _built(folder)
+    _Weights(model, folder).fill(dtype)
+    return model
 
 
-def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> HuggingFaceHost:
+def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> HFModel:
     """The model of a folder's config, its weights still to be read.
 
     Args:
@@ -170,39 +170,39 @@ def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nu
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if content.get("model_type") != MODEL_TYPE:
         rule = f"its model_type is {content.get('model_type')!r}, not {MODEL_TYPE!r}"
-        raise HostError.one("path", str(folder), rule, "Load it with transformers' AutoModelForCausalLM.")
+        raise ModelError.one("path", str(folder), rule, "Load it with transformers' AutoModelForCausalLM.")
     known = ATTENTION_VERSION if "attention_layers" in content else FORMAT_VERSION
     if content.get("format_version") != known:
         rule = f"its format_version is {content.get('format_version')}, and {known} is known here"
-        raise HostError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
+        raise ModelError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
     dense = dict(content["dense_config"])
     config = AutoConfig.for_model(dense.pop("model_type"), **dense)
     with memory():
-        model = AutoModelForCausalLM.from_config(config)
-    host = HuggingFaceHost(model=model, folder=folder, source_dtype=model.dtype)
+        module = AutoModelForCausalLM.from_config(config)
+    model = HFModel(module=module, folder=folder, source_dtype=module.dtype)
     for entry in content["moe_layers"]:
         parent, _, child = entry["name"].rpartition(".")
-        setattr(model.get_submodule(parent), child, _empty_layer(entry, host, memory))
+        setattr(module.get_submodule(parent), child, _empty_layer(entry, model, memory))
     for entry in content.get("attention_layers", []):
-        _cut_attention(entry, host, memory)
-    return host
+        _cut_attention(entry, model, memory)
+    return model
 
 
 def _cut_attention(
-    entry: Mapping[str, Any], host: HuggingFaceHost, memory: Callable[[], AbstractContextManager[None]]
+    entry: Mapping[str, Any], model: HFModel, memory: Callable[[], AbstractContextManager[None]]
 ) -> None:
     """Puts attention experts in their place; their weights are read later."""
-    (site,) = attention_sites(host, [entry["index"]])
-    heads, width = host.config.num_key_value_heads, host.config.hidden_size
+    (site,) = attention_sites(model, [entry["index"]])
+    heads, width = model.config.num_key_value_heads, model.config.hidden_size
     cls = router_class(entry["router"]["name"])
     router = cls(cls.config_class(**entry["router"]), width, heads)
-    context = AttentionContext(host.context, entry["index"])
+    context = AttentionContext(model.context, entry["index"])
     with memory():
         site.replace(RoutedSelfAttention(site.dense, router, context, entry["scale"]))
 
 
 def _empty_layer(
-    entry: Mapping[str, Any], host: HuggingFaceHost, memory: Callable[[], AbstractContextManager[None]]
+    entry: Mapping[str, Any], model: HFModel, memory: Callable[[], AbstractContextManager[None]]
 ) -> MoELayer:
     shapes = entry["shapes"]
     bank = ExpertBank(
@@ -218,7 +218,7 @@ def _empty_layer(
     with memory():
         experts = Experts(bank)
         shared = SharedExpert(_empty_shared(entry, bank)) if entry["shared_width"] else None
-    return MoELayer(router, LocalDispatcher(), experts, LayerContext(host.context, entry["index"]), shared)
+    return MoELayer(router, LocalDispatcher(), experts, LayerContext(model.context, entry["index"]), shared)
 
 
 def _empty_shared(entry: Mapping[str, Any], bank: ExpertBank) -> FFNWeights:
@@ -255,9 +255,9 @@ class _Files:
 class _Weights:
     """Every tensor of a model in the files of a folder; what is missing or left over is a mistake."""
 
-    def __init__(self, host: HuggingFaceHost, folder: Path) -> None:
-        spec, self._files, self._host = describe_host(host), _Files(folder), host
-        self._live, own = LiveNames(spec), host.model.state_dict()
+    def __init__(self, model: HFModel, folder: Path) -> None:
+        spec, self._files, self._model = describe_model(model), _Files(folder), model
+        self._live, own = StateDictMap(spec), model.module.state_dict()
         kept = [
             TensorSpec(name, tensor.dtype, tuple(tensor.shape))
             for name, tensor in own.items()
@@ -265,14 +265,14 @@ class _Weights:
         ]
         self._placement = Placement(spec, GraftExporter(), kept, None)
         wanted = {spec.name for spec in self._placement.specs}
-        tied = {name for name, _ in host.model.named_parameters(remove_duplicate=False)} - {
-            name for name, _ in host.model.named_parameters()
+        tied = {name for name, _ in model.module.named_parameters(remove_duplicate=False)} - {
+            name for name, _ in model.module.named_parameters()
         }
         there = self._files.names()
         missing, unexpected = sorted(wanted - there - tied), sorted(there - wanted)
         if missing or unexpected:
             rule = f"missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
-            raise HostError.one("path", str(folder), rule, "Export the run again.")
+            raise ModelError.one("path", str(folder), rule, "Export the run again.")
         self._shapes = {name: tensor.shape for name, tensor in own.items() if name not in tied}
 
     @torch.no_grad()
@@ -283,14 +283,14 @@ class _Weights:
             for name, shape in self._shapes.items()
             if wanted(name)
         }
-        self._host.model.load_state_dict(filled, strict=False, assign=True)
-        self._host.model.tie_weights()
+        self._model.module.load_state_dict(filled, strict=False, assign=True)
+        self._model.module.tie_weights()
 
 
 def _read(
     name: str,
     shape: Sequence[int],
-    live: LiveNames,
+    live: StateDictMap,
     placement: Placement,
     files: _Files,
     dtype: torch.dtype | None,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from moe.upcycle.layer_plan import Matrix
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.read_back import NativeUnread, Unread
-from recipes.models.export.spec import MixtureSpec
+from recipes.models.export.spec import MoESpec
 
 
 class NativeExporter(Exporter):
@@ -24,23 +24,23 @@ class NativeExporter(Exporter):
     router_keys: ClassVar[dict[str, str]] = {"weight_ED": "weight"}
     shared_module: ClassVar[str] = ""
 
-    def expert_name(self, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+    def expert_name(self, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
         """One tensor for each matrix of each expert."""
         assert not bias, f"{self.name} has no biases; its refusal says so"
-        return f"{mixture.site}.experts.{expert}.{matrix}_proj.weight"
+        return f"{moe.site}.experts.{expert}.{matrix}_proj.weight"
 
-    def fused_name(self, mixture: MixtureSpec, matrix: Literal["up", "down"]) -> str:
+    def fused_name(self, moe: MoESpec, matrix: Literal["up", "down"]) -> str:
         """As transformers 5 holds them; parameters, so that there is no ``.weight``."""
-        return f"{mixture.site}.experts.{'gate_up_proj' if matrix == 'up' else 'down_proj'}"
+        return f"{moe.site}.experts.{'gate_up_proj' if matrix == 'up' else 'down_proj'}"
 
-    def router_name(self, mixture: MixtureSpec, key: str) -> str:
+    def router_name(self, moe: MoESpec, key: str) -> str:
         """Below ``mlp.gate``."""
-        return f"{mixture.site}.gate.{self.router_keys[key]}"
+        return f"{moe.site}.gate.{self.router_keys[key]}"
 
-    def shared_name(self, mixture: MixtureSpec, matrix: Matrix, bias: bool) -> str:
+    def shared_name(self, moe: MoESpec, matrix: Matrix, bias: bool) -> str:
         """A plain feed-forward network."""
         assert self.shared_module and not bias, f"{self.name}: its refusal says so"
-        return f"{mixture.site}.{self.shared_module}.{matrix}_proj.weight"
+        return f"{moe.site}.{self.shared_module}.{matrix}_proj.weight"
 
     def open(self, folder: Path) -> Unread:
         """By transformers' own loader."""

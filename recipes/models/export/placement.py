@@ -14,12 +14,12 @@ from torch import Tensor
 from moe.upcycle.build_experts import expert_shape
 from moe.upcycle.layer_plan import ExpertPlan, Matrix
 from recipes.models.export.base import Exporter, Layout
-from recipes.models.export.spec import MixtureSpec, ModelSpec
+from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.safetensors.tensor_files import TensorSpec
 
 
 @dataclass(frozen=True)
-class Piece:
+class ExpertTensorKey:
     """One matrix or bias of one expert.
 
     Attributes:
@@ -81,7 +81,7 @@ class Placement:
         self._exporter = exporter
         self._dtype = dtype
         self._layout = layout
-        self._slots: dict[Piece, Slot] = {}
+        self._slots: dict[ExpertTensorKey, Slot] = {}
         self._routers: dict[tuple[int, str], str] = {}
         self._kept: dict[str, str] = {}
         self.specs: list[TensorSpec] = []
@@ -91,8 +91,8 @@ class Placement:
         for tensor in kept:
             self._kept[tensor.name] = exporter.kept_name(tensor.name)
             self._add(self._kept[tensor.name], tensor.dtype, tensor.shape)
-        for mixture in spec.mixtures:
-            self._place_mixture(mixture)
+        for moe in spec.moe_blocks:
+            self._place_moe(moe)
         for name, constant in exporter.constants(spec):
             self.constants[name] = constant
             self._add(name, self._expert_dtype, tuple(constant.shape))
@@ -102,48 +102,48 @@ class Placement:
             dtype = self._dtype
         self.specs.append(TensorSpec(name, dtype, shape))
 
-    def _place_mixture(self, mixture: MixtureSpec) -> None:
-        for key, tensor in mixture.router.state_dict().items():
-            name = self._exporter.router_name(mixture, key)
-            self._routers[mixture.index, key] = name
+    def _place_moe(self, moe: MoESpec) -> None:
+        for key, tensor in moe.router.state_dict().items():
+            name = self._exporter.router_name(moe, key)
+            self._routers[moe.index, key] = name
             keeps = self._exporter.keeps_dtype(name) or not tensor.dtype.is_floating_point
             self._add(name, tensor.dtype if keeps else self._expert_dtype, tuple(tensor.shape))
         if self._layout == "fused":
-            self._place_fused(mixture)
+            self._place_fused(moe)
         else:
-            for piece, shape in pieces(mixture):
+            for piece, shape in pieces(moe):
                 if piece.expert is not None:
-                    self._place_alone(mixture, piece, shape)
-        for piece, shape in pieces(mixture):
+                    self._place_alone(moe, piece, shape)
+        for piece, shape in pieces(moe):
             if piece.expert is None:
-                self._place_alone(mixture, piece, shape)
+                self._place_alone(moe, piece, shape)
 
-    def _place_alone(self, mixture: MixtureSpec, piece: Piece, shape: tuple[int, ...]) -> None:
+    def _place_alone(self, moe: MoESpec, piece: ExpertTensorKey, shape: tuple[int, ...]) -> None:
         if piece.expert is None:
-            name = self._exporter.shared_name(mixture, piece.matrix, piece.bias)
+            name = self._exporter.shared_name(moe, piece.matrix, piece.bias)
         else:
-            name = self._exporter.expert_name(mixture, piece.expert, piece.matrix, piece.bias)
-        self._slots[piece] = Slot(name, 0, shape, self._exporter.factor(mixture, piece.expert, piece.matrix))
+            name = self._exporter.expert_name(moe, piece.expert, piece.matrix, piece.bias)
+        self._slots[piece] = Slot(name, 0, shape, self._exporter.factor(moe, piece.expert, piece.matrix))
         self._add(name, self._expert_dtype, shape)
 
-    def _place_fused(self, mixture: MixtureSpec) -> None:
+    def _place_fused(self, moe: MoESpec) -> None:
         """Gate rows above up rows, experts one after the other: each piece is a run of the stack."""
-        E, D, F = mixture.num_experts, mixture.expert.model_width, mixture.expert.width
-        U = 2 * F if mixture.expert.gated else F
-        up, down = (self._exporter.fused_name(mixture, matrix) for matrix in ("up", "down"))
+        E, D, F = moe.num_experts, moe.expert.model_width, moe.expert.width
+        U = 2 * F if moe.expert.gated else F
+        up, down = (self._exporter.fused_name(moe, matrix) for matrix in ("up", "down"))
         self._add(up, self._expert_dtype, (E, U, D))
         self._add(down, self._expert_dtype, (E, D, F))
-        for piece, shape in pieces(mixture):
+        for piece, shape in pieces(moe):
             if piece.expert is None:
                 continue
             assert not piece.bias, f"{self._exporter.name} has no fused biases"
             name, offset = (
                 (down, piece.expert * D * F) if piece.matrix == "down" else (up, piece.expert * U * D)
             )
-            if piece.matrix == "up" and mixture.expert.gated:
+            if piece.matrix == "up" and moe.expert.gated:
                 offset += F * D
             self._slots[piece] = Slot(
-                name, offset, shape, self._exporter.factor(mixture, piece.expert, piece.matrix)
+                name, offset, shape, self._exporter.factor(moe, piece.expert, piece.matrix)
             )
 
     def kept(self, name: str) -> str:
@@ -154,26 +154,26 @@ class Placement:
         """The name in the files of a tensor of a router."""
         return self._routers[layer, key]
 
-    def slot(self, piece: Piece) -> Slot:
+    def slot(self, piece: ExpertTensorKey) -> Slot:
         """Where a piece goes."""
         return self._slots[piece]
 
     @property
-    def slots(self) -> Mapping[Piece, Slot]:
+    def slots(self) -> Mapping[ExpertTensorKey, Slot]:
         """Every piece of every mixture."""
         return self._slots
 
 
-def pieces(mixture: MixtureSpec) -> Iterator[tuple[Piece, tuple[int, ...]]]:
+def pieces(moe: MoESpec) -> Iterator[tuple[ExpertTensorKey, tuple[int, ...]]]:
     """Every matrix and bias of a mixture's experts with its shape, the shared expert's last."""
-    shape, D = mixture.expert, mixture.expert.model_width
-    widths: list[tuple[int | None, int]] = [(e, shape.width) for e in range(mixture.num_experts)]
-    if mixture.shared_width:
-        widths.append((None, mixture.shared_width))
+    shape, D = moe.expert, moe.expert.model_width
+    widths: list[tuple[int | None, int]] = [(e, shape.width) for e in range(moe.num_experts)]
+    if moe.shared_width:
+        widths.append((None, moe.shared_width))
     for expert, width in widths:
         plan = ExpertPlan(width, slice(0, width))
         for matrix in shape.matrices:
-            yield Piece(mixture.index, expert, matrix), expert_shape(plan, matrix, D)
+            yield ExpertTensorKey(moe.index, expert, matrix), expert_shape(plan, matrix, D)
             if shape.down_bias if matrix == "down" else shape.up_bias:
                 bias = (D,) if matrix == "down" else (width,)
-                yield Piece(mixture.index, expert, matrix, bias=True), bias
+                yield ExpertTensorKey(moe.index, expert, matrix, bias=True), bias

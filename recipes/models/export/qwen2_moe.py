@@ -21,7 +21,7 @@ from recipes.models.export.carried import (
     with_old_rope_keys,
 )
 from recipes.models.export.native_format import NativeExporter
-from recipes.models.export.spec import MixtureSpec, ModelSpec
+from recipes.models.export.spec import ModelSpec, MoESpec
 
 # Width of a shared expert of zeros: quantisers and tensor parallelism want a multiple of 256.
 _IDLE_WIDTH = 256
@@ -32,10 +32,10 @@ class Qwen2MoEExporter(NativeExporter):
 
     name = "qwen2_moe"
     title = "Qwen2-MoE"
-    hosts = ("qwen2",)
+    models = ("qwen2",)
     shared_module = "shared_expert"
 
-    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
         """Qwen2-MoE has a softmax router, renormalised or not."""
         config = spec.config
         if "sliding_attention" in (config.layer_types or ()):
@@ -51,17 +51,17 @@ class Qwen2MoEExporter(NativeExporter):
         """With the flag for renormalisation always written: readers differ in what they assume."""
         from transformers import Qwen2MoeConfig
 
-        mixture, source = spec.mixtures[0], spec.config
+        moe, source = spec.moe_blocks[0], spec.config
         keys = tuple(key for key in COMMON_KEYS if key != "head_dim")
         config = Qwen2MoeConfig(
             **carried_values(source, keys),
             intermediate_size=source.intermediate_size,
-            moe_intermediate_size=mixture.expert.width,
-            shared_expert_intermediate_size=mixture.shared_width or _IDLE_WIDTH,
-            num_experts=mixture.num_experts,
-            num_experts_per_tok=mixture.router.top_k,
-            norm_topk_prob=mixture.router.weights_sum_to_one,
-            router_aux_loss_coef=mixture.router.config.balance_coef,
+            moe_intermediate_size=moe.expert.width,
+            shared_expert_intermediate_size=moe.shared_width or _IDLE_WIDTH,
+            num_experts=moe.num_experts,
+            num_experts_per_tok=moe.router.top_k,
+            norm_topk_prob=moe.router.weights_sum_to_one,
+            router_aux_loss_coef=moe.router.config.balance_coef,
             decoder_sparse_step=1,
             mlp_only_layers=spec.dense_layers,
             use_sliding_window=False,
@@ -70,26 +70,26 @@ class Qwen2MoEExporter(NativeExporter):
         config.architectures = ["Qwen2MoeForCausalLM"]
         return with_old_rope_keys(config.to_dict())
 
-    def factor(self, mixture: MixtureSpec, expert: int | None, matrix: Matrix) -> float:
+    def factor(self, moe: MoESpec, expert: int | None, matrix: Matrix) -> float:
         """Undoes the gate of 1/2."""
         return 2.0 if expert is None and matrix == "down" else 1.0
 
     def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
         """The shared experts' gates; where there is no shared expert, one of zeros."""
-        for mixture in spec.mixtures:
-            D = mixture.expert.model_width
+        for moe in spec.moe_blocks:
+            D = moe.expert.model_width
             # Over a shared expert of zeros any gate will do, and one reader divides by it.
-            gate = torch.zeros(1, D) if mixture.shared_width else torch.full((1, D), 1e-3)
-            yield f"{mixture.site}.shared_expert_gate.weight", gate
-            if not mixture.shared_width:
+            gate = torch.zeros(1, D) if moe.shared_width else torch.full((1, D), 1e-3)
+            yield f"{moe.site}.shared_expert_gate.weight", gate
+            if not moe.shared_width:
                 for matrix in ("gate", "up"):
-                    yield f"{mixture.site}.shared_expert.{matrix}_proj.weight", torch.zeros(_IDLE_WIDTH, D)
-                yield f"{mixture.site}.shared_expert.down_proj.weight", torch.zeros(D, _IDLE_WIDTH)
+                    yield f"{moe.site}.shared_expert.{matrix}_proj.weight", torch.zeros(_IDLE_WIDTH, D)
+                yield f"{moe.site}.shared_expert.down_proj.weight", torch.zeros(D, _IDLE_WIDTH)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
         """llama.cpp never renormalises here, has no dense layers, and divides by the shared gate's logit."""
         found = ["transformers", "vllm"]
-        mixture = spec.mixtures[0]
-        if not mixture.router.weights_sum_to_one and not spec.dense_layers and not mixture.shared_width:
+        moe = spec.moe_blocks[0]
+        if not moe.router.weights_sum_to_one and not spec.dense_layers and not moe.shared_width:
             found.append("llama.cpp")
         return found

@@ -20,14 +20,14 @@ class Qwen3MoEExporter(NativeExporter):
 
     name = "qwen3_moe"
     title = "Qwen3-MoE"
-    hosts = ("qwen3",)
+    models = ("qwen3",)
 
-    def refusal_of_its_hosts(self, spec: ModelSpec) -> str | None:
+    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
         """Qwen3-MoE has a softmax router, renormalised or not, and no shared expert."""
         config = spec.config
         if "sliding_attention" in (config.layer_types or ()):
             return "Qwen3-MoE has one attention for all layers, and the host has windows in some"
-        if spec.mixtures[0].shared_width:
+        if spec.moe_blocks[0].shared_width:
             return "Qwen3-MoE has no shared expert, and this mixture has"
         return refuse_unlike_llama("Qwen3-MoE", spec) or refuse_other_than_softmax(
             "Qwen3-MoE", spec, must_sum_to_one=False
@@ -37,26 +37,26 @@ class Qwen3MoEExporter(NativeExporter):
         """Its experts' number under both names that readers look for, and the flag always written."""
         from transformers import Qwen3MoeConfig
 
-        mixture, source = spec.mixtures[0], spec.config
+        moe, source = spec.moe_blocks[0], spec.config
         config = Qwen3MoeConfig(
             **carried_values(source, (*COMMON_KEYS, "attention_bias")),
             intermediate_size=source.intermediate_size,
-            moe_intermediate_size=mixture.expert.width,
-            num_experts=mixture.num_experts,
-            num_experts_per_tok=mixture.router.top_k,
-            norm_topk_prob=mixture.router.weights_sum_to_one,
-            router_aux_loss_coef=mixture.router.config.balance_coef,
+            moe_intermediate_size=moe.expert.width,
+            num_experts=moe.num_experts,
+            num_experts_per_tok=moe.router.top_k,
+            norm_topk_prob=moe.router.weights_sum_to_one,
+            router_aux_loss_coef=moe.router.config.balance_coef,
             decoder_sparse_step=1,
             mlp_only_layers=spec.dense_layers,
             use_sliding_window=False,
         )
         config.architectures = ["Qwen3MoeForCausalLM"]
         content = with_old_rope_keys(config.to_dict())
-        return content | dict.fromkeys(("num_experts", "num_local_experts"), mixture.num_experts)
+        return content | dict.fromkeys(("num_experts", "num_local_experts"), moe.num_experts)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
         """llama.cpp always renormalises here and knows no dense layers."""
         found = ["transformers", "vllm"]
-        if spec.mixtures[0].router.weights_sum_to_one and not spec.dense_layers:
+        if spec.moe_blocks[0].router.weights_sum_to_one and not spec.dense_layers:
             found.append("llama.cpp")
         return found

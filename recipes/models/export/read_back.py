@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from moe.errors import HostError
-from recipes.models.hf.deferred_init import unfilled_model
+from moe.errors import ModelError
+from recipes.models.hf.deferred_init import deferred_model
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.inspection import weight_files
-from recipes.runtime.heartbeat import Watch
+from recipes.runtime.heartbeat import Heartbeat
 
 
 class Unread(ABC):
@@ -41,7 +41,7 @@ class Unread(ABC):
         """Gives the parameters and buffers their values whose names are wanted.
 
         Raises:
-            HostError: A tensor of the files does not fit the model.
+            ModelError: A tensor of the files does not fit the model.
         """
 
 
@@ -53,7 +53,7 @@ class NativeUnread(Unread):
         from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        super().__init__(unfilled_model(AutoConfig.from_pretrained(folder, local_files_only=True)), folder)
+        super().__init__(deferred_model(AutoConfig.from_pretrained(folder, local_files_only=True)), folder)
         self._mapping = get_model_conversion_mapping(self.model)
 
     def fill(self, wanted: Callable[[str], bool]) -> None:
@@ -70,7 +70,7 @@ class NativeUnread(Unread):
         info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
         if wrong:
-            raise refusal(self.folder, f"transformers does not know what to do with {wrong[:3]}")
+            raise unsupported_reason(self.folder, f"transformers does not know what to do with {wrong[:3]}")
 
 
 class ReadBack:
@@ -81,19 +81,19 @@ class ReadBack:
         stays: Whether all of it stays in memory once it is read.
     """
 
-    def __init__(self, unread: Unread, memory_bytes: float, watch: Watch | None = None) -> None:
+    def __init__(self, unread: Unread, memory_bytes: float, heartbeat: Heartbeat | None = None) -> None:
         """Reads what lies outside of the blocks.
 
         Args:
             unread: The export.
             memory_bytes: What the model may take, in fp32; it stays in memory if it takes no more.
-            watch: Is told of every block.
+            heartbeat: Is told of every block.
 
         Raises:
-            HostError: The files lack a tensor, or have one that does not fit.
+            ModelError: The files lack a tensor, or have one that does not fit.
         """
         self._unread = unread
-        self._watch = watch or Watch()
+        self._heartbeat = heartbeat or Heartbeat()
         self.model = model = unread.model
         blocks = decoder_blocks(model, model.config.get_text_config())
         [place] = [name for name, module in model.named_modules() if module is blocks]
@@ -108,7 +108,7 @@ class ReadBack:
                 block.register_forward_hook(_drop)
 
     def _read(self, prefix: str, block: nn.Module, args: Any) -> None:
-        self._watch.beat()
+        self._heartbeat.progress()
         if not any(parameter.is_meta for parameter in block.parameters()):
             return
         self._fill(lambda name: name.startswith(prefix))
@@ -120,7 +120,7 @@ class ReadBack:
 
     def _require(self, missing: list[str]) -> None:
         if missing:
-            raise refusal(self._unread.folder, f"no file holds {', '.join(missing[:3])}")
+            raise unsupported_reason(self._unread.folder, f"no file holds {', '.join(missing[:3])}")
 
 
 def _drop(block: nn.Module, args: Any, out: Any) -> None:
@@ -130,6 +130,6 @@ def _drop(block: nn.Module, args: Any, out: Any) -> None:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def refusal(folder: Path, rule: str) -> HostError:
+def unsupported_reason(folder: Path, rule: str) -> ModelError:
     """An export that cannot be read back."""
-    return HostError.one("export", str(folder), rule, "Export the run again: its checkpoints are whole.")
+    return ModelError.one("export", str(folder), rule, "Export the run again: its checkpoints are whole.")

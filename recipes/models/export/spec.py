@@ -12,11 +12,11 @@ from moe.attention.routed_attention import attention_layers
 from moe.layer import MoELayer
 from moe.routers import Router
 from moe.upcycle.layer_plan import FFNShape
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
 @dataclass(frozen=True)
-class MixtureSpec:
+class MoESpec:
     """One MoE layer.
 
     Attributes:
@@ -60,13 +60,13 @@ class ModelSpec:
     Attributes:
         config: Of the dense host (transformers').
         architecture: Name of the host's class.
-        mixtures: In the order of their blocks.
+        moe_blocks: In the order of their blocks.
         attention: Those of attention experts.
     """
 
     config: Any
     architecture: str
-    mixtures: tuple[MixtureSpec, ...]
+    moe_blocks: tuple[MoESpec, ...]
     attention: tuple[AttentionSpec, ...] = ()
 
     @property
@@ -77,21 +77,21 @@ class ModelSpec:
     @property
     def dense_layers(self) -> list[int]:
         """Indices of the blocks that stayed dense."""
-        return sorted(set(range(self.num_layers)) - {mixture.index for mixture in self.mixtures})
+        return sorted(set(range(self.num_layers)) - {moe.index for moe in self.moe_blocks})
 
 
-def describe_host(host: HuggingFaceHost) -> ModelSpec:
+def describe_model(model: HFModel) -> ModelSpec:
     """The description of a host in memory."""
-    named = {id(layer): name for name, layer in host.model.named_modules() if isinstance(layer, MoELayer)}
-    mixtures = tuple(_describe(index, named[id(layer)], layer) for index, layer in host.moe_layers())
+    named = {id(layer): name for name, layer in model.module.named_modules() if isinstance(layer, MoELayer)}
+    moe_blocks = tuple(_describe(index, named[id(layer)], layer) for index, layer in model.moe_layers())
     attention = tuple(
         AttentionSpec(layer.context.layer_index, name, layer.router, layer.scale)
-        for name, layer in attention_layers(host.model)
+        for name, layer in attention_layers(model.module)
     )
-    return ModelSpec(host.config, type(host.model).__name__, mixtures, attention)
+    return ModelSpec(model.config, type(model.module).__name__, moe_blocks, attention)
 
 
-def _describe(index: int, site: str, layer: MoELayer) -> MixtureSpec:
+def _describe(index: int, site: str, layer: MoELayer) -> MoESpec:
     experts = layer.experts
     E, D, F = experts.w_down_EDF.shape
     shape = FFNShape(
@@ -103,4 +103,4 @@ def _describe(index: int, site: str, layer: MoELayer) -> MixtureSpec:
         down_bias=experts.b_down_ED is not None,
     )
     shared_width = 0 if layer.shared is None else layer.shared.w_down_DF.shape[1]
-    return MixtureSpec(index, site, layer.router, E, shape, shared_width)
+    return MoESpec(index, site, layer.router, E, shape, shared_width)

@@ -18,14 +18,14 @@ from moe.errors import ExactnessError
 from moe.upcycle.equivalence import MAX_KL, TOLERANCES, LogitDrift, agree, logit_drift
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.placement import Placement
-from recipes.models.export.read_back import ReadBack, refusal
-from recipes.models.export.spec import describe_host
-from recipes.models.hf.hf_model import HuggingFaceHost
-from recipes.models.hf.state_dict_map import LiveNames
-from recipes.models.lora_model import factors_of, host_lora, is_factor, without_factors
+from recipes.models.export.read_back import ReadBack, unsupported_reason
+from recipes.models.export.spec import describe_model
+from recipes.models.hf.hf_model import HFModel
+from recipes.models.hf.state_dict_map import StateDictMap
+from recipes.models.lora_model import factors_of, is_factor, model_lora, without_factors
 from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
 from recipes.runtime.atomic import atomic_write_json, fsync_folder
-from recipes.runtime.heartbeat import Watch
+from recipes.runtime.heartbeat import Heartbeat
 
 # What travels with a checkpoint besides weights and config.
 _COMPANIONS = (
@@ -42,7 +42,7 @@ _COMPANIONS = (
 
 
 def export(
-    host: HuggingFaceHost,
+    model: HFModel,
     exporter: Exporter,
     tensors: Iterable[tuple[str, Tensor]],
     folder: Path,
@@ -50,30 +50,30 @@ def export(
     *,
     writes: bool,
     layout: Layout = "per_expert",
-    watch: Watch | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> None:
     """Writes the model. A folder that exists is replaced at the end, by a rename.
 
     Args:
-        host: What the tensors belong to; gives config and tokenizer.
+        model: What the tensors belong to; gives config and tokenizer.
         exporter: The format.
         tensors: Names and full tensors, by a generator that all ranks must exhaust together.
         folder: Where to.
         dtype: Of the floating-point weights in the files.
         writes: Whether this rank writes (rank 0); the others only take part in gathering.
         layout: One of the exporter's.
-        watch: Is told of every tensor.
+        heartbeat: Is told of every tensor.
 
     Raises:
-        HostError: A tensor, or an expert of it, was not given, or twice, or the files hold something else.
+        ModelError: A tensor, or an expert of it, was not given, or twice, or the files hold something else.
     """
-    watch = watch or Watch()
-    spec, tied = describe_host(host), _tied_names(host)
-    tensors = without_factors(tensors, factors_of(spec, host_lora(host)), computes=writes)
-    live = LiveNames(spec)
+    heartbeat = heartbeat or Heartbeat()
+    spec, tied = describe_model(model), _tied_names(model)
+    tensors = without_factors(tensors, factors_of(spec, model_lora(model)), computes=writes)
+    live = StateDictMap(spec)
     kept = [
         TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-        for name, tensor in host.model.state_dict().items()
+        for name, tensor in model.module.state_dict().items()
         if name not in tied
         and not is_factor(name)
         and live.pieces(name) is None
@@ -85,21 +85,23 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     files = TensorFiles(temporary, placement.specs, checked=True) if writes else None
-    for name, tensor in watch.each(tensors):
+    for name, tensor in heartbeat.each(tensors):
         if files is not None and name not in tied:
             write_live(files, name, tensor.detach(), live, placement)
     if files is not None:
         for name, constant in placement.constants.items():
             files.write(name, constant)
-        problems = [problem for problem in watch.each(files.problems()) if problem is not None]
+        problems = [problem for problem in heartbeat.each(files.problems()) if problem is not None]
         files.finish()
         if problems:
-            raise refusal(folder, "; ".join(problems[:3]))
-        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), host.folder)
+            raise unsupported_reason(folder, "; ".join(problems[:3]))
+        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), model.folder)
         publish(temporary, folder)
 
 
-def write_live(files: TensorFiles, name: str, tensor: Tensor, live: LiveNames, placement: Placement) -> None:
+def write_live(
+    files: TensorFiles, name: str, tensor: Tensor, live: StateDictMap, placement: Placement
+) -> None:
     """Writes one of the host's tensors to wherever it goes."""
     router, parts = live.router(name), live.pieces(name)
     if router is not None:
@@ -130,10 +132,10 @@ def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
     return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
-def _tied_names(host: HuggingFaceHost) -> set[str]:
+def _tied_names(model: HFModel) -> set[str]:
     """Names that a tied model must not write: the same parameter under its second name."""
-    every = {name for name, _ in host.model.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in host.model.named_parameters()}
+    every = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.module.named_parameters()}
 
 
 def _copy_companions(source: Path, target: Path) -> None:
@@ -190,7 +192,7 @@ def verify_export(
     logits_BSV: Tensor,
     dtype: torch.dtype,
     memory_bytes: float = math.inf,
-    watch: Watch | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> ExportReport:
     """Reads what was exported back as its users would, compares logits, and generates.
 
@@ -201,13 +203,13 @@ def verify_export(
         logits_BSV: The trained model's logits on them.
         dtype: The lower of the precisions of files and engine, for the tolerance.
         memory_bytes: A model that takes more in fp32 is never whole: one block of it is in memory at a time.
-        watch: Is told of every block.
+        heartbeat: Is told of every block.
 
     Raises:
         ExactnessError: The reloaded model computes something else.
-        HostError: The files lack a tensor, or have one that does not fit.
+        ModelError: The files lack a tensor, or have one that does not fit.
     """
-    read = ReadBack(exporter.open(folder), memory_bytes, watch)
+    read = ReadBack(exporter.open(folder), memory_bytes, heartbeat)
     model = read.model
     drift = logit_drift(logits_BSV.cpu(), model(input_ids=tokens_BS.cpu()).logits)
     if not agree(drift, dtype):

@@ -24,7 +24,7 @@ from moe.attention.attention_config import (
     router_mistakes,
 )
 from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights
-from moe.errors import ConfigError, HostError, Mistake
+from moe.errors import ConfigError, Mistake, ModelError
 from moe.routers import Router, router_class
 from moe.routing.draws import seeded_generator
 from moe.upcycle.equivalence import (
@@ -36,7 +36,7 @@ from moe.upcycle.equivalence import (
     require_exact,
 )
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 #: Families whose attention is projections, an optional norm of each head, rotary embedding and softmax.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -74,7 +74,7 @@ class RoutedSelfAttention(AttentionMoE):
 
     Attributes:
         layer: Index of the block.
-        host_config: The decoder's config, which says how masks are made.
+        model_config: The decoder's config, which says how masks are made.
     """
 
     def __init__(self, dense: Any, router: Router[Any], context: AttentionContext, scale: float) -> None:
@@ -90,7 +90,7 @@ class RoutedSelfAttention(AttentionMoE):
         weights = read_attention(dense)
         super().__init__(router, weights, context, scale=scale, norms=norms, dropout=dense.attention_dropout)
         self.layer = context.layer_index
-        self.host_config = dense.config
+        self.model_config = dense.config
 
     def forward(  # type: ignore[override]
         self,
@@ -103,7 +103,7 @@ class RoutedSelfAttention(AttentionMoE):
         """As transformers' own; attention probabilities are not given out.
 
         Raises:
-            HostError: The attention implementation or the cache is of a kind that has no masks or no room
+            ModelError: The attention implementation or the cache is of a kind that has no masks or no room
                 for experts.
         """
         self._require_masks(attention_mask)
@@ -115,12 +115,12 @@ class RoutedSelfAttention(AttentionMoE):
         return super().forward(hidden_states, position_embeddings, attention_mask, memory), None
 
     def _require_masks(self, mask: Tensor | None) -> None:
-        found = self.host_config._attn_implementation
+        found = self.model_config._attn_implementation
         if found in _IMPLEMENTATIONS and (mask is None or mask.dim() == 4):
             return
         rule = "attention experts need masks as sdpa and eager are given"
         remedy = "Load the model with attn_implementation='sdpa'."
-        raise HostError.one("attn_implementation", found, rule, remedy)
+        raise ModelError.one("attn_implementation", found, rule, remedy)
 
 
 def read_attention(dense: Any) -> AttentionWeights:
@@ -151,9 +151,9 @@ class AttentionSite:
         setattr(self.block, _SITE, routed)
 
 
-def attention_sites(host: HuggingFaceHost, layers: Sequence[int]) -> list[AttentionSite]:
+def attention_sites(model: HFModel, layers: Sequence[int]) -> list[AttentionSite]:
     """The dense attention of some blocks."""
-    blocks = decoder_blocks(host.model, host.config)
+    blocks = decoder_blocks(model.module, model.config)
     return [AttentionSite(i, blocks[i], blocks[i].get_submodule(_SITE)) for i in layers]
 
 
@@ -203,31 +203,31 @@ def summarise_attention(report: AttentionReport) -> dict[str, Any]:
 
 
 def swap_attention(
-    host: HuggingFaceHost, config: AttentionConfig, seed: int
+    model: HFModel, config: AttentionConfig, seed: int
 ) -> list[tuple[AttentionSite, RoutedSelfAttention]]:
     """Puts attention experts in the place of the chosen layers' attention; returns each with its site.
 
     Args:
-        host: Changed in place; its feed-forward networks may be mixtures already.
+        model: Changed in place; its feed-forward networks may be mixtures already.
         config: What is asked for.
         seed: Of the routers' weights.
 
     Raises:
         ConfigError: The model or the router does not fit.
-        HostError: An attention computes something else than it is taken for.
+        ModelError: An attention computes something else than it is taken for.
     """
-    if mistakes := attention_mistakes(config, host.config.to_dict()):
+    if mistakes := attention_mistakes(config, model.config.to_dict()):
         raise ConfigError(mistakes)
     cls = router_class(config.router.name)
-    layers = config.layer_choice.pick(len(decoder_blocks(host.model, host.config)))
+    layers = config.layer_choice.pick(len(decoder_blocks(model.module, model.config)))
     swapped = []
-    for site in attention_sites(host, layers):
+    for site in attention_sites(model, layers):
         weights = read_attention(site.dense)
         router = cls(config.router, weights.w_q_EQD.shape[2], len(weights.w_q_EQD))
         router.reset_parameters(seeded_generator(seed, "attention router", site.layer))
         scale = attention_scale(config, router.num_experts)
-        routed = RoutedSelfAttention(site.dense, router, AttentionContext(host.context, site.layer), scale)
-        _verify(host, site, routed)
+        routed = RoutedSelfAttention(site.dense, router, AttentionContext(model.context, site.layer), scale)
+        _verify(model, site, routed)
         site.replace(routed)
         swapped.append((site, routed))
     return swapped
@@ -235,12 +235,12 @@ def swap_attention(
 
 @torch.no_grad()
 def upcycle_attention(
-    host: HuggingFaceHost, config: AttentionConfig, seed: int, tokens_BS: Tensor
+    model: HFModel, config: AttentionConfig, seed: int, tokens_BS: Tensor
 ) -> AttentionReport:
     """Turns a host's attention into experts and measures whether it still computes the same.
 
     Args:
-        host: Changed in place.
+        model: Changed in place.
         config: What is asked for.
         seed: Of the routers' weights.
         tokens_BS: ``[B, S]`` real tokens.
@@ -249,13 +249,13 @@ def upcycle_attention(
         ConfigError: As `swap_attention`.
         ExactnessError: All heads count 1, and the logits differ.
     """
-    host.model.eval()
-    before = host.model(input_ids=tokens_BS).logits
-    swapped = swap_attention(host, config, seed)
-    host.model.eval()
+    model.module.eval()
+    before = model.module(input_ids=tokens_BS).logits
+    swapped = swap_attention(model, config, seed)
+    model.module.eval()
     drifts: list[LayerDrift] = []
     with _measuring(swapped, drifts):
-        after = host.model(input_ids=tokens_BS).logits
+        after = model.module(input_ids=tokens_BS).logits
     first = swapped[0][1]
     exact = all(counts_all_once(routed.router, routed.scale) for _, routed in swapped)
     logits = logit_drift(before, after)
@@ -295,19 +295,19 @@ def _measuring(
 
 
 @torch.no_grad()
-def _verify(host: HuggingFaceHost, site: AttentionSite, routed: RoutedSelfAttention) -> None:
+def _verify(model: HFModel, site: AttentionSite, routed: RoutedSelfAttention) -> None:
     """Compares all experts together with the dense attention, on random input."""
     E, D = routed.experts.num_experts, routed.experts.w_q_EQD.shape[2]
     like = routed.experts.w_q_EQD
     x_1SD = torch.randn(1, 8, D, generator=torch.Generator().manual_seed(0)).to(like)
-    rotary = host.model.get_decoder().rotary_emb(x_1SD, torch.arange(8, device=like.device)[None])
+    rotary = model.module.get_decoder().rotary_emb(x_1SD, torch.arange(8, device=like.device)[None])
     ones_TE = torch.full((8, E), 1 / routed.scale, device=like.device)
     training = routed.training
     ours = routed.eval().attend(x_1SD, ones_TE, ones_TE > 0, rotary)
     routed.train(training)
     training = site.dense.training
     mask = torch.ones(8, 8, dtype=torch.bool, device=like.device).tril()
-    if host.config._attn_implementation == "eager":
+    if model.config._attn_implementation == "eager":
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
     theirs = site.dense.eval()(
         hidden_states=x_1SD, position_embeddings=rotary, attention_mask=mask[None, None]
@@ -320,4 +320,4 @@ def _verify(host: HuggingFaceHost, site: AttentionSite, routed: RoutedSelfAttent
             "projections, norms and rotary embedding say: outputs differ by "
             f"{drift.max_relative:.1e} of the largest"
         )
-        raise HostError.one("dense", host.config.model_type, rule, "Set attention=none for this model.")
+        raise ModelError.one("dense", model.config.model_type, rule, "Set attention=none for this model.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from moe.attention.attention_memory import KeyMemory
-from moe.errors import HostError
+from moe.errors import ModelError
 
 
 def memory_of(cache: Cache, layer: int) -> KeyMemory:
@@ -20,7 +20,7 @@ def memory_of(cache: Cache, layer: int) -> KeyMemory:
         layer: Index of the block.
 
     Raises:
-        HostError: The cache is of another kind.
+        ModelError: The cache is of another kind.
     """
     made_later = cache.layer_class_to_replicate
     while made_later is not None and len(cache.layers) <= layer:
@@ -31,7 +31,7 @@ def memory_of(cache: Cache, layer: int) -> KeyMemory:
     plain = type(found) in (DynamicLayer, DynamicSlidingWindowLayer)
     if cache.offloading or not plain or found.get_seq_length() > 0:
         rule = "attention experts keep their own keys, which only a dynamic cache on the device has room for"
-        raise HostError.one("cache", type(found).__name__, rule, "Use cache_implementation='dynamic'.")
+        raise ModelError.one("cache", type(found).__name__, rule, "Use cache_implementation='dynamic'.")
     window = found.sliding_window if isinstance(found, DynamicSlidingWindowLayer) else None
     cache.layers[layer] = made = ExpertCacheLayer(window)
     return made.memory

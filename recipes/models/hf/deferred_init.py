@@ -54,7 +54,7 @@ class WeightSource(ABC):
         self.fill({name: place(name, live[name]) for name in wanted})
 
 
-class LaterWeights(WeightSource):
+class CheckpointWeights(WeightSource):
     """Memory alone: a checkpoint is loaded into it."""
 
     def fill(self, held: Mapping[str, Placed]) -> None:
@@ -92,7 +92,7 @@ class PresentWeights(WeightSource):
             self._rest.fill(others)
 
 
-class TakenWeights(WeightSource):
+class DonatedWeights(WeightSource):
     """The parameters of another model of the same shape that is spread alike; it is of no use afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -194,7 +194,7 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def unfilled_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+def deferred_model(config: Any, *, trust_remote_code: bool = False) -> Any:
     """A decoder of transformers in fp32 and evaluation mode, its parameters without memory.
 
     Args:

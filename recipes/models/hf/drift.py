@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, SurgeryReport, chosen_sites, measuring, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, SurgeryReport, chosen_sites, measuring, swap
 from recipes.models.hf.load_entropy import load_entropies
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
@@ -51,10 +51,10 @@ class MethodDrift:
 
 @torch.no_grad()
 def measure_drift(
-    host: HuggingFaceHost,
+    model: HFModel,
     surgery: Surgery,
     tokens_BS: Tensor,
-    sources: Sequence[HuggingFaceHost] = (),
+    sources: Sequence[HFModel] = (),
     known: LayerTensors | None = None,
 ) -> MethodDrift:
     """Makes the mixture, measures it, and leaves the host dense again.
@@ -62,7 +62,7 @@ def measure_drift(
     A method that averages several checkpoints changes the rest of the host too; give it a host of its own.
 
     Args:
-        host: The dense decoder.
+        model: The dense decoder.
         surgery: How it becomes a mixture.
         tokens_BS: ``[B, S]`` real tokens.
         sources: The decoders of the method's own `sources`.
@@ -71,12 +71,12 @@ def measure_drift(
     Raises:
         ConfigError: The method does not fit.
     """
-    host.model.eval()
-    dense_logits = host.model(input_ids=tokens_BS).logits
-    with _swapped(host, surgery, sources, known) as swapped:
+    model.module.eval()
+    dense_logits = model.module(input_ids=tokens_BS).logits
+    with _swapped(model, surgery, sources, known) as swapped:
         drifts: list[LayerDrift] = []
         with measuring(swapped, drifts), load_entropies([layer for _, layer in swapped]) as loads:
-            logits = host.model(input_ids=tokens_BS).logits
+            logits = model.module(input_ids=tokens_BS).logits
         return MethodDrift(
             claims_exact=all(surgery.method.is_exact(layer.router) for _, layer in swapped),
             logits=logit_drift(dense_logits, logits),
@@ -84,23 +84,23 @@ def measure_drift(
             loss=_loss(logits, tokens_BS),
             layers=tuple(drifts),
             load_entropy=tuple(loads),
-            parameters=sum(parameter.numel() for parameter in host.model.parameters()),
+            parameters=sum(parameter.numel() for parameter in model.module.parameters()),
         )
 
 
 @contextmanager
 def _swapped(
-    host: HuggingFaceHost, surgery: Surgery, sources: Sequence[HuggingFaceHost], known: LayerTensors | None
+    model: HFModel, surgery: Surgery, sources: Sequence[HFModel], known: LayerTensors | None
 ) -> Iterator[Any]:
-    sites = chosen_sites(host, surgery.method)
-    dense = [host.model.get_submodule(site.name) for site in sites]
+    sites = chosen_sites(model, surgery.method)
+    dense = [model.module.get_submodule(site.name) for site in sites]
     try:
-        swapped = swap(host, surgery, sources, known)
-        host.model.eval()
+        swapped = swap(model, surgery, sources, known)
+        model.module.eval()
         yield swapped
     finally:
         for site, module in zip(sites, dense, strict=True):
-            site.replace(host.model, module)
+            site.replace(model.module, module)
 
 
 def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:

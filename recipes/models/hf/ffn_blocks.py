@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.activations import ACTIVATIONS, activation_refusal
-from moe.errors import HostError
+from kernels.activations import ACTIVATIONS, activation_unsupported_reason
+from moe.errors import ModelError
 from moe.experts.weights import FFNWeights
 
 # (gate, up, down) by the names that the families of transformers use; gate None: not gated;
@@ -73,7 +73,7 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
         verify: Whether to compare every network with what it is taken for; not for a model without weights.
 
     Raises:
-        HostError: The blocks or their network cannot be told, or the network computes something else.
+        ModelError: The blocks or their network cannot be told, or the network computes something else.
     """
     prefix, blocks = _blocks(model, config)
     found = [_ffn_of_block(block, f"{prefix}.{layer}", config) for layer, block in enumerate(blocks)]
@@ -81,7 +81,7 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
     sites = []
     for layer, (name, ffn) in enumerate(found):
         weights = _read(ffn, activation)
-        if reason := activation_refusal(activation, weights.gate_FD is not None):
+        if reason := activation_unsupported_reason(activation, weights.gate_FD is not None):
             raise _refuse(config, reason, "Correct the config's activation.")
         if verify:
             _verify(ffn, weights, f"{prefix}.{layer}.{name}", config)
@@ -89,8 +89,8 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
     return sites
 
 
-def _refuse(config: Any, rule: str, remedy: str) -> HostError:
-    return HostError.one("dense", getattr(config, "model_type", type(config).__name__), rule, remedy)
+def _refuse(config: Any, rule: str, remedy: str) -> ModelError:
+    return ModelError.one("dense", getattr(config, "model_type", type(config).__name__), rule, remedy)
 
 
 def _blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
@@ -110,7 +110,7 @@ def decoder_blocks(model: nn.Module, config: Any) -> nn.ModuleList:
     """The list of a decoder's blocks.
 
     Raises:
-        HostError: There is none of the config's depth.
+        ModelError: There is none of the config's depth.
     """
     return _blocks(model, config)[1]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.upcycle.layer_plan import FFNShape, Matrix
 from recipes.models.hf.ffn_blocks import FFNSite, find_ffns, is_conv1d, linear_names
 
@@ -59,7 +59,7 @@ class FFNNames:
 
 
 @dataclass(frozen=True)
-class HostNames:
+class ModelNames:
     """What is known of a host from its config.
 
     Attributes:
@@ -82,11 +82,11 @@ class HostNames:
     ignored: tuple[str, ...]
 
 
-def read_names(folder: Any, *, trust_remote_code: bool = False) -> HostNames:
+def read_names(folder: Any, *, trust_remote_code: bool = False) -> ModelNames:
     """Names of the host whose ``config.json`` is in a folder.
 
     Raises:
-        HostError: transformers does not know the model, or its networks cannot be told.
+        ModelError: transformers does not know the model, or its networks cannot be told.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def read_names(folder: Any, *, trust_remote_code: bool = False) -> HostNames:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         remedy = "Check config.json, and that this version of transformers knows the model."
-        raise HostError.one(
+        raise ModelError.one(
             "dense", str(folder), f"transformers cannot build it ({first})", remedy
         ) from error
     _try_out(config, trust_remote_code)
@@ -109,7 +109,7 @@ def read_names(folder: Any, *, trust_remote_code: bool = False) -> HostNames:
     doubled = {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
     state = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in doubled}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return HostNames(
+    return ModelNames(
         config=config,
         architecture=type(model).__name__,
         ffns=tuple(_names(model, site) for site in sites),

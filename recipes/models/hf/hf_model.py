@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.attention.routed_attention import AttentionMoE, attention_layers
 from moe.dispatch import Dispatcher
-from moe.errors import ConfigError, HostError
+from moe.errors import ConfigError, ModelError
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
@@ -38,11 +38,11 @@ from recipes.models.hf.method_fit import method_mistakes
 
 
 @dataclass
-class HuggingFaceHost:
+class HFModel:
     """A decoder of transformers and what Graft needs to know of it.
 
     Attributes:
-        model: The decoder; its feed-forward networks may have become `MoELayer`s.
+        module: The decoder; its feed-forward networks may have become `MoELayer`s.
         folder: The checkpoint it was loaded from.
         source_dtype: The dtype of that checkpoint's weights.
         context: The run as routers see it; filled before every forward pass.
@@ -50,7 +50,7 @@ class HuggingFaceHost:
         weights: Where parameters that have no memory come from; None where all have some.
     """
 
-    model: Any
+    module: Any
     folder: Path
     source_dtype: torch.dtype
     context: RouterContext = field(default_factory=RouterContext)
@@ -58,25 +58,25 @@ class HuggingFaceHost:
     weights: WeightSource | None = None
 
     def __post_init__(self) -> None:
-        self.model.register_forward_pre_hook(self._fill_context, with_kwargs=True)
+        self.module.register_forward_pre_hook(self._fill_context, with_kwargs=True)
 
     @property
     def config(self) -> Any:
         """The config of the decoder."""
-        return self.model.config
+        return self.module.config
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """Block index and MoE layer, in order."""
-        return [(layer.context.layer_index, layer) for _, layer in moe_layers(self.model)]
+        return [(layer.context.layer_index, layer) for _, layer in moe_layers(self.module)]
 
     def attention_layers(self) -> list[tuple[int, AttentionMoE]]:
         """Block index and layer of attention experts, in order."""
-        return [(layer.context.layer_index, layer) for _, layer in attention_layers(self.model)]
+        return [(layer.context.layer_index, layer) for _, layer in attention_layers(self.module)]
 
     def routed_layers(self) -> list[MoELayer | AttentionMoE]:
         """Every layer with a router."""
-        mixtures: list[MoELayer | AttentionMoE] = [layer for _, layer in self.moe_layers()]
-        return mixtures + [layer for _, layer in self.attention_layers()]
+        moe_blocks: list[MoELayer | AttentionMoE] = [layer for _, layer in self.moe_layers()]
+        return moe_blocks + [layer for _, layer in self.attention_layers()]
 
     def _fill_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.schedule is not None:
@@ -86,11 +86,11 @@ class HuggingFaceHost:
         self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def load_host(folder: Path, *, trust_remote_code: bool = False) -> HuggingFaceHost:
+def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     """Loads a decoder in fp32 on the CPU: master weights are fp32, lower precision is the engine's.
 
     Raises:
-        HostError: transformers does not know the model, or the files lack some of its weights.
+        ModelError: transformers does not know the model, or the files lack some of its weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,20 +108,22 @@ def load_host(folder: Path, *, trust_remote_code: bool = False) -> HuggingFaceHo
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         remedy = "Check that the folder is complete and that this version of transformers knows the model."
-        raise HostError.one("dense", str(folder), f"transformers cannot load it ({first})", remedy) from error
+        raise ModelError.one(
+            "dense", str(folder), f"transformers cannot load it ({first})", remedy
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
-        raise HostError.one("dense", str(folder), rule, "Download the checkpoint again.")
+        raise ModelError.one("dense", str(folder), rule, "Download the checkpoint again.")
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         rule = (
             f"its files hold {len(unexpected)} weights that config.json has no place for, {unexpected[0]} the"
         )
-        raise HostError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
+        raise ModelError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
     model.config.use_cache = False
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return HuggingFaceHost(model=model, folder=folder, source_dtype=dtype)
+    return HFModel(module=model, folder=folder, source_dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -198,14 +200,14 @@ def make_layer(
     return MoELayer(router, surgery.make_dispatcher(), experts, LayerContext(context, layer), shared)
 
 
-def chosen_sites(host: HuggingFaceHost, method: UpcycleMethod[Any]) -> list[FFNSite]:
+def chosen_sites(model: HFModel, method: UpcycleMethod[Any]) -> list[FFNSite]:
     """The feed-forward networks that ``upcycle.layers`` chooses.
 
     Raises:
         ConfigError: The choice names layers that the host does not have.
-        HostError: The host's networks cannot be told.
+        ModelError: The host's networks cannot be told.
     """
-    sites = find_ffns(host.model, host.config)
+    sites = find_ffns(model.module, model.config)
     try:
         return [sites[i] for i in method.config.layer_choice.pick(len(sites))]
     except ValueError as error:
@@ -214,15 +216,15 @@ def chosen_sites(host: HuggingFaceHost, method: UpcycleMethod[Any]) -> list[FFNS
 
 
 def swap(
-    host: HuggingFaceHost,
+    model: HFModel,
     surgery: Surgery,
-    sources: Sequence[HuggingFaceHost] = (),
+    sources: Sequence[HFModel] = (),
     statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> list[tuple[FFNSite, MoELayer]]:
     """Puts mixtures in the place of the chosen networks; returns each with the site it took.
 
     Args:
-        host: The dense decoder; changed in place.
+        model: The dense decoder; changed in place.
         surgery: How.
         sources: The decoders of the method's own `sources`; their weights are read.
         statistics: What the method must be told of each layer, by its index.
@@ -232,32 +234,34 @@ def swap(
     """
     method, found = surgery.method, statistics or {}
     assert len(sources) == len(method.sources), (len(sources), method.sources)
-    require_same(host.model, [source.model for source in sources], method.sources)
-    models = [chosen_sites(one, method) for one in (host, *sources)]
+    require_same(model.module, [source.module for source in sources], method.sources)
+    models = [chosen_sites(one, method) for one in (model, *sources)]
     # The networks themselves become experts: they are read as they are.
-    average([one.model for one in (host, *sources)], method.averaged, [f"{site.name}." for site in models[0]])
+    average(
+        [one.module for one in (model, *sources)], method.averaged, [f"{site.name}." for site in models[0]]
+    )
     swapped = []
     for sites in zip(*models, strict=True):
         site = sites[0]
         ffns = [one.weights for one in sites]
-        layer = make_layer(ffns, site.layer, surgery, host.context, found.get(site.layer))
-        site.replace(host.model, layer)
+        layer = make_layer(ffns, site.layer, surgery, model.context, found.get(site.layer))
+        site.replace(model.module, layer)
         swapped.append((site, layer))
     return swapped
 
 
 @torch.no_grad()
 def upcycle(
-    host: HuggingFaceHost,
+    model: HFModel,
     surgery: Surgery,
     tokens_BS: Tensor,
-    sources: Sequence[HuggingFaceHost] = (),
+    sources: Sequence[HFModel] = (),
     statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> SurgeryReport:
     """Turns the host into a mixture of experts and measures whether it still computes the same.
 
     Args:
-        host: A dense decoder; changed in place.
+        model: A dense decoder; changed in place.
         surgery: How.
         tokens_BS: ``[B, S]`` real tokens.
         sources: As for `swap`.
@@ -267,13 +271,13 @@ def upcycle(
         ConfigError: As `swap`.
         ExactnessError: The method claims to be exact under this router and is not.
     """
-    host.model.eval()
-    dense_logits = host.model(input_ids=tokens_BS).logits
-    swapped = swap(host, surgery, sources, statistics)
-    host.model.eval()
+    model.module.eval()
+    dense_logits = model.module(input_ids=tokens_BS).logits
+    swapped = swap(model, surgery, sources, statistics)
+    model.module.eval()
     drifts: list[LayerDrift] = []
     with measuring(swapped, drifts), load_entropies([layer for _, layer in swapped]) as loads:
-        moe_logits = host.model(input_ids=tokens_BS).logits
+        moe_logits = model.module(input_ids=tokens_BS).logits
     exact = all(surgery.method.is_exact(layer.router) for _, layer in swapped)
     logits = logit_drift(dense_logits, moe_logits)
     if exact:

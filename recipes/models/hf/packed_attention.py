@@ -42,20 +42,20 @@ def keeps_apart(model: Any) -> bool:
     return change([0, 1, 2, 0, 1, 2]) <= _NOTHING * change([0, 1, 2, 3, 4, 5])
 
 
-def fit_attention(data: TrainData, model: Any, say: Callable[[str], None]) -> TrainData:
+def fit_attention(data: TrainData, model: Any, log: Callable[[str], None]) -> TrainData:
     """The same samples, with positions that begin anew where the model keeps conversations apart by them.
 
     Args:
         data: Of the run; text stays as it is.
         model: The dense decoder.
-        say: Takes a line on what attention does.
+        log: Takes a line on what attention does.
     """
     if not isinstance(data.train, ChatSamples):
         return data
     if keeps_apart(model):
-        say("attention: the conversations of a sample do not see one another")
+        log("attention: the conversations of a sample do not see one another")
         return data
-    say(
+    log(
         "attention: this model does not keep the conversations of a sample apart; each sees those before it, "
         "as documents of text do"
     )

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
-def empty_copy(host: HuggingFaceHost) -> HuggingFaceHost:
+def empty_copy(model: HFModel) -> HFModel:
     """A host alike whose tensors have shapes and no memory."""
     memo: dict[int, Any] = {
         id(param): nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
-        for param in host.model.parameters()
+        for param in model.module.parameters()
     }
-    if host.weights is not None:
+    if model.weights is not None:
         # Nobody fills a skeleton.
-        memo[id(host.weights)] = None
-    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in host.model.buffers()}
-    return copy.deepcopy(host, memo)
+        memo[id(model.weights)] = None
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.module.buffers()}
+    return copy.deepcopy(model, memo)

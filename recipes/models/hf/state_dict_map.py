@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from recipes.models.export.placement import Piece
-from recipes.models.export.spec import MixtureSpec, ModelSpec
+from recipes.models.export.placement import ExpertTensorKey
+from recipes.models.export.spec import ModelSpec, MoESpec
 
 
 @dataclass(frozen=True)
-class LivePiece:
+class StateDictPiece:
     """Which part of a host's tensor a piece is.
 
     Attributes:
@@ -24,7 +24,7 @@ class LivePiece:
         rows: Of what is left.
     """
 
-    piece: Piece
+    piece: ExpertTensorKey
     expert: int | None
     rows: slice
 
@@ -34,54 +34,54 @@ class LivePiece:
 
 
 @dataclass(frozen=True)
-class LiveRouter:
+class StateDictRouter:
     """A tensor of a router: the block's index and the key in the router's state."""
 
     layer: int
     key: str
 
 
-class LiveNames:
+class StateDictMap:
     """What each tensor of a host holds, told by its name."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._pieces: dict[str, list[LivePiece]] = {}
-        self._routers: dict[str, LiveRouter] = {}
-        for mixture in spec.mixtures:
-            self._add(mixture)
+        self._pieces: dict[str, list[StateDictPiece]] = {}
+        self._routers: dict[str, StateDictRouter] = {}
+        for moe in spec.moe_blocks:
+            self._add(moe)
 
-    def _add(self, mixture: MixtureSpec) -> None:
-        for key in mixture.router.state_dict():
-            self._routers[f"{mixture.site}.router.{key}"] = LiveRouter(mixture.index, key)
-        experts: list[int | None] = list(range(mixture.num_experts))
-        for expert in [*experts, None] if mixture.shared_width else experts:
-            for name, piece in _live(mixture, expert):
+    def _add(self, moe: MoESpec) -> None:
+        for key in moe.router.state_dict():
+            self._routers[f"{moe.site}.router.{key}"] = StateDictRouter(moe.index, key)
+        experts: list[int | None] = list(range(moe.num_experts))
+        for expert in [*experts, None] if moe.shared_width else experts:
+            for name, piece in _live(moe, expert):
                 self._pieces.setdefault(name, []).append(piece)
 
-    def router(self, name: str) -> LiveRouter | None:
+    def router(self, name: str) -> StateDictRouter | None:
         """The router's tensor of that name, if it is one."""
         return self._routers.get(name)
 
-    def pieces(self, name: str) -> list[LivePiece] | None:
+    def pieces(self, name: str) -> list[StateDictPiece] | None:
         """The pieces in the tensor of that name; None when it belongs to no mixture."""
         return self._pieces.get(name)
 
 
-def _live(mixture: MixtureSpec, expert: int | None) -> Iterator[tuple[str, LivePiece]]:
-    shape, layer = mixture.expert, mixture.index
-    width = mixture.shared_width if expert is None else shape.width
+def _live(moe: MoESpec, expert: int | None) -> Iterator[tuple[str, StateDictPiece]]:
+    shape, layer = moe.expert, moe.index
+    width = moe.shared_width if expert is None else shape.width
     module, end = ("shared", "") if expert is None else ("experts", "E")
-    up, down = f"{mixture.site}.{module}.w_up_{end}UD", f"{mixture.site}.{module}.w_down_{end}DF"
-    b_up, b_down = f"{mixture.site}.{module}.b_up_{end}U", f"{mixture.site}.{module}.b_down_{end}D"
+    up, down = f"{moe.site}.{module}.w_up_{end}UD", f"{moe.site}.{module}.w_down_{end}DF"
+    b_up, b_down = f"{moe.site}.{module}.b_up_{end}U", f"{moe.site}.{module}.b_down_{end}D"
     first = slice(0, width)
     second = slice(width, 2 * width) if shape.gated else first
     if shape.gated:
-        yield up, LivePiece(Piece(layer, expert, "gate"), expert, first)
-    yield up, LivePiece(Piece(layer, expert, "up"), expert, second)
-    yield down, LivePiece(Piece(layer, expert, "down"), expert, slice(None))
+        yield up, StateDictPiece(ExpertTensorKey(layer, expert, "gate"), expert, first)
+    yield up, StateDictPiece(ExpertTensorKey(layer, expert, "up"), expert, second)
+    yield down, StateDictPiece(ExpertTensorKey(layer, expert, "down"), expert, slice(None))
     if shape.up_bias:
         if shape.gated:
-            yield b_up, LivePiece(Piece(layer, expert, "gate", True), expert, first)
-        yield b_up, LivePiece(Piece(layer, expert, "up", True), expert, second)
+            yield b_up, StateDictPiece(ExpertTensorKey(layer, expert, "gate", True), expert, first)
+        yield b_up, StateDictPiece(ExpertTensorKey(layer, expert, "up", True), expert, second)
     if shape.down_bias:
-        yield b_down, LivePiece(Piece(layer, expert, "down", True), expert, slice(None))
+        yield b_down, StateDictPiece(ExpertTensorKey(layer, expert, "down", True), expert, slice(None))

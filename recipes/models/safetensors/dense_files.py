@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
 from recipes.models.hf.inspection import weight_files
 from recipes.models.safetensors.tensor_files import DTYPE_NAMES, TensorSpec
@@ -52,7 +52,7 @@ class DenseFiles:
         """Reads the headers.
 
         Raises:
-            HostError: A file is no safetensors file, is cut short, or holds a dtype that is not known.
+            ModelError: A file is no safetensors file, is cut short, or holds a dtype that is not known.
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
@@ -115,7 +115,7 @@ class DenseFiles:
             got = os.preadv(self.handle(stored.file), [view[done:]], place)
             if not got:
                 rule = f"{stored.file.name} ends before its tensor {name}"
-                raise HostError.one("dense", str(self.folder), rule, "Download that file again.")
+                raise ModelError.one("dense", str(self.folder), rule, "Download that file again.")
             done += got
         return run
 
@@ -138,7 +138,7 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         if dtype is None:
             rule = f"its tensor {name} has dtype {entry['dtype']}"
             remedy = "Convert the checkpoint to bf16, fp16 or fp32 first."
-            raise HostError.one("dense", str(path), rule, remedy)
+            raise ModelError.one("dense", str(path), rule, remedy)
         spec = TensorSpec(name, dtype, tuple(entry["shape"]))
         begin, end = entry["data_offsets"]
         if end - begin != spec.num_bytes or start + end > size:
@@ -146,5 +146,5 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(spec, path, start + begin)
 
 
-def _corrupt(path: Path, rule: str) -> HostError:
-    return HostError.one("dense", str(path), rule, "Download that file again.")
+def _corrupt(path: Path, rule: str) -> ModelError:
+    return ModelError.one("dense", str(path), rule, "Download that file again.")

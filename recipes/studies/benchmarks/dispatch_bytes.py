@@ -216,9 +216,9 @@ def exchange(
         shared: What every token uses besides.
         beside: Whether that runs while the rows travel, else once they have arrived.
     """
-    arrival = dispatcher.start(x_TD, routing)
+    handle = dispatcher.start(x_TD, routing)
     early_TD = shared(x_TD) if shared is not None and beside else None
-    there = arrival()
+    there = handle()
     late_TD = shared(x_TD) if shared is not None and not beside else None
     summed_N1 = there.weights_NK.sum(1, keepdim=True)
     out_TD = dispatcher.combine((there.rows_ND * summed_N1).to(x_TD.dtype), there)

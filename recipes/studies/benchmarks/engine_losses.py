@@ -48,7 +48,7 @@ class Series:
 
 
 def run_layouts(
-    layouts: Sequence[EngineLayout], overrides: Sequence[str], folder: Path, say: Callable[[str], None]
+    layouts: Sequence[EngineLayout], overrides: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> Iterator[Series]:
     """Trains under each, the first one first; where no dense model is given, all begin with its embedded one.
 
@@ -58,26 +58,26 @@ def run_layouts(
         layouts: What to run.
         overrides: Of ``train.py``, for all.
         folder: Of the runs.
-        say: Told of progress.
+        log: Told of progress.
 
     Raises:
         GraftError: A run failed; the message ends with what it said.
     """
     common = list(overrides)
     if not any(option.startswith("dense=") for option in common):
-        common += _embedded(layouts[0], common, folder, say)
+        common += _default_config(layouts[0], common, folder, log)
     for number, layout in enumerate(layouts):
-        say(f"{number + 1}/{len(layouts)}: {layout.name}")
+        log(f"{number + 1}/{len(layouts)}: {layout.name}")
         name = f"layout-{number:02d}"
         _train(layout, [*common, f"output_dir={folder}", f"run.name={name}"])
         yield _read(layout, folder / name)
 
 
-def _embedded(
-    layout: EngineLayout, overrides: Sequence[str], folder: Path, say: Callable[[str], None]
+def _default_config(
+    layout: EngineLayout, overrides: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> list[str]:
     """The embedded default as a folder: given by name it belongs to no engine."""
-    say("making the dense model")
+    log("making the dense model")
     none = ["train.steps=0", "optim.schedule.warmup_steps=0", f"output_dir={folder}", "run.name=dense"]
     _train(layout, [*overrides, *none])
     identity = json.loads((folder / "dense" / "run.json").read_text(encoding="utf-8"))["identity"]
@@ -95,7 +95,7 @@ def _train(layout: EngineLayout, options: Sequence[str]) -> None:
 
 def _read(layout: EngineLayout, run: Path) -> Series:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row.get("leg") == "moe" and "loss" in row]
+    steps = [row for row in rows if row.get("stage") == "moe" and "loss" in row]
     seconds = sorted(row["step_s"] for row in steps)
-    validation = [row["val_loss"] for row in rows if row.get("leg") == "moe" and "val_loss" in row][-1]
+    validation = [row["val_loss"] for row in rows if row.get("stage") == "moe" and "val_loss" in row][-1]
     return Series(layout, tuple(row["loss"] for row in steps), validation, seconds[len(seconds) // 2])

@@ -112,9 +112,9 @@ class Grid:
 
     def _left_out(self, rival: Rival, shape: Shape) -> str | None:
         """Why it is not run at a shape; looks at it at fewer tokens where nothing is known of it yet."""
-        refusal = rival.refusal(shape.experts)
-        if refusal is not None:
-            return f"refused: {refusal}."
+        unsupported_reason = rival.unsupported_reason(shape.experts)
+        if unsupported_reason is not None:
+            return f"refused: {unsupported_reason}."
         key, limits = (rival.label, shape.experts), self.limits
         if key not in self._looks:
             small = dataclasses.replace(shape, tokens=min(shape.tokens, _FIRST_LOOK))

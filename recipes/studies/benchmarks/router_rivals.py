@@ -86,7 +86,7 @@ class Rival:
     config: RouterConfig | None
     prepare: Callable[[Shape, torch.device], Pass]
 
-    def refusal(self, num_experts: int) -> str | None:
+    def unsupported_reason(self, num_experts: int) -> str | None:
         """Why it cannot be had with E experts, in the router's own words."""
         if self.config is None:
             return None

@@ -139,7 +139,7 @@ def measure_steps(
         rounds: Timed rounds.
         device: Where.
     """
-    refused = {r.label: why for r in rivals if (why := r.refusal(shape.num_experts)) is not None}
+    refused = {r.label: why for r in rivals if (why := r.unsupported_reason(shape.num_experts)) is not None}
     routers = {r.label: r.config for r in rivals if r.config is not None and r.label not in refused}
 
     def synchronise() -> None:

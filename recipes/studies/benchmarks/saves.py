@@ -90,7 +90,7 @@ class _Training:
 
 
 def measure_saves(
-    shape: SaveShape, rounds: int, folder: Path, say: Callable[[str], None]
+    shape: SaveShape, rounds: int, folder: Path, log: Callable[[str], None]
 ) -> tuple[dict[str, SaveFigures], int]:
     """Times the rivals.
 
@@ -98,7 +98,7 @@ def measure_saves(
         shape: What is trained and saved.
         rounds: Of each rival, besides one that warms up.
         folder: On the disk that is measured; checkpoints are written below it.
-        say: Gets a line for every round.
+        log: Gets a line for every round.
 
     Returns:
         Figures by rival, and the bytes of a checkpoint.
@@ -119,7 +119,7 @@ def measure_saves(
                 training, shape.steps, savers.get(rival), number, figures[rival] if number else SaveFigures()
             )
         if number:
-            say(f"round {number}: " + ", ".join(f"{r} {1e3 * figures[r].steps[-1]:.1f} ms" for r in RIVALS))
+            log(f"round {number}: " + ", ".join(f"{r} {1e3 * figures[r].steps[-1]:.1f} ms" for r in RIVALS))
     for rival in (SYNC, ASYNC):
         _check(training, savers[rival], folder / rival)
     return figures, sum(tensor.nbytes for tensor in training.tensors().values())

@@ -23,14 +23,14 @@ from moe.dispatch.local import LocalDispatcher
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle import upcycle_methods
 from recipes.checkpoint import local_memory
-from recipes.engines import Engine, Trainable, engine_classes
+from recipes.engines import Engine, TrainModule, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
 from recipes.runtime.resident import peak_resident_bytes
-from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import mixture_host
+from recipes.upcycling.sharded.sharded_models import moe_model
 
 _TOKENS = 64
 _CLEAR = Path("/proc/self/clear_refs")
@@ -64,7 +64,7 @@ class RankMemory:
     """What a rank held, in bytes.
 
     Attributes:
-        mixture: The whole mixture's weights in fp32.
+        moe: The whole mixture's weights in fp32.
         dense: The dense model's.
         layer: Those of its largest block.
         outside: Those outside of its blocks.
@@ -75,7 +75,7 @@ class RankMemory:
         read: What it read of files while its part was made.
     """
 
-    mixture: int
+    moe: int
     dense: int
     layer: int
     outside: int
@@ -133,15 +133,15 @@ def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
     read, meter = _read_bytes(), PeakMeter(engine.device)
     made = _ready(engine, make(dense, config))
     making, read, held = meter.peak(), _read_bytes() - read, meter.held()
-    host = made.skeleton if isinstance(made, Trainable) else made
-    blocks = [_bytes(block.parameters()) for block in decoder_blocks(host.model, host.config)]
-    every = _bytes(host.model.parameters())
-    experts = sum(_bytes(layer.experts.parameters()) for _, layer in host.moe_layers())
+    model = made.skeleton if isinstance(made, TrainModule) else made
+    blocks = [_bytes(block.parameters()) for block in decoder_blocks(model.module, model.config)]
+    every = _bytes(model.module.parameters())
+    experts = sum(_bytes(layer.experts.parameters()) for _, layer in model.moe_layers())
     shard = _bytes(_weights(made))
-    del host, made
+    del model, made
     gate = None if task.whole else _gate(engine, dense, config)
     return RankMemory(
-        mixture=every,
+        moe=every,
         dense=every - experts + experts // task.experts,
         layer=max(blocks),
         outside=every - sum(blocks),
@@ -153,12 +153,12 @@ def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
     )
 
 
-def _in_parts(dense: Path, config: Any) -> HuggingFaceHost:
-    return mixture_host(plan_mixture(MixtureRequest(dense, config, TopKConfig())))
+def _in_parts(dense: Path, config: Any) -> HFModel:
+    return moe_model(plan_moe(MoERequest(dense, config, TopKConfig())))
 
 
-def _whole(dense: Path, config: Any) -> HuggingFaceHost:
-    host = load_host(dense)
+def _whole(dense: Path, config: Any) -> HFModel:
+    model = load_model(dense)
     surgery = Surgery(
         method=upcycle_methods()[config.name](config),
         make_router=lambda width, experts: TopKRouter(TopKConfig(), width, experts),
@@ -166,29 +166,29 @@ def _whole(dense: Path, config: Any) -> HuggingFaceHost:
         backend="auto",
         seed=0,
     )
-    swap(host, surgery)
-    return host
+    swap(model, surgery)
+    return model
 
 
-def _ready(engine: Engine[Any], host: HuggingFaceHost) -> Trainable | HuggingFaceHost:
+def _ready(engine: Engine[Any], model: HFModel) -> TrainModule | HFModel:
     """The mixture where its weights lie while it trains."""
     if not engine.trains_as_held:
-        return engine.prepare(host, OptimConfig())
-    engine.hold(host)
-    return host
+        return engine.prepare(model, OptimConfig())
+    engine.shard_for_eval(model)
+    return model
 
 
-def _weights(made: Trainable | HuggingFaceHost) -> list[Tensor]:
+def _weights(made: TrainModule | HFModel) -> list[Tensor]:
     """The memory of a mixture's weights and buffers on this rank."""
-    if isinstance(made, Trainable):
+    if isinstance(made, TrainModule):
         named = made.checkpoint_tensors().items()
         return [part for name, value in named if name.startswith("model.") for part in local_memory(value)]
-    return [*(_local(p) for p in made.model.parameters()), *made.model.buffers()]
+    return [*(_local(p) for p in made.module.parameters()), *made.module.buffers()]
 
 
 def _gate(engine: Engine[Any], dense: Path, config: Any) -> int:
     """With as few tokens as there may be: activations are not what is measured."""
-    plan = plan_mixture(MixtureRequest(dense, config, TopKConfig()))
+    plan = plan_moe(MoERequest(dense, config, TopKConfig()))
     meter = PeakMeter(engine.device)
     tokens_BS = torch.arange(_TOKENS)[None] % plan.names.config.vocab_size
     # What is freed by chance alone is not counted on.
@@ -197,7 +197,7 @@ def _gate(engine: Engine[Any], dense: Path, config: Any) -> int:
         _, weights = measure_shards(engine, plan, tokens_BS)
         if not engine.trains_as_held:
             # What was measured is gone, and is made once more.
-            engine.prepare(mixture_host(plan, weights=weights), OptimConfig())
+            engine.prepare(moe_model(plan, weights=weights), OptimConfig())
         return meter.peak()
     finally:
         gc.enable()

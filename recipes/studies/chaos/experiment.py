@@ -26,14 +26,14 @@ _REFERENCE = "reference"
 _SOME_SAVE_S = 0.02
 
 
-def run_chaos(settings: ChaosSettings, say: Callable[[str], None]) -> dict[str, Any]:
+def run_chaos(settings: ChaosSettings, log: Callable[[str], None]) -> dict[str, Any]:
     """Runs the job undisturbed, runs it again under kills, and compares.
 
     The run under fire has no name and no ``resume``: it must find itself again by what torchrun tells it.
 
     Args:
         settings: Of both; an undisturbed run that lies in the folder already is taken as it is.
-        say: Gets a line for every recovery.
+        log: Gets a line for every recovery.
 
     Returns:
         JSON-able figures: see `figures`, and the keys added here.
@@ -43,11 +43,11 @@ def run_chaos(settings: ChaosSettings, say: Callable[[str], None]) -> dict[str, 
     """
     moments = draw_moments(settings)
     shutil.rmtree(settings.run_dir("upcycle-1"), ignore_errors=True)
-    save_s = _undisturbed(settings, say)
+    save_s = _undisturbed(settings, log)
     run_dir = settings.run_dir("upcycle-1")
     started = time.time()
     with _start(settings, None, len(moments) + 5) as job:
-        killer = Killer(job, RunWatch(run_dir), save_s, settings.patience_s, say)
+        killer = Killer(job, RunWatch(run_dir), save_s, settings.patience_s, log)
         code = killer.run(moments, settings.ranks)
     if code != 0:
         raise ChaosError(f"torchrun ended with exit code {code}; see {job.log}")
@@ -77,14 +77,14 @@ def passed(found: dict[str, Any]) -> bool:
     return whole and found["difference"] is None and not found["second_runs"]
 
 
-def _undisturbed(settings: ChaosSettings, say: Callable[[str], None]) -> float:
+def _undisturbed(settings: ChaosSettings, log: Callable[[str], None]) -> float:
     """Runs the job in peace; returns the median seconds of its saves, as seen from outside."""
     run_dir = settings.run_dir(_REFERENCE)
     record = run_dir / "saves.json"
     job = [*settings.program, f"{settings.ranks} ranks", *settings.overrides(_REFERENCE)]
     before = json.loads(record.read_text()) if record.is_file() else {}
     if before.get("job") == job:
-        say(f"the undisturbed run is there: {run_dir}")
+        log(f"the undisturbed run is there: {run_dir}")
         return float(before["save_s"])
     shutil.rmtree(run_dir, ignore_errors=True)
     seen: dict[str, list[float]] = {}
@@ -100,7 +100,7 @@ def _undisturbed(settings: ChaosSettings, say: Callable[[str], None]) -> float:
     save_s = statistics.median(found) if found else _SOME_SAVE_S
     record.write_text(json.dumps({"save_s": save_s, "seen": len(found), "job": job}))
     took = f"{settings.steps} steps in {_steps_s(run_dir):.1f} s, a save {1e3 * save_s:.0f} ms"
-    say(f"undisturbed: {took}")
+    log(f"undisturbed: {took}")
     return save_s
 
 

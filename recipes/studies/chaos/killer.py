@@ -63,7 +63,7 @@ class Killer:
     """
 
     def __init__(
-        self, job: Torchrun, watch: RunWatch, save_s: float, patience_s: float, say: Callable[[str], None]
+        self, job: Torchrun, watch: RunWatch, save_s: float, patience_s: float, log: Callable[[str], None]
     ) -> None:
         """``save_s`` is what a save takes, to spread the kills over it."""
         self.kills: list[Kill] = []
@@ -71,7 +71,7 @@ class Killer:
         self._watch = watch
         self._save_s = save_s
         self._patience_s = patience_s
-        self._say = say
+        self._log = log
         self._ranks: dict[int, psutil.Process] = {}
         self._down_at = time.time()
         self._start_up_s = 0.0
@@ -152,7 +152,7 @@ class Killer:
             first, last = self._pending[0], self._pending[-1]
             first.lost_steps = max(0, first.step - int(row["step"]) + 1)
             last.recovery_s = row["time"] - last.at
-            self._say(
+            self._log(
                 f"{len(self.kills):3} {last.kind:8} rank {last.rank} at step {last.step}"
                 f"{' in a save' if last.during_save else ''}: went on from {last.resumed_from} "
                 f"after {last.recovery_s:.1f} s"

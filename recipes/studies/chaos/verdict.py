@@ -31,7 +31,9 @@ def difference(run_dir: Path, reference: Path) -> str | None:
     for row, same in zip(ours, theirs, strict=True):
         for key in [*same, *(key for key in row if key not in same)]:
             if json.dumps(row.get(key)) != json.dumps(same.get(key)):
-                return f"{row['leg']} step {row['step']}: {key} is {row.get(key)} instead of {same.get(key)}"
+                return (
+                    f"{row['stage']} step {row['step']}: {key} is {row.get(key)} instead of {same.get(key)}"
+                )
     for name in (LOAD_FILE, *_weight_files(reference)):
         if _digest(run_dir / name) != _digest(reference / name):
             return f"{name} differs"
@@ -42,7 +44,7 @@ def _computed(run_dir: Path) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in row.items() if key not in _MEASURED and not key.endswith("_s")}
         for row in read_rows(run_dir / METRICS_FILE)
-        if row["leg"] != _DEFAULT
+        if row["stage"] != _DEFAULT
     ]
 
 

@@ -80,7 +80,7 @@ def collect(trials: Sequence[Trial]) -> list[RouterResult]:
 
 
 def _figures(trial: Trial) -> dict[str, float]:
-    rows = [r for r in read_rows(trial.folder / METRICS_FILE) if r["leg"] == "moe" and "loss" in r]
+    rows = [r for r in read_rows(trial.folder / METRICS_FILE) if r["stage"] == "moe" and "loss" in r]
     tail: list[dict[str, Any]] = rows[-max(1, round(_LAST_SHARE * len(rows))) :]
     names = [name for name in tail[-1] if name.startswith("router/")] if tail else []
     found = {

@@ -68,7 +68,7 @@ def _tokens_panel(axes: Axes, cells: list[Cell], theme: Theme, *, first: bool) -
     for cell in cells:
         for arm, ends in (("cpt", ["cpt_tokens"]), ("moe", ["moe"]), ("scratch", ["scratch_0"])):
             if arm in cell.curves:
-                branches = [cell.curves[leg] for leg in ends]
+                branches = [cell.curves[stage] for stage in ends]
                 _arm(axes, cell.curves[arm], branches, colour_of(arm, theme), until=end)
     _dense_line(axes, cells, theme)
     canvas.token_ticks(axes)
@@ -83,7 +83,7 @@ def _flops_panel(axes: Axes, cells: list[Cell], theme: Theme, *, first: bool) ->
     for cell in cells:
         curves, sunk = cell.curves, cell.sunk_flops
         for arm, ends in (("cpt", ["cpt_tokens", "cpt"]), ("moe", ["moe"])):
-            branches = [curves[leg] for leg in ends]
+            branches = [curves[stage] for stage in ends]
             _arm(axes, curves[arm], branches, colour_of(arm, theme), scale=_TERA, shift=sunk)
         if "scratch" in curves:
             colour, stem = colour_of("scratch", theme), curves["scratch"]
@@ -216,10 +216,10 @@ def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: s
         return
     axes.set_xscale("log")
     _plain_ticks(axes)
-    marks = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
+    metadata = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
     first = _batches(found)[0]
     sizes = f"filled: batch {first}"
-    canvas.note(axes, f"At equal training FLOPs; {marks}; {sizes}", theme)
+    canvas.note(axes, f"At equal training FLOPs; {metadata}; {sizes}", theme)
 
 
 def _served(found: Found, length: int, name: str, figure: str, batch: int) -> tuple[float, float] | None:

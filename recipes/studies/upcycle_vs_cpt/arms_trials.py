@@ -36,10 +36,10 @@ class Trial:
     @property
     def done(self) -> bool:
         """Whether every leg of the run came to its end."""
-        return {row["model"] for row in self.summary().get("results", [])}.issuperset(self.legs)
+        return {row["model"] for row in self.summary().get("results", [])}.issuperset(self.stages)
 
     @property
-    def legs(self) -> tuple[str, ...]:
+    def stages(self) -> tuple[str, ...]:
         """Rows of the summary that it ends with."""
         if self.arms == "continued":
             return ("moe", "cpt", "cpt_tokens")
@@ -64,8 +64,8 @@ class Trial:
     def arguments(self, overrides: Sequence[str]) -> list[str]:
         """What train.py is given. Overrides of the user come before, so that the trial's own win."""
         own = [
-            f"versus.arms={self.arms}",
-            f"versus.sunk_steps={list(self.lengths)}".replace(" ", ""),
+            f"upcycle_vs_cpt.arms={self.arms}",
+            f"upcycle_vs_cpt.sunk_steps={list(self.lengths)}".replace(" ", ""),
             f"seed={self.seed}",
             f"model.seed={self.seed}",
             "data.seed=0",

@@ -132,13 +132,13 @@ def collect(trials: Sequence[Trial]) -> Found:
 def _cell(trial: Trial, scratch: Trial | None) -> Cell:
     summary, length = trial.summary(), trial.lengths[-1]
     rows = {row["model"]: row for row in summary["results"]}
-    legs = {"dense": "dense", "cpt_tokens": "cpt_tokens", "cpt_flops": "cpt", "moe": "moe"}
-    curves = {leg: _curve(trial, rows[leg]) for leg in trial.legs}
+    stages = {"dense": "dense", "cpt_tokens": "cpt_tokens", "cpt_flops": "cpt", "moe": "moe"}
+    curves = {stage: _curve(trial, rows[stage]) for stage in trial.stages}
     if scratch is not None:
         rows |= {row["model"]: row for row in scratch.summary()["results"]}
         total = "scratch" if length == scratch.lengths[-1] else f"scratch_{length}"
-        legs |= {"scratch_free": "scratch_0", "scratch_total": total}
-        curves |= {leg: _curve(scratch, rows[leg]) for leg in scratch.legs}
+        stages |= {"scratch_free": "scratch_0", "scratch_total": total}
+        curves |= {stage: _curve(scratch, rows[stage]) for stage in scratch.stages}
     dense_tokens = length * int(summary["tokens_per_step"])
     sizes = {
         "params": rows["moe"]["total_params"],
@@ -149,7 +149,7 @@ def _cell(trial: Trial, scratch: Trial | None) -> Cell:
     return Cell(
         length=length,
         seed=trial.seed,
-        readings={name: _reading(rows[leg]) for name, leg in legs.items()},
+        readings={name: _reading(rows[stage]) for name, stage in stages.items()},
         curves=curves,
         dense_tokens=dense_tokens,
         sunk_flops=dense_tokens * rows["dense"]["flops_per_token_train"],
@@ -163,7 +163,7 @@ def _reading(row: Mapping[str, Any]) -> Reading:
 
 
 def _curve(trial: Trial, row: Mapping[str, Any]) -> Curve:
-    logged = [line for line in read_rows(trial.folder / METRICS_FILE) if line["leg"] == row["model"]]
+    logged = [line for line in read_rows(trial.folder / METRICS_FILE) if line["stage"] == row["model"]]
     points = {line["tokens"]: line["val_loss"] for line in logged if "val_loss" in line}
     rates = [(line["tokens"], line["lr"]) for line in logged if "lr" in line]
     peak = max((lr for _, lr in rates), default=0.0)

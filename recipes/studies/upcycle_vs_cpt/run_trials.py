@@ -16,14 +16,14 @@ _POLL_S = 0.5
 _Launch = Callable[[Trial], "subprocess.Popen[bytes]"]
 
 
-def run_trials(trials: Sequence[Trial], launch: _Launch, parallel: int, say: Callable[[str], None]) -> None:
+def run_trials(trials: Sequence[Trial], launch: _Launch, parallel: int, log: Callable[[str], None]) -> None:
     """Runs what is not done. The first run is alone until the cache holds what all share.
 
     Args:
         trials: All of the grid, in order.
         launch: Starts one.
         parallel: How many at a time.
-        say: Takes a line for each run that ended.
+        log: Takes a line for each run that ended.
 
     Raises:
         KeyboardInterrupt: The grid was interrupted; its runs have been asked to save, and have ended.
@@ -40,7 +40,7 @@ def run_trials(trials: Sequence[Trial], launch: _Launch, parallel: int, say: Cal
             for trial in [trial for trial, (process, _) in running.items() if process.poll() is not None]:
                 process, began = running.pop(trial)
                 left = len(pending) + len(running)
-                say(_outcome(trial, process.returncode, time.perf_counter() - began, left))
+                log(_outcome(trial, process.returncode, time.perf_counter() - began, left))
             time.sleep(_POLL_S)
     except BaseException:
         _stop([process for process, _ in running.values()])

@@ -20,19 +20,21 @@ _RECOVERY = (
 
 def faults(record: RunRecord) -> list[str]:
     """The section; nothing for runs that were made before steps were guarded."""
-    legs = {leg: rows for leg, rows in record.legs.items() if any("skipped_steps" in row for row in rows)}
+    stages = {
+        stage: rows for stage, rows in record.stages.items() if any("skipped_steps" in row for row in rows)
+    }
     goodput = record.section("goodput")
     recoveries = number(goodput.get("recoveries"))
-    if not legs and recoveries is None:
+    if not stages and recoveries is None:
         return []
-    table = [cells for leg, rows in legs.items() for cells in _skipped(record, leg, rows)]
+    table = [cells for stage, rows in stages.items() for cells in _skipped(record, stage, rows)]
     pieces = [html.heading("Faults")]
     if table:
         head = ["training of", "steps skipped", "of them not finite", "spikes", "at", "gone back to"]
         pieces.append(html.table(head, table, NOT_MEASURED))
         text = f"The samples of steps that were not finite are listed in {FOLDER}/."
         pieces.append(html.paragraph(text, "note"))
-    elif legs:
+    elif stages:
         pieces.append(html.paragraph("No step was skipped: every loss and gradient was finite.", "note"))
     if recoveries:
         pieces += [html.paragraph(_RECOVERY, "note"), html.facts(_recoveries(goodput), NOT_MEASURED)]
@@ -41,7 +43,7 @@ def faults(record: RunRecord) -> list[str]:
     return pieces
 
 
-def _skipped(record: RunRecord, leg: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _skipped(record: RunRecord, stage: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The row of a leg in which steps were skipped."""
     skipped = [row for row in rows if row.get("skipped")]
     if not skipped:
@@ -51,7 +53,7 @@ def _skipped(record: RunRecord, leg: str, rows: Sequence[Mapping[str, Any]]) -> 
     back = ", ".join(formats.count(row["went_back_to"]) for row in rows if "went_back_to" in row)
     return [
         [
-            find(read_results(record.summary), leg).label,
+            find(read_results(record.summary), stage).label,
             formats.count(len(skipped)),
             formats.count(len(bad)),
             formats.count(len(skipped) - len(bad)),

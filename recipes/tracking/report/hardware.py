@@ -9,7 +9,7 @@ from recipes.tracking.report import formats, html
 from recipes.tracking.report.formats import NOT_MEASURED
 from recipes.tracking.report.results_table import find, read_results
 from recipes.tracking.report.run_record import RunRecord, section
-from recipes.tracking.training_figures import summarise_leg
+from recipes.tracking.training_figures import summarise_stage
 
 _HEAD = ["training of", "tokens/s", "MFU", "S-MFU", "S-MBU", "peak memory of a rank", "J/token"]
 _NAMES = {
@@ -36,26 +36,28 @@ _NOTE = (
 
 def hardware(record: RunRecord) -> list[str]:
     """A row a leg, then where the time went; nothing for a run that has measured none of it."""
-    legs = section(record.summary, "training")
-    rows = {leg: summarise_leg(rows) for leg, rows in record.legs.items()}
-    shown = {leg: figures for leg, figures in rows.items() if leg in legs or figures["s_mbu"] is not None}
+    stages = section(record.summary, "training")
+    rows = {stage: summarise_stage(rows) for stage, rows in record.stages.items()}
+    shown = {
+        stage: figures for stage, figures in rows.items() if stage in stages or figures["s_mbu"] is not None
+    }
     goodput = record.section("goodput")
     if not shown and not goodput:
         return []
     pieces = [html.heading("Use of the hardware")]
     if shown:
-        table = [_row(record, leg, figures) for leg, figures in shown.items()]
+        table = [_row(record, stage, figures) for stage, figures in shown.items()]
         pieces += [html.paragraph(_NOTE, "note"), html.table(_HEAD, table, NOT_MEASURED)]
-    reasons = _reasons(legs)
+    reasons = _reasons(stages)
     if reasons:
         pieces += [html.paragraph("Not measured:", "note"), html.bullets(reasons)]
     return [*pieces, html.facts([*_peaks(record), *_energy(record), *_goodput(goodput)], NOT_MEASURED)]
 
 
-def _row(record: RunRecord, leg: str, figures: Mapping[str, float | None]) -> list[str]:
+def _row(record: RunRecord, stage: str, figures: Mapping[str, float | None]) -> list[str]:
     joules = figures["joules_per_token"]
     return [
-        find(read_results(record.summary), leg).label,
+        find(read_results(record.summary), stage).label,
         formats.count(figures["tokens_per_s"]),
         *(formats.share(figures[name]) for name in ("mfu", "s_mfu", "s_mbu")),
         formats.size(figures["memory_bytes"]),
@@ -63,12 +65,12 @@ def _row(record: RunRecord, leg: str, figures: Mapping[str, float | None]) -> li
     ]
 
 
-def _reasons(legs: Mapping[str, Any]) -> list[str]:
+def _reasons(stages: Mapping[str, Any]) -> list[str]:
     """Each once, with the figures and models that it is of."""
     found: dict[tuple[str, str], list[str]] = {}
-    for leg in legs:
-        for name, reason in section(section(legs, leg), "missing").items():
-            found.setdefault((name, str(reason)), []).append(str(leg))
+    for stage in stages:
+        for name, reason in section(section(stages, stage), "missing").items():
+            found.setdefault((name, str(reason)), []).append(str(stage))
     return [
         f"{_NAMES.get(name, name)} of {', '.join(which)}: {reason}" for (name, reason), which in found.items()
     ]

@@ -31,18 +31,18 @@ _BALANCE = (
 
 def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
     """Validation loss over tokens of the upcycled and the dense model; None where no loss was logged."""
-    legs = [leg for leg in ("cpt", "moe") if leg in record.legs] or [
-        leg for leg in ("dense",) if leg in record.legs
+    stages = [stage for stage in ("cpt", "moe") if stage in record.stages] or [
+        stage for stage in ("dense",) if stage in record.stages
     ]
-    curves = {leg: _curves(record.legs[leg]) for leg in legs}
-    start = _dense_loss(record) if legs != ["dense"] else None
+    curves = {stage: _curves(record.stages[stage]) for stage in stages}
+    start = _dense_loss(record) if stages != ["dense"] else None
     if not any(x.size for pair in curves.values() for x, _ in pair):
         return None
     figure = canvas.new_figure(4.3, theme)
     axes = figure.add_subplot()
-    x_label = "training tokens" if legs == ["dense"] else _TOKENS
+    x_label = "training tokens" if stages == ["dense"] else _TOKENS
     canvas.style(axes, theme, x=x_label, y="cross-entropy (nats/token)")
-    labels = [_draw_leg(axes, leg, curves[leg], theme, _name(record, leg)) for leg in legs]
+    labels = [_draw_stage(axes, stage, curves[stage], theme, _name(record, stage)) for stage in stages]
     if start is not None:
         axes.axhline(start, color=theme.dense, linewidth=1.6, linestyle=(0, (5, 3)), zorder=2)
         labels.append((start, f"{_name(record, 'dense')}\n{formats.loss(start)}", theme.dense))
@@ -51,7 +51,7 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
     axes.set_xlim(0, end if end > 0 else 1)
     low, high = _limits(curves, start, end)
     axes.set_ylim(low, high)
-    _mark_high_starts(axes, {leg: curves[leg][0] for leg in legs}, high, theme, record)
+    _mark_high_starts(axes, {stage: curves[stage][0] for stage in stages}, high, theme, record)
     canvas.label_lines(axes, [label for label in labels if label is not None], gap=0.13)
     canvas.note(
         axes, f"Bold: validation loss. Faint: training loss, mean of 1/{_SMOOTHING} of the steps.", theme
@@ -61,7 +61,7 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
 
 def balance_figure(record: RunRecord, theme: Theme) -> Figure | None:
     """MaxVio, load CV and router entropy over tokens; None where none was logged."""
-    rows = record.legs.get("moe", ())
+    rows = record.stages.get("moe", ())
     shown = [(name, label) for name, label in _BALANCE if series(rows, f"router/{name}")[0].size]
     if not shown:
         return None
@@ -102,24 +102,24 @@ def _smooth(curve: Pair) -> Pair:
     return tokens[window - 1 :], (sums[window:] - sums[:-window]) / window
 
 
-def _name(record: RunRecord, leg: str) -> str:
-    label = find(read_results(record.summary), leg).label
-    return label if label != "?" else label_of(leg)
+def _name(record: RunRecord, stage: str) -> str:
+    label = find(read_results(record.summary), stage).label
+    return label if label != "?" else label_of(stage)
 
 
 def _dense_loss(record: RunRecord) -> float | None:
     """Validation loss of the dense checkpoint: of the summary, else the last of its training."""
     known = find(read_results(record.summary), "dense").val_loss
-    _, values = series(record.legs.get("dense", ()), "val_loss")
+    _, values = series(record.stages.get("dense", ()), "val_loss")
     return known if known is not None else (float(values[-1]) if values.size else None)
 
 
-def _draw_leg(
-    axes: Axes, leg: str, curves: tuple[Pair, Pair], theme: Theme, name: str
+def _draw_stage(
+    axes: Axes, stage: str, curves: tuple[Pair, Pair], theme: Theme, name: str
 ) -> tuple[float, str, str] | None:
     """Draws a leg's validation and training loss; returns the label of its end, None without a curve."""
     (val_x, val_y), (train_x, train_y) = curves
-    colour = theme.of(leg)
+    colour = theme.of(stage)
     if train_x.size:
         axes.plot(*_thin(train_x, train_y), color=colour, linewidth=0.8, alpha=0.3, zorder=1)
     if val_x.size:
@@ -154,13 +154,13 @@ def _mark_high_starts(
     axes: Axes, curves: Mapping[str, Pair], high: float, theme: Theme, record: RunRecord
 ) -> None:
     """Says where a curve begins that enters the chart from above."""
-    above = [(leg, float(y[0])) for leg, (_, y) in curves.items() if y.size and y[0] > high]
-    for line, (leg, value) in enumerate(above):
+    above = [(stage, float(y[0])) for stage, (_, y) in curves.items() if y.size and y[0] > high]
+    for line, (stage, value) in enumerate(above):
         axes.annotate(
-            f"{_name(record, leg)} starts at {formats.loss(value)}, above the chart",
+            f"{_name(record, stage)} starts at {formats.loss(value)}, above the chart",
             xy=(0.99, 0.97 - 0.07 * line),
             xycoords="axes fraction",
-            color=theme.of(leg),
+            color=theme.of(stage),
             fontsize=8.5,
             ha="right",
             va="top",

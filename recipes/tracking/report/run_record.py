@@ -45,14 +45,14 @@ class RunRecord:
 
     Attributes:
         run_dir: The directory.
-        legs: Leg to its rows, in the order of training.
+        stages: Leg to its rows, in the order of training.
         loads: The MoE layers of the ``moe`` leg.
         summary: What ``summary.json`` holds; empty where the run has not finished.
         config: Text of ``config.yaml``; None when missing.
     """
 
     run_dir: Path
-    legs: Mapping[str, Sequence[Row]]
+    stages: Mapping[str, Sequence[Row]]
     loads: Sequence[LayerLoad]
     summary: Mapping[str, Any]
     config: str | None
@@ -78,18 +78,18 @@ def read_run(run_dir: str | Path) -> RunRecord:
     if not run_dir.is_dir():
         remedy = "Give the run directory, such as outputs/my-run."
         raise DataError.one("run directory", str(run_dir), "is not a folder", remedy)
-    legs: dict[str, list[Row]] = {}
+    stages: dict[str, list[Row]] = {}
     for row in read_rows(run_dir / METRICS_FILE):
-        legs.setdefault(str(row.get("leg", "moe")), []).append(row)
+        stages.setdefault(str(row.get("stage", "moe")), []).append(row)
     summary = _read_summary(run_dir / SUMMARY_FILE)
-    if not legs and not summary:
+    if not stages and not summary:
         rule = f"holds neither {METRICS_FILE} with a row nor {SUMMARY_FILE}"
         raise DataError.one(
             "run directory", str(run_dir), rule, "Give the directory of a run that has trained."
         )
     config = run_dir / CONFIG_FILE
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
-    return RunRecord(run_dir, legs, _read_loads(run_dir / LOAD_FILE), summary, text)
+    return RunRecord(run_dir, stages, _read_loads(run_dir / LOAD_FILE), summary, text)
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[Floats, Floats]:
@@ -128,7 +128,7 @@ def _read_loads(path: Path) -> list[LayerLoad]:
     """The layers' load, step by step. A step written twice counts as written last."""
     layers: dict[int, dict[int, Floats]] = {}
     for row in read_rows(path):
-        if row.get("leg", "moe") != "moe" or not isinstance(row.get("step"), int):
+        if row.get("stage", "moe") != "moe" or not isinstance(row.get("step"), int):
             continue
         for layer, load in zip(row.get("layers", ()), row.get("load", ()), strict=False):
             layers.setdefault(int(layer), {})[row["step"]] = np.array(load, dtype=np.float64)

@@ -63,7 +63,7 @@ def missing_parts(record: RunRecord) -> list[str]:
         gone += [
             f"{name} (in {SUMMARY_FILE})" for name in ("exactness", "export") if not record.section(name)
         ]
-    if not record.legs:
+    if not record.stages:
         gone.append(f"{METRICS_FILE}: no row, so there are no curves")
     elif not record.loads:
         gone.append("load of the experts over time")
@@ -83,7 +83,7 @@ def results(record: RunRecord) -> list[str]:
 
 def routing(record: RunRecord) -> list[str]:
     """How balanced the routing was in the end."""
-    rows = record.legs.get("moe", ())
+    rows = record.stages.get("moe", ())
     pairs = []
     for name, label, show in _ROUTING:
         _, values = series(rows, f"router/{name}")
@@ -100,19 +100,19 @@ def throughput(record: RunRecord) -> list[str]:
     """Speed and time of each leg, then of the whole run."""
     timings, found = record.section("timings"), read_results(record.summary)
     rows = []
-    for leg in (
-        name for name in MODELS if name in record.legs or number(timings.get(f"{name}_s")) is not None
+    for stage in (
+        name for name in MODELS if name in record.stages or number(timings.get(f"{name}_s")) is not None
     ):
-        logged = record.legs.get(leg, ())
+        logged = record.stages.get(stage, ())
         steps = [row["step"] for row in logged if number(row.get("step")) is not None]
-        speed = find(found, leg).tokens_per_s or _median(logged, "tokens_per_s")
+        speed = find(found, stage).tokens_per_s or _median(logged, "tokens_per_s")
         rows.append(
             [
-                "Dense (its own training)" if leg == "dense" else find(found, leg).label,
+                "Dense (its own training)" if stage == "dense" else find(found, stage).label,
                 formats.count(max(steps) if steps else None),
                 formats.count(speed),
                 formats.share(_median(logged, "mfu")),
-                formats.seconds(timings.get(f"{leg}_s")),
+                formats.seconds(timings.get(f"{stage}_s")),
             ]
         )
     pieces = [html.heading("Throughput and time")]

@@ -9,7 +9,7 @@ from moe.metrics import LoadReport
 
 
 @dataclass(frozen=True)
-class LegInfo:
+class StageInfo:
     """One model's training within a run.
 
     Attributes:
@@ -30,14 +30,14 @@ class LegInfo:
 class Callback:
     """Hooks of the loop; called on every rank, with figures already reduced over the ranks."""
 
-    def on_leg_start(self, leg: LegInfo) -> None:
+    def on_stage_start(self, stage: StageInfo) -> None:
         """Before the first step."""
 
-    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+    def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """A step is done (or step 0 was validated); ``row`` holds its figures."""
 
-    def before_checkpoint(self, leg: LegInfo, step: int) -> None:
+    def before_checkpoint(self, stage: StageInfo, step: int) -> None:
         """A checkpoint of this step is about to be saved."""
 
-    def on_leg_end(self, leg: LegInfo) -> None:
+    def on_stage_end(self, stage: StageInfo) -> None:
         """After the last step, also when the run stops early."""

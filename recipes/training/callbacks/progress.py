@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe.metrics import LoadReport
-from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.callbacks.base import Callback, StageInfo
 
 
 class Progress(Callback):
@@ -22,7 +22,7 @@ class Progress(Callback):
         self._started = 0.0
         self._val_loss: float | None = None
 
-    def on_leg_start(self, leg: LegInfo) -> None:
+    def on_stage_start(self, stage: StageInfo) -> None:
         """Opens the bar."""
         self._started = time.perf_counter()
         self._val_loss = None
@@ -30,16 +30,16 @@ class Progress(Callback):
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=leg.total_steps,
-                initial=leg.first_step,
-                desc=leg.title,
+                total=stage.total_steps,
+                initial=stage.first_step,
+                desc=stage.title,
                 unit="step",
                 dynamic_ncols=True,
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                 "[{elapsed}<{remaining}{postfix}]",
             )
 
-    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+    def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """Moves the bar or prints a line."""
         self._val_loss = row.get("val_loss", self._val_loss)
         step = int(row["step"])
@@ -47,10 +47,10 @@ class Progress(Callback):
             self._bar.set_postfix_str(self._figures(row), refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        last = step == leg.total_steps
-        if step == leg.first_step or last or step % self.log_every == 0 or "val_loss" in row:
+        last = step == stage.total_steps
+        if step == stage.first_step or last or step % self.log_every == 0 or "val_loss" in row:
             print(
-                f"{leg.title} {step}/{leg.total_steps}  {self._figures(row)}{self._eta(leg, step)}",
+                f"{stage.title} {step}/{stage.total_steps}  {self._figures(row)}{self._eta(stage, step)}",
                 flush=True,
             )
 
@@ -68,14 +68,14 @@ class Progress(Callback):
             parts.append(f"maxvio {row['router/maxvio']:.2f}")
         return "  ".join(parts)
 
-    def _eta(self, leg: LegInfo, step: int) -> str:
-        done = step - leg.first_step
-        if done <= 0 or step >= leg.total_steps:
+    def _eta(self, stage: StageInfo, step: int) -> str:
+        done = step - stage.first_step
+        if done <= 0 or step >= stage.total_steps:
             return ""
-        seconds = (time.perf_counter() - self._started) / done * (leg.total_steps - step)
+        seconds = (time.perf_counter() - self._started) / done * (stage.total_steps - step)
         return f"  eta {int(seconds // 60)}:{int(seconds % 60):02d}"
 
-    def on_leg_end(self, leg: LegInfo) -> None:
+    def on_stage_end(self, stage: StageInfo) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()

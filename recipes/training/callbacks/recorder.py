@@ -9,7 +9,7 @@ from typing import Any
 from moe.metrics import LoadReport
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.trackers import ExpertLoad, RunLogger
-from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.callbacks.base import Callback, StageInfo
 
 
 class Recorder(Callback):
@@ -20,17 +20,17 @@ class Recorder(Callback):
         self.logger = logger
         self.ledger = ledger
 
-    def on_leg_start(self, leg: LegInfo) -> None:
+    def on_stage_start(self, stage: StageInfo) -> None:
         """Drops rows past the checkpoint that is resumed: they are written again."""
-        dropped = self.logger.truncate_after(leg.name, leg.first_step if leg.first_step else -1)
+        dropped = self.logger.truncate_after(stage.name, stage.first_step if stage.first_step else -1)
         if self.ledger is not None and dropped:
             self.ledger.recount()
 
-    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+    def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """Writes the row."""
         experts = None if load is None else ExpertLoad(load.layers, load.load)
         now = time.time()
-        line: dict[str, Any] = {"leg": leg.name, **row, "time": now}
+        line: dict[str, Any] = {"stage": stage.name, **row, "time": now}
         if self.ledger is not None and "step_s" in row:
             self.ledger.add_step(row["step_s"], counts="skipped" not in row)
             line["goodput"] = self.ledger.goodput(now)
@@ -40,6 +40,6 @@ class Recorder(Callback):
         if self.ledger is not None and "went_back_to" in row:
             self.ledger.recount()
 
-    def before_checkpoint(self, leg: LegInfo, step: int) -> None:
+    def before_checkpoint(self, stage: StageInfo, step: int) -> None:
         """The rows up to a checkpoint are on the disk before it is: a resume counts on them."""
         self.logger.sync()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.runtime.config import FaultsConfig
-from recipes.runtime.heartbeat import Watch
+from recipes.runtime.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class RunGuards:
     Attributes:
         faults: When steps are skipped, and when the run ends.
         folder: The run directory, where bad batches are written down; None writes none.
-        watch: Is told where training is.
+        heartbeat: Is told where training is.
     """
 
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     folder: Path | None = None
-    watch: Watch = field(default_factory=Watch)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)

@@ -16,7 +16,7 @@ from recipes.tracking.metrics_log import Metric
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.step_guard import NO_UPDATE, StepGuard, StepJudgement, Verdict
 from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
-from recipes.training.stage import Leg
+from recipes.training.stage import Stage
 
 STATE = "guard"
 """Under this name a checkpoint keeps what the judge of the steps remembers."""
@@ -43,7 +43,7 @@ class Begun:
     state: Mapping[str, Any]
 
 
-class LegGuard:
+class StageGuard:
     """Of one leg in one process; every decision is the same on all ranks.
 
     Attributes:
@@ -51,13 +51,13 @@ class LegGuard:
         problem: Why the run may not go on; None while it may.
     """
 
-    def __init__(self, engine: Engine[Any], guards: RunGuards, leg: Leg) -> None:
+    def __init__(self, engine: Engine[Any], guards: RunGuards, stage: Stage) -> None:
         """Goes on from what the leg's checkpoint remembers, if anything."""
         self._engine = engine
         self._guards = guards
-        self._leg = leg
-        self._steps = StepGuard(guards.faults, leg.state.get(STATE))
-        self._files = WatchedFiles(leg.data.files)
+        self._stage = stage
+        self._steps = StepGuard(guards.faults, stage.state.get(STATE))
+        self._files = WatchedFiles(stage.data.files)
         self._in_a_row = 0
         self._changes = self._files.changes()
         self.begun: Begun | None = None
@@ -74,7 +74,7 @@ class LegGuard:
         return {"changed_files": Metric(float(len(self._changes)), "sum")}
 
     def norm_limit(self, reduced: Mapping[str, float]) -> float:
-        """For `Trainable.step`.
+        """For `TrainModule.step`.
 
         Args:
             reduced: ``loss`` and `measures`, over all ranks.
@@ -104,9 +104,9 @@ class LegGuard:
         found = self._steps.judge(reduced["loss"], norm)
         self._in_a_row = found.in_a_row if found.verdict is Verdict.NONFINITE else 0
         if found.verdict is Verdict.SPIKE:
-            self._say_spike(step, reduced["loss"], norm, found)
+            self._log_spike(step, reduced["loss"], norm, found)
         elif found.verdict is Verdict.NONFINITE:
-            bad = BadStep(self._leg.name, step + 1, reduced["loss"], norm, found.in_a_row)
+            bad = BadStep(self._stage.name, step + 1, reduced["loss"], norm, found.in_a_row)
             self._tell_nonfinite(bad, torch.stack(list(losses)).tolist(), samples)
         return found
 
@@ -132,33 +132,33 @@ class LegGuard:
         if record.problem:
             where += f" ({record.problem})"
         found = (
-            f"{self._leg.title}: at step {bad.step} the loss is {bad.loss} and the gradient norm "
+            f"{self._stage.title}: at step {bad.step} the loss is {bad.loss} and the gradient norm "
             f"{bad.grad_norm}{_of_ranks(record.bad_ranks, self._engine.world_size)}"
         )
         if bad.in_a_row < limit:
-            self._say(f"{found}; the step is skipped ({bad.in_a_row} in a row, {limit} end the run); {where}")
+            self._log(f"{found}; the step is skipped ({bad.in_a_row} in a row, {limit} end the run); {where}")
             return
         row = "" if limit == 1 else f", the {limit} steps in a row that faults.max_nonfinite allows for"
         self.problem = DivergedError(
             f"{found}{row}; the weights were not updated, and {where}. Checkpoints are in "
-            f"{self._leg.checkpoints}: lower optim.lr (now {self._leg.optim.lr}) or raise "
+            f"{self._stage.checkpoints}: lower optim.lr (now {self._stage.optim.lr}) or raise "
             "optim.schedule.warmup_steps, and set resume=auto."
         )
 
-    def _say_spike(self, step: int, loss: float, norm: float, found: StepJudgement) -> None:
+    def _log_spike(self, step: int, loss: float, norm: float, found: StepJudgement) -> None:
         faults = self._guards.faults
         high = [
             f"{name} is {value:.4g}, above {limit:.4g}"
             for name, value, limit in zip(("loss", "gradient norm"), (loss, norm), found.limits, strict=True)
             if value > limit
         ]
-        self._say(
-            f"{self._leg.title}: step {step + 1} is skipped, a spike ({found.in_a_row} in a row): its "
+        self._log(
+            f"{self._stage.title}: step {step + 1} is skipped, a spike ({found.in_a_row} in a row): its "
             f"{' and its '.join(high)}, {faults.spike_sigma:g} standard deviations over the mean of the last "
             f"{faults.spike_window} steps at most"
         )
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if self._engine.rank == 0:
             print(line, flush=True)
 

@@ -95,7 +95,7 @@ class StepGuard:
 
         Args:
             loss: As for `norm_limit`.
-            norm: What `Trainable.step` returned under that limit.
+            norm: What `TrainModule.step` returned under that limit.
         """
         limits = self._limit(self._losses), self._limit(self._norms)
         if not (math.isfinite(loss) and math.isfinite(norm)):

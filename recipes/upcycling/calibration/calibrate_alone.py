@@ -9,18 +9,18 @@ from recipes.config.schema import RunConfig
 from recipes.data.build_data import load_data
 from recipes.engines import engine_classes
 from recipes.engines.console import RankConsole
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.interrupt import StopRequest
 from recipes.upcycling.calibration.gather import Calibration, LayerTensors
 
 
-def calibrate_alone(config: RunConfig, host: HuggingFaceHost, folder: Path) -> LayerTensors | None:
+def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTensors | None:
     """The statistics that the config's method asks for.
 
     Args:
         config: Names the method, the text and how much of it.
-        host: The dense decoder.
+        model: The dense decoder.
         folder: Where state and result are kept: a second call goes on, or reads.
 
     Returns:
@@ -30,14 +30,14 @@ def calibrate_alone(config: RunConfig, host: HuggingFaceHost, folder: Path) -> L
     if not method.statistics:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = int(host.config.get_text_config().vocab_size)
+    vocab_size = int(model.config.get_text_config().vocab_size)
     cache = Path(config.cache_dir).expanduser().absolute() / "tokens"
     engine = engine_classes()[config.engine.name](config.engine)
     engine.open()
     try:
-        data = load_data(config.data, host.folder, cache, vocab_size, lambda line: None)
-        data = fit_attention(data, host.model, print)
-        with StopRequest(speaks=True) as stop:
-            return Calibration(config, RankConsole(engine), stop, folder, host, method, data).run()
+        data = load_data(config.data, model.folder, cache, vocab_size, lambda line: None)
+        data = fit_attention(data, model.module, print)
+        with StopRequest(verbose=True) as stop:
+            return Calibration(config, RankConsole(engine), stop, folder, model, method, data).run()
     finally:
         engine.close()

@@ -25,10 +25,10 @@ from moe.upcycle.statistics.layer_statistics import (
 )
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import TrainData, load_data
-from recipes.data.samples import Marks, Samples
+from recipes.data.samples import Samples, TokenMetadata
 from recipes.engines.console import RankConsole
 from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.hf_model import HuggingFaceHost, chosen_sites
+from recipes.models.hf.hf_model import HFModel, chosen_sites
 from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.metrics_log import Metric, reduce_metrics
@@ -55,7 +55,7 @@ class Calibration:
         console: RankConsole,
         stop: StopRequest,
         folder: Path,
-        host: HuggingFaceHost,
+        model: HFModel,
         method: UpcycleMethod[Any],
         data: TrainData,
     ) -> None:
@@ -66,7 +66,7 @@ class Calibration:
             console: Its ranks.
             stop: Asks for an early end.
             folder: Where state and result are kept.
-            host: The dense decoder.
+            model: The dense decoder.
             method: Names the statistics.
             data: The run's data, which is calibrated on where ``calibration.path`` names no other.
         """
@@ -74,7 +74,7 @@ class Calibration:
         self.console = console
         self.engine = console.engine
         self.stop = stop
-        self.host = host
+        self.model = model
         self.method = method
         self.wanted = Wanted(tuple(method.statistics), method.statistic_options)
         self.config = config.calibration
@@ -98,17 +98,17 @@ class Calibration:
             return kept.by_layer()
         started = time.time()
         device = self.engine.device
-        self.host.model.to(device)
+        self.model.module.to(device)
         try:
             # Found again: on another device the weights are other tensors.
-            sites = chosen_sites(self.host, self.method)
+            sites = chosen_sites(self.model, self.method)
             self._require_memory(sites)
             finished = self._gather(sites)
         finally:
-            self.host.model.to("cpu")
+            self.model.module.to("cpu")
         if not finished:
             return None
-        self.console.say(
+        self.console.log(
             f"calibration: {', '.join(self.wanted.names)} of {len(sites)} layers on "
             f"{self.config.samples * self.text.seq_len:,} tokens took {time.time() - started:.0f} s"
         )
@@ -124,20 +124,20 @@ class Calibration:
         # Both sides of the split: all of it is calibrated on, none held out.
         own = dataclasses.replace(run.data, path=path, validation_path=path)
         cache = Path(run.cache_dir).expanduser().absolute() / "tokens"
-        vocab_size = int(self.host.config.get_text_config().vocab_size)
+        vocab_size = int(self.model.config.get_text_config().vocab_size)
 
         def load(log: Any) -> TrainData:
-            return load_data(own, self.host.folder, cache, vocab_size, log)
+            return load_data(own, self.model.folder, cache, vocab_size, log)
 
         console.on_rank_zero(lambda: load(console.lines).fingerprint)
-        loaded = fit_attention(load(lambda line: None), self.host.model, console.say)
+        loaded = fit_attention(load(lambda line: None), self.model.module, console.log)
         return loaded.train, loaded.fingerprint
 
     def _identity(self, text_fingerprint: str) -> dict[str, Any]:
         """What decides the statistics, by config path where it has one."""
         config = self.run_config
-        layers = [site.layer for site in chosen_sites(self.host, self.method)]
-        dense = self.console.on_rank_zero(lambda: checkpoint_fingerprint(self.host.folder))
+        layers = [site.layer for site in chosen_sites(self.model, self.method)]
+        dense = self.console.on_rank_zero(lambda: checkpoint_fingerprint(self.model.folder))
         return {
             "calibration.samples": self.config.samples,
             "calibration.batch_size": self.config.batch_size,
@@ -169,7 +169,7 @@ class Calibration:
         layers = {
             site.layer: LayerStatistics(site.weights, self.wanted, Draws(seed, site.layer)) for site in sites
         }
-        observer = Observer(self.host, sites, layers, self.engine.compute_dtype)
+        observer = Observer(self.model, sites, layers, self.engine.compute_dtype)
         first_pass, first_batch = self._load(layers)
         passes = next(iter(layers.values())).passes
         for number in range(first_pass, len(passes)):
@@ -199,11 +199,11 @@ class Calibration:
         batches = -(-self.config.samples // size)
         gradient = needs_gradient(observer.layers[observer.sites[0].layer].passes[number])
         label = "calibration" if count == 1 else f"calibration, pass {number + 1} of {count}"
-        shown = self.console.say if self.console.leads else None
+        shown = self.console.log if self.console.is_rank0 else None
         with observer.watching(gradient), BatchProgress(label, batches, first_batch, shown) as progress:
             for batch in range(first_batch, batches):
                 self._batch(observer, batch, gradient)
-                self.console.watch.beat()
+                self.console.heartbeat.progress()
                 progress.update()
                 done = batch + 1
                 stopping = self._asked_to_stop()
@@ -222,10 +222,10 @@ class Calibration:
         if own:
             tokens_BS1 = torch.stack([torch.from_numpy(self.text.sample(n)) for n in own])
             first_index_B = torch.tensor(own) * self.text.seq_len
-            observer.show(tokens_BS1, first_index_B, gradient, self._marks(own))
+            observer.show(tokens_BS1, first_index_B, gradient, self._metadata(own))
 
-    def _marks(self, own: range) -> Marks | None:
-        return Marks.together([self.text.marks(n, 1) for n in own])
+    def _metadata(self, own: range) -> TokenMetadata | None:
+        return TokenMetadata.together([self.text.metadata(n, 1) for n in own])
 
     def _asked_to_stop(self) -> bool:
         """On all ranks when it is on one."""
@@ -249,8 +249,8 @@ class Calibration:
         require_identity(self.folder.state, stored, self.identity)
         number, done = stored.place
         for index, statistics in layers.items():
-            statistics.load(number, stored.layer(index), takes_sums=self.console.leads)
-        self.console.say(f"calibration: going on from batch {done} of pass {number + 1}")
+            statistics.load(number, stored.layer(index), takes_sums=self.console.is_rank0)
+        self.console.log(f"calibration: going on from batch {done} of pass {number + 1}")
         return number, done
 
     def _conclude(self, tensors: Mapping[str, Tensor]) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from moe.upcycle.statistics.base import LayerBatch
 from moe.upcycle.statistics.layer_statistics import LayerStatistics
-from recipes.data.samples import Marks
+from recipes.data.samples import TokenMetadata
 from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Observer:
     """A dense decoder whose layers' inputs are shown to statistics.
 
     Attributes:
-        host: The decoder, on the device.
+        model: The decoder, on the device.
         sites: Its networks that are looked at, as found on that device.
         layers: Their statistics by the index of the block.
         compute_dtype: Of matrix products.
     """
 
-    host: HuggingFaceHost
+    model: HFModel
     sites: list[FFNSite]
     layers: Mapping[int, LayerStatistics]
     compute_dtype: torch.dtype = torch.float32
@@ -43,7 +43,7 @@ class Observer:
     _mask_T: Tensor | None = None
 
     def show(
-        self, tokens_BS1: Tensor, first_index_B: Tensor, gradient: bool, marks: Marks | None = None
+        self, tokens_BS1: Tensor, first_index_B: Tensor, gradient: bool, metadata: TokenMetadata | None = None
     ) -> None:
         """Takes a batch through the model.
 
@@ -51,17 +51,18 @@ class Observer:
             tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
             first_index_B: ``[B]`` int64 number of each sample's first token in the calibration text.
             gradient: Whether a statistic needs the gradient of the loss.
-            marks: What is known of the tokens: padding is not looked at, and targets count by their weights.
+            metadata: What is known of the tokens: padding is not looked at, and targets count by their
+                weights.
         """
         device = self.sites[0].weights.up_FD.device
         tokens_BS1 = tokens_BS1.to(device)
         S = tokens_BS1.shape[1] - 1
         self._index_T = (first_index_B[:, None] + torch.arange(S)).flatten().to(device)
-        self._mask_T = None if marks is None else marks.real_BS.flatten().to(device)
+        self._mask_T = None if metadata is None else metadata.real_BS.flatten().to(device)
         more = {}
-        if marks is not None and marks.positions_BS is not None:
-            more["position_ids"] = marks.positions_BS.to(device)
-        model = self.host.model
+        if metadata is not None and metadata.positions_BS is not None:
+            more["position_ids"] = metadata.positions_BS.to(device)
+        model = self.model.module
         low = self.compute_dtype != torch.float32
         with (
             torch.set_grad_enabled(gradient),
@@ -73,18 +74,18 @@ class Observer:
             logits_BSV = model(input_ids=tokens_BS1[:, :-1], use_cache=False, **more).logits
             flat_TV, targets_T = logits_BSV.float().flatten(0, 1), tokens_BS1[:, 1:].flatten()
             # Summed: a token's gradient does not depend on how many share the batch.
-            if marks is None:
+            if metadata is None:
                 loss = F.cross_entropy(flat_TV, targets_T, reduction="sum")
             else:
                 losses_T = F.cross_entropy(flat_TV, targets_T, reduction="none")
-                loss = (losses_T * marks.weights_BS.flatten().to(device)).sum()
+                loss = (losses_T * metadata.weights_BS.flatten().to(device)).sum()
         loss.backward()
 
     @contextmanager
     def watching(self, gradient: bool) -> Iterator[None]:
         """While open, `show` reaches the statistics; weights are frozen and in evaluation mode."""
-        model = self.host.model
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model = self.model.module
+        train_module = [parameter for parameter in model.parameters() if parameter.requires_grad]
         training = model.training
         handles = [
             model.get_submodule(site.name).register_forward_hook(self._hook(site, gradient))
@@ -94,14 +95,14 @@ class Observer:
             # With frozen weights the graph begins at the embeddings.
             handles.append(model.get_input_embeddings().register_forward_hook(_begin_graph))
         model.eval()
-        for parameter in trainable:
+        for parameter in train_module:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in trainable:
+            for parameter in train_module:
                 parameter.requires_grad_(True)
             model.train(training)
 

@@ -22,7 +22,7 @@ from moe.errors import ConfigError
 from moe.upcycle.build_experts import DenseMatrix, expert_bias, expert_blocks
 from moe.upcycle.layer_plan import Draws, ExpertPlan
 from recipes.checkpoint import require_space
-from recipes.models.export.placement import Piece
+from recipes.models.export.placement import ExpertTensorKey
 from recipes.models.export.write_export import dtype_keys, publish, write_companions
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
@@ -207,7 +207,7 @@ class _Writer:
         dense = DenseMatrix(self._conversion.files[work.source].read_matrix(work.where))
         draws = Draws(self._conversion.request.seed, work.ffn.layer)
         for expert, plan in self._of_source(work):
-            slot = self._placement.slot(Piece(work.ffn.layer, expert, work.matrix))
+            slot = self._placement.slot(ExpertTensorKey(work.ffn.layer, expert, work.matrix))
             offset = slot.offset
             for block in expert_blocks(plan, work.matrix, dense, draws.of_matrix(expert, work.matrix)):
                 values = block if slot.factor == 1.0 else block * slot.factor
@@ -217,7 +217,7 @@ class _Writer:
     def _bias(self, work: ExpertWork) -> Iterator[int]:
         dense = self._conversion.files[work.source].read_matrix(work.where)
         for expert, plan in self._of_source(work):
-            slot = self._placement.slot(Piece(work.ffn.layer, expert, work.matrix, bias=True))
+            slot = self._placement.slot(ExpertTensorKey(work.ffn.layer, expert, work.matrix, bias=True))
             yield self._put(slot.name, expert_bias(plan, work.matrix, dense) * slot.factor, slot.offset)
 
     def _of_source(self, work: ExpertWork) -> Iterator[tuple[int | None, ExpertPlan]]:

@@ -18,20 +18,20 @@ from recipes.models.export import Exporter, choose_exporter, exporters
 from recipes.models.export.base import Layout
 from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec
-from recipes.models.hf.ffn_names import FFNNames, HostNames, MatrixName
+from recipes.models.hf.ffn_names import FFNNames, MatrixName, ModelNames
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.models.safetensors.tensor_files import TensorSpec
 from recipes.upcycling.convert.moe_plan import (
     LayerTensors,
-    MixturePlan,
-    MixtureRequest,
+    MoEPlan,
+    MoERequest,
     StoredModel,
-    plan_mixture,
+    plan_moe,
 )
 
 
 @dataclass(frozen=True)
-class ConversionRequest(MixtureRequest):
+class ConversionRequest(MoERequest):
     """What a user asks for; the seed is that of a training run.
 
     Attributes:
@@ -128,7 +128,7 @@ class Conversion:
         plans: Of each mixture, by block.
         routers: Of each mixture, by block; their tensors are what is written.
         exporter: The format.
-        refusals: Why native formats were not chosen.
+        unsupported_reasons: Why native formats were not chosen.
         placement: Where everything goes.
         work: Everything to be done.
         skipped: Tensors of the dense files that no reader needs.
@@ -136,13 +136,13 @@ class Conversion:
     """
 
     request: ConversionRequest
-    names: HostNames
+    names: ModelNames
     files: tuple[DenseFiles, ...]
     spec: ModelSpec
     plans: Mapping[int, LayerPlan]
     routers: Mapping[int, Router[Any]]
     exporter: Exporter
-    refusals: Sequence[str]
+    unsupported_reasons: Sequence[str]
     placement: Placement
     work: tuple[Work, ...]
     skipped: tuple[str, ...]
@@ -178,66 +178,66 @@ def plan_conversion(request: ConversionRequest, statistics: LayerTensors | None 
         statistics: By block, for methods that need some; and the router's rows, where somebody gives them.
 
     Raises:
-        HostError: The dense checkpoint or the format cannot be had.
+        ModelError: The dense checkpoint or the format cannot be had.
         ConfigError: The method does not fit.
     """
-    mixture = plan_mixture(request, statistics)
-    model = mixture.model
+    moe = plan_moe(request, statistics)
+    model = moe.model
     assert model is not None, "a conversion reads the dense files"
-    exporter, refusals = _exporter(request, mixture.spec)
-    kept = list(_kept(mixture, model, request.untie))
+    exporter, unsupported_reasons = _exporter(request, moe.spec)
+    kept = list(_kept(moe, model, request.untie))
     first = model.files[0]
     kept_specs = [
         TensorSpec(work.name, first.tensors[stored].spec.dtype, model.names.state[same])
         for work, same, stored in kept
     ]
-    placement = Placement(mixture.spec, exporter, kept_specs, request.dtype, request.layout)
+    placement = Placement(moe.spec, exporter, kept_specs, request.dtype, request.layout)
     work = (
         *(work for work, _, _ in kept),
-        *(RouterWork(layer) for layer in mixture.plans),
+        *(RouterWork(layer) for layer in moe.plans),
         *(ConstantWork(name) for name in placement.constants),
-        *expert_work(mixture.ffns, model),
+        *expert_work(moe.ffns, model),
     )
     return Conversion(
         request=request,
         names=model.names,
         files=model.files,
-        spec=mixture.spec,
-        plans=mixture.plans,
-        routers=mixture.routers,
+        spec=moe.spec,
+        plans=moe.plans,
+        routers=moe.routers,
         exporter=exporter,
-        refusals=refusals,
+        unsupported_reasons=unsupported_reasons,
         placement=placement,
         work=work,
         skipped=model.skipped,
-        claims_exact=mixture.claims_exact,
+        claims_exact=moe.claims_exact,
     )
 
 
-def _kept(mixture: MixturePlan, model: StoredModel, untie: bool) -> Iterator[tuple[KeptWork, str, str]]:
+def _kept(moe: MoEPlan, model: StoredModel, untie: bool) -> Iterator[tuple[KeptWork, str, str]]:
     """What is carried over: the work, the host's own name of the tensor, its name in the first files."""
-    taken = tuple(f"{ffn.site}." for ffn in mixture.ffns)
+    taken = tuple(f"{ffn.site}." for ffn in moe.ffns)
     wanted = {name: name for name in model.names.state if not name.startswith(taken)}
     if untie:
         wanted |= model.names.tied
     for name, same in wanted.items():
-        sources = tuple((source, model.stored[source][same]) for source in mixture.method.averaged)
+        sources = tuple((source, model.stored[source][same]) for source in moe.method.averaged)
         yield KeptWork(name, sources), same, model.stored[0][same]
 
 
 def _exporter(request: ConversionRequest, spec: ModelSpec) -> tuple[Exporter, Sequence[str]]:
     if request.target == "auto":
-        exporter, refusals = choose_exporter(spec)
+        exporter, unsupported_reasons = choose_exporter(spec)
     else:
-        exporter, refusals = exporters()[request.target], ()
-        if reason := exporter.refusal(spec):
+        exporter, unsupported_reasons = exporters()[request.target], ()
+        if reason := exporter.unsupported_reason(spec):
             raise ConfigError.one(
                 "--target", request.target, reason, "Use --target auto, or change the method."
             )
     if request.layout not in exporter.layouts:
         rule = f"the format {exporter.name} is written {' or '.join(exporter.layouts)}"
         raise ConfigError.one("--layout", request.layout, rule, f"Use --layout {exporter.layouts[0]}.")
-    return exporter, refusals
+    return exporter, unsupported_reasons
 
 
 def expert_work(ffns: Sequence[FFNNames], model: StoredModel) -> Iterator[ExpertWork]:

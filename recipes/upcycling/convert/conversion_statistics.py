@@ -9,7 +9,7 @@ from pathlib import Path
 from moe.errors import CheckpointError
 from moe.upcycle import upcycle_methods
 from recipes.config.schema import RunConfig
-from recipes.models.hf.hf_model import load_host
+from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
 from recipes.upcycling.calibration.gather import LayerTensors
 from recipes.upcycling.prompts.prompt_rows import with_prompt_rows
@@ -37,15 +37,15 @@ def gather_statistics(config: RunConfig, out: Path) -> LayerTensors | None:
         By layer and name; None when it was asked to stop, with its state saved.
 
     Raises:
-        HostError: The dense model cannot be loaded.
+        ModelError: The dense model cannot be loaded.
         CheckpointError: The statistics beside the output are damaged, or of something else.
     """
     assert config.dense is not None, "a conversion has a dense model"
     folder = calibration_folder(out)
-    host = load_host(Path(config.dense).expanduser(), trust_remote_code=config.trust_remote_code)
+    model = load_model(Path(config.dense).expanduser(), trust_remote_code=config.trust_remote_code)
     try:
-        found = calibrate_alone(config, host, folder)
-        return None if found is None else with_prompt_rows(found, config, host)
+        found = calibrate_alone(config, model, folder)
+        return None if found is None else with_prompt_rows(found, config, model)
     except CheckpointError as error:
         remedy = f"Set it back to go on, or delete {folder}."
         raise CheckpointError([replace(mistake, remedy=remedy) for mistake in error.mistakes]) from error

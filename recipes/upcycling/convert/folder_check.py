@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.upcycle.equivalence import LogitDrift, agree, logit_drift
 from recipes.data.config import DataConfig
 from recipes.data.sources import read_documents
@@ -22,7 +22,7 @@ from recipes.models.export.graft_format import MODEL_TYPE, load_graft
 
 
 @dataclass(frozen=True)
-class GateReport:
+class EquivalenceReport:
     """How two models differ.
 
     Attributes:
@@ -48,7 +48,7 @@ def real_tokens(folder: Path, data: DataConfig, samples: int, length: int) -> Te
     """``[samples, length]`` ids of real text under a checkpoint's tokenizer.
 
     Raises:
-        HostError: The text is too short.
+        ModelError: The text is too short.
     """
     tokenizer = load_tokenizer(folder, append_eos=False)
     ids: list[int] = []
@@ -57,10 +57,12 @@ def real_tokens(folder: Path, data: DataConfig, samples: int, length: int) -> Te
         if len(ids) >= samples * length:
             return torch.tensor(ids[: samples * length]).view(samples, length)
     rule = f"it has {len(ids)} tokens, and {samples} samples of {length} are wanted"
-    raise HostError.one("--text", data.path, rule, "Give more text, or fewer or shorter samples.")
+    raise ModelError.one("--text", data.path, rule, "Give more text, or fewer or shorter samples.")
 
 
-def compare_folders(dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False) -> GateReport:
+def compare_folders(
+    dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False
+) -> EquivalenceReport:
     """Loads both in fp32, one after the other, and compares them.
 
     Args:
@@ -73,9 +75,9 @@ def compare_folders(dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: boo
     moe_logits, moe_grads, moe_dtype = _evaluate(moe, tokens_BS, gradients)
     if dense_logits.shape != moe_logits.shape:
         rule = f"their vocabularies have {dense_logits.shape[-1]} and {moe_logits.shape[-1]} entries"
-        raise HostError.one("--moe", str(moe), rule, "Give the dense checkpoint that it was made from.")
+        raise ModelError.one("--moe", str(moe), rule, "Give the dense checkpoint that it was made from.")
     lower = max(dense_dtype, moe_dtype, key=lambda dtype: -dtype.itemsize)
-    return GateReport(
+    return EquivalenceReport(
         logits=logit_drift(dense_logits, moe_logits),
         gradients=_gradient_drift(dense_grads, moe_grads) if gradients else None,
         dtype=lower,
@@ -89,7 +91,7 @@ def load_any(folder: Path) -> Any:
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if content.get("model_type") == MODEL_TYPE:
-        return load_graft(folder).model.eval()
+        return load_graft(folder).module.eval()
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
 
 

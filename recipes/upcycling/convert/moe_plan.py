@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe.errors import ConfigError, HostError, Mistake
+from moe.errors import ConfigError, Mistake, ModelError
 from moe.routers import Router, router_class
 from moe.routers.base import RouterConfig
 from moe.routing.draws import seeded_generator
@@ -22,8 +22,8 @@ from moe.upcycle.base import UpcycleConfig
 from moe.upcycle.build_experts import DenseMatrix, router_start
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.router_start import start_rows, take_given_rows
-from recipes.models.export.spec import MixtureSpec, ModelSpec
-from recipes.models.hf.ffn_names import FFNNames, HostNames, MatrixName, read_names
+from recipes.models.export.spec import ModelSpec, MoESpec
+from recipes.models.hf.ffn_names import FFNNames, MatrixName, ModelNames, read_names
 from recipes.models.safetensors.dense_files import DenseFiles
 
 # Left over from versions of transformers that saved them; every reader computes them anew.
@@ -33,7 +33,7 @@ LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class MixtureRequest:
+class MoERequest:
     """What makes a mixture what it is.
 
     Attributes:
@@ -62,7 +62,7 @@ class StoredModel:
         skipped: Tensors of the first that no reader needs.
     """
 
-    names: HostNames
+    names: ModelNames
     files: tuple[DenseFiles, ...]
     stored: tuple[Mapping[str, str], ...]
     skipped: tuple[str, ...]
@@ -78,7 +78,7 @@ class StoredModel:
 
 
 @dataclass(frozen=True)
-class MixturePlan:
+class MoEPlan:
     """A mixture, layer by layer.
 
     Attributes:
@@ -93,9 +93,9 @@ class MixturePlan:
         claims_exact: Whether the method keeps the function under this router.
     """
 
-    request: MixtureRequest
+    request: MoERequest
     method: UpcycleMethod[Any]
-    names: HostNames
+    names: ModelNames
     model: StoredModel | None
     ffns: tuple[FFNNames, ...]
     plans: Mapping[int, LayerPlan]
@@ -108,7 +108,7 @@ def open_dense(
     dense: Path,
     sources: Sequence[str] = (),
     *,
-    names: HostNames | None = None,
+    names: ModelNames | None = None,
     trust_remote_code: bool = False,
 ) -> StoredModel:
     """Reads the headers of dense checkpoints.
@@ -120,7 +120,7 @@ def open_dense(
         trust_remote_code: Whether the model may bring its own code.
 
     Raises:
-        HostError: A checkpoint is not whole, or not of this model.
+        ModelError: A checkpoint is not whole, or not of this model.
     """
     names = names or read_names(dense, trust_remote_code=trust_remote_code)
     files = tuple(DenseFiles(Path(folder).expanduser()) for folder in (dense, *sources))
@@ -128,9 +128,7 @@ def open_dense(
     return StoredModel(names, files, stored, _left_over(files[0], names, set(stored[0].values())))
 
 
-def plan_mixture(
-    request: MixtureRequest, statistics: LayerTensors | None = None, *, reads: bool = True
-) -> MixturePlan:
+def plan_moe(request: MoERequest, statistics: LayerTensors | None = None, *, reads: bool = True) -> MoEPlan:
     """Plans a mixture from configs and file headers; of the weights it reads what routers begin with.
 
     Args:
@@ -140,7 +138,7 @@ def plan_mixture(
             whose weights come from a checkpoint.
 
     Raises:
-        HostError: The dense checkpoint cannot be had.
+        ModelError: The dense checkpoint cannot be had.
         ConfigError: The method does not fit.
     """
     names = read_names(request.dense, trust_remote_code=request.trust_remote_code)
@@ -156,8 +154,8 @@ def plan_mixture(
     if model is not None:
         for ffn in chosen:
             _start_router(routers[ffn.layer], ffn, plans[ffn.layer], known.get(ffn.layer, {}), model)
-    mixtures = tuple(_mixture(ffn, plans[ffn.layer], routers[ffn.layer]) for ffn in chosen)
-    return MixturePlan(
+    moe_blocks = tuple(_moe(ffn, plans[ffn.layer], routers[ffn.layer]) for ffn in chosen)
+    return MoEPlan(
         request=request,
         method=method,
         names=names,
@@ -165,12 +163,12 @@ def plan_mixture(
         ffns=tuple(chosen),
         plans=plans,
         routers=routers,
-        spec=ModelSpec(names.config, names.architecture, mixtures),
+        spec=ModelSpec(names.config, names.architecture, moe_blocks),
         claims_exact=all(method.is_exact(router) for router in routers.values()),
     )
 
 
-def _method(request: MixtureRequest, shape: FFNShape) -> UpcycleMethod[Any]:
+def _method(request: MoERequest, shape: FFNShape) -> UpcycleMethod[Any]:
     method: UpcycleMethod[Any] = upcycle_methods()[request.method.name](request.method)
     if unfit := method.check(request.router, shape):
         raise ConfigError([Mistake(u.option, u.value, u.rule, u.remedy) for u in unfit])
@@ -186,7 +184,7 @@ def _known(method: UpcycleMethod[Any], statistics: LayerTensors, ffn: FFNNames) 
     return statistics[ffn.layer]
 
 
-def _chosen(names: HostNames, config: UpcycleConfig) -> list[FFNNames]:
+def _chosen(names: ModelNames, config: UpcycleConfig) -> list[FFNNames]:
     try:
         return [names.ffns[i] for i in config.layer_choice.pick(len(names.ffns))]
     except ValueError as error:
@@ -194,7 +192,7 @@ def _chosen(names: HostNames, config: UpcycleConfig) -> list[FFNNames]:
         raise ConfigError.one("upcycle.layers", config.layers, rule, remedy) from error
 
 
-def _draw_router(request: MixtureRequest, ffn: FFNNames, plan: LayerPlan) -> Router[Any]:
+def _draw_router(request: MoERequest, ffn: FFNNames, plan: LayerPlan) -> Router[Any]:
     """Converter and training run draw alike, so that both begin alike."""
     cls = router_class(request.router.name)
     router: Router[Any] = cls(request.router, ffn.shape.model_width, len(plan.experts))
@@ -214,27 +212,27 @@ def _start_router(
     take_given_rows(router, known)
 
 
-def _mixture(ffn: FFNNames, plan: LayerPlan, router: Router[Any]) -> MixtureSpec:
+def _moe(ffn: FFNNames, plan: LayerPlan, router: Router[Any]) -> MoESpec:
     shape = replace(ffn.shape, width=plan.expert_width)
     shared = 0 if plan.shared is None else plan.shared.width
-    return MixtureSpec(ffn.layer, ffn.site, router, len(plan.experts), shape, shared)
+    return MoESpec(ffn.layer, ffn.site, router, len(plan.experts), shape, shared)
 
 
-def _stored_names(files: DenseFiles, names: HostNames) -> dict[str, str]:
+def _stored_names(files: DenseFiles, names: ModelNames) -> dict[str, str]:
     there = {names.in_state(stored): stored for stored in files.tensors}
     missing = [name for name in names.state if name not in there]
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
-        raise HostError.one("dense", str(files.folder), rule, "Download the checkpoint again.")
+        raise ModelError.one("dense", str(files.folder), rule, "Download the checkpoint again.")
     for name, shape in names.state.items():
         found = files.tensors[there[name]].spec.shape
         if found != shape:
             rule = f"{name} is {list(found)} in its files and {list(shape)} by config.json"
-            raise HostError.one("dense", str(files.folder), rule, "Give the config.json of these weights.")
+            raise ModelError.one("dense", str(files.folder), rule, "Give the config.json of these weights.")
     return {name: there[name] for name in names.state}
 
 
-def _left_over(files: DenseFiles, names: HostNames, used: set[str]) -> tuple[str, ...]:
+def _left_over(files: DenseFiles, names: ModelNames, used: set[str]) -> tuple[str, ...]:
     """Tensors that have no place in the host; those that transformers would miss nothing of are skipped."""
     left = sorted(n for n in set(files.tensors) - used if names.in_state(n) not in names.tied)
     patterns = (*_LEFTOVERS, *names.ignored)
@@ -242,5 +240,5 @@ def _left_over(files: DenseFiles, names: HostNames, used: set[str]) -> tuple[str
     if unknown:
         rule = f"its files hold {len(unknown)} weights that config.json has no place for, {unknown[0]} the"
         remedy = "Give the config.json of these weights."
-        raise HostError.one("dense", str(files.folder), f"{rule} first", remedy)
+        raise ModelError.one("dense", str(files.folder), f"{rule} first", remedy)
     return tuple(left)

@@ -21,7 +21,7 @@ from recipes.config.prompts_config import PromptsConfig
 from recipes.config.schema import RunConfig
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.hf_model import HuggingFaceHost, chosen_sites
+from recipes.models.hf.hf_model import HFModel, chosen_sites
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
@@ -51,13 +51,13 @@ def check_prompts(config: RunConfig) -> list[Mistake]:
     return mistakes
 
 
-def with_prompt_rows(known: LayerTensors, config: RunConfig, host: HuggingFaceHost) -> LayerTensors:
+def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> LayerTensors:
     """Adds each mixture's rows to what is known of its layer; nothing where the config names no prompts.
 
     Args:
         known: Statistics by layer.
         config: Of the run or conversion.
-        host: The dense decoder, not yet changed.
+        model: The dense decoder, not yet changed.
 
     Raises:
         ConfigError: The file cannot be used.
@@ -65,14 +65,14 @@ def with_prompt_rows(known: LayerTensors, config: RunConfig, host: HuggingFaceHo
     if config.prompts.path is None:
         return known
     method: UpcycleMethod[Any] = upcycle_methods()[config.upcycle.name](config.upcycle)
-    sites = chosen_sites(host, method)
-    rows = prompt_rows(host, sites, read_prompts(config.prompts.path), config.prompts)
+    sites = chosen_sites(model, method)
+    rows = prompt_rows(model, sites, read_prompts(config.prompts.path), config.prompts)
     return {layer: {**known.get(layer, {}), GIVEN_ROWS: rows_ED} for layer, rows_ED in rows.items()}
 
 
 @torch.no_grad()
 def prompt_rows(
-    host: HuggingFaceHost, sites: Sequence[FFNSite], prompts: Sequence[ExpertPrompts], config: PromptsConfig
+    model: HFModel, sites: Sequence[FFNSite], prompts: Sequence[ExpertPrompts], config: PromptsConfig
 ) -> dict[int, Tensor]:
     """The rows of every layer: ``[E, D]`` fp32, each of length ``config.scale``.
 
@@ -82,19 +82,19 @@ def prompt_rows(
     Raises:
         ConfigError: Two experts would get rows that cannot be told apart.
     """
-    tokenizer = load_tokenizer(host.folder, append_eos=False)
-    training = host.model.training
-    host.model.eval()
+    tokenizer = load_tokenizer(model.folder, append_eos=False)
+    training = model.module.training
+    model.module.eval()
     means: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
-    with _inputs(host.model, sites) as inputs:
+    with _inputs(model.module, sites) as inputs:
         for expert in prompts:
-            positive = _mean(host, tokenizer, expert.positive, inputs, config)
-            negative = _mean(host, tokenizer, expert.negative, inputs, config) if expert.negative else {}
+            positive = _mean(model, tokenizer, expert.positive, inputs, config)
+            negative = _mean(model, tokenizer, expert.negative, inputs, config) if expert.negative else {}
             for layer, mean_D in positive.items():
                 left_D = mean_D - negative[layer] if negative else mean_D
                 _require_more_than_rounding(left_D.norm() / mean_D.norm(), layer, config)
                 means[layer].append(normalize(left_D, dim=0))
-    host.model.train(training)
+    model.module.train(training)
     return {layer: _rows(torch.stack(means_D), layer, config) for layer, means_D in means.items()}
 
 
@@ -120,7 +120,7 @@ def _require_more_than_rounding(left: Tensor, layer: int, config: PromptsConfig)
 
 
 def _mean(
-    host: HuggingFaceHost,
+    model: HFModel,
     tokenizer: Any,
     texts: Sequence[str],
     inputs: dict[int, Tensor],
@@ -128,8 +128,8 @@ def _mean(
 ) -> dict[int, Tensor]:
     total: dict[int, Tensor] = {}
     for text in texts:
-        ids_1S = torch.tensor([tokenizer(text)["input_ids"]], device=host.model.device)
-        host.model.base_model(input_ids=ids_1S, use_cache=False)
+        ids_1S = torch.tensor([tokenizer(text)["input_ids"]], device=model.module.device)
+        model.module.base_model(input_ids=ids_1S, use_cache=False)
         for layer, x_SD in inputs.items():
             vector_D = x_SD[-1] if config.take == "last" else x_SD.mean(0)
             total[layer] = total.get(layer, 0) + vector_D / len(texts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from recipes.checkpoint.shard_layout import Placed, place
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 
 
 def output_gain(dense: Tensor, out: Tensor) -> Tensor:
@@ -27,17 +27,17 @@ def output_gain(dense: Tensor, out: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scale_outputs(host: HuggingFaceHost, gains: Mapping[int, Tensor]) -> None:
+def scale_outputs(model: HFModel, gains: Mapping[int, Tensor]) -> None:
     """Multiplies what the layers' down projections write by a gain for each channel; each rank its own part.
 
     Args:
-        host: Whose mixtures may be spread over ranks.
+        model: Whose mixtures may be spread over ranks.
         gains: Block index to ``[D]``, the same on all ranks.
     """
-    for module in host.model.modules():
+    for module in model.module.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for index, layer in host.moe_layers():
+    for index, layer in model.moe_layers():
         for name, parameter in layer.named_parameters():
             scale_down(name, place(name, parameter), gains[index])
 

@@ -17,21 +17,21 @@ from moe.layer import MoELayer
 from moe.routing.top_k_schedule import TopKSchedule
 from moe.upcycle.equivalence import LayerDrift, layer_drift, logit_drift, require_exact
 from recipes.engines import Engine
-from recipes.models.hf.deferred_init import TakenWeights, WeightSource
+from recipes.models.hf.deferred_init import DonatedWeights, WeightSource
 from recipes.models.hf.ffn_blocks import dense_ffn
 from recipes.models.hf.ffn_names import FFNNames
-from recipes.models.hf.hf_model import HuggingFaceHost, SurgeryReport
+from recipes.models.hf.hf_model import HFModel, SurgeryReport
 from recipes.models.hf.load_entropy import load_entropies
-from recipes.upcycling.convert.moe_plan import MixturePlan
+from recipes.upcycling.convert.moe_plan import MoEPlan
 from recipes.upcycling.sharded.align import output_gain, scale_outputs
-from recipes.upcycling.sharded.sharded_models import dense_host, mixture_host
-from recipes.upcycling.sharded.upcycled_weights import MadeWeights, read_network
+from recipes.upcycling.sharded.sharded_models import dense_model, moe_model
+from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights, read_network
 
 
 @torch.no_grad()
 def measure_shards(
     engine: Engine[Any],
-    plan: MixturePlan,
+    plan: MoEPlan,
     tokens_BS: Tensor,
     backend: str = "auto",
     schedule: TopKSchedule | None = None,
@@ -50,62 +50,62 @@ def measure_shards(
         schedule: Of the experts a token uses.
 
     Returns:
-        The report, and the weights that were measured, for `mixture_host` of the same plan.
+        The report, and the weights that were measured, for `moe_model` of the same plan.
 
     Raises:
         ExactnessError: The method claims to be exact under this router and is not.
     """
     assert plan.model is not None, "what comes from a checkpoint is not measured"
-    report, gains, host = _measured(engine, plan, tokens_BS, backend, schedule)
+    report, gains, model = _measured(engine, plan, tokens_BS, backend, schedule)
     if not engine.trains_as_held:
         # FSDP2's modules hold one another: without this they would be there while the rest is made.
-        del host
+        del model
         gc.collect()
-        return report, MadeWeights(plan.model, plan, gains)
+        return report, UpcycledWeights(plan.model, plan, gains)
     if gains is not None:
-        scale_outputs(host, gains)
-    return report, TakenWeights(host.model)
+        scale_outputs(model, gains)
+    return report, DonatedWeights(model.module)
 
 
 def _measured(
-    engine: Engine[Any], plan: MixturePlan, tokens_BS: Tensor, backend: str, schedule: TopKSchedule | None
-) -> tuple[SurgeryReport, dict[int, Tensor] | None, HuggingFaceHost]:
+    engine: Engine[Any], plan: MoEPlan, tokens_BS: Tensor, backend: str, schedule: TopKSchedule | None
+) -> tuple[SurgeryReport, dict[int, Tensor] | None, HFModel]:
     """The report, the gains of the layers' outputs where they are asked for, and the mixture without them."""
-    model = plan.model
-    assert model is not None, plan
+    files = plan.model
+    assert files is not None, plan
     tokens_BS = tokens_BS.to(engine.device)
-    dense_logits = _logits(engine, dense_host(model, **_trust(plan)), tokens_BS)
+    dense_logits = _logits(engine, dense_model(files, **_trust(plan)), tokens_BS)
     gc.collect()
-    host = mixture_host(plan, backend)
-    host.schedule = schedule
+    model = moe_model(plan, backend)
+    model.schedule = schedule
     drifts: list[LayerDrift] = []
     gains: dict[int, Tensor] | None = {} if plan.method.aligns_outputs else None
-    layers = [layer for _, layer in host.moe_layers()]
+    layers = [layer for _, layer in model.moe_layers()]
     with _measuring(layers, plan, drifts, gains), load_entropies(layers) as loads:
-        moe_logits = _logits(engine, host, tokens_BS)
-    model.close()
+        moe_logits = _logits(engine, model, tokens_BS)
+    files.close()
     logits = logit_drift(dense_logits, moe_logits)
     method = plan.method
     if plan.claims_exact:
         require_exact(method.name, logits, drifts, moe_logits.dtype)
     indices = tuple(ffn.layer for ffn in plan.ffns)
     report = SurgeryReport(method.name, indices, plan.claims_exact, logits, tuple(drifts), tuple(loads))
-    return report, gains, host
+    return report, gains, model
 
 
-def _trust(plan: MixturePlan) -> dict[str, bool]:
+def _trust(plan: MoEPlan) -> dict[str, bool]:
     return {"trust_remote_code": plan.request.trust_remote_code}
 
 
-def _logits(engine: Engine[Any], host: HuggingFaceHost, tokens_BS: Tensor) -> Tensor:
-    engine.hold(host)
-    logits: Tensor = host.model(input_ids=tokens_BS).logits
+def _logits(engine: Engine[Any], model: HFModel, tokens_BS: Tensor) -> Tensor:
+    engine.shard_for_eval(model)
+    logits: Tensor = model.module(input_ids=tokens_BS).logits
     return logits
 
 
 @contextmanager
 def _measuring(
-    layers: list[MoELayer], plan: MixturePlan, drifts: list[LayerDrift], gains: dict[int, Tensor] | None
+    layers: list[MoELayer], plan: MoEPlan, drifts: list[LayerDrift], gains: dict[int, Tensor] | None
 ) -> Iterator[None]:
     """While open, every pass of a mixture is compared with its dense network on the same input.
 
@@ -115,7 +115,7 @@ def _measuring(
     assert model is not None, plan
 
     def hook(ffn: FFNNames) -> Any:
-        def compare(module: MoELayer, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        def compare(files: MoELayer, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             dense = dense_ffn(args[0], read_network(model, ffn, out.device))
             if gains is not None:
                 gains[ffn.layer] = output_gain(dense, out)

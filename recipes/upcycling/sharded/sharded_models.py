@@ -17,23 +17,21 @@ from moe.experts.weights import ExpertBank, FFNWeights
 from moe.layer import MoELayer
 from moe.types import LayerContext
 from moe.upcycle.layer_plan import FFNShape
-from recipes.models.export.spec import MixtureSpec
-from recipes.models.hf.deferred_init import LaterWeights, WeightSource, unfilled_model
-from recipes.models.hf.ffn_names import HostNames
-from recipes.models.hf.hf_model import HuggingFaceHost
-from recipes.upcycling.convert.moe_plan import MixturePlan, StoredModel
-from recipes.upcycling.sharded.upcycled_weights import MadeWeights
+from recipes.models.export.spec import MoESpec
+from recipes.models.hf.deferred_init import CheckpointWeights, WeightSource, deferred_model
+from recipes.models.hf.ffn_names import ModelNames
+from recipes.models.hf.hf_model import HFModel
+from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
+from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 
 
-def dense_host(model: StoredModel, *, trust_remote_code: bool = False) -> HuggingFaceHost:
+def dense_model(model: StoredModel, *, trust_remote_code: bool = False) -> HFModel:
     """The dense decoder; each rank will read its part of it."""
-    weights = MadeWeights(model)
-    return _host(model.names, model.files[0].folder, weights, trust_remote_code=trust_remote_code)
+    weights = UpcycledWeights(model)
+    return _model(model.names, model.files[0].folder, weights, trust_remote_code=trust_remote_code)
 
 
-def mixture_host(
-    plan: MixturePlan, backend: str = "auto", weights: WeightSource | None = None
-) -> HuggingFaceHost:
+def moe_model(plan: MoEPlan, backend: str = "auto", weights: WeightSource | None = None) -> HFModel:
     """The mixture; each rank will make its part of it.
 
     Args:
@@ -42,30 +40,30 @@ def mixture_host(
         weights: Where parameters come from instead; routers begin as planned in any case.
     """
     if weights is None:
-        weights = LaterWeights() if plan.model is None else MadeWeights(plan.model, plan)
-    host = _host(plan.names, plan.request.dense, weights, trust_remote_code=plan.request.trust_remote_code)
-    for spec in plan.spec.mixtures:
+        weights = CheckpointWeights() if plan.model is None else UpcycledWeights(plan.model, plan)
+    model = _model(plan.names, plan.request.dense, weights, trust_remote_code=plan.request.trust_remote_code)
+    for spec in plan.spec.moe_blocks:
         parent, _, child = spec.site.rpartition(".")
-        setattr(host.model.get_submodule(parent), child, _mixture(spec, host, backend))
-    return host
+        setattr(model.module.get_submodule(parent), child, _moe(spec, model, backend))
+    return model
 
 
-def _host(
-    names: HostNames, folder: Path, weights: WeightSource, *, trust_remote_code: bool = False
-) -> HuggingFaceHost:
+def _model(
+    names: ModelNames, folder: Path, weights: WeightSource, *, trust_remote_code: bool = False
+) -> HFModel:
     # A copy: to build a model in fp32 is to say so in its config.
-    model = unfilled_model(copy.deepcopy(names.config), trust_remote_code=trust_remote_code)
+    model = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust_remote_code)
     dtype = names.config.dtype
     source_dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    return HuggingFaceHost(model=model, folder=folder, source_dtype=source_dtype, weights=weights)
+    return HFModel(module=model, folder=folder, source_dtype=source_dtype, weights=weights)
 
 
-def _mixture(spec: MixtureSpec, host: HuggingFaceHost, backend: str) -> MoELayer:
+def _moe(spec: MoESpec, model: HFModel, backend: str) -> MoELayer:
     # A copy: the plan may be carried out again, after this router has been cut into shards.
     router = copy.deepcopy(spec.router)
     experts = Experts(_bank(spec.expert, spec.num_experts), backend)
     shared = SharedExpert(_network(spec.expert, spec.shared_width)) if spec.shared_width else None
-    layer = MoELayer(router, LocalDispatcher(), experts, LayerContext(host.context, spec.index), shared)
+    layer = MoELayer(router, LocalDispatcher(), experts, LayerContext(model.context, spec.index), shared)
     return layer.eval()
 
 

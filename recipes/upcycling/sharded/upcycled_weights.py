@@ -21,10 +21,10 @@ from moe.upcycle.layer_plan import Draws, ExpertPlan, Matrix
 from recipes.checkpoint.shard_layout import Box, Piece, Placed
 from recipes.models.hf.deferred_init import WeightSource
 from recipes.models.hf.ffn_names import FFNNames, MatrixName
-from recipes.models.hf.state_dict_map import LiveNames, LivePiece
+from recipes.models.hf.state_dict_map import StateDictMap, StateDictPiece
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.upcycling.convert.conversion_plan import ExpertWork, expert_work
-from recipes.upcycling.convert.moe_plan import MixturePlan, StoredModel
+from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 from recipes.upcycling.sharded.align import scale_down
 
 # Elements that are read of a tensor at a time: 16 MiB in fp32.
@@ -78,26 +78,26 @@ class _Target:
     view: Tensor
 
 
-class MadeWeights(WeightSource):
+class UpcycledWeights(WeightSource):
     """What a dense model holds, or a mixture that is made of it, read and made piece by piece."""
 
     def __init__(
         self,
         model: StoredModel,
-        mixture: MixturePlan | None = None,
+        moe: MoEPlan | None = None,
         gains: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Reads nothing yet.
 
         Args:
             model: The dense checkpoints.
-            mixture: What becomes of them; None for the dense model itself.
+            moe: What becomes of them; None for the dense model itself.
             gains: What the down projections of mixtures are multiplied by, see `scale_down`, by block.
         """
         self._model = model
-        self._mixture = mixture
+        self._moe = moe
         self._gains = gains
-        self._averaged = (0,) if mixture is None else mixture.method.averaged
+        self._averaged = (0,) if moe is None else moe.method.averaged
 
     @property
     def buffers(self) -> Collection[str]:
@@ -146,23 +146,23 @@ class MadeWeights(WeightSource):
 
     def _make(self, held: Mapping[str, Placed]) -> int:
         """Makes what this rank holds of experts, one dense matrix after the other."""
-        mixture = self._mixture
-        if mixture is None:
+        moe = self._moe
+        if moe is None:
             return 0
-        targets = _targets(mixture, held)
-        for work in expert_work(mixture.ffns, self._model):
+        targets = _targets(moe, held)
+        for work in expert_work(moe.ffns, self._model):
             mine = targets.get((work.ffn.layer, work.source, work.matrix, work.bias), [])
             if mine and work.bias:
                 self._make_biases(work, mine)
             elif mine:
-                self._make_matrices(work, mine, Draws(mixture.request.seed, work.ffn.layer))
-        self._scale(mixture, held)
+                self._make_matrices(work, mine, Draws(moe.request.seed, work.ffn.layer))
+        self._scale(moe, held)
         return sum(target.view.numel() for found in targets.values() for target in found)
 
-    def _scale(self, mixture: MixturePlan, held: Mapping[str, Placed]) -> None:
+    def _scale(self, moe: MoEPlan, held: Mapping[str, Placed]) -> None:
         if self._gains is None:
             return
-        live = LiveNames(mixture.spec)
+        live = StateDictMap(moe.spec)
         for name, placed in held.items():
             if parts := live.pieces(name):
                 scale_down(name, placed, self._gains[parts[0].piece.layer])
@@ -186,13 +186,13 @@ class MadeWeights(WeightSource):
             target.view.copy_(expert_bias(target.plan, work.matrix, dense)[target.rows])
 
 
-def _targets(mixture: MixturePlan, held: Mapping[str, Placed]) -> dict[_Key, list[_Target]]:
+def _targets(moe: MoEPlan, held: Mapping[str, Placed]) -> dict[_Key, list[_Target]]:
     """What this rank holds of experts, by what it is made of."""
-    live = LiveNames(mixture.spec)
+    live = StateDictMap(moe.spec)
     found: dict[_Key, list[_Target]] = {}
     for name, placed in held.items():
         for part in live.pieces(name) or ():
-            plan = mixture.plans[part.piece.layer]
+            plan = moe.plans[part.piece.layer]
             expert = plan.shared if part.expert is None else plan.experts[part.expert]
             assert expert is not None, f"{name} is of a shared expert that nobody has planned"
             key = (part.piece.layer, expert.source, part.piece.matrix, part.piece.bias)
@@ -200,7 +200,7 @@ def _targets(mixture: MixturePlan, held: Mapping[str, Placed]) -> dict[_Key, lis
     return found
 
 
-def _overlaps(part: LivePiece, plan: ExpertPlan, placed: Placed) -> Iterator[_Target]:
+def _overlaps(part: StateDictPiece, plan: ExpertPlan, placed: Placed) -> Iterator[_Target]:
     """Where this rank holds a piece."""
     lead = 0 if part.expert is None else 1
     start, stop, _ = part.rows.indices(placed.shape[lead])

@@ -58,7 +58,7 @@ def content(*layers: dict[str, Any], **change: Any) -> dict[str, Any]:
     }
 
 
-def mixture(given: dict[str, Any]) -> MoELayer:
+def moe(given: dict[str, Any]) -> MoELayer:
     """The live layer of an entry."""
     shapes = given["shapes"]
     names = ("w_up_EUD", "w_down_EDF", "b_up_EU", "b_down_ED")
@@ -87,7 +87,7 @@ def live(config: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
     for given in config["moe_layers"]:
-        model.model.layers[given["index"]].mlp = mixture(given)
+        model.model.layers[given["index"]].mlp = moe(given)
     return model
 
 
@@ -124,15 +124,15 @@ def test_what_the_exporter_writes_is_read(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from recipes.models.export.graft_format import GraftExporter
-    from recipes.models.export.spec import describe_host
-    from recipes.models.hf.hf_model import HuggingFaceHost
+    from recipes.models.export.spec import describe_model
+    from recipes.models.hf.hf_model import HFModel
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
     for index in (0, 2):
-        model.model.layers[index].mlp = mixture(entry(index, shared=SHARED))
-    host = HuggingFaceHost(model=model, folder=tmp_path, source_dtype=torch.float32)
-    written = GraftExporter().config(describe_host(host))
-    assert asdict(count_from_shape(shape_from_config(written))) == asdict(count_parameters(model))
+        module.model.layers[index].mlp = moe(entry(index, shared=SHARED))
+    model = HFModel(module=module, folder=tmp_path, source_dtype=torch.float32)
+    written = GraftExporter().config(describe_model(model))
+    assert asdict(count_from_shape(shape_from_config(written))) == asdict(count_parameters(module))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe.accounting.attention_experts import AttentionExpertsShape, mixtures
+from moe.accounting.attention_experts import AttentionExpertsShape, moe_blocks
 from moe.accounting.bytes import BitWidths, full_step_bytes, step_bytes
 from moe.accounting.distinct import estimated_distinct, touched_share
 from moe.accounting.flops import CONVENTIONS, all_experts, flops_from_shape
@@ -82,7 +82,7 @@ def test_windows_hold_within_an_expert() -> None:
 
 def test_a_step_reads_the_heads_that_it_touches() -> None:
     shape = model(mixer(1))
-    assert [one.num_experts for one in mixtures(shape)] == [6, 4, 4]
+    assert [one.num_experts for one in moe_blocks(shape)] == [6, 4, 4]
     batch, bits = decode_batch(1, 9), BitWidths()
     low, high = (step_bytes(shape, batch, (2, heads, 1), bits) for heads in (1, 3))
     assert high.attention - low.attention == 2 * 2 * (180 + 12)
@@ -96,7 +96,7 @@ def test_a_step_reads_the_heads_that_it_touches() -> None:
 
 def test_as_if_every_token_used_all_heads() -> None:
     whole = all_experts(model(mixer(1)))
-    assert [one.top_k for one in mixtures(whole)] == [6, 4, 4]
+    assert [one.top_k for one in moe_blocks(whole)] == [6, 4, 4]
     assert pass_flops(model(mixer(1)), prefill_batch(1, 9)) < pass_flops(whole, prefill_batch(1, 9))
 
 

@@ -18,18 +18,22 @@ from moe.accounting.utilisation import above_one, share_of_peak
 FIRST = Mixture(num_experts=4, top_k=2, matrix=10, elements=12, trained=12)
 SECOND = Mixture(num_experts=8, top_k=1, matrix=20, elements=20, trained=20)
 MODEL = StepModel(
-    always=100, always_trained=90, row=3, mixtures=(FIRST, SECOND), update_bytes=update_bytes(800, 1600, 800)
+    always=100,
+    always_trained=90,
+    row=3,
+    moe_blocks=(FIRST, SECOND),
+    update_bytes=update_bytes(800, 1600, 800),
 )
 
 
 def test_flops_are_those_of_the_slots_that_were_used() -> None:
     # Forward and backward: three products, two FLOPs a weight.
-    assert used_flops_per_token(1000, MODEL.mixtures, (2, 1)) == 1000
+    assert used_flops_per_token(1000, MODEL.moe_blocks, (2, 1)) == 1000
     # Half a slot of the first mixture was dropped: 6 * 0.5 * 10 less; of the second one more used: 6 * 20.
-    assert used_flops_per_token(1000, MODEL.mixtures, (1.5, 2)) == 1000 - 30 + 120
+    assert used_flops_per_token(1000, MODEL.moe_blocks, (1.5, 2)) == 1000 - 30 + 120
     assert used_flops_per_token(1000, (), ()) == 1000
     with pytest.raises(ValueError, match="argument 2 is"):
-        used_flops_per_token(1000, MODEL.mixtures, (1.5,))
+        used_flops_per_token(1000, MODEL.moe_blocks, (1.5,))
 
 
 def test_bytes_of_one_micro_batch() -> None:

@@ -139,7 +139,7 @@ def _layer_error(config: RouterConfig, rank: int, mesh: DeviceMesh) -> float:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
         if spread:
             layer.experts.spread(mesh)
-            layer.send_by(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
+            layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
         torch.manual_seed(rank)
         x = x_BSD.clone().requires_grad_()
         out = layer(x)
@@ -157,7 +157,7 @@ def _order(mesh: DeviceMesh) -> list[str]:
     layer = make_layer(TopKConfig())
     layer.shared = make_shared()
     layer.experts.spread(mesh)
-    layer.send_by(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
+    layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
     done: list[str] = []
     layer.shared.register_forward_hook(lambda *_: done.append("shared"))
     layer.shared.w_up_UD.register_hook(lambda grad: done.append("shared"))

@@ -10,7 +10,7 @@ from moe.accounting.params import count_parameters
 from moe.accounting.training import Mixture, used_flops_per_token
 from moe.dispatch.base import Dispatched
 from moe.experts.experts import Experts
-from moe.experts.lora import DRAWN, FACTORS, LoraConfig, drawn_factor, merged, rank_refusal
+from moe.experts.lora import DRAWN, FACTORS, LoraConfig, drawn_factor, merged, rank_unsupported_reason
 from moe.routers.topk import TopKConfig
 from recipes.engines.optim.optimizer import OptimConfig, build_optimizer
 from tests.moe.dispatch.dispatch_cases import make_experts
@@ -102,8 +102,8 @@ def test_what_the_config_and_the_widths_refuse() -> None:
     with pytest.raises(ValueError, match=r"rank=-1 must be 0 or more.*\nalpha=0 must be above 0"):
         LoraConfig(rank=-1, alpha=0)
     assert LoraConfig().scale == 0 and LORA.scale == 1.5
-    assert rank_refusal(6, 6, 10) is None
-    assert "no matrix of theirs has a rank above 6" in str(rank_refusal(7, 6, 10))
+    assert rank_unsupported_reason(6, 6, 10) is None
+    assert "no matrix of theirs has a rank above 6" in str(rank_unsupported_reason(7, 6, 10))
 
 
 def test_a_step_does_not_count_products_of_gradients_that_nobody_wants() -> None:
@@ -117,5 +117,5 @@ def test_a_step_does_not_count_products_of_gradients_that_nobody_wants() -> None
     assert after.matmul - before.matmul == K * factors
     assert after.total - before.total == E * factors
     # Three slots a token where two were counted: three products with the factors, two with what is frozen.
-    mixture = Mixture(E, K, one + factors, one + factors, factors, frozen=one)
-    assert used_flops_per_token(0.0, [mixture], [3.0]) == 2 * (3 * factors + 2 * one)
+    moe = Mixture(E, K, one + factors, one + factors, factors, frozen=one)
+    assert used_flops_per_token(0.0, [moe], [3.0]) == 2 * (3 * factors + 2 * one)

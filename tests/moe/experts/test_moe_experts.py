@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.expert_mlp import BACKENDS, BackendError
-from kernels.third_party import RIVALS
+from kernels.third_party import THIRD_PARTY
 from moe.dispatch import Dispatched, Dispatcher, dispatcher_classes
 from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts, ExpertsConfig
@@ -59,7 +59,7 @@ def test_an_unknown_back_end_is_refused_in_the_config() -> None:
 
 
 # Those that say so on a CPU, or that their library is not installed; every other must run there.
-NEED_A_GPU = ("triton", *RIVALS)
+NEED_A_GPU = ("triton", *THIRD_PARTY)
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))

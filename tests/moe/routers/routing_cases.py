@@ -33,7 +33,7 @@ from tests.moe.upcycle.method_case import MethodCase
 
 
 def router_case(name: str) -> RouterCase:
-    """What ``tests/moe/routers/router_cases/NAME.py`` says of a router; nothing where there is no such file."""
+    """Returns the case of a router, ``router_cases/NAME.py``; an empty one where there is no such file."""
     module = f"tests.moe.routers.router_cases.{name}"
     if importlib.util.find_spec(module) is None:
         return RouterCase()
@@ -43,7 +43,7 @@ def router_case(name: str) -> RouterCase:
 
 
 def method_case(name: str) -> MethodCase:
-    """What ``tests/moe/upcycle/method_cases/NAME.py`` says of a method; nothing where there is no such file."""
+    """Returns the case of a method, ``method_cases/NAME.py``; an empty one where there is no such file."""
     module = f"tests.moe.upcycle.method_cases.{name}"
     if importlib.util.find_spec(module) is None:
         return MethodCase()

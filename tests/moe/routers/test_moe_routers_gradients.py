@@ -1,6 +1,7 @@
 """The contract of every router that discovery finds: gradients of combine weights and losses.
 
-What a router cannot be held to it says in its case, ``tests/moe/routers/router_cases/NAME.py``, with the reason.
+What a router cannot be held to it says in its case, ``tests/moe/routers/router_cases/NAME.py``, with the
+reason.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """

@@ -18,11 +18,11 @@ from moe.types import Routing
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, batch_fields, label, make_context, make_router
 
 T, D, E = 32, 6, 4
-_REFUSALS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+_UNSUPPORTED_REASONS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
-def _refusal(name: str) -> str | None:
-    return router_classes()[name].compile_refusal
+def _unsupported_reason(name: str) -> str | None:
+    return router_classes()[name].compile_unsupported_reason
 
 
 def _steps(router: Router[Any], forward: Callable[..., Routing], masked: bool) -> list[dict[str, Tensor]]:
@@ -75,7 +75,7 @@ def _compiled(router: Router[Any], backend: Any) -> Callable[..., Routing]:
     return compiled
 
 
-_COMPILE = [config for config in ROUTER_CONFIGS if _refusal(config.name) is None]
+_COMPILE = [config for config in ROUTER_CONFIGS if _unsupported_reason(config.name) is None]
 
 
 @pytest.mark.parametrize("config", _COMPILE, ids=label)
@@ -95,14 +95,14 @@ def test_with_padding(name: str) -> None:
     _assert_equal(found, _steps(plain, plain, masked=True))
 
 
-@pytest.mark.parametrize("name", [name for name in router_classes() if _refusal(name) is not None])
+@pytest.mark.parametrize("name", [name for name in router_classes() if _unsupported_reason(name) is not None])
 def test_a_refusal_is_still_true(name: str) -> None:
     router = make_router(router_classes()[name].config_class(name=name), D, E)
     try:
         _steps(router, _compiled(router, "eager"), masked=False)
-    except _REFUSALS:
+    except _UNSUPPORTED_REASONS:
         return
-    pytest.fail(f"{name} compiles; take this away: {_refusal(name)}")
+    pytest.fail(f"{name} compiles; take this away: {_unsupported_reason(name)}")
 
 
 def test_avg_k_compiles_behind_a_training_pass() -> None:
@@ -115,7 +115,7 @@ def test_avg_k_compiles_behind_a_training_pass() -> None:
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "relu"])
 def test_step_sums_compile_with_the_switch_of_their_refusal(name: str) -> None:
-    reason = router_classes()[name].compile_refusal
+    reason = router_classes()[name].compile_unsupported_reason
     assert reason is not None and "allow_unspec_int_on_nn_module" in reason
     config = router_classes()[name].config_class(name=name)
     plain, compiled = make_router(config, D, E), make_router(config, D, E)

@@ -84,21 +84,21 @@ class _Watch(TorchDispatchMode):
 class _WatchPython(TorchFunctionMode):
     """The same for what is no operation on a CPU."""
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, heartbeat: _Watch) -> None:
         super().__init__()
-        self.watch = watch
+        self.heartbeat = heartbeat
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _TO_HOST:
-            self.watch.waits.append((_culprit(), f"brings a tensor to the host by {func.__name__}"))
+            self.heartbeat.waits.append((_culprit(), f"brings a tensor to the host by {func.__name__}"))
         return func(*args, **(kwargs or {}))
 
 
 def _watched(run: Callable[[], object]) -> _Watch:
-    watch = _Watch()
-    with _WatchPython(watch), watch:
+    heartbeat = _Watch()
+    with _WatchPython(heartbeat), heartbeat:
         run()
-    return watch
+    return heartbeat
 
 
 def _pass(config: RouterConfig, T: int, E: int, masked: bool) -> tuple[_Watch, Routing]:
@@ -210,9 +210,9 @@ def test_routers_that_know_how_many_experts_a_token_uses_do_not_ask() -> None:
 
 def _operations(config: RouterConfig, T: int, E: int) -> float:
     """Operations of a pass; of an iteration, where there are iterations until something has converged."""
-    watch, routing = _pass(config, T, E, masked=False)
+    heartbeat, routing = _pass(config, T, E, masked=False)
     iterations = sum(float(routing.metrics[name]) for name in _ITERATIONS if name in routing.metrics)
-    return watch.operations / (1 + iterations)
+    return heartbeat.operations / (1 + iterations)
 
 
 @pytest.mark.parametrize("config", ROUTER_CONFIGS, ids=label)

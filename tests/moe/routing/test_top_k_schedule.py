@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.routers.topk import TopKConfig
 from moe.routing.top_k_schedule import SparsePhase, make_schedule
 from moe.types import LayerContext, RouterContext
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from tests.moe.routers.routing_cases import make_layer
 
 
@@ -84,14 +84,14 @@ class _Model(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_host_tells_its_layers_the_number_of_the_step(training: bool) -> None:
-    model = _Model().train(training)
+    module = _Model().train(training)
     run = RouterContext()
-    model.mlp.context = LayerContext(run, 3)
+    module.mlp.context = LayerContext(run, 3)
     schedule = make_schedule([SparsePhase(0.5, 3)], [3], 1, 4, 64)
-    host = HuggingFaceHost(model, None, torch.float64, run, schedule)  # type: ignore[arg-type]
+    model = HFModel(module, None, torch.float64, run, schedule)  # type: ignore[arg-type]
     used = []
-    model.mlp.router.register_forward_hook(lambda module, args, out: used.append(out.expert_ids_TK.shape[1]))
+    module.mlp.router.register_forward_hook(lambda module, args, out: used.append(out.expert_ids_TK.shape[1]))
     for step in range(4):
-        host.context.step = step
-        model(torch.zeros(2, 5, dtype=torch.long))
+        model.context.step = step
+        module(torch.zeros(2, 5, dtype=torch.long))
     assert used == [3, 3, 1, 1]

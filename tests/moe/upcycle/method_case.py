@@ -1,4 +1,4 @@
-"""What an upcycling method tells its contract tests: see `tests/moe/upcycle/method_cases/`, one file a method."""
+"""What an upcycling method tells its contract tests: see `method_cases/`, one file a method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MethodCase:
         job: Options of a run that go with it, on a host with two networks 48 wide.
         exact: Whether it is exact under top-2 with weights that sum to 1.
         sums: Whether it sums its experts at weight 1, and so refuses a router that averages.
-        refusal: What a run on that host says, where the method is for others.
+        unsupported_reason: What a run on that host says, where the method is for others.
     """
 
     variants: tuple[UpcycleConfig, ...] = ()
@@ -32,4 +32,4 @@ class MethodCase:
     job: Mapping[str, object] = field(default_factory=dict)
     exact: bool = False
     sums: bool = False
-    refusal: str | None = None
+    unsupported_reason: str | None = None

@@ -83,7 +83,7 @@ def load(folder: Path, **options: Any) -> System:
     return load_system(folder.name, Source(folder, folder), CPU, **options)
 
 
-def graft_mixture(
+def graft_moe(
     make_checkpoint: MakeCheckpoint, out: Path, router: str = "topk", target: str = "graft"
 ) -> Path:
     """Copies of a Llama under a router, written as the converter does."""

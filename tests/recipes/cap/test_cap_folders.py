@@ -41,7 +41,7 @@ def test_a_run_is_its_exported_mixture(run: Path) -> None:
 
 
 def test_the_dense_models_of_a_run(run: Path) -> None:
-    dense, trained = (load_system("x", source(run / leg), CPU) for leg in ("dense", "cpt"))
+    dense, trained = (load_system("x", source(run / stage), CPU) for stage in ("dense", "cpt"))
     assert dense.sites == trained.sites == () and dense.source.folder == trained.source.folder
     ids = some_ids(1, 6)
     with torch.no_grad():

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from kernels.torch.expert_loop import LoopBackend
 from moe.accounting.bytes import step_bytes
 from moe.accounting.passes import Batch, decode_batch
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.layer import moe_layers
 from moe.types import Routing
 from recipes.cap.decode import roll_out
 from recipes.cap.hooks import ExpertTrace, check_sites, find_sites
 from recipes.cap.loading import System
 from tests.conftest import MakeCheckpoint, random_model
-from tests.recipes.cap.cap_systems import CPU, MIXTURES, ReadExperts, graft_mixture, load, some_ids
+from tests.recipes.cap.cap_systems import CPU, MIXTURES, ReadExperts, graft_moe, load, some_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +83,7 @@ def test_every_way_to_compute_experts_is_seen(way: str) -> None:
 
 @pytest.mark.parametrize("router", ["topk", "deepseek_v3", "hash", "relu", "expert_choice"])
 def test_grafts_own_layers(make_checkpoint: MakeCheckpoint, tmp_path: Path, router: str) -> None:
-    system = load(graft_mixture(make_checkpoint, tmp_path / "hf", router))
+    system = load(graft_moe(make_checkpoint, tmp_path / "hf", router))
     outputs = RouterOutputs(system.model)
     run = roll_out(system.model, some_ids(3, 6), 3, system.sites)
     assert run.distinct is not None
@@ -128,7 +128,7 @@ def test_no_pass_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mixtures_that_cannot_be_watched_are_refused(make_checkpoint: MakeCheckpoint) -> None:
     system = load(make_checkpoint("mixtral", **MIXTURES["mixtral"]))
     assert system.shape is not None
-    with pytest.raises(HostError, match=r"modules have mixtures of \[6, 6\] experts"):
+    with pytest.raises(ModelError, match=r"modules have mixtures of \[6, 6\] experts"):
         check_sites(system.sites[:2], system.shape, "x")
 
 
@@ -154,7 +154,7 @@ def test_bytes_are_those_that_a_decode_reads(make_checkpoint: MakeCheckpoint, fa
 
 def test_bytes_that_grafts_own_layers_read(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert LoopBackend.name == "loop"
-    check_bytes(load(graft_mixture(make_checkpoint, tmp_path / "hf")))
+    check_bytes(load(graft_moe(make_checkpoint, tmp_path / "hf")))
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ import torch
 
 from moe.accounting.passes import decode_batch
 from moe.accounting.utilisation import Machine
-from moe.errors import ConfigError, HostError
+from moe.errors import ConfigError, ModelError
 from recipes.cap.cost import Prices, find_rates
 from recipes.cap.decode import roll_out
 from recipes.cap.measure import Workload, measure_overhead, measure_point
 from recipes.cap.phases import PHASE_KEYS
 from tests.conftest import MakeCheckpoint
-from tests.recipes.cap.cap_systems import MIXTURES, graft_mixture, load, some_ids
+from tests.recipes.cap.cap_systems import MIXTURES, graft_moe, load, some_ids
 from tools.cap import main
 
 QUICK = ["--batch-sizes", "1,3", "--prompt", "6", "--new", "3", "--rounds", "2", "--threads", "1"]
@@ -49,7 +49,7 @@ SYSTEM_KEYS = {
     "model_type",
     "parameters",
     "active_parameters",
-    "mixtures",
+    "moe_blocks",
     "experts",
     "top_k",
     "dtype",
@@ -83,7 +83,7 @@ def written(make_checkpoint: MakeCheckpoint, text: str, tmp_path_factory: pytest
     """A report of a dense model, two mixtures of transformers and one of Graft's own, with everything."""
     out = tmp_path_factory.mktemp("cap")
     folders = [f"{name}={make_checkpoint(name, **MIXTURES[name])}" for name in ("qwen3_moe", "deepseek_v3")]
-    folders.append(f"graft={graft_mixture(make_checkpoint, out / 'graft')}")
+    folders.append(f"graft={graft_moe(make_checkpoint, out / 'graft')}")
     questions = out / "q.jsonl"
     rows = [{"question": "the quick brown", "choices": ["fox", "x"], "answer": i % 2} for i in range(4)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,7 +128,7 @@ def test_the_keys_of_the_schema(report: dict[str, Any]) -> None:
 
 def test_every_system_has_its_figures(report: dict[str, Any]) -> None:
     assert [s["name"] for s in report["systems"]] == ["dense", "qwen3_moe", "deepseek_v3", "graft"]
-    assert [s["mixtures"] for s in report["systems"]] == [0, 1, 2, 3]
+    assert [s["moe_blocks"] for s in report["systems"]] == [0, 1, 2, 3]
     for system in report["systems"]:
         assert system["weights"]["held_bytes"] == system["weights"]["counted_bytes"] > 0
         for point, size in zip(system["points"], (1, 3), strict=True):
@@ -173,9 +173,9 @@ def test_what_the_machine_does_not_tell_is_null_with_a_reason(report: dict[str, 
             else:
                 assert point["energy"]["joules"] > 0
             assert point["efficientllm"]["tt"] is None and point["efficientllm"]["al_s"] > 0
-    dense, *mixtures = report["systems"]
+    dense, *moe_blocks = report["systems"]
     assert dense["points"][0]["decode"]["distinct"] is None
-    assert all(system["points"][0]["decode"]["distinct"]["source"] == "traced" for system in mixtures)
+    assert all(system["points"][0]["decode"]["distinct"]["source"] == "traced" for system in moe_blocks)
 
 
 def test_the_files(written: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_batch_that_is_not_reached_is_refused(
         return replace(real(model, prompt_BS, new, sites), sequences=(1,) * new)
 
     monkeypatch.setattr("recipes.cap.measure.roll_out", smaller)
-    with pytest.raises(HostError, match=r"--batch-sizes=3: passes ran with batches of \[1\]"):
+    with pytest.raises(ModelError, match=r"--batch-sizes=3: passes ran with batches of \[1\]"):
         measure_point(system, some_ids(3, 5), QUICK_WORK, Machine(1.0, 1.0), find_rates("x", Prices()))
 
 
@@ -290,7 +290,7 @@ def test_memory_that_runs_out_is_a_point_without_values(
 def test_products_that_refuse_a_width_name_the_way_out(make_checkpoint: MakeCheckpoint) -> None:
     odd = {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 18}  # 72 bytes: no multiple of 16
     system = load(make_checkpoint("qwen3_moe", **odd))
-    with pytest.raises(HostError, match=r"--experts='grouped_mm'.*Give --experts eager"):
+    with pytest.raises(ModelError, match=r"--experts='grouped_mm'.*Give --experts eager"):
         measure_point(system, some_ids(3, 5), QUICK_WORK, Machine(1.0, 1.0), find_rates("x", Prices()))
     system = load(make_checkpoint("qwen3_moe", **odd), experts="eager")
     point = measure_point(system, some_ids(3, 5), QUICK_WORK, Machine(1e12, 1e12), find_rates("x", Prices()))

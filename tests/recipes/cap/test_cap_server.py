@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from recipes.cap.server import Reply, Server, ask, ask_together, together
 from tests.conftest import MakeCheckpoint
 from tests.recipes.cap.cap_systems import MIXTURES
@@ -209,5 +209,5 @@ def test_a_server_that_only_refuses_is_a_mistake(
     make_checkpoint: MakeCheckpoint, fake: Any, tmp_path: Path
 ) -> None:
     fake.failing = 10**6
-    with pytest.raises(HostError, match=r"--server='http.*every request failed: HTTP 503"):
+    with pytest.raises(ModelError, match=r"--server='http.*every request failed: HTTP 503"):
         report(make_checkpoint("llama"), fake, tmp_path / "a.json")

@@ -67,24 +67,24 @@ def test_a_sample_by_hand(tmp_path: Path, words: Path) -> None:
     one = [BOS, USER, A, END, BOT, B, END, BOS, USER, C, END, BOT, D, END, 0, 0]
     assert data.sample(0).tolist() == one
     assert data.batch(0, 2).tolist() == [one, one]
-    marks = data.marks(0, 1)
+    metadata = data.metadata(0, 1)
     # Target t is token t + 1: b and <end> are tokens 5, 6; d and <end> are 12, 13.
-    assert marks.weights_BS.nonzero()[:, 1].tolist() == [4, 5, 11, 12]
-    assert marks.real_BS.long().tolist() == [[1] * 14 + [0]]
-    assert marks.positions_BS is not None
-    assert marks.positions_BS.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 0]]
+    assert metadata.weights_BS.nonzero()[:, 1].tolist() == [4, 5, 11, 12]
+    assert metadata.real_BS.long().tolist() == [[1] * 14 + [0]]
+    assert metadata.positions_BS is not None
+    assert metadata.positions_BS.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 0]]
     assert data.num_counted(0, 1) == 4
     assert data.num_counted(0, 3) == 12
-    assert data.crossing().marks(0, 1).positions_BS is None
-    assert data.marks(0, 1).positions_BS is not None
+    assert data.crossing().metadata(0, 1).positions_BS is None
+    assert data.metadata(0, 1).positions_BS is not None
 
 
 def test_a_conversation_that_fills_a_sample(tmp_path: Path, words: Path) -> None:
     data = make(tmp_path, words, [talk("user: a", "bot: b")], 6)
     assert data.sample(0).tolist() == [BOS, USER, A, END, BOT, B, END]
-    marks = data.marks(0, 1)
-    assert marks.weights_BS.tolist() == [[0, 0, 0, 0, 1, 1]]
-    assert bool(marks.real_BS.all())
+    metadata = data.metadata(0, 1)
+    assert metadata.weights_BS.tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert bool(metadata.real_BS.all())
 
 
 def test_long_ones_are_cut_and_those_without_a_reply_left_out(tmp_path: Path, words: Path) -> None:
@@ -115,7 +115,7 @@ def test_order_is_a_function_of_the_number(tmp_path: Path, words: Path) -> None:
     counted = [data.num_counted(n, 1) for n in range(size)]
     assert len(set(counted)) > 1
     assert sum(counted) == data.num_counted(0, size)
-    assert counted == [int(data.marks(n, 1).weights_BS.sum()) for n in range(size)]
+    assert counted == [int(data.metadata(n, 1).weights_BS.sum()) for n in range(size)]
     # Every conversation is whole: it begins with <s> and ends with <end>.
     for row in every[:size]:
         used = np.trim_zeros(row, "b")

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines import Trainable
-from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainable
+from recipes.engines import TrainModule
+from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainModule
 from recipes.engines.deepspeed.zero_experts import gather_slices
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.optimizer import FrozenConfig, OptimConfig
@@ -33,8 +33,8 @@ from tests.recipes.engines.engine_cases import (
     Case,
     Outcome,
     full,
-    make_host,
-    make_leg,
+    make_model,
+    make_stage,
     open_engine,
 )
 from tests.recipes.engines.engine_cases import tokens as samples
@@ -145,68 +145,68 @@ def prepared(case: Case, layout: Layout) -> Any:
     """A trainable of a layout, on the process group that is open already."""
     ranks, stage, spread = layout
     assert ranks == dist.get_world_size()
-    host, more = make_host(case), case.engine | {"expert_parallel": spread}
+    model, more = make_model(case), case.engine | {"expert_parallel": spread}
     if stage is None:
-        return open_engine(**more).prepare(host, case.optim)
+        return open_engine(**more).prepare(model, case.optim)
     config: Any = {"device": "cpu", "threads": 1, "zero_stage": stage} | more
     engine = DeepSpeedEngine(DeepSpeedConfig(**config))
     with patch("torch.distributed.init_process_group"):
         engine.open()
-    return engine.prepare(host, case.optim)
+    return engine.prepare(model, case.optim)
 
 
 def train(case: Case, layout: Layout) -> Outcome:
     """Runs a case on this rank, with as many samples in a micro-batch over all ranks as one rank has."""
     outcome = Outcome()
-    trainable = prepared(case, layout)
-    _look_before_first_step(trainable, outcome)
+    train_module = prepared(case, layout)
+    _look_before_first_step(train_module, outcome)
     with tempfile.TemporaryDirectory() as folder:
-        folder = trainable.engine.broadcast(folder)
-        leg = make_leg(replace(case, micro=case.micro // layout[0]), trainable, Path(folder))
-        Loop(trainable.engine, [engine_cases._Record(outcome)], StopRequest()).run(leg)
-        trainable.engine.barrier()
-    outcome.weights = weights_of(trainable)
-    outcome.notes = {"updates": [layer.context.run.step for layer in trainable.host.routed_layers()]}
+        folder = train_module.engine.broadcast(folder)
+        stage = make_stage(replace(case, micro=case.micro // layout[0]), train_module, Path(folder))
+        Loop(train_module.engine, [engine_cases._Record(outcome)], StopRequest()).run(stage)
+        train_module.engine.barrier()
+    outcome.weights = weights_of(train_module)
+    outcome.notes = {"updates": [layer.context.run.step for layer in train_module.model.routed_layers()]}
     return outcome
 
 
-def weights_of(trainable: Trainable) -> dict[str, Tensor]:
+def weights_of(train_module: TrainModule) -> dict[str, Tensor]:
     """The model in full."""
-    return {name: full(tensor) for name, tensor in trainable.full_tensors()}
+    return {name: full(tensor) for name, tensor in train_module.full_tensors()}
 
 
-def _look_before_first_step(trainable: Any, outcome: Outcome) -> None:
-    original = trainable.step
+def _look_before_first_step(train_module: Any, outcome: Outcome) -> None:
+    original = train_module.step
 
     def step(lr_factor: float, *limit: float) -> Tensor:
         if not outcome.grads:
-            outcome.grads = gradients(trainable)
+            outcome.grads = gradients(train_module)
             counts = [
                 sum(float(sums[-4]) for sums in layer.stats.sums.values())
-                for _, layer in trainable.host.moe_layers()
+                for _, layer in train_module.model.moe_layers()
             ]
             total = torch.tensor(counts)
             dist.all_reduce(total)
             outcome.tokens = total.tolist()
         return original(lr_factor, *limit)
 
-    trainable.step = step
+    train_module.step = step
 
 
-def gradients(trainable: Any) -> dict[str, Tensor]:
+def gradients(train_module: Any) -> dict[str, Tensor]:
     """The gradients of a step in full, by name."""
-    named = {name: p for name, p in trainable.host.model.named_parameters() if p.requires_grad}
-    if not isinstance(trainable, DeepSpeedTrainable):
+    named = {name: p for name, p in train_module.model.module.named_parameters() if p.requires_grad}
+    if not isinstance(train_module, DeepSpeedTrainModule):
         return {name: full(param.grad) for name, param in named.items()}
-    spread = trainable.spread
-    if trainable.stage == 0:
+    spread = train_module.spread
+    if train_module.stage == 0:
         return {
             name: gather_slices(param.grad, spread) if name in spread.counts else full(param.grad)
             for name, param in named.items()
         }
     pieces = []
-    for i, partition in enumerate(trainable.partitions):
-        flat = torch.cat([grad.flatten() for grad in trainable.wrapped.optimizer.averaged_gradients[i]])
+    for i, partition in enumerate(train_module.partitions):
+        flat = torch.cat([grad.flatten() for grad in train_module.wrapped.optimizer.averaged_gradients[i]])
         shards = {run.name: run.shard(flat, spread) for run in partition.runs}
         pieces += [(name, s.global_shape, s.start, s.tensor.clone()) for name, s in shards.items()]
     every: list[Any] = [None] * dist.get_world_size()
@@ -217,33 +217,33 @@ def gradients(trainable: Any) -> dict[str, Tensor]:
     return {name: whole[name] for name in named}
 
 
-def take_step(trainable: Any, step: int) -> Tensor:
+def take_step(train_module: Any, step: int) -> Tensor:
     """One step of the global batch, in one micro-batch; returns the loss of all ranks."""
-    engine = trainable.engine
+    engine = train_module.engine
     share = GLOBAL_BATCH // engine.world_size
     batch = samples(step * GLOBAL_BATCH + engine.rank * share, share)
-    loss = trainable.forward_backward(torch.from_numpy(batch), 0, 1)
-    trainable.step(1.0)
+    loss = train_module.micro_batch_backward(torch.from_numpy(batch), 0, 1)
+    train_module.step(1.0)
     dist.all_reduce(loss)
     return loss / engine.world_size
 
 
 def _write(folder: Path, layout: Layout) -> dict[str, Tensor]:
-    trainable = prepared(ALONE["adamw"], layout)
+    train_module = prepared(ALONE["adamw"], layout)
     for step in range(SAVED):
-        take_step(trainable, step)
-    save_checkpoint(_place(folder, layout), SAVED, trainable.checkpoint_tensors(), {})
-    take_step(trainable, SAVED)
-    return weights_of(trainable)
+        take_step(train_module, step)
+    save_checkpoint(_place(folder, layout), SAVED, train_module.checkpoint_tensors(), {})
+    take_step(train_module, SAVED)
+    return weights_of(train_module)
 
 
 def _read(folder: Path, source: Layout, layout: Layout) -> dict[str, Tensor]:
-    trainable = prepared(ALONE["adamw"], layout)
+    train_module = prepared(ALONE["adamw"], layout)
     # It has trained something else before.
-    take_step(trainable, 7)
-    load_checkpoint(_place(folder, source) / f"step-{SAVED:08d}", trainable.checkpoint_tensors())
-    take_step(trainable, SAVED)
-    return weights_of(trainable)
+    take_step(train_module, 7)
+    load_checkpoint(_place(folder, source) / f"step-{SAVED:08d}", train_module.checkpoint_tensors())
+    take_step(train_module, SAVED)
+    return weights_of(train_module)
 
 
 def _place(folder: Path, layout: Layout) -> Path:
@@ -251,33 +251,35 @@ def _place(folder: Path, layout: Layout) -> Path:
 
 
 def _refuses(layout: Layout) -> tuple[bool, float]:
-    trainable, fresh = (prepared(ALONE["adamw"], layout) for _ in range(2))
-    before = weights_of(trainable)
-    original = trainable._loss
-    broken = float("nan") if trainable.engine.rank == 1 else 1.0
-    trainable._loss = lambda *args: original(*args) * broken
+    train_module, fresh = (prepared(ALONE["adamw"], layout) for _ in range(2))
+    before = weights_of(train_module)
+    original = train_module._loss
+    broken = float("nan") if train_module.engine.rank == 1 else 1.0
+    train_module._loss = lambda *args: original(*args) * broken
     share = GLOBAL_BATCH // layout[0]
-    trainable.forward_backward(torch.from_numpy(samples(share * trainable.engine.rank, share)), 0, 1)
-    norm = trainable.step(1.0)
-    trainable._loss = original
+    train_module.micro_batch_backward(
+        torch.from_numpy(samples(share * train_module.engine.rank, share)), 0, 1
+    )
+    norm = train_module.step(1.0)
+    train_module._loss = original
     # Another that is finite, and above what it may be.
-    trainable.forward_backward(torch.from_numpy(samples(0, share)), 0, 1)
-    limited = trainable.step(1.0, 0.5 * float(trainable.clip_norm or 1.0))
-    after = weights_of(trainable)
+    train_module.micro_batch_backward(torch.from_numpy(samples(0, share)), 0, 1)
+    limited = train_module.step(1.0, 0.5 * float(train_module.clip_norm or 1.0))
+    after = weights_of(train_module)
     held = not bool(torch.isfinite(norm)) and bool(torch.isfinite(limited))
     held &= all(torch.equal(after[name], before[name]) for name in before)
-    for other in (trainable, fresh):
+    for other in (train_module, fresh):
         take_step(other, 0)
-    wanted, got = weights_of(fresh), weights_of(trainable)
+    wanted, got = weights_of(fresh), weights_of(train_module)
     return held, max(float((got[name] - wanted[name]).abs().max()) for name in wanted)
 
 
 def _frees(layout: Layout) -> bool:
-    trainable = prepared(ALONE["adamw"], layout)
-    take_step(trainable, 0)
-    model, weights = weakref.ref(trainable.host.model), trainable.partitions[0].weights
+    train_module = prepared(ALONE["adamw"], layout)
+    take_step(train_module, 0)
+    model, weights = weakref.ref(train_module.model.module), train_module.partitions[0].weights
     assert weights.untyped_storage().size() > 0
-    del trainable
+    del train_module
     gc.collect()
     gc.collect()
     return model() is None or weights.untyped_storage().size() == 0
@@ -285,5 +287,5 @@ def _frees(layout: Layout) -> bool:
 
 def series(layout: Layout, steps: int) -> list[float]:
     """The losses of so many steps."""
-    trainable = prepared(ALONE["adamw"], layout)
-    return [float(take_step(trainable, step)) for step in range(steps)]
+    train_module = prepared(ALONE["adamw"], layout)
+    return [float(take_step(train_module, step)) for step in range(steps)]

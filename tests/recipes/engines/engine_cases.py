@@ -27,17 +27,17 @@ from moe.metrics import LoadReport
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
 from recipes.config.schema import TrainConfig
-from recipes.engines import Trainable
+from recipes.engines import TrainModule
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.attention_blocks import swap_attention
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, swap
 from recipes.models.lora_model import add_low_rank
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.step_costs import Costs
-from recipes.training.callbacks.base import Callback, LegInfo
-from recipes.training.training_loop import Leg, Loop
+from recipes.training.callbacks.base import Callback, StageInfo
+from recipes.training.training_loop import Loop, Stage
 from tests.conftest import random_model
 
 SEQ_LEN = 12
@@ -109,10 +109,10 @@ class Outcome:
         return [row[name] for row in self.rows if name in row]
 
 
-def make_host(case: Case) -> HuggingFaceHost:
+def make_model(case: Case) -> HFModel:
     """The same weights in every process."""
     small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
-    host = HuggingFaceHost(random_model(case.family, **small | case.model), Path(), torch.float32)
+    model = HFModel(random_model(case.family, **small | case.model), Path(), torch.float32)
     config = TopKConfig(**{"init_std": 0.3} | case.router)
     surgery = Surgery(
         # Noise makes experts that differ: otherwise it would not matter which token goes where.
@@ -122,21 +122,21 @@ def make_host(case: Case) -> HuggingFaceHost:
         backend="auto",
         seed=0,
     )
-    swap(host, surgery)
+    swap(model, surgery)
     if case.attention:
         heads = TopKConfig(init_std=0.3, balance_coef=0.5)
-        swap_attention(host, AttentionConfig(router=heads), seed=0)
+        swap_attention(model, AttentionConfig(router=heads), seed=0)
     if case.lora:
-        add_low_rank(host, LoraConfig(case.lora, alpha=2.0 * case.lora), seed=0)
-        for index, layer in host.moe_layers():
+        add_low_rank(model, LoraConfig(case.lora, alpha=2.0 * case.lora), seed=0)
+        for index, layer in model.moe_layers():
             for name in sorted(FACTOR_NAMES - DRAWN):
                 factor = getattr(layer.experts, name)
                 generator = torch.Generator().manual_seed(index)
                 factor.data.copy_(0.3 * torch.randn(factor.shape, generator=generator))
     if case.router_weights == "equal":
-        for _, layer in moe_layers(host.model):
+        for _, layer in moe_layers(model.module):
             layer.router.weight_ED.data.zero_()
-    return host
+    return model
 
 
 def tokens(first: int, count: int) -> Any:
@@ -155,18 +155,18 @@ def make_data() -> Any:
         train=SimpleNamespace(
             seq_len=SEQ_LEN,
             batch=tokens,
-            marks=lambda first, count: None,
+            metadata=lambda first, count: None,
             num_counted=lambda first, count: count * SEQ_LEN,
         ),
         validation=SimpleNamespace(
             samples_per_epoch=100,
             batch=lambda first, count: tokens(500 + first, count),
-            marks=lambda first, count: None,
+            metadata=lambda first, count: None,
         ),
     )
 
 
-def make_leg(case: Case, trainable: Trainable, checkpoints: Path) -> Leg:
+def make_stage(case: Case, train_module: TrainModule, checkpoints: Path) -> Stage:
     """Training as the job does it."""
     train = TrainConfig(
         steps=case.steps,
@@ -176,13 +176,13 @@ def make_leg(case: Case, trainable: Trainable, checkpoints: Path) -> Leg:
         eval_samples=case.eval_samples,
         save_every=0,
     )
-    return Leg(
+    return Stage(
         name="moe",
         title="moe",
         train=train,
         optim=case.optim,
         data=make_data(),
-        trainable=trainable,
+        train_module=train_module,
         costs=Costs(0, 0, None, None, None),
         checkpoints=checkpoints,
     )
@@ -192,7 +192,7 @@ class _Record(Callback):
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
 
-    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+    def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         self.outcome.rows.append(dict(row))
         if load is not None:
             self.outcome.loads.append(load.load)
@@ -204,24 +204,24 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach().clone()
 
 
-def _look_before_first_step(trainable: Any, outcome: Outcome, engine: NativeEngine) -> None:
+def _look_before_first_step(train_module: Any, outcome: Outcome, engine: NativeEngine) -> None:
     """Keeps gradients and statistics of the first step: the step itself clears them."""
-    original = trainable.step
+    original = train_module.step
 
     def step(lr_factor: float, norm_limit: float) -> Tensor:
         if not outcome.grads:
-            named = trainable.host.model.named_parameters()
+            named = train_module.model.module.named_parameters()
             outcome.grads = {name: full(p.grad) for name, p in named if p.grad is not None}
             counts = [
                 sum(float(sums[-4]) for sums in layer.stats.sums.values())
-                for _, layer in trainable.host.moe_layers()
+                for _, layer in train_module.model.moe_layers()
             ]
             total = torch.tensor(counts)
             torch.distributed.all_reduce(total, group=engine.data_group)
             outcome.tokens = total.tolist()
         return original(lr_factor, norm_limit)
 
-    trainable.step = step
+    train_module.step = step
 
 
 def open_engine(**config: Any) -> NativeEngine:
@@ -236,22 +236,22 @@ def train(case: Case) -> Outcome:
     """Runs a case on this rank."""
     outcome = Outcome()
     engine = open_engine(**case.engine)
-    trainable = engine.prepare(make_host(case), case.optim)
-    _look_before_first_step(trainable, outcome, engine)
+    train_module = engine.prepare(make_model(case), case.optim)
+    _look_before_first_step(train_module, outcome, engine)
     with tempfile.TemporaryDirectory() as folder:
         folder = engine.broadcast(folder)
-        leg = make_leg(case, trainable, Path(folder))
-        Loop(engine, [_Record(outcome)], StopRequest()).run(leg)
+        stage = make_stage(case, train_module, Path(folder))
+        Loop(engine, [_Record(outcome)], StopRequest()).run(stage)
         engine.barrier()
-    outcome.weights = {name: full(tensor) for name, tensor in trainable.full_tensors()}
-    outcome.logits = trainable.logits(torch.from_numpy(tokens(900, 2))[:, :-1])
-    outcome.notes = look(trainable)
+    outcome.weights = {name: full(tensor) for name, tensor in train_module.full_tensors()}
+    outcome.logits = train_module.logits(torch.from_numpy(tokens(900, 2))[:, :-1])
+    outcome.notes = look(train_module)
     return outcome
 
 
-def look(trainable: Any) -> dict[str, Any]:
+def look(train_module: Any) -> dict[str, Any]:
     """What is where after an evaluation and at the end."""
-    sharded = {name: isinstance(t, DTensor) for name, t in trainable.checkpoint_tensors().items()}
+    sharded = {name: isinstance(t, DTensor) for name, t in train_module.checkpoint_tensors().items()}
     dtypes: dict[str, Any] = {}
 
     def keep(module: Any, args: tuple[Tensor, ...], out: Any) -> None:
@@ -264,13 +264,13 @@ def look(trainable: Any) -> dict[str, Any]:
         dtypes["expert_weight"] = module.w_up_EUD.dtype
         dtypes["expert_output"] = out.dtype
 
-    _, layer = trainable.host.moe_layers()[0]
+    _, layer = train_module.model.moe_layers()[0]
     handles = [layer.router.register_forward_hook(keep), layer.experts.register_forward_hook(keep_experts)]
-    trainable.token_losses(torch.from_numpy(tokens(0, 1)))
+    train_module.token_losses(torch.from_numpy(tokens(0, 1)))
     for handle in handles:
         handle.remove()
-    again = {name: isinstance(t, DTensor) for name, t in trainable.checkpoint_tensors().items()}
-    masters = {name: p.dtype for name, p in trainable.host.model.named_parameters()}
+    again = {name: isinstance(t, DTensor) for name, t in train_module.checkpoint_tensors().items()}
+    masters = {name: p.dtype for name, p in train_module.model.module.named_parameters()}
     return {"sharded": sharded, "sharded_after_eval": again, "dtypes": dtypes, "masters": masters}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines.native.native_engine import NativeTrainable
+from recipes.engines.native.native_engine import NativeTrainModule
 from tests.recipes.engines import engine_cases
 from tests.recipes.engines.case_list import ALONE
 from tests.recipes.engines.engine_cases import (
@@ -22,7 +22,7 @@ from tests.recipes.engines.engine_cases import (
     Case,
     Outcome,
     full,
-    make_host,
+    make_model,
     open_engine,
     run_cases,
 )
@@ -140,47 +140,47 @@ def _train(rank: int, layout: Layout) -> dict[str, Outcome]:
 
 def samples_of(layout: Layout) -> list[int]:
     """The ranks whose tokens routers see together, of which this one is. Collective."""
-    group = _prepared(layout).host.context.group
+    group = _prepared(layout).model.context.group
     assert group is not None
     return torch.distributed.get_process_group_ranks(group)
 
 
-def _prepared(layout: Layout, recomputes: bool = False) -> NativeTrainable:
+def _prepared(layout: Layout, recomputes: bool = False) -> NativeTrainModule:
     case = ALONE["adamw"]
     engine = open_engine(activation_checkpointing=recomputes, **layout.engine)
-    return engine.prepare(make_host(case), case.optim)
+    return engine.prepare(make_model(case), case.optim)
 
 
-def _step(trainable: NativeTrainable, step: int) -> Tensor:
-    engine = trainable.engine
+def _step(train_module: NativeTrainModule, step: int) -> Tensor:
+    engine = train_module.engine
     share = GLOBAL_BATCH // engine.data_ranks
     batch = samples(step * GLOBAL_BATCH + engine.data_rank * share, share)
-    trainable.forward_backward(torch.from_numpy(batch), 0, 1)
-    return trainable.step(1.0)
+    train_module.micro_batch_backward(torch.from_numpy(batch), 0, 1)
+    return train_module.step(1.0)
 
 
-def _weights(trainable: NativeTrainable) -> dict[str, Tensor]:
-    return {name: full(tensor) for name, tensor in trainable.full_tensors()}
+def _weights(train_module: NativeTrainModule) -> dict[str, Tensor]:
+    return {name: full(tensor) for name, tensor in train_module.full_tensors()}
 
 
 def _write(folder: Path, layout: Layout) -> dict[str, Tensor]:
-    trainable = _prepared(layout)
+    train_module = _prepared(layout)
     for step in range(SAVED):
-        _step(trainable, step)
-    save_checkpoint(_place(folder, layout), SAVED, trainable.checkpoint_tensors(), {})
-    _step(trainable, SAVED)
-    return _weights(trainable)
+        _step(train_module, step)
+    save_checkpoint(_place(folder, layout), SAVED, train_module.checkpoint_tensors(), {})
+    _step(train_module, SAVED)
+    return _weights(train_module)
 
 
 def _read(folder: Path, source: Layout, layout: Layout) -> dict[str, Tensor]:
     # Recomputation ends here where it ends by default: after the last tensor that backward needs.
-    trainable = _prepared(layout, recomputes=True)
-    tensors: dict[str, Any] = trainable.checkpoint_tensors()
+    train_module = _prepared(layout, recomputes=True)
+    tensors: dict[str, Any] = train_module.checkpoint_tensors()
     for tensor in tensors.values():
         tensor.fill_(7)
     load_checkpoint(_place(folder, source) / f"step-{SAVED:08d}", tensors)
-    _step(trainable, SAVED)
-    return _weights(trainable)
+    _step(train_module, SAVED)
+    return _weights(train_module)
 
 
 def _place(folder: Path, layout: Layout) -> Path:
@@ -188,14 +188,14 @@ def _place(folder: Path, layout: Layout) -> Path:
 
 
 def _refuses(rank: int, layout: Layout) -> bool:
-    trainable = _prepared(layout)
-    before = _weights(trainable)
-    trainable.forward_backward(torch.from_numpy(samples(4 * rank, 4)), 0, 1)
+    train_module = _prepared(layout)
+    before = _weights(train_module)
+    train_module.micro_batch_backward(torch.from_numpy(samples(4 * rank, 4)), 0, 1)
     if rank == 1:
-        grad = trainable.host.moe_layers()[0][1].experts.w_up_EUD.grad
+        grad = train_module.model.moe_layers()[0][1].experts.w_up_EUD.grad
         grad.to_local().flatten()[0] = float("nan")
-    norm = trainable.step(1.0)
-    after = _weights(trainable)
+    norm = train_module.step(1.0)
+    after = _weights(train_module)
     return not bool(torch.isfinite(norm)) and all(torch.equal(after[name], before[name]) for name in before)
 
 
@@ -203,15 +203,15 @@ def _family_error(family: str) -> tuple[float, str]:
     """Against plain torch on this rank alone."""
     case = Case(family=family, model=FAMILIES[family])
     ids_BS1 = torch.from_numpy(samples(0, GLOBAL_BATCH))
-    plain = make_host(case).model.train()
+    plain = make_model(case).module.train()
     logits = plain(input_ids=ids_BS1[:, :-1]).logits
     F.cross_entropy(logits.flatten(0, 1), ids_BS1[:, 1:].flatten()).backward()
-    cut = open_engine(tensor_parallel=2).prepare(make_host(case), case.optim)
-    cut.forward_backward(ids_BS1, 0, 1)
+    cut = open_engine(tensor_parallel=2).prepare(make_model(case), case.optim)
+    cut.micro_batch_backward(ids_BS1, 0, 1)
     wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
     errors = [
         (relative(full(parameter.grad), wanted[name]), name)
-        for name, parameter in cut.host.model.named_parameters()
+        for name, parameter in cut.model.module.named_parameters()
     ]
     assert len(errors) == len(wanted)
     return max(errors)
@@ -220,8 +220,8 @@ def _family_error(family: str) -> tuple[float, str]:
 def _noisy_loss(rank: int) -> tuple[float, int]:
     """Of the same samples on every rank, whose random states differ before."""
     case = Case(family="gpt_neox", model={"attention_dropout": 0.0, "hidden_dropout": 0.5})
-    trainable = open_engine(tensor_parallel=2).prepare(make_host(case), case.optim)
+    train_module = open_engine(tensor_parallel=2).prepare(make_model(case), case.optim)
     torch.manual_seed(rank)
     with CommDebugMode() as counted:
-        loss = trainable.forward_backward(torch.from_numpy(samples(0, GLOBAL_BATCH)), 0, 1)
+        loss = train_module.micro_batch_backward(torch.from_numpy(samples(0, GLOBAL_BATCH)), 0, 1)
     return float(loss), counted.get_comm_counts()[torch.ops.c10d_functional.all_reduce]

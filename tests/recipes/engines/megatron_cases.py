@@ -22,7 +22,7 @@ from recipes.engines import MicroBatch
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.hf_weights import Held, gathered, live_blocks, whereabouts
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, swap
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.training_loop import Loop
 from tests.conftest import random_model
@@ -35,8 +35,8 @@ from tests.recipes.engines.engine_cases import (
     Case,
     Outcome,
     full,
-    make_host,
-    make_leg,
+    make_model,
+    make_stage,
     open_engine,
 )
 from tests.recipes.engines.engine_cases import tokens as samples
@@ -57,7 +57,7 @@ from tests.recipes.engines.megatron_ends import (
     classes,
     comes_late,
     comes_never,
-    say_gone,
+    log_gone,
 )
 from tests.recipes.engines.megatron_probes import probe
 from tests.recipes.engines.megatron_stand_ins import standing_in
@@ -135,17 +135,17 @@ def work(rank: int, world_size: int, folder: str) -> Found:
         try:
             _run(comes_never, CASES["plain"], layout, sign)
         except TroubleError as error:
-            say_gone(rank, sign)
+            log_gone(rank, sign)
             found.given_up = error.args[0]
     return found
 
 
-def _host(case: Case) -> HuggingFaceHost:
+def _model(case: Case) -> HFModel:
     """Of cases of stages: a router with a state of its own, and the blocks that the case says."""
     if not isinstance(case, Stages):
-        return make_host(case)
+        return make_model(case)
     small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
-    host = HuggingFaceHost(random_model(case.family, **small | case.model), Path(), torch.float32)
+    model = HFModel(random_model(case.family, **small | case.model), Path(), torch.float32)
     config = DeepSeekV3Config(init_std=0.3, balance_coef=0.1, bias_rate=0.05)
     surgery = Surgery(
         method=Copy(CopyConfig(num_experts=EXPERTS, noise_std=0.5, layers=case.layers)),
@@ -154,8 +154,8 @@ def _host(case: Case) -> HuggingFaceHost:
         backend="auto",
         seed=0,
     )
-    swap(host, surgery)
-    return host
+    swap(model, surgery)
+    return model
 
 
 def _run(do: Callable[..., Any], case: Case, layout: Layout, *more: Any) -> Any:
@@ -165,7 +165,7 @@ def _run(do: Callable[..., Any], case: Case, layout: Layout, *more: Any) -> Any:
     if cut == 0:
         native = {key: value for key, value in case.engine.items() if key not in MEGATRON_ALONE}
         engine: Any = open_engine(**native, expert_parallel=spread)
-        return do(engine, engine.prepare(_host(case), case.optim), *more)
+        return do(engine, engine.prepare(_model(case), case.optim), *more)
     config: Any = {"device": "cpu", "threads": 1, "tensor_parallel": cut, "expert_parallel": spread}
     config |= {"pipeline_parallel": stages}
     engine = MegatronEngine(MegatronConfig(**config | case.engine))
@@ -173,7 +173,7 @@ def _run(do: Callable[..., Any], case: Case, layout: Layout, *more: Any) -> Any:
         engine.open()
     with standing_in(case.engine):
         try:
-            return do(engine, engine.prepare(_host(case), case.optim), *more)
+            return do(engine, engine.prepare(_model(case), case.optim), *more)
         finally:
             engine.leave()
 
@@ -184,76 +184,76 @@ def train(case: Case, layout: Layout) -> Outcome:
     return _run(_train, case, layout, replace(case, micro=micro))
 
 
-def _train(engine: Any, trainable: Any, case: Case) -> Outcome:
+def _train(engine: Any, train_module: Any, case: Case) -> Outcome:
     outcome = Outcome()
-    _look_before_first_step(trainable, outcome)
+    _look_before_first_step(train_module, outcome)
     with tempfile.TemporaryDirectory() as folder:
         folder = engine.broadcast(folder)
-        leg = make_leg(case, trainable, Path(folder))
-        Loop(engine, [engine_cases._Record(outcome)], StopRequest()).run(leg)
+        stage = make_stage(case, train_module, Path(folder))
+        Loop(engine, [engine_cases._Record(outcome)], StopRequest()).run(stage)
         engine.barrier()
-    outcome.weights = _weights(trainable)
-    outcome.notes = {"updates": [layer.context.run.step for layer in trainable.host.routed_layers()]}
+    outcome.weights = _weights(train_module)
+    outcome.notes = {"updates": [layer.context.run.step for layer in train_module.model.routed_layers()]}
     return outcome
 
 
-def _look_before_first_step(trainable: Any, outcome: Outcome) -> None:
+def _look_before_first_step(train_module: Any, outcome: Outcome) -> None:
     """Keeps the gradients of the first step: the step itself clears them."""
-    original = trainable.step
+    original = train_module.step
 
     def step(lr_factor: float, norm_limit: float) -> Tensor:
         if not outcome.grads:
-            outcome.grads = gradients(trainable)
+            outcome.grads = gradients(train_module)
         return original(lr_factor, norm_limit)
 
-    trainable.step = step
+    train_module.step = step
 
 
-def gradients(trainable: Any) -> dict[str, Tensor]:
+def gradients(train_module: Any) -> dict[str, Tensor]:
     """In full, by the host's names, where the distributed optimizer leaves them whole."""
-    if not hasattr(trainable, "chunk"):
-        named = trainable.host.model.named_parameters()
+    if not hasattr(train_module, "chunk"):
+        named = train_module.model.module.named_parameters()
         return {name: full(p.grad) for name, p in named if p.grad is not None}
-    places, divided = trainable.places, trainable.chunk.ddp_config.use_distributed_optimizer
+    places, divided = train_module.places, train_module.chunk.ddp_config.use_distributed_optimizer
     held = [
         Held(each.tensor.main_grad, each.parts, each.over)
-        for each in trainable.held
+        for each in train_module.held
         if each.tensor.requires_grad
         and not (divided and places.holders(each.over, sharded=True)[0].size() > 1)
     ]
     blocks = live_blocks(held)
     known = whereabouts(blocks, places)
-    names = [name for name, _ in trainable.skeleton.model.named_parameters() if name in known]
-    return {name: grad.clone() for name, grad in gathered(blocks, places, names, trainable.device)}
+    names = [name for name, _ in train_module.skeleton.module.named_parameters() if name in known]
+    return {name: grad.clone() for name, grad in gathered(blocks, places, names, train_module.device)}
 
 
-def _weights(trainable: Any) -> dict[str, Tensor]:
-    return {name: full(tensor) for name, tensor in trainable.full_tensors()}
+def _weights(train_module: Any) -> dict[str, Tensor]:
+    return {name: full(tensor) for name, tensor in train_module.full_tensors()}
 
 
-def _step(engine: Any, trainable: Any, step: int) -> Tensor:
+def _step(engine: Any, train_module: Any, step: int) -> Tensor:
     share = GLOBAL_BATCH // engine.data_ranks
     batch = samples(step * GLOBAL_BATCH + engine.data_rank * share, share)
-    trainable.accumulate(iter([MicroBatch(torch.from_numpy(batch))]), 1)
-    return trainable.step(1.0)
+    train_module.forward_backward(iter([MicroBatch(torch.from_numpy(batch))]), 1)
+    return train_module.step(1.0)
 
 
-def _write(engine: Any, trainable: Any, folder: Path) -> dict[str, Tensor]:
+def _write(engine: Any, train_module: Any, folder: Path) -> dict[str, Tensor]:
     for step in range(SAVED):
-        _step(engine, trainable, step)
-    save_checkpoint(_place(folder, engine), SAVED, trainable.checkpoint_tensors(), {})
-    _step(engine, trainable, SAVED)
-    return _weights(trainable)
+        _step(engine, train_module, step)
+    save_checkpoint(_place(folder, engine), SAVED, train_module.checkpoint_tensors(), {})
+    _step(engine, train_module, SAVED)
+    return _weights(train_module)
 
 
-def _read(engine: Any, trainable: Any, folder: Path, source: Layout) -> dict[str, Tensor]:
+def _read(engine: Any, train_module: Any, folder: Path, source: Layout) -> dict[str, Tensor]:
     written = folder / "x".join(map(str, source)) / f"step-{SAVED:08d}"
     # What is not read must show: nothing of the model that is there already may count.
-    _step(engine, trainable, 7)
-    load_checkpoint(written, trainable.checkpoint_tensors())
-    trainable.host.context.step = SAVED
-    _step(engine, trainable, SAVED)
-    return _weights(trainable)
+    _step(engine, train_module, 7)
+    load_checkpoint(written, train_module.checkpoint_tensors())
+    train_module.model.context.step = SAVED
+    _step(engine, train_module, SAVED)
+    return _weights(train_module)
 
 
 def _place(folder: Path, engine: Any) -> Path:
@@ -263,36 +263,34 @@ def _place(folder: Path, engine: Any) -> Path:
     return folder / "x".join(map(str, layout if stages > 1 else layout[:3]))
 
 
-def _refuses(engine: Any, trainable: Any) -> bool:
-    before = _weights(trainable)
+def _refuses(engine: Any, train_module: Any) -> bool:
+    before = _weights(train_module)
     share = GLOBAL_BATCH // engine.data_ranks
     batch = torch.from_numpy(samples(engine.data_rank * share, share))
     if engine.rank == 1:
         # An expert's, which no other rank may hold.
-        expert = next(each.tensor for each in trainable.held if each.over == "expert")
+        expert = next(each.tensor for each in train_module.held if each.over == "expert")
         expert.main_grad.fill_(float("nan"))
-    trainable.accumulate(iter([MicroBatch(batch)]), 1)
-    norm = trainable.step(1.0)
-    after = _weights(trainable)
+    train_module.forward_backward(iter([MicroBatch(batch)]), 1)
+    norm = train_module.step(1.0)
+    after = _weights(train_module)
     same = all(torch.equal(after[name], weight) for name, weight in before.items())
-    return same and not bool(torch.isfinite(norm)) and trainable.host.context.step == 0
+    return same and not bool(torch.isfinite(norm)) and train_module.model.context.step == 0
 
 
 def _compare(found: Found, family: str, whose: str, layout: Layout) -> None:
     """Logits and weights of a model whose weights went in, against the host that they came from."""
     case = Case(family=family, model=FAMILIES[family])
     small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2} | FAMILIES[family]
-    host = (
-        HuggingFaceHost(random_model(family, **small), Path(), torch.float32)
-        if whose == "none"
-        else make_host(case)
+    model = (
+        HFModel(random_model(family, **small), Path(), torch.float32) if whose == "none" else make_model(case)
     )
     # An odd number of tokens: where sequences are cut, the last part is shorter.
     ids = torch.from_numpy(samples(0, 3))[:, :11]
-    host.model.eval()
+    model.module.eval()
     with torch.no_grad():
-        wanted = host.model(input_ids=ids).logits
-    tensors = {name: p.detach().clone() for name, p in host.model.named_parameters()}
+        wanted = model.module(input_ids=ids).logits
+    tensors = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     _, cut, spread, stages = (*layout, 1)[:4]
     config: Any = {"tensor_parallel": cut, "expert_parallel": spread, "pipeline_parallel": stages}
     experts = whose if whose in expert_kinds() else "graft"
@@ -301,9 +299,9 @@ def _compare(found: Found, family: str, whose: str, layout: Layout) -> None:
     with patch("torch.distributed.init_process_group"):
         engine.open()
     with standing_in(config):
-        trainable = engine.prepare(host, SGD)
-    found.drift[family, whose] = float((trainable.logits(ids) - wanted).abs().max() / wanted.abs().max())
-    back = dict(trainable.full_tensors())
+        train_module = engine.prepare(model, SGD)
+    found.drift[family, whose] = float((train_module.logits(ids) - wanted).abs().max() / wanted.abs().max())
+    back = dict(train_module.full_tensors())
     odd = [name for name in tensors.keys() & back.keys() if not torch.equal(tensors[name], back[name])]
     found.returned[family, whose] = sorted({*odd, *(tensors.keys() ^ back.keys())})
     engine.leave()

@@ -14,19 +14,19 @@ class TroubleError(Exception):
     """Ends a run on a rank; its argument is whether the other had come or was gone."""
 
 
-def classes(engine: Any, trainable: Any) -> list[str]:
+def classes(engine: Any, train_module: Any) -> list[str]:
     """Of a layer's experts, of their first matrices, of its dispatcher, and of what sends for that."""
-    moe = trainable.chunk.module.decoder.layers[0].mlp
+    moe = train_module.chunk.module.decoder.layers[0].mlp
     up = getattr(moe.experts.experts, "linear_fc1", None)
     manager = getattr(moe.token_dispatcher, "_comm_manager", None)
     return [type(part).__name__ for part in (moe.experts.experts, up, moe.token_dispatcher, manager)]
 
 
-def comes_late(engine: Any, trainable: Any, step: Callable[..., Any], sign: Path) -> bool:
+def comes_late(engine: Any, train_module: Any, step: Callable[..., Any], sign: Path) -> bool:
     """One rank comes to the end of a layout that is in use while the other has been there for a while."""
     from megatron.core.transformer.moe import fused_a2a
 
-    step(engine, trainable, 0)
+    step(engine, train_module, 0)
     if engine.rank == 1:
         time.sleep(0.5)
         sign.touch()
@@ -42,7 +42,7 @@ def came_before(sign: Path) -> bool:
     return sign.exists() and gone
 
 
-def comes_never(engine: Any, trainable: Any, sign: Path) -> None:
+def comes_never(engine: Any, train_module: Any, sign: Path) -> None:
     """One rank ends in trouble; the other does not come until it is gone."""
     sign.unlink(missing_ok=True)
     engine.barrier()
@@ -52,7 +52,7 @@ def comes_never(engine: Any, trainable: Any, sign: Path) -> None:
     raise TroubleError(engine.rank == 0 or sign.exists())
 
 
-def say_gone(rank: int, sign: Path) -> None:
+def log_gone(rank: int, sign: Path) -> None:
     """Tells the other rank that this one is gone."""
     if rank == 0:
         sign.touch()

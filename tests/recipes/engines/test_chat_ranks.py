@@ -30,8 +30,8 @@ from tests.recipes.engines.engine_cases import (
     Outcome,
     _look_before_first_step,
     _Record,
-    make_host,
-    make_leg,
+    make_model,
+    make_stage,
     open_engine,
 )
 
@@ -100,15 +100,15 @@ def train(folder: Path, way: Way) -> Outcome:
     """On this rank."""
     outcome, case, samples = Outcome(), way.case(), read(folder)
     engine = open_engine(**case.engine)
-    trainable = engine.prepare(make_host(case), case.optim)
-    _look_before_first_step(trainable, outcome, engine)
+    train_module = engine.prepare(make_model(case), case.optim)
+    _look_before_first_step(train_module, outcome, engine)
     data: Any = SimpleNamespace(train=samples, validation=samples, files=())
     with tempfile.TemporaryDirectory() as checkpoints:
-        leg = make_leg(case, trainable, Path(engine.broadcast(checkpoints)))
-        leg.data = data
-        outcome.notes["before"] = validation_loss(engine, trainable, data, leg.train)
+        stage = make_stage(case, train_module, Path(engine.broadcast(checkpoints)))
+        stage.data = data
+        outcome.notes["before"] = validation_loss(engine, train_module, data, stage.train)
         with patch("recipes.training.training_loop.Saver.save"):
-            Loop(engine, [_Record(outcome)], StopRequest()).run(leg)
+            Loop(engine, [_Record(outcome)], StopRequest()).run(stage)
         engine.barrier()
     return outcome
 
@@ -129,15 +129,15 @@ def outcomes(folder: Path) -> dict[Way, Outcome]:
 
 def obvious_loss(folder: Path, first: int, count: int) -> float:
     """Every conversation on its own, token by token."""
-    samples, host = read(folder), make_host(Way(1, 8).case())
-    host.model.eval()
+    samples, model = read(folder), make_model(Way(1, 8).case())
+    model.module.eval()
     losses = []
     for n in range(first, first + count):
         for _, start, length in samples._pieces(n):
             tokens = torch.tensor(samples._chat.ids.tokens(start, start + length).astype(np.int64))
             counted = samples._chat.counted.tokens(start, start + length)
             with torch.no_grad():
-                log_p = F.log_softmax(host.model(input_ids=tokens[None]).logits[0].double(), -1)
+                log_p = F.log_softmax(model.module(input_ids=tokens[None]).logits[0].double(), -1)
             losses += [-float(log_p[i - 1, tokens[i]]) for i in range(1, length) if counted[i]]
     return sum(losses) / len(losses)
 
@@ -146,7 +146,7 @@ def test_counts_differ_from_sample_to_sample(folder: Path) -> None:
     samples = read(folder)
     counts = [samples.num_counted(n, 1) for n in range(GLOBAL_BATCH)]
     assert sum(counts[:4]) != sum(counts[4:])
-    assert not bool(samples.marks(0, samples.samples_per_epoch).real_BS.all()), "there is padding"
+    assert not bool(samples.metadata(0, samples.samples_per_epoch).real_BS.all()), "there is padding"
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_step_is_the_mean_over_counted_tokens(folder: Path, outcomes: dict[Way
     # Five validation samples at most: the last forward pass has three that do not count.
     assert outcome.notes["before"] == pytest.approx(obvious_loss(folder, 0, 5), rel=1e-5)
     # Padding reaches no router.
-    used = int(read(folder).marks(0, GLOBAL_BATCH).real_BS.sum())
+    used = int(read(folder).metadata(0, GLOBAL_BATCH).real_BS.sum())
     assert used < GLOBAL_BATCH * SEQ_LEN
     assert outcome.tokens == [used, used]
 
@@ -176,7 +176,7 @@ def test_any_ranks_and_micro_batches_do_what_one_does(way: Way, outcomes: dict[W
 
 
 def test_whether_a_host_keeps_conversations_apart(folder: Path) -> None:
-    host = make_host(Way(1, 8).case())
-    assert keeps_apart(host.model.eval())
-    with patch.object(host.model, "forward", lambda input_ids, use_cache: None):
-        assert not keeps_apart(host.model)
+    model = make_model(Way(1, 8).case())
+    assert keeps_apart(model.module.eval())
+    with patch.object(model.module, "forward", lambda input_ids, use_cache: None):
+        assert not keeps_apart(model.module)

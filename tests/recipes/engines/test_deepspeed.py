@@ -115,8 +115,8 @@ def test_it_is_found_without_importing_deepspeed() -> None:
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = DeepSpeedConfig(device="cpu", expert_parallel=2)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    refusal = DeepSpeedEngine.check(config)
-    assert refusal is not None and "expert_parallel=2: 3 ranks do not divide" in refusal
+    unsupported_reason = DeepSpeedEngine.check(config)
+    assert unsupported_reason is not None and "expert_parallel=2: 3 ranks do not divide" in unsupported_reason
     (muon,) = DeepSpeedEngine.check_optimizer(config, OptimConfig(name="muon"))
     assert "optim.name='muon'" in str(muon) and "needs them whole" in str(muon)
     assert DeepSpeedEngine.check_optimizer(config, OptimConfig()) == []
@@ -128,5 +128,5 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if name == "deepspeed" else original(name, *more)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    refusal = DeepSpeedEngine.check(config)
-    assert refusal is not None and "the package deepspeed is not installed" in refusal
+    unsupported_reason = DeepSpeedEngine.check(config)
+    assert unsupported_reason is not None and "the package deepspeed is not installed" in unsupported_reason

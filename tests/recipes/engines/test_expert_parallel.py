@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.routers.avg_k import AvgKConfig
 from moe.routers.topk import TopKConfig
 from recipes.config.compose import compose_config
@@ -150,14 +150,15 @@ class TestRanks:
 def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert NativeEngine.check(NativeConfig(expert_parallel=2, device="cpu")) is None
-    refusal = NativeEngine.check(NativeConfig(expert_parallel=3, device="cpu"))
+    unsupported_reason = NativeEngine.check(NativeConfig(expert_parallel=3, device="cpu"))
     assert (
-        refusal is not None and "expert_parallel=3: 4 ranks do not divide into groups of so many" in refusal
+        unsupported_reason is not None
+        and "expert_parallel=3: 4 ranks do not divide into groups of so many" in unsupported_reason
     )
 
     def mistakes(spread: int, experts: int, router: TopKConfig | AvgKConfig) -> list[str]:
         config = NativeConfig(expert_parallel=spread)
-        return [str(mistake) for mistake in NativeEngine.check_mixture(config, experts, router)]
+        return [str(mistake) for mistake in NativeEngine.check_moe(config, experts, router)]
 
     assert mistakes(2, 8, TopKConfig()) == mistakes(1, 7, AvgKConfig()) == []
     uneven, reads = mistakes(2, 7, AvgKConfig())
@@ -193,8 +194,8 @@ def test_ranks_that_do_not_divide_are_refused(
     cuts: dict[str, int], rule: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    refusal = NativeEngine.check(NativeConfig(device="cpu", **cuts))  # type: ignore[arg-type]
-    assert refusal is None if rule is None else rule in str(refusal)
+    unsupported_reason = NativeEngine.check(NativeConfig(device="cpu", **cuts))  # type: ignore[arg-type]
+    assert unsupported_reason is None if rule is None else rule in str(unsupported_reason)
 
 
 def test_attention_that_cannot_be_spread_is_refused() -> None:
@@ -226,12 +227,14 @@ def test_projections_that_the_plan_does_not_know_are_refused() -> None:
     _require_known(attention, plan, 2)
     attention.sinks = torch.nn.Parameter(torch.zeros(4))
     attention.q_proj = torch.nn.Sequential(attention.q_proj)
-    with pytest.raises(HostError, match="sinks, q_proj of LlamaAttention: it is not known how to cut such"):
+    with pytest.raises(ModelError, match="sinks, q_proj of LlamaAttention: it is not known how to cut such"):
         _require_known(attention, plan, 2)
 
 
 def test_experts_that_no_axis_divides_are_refused() -> None:
     experts = make_experts(True, torch.float32)  # 8 experts, weights of 10 and 6 rows
     assert (cut_dim(experts, 4, 2), cut_dim(experts, 2, 8)) == (0, 1)
-    with pytest.raises(HostError, match=r"neither the 1 experts of a rank nor the rows of their weights .*6"):
+    with pytest.raises(
+        ModelError, match=r"neither the 1 experts of a rank nor the rows of their weights .*6"
+    ):
         cut_dim(experts, 4, 8)

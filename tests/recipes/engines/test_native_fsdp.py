@@ -14,7 +14,7 @@ import torch
 
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.runtime.interrupt import StopRequest
-from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.callbacks.base import Callback, StageInfo
 from recipes.training.training_loop import Loop
 from tests.distributed_helper import run_ranks
 from tests.recipes.engines.conftest import RunOnRanks
@@ -23,8 +23,8 @@ from tests.recipes.engines.engine_cases import (
     SEQ_LEN,
     Case,
     full,
-    make_host,
-    make_leg,
+    make_model,
+    make_stage,
     open_engine,
     tokens,
 )
@@ -73,7 +73,7 @@ def test_logits_are_of_the_trained_weights(run_on_ranks: RunOnRanks) -> None:
     for world_size, name in ((1, "fsdp"), (2, "fsdp"), (2, "ddp"), (2, "tied"), (2, "biases")):
         outcome = run_on_ranks(world_size)[0][name]
         case = {"tied": Case(model={"tie_word_embeddings": True}), "biases": Case(family="gpt2")}
-        model = make_host(case.get(name, Case())).model.eval()
+        model = make_model(case.get(name, Case())).module.eval()
         missing, unexpected = model.load_state_dict(outcome.weights, strict=False)
         assert unexpected == [] and set(missing) <= ({"lm_head.weight"} if name != "fsdp" else set())
         with torch.no_grad():
@@ -92,18 +92,18 @@ def _stop(rank: int) -> int:
     case = Case(micro=4, steps=8)
     engine = open_engine()
     stop = StopRequest()
-    leg_steps = []
+    stage_steps = []
 
     class AskOnce(Callback):
-        def on_row(self, leg: LegInfo, row: Mapping[str, float], load: Any) -> None:
-            leg_steps.append(row["step"])
+        def on_row(self, stage: StageInfo, row: Mapping[str, float], load: Any) -> None:
+            stage_steps.append(row["step"])
             stop.requested = stop.requested or (rank == 1 and row["step"] == 2)
 
     with tempfile.TemporaryDirectory() as folder:
-        leg = make_leg(case, engine.prepare(make_host(case), case.optim), Path(engine.broadcast(folder)))
-        result = Loop(engine, [AskOnce()], stop).run(leg)
+        stage = make_stage(case, engine.prepare(make_model(case), case.optim), Path(engine.broadcast(folder)))
+        result = Loop(engine, [AskOnce()], stop).run(stage)
         engine.barrier()
-    assert not result.finished and result.step == leg_steps[-1]
+    assert not result.finished and result.step == stage_steps[-1]
     return result.step
 
 
@@ -111,20 +111,20 @@ def _refuse_step(rank: int) -> dict[str, bool]:
     same = {}
     for strategy in ("fsdp", "ddp"):
         case = Case()
-        trainable = open_engine(strategy=strategy).prepare(make_host(case), case.optim)
-        before = {name: full(tensor) for name, tensor in trainable.full_tensors()}
-        trainable.forward_backward(torch.from_numpy(tokens(4 * rank, 4)), 0, 1)
+        train_module = open_engine(strategy=strategy).prepare(make_model(case), case.optim)
+        before = {name: full(tensor) for name, tensor in train_module.full_tensors()}
+        train_module.micro_batch_backward(torch.from_numpy(tokens(4 * rank, 4)), 0, 1)
         if rank == 1:
-            grad = next(p.grad for p in trainable.host.model.parameters() if p.grad is not None)
+            grad = next(p.grad for p in train_module.model.module.parameters() if p.grad is not None)
             (grad.to_local() if strategy == "fsdp" else grad).flatten()[0] = float("nan")
         if strategy == "ddp":  # DDP's gradients are equal on all ranks by then
-            for p in trainable.host.model.parameters():
+            for p in train_module.model.module.parameters():
                 torch.distributed.all_reduce(p.grad)
-        norm = trainable.step(1.0)
+        norm = train_module.step(1.0)
         assert not torch.isfinite(norm), f"{strategy}: {norm}"
-        assert trainable.host.context.step == 0
-        assert all(p.grad is None for p in trainable.host.model.parameters())
-        after = {name: full(tensor) for name, tensor in trainable.full_tensors()}
+        assert train_module.model.context.step == 0
+        assert all(p.grad is None for p in train_module.model.module.parameters())
+        after = {name: full(tensor) for name, tensor in train_module.full_tensors()}
         same[strategy] = all(torch.equal(after[name], weight) for name, weight in before.items())
     return same
 
@@ -142,10 +142,10 @@ def _compiled_and_eager(rank: int, world_size: int) -> dict[str, tuple[float, di
     for name in ("eager", "compiled"):
         case = Case(model={"num_hidden_layers": 1})
         engine = open_engine(compile=name == "compiled")
-        trainable = engine.prepare(make_host(case), case.optim)
-        loss = trainable.forward_backward(torch.from_numpy(tokens(0, GLOBAL_BATCH)), 0, 1)
-        grads = {key: full(p.grad) for key, p in trainable.host.model.named_parameters()}
-        layer = trainable.host.moe_layers()[0][1]
+        train_module = engine.prepare(make_model(case), case.optim)
+        loss = train_module.micro_batch_backward(torch.from_numpy(tokens(0, GLOBAL_BATCH)), 0, 1)
+        grads = {key: full(p.grad) for key, p in train_module.model.module.named_parameters()}
+        layer = train_module.model.moe_layers()[0][1]
         assert [float(sums[-4]) for sums in layer.stats.sums.values()] == [GLOBAL_BATCH * SEQ_LEN]
         found[name] = float(loss), grads
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]

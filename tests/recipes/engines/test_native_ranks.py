@@ -21,7 +21,7 @@ from tests.recipes.engines.engine_cases import (
     SEQ_LEN,
     Case,
     Outcome,
-    make_host,
+    make_model,
     tokens,
 )
 
@@ -180,26 +180,26 @@ def test_one_rank_does_what_plain_torch_does(
     run_on_ranks: RunOnRanks, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     # The obvious way: one loss, cross-entropy plus every router's losses, and one backward pass.
-    host = make_host(Case())
+    model = make_model(Case())
     monkeypatch.setattr("moe.layer.attach_loss", lambda activation, loss, scale: activation)
     losses: list[Tensor] = []
-    for _, layer in host.moe_layers():
+    for _, layer in model.moe_layers():
         layer.router.register_forward_hook(lambda module, args, out: losses.extend(out.losses.values()))
     ids = torch.from_numpy(tokens(0, GLOBAL_BATCH))
-    host.model.train()
-    logits = host.model(input_ids=ids[:, :-1]).logits
+    model.module.train()
+    logits = model.module(input_ids=ids[:, :-1]).logits
     main = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     (main + sum(losses)).backward()
     outcome = run_on_ranks(1)[0]["fsdp"]
     assert outcome.series("loss")[0] == pytest.approx(float(main.detach()), rel=SUMS)
     assert len(losses) == 4
-    for name, parameter in host.model.named_parameters():
+    for name, parameter in model.module.named_parameters():
         assert relative(outcome.grads[name], parameter.grad) < SUMS, name
 
 
 def test_validation_is_of_the_samples_that_are_asked_for(run_on_ranks: RunOnRanks, one_thread: None) -> None:
     # 5 samples: no multiple of what the ranks take at once, so that some ranks only keep step.
-    model = make_host(Case()).model.eval()
+    model = make_model(Case()).module.eval()
     ids = torch.from_numpy(tokens(500, 5))
     with torch.no_grad():
         logits = model(input_ids=ids[:, :-1]).logits

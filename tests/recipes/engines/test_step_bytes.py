@@ -26,8 +26,8 @@ from tests.recipes.engines.engine_cases import (
     GLOBAL_BATCH,
     SEQ_LEN,
     Case,
-    make_host,
-    make_leg,
+    make_model,
+    make_stage,
 )
 
 STEPS = 2
@@ -39,7 +39,7 @@ class _Keep(Callback):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
-    def on_row(self, leg: Any, row: Any, load: Any) -> None:
+    def on_row(self, stage: Any, row: Any, load: Any) -> None:
         self.rows.append(dict(row))
 
 
@@ -55,27 +55,27 @@ def train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> dic
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     case = Case(micro=2 * options.get("tensor_parallel", 1), steps=STEPS)
     kind = engine_classes()[name]
-    engine, host = kind(kind.config_class(name=name, device="cpu", threads=1, **options)), make_host(case)
+    engine, model = kind(kind.config_class(name=name, device="cpu", threads=1, **options)), make_model(case)
     with patch("torch.distributed.init_process_group"):
         engine.open()
     try:
-        return _train(engine, host, case)
+        return _train(engine, model, case)
     finally:
         if name == "megatron":
             engine.leave()
 
 
-def _train(engine: Any, host: Any, case: Case) -> dict[str, Any]:
-    model, costs = step_model(host), measure_costs(host, SEQ_LEN, PEAK)
-    trainable = engine.prepare(host, case.optim)
+def _train(engine: Any, model: Any, case: Case) -> dict[str, Any]:
+    module, costs = step_model(model), measure_costs(model, SEQ_LEN, PEAK)
+    train_module = engine.prepare(model, case.optim)
     session: Any = _Session(engine)
-    steps = step_costs(session, host, model, trainable, Bandwidth(PEAK, "user", "a test"))
+    steps = step_costs(session, model, module, train_module, Bandwidth(PEAK, "user", "a test"))
     keep = _Keep()
     with tempfile.TemporaryDirectory() as folder:
-        leg = make_leg(case, trainable, Path(engine.broadcast(folder)))
-        leg.costs, leg.step_costs = costs, steps
-        leg.train = replace(leg.train, eval_every=0)
-        result = Loop(engine, [keep], StopRequest()).run(leg)
+        stage = make_stage(case, train_module, Path(engine.broadcast(folder)))
+        stage.costs, stage.step_costs = costs, steps
+        stage.train = replace(stage.train, eval_every=0)
+        result = Loop(engine, [keep], StopRequest()).run(stage)
         engine.barrier()
     return {"rows": keep.rows[1:], "model": steps.model, "missing": result.missing}
 
@@ -87,27 +87,27 @@ def alone() -> dict[str, Any]:
 
 
 def test_a_step_model_is_that_of_the_live_weights() -> None:
-    host = make_host(Case())
-    model = step_model(host)
-    parameters = dict(host.model.named_parameters())
+    model = make_model(Case())
+    module = step_model(model)
+    parameters = dict(model.module.named_parameters())
     experts = {name: p for name, p in parameters.items() if ".experts." in name}
     one = sum(p.numel() for p in experts.values()) // (2 * EXPERTS)
-    assert [mixture.elements for mixture in model.mixtures] == [one, one]
-    assert [(mixture.num_experts, mixture.top_k) for mixture in model.mixtures] == [(EXPERTS, 2)] * 2
+    assert [moe.elements for moe in module.moe_blocks] == [one, one]
+    assert [(moe.num_experts, moe.top_k) for moe in module.moe_blocks] == [(EXPERTS, 2)] * 2
     # Untied: the embedding is looked up, a row a token, and everything else is read.
-    (table,) = [module for module in host.model.modules() if isinstance(module, nn.Embedding)]
+    (table,) = [module for module in model.module.modules() if isinstance(module, nn.Embedding)]
     rest = sum(p.numel() for name, p in parameters.items() if name not in experts)
-    looked_up = 0 if host.model.config.tie_word_embeddings else table.weight.numel()
-    assert model.always == model.always_trained == rest - looked_up
-    assert model.row == table.embedding_dim
+    looked_up = 0 if model.module.config.tie_word_embeddings else table.weight.numel()
+    assert module.always == module.always_trained == rest - looked_up
+    assert module.row == table.embedding_dim
 
 
 def test_attention_experts_come_behind_the_networks() -> None:
-    plain, both = step_model(make_host(Case())), step_model(make_host(Case(attention=True)))
-    assert len(both.mixtures) == 4 and both.mixtures[:2] == plain.mixtures
+    plain, both = step_model(make_model(Case())), step_model(make_model(Case(attention=True)))
+    assert len(both.moe_blocks) == 4 and both.moe_blocks[:2] == plain.moe_blocks
     assert (
-        both.mixtures[2].num_experts
-        == make_host(Case(attention=True)).attention_layers()[0][1].router.num_experts
+        both.moe_blocks[2].num_experts
+        == make_model(Case(attention=True)).attention_layers()[0][1].router.num_experts
     )
 
 
@@ -131,7 +131,7 @@ def test_bytes_of_a_step_where_all_experts_are_touched(alone: dict[str, Any]) ->
     expected = training_step_bytes(model, touched, 4)
     assert row["step_bytes"] == expected.total
     # AdamW: weights and two moments read and written, gradients read, 4 bytes each; the embedding too
-    trained = model.always + sum(EXPERTS * mixture.elements for mixture in model.mixtures)
+    trained = model.always + sum(EXPERTS * moe.elements for moe in model.moe_blocks)
     assert model.update_bytes >= 28 * trained
 
 
@@ -151,7 +151,7 @@ def test_two_ranks_count_as_one(strategy: str, alone: dict[str, Any]) -> None:
     ours, theirs = first["rows"][0], alone["rows"][0]
     assert ours["router/experts_touched"] == theirs["router/experts_touched"] == EXPERTS
     # As many micro-batches; a gradient is read again once less, since each rank writes one first.
-    once = model.always_trained + sum(EXPERTS * mixture.trained for mixture in model.mixtures)
+    once = model.always_trained + sum(EXPERTS * moe.trained for moe in model.moe_blocks)
     more = (copies - 1) * model.update_bytes - 4 * once
     assert ours["step_bytes"] == theirs["step_bytes"] + more
 

@@ -18,15 +18,15 @@ def write_chat(folder: Path, name: str, seed: int, rows: int = 60) -> str:
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 5))) for _ in range(30)]
 
-    def say(least: int, most: int) -> str:
+    def log(least: int, most: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(least, most)))
 
     lines = []
     for _ in range(rows):
-        messages = [{"role": "system", "content": say(1, 2)}] if draw.random() < 0.3 else []
+        messages = [{"role": "system", "content": log(1, 2)}] if draw.random() < 0.3 else []
         for _ in range(draw.randint(1, 3)):
-            messages.append({"role": "user", "content": say(1, 6)})
-            messages.append({"role": "assistant", "content": say(1, 12)})
+            messages.append({"role": "user", "content": log(1, 6)})
+            messages.append({"role": "assistant", "content": log(1, 12)})
         lines.append(json.dumps({"messages": messages}))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"

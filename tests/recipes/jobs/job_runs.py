@@ -72,26 +72,26 @@ class StopAt:
     """A signal that comes when the row of a step is written: the step after it is the last.
 
     Attributes:
-        leg: Name of the leg.
+        stage: Name of the leg.
         step: The step.
         signal: Name of the signal.
         target: ``self``, or ``parent``, which under torchrun is torchrun.
     """
 
-    leg: str
+    stage: str
     step: int
     signal: str = "SIGINT"
     target: str = "self"
 
     def text(self) -> str:
         """As `read` takes it."""
-        return f"{self.leg} {self.step} {self.signal} {self.target}"
+        return f"{self.stage} {self.step} {self.signal} {self.target}"
 
     @staticmethod
     def read(text: str) -> StopAt:
         """From the environment."""
-        leg, step, name, target = text.split()
-        return StopAt(leg, int(step), name, target)
+        stage, step, name, target = text.split()
+        return StopAt(stage, int(step), name, target)
 
 
 @contextlib.contextmanager
@@ -106,14 +106,14 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
     requests: list[StopRequest] = []
 
     class Noted(StopRequest):
-        def __init__(self, *, speaks: bool = False) -> None:
-            super().__init__(speaks=speaks)
+        def __init__(self, *, verbose: bool = False) -> None:
+            super().__init__(verbose=verbose)
             requests.append(self)
 
     class Stopping(Recorder):
-        def on_row(self, leg: Any, row: Mapping[str, float], load: Any) -> None:
-            super().on_row(leg, row, load)
-            if (leg.name, row["step"]) == (stop_at.leg, stop_at.step):
+        def on_row(self, stage: Any, row: Mapping[str, float], load: Any) -> None:
+            super().on_row(stage, row, load)
+            if (stage.name, row["step"]) == (stop_at.stage, stop_at.step):
                 _send(stop_at, requests[-1])
 
     with patch("recipes.jobs.session.Recorder", Stopping), patch("recipes.jobs.session.StopRequest", Noted):
@@ -121,8 +121,8 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
 
 
 def _send(stop_at: StopAt, request: Any) -> None:
-    leads = os.environ.get("RANK", "0") == "0"
-    if stop_at.target == "self" or leads:
+    is_rank0 = os.environ.get("RANK", "0") == "0"
+    if stop_at.target == "self" or is_rank0:
         os.kill(os.getpid() if stop_at.target == "self" else os.getppid(), getattr(signal, stop_at.signal))
     # Every rank waits until its signal has come, so that all runs end at the same step.
     deadline = time.monotonic() + _PATIENCE_S
@@ -215,12 +215,12 @@ def write_text(folder: Path, seed: int = 0, suffix: str = "txt") -> str:
     return str(folder / f"*.{suffix}")
 
 
-def rows(run_dir: Path, leg: str) -> list[dict[str, Any]]:
+def rows(run_dir: Path, stage: str) -> list[dict[str, Any]]:
     """What was computed, step by step, without the times."""
     return [
         {key: value for key, value in row.items() if key not in TIMES}
         for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        if row["leg"] == leg
+        if row["stage"] == stage
     ]
 
 
@@ -249,11 +249,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def same_training(run_dir: Path, reference: Path, legs: tuple[str, ...] = ("moe", "cpt")) -> None:
+def same_training(run_dir: Path, reference: Path, stages: tuple[str, ...] = ("moe", "cpt")) -> None:
     """Asserts that a run has computed what another has, to the last bit."""
-    for leg in legs:
-        assert rows(run_dir, leg) == rows(reference, leg), leg
-    if "moe" in legs:
+    for stage in stages:
+        assert rows(run_dir, stage) == rows(reference, stage), stage
+    if "moe" in stages:
         assert loads(run_dir) == loads(reference)
     ours, theirs = weights(run_dir / "hf"), weights(reference / "hf")
     assert ours.keys() == theirs.keys()

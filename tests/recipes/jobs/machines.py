@@ -1,7 +1,7 @@
 """Machines of a cluster on one: network, host name and processes of their own, files shared.
 
 Run as a script it makes them and runs a command that finds them in its environment. It needs user and network
-namespaces, which a container may forbid: `refusal` says so.
+namespaces, which a container may forbid: `unsupported_reason` says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INSIDE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 HOLDERS = "GRAFT_TEST_MACHINES"
 
 
-def refusal() -> str | None:
+def unsupported_reason() -> str | None:
     """Why no machines can be made here; None where they can."""
     try:
         made = subprocess.run([*_INSIDE, "ip", "link", "show"], capture_output=True, text=True)
@@ -48,8 +48,8 @@ def with_machines(
 def _make(folder: Path) -> list[subprocess.Popen[bytes]]:
     addresses = [f"10.77.0.{number + 1}" for number in range(len(_NAMES))]
     known = zip(["127.0.0.1", *addresses], ["localhost", *_NAMES], strict=True)
-    (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in known))
-    _run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
+    (folder / "models").write_text("".join(f"{address} {name}\n" for address, name in known))
+    _run("mount", "--bind", str(folder / "models"), "/etc/hosts")
     holders = [subprocess.Popen(["unshare", "--net", "--uts", "sleep", "infinity"]) for _ in _NAMES]
     for holder in holders:
         # Until then it is still in our namespaces.

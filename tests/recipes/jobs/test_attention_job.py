@@ -54,14 +54,14 @@ def test_it_reports_both_kinds_of_routers(run: Path) -> None:
 
 
 def test_its_export_is_counted_as_the_model_it_is(run: Path) -> None:
-    model = load_graft(run / "hf").model
+    model = load_graft(run / "hf").module
     shape = shape_from_config(json.loads((run / "hf" / "config.json").read_text()))
     assert count_from_shape(shape) == count_parameters(model)
     assert weight_bytes(shape) == 2 * count_parameters(model).total
 
 
 def test_its_heads_are_watched(run: Path) -> None:
-    model = load_graft(run / "hf").model
+    model = load_graft(run / "hf").module
     shape = shape_from_config(json.loads((run / "hf" / "config.json").read_text()))
     sites = find_sites(model)
     check_sites(sites, shape, "FOLDER")
@@ -86,7 +86,7 @@ def test_a_resumed_run_computes_the_same(workplace: Path, text: str, run: Path) 
     )
     assert refused.code == 2 and "attention.router" in refused.err
     assert job(workplace, options | {"resume": str(stopped), "run.name": None}).code == 0
-    same_training(stopped, run, legs=("moe",))
+    same_training(stopped, run, stages=("moe",))
 
 
 def test_all_heads_pass_the_gate(workplace: Path, text: str) -> None:

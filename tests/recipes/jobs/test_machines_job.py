@@ -23,9 +23,9 @@ _SLURM = ROOT / "tests" / "jobs" / "slurm"
 @pytest.fixture(scope="module")
 def submit(workplace: Path, spread_options: dict[str, Any]) -> Callable[..., Path]:
     """Runs the job under the name given; what it leaves."""
-    refusal = machines.refusal()
-    if refusal is not None:
-        pytest.skip(f"no machines can be made here: {refusal}")
+    unsupported_reason = machines.unsupported_reason()
+    if unsupported_reason is not None:
+        pytest.skip(f"no machines can be made here: {unsupported_reason}")
 
     def run(name: str, **environment: str) -> Path:
         recipe, *overrides = arguments(workplace, spread_options | {"engine.expert_parallel": 2})

@@ -24,7 +24,7 @@ def trained(first: Path) -> Path:
 def dense(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That model as a folder."""
     out = tmp_path_factory.mktemp("dense") / "cpt"
-    export_run(ExportRequest(run=first, leg="cpt"), out)
+    export_run(ExportRequest(run=first, stage="cpt"), out)
     return out
 
 

@@ -17,27 +17,27 @@ from typing import TextIO
 import pytest
 
 from recipes.runtime.interrupt import StopRequest
-from recipes.training.callbacks.base import LegInfo
+from recipes.training.callbacks.base import StageInfo
 from recipes.training.callbacks.progress import Progress
 
 FIGURES = {"loss": 2.3456, "tokens_per_s": 12345.6, "mfu": 0.4321, "router/maxvio": 0.256}
 
 
-def leg(total: int = 10, first: int = 0) -> LegInfo:
-    return LegInfo("moe", "moe", total, first, 64)
+def stage(total: int = 10, first: int = 0) -> StageInfo:
+    return StageInfo("moe", "moe", total, first, 64)
 
 
-def show(progress: Progress, info: LegInfo, upto: int) -> None:
-    progress.on_leg_start(info)
+def show(progress: Progress, info: StageInfo, upto: int) -> None:
+    progress.on_stage_start(info)
     if info.first_step == 0:
         progress.on_row(info, {"step": 0, "val_loss": 3.0}, None)
     for step in range(info.first_step + 1, upto + 1):
         progress.on_row(info, {"step": step} | FIGURES, None)
-    progress.on_leg_end(info)
+    progress.on_stage_end(info)
 
 
 def test_lines_come_at_the_interval_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Progress(log_every=4), leg(), 10)
+    show(Progress(log_every=4), stage(), 10)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["moe 0/10", "moe 4/10", "moe 8/10", "moe 10/10"]
     assert lines[0] == "moe 0/10  val 3.000"
@@ -52,8 +52,8 @@ def test_the_time_left_counts_the_steps_of_this_process(
     clock = iter([0.0, 30.0])
     monkeypatch.setattr("recipes.training.callbacks.progress.time.perf_counter", lambda: next(clock))
     progress = Progress(log_every=1)
-    progress.on_leg_start(leg(total=100, first=90))
-    progress.on_row(leg(total=100, first=90), {"step": 92} | FIGURES, None)
+    progress.on_stage_start(stage(total=100, first=90))
+    progress.on_row(stage(total=100, first=90), {"step": 92} | FIGURES, None)
     # 2 steps in 30 s: the 8 that are left take 120 s.
     assert capsys.readouterr().out.endswith("eta 2:00\n")
 
@@ -84,7 +84,7 @@ def everything_shown(master: int) -> str:
 def test_a_terminal_gets_a_bar(terminal: tuple[TextIO, int], capsys: pytest.CaptureFixture[str]) -> None:
     stream, master = terminal
     with contextlib.redirect_stderr(stream):
-        show(Progress(log_every=1), leg(), 10)
+        show(Progress(log_every=1), stage(), 10)
         stream.flush()
     shown = everything_shown(master)
     last = shown.replace("\n", "\r").rstrip("\r").split("\r")[-1]
@@ -94,13 +94,13 @@ def test_a_terminal_gets_a_bar(terminal: tuple[TextIO, int], capsys: pytest.Capt
     assert capsys.readouterr().out == ""
 
 
-def test_a_resumed_bar_starts_where_the_leg_does(terminal: tuple[TextIO, int]) -> None:
+def test_a_resumed_bar_starts_where_the_stage_does(terminal: tuple[TextIO, int]) -> None:
     stream, master = terminal
     with contextlib.redirect_stderr(stream):
         progress = Progress(log_every=1)
-        progress.on_leg_start(leg(first=7))
-        progress.on_row(leg(first=7), {"step": 8} | FIGURES, None)
-        progress.on_leg_end(leg(first=7))
+        progress.on_stage_start(stage(first=7))
+        progress.on_row(stage(first=7), {"step": 8} | FIGURES, None)
+        progress.on_stage_end(stage(first=7))
         stream.flush()
     shown = everything_shown(master)
     assert "7/10" in shown and "8/10" in shown
@@ -112,7 +112,7 @@ def test_a_terminal_without_a_width_gets_lines(
     stream, _ = terminal
     resize(stream.fileno(), 0)
     with contextlib.redirect_stderr(stream):
-        show(Progress(log_every=5), leg(), 5)
+        show(Progress(log_every=5), stage(), 5)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 

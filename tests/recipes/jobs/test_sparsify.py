@@ -1,4 +1,4 @@
-"""What is said of a ``sparsify`` section before a run starts: every mistake, with its path, all at once."""
+"""Mistakes in a ``top_k_schedule`` section are told before a run starts, with their paths, all at once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from moe.routers import router_classes
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_layers, check_router
-from recipes.jobs.top_k_schedules import check_sparsify, schedule_of, sparsify_identity
+from recipes.jobs.top_k_schedules import check_top_k_schedule, schedule_of, top_k_schedule_identity
 
 # 10 steps of 16 samples of 128 tokens: 2048 tokens a step.
 SHORT = ("train.steps=10", "optim.schedule.warmup_steps=2")
 VARYING = sorted(name for name, cls in router_classes().items() if cls.varies_top_k)
 
 
-def parsed(sparsify: str, *overrides: str) -> RunConfig:
+def parsed(top_k_schedule: str, *overrides: str) -> RunConfig:
     """The config of a command line."""
-    return parse_config(compose_config(["+recipe=upcycle", *SHORT, f"sparsify={sparsify}", *overrides]))
+    phases = f"top_k_schedule={top_k_schedule}"
+    return parse_config(compose_config(["+recipe=upcycle", *SHORT, phases, *overrides]))
 
 
 def told(mistakes: list[Mistake]) -> list[str]:
@@ -28,11 +29,11 @@ def told(mistakes: list[Mistake]) -> list[str]:
 
 def test_a_section_that_fits() -> None:
     config = parsed("[{until:0.5,top_k:[6,4]},{until:16384,top_k:4,layers:1}]")
-    assert check_sparsify(config) == check_router(config) == check_layers(config, 4) == []
+    assert check_top_k_schedule(config) == check_router(config) == check_layers(config, 4) == []
     schedule = schedule_of(config, [0, 1, 2])
     assert schedule is not None and schedule.starts == (0, 5, 8)
     assert [tuple(schedule.at(step).values()) for step in (0, 5, 8)] == [(6, 4, 2), (4, 2, 2), (2, 2, 2)]
-    assert sparsify_identity(config) == [
+    assert top_k_schedule_identity(config) == [
         {"until_step": 5, "top_k": [6, 4], "layers": None},
         {"until_step": 8, "top_k": 4, "layers": 1},
     ]
@@ -40,8 +41,8 @@ def test_a_section_that_fits() -> None:
 
 def test_no_section_and_no_training_have_no_schedule() -> None:
     config = parsed("[]")
-    assert check_sparsify(config) == [] and schedule_of(config, [0]) is None
-    assert sparsify_identity(config) is None
+    assert check_top_k_schedule(config) == [] and schedule_of(config, [0]) is None
+    assert top_k_schedule_identity(config) is None
     assert schedule_of(parsed("[{until:0.5,top_k:4}]", "train.steps=0"), [0]) is None
 
 
@@ -50,51 +51,56 @@ def test_rules_of_a_phase_are_told_with_its_place() -> None:
         parsed("[{until:0.5,top_k:4},{until:1,top_k:[],layers:2},{until:soon,top_k:1,upto:3}]")
     lines = told(list(caught.value.mistakes))
     assert {line.partition(":")[0] for line in lines} == {
-        "sparsify.1.until=1.0",
-        "sparsify.1.layers=2",
-        "sparsify.1.top_k=[]",
-        "sparsify.2.until='soon'",
-        "sparsify.2.upto=3",
+        "top_k_schedule.1.until=1.0",
+        "top_k_schedule.1.layers=2",
+        "top_k_schedule.1.top_k=[]",
+        "top_k_schedule.2.until='soon'",
+        "top_k_schedule.2.upto=3",
     }
 
 
 @pytest.mark.parametrize(
-    ("sparsify", "overrides", "expected"),
+    ("top_k_schedule", "overrides", "expected"),
     [
         (
             "[{until:0.5,top_k:9}]",
             (),
             [
-                "sparsify.0.top_k=9: a token cannot use more experts than the 8 of upcycle.num_experts. "
-                "Set router.top_k to 8 or less, or raise upcycle.num_experts."
+                "top_k_schedule.0.top_k=9: a token cannot use more experts than the 8 of "
+                "upcycle.num_experts. Set router.top_k to 8 or less, or raise upcycle.num_experts."
             ],
         ),
         # The router's own rules of a K: here groups.
         (
             "[{until:0.5,top_k:4,layers:2}]",
             ("router=deepseek_v3", "router.num_groups=4"),
-            ["sparsify.0.top_k=4: a token uses router.top_k=4 experts, and router.top_groups=1 of 4 groups"],
+            [
+                "top_k_schedule.0.top_k=4: a token uses router.top_k=4 experts, and "
+                "router.top_groups=1 of 4 groups"
+            ],
         ),
         # And those that its config checks by itself.
         (
             "[{until:0.5,top_k:[3,1]}]",
             ("router.top_k=3",),
             [
-                "sparsify.0.top_k=1: the only weight is then always 1, and the router gets no gradient",
-                "sparsify.0.top_k=[3, 1]: in layer 1 from below fewer experts would be followed by more. ",
+                "top_k_schedule.0.top_k=1: the only weight is then always 1, and the router gets no gradient",
+                "top_k_schedule.0.top_k=[3, 1]: in layer 1 from below fewer experts would be followed by "
+                "more. ",
             ],
         ),
         (
             "[{until:0.5,top_k:4,layers:1},{until:0.7,top_k:4}]",
             (),
-            ["sparsify.0.top_k=4: in layer 1 from below fewer experts would be followed by more. "],
+            ["top_k_schedule.0.top_k=4: in layer 1 from below fewer experts would be followed by more. "],
         ),
         (
             "[{until:0.5,top_k:5},{until:0.45,top_k:4},{until:20480,top_k:3}]",
             (),
             [
-                "sparsify.1.until=0.45: it ends at step 5, and the phase before it at step 5. Order",
-                "sparsify.2.until=20480.0: it ends at step 10, and the run has 10 steps of 2048 tokens. The",
+                "top_k_schedule.1.until=0.45: it ends at step 5, and the phase before it at step 5. Order",
+                "top_k_schedule.2.until=20480.0: it ends at step 10, and the run has 10 steps of 2048 "
+                "tokens. The",
             ],
         ),
         (
@@ -102,13 +108,15 @@ def test_rules_of_a_phase_are_told_with_its_place() -> None:
             ("router=gshard",),
             [
                 "router.name='gshard': this router cannot change its number of experts between steps. Leave "
-                f"sparsify out, or choose a router of: {', '.join(VARYING)}."
+                f"top_k_schedule out, or choose a router of: {', '.join(VARYING)}."
             ],
         ),
     ],
 )
-def test_what_does_not_fit_the_run(sparsify: str, overrides: tuple[str, ...], expected: list[str]) -> None:
-    lines = told(check_sparsify(parsed(sparsify, *overrides)))
+def test_what_does_not_fit_the_run(
+    top_k_schedule: str, overrides: tuple[str, ...], expected: list[str]
+) -> None:
+    lines = told(check_top_k_schedule(parsed(top_k_schedule, *overrides)))
     assert len(lines) == len(expected), lines
     for line, begins in zip(lines, expected, strict=True):
         assert line.startswith(begins), line
@@ -118,8 +126,8 @@ def test_phases_name_no_more_layers_than_become_mixtures() -> None:
     config = parsed("[{until:0.5,top_k:[4,4,4]},{until:0.6,top_k:3,layers:3}]", "upcycle.layers=every:2")
     assert check_layers(config, 6) == []
     assert told(check_layers(config, 4)) == [
-        "sparsify.0.top_k=[4, 4, 4]: it names 3 layers, and 2 become mixtures. Name 2 at most.",
-        "sparsify.1.layers=3: it names 3 layers, and 2 become mixtures. Name 2 at most.",
+        "top_k_schedule.0.top_k=[4, 4, 4]: it names 3 layers, and 2 become mixtures. Name 2 at most.",
+        "top_k_schedule.1.layers=3: it names 3 layers, and 2 become mixtures. Name 2 at most.",
     ]
 
 

@@ -22,11 +22,11 @@ EXPERT = 3 * 32 * 48
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of every run here; ``folder`` is where they are."""
-    folder = tmp_path_factory.mktemp("sparsify")
+    folder = tmp_path_factory.mktemp("top_k_schedule")
     return {
         "folder": folder,
         "data.path": write_text(folder / "text"),
-        "sparsify": PHASES,
+        "top_k_schedule": PHASES,
         "train.micro_batch_size": 2,
         "compare.cpt": False,
     }
@@ -51,7 +51,7 @@ def straight(options: dict[str, Any]) -> Path:
 
 def test_every_figure_is_of_the_step(straight: Path) -> None:
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in lines if row["leg"] == "moe" and row["step"] > 0]
+    steps = [row for row in lines if row["stage"] == "moe" and row["step"] > 0]
     assert [row["layer/00/experts_per_token"] for row in steps] == [4, 4, 4, 2, 2, 2]
     assert [row["layer/01/experts_per_token"] for row in steps] == [2] * 6
     active = [row["active_params"] for row in steps]
@@ -66,7 +66,7 @@ def test_every_figure_is_of_the_step(straight: Path) -> None:
 def test_results_and_export_are_of_the_end(straight: Path) -> None:
     found = summary(straight)
     _, moe = found["results"]
-    phases = found["sparsify"]
+    phases = found["top_k_schedule"]
     assert [(phase["first_step"], phase["top_k"]) for phase in phases] == [(0, [4, 2]), (CHANGE, [2, 2])]
     assert phases[1]["active_params"] == moe["active_params"] == phases[0]["active_params"] - 2 * EXPERT
     assert found["export"]["format"] == "mixtral" and found["export"]["relative"] < 1e-4
@@ -87,10 +87,13 @@ def test_a_change_cannot_be_moved_by_more_steps(options: dict[str, Any], straigh
     assert run(options, "extended", StopAt("moe", 4)).code == 130
     refused = run(options, "extended", resume="auto", train__steps=8)
     assert refused.code == 2
-    assert "sparsify=[{'until_step': 4, " in refused.err and "began with [{'until_step': 3, " in refused.err
+    assert (
+        "top_k_schedule=[{'until_step': 4, " in refused.err
+        and "began with [{'until_step': 3, " in refused.err
+    )
     # Tokens say the same in a run of any length: 3 steps of 64.
     tokens = PHASES.replace("0.5", "192")
-    resumed = run(options, "extended", resume="auto", train__steps=8, sparsify=tokens)
+    resumed = run(options, "extended", resume="auto", train__steps=8, top_k_schedule=tokens)
     assert resumed.code == 0, resumed.err
     assert [
         row["layer/00/experts_per_token"]

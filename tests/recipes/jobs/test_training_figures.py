@@ -30,7 +30,7 @@ def run_dir(workplace: Path, text: str, first: Path) -> Path:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Of the steps, with the times."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [row for row in lines if row["leg"] == "moe" and row["step"] > 0]
+    return [row for row in lines if row["stage"] == "moe" and row["step"] > 0]
 
 
 def test_slots_that_are_not_used_lower_s_mfu(run_dir: Path) -> None:
@@ -57,7 +57,7 @@ def test_goodput_is_of_the_whole_run(run_dir: Path) -> None:
     assert found["evaluation_s"] == pytest.approx(said)
 
 
-def test_the_summary_has_the_leg_with_reasons(run_dir: Path) -> None:
+def test_the_summary_has_the_stage_with_reasons(run_dir: Path) -> None:
     moe = summary(run_dir)["training"]["moe"]
     assert 0 < moe["s_mfu"] < moe["mfu"] and 0 < moe["s_mbu"] < 1 and moe["tokens_per_s"] > 0
     for name in ("memory_bytes", "energy_j"):

@@ -98,7 +98,7 @@ def test_the_second_begins_with_the_weights_of_the_first_and_nothing_else(
     straight: Path, go: Callable[..., Ended], talks: Path
 ) -> None:
     # Two steps of warm-up in the first stage, one in the second, each from its beginning.
-    rates = [[row["lr"] for row in rows(straight, leg)[1:3]] for leg in ("stage1", "moe")]
+    rates = [[row["lr"] for row in rows(straight, stage)[1:3]] for stage in ("stage1", "moe")]
     assert rates[0] == pytest.approx([1e-3 / 3, 2e-3 / 3])
     assert rates[1][0] == pytest.approx(5e-4)
     assert go("still", stage2__lr=0, stage2__steps=2).code == 0
@@ -121,19 +121,19 @@ def test_the_export_talks_by_the_template_of_the_run(straight: Path) -> None:
     assert weights(straight / "hf")
 
 
-@pytest.mark.parametrize(("leg", "step"), [("stage1", 1), ("moe", 1)])
+@pytest.mark.parametrize(("stage", "step"), [("stage1", 1), ("moe", 1)])
 def test_a_stopped_run_goes_on_in_its_stage(
-    leg: str, step: int, go: Callable[..., Ended], straight: Path, talks: Path
+    stage: str, step: int, go: Callable[..., Ended], straight: Path, talks: Path
 ) -> None:
-    name = f"stopped-{leg}"
-    stopped = go(name, StopAt(leg, step))
+    name = f"stopped-{stage}"
+    stopped = go(name, StopAt(stage, step))
     run_dir = talks / "outputs" / name
     assert stopped.code == 130, stopped.err
-    assert (run_dir / "checkpoints").is_dir() is (leg == "moe")
+    assert (run_dir / "checkpoints").is_dir() is (stage == "moe")
     # By its path, as the message says, and not by its name.
     resumed = go(name, resume=run_dir)
     assert resumed.code == 0, resumed.err
-    assert f"{leg}: going on from" in resumed.out
+    assert f"{stage}: going on from" in resumed.out
     same_training(run_dir, straight, ("stage1", "moe"))
     assert loads(run_dir) == loads(straight)
     for section in ("results", "stages"):
@@ -189,8 +189,8 @@ def test_one_stage_on_conversations_is_an_ordinary_run(talks: Path) -> None:
     run_dir = talks / "outputs" / "plain"
     dense, cpt, moe = summary(run_dir)["results"]
     # Copies are exact: both begin where the dense model is, by the replies alone.
-    for leg in ("cpt", "moe"):
-        assert rows(run_dir, leg)[0]["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
+    for stage in ("cpt", "moe"):
+        assert rows(run_dir, stage)[0]["val_loss"] == pytest.approx(dense["val_loss"], rel=1e-5)
     assert cpt["val_loss"] != dense["val_loss"] != moe["val_loss"]
     stopped = job(talks, options | {"run.name": "plain-stopped"}, StopAt("moe", 2))
     assert stopped.code == 130

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint import verify_checkpoint
-from recipes.engines.native.native_engine import NativeTrainable
+from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.tracking.metrics_log import read_rows
 from recipes.training.training_loop import DivergedError
 from tests.recipes.jobs.job_runs import Ended, job, rows, same_training, steps
@@ -34,15 +34,15 @@ def go(workplace: Path, text: str, first: Path) -> Callable[..., Ended]:
 
 def diverging(at_step: int) -> Any:
     """Makes the loss NaN in the step of this number, counted from 1 over all legs of the process."""
-    original = NativeTrainable._losses
+    original = NativeTrainModule._losses
     trained = [0]
 
-    def losses(self: NativeTrainable, tokens_BS1: Tensor, marks: Any) -> Tensor:
-        found = original(self, tokens_BS1, marks)
+    def losses(self: NativeTrainModule, tokens_BS1: Tensor, metadata: Any) -> Tensor:
+        found = original(self, tokens_BS1, metadata)
         trained[0] += torch.is_grad_enabled()
         return found * float("nan") if torch.is_grad_enabled() and trained[0] == at_step else found
 
-    return patch.object(NativeTrainable, "_losses", losses)
+    return patch.object(NativeTrainModule, "_losses", losses)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

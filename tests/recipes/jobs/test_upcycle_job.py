@@ -30,8 +30,8 @@ def test_its_figures_fit_together(first: Path) -> None:
     assert [row["model"] for row in (dense, cpt, moe)] == ["dense", "cpt", "moe"]
     # 6 steps of 4 samples of 16 tokens
     assert (dense["tokens"], cpt["tokens"], moe["tokens"]) == (0, 384, 384)
-    for leg, row in (("moe", moe), ("cpt", cpt)):
-        figures = rows(first, leg)
+    for stage, row in (("moe", moe), ("cpt", cpt)):
+        figures = rows(first, stage)
         assert [figure["step"] for figure in figures] == list(range(7))
         assert [figure["tokens"] for figure in figures] == [64 * step for step in range(7)]
         # Validated before the first step, every 3 steps, and after the last.
@@ -48,7 +48,7 @@ def test_its_figures_fit_together(first: Path) -> None:
 
 def test_the_load_of_every_step_is_kept(first: Path) -> None:
     found = loads(first)
-    assert [(row["leg"], row["step"]) for row in found] == [("moe", step) for step in range(1, 7)]
+    assert [(row["stage"], row["step"]) for row in found] == [("moe", step) for step in range(1, 7)]
     for row in found:
         assert row["layers"] == [0, 1]
         assert [len(load) for load in row["load"]] == [4, 4]
@@ -101,9 +101,9 @@ def test_progress_lines_show_what_is_looked_for(first_run: Ended) -> None:
 def test_utilisation_is_the_flops_done_over_those_possible(first: Path) -> None:
     said = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     costs = {row["model"]: row["flops_per_token_train"] for row in summary(first)["results"]}
-    for leg in ("moe", "cpt"):
-        figures = [row for row in said if row["leg"] == leg and row["step"] > 0]
-        peaks = [costs[leg] * row["tokens_per_s"] / row["mfu"] for row in figures]
+    for stage in ("moe", "cpt"):
+        figures = [row for row in said if row["stage"] == stage and row["step"] > 0]
+        peaks = [costs[stage] * row["tokens_per_s"] / row["mfu"] for row in figures]
         assert peaks == pytest.approx([peaks[0]] * len(peaks))
         assert all(row["tokens_per_s"] == pytest.approx(64 / row["step_s"]) for row in figures)
 

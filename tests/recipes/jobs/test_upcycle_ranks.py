@@ -30,14 +30,14 @@ def straight(workplace: Path, options: dict[str, Any]) -> Path:
     return workplace / "outputs" / "two"
 
 
-def alike(run_dir: Path, reference: Path, legs: tuple[str, ...] = ("moe", "cpt")) -> None:
+def alike(run_dir: Path, reference: Path, stages: tuple[str, ...] = ("moe", "cpt")) -> None:
     """Asserts that two runs differ by rounding alone."""
-    for leg in legs:
-        ours, theirs = rows(run_dir, leg), rows(reference, leg)
+    for stage in stages:
+        ours, theirs = rows(run_dir, stage), rows(reference, stage)
         assert [sorted(row) for row in ours] == [sorted(row) for row in theirs]
         for row, same in zip(ours, theirs, strict=True):
             for name in {"loss", "val_loss", "grad_norm"} & set(row):
-                assert row[name] == pytest.approx(same[name], rel=ADAPTED), (leg, row["step"], name)
+                assert row[name] == pytest.approx(same[name], rel=ADAPTED), (stage, row["step"], name)
 
 
 def test_two_ranks_do_what_one_does(straight: Path, first: Path) -> None:

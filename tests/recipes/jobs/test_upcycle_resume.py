@@ -41,24 +41,24 @@ def outputs(workplace: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("leg", "step", "signal", "saved"),
+    ("stage", "step", "signal", "saved"),
     [("moe", 1, "SIGINT", [2]), ("moe", 4, "SIGTERM", [4, 5]), ("cpt", 2, "SIGINT", [2, 3])],
 )
 def test_a_run_that_was_stopped_goes_on_exactly(
-    leg: str, step: int, signal: str, saved: list[int], go: Callable[..., Ended], outputs: Path, first: Path
+    stage: str, step: int, signal: str, saved: list[int], go: Callable[..., Ended], outputs: Path, first: Path
 ) -> None:
-    name = f"stopped-{leg}-{step}"
-    stopped = go(name, StopAt(leg, step, signal))
+    name = f"stopped-{stage}-{step}"
+    stopped = go(name, StopAt(stage, step, signal))
     assert stopped.code == 130
     assert f"stopped and saved; go on with: resume={outputs / name}" in stopped.out
-    checkpoints = outputs / name / ("checkpoints" if leg == "moe" else "cpt/checkpoints")
+    checkpoints = outputs / name / ("checkpoints" if stage == "moe" else "cpt/checkpoints")
     # The signal came with the row of a step: the next one is done, saved, and the last.
     assert steps(checkpoints) == saved
-    assert rows(outputs / name, leg) == rows(first, leg)[: step + 2]
+    assert rows(outputs / name, stage) == rows(first, stage)[: step + 2]
     resumed = go(name, resume="auto")
     assert resumed.code == 0, resumed.err
-    assert f"{leg}: going on from {checkpoints}" in resumed.out
-    assert ("moe: finished by an earlier process of this run" in resumed.out) == (leg == "cpt")
+    assert f"{stage}: going on from {checkpoints}" in resumed.out
+    assert ("moe: finished by an earlier process of this run" in resumed.out) == (stage == "cpt")
     same_training(outputs / name, first)
     same_results(outputs / name, first)
 
@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     unfinished = run_dir / "checkpoints" / ".tmp-step-00000006"
     shutil.copytree(run_dir / "checkpoints" / "step-00000004", unfinished)
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"leg": "moe", "step": 6, "lo')
+        file.write('{"stage": "moe", "step": 6, "lo')
     resumed = go("killed", resume="auto")
     assert resumed.code == 0, resumed.err
     assert f"passing over the checkpoint {unfinished}: the save was interrupted" in resumed.out
@@ -186,9 +186,9 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(
     shutil.copytree(first, outputs / "extended")
     resumed = go("extended", resume="auto", train__steps=8)
     assert resumed.code == 0, resumed.err
-    for leg in ("moe", "cpt"):
-        assert rows(outputs / "extended", leg)[:7] == rows(first, leg)
-        assert [row["step"] for row in rows(outputs / "extended", leg)[7:]] == [7, 8]
+    for stage in ("moe", "cpt"):
+        assert rows(outputs / "extended", stage)[:7] == rows(first, stage)
+        assert [row["step"] for row in rows(outputs / "extended", stage)[7:]] == [7, 8]
     _, cpt, moe = summary(outputs / "extended")["results"]
     # 8 steps of 4 samples of 16 tokens
     assert cpt["tokens"] == moe["tokens"] == 512
@@ -295,10 +295,10 @@ def test_dropout_goes_on_exactly_as_well(
     }
     assert job(tmp_path, options | {"run.name": "straight"}).code == 0
     straight = tmp_path / "outputs" / "straight"
-    for leg, step in (("moe", 1), ("cpt", 1)):
-        name = f"stopped-{leg}"
-        assert job(tmp_path, options | {"run.name": name}, StopAt(leg, step)).code == 130
-        if leg == "cpt":  # and the baseline starts anew, in a process that has not trained the mixture
+    for stage, step in (("moe", 1), ("cpt", 1)):
+        name = f"stopped-{stage}"
+        assert job(tmp_path, options | {"run.name": name}, StopAt(stage, step)).code == 130
+        if stage == "cpt":  # and the baseline starts anew, in a process that has not trained the mixture
             shutil.rmtree(tmp_path / "outputs" / name / "cpt")
         assert job(tmp_path, options | {"run.name": name, "resume": "auto"}).code == 0
         same_training(tmp_path / "outputs" / name, straight)

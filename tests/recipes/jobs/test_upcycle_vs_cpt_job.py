@@ -17,13 +17,13 @@ pytestmark = pytest.mark.slow
 
 # Six steps, of which the last is the decay; validated and saved every second one.
 CHANGES = {"train.eval_every": 2, "optim.schedule.warmup_steps": 1, "optim.schedule.decay_fraction": 0.2}
-LEGS = ("moe", "cpt", "cpt_tokens", "scratch", "scratch_0")
+STAGES = ("moe", "cpt", "cpt_tokens", "scratch", "scratch_0")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all runs are; they share a cache."""
-    folder = tmp_path_factory.mktemp("versus")
+    folder = tmp_path_factory.mktemp("upcycle_vs_cpt")
     write_text(folder / "text")
     return folder
 
@@ -51,11 +51,11 @@ def losses(run_dir: Path) -> dict[str, float]:
 
 def test_every_arm_comes_to_its_budget(cell: Path) -> None:
     found = {row["model"]: row for row in summary(cell)["results"]}
-    assert set(found) == {"dense", *LEGS}
+    assert set(found) == {"dense", *STAGES}
     dense, moe = (found[name]["flops_per_token_train"] for name in ("dense", "moe"))
     assert moe > dense
     # A step is 4 samples of 16 tokens; the dense model was trained for 4 steps.
-    trained = {name: found[name]["tokens"] // 64 for name in LEGS}
+    trained = {name: found[name]["tokens"] // 64 for name in STAGES}
     assert trained == {
         "moe": 6, "cpt_tokens": 6, "scratch_0": 6,
         "cpt": round(6 * moe / dense), "scratch": 6 + round(4 * dense / moe),
@@ -69,7 +69,7 @@ def test_every_arm_comes_to_its_budget(cell: Path) -> None:
 
 def test_all_see_the_same_samples(cell: Path) -> None:
     # Copies compute what the dense model does, so that the first loss is that of the same samples.
-    first = {leg: rows(cell, leg)[1]["loss"] for leg in ("moe", "cpt")}
+    first = {stage: rows(cell, stage)[1]["loss"] for stage in ("moe", "cpt")}
     assert first["moe"] == pytest.approx(first["cpt"], rel=1e-5)
     start = rows(cell, "moe")[0]["val_loss"]
     assert start == pytest.approx(losses(cell)["dense"], rel=1e-5)
@@ -80,7 +80,7 @@ def test_a_branch_goes_on_from_the_longer_run(cell: Path, branch: str, stem: str
     # Step 5 of 6 is the last at the full rate, and 4 the newest checkpoint before.
     own, longer = rows(cell, branch), rows(cell, stem)
     assert [row["step"] for row in own] == [5, 6]
-    assert own[0] | {"leg": stem} == longer[5]
+    assert own[0] | {"stage": stem} == longer[5]
     assert own[1]["lr"] < longer[6]["lr"]
 
 
@@ -92,7 +92,7 @@ def test_a_branch_is_the_run_that_it_stands_for(place: Path, cell: Path) -> None
     assert found["cpt_tokens"] == expected["cpt"]
     assert (found["moe"], found["dense"]) == (expected["moe"], expected["dense"])
     # From scratch, with no dense FLOPs on top, the one run is the longest.
-    alone = run(place, "alone", {"versus.arms": "scratch", "versus.sunk_steps": "[]"})
+    alone = run(place, "alone", {"upcycle_vs_cpt.arms": "scratch", "upcycle_vs_cpt.sunk_steps": "[]"})
     assert alone.code == 0, alone.err
     assert losses(place / "outputs" / "alone") == {"scratch": found["scratch_0"]}
 
@@ -103,18 +103,20 @@ def test_the_newest_checkpoints_stay(cell: Path) -> None:
     assert len(steps(cell / "cpt" / "checkpoints")) == len(steps(cell / "scratch" / "checkpoints")) == 1
 
 
-@pytest.mark.parametrize("leg", ["cpt", "cpt_tokens", "scratch"])
-def test_a_stopped_cell_goes_on_exactly(place: Path, cell: Path, leg: str) -> None:
-    name = f"stopped-{leg}"
-    assert run(place, name, {}, StopAt(leg, 5)).code == 130
+@pytest.mark.parametrize("stage", ["cpt", "cpt_tokens", "scratch"])
+def test_a_stopped_cell_goes_on_exactly(place: Path, cell: Path, stage: str) -> None:
+    name = f"stopped-{stage}"
+    assert run(place, name, {}, StopAt(stage, 5)).code == 130
     resumed = run(place, name, {"resume": "auto"})
     assert resumed.code == 0, resumed.err
-    for each in LEGS:
+    for each in STAGES:
         assert rows(place / "outputs" / name, each) == rows(cell, each), each
     assert losses(place / "outputs" / name) == losses(cell)
 
 
-@pytest.mark.parametrize("changes", [{"train.steps": 8}, {"versus.sunk_steps": "[9]"}, {"optim.lr": 1e-4}])
+@pytest.mark.parametrize(
+    "changes", [{"train.steps": 8}, {"upcycle_vs_cpt.sunk_steps": "[9]"}, {"optim.lr": 1e-4}]
+)
 def test_other_budgets_are_refused(place: Path, cell: Path, changes: dict[str, Any]) -> None:
     before = losses(cell)
     ended = run(place, "cell", {"resume": "auto", **changes})
@@ -123,7 +125,7 @@ def test_other_budgets_are_refused(place: Path, cell: Path, changes: dict[str, A
 
 
 def test_a_run_from_scratch_alone_is_resumed_by_its_path(place: Path, cell: Path) -> None:
-    alone = {"versus.arms": "scratch", "versus.sunk_steps": "[4]"}
+    alone = {"upcycle_vs_cpt.arms": "scratch", "upcycle_vs_cpt.sunk_steps": "[4]"}
     assert run(place, "by-path", alone, StopAt("scratch", 3)).code == 130
     path = place / "outputs" / "by-path"
     ended = run(place, "by-path", alone | {"run.name": None, "resume": path})
@@ -133,7 +135,7 @@ def test_a_run_from_scratch_alone_is_resumed_by_its_path(place: Path, cell: Path
 
 def test_a_checkpoint_of_ones_own(place: Path, cell: Path) -> None:
     dense = json.loads((cell / "run.json").read_text())["identity"]["dense"]
-    ended = run(place, "own", {"dense": dense, "versus.sunk_steps": "[4]", "seed": 1, "data.seed": 0})
+    ended = run(place, "own", {"dense": dense, "upcycle_vs_cpt.sunk_steps": "[4]", "seed": 1, "data.seed": 0})
     assert ended.code == 0, ended.err
     found = losses(place / "outputs" / "own")
     assert found["dense"] == pytest.approx(losses(cell)["dense"])
@@ -148,9 +150,9 @@ def test_a_checkpoint_of_ones_own(place: Path, cell: Path) -> None:
         ({"optim.schedule.kind": "cosine"}, "optim.schedule.kind='cosine': shorter runs branch off"),
         ({"train.eval_every": 0}, "train.eval_every=0"),
         ({"train.steps": 0}, "there is nothing to compare"),
-        ({"sparsify": "[{until:0.5,top_k:4,layers:1}]"}, "FLOPs that do not change"),
+        ({"top_k_schedule": "[{until:0.5,top_k:4,layers:1}]"}, "FLOPs that do not change"),
         ({"upcycle": "cmoe"}, "has no dense model to look at"),
-        ({"versus.sunk_steps": "[-1]"}, "at least 0"),
+        ({"upcycle_vs_cpt.sunk_steps": "[-1]"}, "at least 0"),
     ],
 )
 def test_mistakes(place: Path, changes: dict[str, Any], message: str) -> None:

@@ -19,20 +19,20 @@ from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.branch_train_mix import BranchTrainMix, BranchTrainMixConfig
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap, upcycle
+from recipes.models.hf.hf_model import HFModel, Surgery, swap, upcycle
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def host_of(seed: int, **config: Any) -> HuggingFaceHost:
+def model_of(seed: int, **config: Any) -> HFModel:
     """A model whose weights differ from seed to seed."""
     model = random_model("llama", **config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05 * seed)
-    return HuggingFaceHost(model=model, folder=Path("nowhere"), source_dtype=torch.float32)
+    return HFModel(module=model, folder=Path("nowhere"), source_dtype=torch.float32)
 
 
 def surgery_of(**config: Any) -> Surgery:
@@ -52,37 +52,37 @@ def surgery_of(**config: Any) -> Surgery:
 def test_experts_are_the_branches_and_the_rest_their_mean(
     keep_seed: bool, owners: list[int], tied: bool
 ) -> None:
-    hosts = [host_of(seed, tie_word_embeddings=tied) for seed in range(3)]
-    before = [{k: v.clone() for k, v in host.model.state_dict().items()} for host in hosts]
-    networks = [find_ffns(host.model, host.config)[1].weights.down_DF.clone() for host in hosts]
+    models = [model_of(seed, tie_word_embeddings=tied) for seed in range(3)]
+    before = [{k: v.clone() for k, v in model.module.state_dict().items()} for model in models]
+    networks = [find_ffns(model.module, model.config)[1].weights.down_DF.clone() for model in models]
     surgery = surgery_of(num_experts=6, sources=["a", "b"], keep_seed=keep_seed, layers=[1])
-    swap(hosts[0], surgery, hosts[1:])
-    ((_, layer),) = hosts[0].moe_layers()
+    swap(models[0], surgery, models[1:])
+    ((_, layer),) = models[0].moe_layers()
     for expert, owner in enumerate(owners):
         assert torch.equal(layer.experts.w_down_EDF[expert], networks[owner]), expert
     members = before if keep_seed else before[1:]
-    for name, value in hosts[0].model.state_dict().items():
+    for name, value in models[0].module.state_dict().items():
         if ".layers.1.mlp." in name:
             continue
         # Dense layers that stay are of the mean as well.
         mean = torch.stack([state[name] for state in members]).mean(0)
         torch.testing.assert_close(value, mean, rtol=1e-6, atol=1e-7, msg=name)
-    assert (hosts[0].model.lm_head.weight is hosts[0].model.model.embed_tokens.weight) == tied
-    for host, state in zip(hosts[1:], before[1:], strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in host.model.state_dict().items())
+    assert (models[0].module.lm_head.weight is models[0].module.module.embed_tokens.weight) == tied
+    for model, state in zip(models[1:], before[1:], strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
 
 
 def test_the_mixture_of_branches_claims_nothing_and_drifts() -> None:
-    hosts = [host_of(0), host_of(1)]
+    models = [model_of(0), model_of(1)]
     tokens = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
-    report = upcycle(hosts[0], surgery_of(num_experts=4, sources=["a"]), tokens, hosts[1:])
+    report = upcycle(models[0], surgery_of(num_experts=4, sources=["a"]), tokens, models[1:])
     assert not report.claimed_exact and report.logits.relative > 1e-3
 
 
 def test_models_that_do_not_agree_are_named() -> None:
-    hosts = [host_of(0), host_of(0, rope_theta=5.0), host_of(0, intermediate_size=40)]
+    models = [model_of(0), model_of(0, rope_theta=5.0), model_of(0, intermediate_size=40)]
     with pytest.raises(ConfigError) as caught:
-        swap(hosts[0], surgery_of(num_experts=3, sources=["a", "b"]), hosts[1:])
+        swap(models[0], surgery_of(num_experts=3, sources=["a", "b"]), models[1:])
     message = str(caught.value)
     assert "upcycle.sources.1='b': its intermediate_size is 40, the dense model's is 48" in message
     assert "has shape (32, 40), the dense model's has (32, 48)" in message
@@ -90,9 +90,9 @@ def test_models_that_do_not_agree_are_named() -> None:
 
 
 def test_models_that_do_not_fit_the_experts_are_refused_by_the_surgery() -> None:
-    hosts = [host_of(0), host_of(1)]
+    models = [model_of(0), model_of(1)]
     with pytest.raises(ConfigError, match="upcycle.num_experts=5: it does not divide over 2 dense models"):
-        swap(hosts[0], surgery_of(num_experts=5, sources=["a"]), hosts[1:])
+        swap(models[0], surgery_of(num_experts=5, sources=["a"]), models[1:])
 
 
 def test_folders_are_checked_before_weights_are_read(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tools.ders
-from moe.errors import ConfigError, HostError
+from moe.errors import ConfigError, ModelError
 from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from moe.routers.topk import TopKConfig
 from moe.upcycle.copies import CopyConfig
@@ -151,9 +151,9 @@ def test_the_command_and_its_mistakes(
     with pytest.raises(ConfigError) as caught:
         call("compress", tmp_path / "none", tmp_path / "again", "--bits", 3, "--rescale")
     assert len(caught.value.mistakes) == 4
-    with pytest.raises(HostError, match="no experts"):
+    with pytest.raises(ModelError, match="no experts"):
         call("compress", make_checkpoint("llama"), tmp_path / "other")
-    with pytest.raises(HostError, match="ders.json"):
+    with pytest.raises(ModelError, match="ders.json"):
         call("expand", moe, tmp_path / "other")
 
 
@@ -165,6 +165,6 @@ def test_a_tensor_that_is_gone_is_named(make_checkpoint: MakeCheckpoint, tmp_pat
     tensors = load_file(path)
     lost = min(name for name in tensors if name.endswith(ending))
     save_file({name: value for name, value in tensors.items() if name != lost}, path)
-    with pytest.raises(HostError, match=re.escape(f"1 tensors are missing from its files, {lost}")):
+    with pytest.raises(ModelError, match=re.escape(f"1 tensors are missing from its files, {lost}")):
         expand(tmp_path / "small", tmp_path / "again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "small"]

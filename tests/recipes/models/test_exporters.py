@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipes.models.export.write_export as export_module
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import ExactnessError, HostError
+from moe.errors import ExactnessError, ModelError
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
 from moe.upcycle.layer_plan import Matrix
 from recipes.models.export import choose_exporter
 from recipes.models.export.graft_format import load_graft
 from recipes.models.export.mixtral import MixtralExporter
-from recipes.models.export.spec import MixtureSpec, describe_host
+from recipes.models.export.spec import MoESpec, describe_model
 from recipes.models.export.write_export import export, verify_export
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
 from recipes.models.hf.inspection import INDEX_NAME, weight_files
 from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
 from tests.conftest import VOCABULARY, MakeCheckpoint
@@ -41,7 +41,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 # All of them with settings that Mixtral's defaults are not; sequences are longer than the window.
-MIXTRAL_HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+MIXTRAL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "rope theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}),
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -54,7 +54,7 @@ MIXTRAL_HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {"sliding_window": 5, "head_dim": 16}),
     "all": ("mistral", {"sliding_window": 5, "tied": True, "rope_parameters": LLAMA3_ROPE, "sharded": True}),
 }
-Exported = tuple[HuggingFaceHost, Path]
+Exported = tuple[HFModel, Path]
 
 
 def some_tokens() -> Tensor:
@@ -62,9 +62,9 @@ def some_tokens() -> Tensor:
     return torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def trained_host(folder: Path, layers: str = "all", **router: Any) -> HuggingFaceHost:
+def trained_model(folder: Path, layers: str = "all", **router: Any) -> HFModel:
     """A mixture whose experts and routers have become different, as training makes them."""
-    host = load_host(folder)
+    model = load_model(folder)
     config = TopKConfig(**{"top_k": 2} | router)
     surgery = Surgery(
         method=Copy(CopyConfig(num_experts=4, noise_std=0.5, layers=layers)),
@@ -73,38 +73,38 @@ def trained_host(folder: Path, layers: str = "all", **router: Any) -> HuggingFac
         backend="auto",
         seed=3,
     )
-    swap(host, surgery)
+    swap(model, surgery)
     with torch.no_grad():
-        for _, layer in host.moe_layers():
+        for _, layer in model.moe_layers():
             layer.router.weight_ED.mul_(20)  # decided routing: gates far from uniform
-    host.model.eval()
-    return host
+    model.module.eval()
+    return model
 
 
-def write(host: HuggingFaceHost, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def write(model: HFModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Exports as the job does, and in fp32 reads back as it does where the model is too large to be whole."""
-    exporter, _ = choose_exporter(describe_host(host))
-    export(host, exporter, host.model.state_dict().items(), folder, dtype, writes=True)
+    exporter, _ = choose_exporter(describe_model(model))
+    export(model, exporter, model.module.state_dict().items(), folder, dtype, writes=True)
     if dtype == torch.float32:
         with torch.no_grad():
-            logits = host.model(input_ids=some_tokens()).logits
+            logits = model.module(input_ids=some_tokens()).logits
         assert verify_export(exporter, folder, some_tokens(), logits, dtype, 0).sample is None
     return folder
 
 
 @torch.no_grad()
-def assert_same_logits(model: Any, host: HuggingFaceHost) -> None:
+def assert_same_logits(module: Any, model: HFModel) -> None:
     """1e-4 of the largest logit, the bound of every fp32 comparison here."""
-    model.eval()
-    ours = host.model(input_ids=some_tokens()).logits
-    theirs = model(input_ids=some_tokens()).logits
+    module.eval()
+    ours = model.module(input_ids=some_tokens()).logits
+    theirs = module(input_ids=some_tokens()).logits
     torch.testing.assert_close(theirs, ours, atol=1e-4 * float(ours.abs().max()), rtol=0)
 
 
 @torch.no_grad()
-def round_parameters(host: HuggingFaceHost, kept: str = " ") -> None:
+def round_parameters(model: HFModel, kept: str = " ") -> None:
     """To bf16, but for names that hold ``kept``; buffers such as rotary frequencies are in no file."""
-    for name, parameter in host.model.named_parameters():
+    for name, parameter in model.module.named_parameters():
         if kept not in name:
             parameter.copy_(parameter.bfloat16())
 
@@ -128,20 +128,20 @@ def names_in(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("case", MIXTRAL_HOSTS)
+@pytest.mark.parametrize("case", MIXTRAL_MODELS)
 def test_llama_and_mistral_become_mixtral(make_checkpoint: MakeCheckpoint, tmp_path: Path, case: str) -> None:
-    family, options = MIXTRAL_HOSTS[case]
+    family, options = MIXTRAL_MODELS[case]
     dense = make_checkpoint(family, **options)
-    host = trained_host(dense)
-    exporter, refusals = choose_exporter(describe_host(host))
-    assert (exporter.name, refusals) == ("mixtral", [])
-    folder = write(host, tmp_path / "hf")
-    model = reload(folder)
-    assert type(model).__name__ == "MixtralForCausalLM"
-    assert_same_logits(model, host)
+    model = trained_model(dense)
+    exporter, unsupported_reasons = choose_exporter(describe_model(model))
+    assert (exporter.name, unsupported_reasons) == ("mixtral", [])
+    folder = write(model, tmp_path / "hf")
+    module = reload(folder)
+    assert type(module).__name__ == "MixtralForCausalLM"
+    assert_same_logits(module, model)
 
     prompt = some_tokens()[:1, :8]
-    generated = model.generate(
+    generated = module.generate(
         prompt, max_new_tokens=4, do_sample=False, attention_mask=prompt.new_ones(1, 8)
     )
     assert generated.shape[0] == 1
@@ -165,9 +165,9 @@ def test_llama_and_mistral_become_mixtral(make_checkpoint: MakeCheckpoint, tmp_p
 
 def test_experts_lie_where_mixtral_looks(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     # By hand for one expert: w1 is the gate, w3 the up, w2 the down projection.
-    host = trained_host(make_checkpoint("llama"))
-    tensors = load_file(write(host, tmp_path / "hf") / "model.safetensors")
-    experts = host.moe_layers()[1][1].experts
+    model = trained_model(make_checkpoint("llama"))
+    tensors = load_file(write(model, tmp_path / "hf") / "model.safetensors")
+    experts = model.moe_layers()[1][1].experts
     at = "model.layers.1.block_sparse_moe.experts.2"
     assert torch.equal(tensors[f"{at}.w1.weight"], experts.w_up_EUD[2, :48])
     assert torch.equal(tensors[f"{at}.w3.weight"], experts.w_up_EUD[2, 48:])
@@ -176,8 +176,8 @@ def test_experts_lie_where_mixtral_looks(make_checkpoint: MakeCheckpoint, tmp_pa
 
 def test_softmax_after_topk_is_mixtral_too(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     # softmax over the chosen logits = softmax over all, renormalised over the chosen.
-    host = trained_host(make_checkpoint("llama"), order="topk_then_score", renormalise=False, top_k=3)
-    assert_same_logits(reload(write(host, tmp_path / "hf")), host)
+    model = trained_model(make_checkpoint("llama"), order="topk_then_score", renormalise=False, top_k=3)
+    assert_same_logits(reload(write(model, tmp_path / "hf")), model)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -186,8 +186,8 @@ def test_many_files_reload(
 ) -> None:
     limit = 60_000
     monkeypatch.setattr(export_module.TensorFiles.__init__, "__defaults__", (limit,))
-    host = trained_host(make_checkpoint("llama", tied=tied))
-    folder = write(host, tmp_path / "hf")
+    model = trained_model(make_checkpoint("llama", tied=tied))
+    folder = write(model, tmp_path / "hf")
     files = weight_files(folder)
     assert len(files) > 3
     assert [path.name for path in files] == [
@@ -200,16 +200,16 @@ def test_many_files_reload(
         assert sum(sizes) <= limit or len(sizes) == 1
         payload += sum(sizes)
     assert json.loads((folder / INDEX_NAME).read_text())["metadata"]["total_size"] == payload
-    assert_same_logits(reload(folder), host)
+    assert_same_logits(reload(folder), model)
 
 
 def test_bf16_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("llama"))
-    folder = write(host, tmp_path / "hf", torch.bfloat16)
+    model = trained_model(make_checkpoint("llama"))
+    folder = write(model, tmp_path / "hf", torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    round_parameters(host)
-    assert_same_logits(reload(folder), host)
+    round_parameters(model)
+    assert_same_logits(reload(folder), model)
 
 
 @pytest.mark.parametrize(
@@ -234,47 +234,51 @@ def test_what_is_no_mixtral_goes_into_our_own_format(
     router: dict[str, Any],
     reason: str,
 ) -> None:
-    host = trained_host(make_checkpoint(family, **options), layers, **router)
-    exporter, refusals = choose_exporter(describe_host(host))
+    model = trained_model(make_checkpoint(family, **options), layers, **router)
+    exporter, unsupported_reasons = choose_exporter(describe_model(model))
     assert exporter.name == "graft"
     assert not exporter.is_native
-    assert any(reason in refusal for refusal in refusals), refusals
-    folder = write(host, tmp_path / "hf")
+    assert any(reason in unsupported_reason for unsupported_reason in unsupported_reasons), (
+        unsupported_reasons
+    )
+    folder = write(model, tmp_path / "hf")
     loaded = load_graft(folder)
-    assert_same_logits(loaded.model, host)
-    assert [index for index, _ in loaded.moe_layers()] == [index for index, _ in host.moe_layers()]
+    assert_same_logits(loaded.module, model)
+    assert [index for index, _ in loaded.moe_layers()] == [index for index, _ in model.moe_layers()]
     assert ("lm_head.weight" in names_in(folder)) == (not options.get("tied", False))
     with pytest.raises(ValueError, match="graft_moe"):
         AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
 
 
 def test_our_format_in_bf16_keeps_routers_in_fp32(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("gemma3_text", tied=True))
-    model = load_graft(write(host, tmp_path / "hf", torch.bfloat16)).model
-    for name, parameter in model.named_parameters():
+    model = trained_model(make_checkpoint("gemma3_text", tied=True))
+    module = load_graft(write(model, tmp_path / "hf", torch.bfloat16)).module
+    for name, parameter in module.named_parameters():
         assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    round_parameters(host, kept=".router.")
-    assert_same_logits(model.float(), host)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    round_parameters(model, kept=".router.")
+    assert_same_logits(module.float(), model)
 
 
 def test_load_graft_refuses_what_is_not_its_own(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="its model_type is 'llama', not 'graft_moe'"):
+    with pytest.raises(ModelError, match="its model_type is 'llama', not 'graft_moe'"):
         load_graft(make_checkpoint("llama"))
-    folder = write(trained_host(make_checkpoint("gemma3_text", tied=True)), tmp_path / "hf")
+    folder = write(trained_model(make_checkpoint("gemma3_text", tied=True)), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     del config["moe_layers"][1]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(HostError, match=r"missing tensors .*layers\.1\.mlp\..*unexpected .*layers\.1\.mlp\."):
+    with pytest.raises(
+        ModelError, match=r"missing tensors .*layers\.1\.mlp\..*unexpected .*layers\.1\.mlp\."
+    ):
         load_graft(folder)
 
 
 def test_the_verification_reloads_and_generates(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("llama"))
-    folder = write(host, tmp_path / "hf")
+    model = trained_model(make_checkpoint("llama"))
+    folder = write(model, tmp_path / "hf")
     tokens = some_tokens()
     with torch.no_grad():
-        logits = host.model(input_ids=tokens).logits
+        logits = model.module(input_ids=tokens).logits
     report = verify_export(MixtralExporter(), folder, tokens, logits, torch.float32)
     assert (report.format, report.is_native, report.path) == ("mixtral", True, folder)
     assert report.logits.relative <= 1e-4
@@ -290,59 +294,59 @@ def test_a_swapped_gate_would_be_found(
     # The verification is as good as what it refuses.
     plain = MixtralExporter.expert_name
 
-    def swapped(self: MixtralExporter, mixture: MixtureSpec, expert: int, matrix: Matrix, bias: bool) -> str:
+    def swapped(self: MixtralExporter, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
         other: dict[Matrix, Matrix] = {"gate": "up", "up": "gate", "down": "down"}
-        return plain(self, mixture, expert, other[matrix] if expert == 0 else matrix, bias)
+        return plain(self, moe, expert, other[matrix] if expert == 0 else matrix, bias)
 
     monkeypatch.setattr(MixtralExporter, "expert_name", swapped)
-    host = trained_host(make_checkpoint("llama", num_hidden_layers=1))
+    model = trained_model(make_checkpoint("llama", num_hidden_layers=1))
     with pytest.raises(ExactnessError):  # whose tensors are all there, in their shapes
-        write(host, tmp_path / "hf")
+        write(model, tmp_path / "hf")
 
 
-def failing(host: HuggingFaceHost, after: int) -> Iterator[tuple[str, Tensor]]:
+def failing(model: HFModel, after: int) -> Iterator[tuple[str, Tensor]]:
     """The host's tensors, until something breaks."""
-    for number, item in enumerate(host.model.state_dict().items()):
+    for number, item in enumerate(model.module.state_dict().items()):
         if number == after:
             raise RuntimeError("the power went out")
         yield item
 
 
 def test_a_failing_export_leaves_the_old_folder(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("llama"))
-    folder = write(host, tmp_path / "hf")
+    model = trained_model(make_checkpoint("llama"))
+    folder = write(model, tmp_path / "hf")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with torch.no_grad():
-        host.model.model.norm.weight.mul_(2)
+        model.module.model.norm.weight.mul_(2)
     with pytest.raises(RuntimeError, match="the power went out"):
-        export(host, MixtralExporter(), failing(host, 7), folder, torch.float32, writes=True)
+        export(model, MixtralExporter(), failing(model, 7), folder, torch.float32, writes=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     # The next one succeeds, replaces the folder as a whole, and leaves nothing beside it.
     (folder / "of-the-old-export").touch()
-    write(host, folder)
+    write(model, folder)
     assert not (folder / "of-the-old-export").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    assert_same_logits(reload(folder), host)
+    assert_same_logits(reload(folder), model)
 
 
 def test_the_other_ranks_take_part_and_write_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("llama"))
+    model = trained_model(make_checkpoint("llama"))
     gathered = []
-    tensors = ((name, gathered.append(name) or tensor) for name, tensor in host.model.state_dict().items())
-    export(host, MixtralExporter(), tensors, tmp_path / "hf", torch.float32, writes=False)
-    assert gathered == list(host.model.state_dict())
+    tensors = ((name, gathered.append(name) or tensor) for name, tensor in model.module.state_dict().items())
+    export(model, MixtralExporter(), tensors, tmp_path / "hf", torch.float32, writes=False)
+    assert gathered == list(model.module.state_dict())
     assert not list(tmp_path.iterdir())
 
 
 def test_companions_travel_along(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("llama"))
+    model = trained_model(make_checkpoint("llama"))
     source = tmp_path / "source"
     source.mkdir()
     companions = {"tokenizer.json", "merges.txt", "tekken.json", "spiece.model", "generation_config.json"}
     for name in [*companions, "model.safetensors", "training_args.bin", "README.md"]:
         (source / name).write_text("{}")
-    host.folder = source
-    folder = write(host, tmp_path / "hf")
+    model.folder = source
+    folder = write(model, tmp_path / "hf")
     assert {path.name for path in folder.iterdir()} == companions | {"model.safetensors", "config.json"}
     assert (folder / "model.safetensors").stat().st_size > 2
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import ConfigError, ExactnessError, HostError
+from moe.errors import ConfigError, ExactnessError, ModelError
 from moe.experts.weights import FFNWeights
 from moe.layer import MoELayer
 from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from recipes.models.hf.ffn_blocks import dense_ffn, find_ffns
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap, upcycle
+from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap, upcycle
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,9 +55,9 @@ REFUSED = {
 }
 
 
-def host_of(model: Any) -> HuggingFaceHost:
+def model_of(model: Any) -> HFModel:
     """A host around a model that was never saved."""
-    return HuggingFaceHost(model=model, folder=Path("nowhere"), source_dtype=torch.float32)
+    return HFModel(module=model, folder=Path("nowhere"), source_dtype=torch.float32)
 
 
 def surgery_of(method: Copy | None = None, **router: Any) -> Surgery:
@@ -79,8 +79,8 @@ def some_tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_networks_are_found_and_upcycling_is_exact(family: str) -> None:
-    model = random_model(family)
-    sites = find_ffns(model, model.config)
+    module = random_model(family)
+    sites = find_ffns(module, module.config)
     name, activation, gated, biased = FAMILIES[family]
     assert [site.name for site in sites] == [name.replace(".0.", f".{layer}.") for layer in range(3)]
     weights = sites[0].weights
@@ -88,18 +88,18 @@ def test_networks_are_found_and_upcycling_is_exact(family: str) -> None:
     assert (weights.gate_FD is not None, weights.b_up_F is not None) == (gated, biased)
     assert weights.b_down_D is None or biased
     # Views of the model's own parameters, not copies.
-    own = {parameter.data_ptr() for parameter in model.get_submodule(name).parameters()}
+    own = {parameter.data_ptr() for parameter in module.get_submodule(name).parameters()}
     assert weights.up_FD.data_ptr() in own or gated
 
-    host, tokens = host_of(model), some_tokens()
+    model, tokens = model_of(module), some_tokens()
     with torch.no_grad():
-        before = model(input_ids=tokens).logits
-    report = upcycle(host, surgery_of(), tokens)
+        before = module(input_ids=tokens).logits
+    report = upcycle(model, surgery_of(), tokens)
     with torch.no_grad():
-        after = model(input_ids=tokens).logits
+        after = module(input_ids=tokens).logits
     assert report.claimed_exact
     assert report.layers == (0, 1, 2)
-    assert [index for index, _ in host.moe_layers()] == [0, 1, 2]
+    assert [index for index, _ in model.moe_layers()] == [0, 1, 2]
     torch.testing.assert_close(after, before, atol=1e-4 * float(before.abs().max()), rtol=0)
     # The report's own figures are those of the logits.
     assert report.logits.max_diff == pytest.approx(float((after - before).abs().max()), abs=1e-9)
@@ -123,13 +123,13 @@ def test_optional_biases_are_taken_over(bias: bool) -> None:
     model = random_model("llama", mlp_bias=bias)
     weights = find_ffns(model, model.config)[0].weights
     assert (weights.b_gate_F is not None, weights.b_down_D is not None) == (bias, bias)
-    assert upcycle(host_of(model), surgery_of(), some_tokens()).claimed_exact
+    assert upcycle(model_of(model), surgery_of(), some_tokens()).claimed_exact
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_is_no_plain_network_is_refused_by_name(family: str) -> None:
     model = random_model(family)
-    with pytest.raises(HostError) as caught:
+    with pytest.raises(ModelError) as caught:
         find_ffns(model, model.config)
     message = str(caught.value)
     assert message.startswith(f"dense={family!r}: ")
@@ -142,14 +142,14 @@ def test_a_network_that_computes_something_else_is_refused() -> None:
     mlp = model.model.layers[1].mlp
     plain_forward = mlp.forward
     mlp.forward = lambda x: 1.01 * plain_forward(x)
-    with pytest.raises(HostError, match=r"model\.layers\.1\.mlp \(LlamaMLP\) computes something else"):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp \(LlamaMLP\) computes something else"):
         find_ffns(model, model.config)
 
 
 def test_an_unknown_activation_is_refused() -> None:
     model = random_model("llama")
     model.config.hidden_act = "snake"
-    with pytest.raises(HostError, match=r"hidden_act='snake' is unknown. Known are: .*silu"):
+    with pytest.raises(ModelError, match=r"hidden_act='snake' is unknown. Known are: .*silu"):
         find_ffns(model, model.config)
 
 
@@ -172,7 +172,7 @@ def test_unknown_names_are_told_by_shape() -> None:
     assert weights.gate_FD is not None
     assert weights.gate_FD.data_ptr() == odd.my_gate.weight.data_ptr()
     assert weights.down_DF.data_ptr() == odd.narrow.weight.data_ptr()
-    assert upcycle(host_of(model), surgery_of(), some_tokens()).claimed_exact
+    assert upcycle(model_of(model), surgery_of(), some_tokens()).claimed_exact
 
 
 def test_dense_ffn_by_hand() -> None:
@@ -201,7 +201,7 @@ class _Sabotaged(Copy):
 def test_a_sabotaged_method_is_refused_with_the_layer_named() -> None:
     method = _Sabotaged(CopyConfig(num_experts=4))
     with pytest.raises(ExactnessError) as caught:
-        upcycle(host_of(random_model("llama")), surgery_of(method), some_tokens())
+        upcycle(model_of(random_model("llama")), surgery_of(method), some_tokens())
     message = str(caught.value)
     assert "Differing: layer 1 (by 5.47e-03)" in message  # a hundredth, at the weight of one expert of two
     assert "layer 0" not in message
@@ -214,12 +214,12 @@ def test_a_host_that_changes_elsewhere_is_refused() -> None:
     calls = []
     model.lm_head.register_forward_hook(lambda module, args, out: calls.append(0) or out * len(calls))
     with pytest.raises(ExactnessError, match="Every layer alone agrees; the host changed elsewhere"):
-        upcycle(host_of(model), surgery_of(), some_tokens())
+        upcycle(model_of(model), surgery_of(), some_tokens())
 
 
 def test_an_inexact_router_reports_its_drift() -> None:
     surgery = surgery_of(top_k=1, renormalise=False)
-    report = upcycle(host_of(random_model("llama")), surgery, some_tokens())
+    report = upcycle(model_of(random_model("llama")), surgery, some_tokens())
     assert not report.claimed_exact
     assert report.logits.relative > 1e-3
     assert report.logits.kl > 0
@@ -233,7 +233,7 @@ def test_an_inexact_router_reports_its_drift() -> None:
 
 def test_noisy_copies_claim_nothing() -> None:
     method = Copy(CopyConfig(num_experts=4, noise_std=0.1))
-    report = upcycle(host_of(random_model("llama")), surgery_of(method), some_tokens())
+    report = upcycle(model_of(random_model("llama")), surgery_of(method), some_tokens())
     assert not report.claimed_exact
     assert report.logits.relative > 1e-4
 
@@ -243,35 +243,35 @@ def test_noisy_copies_claim_nothing() -> None:
     [("all", [0, 1, 2]), ("every:2", [0, 2]), ("every:2:1", [1]), ("last:1", [2]), ([2, 0], [0, 2])],
 )
 def test_some_layers_only(layers: Any, expected: list[int]) -> None:
-    host = host_of(random_model("llama"))
+    model = model_of(random_model("llama"))
     method = Copy(CopyConfig(num_experts=4, layers=layers))
-    assert upcycle(host, surgery_of(method), some_tokens()).layers == tuple(expected)
-    mixtures = [isinstance(block.mlp, MoELayer) for block in host.model.model.layers]
-    assert [i for i, is_mixture in enumerate(mixtures) if is_mixture] == expected
+    assert upcycle(model, surgery_of(method), some_tokens()).layers == tuple(expected)
+    moe_blocks = [isinstance(block.mlp, MoELayer) for block in model.module.model.layers]
+    assert [i for i, is_moe in enumerate(moe_blocks) if is_moe] == expected
 
 
 def test_layers_that_the_host_lacks_are_a_mistake() -> None:
     method = Copy(CopyConfig(num_experts=4, layers=[0, 7]))
     with pytest.raises(ConfigError, match=r"upcycle.layers=\[0, 7\]: layers \[7\] do not exist"):
-        swap(host_of(random_model("llama")), surgery_of(method))
+        swap(model_of(random_model("llama")), surgery_of(method))
 
 
 def test_routers_differ_by_layer_and_are_the_same_again() -> None:
     routers = []
     for _ in range(2):
-        host = host_of(random_model("llama"))
+        model = model_of(random_model("llama"))
         torch.manual_seed(len(routers))  # must not matter
-        swap(host, surgery_of())
-        routers.append([layer.router.weight_ED for _, layer in host.moe_layers()])
+        swap(model, surgery_of())
+        routers.append([layer.router.weight_ED for _, layer in model.moe_layers()])
     assert all(torch.equal(a, b) for a, b in zip(*routers, strict=True))
     assert not torch.equal(routers[0][0], routers[0][1])
 
 
 def test_experts_are_copies_with_memory_of_their_own() -> None:
-    host = host_of(random_model("llama"))
-    sites = find_ffns(host.model, host.config)
-    swap(host, surgery_of())
-    _, layer = host.moe_layers()[0]
+    model = model_of(random_model("llama"))
+    sites = find_ffns(model.module, model.config)
+    swap(model, surgery_of())
+    _, layer = model.moe_layers()[0]
     down_EDF = layer.experts.w_down_EDF.detach()
     assert all(torch.equal(expert, sites[0].weights.down_DF) for expert in down_EDF)
     down_EDF[1] += 1
@@ -283,13 +283,13 @@ def test_experts_are_copies_with_memory_of_their_own() -> None:
 def test_checkpoints_load(make_checkpoint: MakeCheckpoint, options: dict[str, bool], dtype: str) -> None:
     folder = make_checkpoint("llama", dtype=dtype, **options)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == options.get("sharded", False)
-    host = load_host(folder)
-    assert host.source_dtype == getattr(torch, dtype)
-    assert {parameter.dtype for parameter in host.model.parameters()} == {torch.float32}
-    assert not host.config.use_cache
+    model = load_model(folder)
+    assert model.source_dtype == getattr(torch, dtype)
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+    assert not model.config.use_cache
     tied = options.get("tied", False)
-    assert (host.model.lm_head.weight is host.model.model.embed_tokens.weight) == tied
+    assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied
     expected = random_model("llama", tie_word_embeddings=tied).to(getattr(torch, dtype)).float()
     for name, value in expected.state_dict().items():
-        assert torch.equal(host.model.state_dict()[name], value), name
-    assert upcycle(host, surgery_of(), some_tokens()).claimed_exact
+        assert torch.equal(model.module.state_dict()[name], value), name
+    assert upcycle(model, surgery_of(), some_tokens()).claimed_exact

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from moe.routing.draws import seeded_generator
-from recipes.models.hf.hf_model import load_host
+from recipes.models.hf.hf_model import load_model
 from tests.conftest import MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,8 +34,8 @@ def test_missing_weights_are_counted_and_named(checkpoint: Path) -> None:
     weights = load_file(path)
     del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(HostError) as caught:
-        load_host(checkpoint)
+    with pytest.raises(ModelError) as caught:
+        load_model(checkpoint)
     message = str(caught.value)
     assert "2 weights are missing from its files, model.layers.1.mlp.up_proj.weight the first" in message
     assert "Download the checkpoint again." in message
@@ -43,14 +43,14 @@ def test_missing_weights_are_counted_and_named(checkpoint: Path) -> None:
 
 def test_weights_of_another_shape_are_refused(checkpoint: Path) -> None:
     edit_config(checkpoint, intermediate_size=64)
-    with pytest.raises(HostError, match="transformers cannot load it"):
-        load_host(checkpoint)
+    with pytest.raises(ModelError, match="transformers cannot load it"):
+        load_model(checkpoint)
 
 
 def test_an_unknown_family_is_refused(checkpoint: Path) -> None:
     edit_config(checkpoint, model_type="frobnicate")
-    with pytest.raises(HostError, match="transformers cannot load it .*frobnicate"):
-        load_host(checkpoint)
+    with pytest.raises(ModelError, match="transformers cannot load it .*frobnicate"):
+        load_model(checkpoint)
 
 
 def test_generators_depend_on_all_that_they_are_for() -> None:

@@ -20,9 +20,9 @@ from moe.routers.topk import TopKConfig
 from moe.upcycle.copies import Copy, CopyConfig
 from recipes.models.export import choose_exporter, exporters
 from recipes.models.export.read_back import ReadBack
-from recipes.models.export.spec import describe_host
+from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
 from tests.conftest import MakeCheckpoint
 from tests.recipes.models.test_exporters import assert_same_logits, names_in, reload
 
@@ -56,9 +56,9 @@ CASES: list[tuple[str, str, dict[str, Any], str, RouterConfig, int]] = [
 ]
 
 
-def mixture_in(folder: Path, layers: str, router: RouterConfig, shared_quarters: int) -> HuggingFaceHost:
+def moe_in(folder: Path, layers: str, router: RouterConfig, shared_quarters: int) -> HFModel:
     """A mixture whose parts have become different, as training makes them."""
-    host = load_host(folder)
+    model = load_model(folder)
     surgery = Surgery(
         method=Copy(CopyConfig(num_experts=4, noise_std=0.5, layers=layers)),
         make_router=lambda width, experts: router_class(router.name)(router, width, experts),
@@ -66,10 +66,10 @@ def mixture_in(folder: Path, layers: str, router: RouterConfig, shared_quarters:
         backend="auto",
         seed=3,
     )
-    swap(host, surgery)
+    swap(model, surgery)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for _, layer in host.moe_layers():
+        for _, layer in model.moe_layers():
             layer.router.weight_ED.mul_(20)
             if "bias_E" in layer.router.state_dict():
                 layer.router.bias_E.copy_(torch.randn(4, generator=generator) * 0.3)
@@ -80,8 +80,8 @@ def mixture_in(folder: Path, layers: str, router: RouterConfig, shared_quarters:
                     torch.randn(shape, generator=generator) * 0.2 for shape in ((W, D), (W, D), (D, W))
                 )
                 layer.shared = SharedExpert(FFNWeights(up, down, layer.experts.activation, gate))
-    host.model.eval()
-    return host
+    model.module.eval()
+    return model
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
@@ -97,21 +97,21 @@ def test_plain_transformers_computes_what_was_exported(
     shared: int,
     layout: Any,
 ) -> None:
-    host = mixture_in(make_checkpoint(family, **options), layers, router, shared)
-    exporter, _ = choose_exporter(describe_host(host))
+    model = moe_in(make_checkpoint(family, **options), layers, router, shared)
+    exporter, _ = choose_exporter(describe_model(model))
     assert exporter.name == name
-    tensors = host.model.state_dict().items()
-    export(host, exporter, tensors, tmp_path / "hf", torch.float32, writes=True, layout=layout)
-    model = reload(tmp_path / "hf")
-    assert_same_logits(model, host)
+    tensors = model.module.state_dict().items()
+    export(model, exporter, tensors, tmp_path / "hf", torch.float32, writes=True, layout=layout)
+    module = reload(tmp_path / "hf")
+    assert_same_logits(module, model)
     # Block by block it is read as transformers reads it whole.
-    assert_same_logits(ReadBack(exporter.open(tmp_path / "hf"), memory_bytes=0).model, host)
+    assert_same_logits(ReadBack(exporter.open(tmp_path / "hf"), memory_bytes=0).model, model)
     if layout == "per_expert":
         # The file that transformers itself would write has the same names.
-        model.save_pretrained(tmp_path / "theirs")
+        module.save_pretrained(tmp_path / "theirs")
         assert names_in(tmp_path / "hf") == names_in(tmp_path / "theirs")
     ours = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert ours["architectures"] == [type(model).__name__]
+    assert ours["architectures"] == [type(module).__name__]
 
 
 def test_every_native_format_has_a_case() -> None:
@@ -123,15 +123,15 @@ def test_every_native_format_has_a_case() -> None:
 def test_auto_classes_load_our_own_format_after_the_import(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    host = mixture_in(make_checkpoint("gpt2", tied=True), "every:2", TOPK, 0)
-    exporter, _ = choose_exporter(describe_host(host))
-    export(host, exporter, host.model.state_dict().items(), tmp_path / "hf", torch.float32, writes=True)
+    model = moe_in(make_checkpoint("gpt2", tied=True), "every:2", TOPK, 0)
+    exporter, _ = choose_exporter(describe_model(model))
+    export(model, exporter, model.module.state_dict().items(), tmp_path / "hf", torch.float32, writes=True)
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
-    assert_same_logits(model, host)
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert_same_logits(module, model)
     assert any(".experts.3.down." in name for name in names_in(tmp_path / "hf"))
     # What it saves is whole again.
-    model.save_pretrained(tmp_path / "again")
-    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), host)
+    module.save_pretrained(tmp_path / "again")
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16

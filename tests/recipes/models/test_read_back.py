@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.errors import HostError
+from moe.errors import ModelError
 from recipes.config.schema import ExportConfig
 from recipes.models.export import choose_exporter
 from recipes.models.export.read_back import ReadBack
-from recipes.models.export.spec import describe_host
+from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HuggingFaceHost
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
 from recipes.studies.benchmarks.live_bytes import peak_bytes
 from tests.conftest import MakeCheckpoint
-from tests.recipes.models.test_exporters import some_tokens, trained_host
+from tests.recipes.models.test_exporters import some_tokens, trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,18 +41,18 @@ def test_one_block_at_a_time_is_in_memory(
     # Storages are counted by thread; in bf16 all that is read is made anew, and so counted.
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     layers, wide = 6, {"intermediate_size": 512}
-    host = trained_host(make_checkpoint(family, tied=tied, num_hidden_layers=layers, **wide))
-    exporter, _ = choose_exporter(describe_host(host))
+    model = trained_model(make_checkpoint(family, tied=tied, num_hidden_layers=layers, **wide))
+    exporter, _ = choose_exporter(describe_model(model))
     assert exporter.is_native != tied
-    export(host, exporter, host.model.state_dict().items(), tmp_path / "hf", torch.bfloat16, writes=True)
-    block = sum(p.nbytes for p in decoder_blocks(host.model, host.config)[0].parameters())
-    whole = sum(p.nbytes for p in host.model.parameters())
+    export(model, exporter, model.module.state_dict().items(), tmp_path / "hf", torch.bfloat16, writes=True)
+    block = sum(p.nbytes for p in decoder_blocks(model.module, model.config)[0].parameters())
+    whole = sum(p.nbytes for p in model.module.parameters())
     tokens = some_tokens()[:1, :4]
     found = {}
 
     def compute(memory_bytes: float) -> None:
-        model = ReadBack(exporter.open(tmp_path / "hf"), memory_bytes).model
-        found[memory_bytes] = model(input_ids=tokens).logits
+        module = ReadBack(exporter.open(tmp_path / "hf"), memory_bytes).model
+        found[memory_bytes] = module(input_ids=tokens).logits
 
     at_once = peak_bytes(lambda: compute(whole), [tokens], CPU)
     streamed = peak_bytes(lambda: compute(whole - 1), [tokens], CPU)
@@ -68,12 +68,12 @@ def test_less_than_no_memory_is_refused() -> None:
         ExportConfig(memory_gib=-1)
 
 
-def without(host: HuggingFaceHost, part: str) -> Tensors:
-    return (item for item in host.model.state_dict().items() if part not in item[0])
+def without(model: HFModel, part: str) -> Tensors:
+    return (item for item in model.module.state_dict().items() if part not in item[0])
 
 
-def twice(host: HuggingFaceHost, part: str) -> Tensors:
-    state = host.model.state_dict().items()
+def twice(model: HFModel, part: str) -> Tensors:
+    state = model.module.state_dict().items()
     yield from state
     yield from ((name, tensor) for name, tensor in state if part in name)
 
@@ -86,16 +86,16 @@ def twice(host: HuggingFaceHost, part: str) -> Tensors:
     ],
 )
 def test_a_missing_or_doubled_expert_is_named(
-    given: Callable[[HuggingFaceHost, str], Tensors],
+    given: Callable[[HFModel, str], Tensors],
     text: str,
     make_checkpoint: MakeCheckpoint,
     tmp_path: Path,
 ) -> None:
-    host = trained_host(make_checkpoint("llama"))
-    exporter, _ = choose_exporter(describe_host(host))
-    with pytest.raises(HostError, match=text):
+    model = trained_model(make_checkpoint("llama"))
+    exporter, _ = choose_exporter(describe_model(model))
+    with pytest.raises(ModelError, match=text):
         export(
-            host, exporter, given(host, "layers.1.mlp.experts"), tmp_path / "hf", torch.float32, writes=True
+            model, exporter, given(model, "layers.1.mlp.experts"), tmp_path / "hf", torch.float32, writes=True
         )
     assert not (tmp_path / "hf").exists()
 
@@ -115,13 +115,13 @@ def test_bytes_that_change_behind_their_writing_are_found(tmp_path: Path) -> Non
 
 
 def test_a_tensor_that_the_files_lack_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    host = trained_host(make_checkpoint("llama"))
-    exporter, _ = choose_exporter(describe_host(host))
-    export(host, exporter, host.model.state_dict().items(), tmp_path / "hf", torch.float32, writes=True)
+    model = trained_model(make_checkpoint("llama"))
+    exporter, _ = choose_exporter(describe_model(model))
+    export(model, exporter, model.module.state_dict().items(), tmp_path / "hf", torch.float32, writes=True)
     path = tmp_path / "hf" / "model.safetensors"
     held = load_file(path)
     gone = next(name for name in held if "layers.1" in name and name.endswith("gate.weight"))
     save_file({name: tensor for name, tensor in held.items() if name != gone}, path, {"format": "pt"})
-    model = ReadBack(exporter.open(tmp_path / "hf"), memory_bytes=0).model
-    with pytest.raises(HostError, match=r"no file holds model\.layers\.1\.mlp\.gate\.weight"):
-        model(input_ids=some_tokens())
+    module = ReadBack(exporter.open(tmp_path / "hf"), memory_bytes=0).model
+    with pytest.raises(ModelError, match=r"no file holds model\.layers\.1\.mlp\.gate\.weight"):
+        module(input_ids=some_tokens())

@@ -48,18 +48,18 @@ def train(folder: Path, case: str) -> int:
     rank = dist.get_rank()
     pair = dist.new_group([0, HANGING_RANK])
     limits = FaultsConfig(hang_s=LIMIT_S, phase_hang_s=LIMIT_S)
-    watch = Watchdog(rank, RANKS, group_store(), limits, backstop_s=5.0)
-    watch.writes_to(folder)
-    with watch.job(), watch.training():
+    heartbeat = Watchdog(rank, RANKS, group_store(), limits, backstop_s=5.0)
+    heartbeat.writes_to(folder)
+    with heartbeat.job(), heartbeat.training():
         for step in range(3):
-            watch.mark(f"moe, step {step + 1}, the update")
+            heartbeat.beat(f"moe, step {step + 1}, the update")
             time.sleep(LIMIT_S / 8)
             dist.all_reduce(torch.ones(1))
-        watch.mark("saving", 10.0)
+        heartbeat.beat("saving", 10.0)
         time.sleep(2 * LIMIT_S)
         dist.barrier()
         if case != "none":
-            watch.mark("moe, step 4, the update")
+            heartbeat.beat("moe, step 4, the update")
             if rank == HANGING_RANK:
                 hang_here(case, pair)
             dist.all_reduce(torch.ones(1))

@@ -105,7 +105,7 @@ def test_the_source_is_what_runs(tmp_path: Path) -> None:
         "kernels/expert_mlp.py",
     } <= ours.keys()
     for name in ("recipes/training/training_loop.py", "moe/layer.py"):
-        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).parent.mkdir(parents=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "train.py", tmp_path)
     assert source_hashes(tmp_path).items() <= ours.items()

@@ -70,7 +70,7 @@ def test_the_pypi_package_kernels_must_not_be_installed(versions: dict[str, str 
 
 
 def test_kernels_must_be_our_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "SOURCE_ROOT", tmp_path)
     (finding,) = check_kernels_clash()
     assert finding.status == "bad" and str(tmp_path) in finding.remedy
 

@@ -83,8 +83,8 @@ def test_ranks_in_different_collectives_are_all_shown(place: Path) -> None:
     assert "hang_here" in verdict_text and verdict_text.count("waits for other ranks") == RANKS
 
 
-def at(rank: int, marks: int, kind: Kind) -> Position:
-    return Position(rank, marks, f"mark {marks}", 5.0, "somewhere.py:1 here", kind)
+def at(rank: int, metadata: int, kind: Kind) -> Position:
+    return Position(rank, metadata, f"mark {metadata}", 5.0, "somewhere.py:1 here", kind)
 
 
 @pytest.mark.parametrize(

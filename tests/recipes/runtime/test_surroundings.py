@@ -12,7 +12,7 @@ import pytest
 
 from moe.errors import DataError, DiskError
 from recipes import launch
-from recipes.tracking.buffered_log import PatientLog
+from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.metrics_log import read_rows
 from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
 from tests.conftest import MakeCheckpoint
@@ -85,8 +85,8 @@ def test_data_that_changes_ends_the_run_with_a_checkpoint(
 
     original = Recorder.on_row
 
-    def on_row(self: Recorder, leg: Any, row: Mapping[str, float], load: Any) -> None:
-        original(self, leg, row, load)
+    def on_row(self: Recorder, stage: Any, row: Mapping[str, float], load: Any) -> None:
+        original(self, stage, row, load)
         if row["step"] == 3:
             with next((tmp_path / "cache").rglob("*.bin")).open("ab") as file:
                 file.write(b"more")
@@ -150,10 +150,10 @@ def test_rows_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, path = _Disk(monkeypatch), tmp_path / "metrics.jsonl"
-    log = PatientLog(path)
+    log = BufferedLog(path)
     for step in range(6):
         disk.full = 2 <= step < 5
-        log.append({"leg": "moe", "step": step})
+        log.append({"stage": "moe", "step": step})
         log.sync()
         # What is there is whole at any time.
         assert [row["step"] for row in read_rows(path)] == list(range({2: 2, 3: 2, 4: 2}.get(step, step + 1)))
@@ -168,13 +168,13 @@ def test_rows_that_are_never_written_are_an_error_in_the_end(
 ) -> None:
     disk, path = _Disk(monkeypatch), tmp_path / "metrics.jsonl"
     monkeypatch.setattr("recipes.tracking.buffered_log.MOST_ROWS", 3)
-    log = PatientLog(path)
-    log.append({"leg": "moe", "step": 0})
+    log = BufferedLog(path)
+    log.append({"stage": "moe", "step": 0})
     disk.full = True
     for step in range(1, 4):
-        log.append({"leg": "moe", "step": step})
+        log.append({"stage": "moe", "step": step})
     with pytest.raises(DiskError, match="No space left"):
-        log.append({"leg": "moe", "step": 4})
+        log.append({"stage": "moe", "step": 4})
     with pytest.raises(DiskError, match="No space left"):
         log.close()
     assert [row["step"] for row in read_rows(path)] == [0]

@@ -46,20 +46,20 @@ def finish(trial: Trial, rows: list[dict[str, Any]]) -> None:
     summary: Mapping[str, Any] = {
         "results": rows,
         "serving": SERVING,
-        "mixture": {"num_experts": 8, "top_k": 2},
+        "moe": {"num_experts": 8, "top_k": 2},
         "tokens_per_step": STEP,
     }
     (trial.folder / "summary.json").write_text(json.dumps(summary))
     lines = []
-    for leg in rows:
-        last = leg["tokens"] // STEP
+    for stage in rows:
+        last = stage["tokens"] // STEP
         for step in range(0, last + 1, 2):
             share = step / last if last else 0.0
-            loss = 9.0 + share * (leg["val_loss"] - 9.0)
-            line = {"leg": leg["model"], "step": step, "tokens": step * STEP, "val_loss": loss}
+            loss = 9.0 + share * (stage["val_loss"] - 9.0)
+            line = {"stage": stage["model"], "step": step, "tokens": step * STEP, "val_loss": loss}
             lines.append(line | ({"lr": 1.0 if step <= 0.8 * last else 0.5} if step else {}))
         if last % 2:
-            lines.append(lines[-1] | {"step": last, "tokens": last * STEP, "val_loss": leg["val_loss"]})
+            lines.append(lines[-1] | {"step": last, "tokens": last * STEP, "val_loss": stage["val_loss"]})
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

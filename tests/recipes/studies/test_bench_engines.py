@@ -40,11 +40,11 @@ def test_the_distance_is_that_of_the_step_furthest_away() -> None:
 
 def test_losses_are_read_from_what_a_run_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, object]] = [
-        {"leg": "dense", "step": 1, "loss": 9.0, "step_s": 1.0},
-        {"leg": "moe", "step": 1, "loss": 3.0, "step_s": 0.5},
-        {"leg": "moe", "step": 2, "loss": 2.0, "step_s": 0.1},
-        {"leg": "moe", "step": 3, "loss": 1.5, "step_s": 0.2},
-        {"leg": "moe", "step": 3, "val_loss": 1.75},
+        {"stage": "dense", "step": 1, "loss": 9.0, "step_s": 1.0},
+        {"stage": "moe", "step": 1, "loss": 3.0, "step_s": 0.5},
+        {"stage": "moe", "step": 2, "loss": 2.0, "step_s": 0.1},
+        {"stage": "moe", "step": 3, "loss": 1.5, "step_s": 0.2},
+        {"stage": "moe", "step": 3, "val_loss": 1.75},
     ]
     commands: list[list[str]] = []
 

@@ -86,7 +86,7 @@ def test_what_autograd_keeps_counts_until_backward() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_every_choice_runs(name: str) -> None:
     (rival,) = read_rivals([name])
-    assert rival.refusal(4) is None
+    assert rival.unsupported_reason(4) is None
     once = rival.prepare(Shape(tokens=12, experts=4, width=8), CPU)
     first, second = dict(once.run()), dict(once.run())
     assert first == second and all(isinstance(value, float) for value in first.values())

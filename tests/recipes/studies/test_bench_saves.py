@@ -10,7 +10,15 @@ import pytest
 
 from moe.errors import ConfigError
 from recipes.checkpoint import stream
-from recipes.studies.benchmarks.saves import ASYNC, NONE, RIVALS, SYNC, SaveFigures, SaveShape, measure_saves
+from recipes.studies.benchmarks.saves import (
+    ASYNC,
+    NONE,
+    RIVALS,
+    SYNC,
+    SaveFigures,
+    SaveShape,
+    measure_saves,
+)
 from recipes.studies.chaos.slow_disk import slow_down
 from tools import bench_save, chaos
 

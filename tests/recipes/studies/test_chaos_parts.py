@@ -55,15 +55,22 @@ def write_rows(run_dir: Path, rows: list[dict[str, Any]], end: str = "") -> None
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
-    return {"leg": "moe", "step": step, "loss": 1.0 / (step + 1), "time": 100.0 + step, "step_s": 1.0, **more}
+    return {
+        "stage": "moe",
+        "step": step,
+        "loss": 1.0 / (step + 1),
+        "time": 100.0 + step,
+        "step_s": 1.0,
+        **more,
+    }
 
 
 def test_what_is_seen_of_a_run(tmp_path: Path) -> None:
     watch = RunWatch(tmp_path)
     assert watch.newest_row() is None and watch.saving(0.0) is None and watch.newest_checkpoint() == 0
-    write_rows(tmp_path, [{"leg": "moe", "step": 0, "val_loss": 2.0, "time": 100.0}])
+    write_rows(tmp_path, [{"stage": "moe", "step": 0, "val_loss": 2.0, "time": 100.0}])
     assert watch.newest_row() is None
-    write_rows(tmp_path, [row(1), row(2)], end='{"leg": "moe", "st')
+    write_rows(tmp_path, [row(1), row(2)], end='{"stage": "moe", "st')
     newest = watch.newest_row()
     assert newest is not None and newest["step"] == 2
     first = watch.first_row(101.5)

@@ -21,9 +21,9 @@ def finish(trial: Trial, val_loss: float, maxvio: list[float], step_s: float) ->
     trial.folder.mkdir(parents=True)
     row = {"model": "moe", "val_loss": val_loss, "active_params": 7}
     (trial.folder / "summary.json").write_text(json.dumps({"results": [row]}))
-    rows = [{"leg": "moe", "step": 0, "val_loss": 9.0}]
+    rows = [{"stage": "moe", "step": 0, "val_loss": 9.0}]
     rows += [
-        {"leg": "moe", "step": i + 1, "loss": 1.0, "router/maxvio": value, "step_s": step_s}
+        {"stage": "moe", "step": i + 1, "loss": 1.0, "router/maxvio": value, "step_s": step_s}
         for i, value in enumerate(maxvio)
     ]
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

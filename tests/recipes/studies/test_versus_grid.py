@@ -35,7 +35,7 @@ def test_a_trial_varies_weights_alone(tmp_path: Path) -> None:
     assert [c.model.steps for c in configs] == [30, 60, 0, 30, 60, 0]
     assert [c.seed for c in configs] == [c.model.seed for c in configs] == [0, 0, 0, 1, 1, 1]
     assert all(c.data == configs[0].data and c.train.steps == 3 for c in configs)
-    assert [c.versus.sunk_steps for c in configs[:3]] == [[30], [60], [30, 60]]
+    assert [c.upcycle_vs_cpt.sunk_steps for c in configs[:3]] == [[30], [60], [30, 60]]
     assert {c.optim.schedule.kind for c in configs} == {"wsd"}
 
 
@@ -54,7 +54,7 @@ def test_runs_of_other_options_are_not_mixed(tmp_path: Path) -> None:
     assert options_of(tmp_path / "grid") == ["optim.lr=1e-3", "train.steps=3"]
 
 
-def test_a_run_without_all_its_legs_is_not_done(tmp_path: Path) -> None:
+def test_a_run_without_all_its_stages_is_not_done(tmp_path: Path) -> None:
     trials = grid(tmp_path, 1)
     assert all(trial.done and trial.prepared for trial in trials)
     path = trials[0].folder / "summary.json"
@@ -193,11 +193,11 @@ def test_options() -> None:
         (["optim.schedule.kind=cosine"], "Set it to wsd"),
         (["train.eval_every=0"], "branch off"),
         (["train.steps=0"], "nothing to compare"),
-        (["upcycle=cmoe"], "versus.arms=continued"),
+        (["upcycle=cmoe"], "upcycle_vs_cpt.arms=continued"),
         (["dense=/nowhere"], "one checkpoint for 2 lengths"),
         (["--parallel", "0"], "at least 1"),
         (["train.stepz=3"], "no such option"),
-        (["versus.batches=[]"], "Give"),
+        (["upcycle_vs_cpt.batches=[]"], "Give"),
     ],
 )
 def test_mistakes_come_before_the_first_run(

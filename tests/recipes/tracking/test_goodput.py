@@ -10,14 +10,14 @@ import pytest
 from recipes.runtime.run_file import read_run_file
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.metrics_log import MetricsLog
-from recipes.tracking.training_figures import summarise_leg
+from recipes.tracking.training_figures import summarise_stage
 
 
 def write(run_dir: Path, rows: list[tuple[int, float, float]]) -> None:
     """Rows of step, seconds and the time at which they were written."""
     log = MetricsLog(run_dir / "metrics.jsonl")
     for step, seconds, now in rows:
-        log.append({"leg": "moe", "step": step, "step_s": seconds, "time": now})
+        log.append({"stage": "moe", "step": step, "step_s": seconds, "time": now})
     log.close()
 
 
@@ -113,8 +113,8 @@ def test_steps_that_were_skipped_or_undone_do_not_count(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in range(1, 7):
         more = {4: {"skipped": 1}, 5: {"skipped": 1, "went_back_to": 2}}.get(step, {})
-        log.append({"leg": "moe", "step": step, "step_s": 10.0, "time": 100.0 + 10 * step} | more)
-    log.append({"leg": "cpt", "step": 3, "step_s": 1.0, "time": 170.0})
+        log.append({"stage": "moe", "step": step, "step_s": 10.0, "time": 100.0 + 10 * step} | more)
+    log.append({"stage": "cpt", "step": 3, "step_s": 1.0, "time": 170.0})
     log.close()
     ledger = GoodputLedger(tmp_path, started=100.0)
     ledger.recount()
@@ -122,16 +122,16 @@ def test_steps_that_were_skipped_or_undone_do_not_count(tmp_path: Path) -> None:
     assert ledger.goodput(162.0) == 31 / 62
 
 
-def test_a_leg_is_a_ratio_of_sums() -> None:
+def test_a_stage_is_a_ratio_of_sums() -> None:
     # 1 s at 0.4 and 3 s at 0.2: 1.0 of 4; 8 tokens/s and 4 tokens/s: 20 tokens
     rows = [
         {"step": 0, "val_loss": 5.0},
         {"step_s": 1.0, "s_mbu": 0.4, "mfu": 0.1, "tokens_per_s": 8.0, "memory_bytes": 7},
         {"step_s": 3.0, "s_mbu": 0.2, "tokens_per_s": 4.0, "energy_j": 40.0, "joules_per_token": 2.0},
     ]
-    found = summarise_leg(rows)
+    found = summarise_stage(rows)
     assert found["s_mbu"] == pytest.approx(0.25) and found["tokens_per_s"] == 5
     # A step without its share: the sum is not known.
     assert found["mfu"] is None and found["s_mfu"] is None
     assert (found["memory_bytes"], found["energy_j"], found["joules_per_token"]) == (7, 40, 2)
-    assert set(summarise_leg([]).values()) == {None}
+    assert set(summarise_stage([]).values()) == {None}

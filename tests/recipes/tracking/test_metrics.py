@@ -29,9 +29,9 @@ def _write(path: Path, *rows: dict) -> None:
 
 
 def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
-    row = {"leg": "moe", "step": 3, "loss": 3.25, "layers": [0, 1], "load": [[0.25, 0.75], [0.5, 0.5]]}
-    _write(tmp_path / "new" / "metrics.jsonl", row, {"leg": "cpt", "step": 1})
-    assert list(read_rows(tmp_path / "new" / "metrics.jsonl")) == [row, {"leg": "cpt", "step": 1}]
+    row = {"stage": "moe", "step": 3, "loss": 3.25, "layers": [0, 1], "load": [[0.25, 0.75], [0.5, 0.5]]}
+    _write(tmp_path / "new" / "metrics.jsonl", row, {"stage": "cpt", "step": 1})
+    assert list(read_rows(tmp_path / "new" / "metrics.jsonl")) == [row, {"stage": "cpt", "step": 1}]
 
 
 def test_nonfinite_numbers_are_valid_json_and_come_back(tmp_path: Path) -> None:
@@ -58,40 +58,40 @@ def test_a_null_that_is_not_a_number_stays_null(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "m.jsonl")) == [{"mfu": None, "step": 1}]
 
 
-def test_truncate_drops_one_leg_past_a_step(tmp_path: Path) -> None:
+def test_truncate_drops_one_stage_past_a_step(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
-    for leg, step in (("moe", 1), ("moe", 2), ("cpt", 2), ("moe", 3)):
-        log.append({"leg": leg, "step": step})
+    for stage, step in (("moe", 1), ("moe", 2), ("cpt", 2), ("moe", 3)):
+        log.append({"stage": stage, "step": step})
     assert log.truncate_after("moe", 1) == 2
     assert log.truncate_after("moe", 1) == 0
-    log.append({"leg": "moe", "step": 2, "again": True})
+    log.append({"stage": "moe", "step": 2, "again": True})
     log.close()
-    rows = [(r["leg"], r["step"]) for r in read_rows(tmp_path / "m.jsonl")]
+    rows = [(r["stage"], r["step"]) for r in read_rows(tmp_path / "m.jsonl")]
     assert rows == [("moe", 1), ("cpt", 2), ("moe", 2)]
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
 def test_truncate_leaves_other_lines_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{ "leg": "moe",  "step": 1, "x": 0.10 }\n{"leg":"moe","step":2}\n')
+    path.write_text('{ "stage": "moe",  "step": 1, "x": 0.10 }\n{"stage":"moe","step":2}\n')
     log = MetricsLog(path)
     log.truncate_after("moe", 1)
     log.close()
-    assert path.read_text() == '{ "leg": "moe",  "step": 1, "x": 0.10 }\n'
+    assert path.read_text() == '{ "stage": "moe",  "step": 1, "x": 0.10 }\n'
 
 
-@pytest.mark.parametrize("tail", ['{"leg": "mo', '{"leg": "moe", "step": 9}', "\x00" * 70_000])
+@pytest.mark.parametrize("tail", ['{"stage": "mo', '{"stage": "moe", "step": 9}', "\x00" * 70_000])
 def test_an_unfinished_last_line_is_dropped_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tail: str
 ) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"leg":"moe","step":1}\n' + tail)
+    path.write_text('{"stage":"moe","step":1}\n' + tail)
     with caplog.at_level(logging.WARNING):
         assert [r["step"] for r in read_rows(path)] == [1]
         assert "line 2" in caplog.text
         log = MetricsLog(path)
         assert f"{len(tail)} bytes" in caplog.text
-    log.append({"leg": "moe", "step": 2})
+    log.append({"stage": "moe", "step": 2})
     log.close()
     assert [r["step"] for r in read_rows(path)] == [1, 2]
 
@@ -118,7 +118,7 @@ def test_rows_survive_a_kill(tmp_path: Path) -> None:
     code = (
         "import sys, os, signal\nfrom recipes.tracking.metrics_log import MetricsLog\n"
         "log = MetricsLog(sys.argv[1])\n"
-        "for i in range(5): log.append({'leg': 'moe', 'step': i})\n"
+        "for i in range(5): log.append({'stage': 'moe', 'step': i})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.jsonl")], check=False)

@@ -60,14 +60,14 @@ SUMMARY: dict[str, Any] = {
 }
 
 
-def _rows(leg: str, steps: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"leg": leg, "step": 0, "val_loss": 3.6}]
+def _rows(stage: str, steps: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"stage": stage, "step": 0, "val_loss": 3.6}]
     for step in range(1, steps + 1):
-        row = {"leg": leg, "step": step, "tokens": 8192 * step, "loss": 3.5 - step / 50, "mfu": 0.25}
+        row = {"stage": stage, "step": step, "tokens": 8192 * step, "loss": 3.5 - step / 50, "mfu": 0.25}
         row["tokens_per_s"] = 20_000.0
         if step % 5 == 0:
             row["val_loss"] = 3.5 - step / 40
-        if leg == "moe":
+        if stage == "moe":
             row |= {"router/maxvio": 1 / step, "router/load_cv": 0.5 / step, "router/entropy": 0.9}
             row |= {f"layer/{layer:02d}/maxvio": (1 + layer / 10) / step for layer in range(3)}
         rows.append(row)
@@ -75,20 +75,20 @@ def _rows(leg: str, steps: int) -> list[dict[str, Any]]:
 
 
 def _make(
-    run_dir: Path, summary: dict[str, Any] | None = None, legs: tuple[str, ...] = ("moe", "cpt")
+    run_dir: Path, summary: dict[str, Any] | None = None, stages: tuple[str, ...] = ("moe", "cpt")
 ) -> Path:
     """A run directory as a run of 10 steps leaves it."""
     log = MetricsLog(run_dir / "metrics.jsonl")
-    for leg in legs:
-        for row in _rows(leg, 10):
+    for stage in stages:
+        for row in _rows(stage, 10):
             log.append(row)
     log.close()
-    if "moe" in legs:
+    if "moe" in stages:
         loads = MetricsLog(run_dir / "load.jsonl")
         generator = np.random.default_rng(0)
         for step in range(1, 11):
             load = generator.dirichlet(np.ones(8), size=3)
-            loads.append({"leg": "moe", "step": step, "layers": [0, 1, 2], "load": load})
+            loads.append({"stage": "moe", "step": step, "layers": [0, 1, 2], "load": load})
         loads.close()
     (run_dir / "config.yaml").write_text("run:\n  name: '<script>alert(1)</script>'\n")
     if summary is not None:
@@ -177,8 +177,8 @@ def test_a_run_without_a_summary_says_so(tmp_path: Path) -> None:
     assert "This run has exported no model." in page.text and "The drift of the logits was not" in page.text
 
 
-def test_a_run_stopped_in_its_dense_leg_shows_that_curve(tmp_path: Path) -> None:
-    record = read_run(_make(tmp_path, legs=("dense",)))
+def test_a_run_stopped_in_its_dense_stage_shows_that_curve(tmp_path: Path) -> None:
+    record = read_run(_make(tmp_path, stages=("dense",)))
     figure = loss_figure(record, LIGHT)
     assert figure is not None and figure.axes[0].get_xlabel() == "training tokens"
     assert balance_figure(record, LIGHT) is None and load_figure(record.loads, LIGHT) is None
@@ -196,11 +196,11 @@ def test_a_run_that_diverged_is_reported(tmp_path: Path) -> None:
     for step in range(3):
         nan = math.nan
         log.append(
-            {"leg": "moe", "step": step, "tokens": step, "loss": nan, "val_loss": nan, "router/maxvio": nan}
+            {"stage": "moe", "step": step, "tokens": step, "loss": nan, "val_loss": nan, "router/maxvio": nan}
         )
     log.close()
     MetricsLog(tmp_path / "load.jsonl").append(
-        {"leg": "moe", "step": 1, "layers": [0], "load": [[math.nan] * 4]}
+        {"stage": "moe", "step": 1, "layers": [0], "load": [[math.nan] * 4]}
     )
     assert build_report(tmp_path).is_file()
 
@@ -251,11 +251,11 @@ def test_many_layers_are_picked_evenly_and_said() -> None:
 
 def test_layers_of_different_widths_and_steps_written_twice(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "load.jsonl")
-    log.append({"leg": "moe", "step": 1, "layers": [1, 4], "load": [[0.5, 0.5], [0.25] * 4]})
-    log.append({"leg": "moe", "step": 1, "layers": [1, 4], "load": [[1.0, 0.0], [0.25] * 4]})
+    log.append({"stage": "moe", "step": 1, "layers": [1, 4], "load": [[0.5, 0.5], [0.25] * 4]})
+    log.append({"stage": "moe", "step": 1, "layers": [1, 4], "load": [[1.0, 0.0], [0.25] * 4]})
     log.close()
     (tmp_path / "summary.json").write_text('{"results": []}')
-    (tmp_path / "metrics.jsonl").write_text('{"leg": "moe", "step": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "moe", "step": 1}\n')
     one, four = read_run(tmp_path).loads
     assert (one.layer, four.layer) == (1, 4)
     assert one.load_SE.tolist() == [[1.0, 0.0]] and four.load_SE.shape == (1, 4)

@@ -45,7 +45,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_steps_and_what_lies_between_them_are_kept_apart(machine: Machine) -> None:
     meters, window = machine.meters(), WindowFigures()
-    window.begin_leg()
+    window.begin_stage()
     machine.uses(5, 10)  # start-up
     meters.between()
     machine.uses(8, 4)  # two steps of 6 tokens: 3 J

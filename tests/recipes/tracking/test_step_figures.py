@@ -85,7 +85,7 @@ def test_experts_of_several_ranks_are_read_once() -> None:
     assert "s_mbu_busiest_rank" not in StepFigures(STEPS, COSTS).of_step(COSTS, work(load))
 
 
-def test_above_one_is_said_once_a_leg_and_by_one_rank() -> None:
+def test_above_one_is_said_once_a_stage_and_by_one_rank() -> None:
     figures = StepFigures(STEPS, COSTS)
     quick = work(report(2), seconds=1e-3)
     with pytest.warns(UserWarning, match="above 1") as caught:
@@ -94,4 +94,4 @@ def test_above_one_is_said_once_a_leg_and_by_one_rank() -> None:
     assert [str(each.message).split()[0] for each in caught] == ["MFU", "S-MFU", "S-MBU"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        StepFigures(STEPS, COSTS, speaks=False).of_step(COSTS, quick)
+        StepFigures(STEPS, COSTS, verbose=False).of_step(COSTS, quick)

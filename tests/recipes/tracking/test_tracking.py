@@ -33,8 +33,8 @@ def _no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
 
 
-def _row(step: int, leg: str = "moe", **more: Any) -> dict[str, Any]:
-    return {"leg": leg, "step": step, "tokens": 10 * step, "time": 1.0, "loss": 3.0 - step, **more}
+def _row(step: int, stage: str = "moe", **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "step": step, "tokens": 10 * step, "time": 1.0, "loss": 3.0 - step, **more}
 
 
 class FakeRun:
@@ -105,7 +105,7 @@ def test_auto_without_a_key_is_offline_and_says_where(
     fake: Callable[..., FakeWandb], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb, said = fake(), []
-    tracker = start(TrackerConfig(tags=["a"]), tmp_path / "run", "demo", {"x": 1}, "old1", say=said.append)
+    tracker = start(TrackerConfig(tags=["a"]), tmp_path / "run", "demo", {"x": 1}, "old1", log=said.append)
     (options,) = wandb.started
     assert isinstance(tracker, Tracker) and tracker.run_id == "abc"
     assert options["mode"] == "offline" and options["resume"] == "allow" and options["id"] == "old1"
@@ -126,7 +126,7 @@ def test_auto_with_a_key_is_online(
     if source == "netrc":
         Path(os.environ["NETRC"]).parent.mkdir()
         Path(os.environ["NETRC"]).write_text("machine api.wandb.ai login user password secret\n")
-    start(TrackerConfig(), tmp_path, "demo", {}, say=said.append)
+    start(TrackerConfig(), tmp_path, "demo", {}, log=said.append)
     assert wandb.started[0]["mode"] == "online"
     assert said[0].endswith("https://wandb/run") and source in said[0] and "secret" not in said[0]
 
@@ -143,7 +143,7 @@ def test_wandb_mode_decides_where_the_config_does_not(
 ) -> None:
     wandb, said = fake(key="k"), []
     monkeypatch.setenv("WANDB_MODE", value)
-    tracker = start(TrackerConfig(), tmp_path, "demo", {}, say=said.append)
+    tracker = start(TrackerConfig(), tmp_path, "demo", {}, log=said.append)
     assert [options["mode"] for options in wandb.started] == ([mode] if mode else [])
     assert isinstance(tracker, Tracker) == (mode is not None)
     assert "WANDB_MODE" in said[0]
@@ -160,7 +160,7 @@ def test_a_mode_that_cannot_be_had_is_said(
 ) -> None:
     wandb = fake()
     monkeypatch.setenv("WANDB_MODE", mode)
-    tracker = start(TrackerConfig(), tmp_path, "demo", {}, "old1", say=pytest.fail)
+    tracker = start(TrackerConfig(), tmp_path, "demo", {}, "old1", log=pytest.fail)
     assert type(tracker) is NullTracker and tracker.run_id == "old1" and not wandb.started
     assert reason in caplog.text
 
@@ -181,12 +181,12 @@ def test_wandb_that_is_not_installed_is_said(
     assert "wandb failed and is off (ModuleNotFoundError" in caplog.text
 
 
-def test_a_step_is_one_call_with_the_leg_before_every_name() -> None:
+def test_a_step_is_one_call_with_the_stage_before_every_name() -> None:
     run = FakeRun()
     tracker = Tracker(FakeWandb(run), run, media_every=2)
     tracker.log(_row(1), LOAD)
     tracker.log(_row(2), LOAD)
-    tracker.log(_row(1, leg="cpt"))
+    tracker.log(_row(1, stage="cpt"))
     assert run.logged[0] == {"moe/step": 1, "moe/tokens": 10, "moe/loss": 2.0}
     assert set(run.logged[1]) - set(run.logged[0]) == {"moe/load", "moe/layer/01/load", "moe/layer/03/load"}
     kind, (values, edges) = run.logged[1]["moe/layer/03/load"]
@@ -282,8 +282,8 @@ def real_run(tmp_path: Path) -> Any:
     """A real offline run in a folder of its own, ended whatever the test does."""
     import wandb
 
-    yield lambda say: start(
-        TrackerConfig(mode="offline", media_every=2), tmp_path / "run", "demo", {"a": {"b": 1}}, say=say
+    yield lambda log: start(
+        TrackerConfig(mode="offline", media_every=2), tmp_path / "run", "demo", {"a": {"b": 1}}, log=log
     )
     wandb.teardown()
 

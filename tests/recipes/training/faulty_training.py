@@ -25,19 +25,19 @@ from moe.metrics import LoadReport
 from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
 from moe.upcycle.copies import Copy, CopyConfig
 from recipes.checkpoint import find_checkpoint
-from recipes.engines.native.native_engine import NativeTrainable
+from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.muon import local_part
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, swap
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.interrupt import StopRequest
-from recipes.training.callbacks.base import Callback, LegInfo
+from recipes.training.callbacks.base import Callback, StageInfo
 from recipes.training.guards.run_guards import RunGuards
-from recipes.training.stage import LegResult
+from recipes.training.stage import StageResult
 from recipes.training.training_loop import Loop
 from tests.conftest import random_model
-from tests.recipes.engines.engine_cases import EXPERTS, VOCABULARY, Case, full, make_leg, open_engine
+from tests.recipes.engines.engine_cases import EXPERTS, VOCABULARY, Case, full, make_stage, open_engine
 
 FAULTY_RANK = 1
 BIAS_RATE = 0.01
@@ -97,21 +97,21 @@ class Told:
 
 
 class _Recorder(Callback):
-    def __init__(self, told: Told, trainable: NativeTrainable, stop: StopRequest) -> None:
-        self.told, self.trainable, self.stop = told, trainable, stop
+    def __init__(self, told: Told, train_module: NativeTrainModule, stop: StopRequest) -> None:
+        self.told, self.train_module, self.stop = told, train_module, stop
         self.stop_at: int | None = None
 
-    def on_row(self, leg: LegInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
+    def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         self.told.rows.append(dict(row))
         step = int(row["step"])
-        self.told.weights[step] = {name: full(t) for name, t in self.trainable.full_tensors()}
+        self.told.weights[step] = {name: full(t) for name, t in self.train_module.full_tensors()}
         self.stop.requested = self.stop_at == step
 
 
-def _host(story: Story) -> HuggingFaceHost:
+def _model(story: Story) -> HFModel:
     """The same weights in every process; a router with state of its own, kept between steps."""
     small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "attention_dropout": story.dropout}
-    host = HuggingFaceHost(random_model("llama", **small), Path(), torch.float32)
+    model = HFModel(random_model("llama", **small), Path(), torch.float32)
     config = DeepSeekV3Config(init_std=0.3, bias_rate=BIAS_RATE, balance_coef=0.1)
     surgery = Surgery(
         method=Copy(CopyConfig(num_experts=EXPERTS, noise_std=0.5)),
@@ -120,62 +120,62 @@ def _host(story: Story) -> HuggingFaceHost:
         backend="auto",
         seed=0,
     )
-    swap(host, surgery)
+    swap(model, surgery)
     if story.equal:
-        for _, layer in host.moe_layers():
+        for _, layer in model.moe_layers():
             layer.router.weight_ED.data.zero_()
-    return host
+    return model
 
 
-def poison(trainable: NativeTrainable, rank: int, faults: Faults) -> None:
+def poison(train_module: NativeTrainModule, rank: int, faults: Faults) -> None:
     """Makes steps go wrong by the number of the step."""
-    losses, forward_backward = trainable._losses, trainable.forward_backward
+    losses, micro_batch_backward = train_module._losses, train_module.micro_batch_backward
 
     def kind(of: str, everywhere: bool = False) -> bool:
-        return faults.get(trainable.host.context.step) == of and (everywhere or rank == FAULTY_RANK)
+        return faults.get(train_module.model.context.step) == of and (everywhere or rank == FAULTY_RANK)
 
-    def poisoned_losses(tokens_BS1: Tensor, marks: Any) -> Tensor:
-        found = losses(tokens_BS1, marks)
+    def poisoned_losses(tokens_BS1: Tensor, metadata: Any) -> Tensor:
+        found = losses(tokens_BS1, metadata)
         if not torch.is_grad_enabled():
             return found
         for name, factor in (("nan_loss", math.nan), ("inf_loss", math.inf), ("spike", 1e3), ("higher", 1e6)):
             found = found * factor if kind(name) else found
         return found
 
-    def poisoned(tokens_BS1: Tensor, micro: int, count: int, marks: Any = None) -> Tensor:
-        loss = forward_backward(tokens_BS1, micro, count, marks)
+    def poisoned(tokens_BS1: Tensor, micro: int, count: int, metadata: Any = None) -> Tensor:
+        loss = micro_batch_backward(tokens_BS1, micro, count, metadata)
         if kind("inf_loss_finite_gradient"):
             return torch.full_like(loss, math.inf)
         for name, value in (("nan_gradient", math.nan), ("inf_gradient", math.inf)):
             if kind(name) and micro == count - 1:
-                grads = [p.grad for p in trainable.host.model.parameters() if p.grad is not None]
+                grads = [p.grad for p in train_module.model.module.parameters() if p.grad is not None]
                 parts = [part for part in map(local_part, grads) if part.numel()]
                 parts[len(parts) // 2].view(-1)[0] = value
         return loss
 
-    trainable._losses, trainable.forward_backward = poisoned_losses, poisoned  # type: ignore[method-assign]
+    train_module._losses, train_module.micro_batch_backward = poisoned_losses, poisoned  # type: ignore[method-assign]
 
 
-def _leg(story: Story, folder: Path, told: Told, stop_at: int | None) -> None:
+def _stage(story: Story, folder: Path, told: Told, stop_at: int | None) -> None:
     engine = open_engine(**story.engine)
-    trainable = engine.prepare(_host(story), _ADAMW)
-    poison(trainable, engine.rank, story.faults)
+    train_module = engine.prepare(_model(story), _ADAMW)
+    poison(train_module, engine.rank, story.faults)
     case = Case(optim=_ADAMW, steps=story.steps, micro=2)
-    leg = make_leg(case, trainable, folder / "checkpoints")
-    leg.train = replace(leg.train, save_every=story.save_every, eval_every=0, keep_last=None)
+    stage = make_stage(case, train_module, folder / "checkpoints")
+    stage.train = replace(stage.train, save_every=story.save_every, eval_every=0, keep_last=None)
     stop = StopRequest()
-    recorder = _Recorder(told, trainable, stop)
+    recorder = _Recorder(told, train_module, stop)
     recorder.stop_at = stop_at
     loop = Loop(engine, [recorder], stop, guards=RunGuards(story.guards, folder))
-    found = find_checkpoint(leg.checkpoints)
+    found = find_checkpoint(stage.checkpoints)
     if found.path is not None:
-        leg.state |= loop.resume(leg, found.path)
+        stage.state |= loop.resume(stage, found.path)
     try:
-        result: LegResult | None = loop.run(leg)
+        result: StageResult | None = loop.run(stage)
     except GraftError as error:
         result, told.error = None, (type(error).__name__, str(error))
     engine.barrier()
-    told.state = {name: local_part(t).clone() for name, t in trainable.checkpoint_tensors().items()}
+    told.state = {name: local_part(t).clone() for name, t in train_module.checkpoint_tensors().items()}
     if result is not None and stop_at is not None:
         assert not result.finished, "it was asked to stop"
 
@@ -184,10 +184,10 @@ def _tell(story: Story, folder: Path) -> Told:
     told, out = Told(), io.StringIO()
     with contextlib.redirect_stdout(out):
         if story.stop_at is not None:
-            _leg(story, folder, told, story.stop_at)
-        _leg(story, folder, told, None)
+            _stage(story, folder, told, story.stop_at)
+        _stage(story, folder, told, None)
         if story.heals:
-            _leg(replace(story, faults={}), folder, told, None)
+            _stage(replace(story, faults={}), folder, told, None)
     told.said = out.getvalue()
     told.saved = sorted(
         int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")

@@ -68,7 +68,7 @@ def test_the_batch_is_written_down(told: list[dict[str, Told]]) -> None:
     written = told[0]["fsdp_nan_loss"].written["moe-step-00000002.json"]
     # 8 samples a step, micro-batches of 2 on each of two ranks: the second step begins with sample 8.
     assert [rank["samples"] for rank in written["ranks"]] == [[[8, 2], [12, 2]], [[10, 2], [14, 2]]]
-    assert (written["leg"], written["step"], written["loss"]) == ("moe", 2, "nan")
+    assert (written["stage"], written["step"], written["loss"]) == ("moe", 2, "nan")
     assert written["ranks_with_a_bad_loss"] == [1] and written["ranks"][1]["losses"] == ["nan", "nan"]
     assert all(math.isfinite(loss) for loss in written["ranks"][0]["losses"])
     said = told[0]["fsdp_nan_loss"].said

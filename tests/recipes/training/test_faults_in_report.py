@@ -19,7 +19,7 @@ def said(folder: Path, more: dict[int, dict[str, Any]], goodput: dict[str, float
     skipped = 0
     for step in range(1, 11):
         skipped += "skipped" in more.get(step, {})
-        row = {"leg": "moe", "step": step, "loss": 3.0, "grad_norm": 1.0, "skipped_steps": skipped}
+        row = {"stage": "moe", "step": step, "loss": 3.0, "grad_norm": 1.0, "skipped_steps": skipped}
         log.append(row | more.get(step, {}))
     log.close()
     (folder / "summary.json").write_text(json.dumps({"goodput": goodput} if goodput else {}))
@@ -48,6 +48,6 @@ def test_faults_are_counted(tmp_path: Path) -> None:
 
 def test_a_run_from_before_says_nothing(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.append({"leg": "moe", "step": 1, "loss": 3.0})
+    log.append({"stage": "moe", "step": 1, "loss": 3.0})
     log.close()
     assert faults(read_run(tmp_path)) == []

@@ -16,7 +16,7 @@ import torch
 from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics.layer_statistics import LayerStatistics, Wanted
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import load_host
+from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.calibration.observe import Observer
 from recipes.upcycling.calibration.statistics_files import (
     CalibrationFolder,
@@ -41,10 +41,10 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_gradients_are_those_of_the_model(family: str, make_checkpoint: MakeCheckpoint) -> None:
-    host = load_host(make_checkpoint(family))
-    host.model.eval()
+    model = load_model(make_checkpoint(family))
+    model.module.eval()
     tokens = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
-    sites = find_ffns(host.model, host.config)
+    sites = find_ffns(model.module, model.config)
     # By plain autograd: the input of every down projection keeps its gradient.
     hidden: dict[int, torch.Tensor] = {}
     down = {"llama": "down_proj", "gpt_neox": "dense_4h_to_h"}[family]
@@ -57,21 +57,21 @@ def test_gradients_are_those_of_the_model(family: str, make_checkpoint: MakeChec
         return hook
 
     handles = [
-        host.model.get_submodule(f"{site.name}.{down}").register_forward_pre_hook(keep(site.layer))
+        model.module.get_submodule(f"{site.name}.{down}").register_forward_pre_hook(keep(site.layer))
         for site in sites
     ]
-    logits = host.model(input_ids=tokens[:, :-1]).logits
+    logits = model.module(input_ids=tokens[:, :-1]).logits
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     ).backward()
     for handle in handles:
         handle.remove()
-    host.model.zero_grad()
+    model.module.zero_grad()
     layers = {
         s.layer: LayerStatistics(s.weights, Wanted(("importance_F", "inputs_TD")), Draws(0, s.layer))
         for s in sites
     }
-    observer = Observer(host, sites, layers)
+    observer = Observer(model, sites, layers)
     for layer in layers.values():
         layer.begin(0)
     with observer.watching(True):
@@ -85,9 +85,9 @@ def test_gradients_are_those_of_the_model(family: str, make_checkpoint: MakeChec
         torch.testing.assert_close(layers[site.layer].results["importance_F"], expected, rtol=1e-4, atol=1e-9)
         assert layers[site.layer].results["inputs_TD"].shape == (24, site.weights.model_width)
     # The model is as it was.
-    assert all(p.requires_grad and p.grad is None for p in host.model.parameters())
-    assert not host.model.training
-    assert not any(module._forward_hooks for module in host.model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.module.parameters())
+    assert not model.module.training
+    assert not any(module._forward_hooks for module in model.module.modules())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def stop_after(place: Path, options: dict[str, Any], batches: int) -> Ended:
         plain(self, *args)
         shown.append(args)
         if len(shown) == batches:
-            self.session.stop.requested = True
+            self.stop.requested = True
 
     with patch.object(Calibration, "_batch", counting):
         return job(place, options)

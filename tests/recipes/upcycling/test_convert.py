@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import ConfigError, HostError
+from moe.errors import ConfigError, ModelError
 from moe.routers import router_class
 from moe.routers.analytical import AnalyticalConfig
 from moe.routers.base import RouterConfig
@@ -35,10 +35,10 @@ from moe.upcycle.random_init import RandomConfig
 from moe.upcycle.shared_routed import SharedRoutedConfig
 from moe.upcycle.snake import SnakeConfig
 from recipes.models.export import choose_exporter
-from recipes.models.export.spec import describe_host
+from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import Surgery, load_host, swap
+from recipes.models.hf.hf_model import Surgery, load_model, swap
 from recipes.models.hf.inspection import weight_files
 from recipes.upcycling.convert.conversion import RECORD, convert
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
@@ -84,8 +84,8 @@ def in_memory(
     statistics: dict[int, dict[str, Tensor]] | None = None,
 ) -> Path:
     """The same mixture by the surgery and the export of a training run."""
-    host = load_host(dense)
-    host.model.to(dtype)
+    model = load_model(dense)
+    model.module.to(dtype)
     surgery = Surgery(
         method=upcycle_methods()[method.name](method).for_router(router),
         make_router=lambda width, experts: router_class(router.name)(router, width, experts),
@@ -93,9 +93,9 @@ def in_memory(
         backend="auto",
         seed=3,
     )
-    swap(host, surgery, statistics=statistics)
-    exporter, _ = choose_exporter(describe_host(host))
-    export(host, exporter, host.model.state_dict().items(), folder, dtype, writes=True)
+    swap(model, surgery, statistics=statistics)
+    exporter, _ = choose_exporter(describe_model(model))
+    export(model, exporter, model.module.state_dict().items(), folder, dtype, writes=True)
     return folder
 
 
@@ -155,8 +155,10 @@ def test_methods_that_look_at_text(
 ) -> None:
     dense = make_checkpoint("llama", hidden_act="relu") if family == "relu" else make_checkpoint(family)
     chosen = upcycle_methods()[method.name](method).for_router(router)
-    host = load_host(dense)
-    statistics = {site.layer: gathered(chosen, site.weights) for site in find_ffns(host.model, host.config)}
+    model = load_model(dense)
+    statistics = {
+        site.layer: gathered(chosen, site.weights) for site in find_ffns(model.module, model.config)
+    }
     convert(plan_conversion(request(dense, method, router), statistics), tmp_path / "out")
     memory = in_memory(dense, method, router, tmp_path / "memory", torch.float32, statistics)
     assert_same_files(tmp_path / "out", memory)
@@ -296,18 +298,18 @@ def test_weights_that_are_missing_left_over_or_of_another_shape(
     dense = _copied(make_checkpoint, tmp_path)
     held = load_file(dense / "model.safetensors")
     save_file(held | {"model.extra.weight": torch.zeros(2)}, dense / "model.safetensors")
-    with pytest.raises(HostError, match=r"no place for, model\.extra\.weight the first"):
+    with pytest.raises(ModelError, match=r"no place for, model\.extra\.weight the first"):
         plan_conversion(request(dense))
     # Versions of transformers before 4.32 saved these; nobody reads them.
     old = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file(held | {old: torch.zeros(4)}, dense / "model.safetensors")
     assert plan_conversion(request(dense)).skipped == (old,)
     save_file(held | {"model.norm.weight": torch.zeros(7)}, dense / "model.safetensors")
-    with pytest.raises(HostError, match=r"model\.norm\.weight is \[7\] in its files and \[32\]"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is \[7\] in its files and \[32\]"):
         plan_conversion(request(dense))
     del held["model.norm.weight"]
     save_file(held, dense / "model.safetensors")
-    with pytest.raises(HostError, match=r"1 weights are missing from its files, model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"1 weights are missing from its files, model\.norm\.weight"):
         plan_conversion(request(dense))
 
 
@@ -317,7 +319,7 @@ def test_files_that_are_cut_short_or_no_safetensors(make_checkpoint: MakeCheckpo
     whole = path.read_bytes()
     for broken in (whole[:-10], whole[:5], b"\xff" * 64, (20).to_bytes(8, "little") + b"x" * 20):
         path.write_bytes(broken)
-        with pytest.raises(HostError, match="Download that file again"):
+        with pytest.raises(ModelError, match="Download that file again"):
             plan_conversion(request(dense))
 
 
@@ -328,7 +330,7 @@ def test_a_family_that_computes_something_else_is_refused(
 
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) + x)
-    with pytest.raises(HostError, match="computes something else than a feed-forward network"):
+    with pytest.raises(ModelError, match="computes something else than a feed-forward network"):
         plan_conversion(request(make_checkpoint("llama")))
 
 

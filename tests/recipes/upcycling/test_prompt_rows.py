@@ -18,7 +18,7 @@ from recipes.config.schema import RunConfig, parse_config
 from recipes.data.tokenizer import load_tokenizer
 from recipes.jobs.preflight import check_run
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import load_host, swap
+from recipes.models.hf.hf_model import load_model, swap
 from recipes.upcycling.convert.folder_check import load_any
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
 from recipes.upcycling.prompts.prompt_rows import prompt_rows, with_prompt_rows
@@ -51,16 +51,16 @@ def config_of(*overrides: str) -> RunConfig:
 @pytest.mark.parametrize("centre", [False, True])
 def test_rows_are_what_the_networks_read(make_checkpoint: MakeCheckpoint, take: Any, centre: bool) -> None:
     """Against hidden states by hand: the norm in front of each network, applied to the stream."""
-    host = load_host(make_checkpoint("llama"))
-    sites = find_ffns(host.model, host.config)
-    rows = prompt_rows(host, sites, TWO, PromptsConfig(take=take, centre=centre, scale=2.0))
-    tokenizer = load_tokenizer(host.folder, append_eos=False)
+    model = load_model(make_checkpoint("llama"))
+    sites = find_ffns(model.module, model.config)
+    rows = prompt_rows(model, sites, TWO, PromptsConfig(take=take, centre=centre, scale=2.0))
+    tokenizer = load_tokenizer(model.folder, append_eos=False)
 
     def seen(text: str, layer: int) -> torch.Tensor:
-        block = host.model.model.layers[layer]
+        block = model.module.model.layers[layer]
         found = []
         handle = block.post_attention_layernorm.register_forward_hook(lambda m, a, out: found.append(out[0]))
-        host.model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+        model.module(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
         handle.remove()
         return found[0][-1] if take == "last" else found[0].mean(0)
 
@@ -83,12 +83,12 @@ def test_a_mixture_and_its_conversion_begin_with_the_rows(
     dense = make_checkpoint("llama")
     path = write([{"positive_prompts": ["the dog"]}, {"positive_prompts": ["def f(x):"]}])
     config = config_of(f"dense={dense}", "upcycle.num_experts=2", f"prompts.path={path}")
-    host = load_host(dense)
-    swapped = swap(host, make_surgery(config), statistics=with_prompt_rows({}, config, host))
+    model = load_model(dense)
+    swapped = swap(model, make_surgery(config), statistics=with_prompt_rows({}, config, model))
     rows = {site.layer: layer.router.rows_ED().detach().clone() for site, layer in swapped}
-    fresh = load_host(dense)
+    fresh = load_model(dense)
     expected = prompt_rows(
-        fresh, find_ffns(fresh.model, fresh.config), read_prompts(path), PromptsConfig(path)
+        fresh, find_ffns(fresh.module, fresh.config), read_prompts(path), PromptsConfig(path)
     )
     for layer, rows_ED in rows.items():
         torch.testing.assert_close(rows_ED, expected[layer])
@@ -152,6 +152,6 @@ def test_mistakes_before_anything_starts(write: Write, tmp_path: Path) -> None:
 def test_prompts_that_say_nothing_are_told(
     make_checkpoint: MakeCheckpoint, prompts: list[ExpertPrompts], centre: bool, words: str
 ) -> None:
-    host = load_host(make_checkpoint("llama"))
+    model = load_model(make_checkpoint("llama"))
     with pytest.raises(ConfigError, match=words):
-        prompt_rows(host, find_ffns(host.model, host.config), prompts, PromptsConfig(centre=centre))
+        prompt_rows(model, find_ffns(model.module, model.config), prompts, PromptsConfig(centre=centre))

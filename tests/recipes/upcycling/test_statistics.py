@@ -135,8 +135,8 @@ def test_rates_and_markers_token_by_token(gated: bool) -> None:
     batch = random_batch(ffn, T)
     expected = [marks_of(ffn, x_D, 3) for x_D in batch.x_TD]
     rate = torch.zeros(ffn.width, dtype=torch.float64)
-    for marks in expected:
-        rate[marks] += 1 / T
+    for metadata in expected:
+        rate[metadata] += 1 / T
     torch.testing.assert_close(one("activation_rate_F", ffn, batch, top_k=3), rate)
     everything = one("markers_TK", ffn, batch, top_k=3, num_tokens=T)
     assert everything.tolist() == expected

@@ -8,5 +8,5 @@ from tests.moe.upcycle.method_case import MethodCase
 CASE = MethodCase(
     variants=(MoEficationConfig(num_experts=4, split="cluster"),),
     sums=True,
-    refusal="ReLU",
+    unsupported_reason="ReLU",
 )

@@ -21,11 +21,11 @@ from moe.upcycle.shared_dense import SharedDenseConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines import Engine, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.hf_model import HuggingFaceHost, load_host
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.lora_model import add_low_rank
-from recipes.upcycling.convert.moe_plan import MixtureRequest, open_dense, plan_mixture
+from recipes.upcycling.convert.moe_plan import MoERequest, open_dense, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import dense_host, mixture_host
+from recipes.upcycling.sharded.sharded_models import dense_model, moe_model
 from tests.conftest import VOCABULARY
 from tests.moe.routers.routing_cases import METHOD_CONFIGS
 from tests.recipes.engines.engine_cases import full, open_engine
@@ -106,44 +106,44 @@ def opened(options: tuple[str, ...]) -> Iterator[Engine[Any]]:
 def see(world_size: int, dense: Path) -> Seen:
     """Everything, on this rank; the dense model is one that every engine takes."""
     seen, aligned = Seen(), _Aligned(dense)
-    mixture, shared = Case(dense, NOISY), Case(dense, SHARED)
-    wholes = {"dense": made_whole(Case(dense), {}), "noise": made_whole(mixture, {})}
+    moe, shared = Case(dense, NOISY), Case(dense, SHARED)
+    wholes = {"dense": made_whole(Case(dense), {}), "noise": made_whole(moe, {})}
     wholes |= {"factors": made_whole(shared, {})}
     add_low_rank(wholes["factors"], LORA, SEED)
-    written = _written(mixture)
+    written = _written(moe)
     for options in layouts(world_size):
         name, found = " ".join(options), dict[str, list[str]]()
         with opened(options) as engine:
-            hosts = {"noise": mixture_host(plan_of(mixture))}
+            models = {"noise": moe_model(plan_of(moe))}
             if options in MORE[world_size]:
-                hosts |= {"dense": dense_host(open_dense(dense)), "factors": mixture_host(plan_of(shared))}
-                add_low_rank(hosts["factors"], LORA, SEED)
+                models |= {"dense": dense_model(open_dense(dense)), "factors": moe_model(plan_of(shared))}
+                add_low_rank(models["factors"], LORA, SEED)
             if "experts=megatron" in name:
                 # They have no factors.
-                del hosts["factors"]
-            for case, host in hosts.items():
-                trainable = engine.prepare(host, OptimConfig())
-                found[case] = _differences(trainable, _kept(trainable, state(wholes[case].model)))
+                del models["factors"]
+            for case, model in models.items():
+                train_module = engine.prepare(model, OptimConfig())
+                found[case] = _differences(train_module, _kept(train_module, state(wholes[case].module)))
             if options in MORE[world_size]:
-                trainable = _resumed(engine, mixture, written)
-                found["resumed"] = _differences(trainable, state(wholes["noise"].model))
+                train_module = _resumed(engine, moe, written)
+                found["resumed"] = _differences(train_module, state(wholes["noise"].module))
             if options in MORE[world_size] and world_size < 4:
                 seen.gate[name], found["aligned"] = aligned.compare(engine)
         seen.differences[name] = found
     return seen
 
 
-def _kept(trainable: Any, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def _kept(train_module: Any, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is wanted as the engine keeps it: Megatron what does not train in bf16 alone."""
-    if trainable.skeleton is trainable.host or not getattr(trainable, "_keeps_masters", False):
+    if train_module.skeleton is train_module.model or not getattr(train_module, "_keeps_masters", False):
         return wanted
-    frozen = {name for name, p in trainable.skeleton.model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in train_module.skeleton.module.named_parameters() if not p.requires_grad}
     return {name: tensor.bfloat16() if name in frozen else tensor for name, tensor in wanted.items()}
 
 
-def _differences(trainable: Any, wanted: dict[str, Tensor]) -> list[str]:
+def _differences(train_module: Any, wanted: dict[str, Tensor]) -> list[str]:
     """What is not the same bit for bit. Collective."""
-    ours = {name: full(tensor) for name, tensor in trainable.full_tensors()}
+    ours = {name: full(tensor) for name, tensor in train_module.full_tensors()}
     found = [f"{name} is in one alone" for name in ours.keys() ^ wanted.keys()]
     for name in ours.keys() & wanted.keys():
         same = ours[name].dtype == wanted[name].dtype and torch.equal(ours[name], wanted[name])
@@ -155,7 +155,7 @@ def _written(case: Case) -> Path:
     """A checkpoint of the native engine."""
     engine = open_engine()
     folder = Path(engine.broadcast(tempfile.mkdtemp()))
-    begun = engine.prepare(mixture_host(plan_of(case)), OptimConfig())
+    begun = engine.prepare(moe_model(plan_of(case)), OptimConfig())
     save_checkpoint(folder, 1, begun.checkpoint_tensors(), {})
     return folder / "step-00000001"
 
@@ -163,13 +163,13 @@ def _written(case: Case) -> Path:
 def _resumed(engine: Engine[Any], case: Case, written: Path) -> Any:
     """A model that a checkpoint was loaded into, where nothing dense can be read."""
     assert case.method is not None
-    request = MixtureRequest(case.dense, case.method, case.router, SEED)
+    request = MoERequest(case.dense, case.method, case.router, SEED)
     with patch(
         "recipes.models.safetensors.dense_files.DenseFiles.__init__", side_effect=AssertionError("read")
     ):
-        trainable = engine.prepare(mixture_host(plan_mixture(request, reads=False)), OptimConfig())
-        load_checkpoint(written, trainable.checkpoint_tensors())
-    return trainable
+        train_module = engine.prepare(moe_model(plan_moe(request, reads=False)), OptimConfig())
+        load_checkpoint(written, train_module.checkpoint_tensors())
+    return train_module
 
 
 class _Aligned:
@@ -182,21 +182,21 @@ class _Aligned:
         router = fitting_router(config, shape)
         assert router is not None, config
         self._case = Case(dense, config, router)
-        self._statistics = statistics_of(load_host(dense), config, router)
+        self._statistics = statistics_of(load_model(dense), config, router)
         self._tokens = torch.randint(1, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
-        self._report, trainable = self._made(open_engine())
-        self._wanted = {name: full(tensor) for name, tensor in trainable.full_tensors()}
-        whole = state(made_whole(self._case, self._statistics).model)
+        self._report, train_module = self._made(open_engine())
+        self._wanted = {name: full(tensor) for name, tensor in train_module.full_tensors()}
+        whole = state(made_whole(self._case, self._statistics).module)
         assert not all(torch.equal(self._wanted[name], whole[name]) for name in whole), "nothing was scaled"
 
     def _made(self, engine: Engine[Any]) -> tuple[Any, Any]:
         plan = plan_of(self._case, self._statistics)
         report, weights = measure_shards(engine, plan, self._tokens)
-        host: HuggingFaceHost = mixture_host(plan, weights=weights)
-        return report, engine.prepare(host, OptimConfig())
+        model: HFModel = moe_model(plan, weights=weights)
+        return report, engine.prepare(model, OptimConfig())
 
     def compare(self, engine: Engine[Any]) -> tuple[float, list[str]]:
         """How far the gate's figures are from the native engine's; and what is then trained."""
-        report, trainable = self._made(engine)
+        report, train_module = self._made(engine)
         ours, theirs = report.logits.max_diff, self._report.logits.max_diff
-        return abs(ours - theirs) / theirs, _differences(trainable, self._wanted)
+        return abs(ours - theirs) / theirs, _differences(train_module, self._wanted)

@@ -20,12 +20,12 @@ from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.hf_model import Surgery, SurgeryReport, load_host, upcycle
+from recipes.models.hf.hf_model import Surgery, SurgeryReport, load_model, upcycle
 from recipes.upcycling.convert.conversion_plan import ExpertWork
-from recipes.upcycling.convert.moe_plan import MixtureRequest, plan_mixture
+from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import mixture_host
-from recipes.upcycling.sharded.upcycled_weights import MadeWeights
+from recipes.upcycling.sharded.sharded_models import moe_model
+from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 from tests.conftest import VOCABULARY
 from tests.recipes.engines.engine_cases import open_engine
 from tests.recipes.upcycling.sharded.engine_online_cases import see
@@ -67,8 +67,8 @@ def gate(case: Case) -> Found:
     assert case.method is not None
     engine, plan, tokens = open_engine(**case.engine), plan_of(case), some_tokens()
     report, weights = measure_shards(engine, plan, tokens)
-    trainable = engine.prepare(mixture_host(plan, weights=weights), OptimConfig())
-    host = load_host(case.dense)
+    train_module = engine.prepare(moe_model(plan, weights=weights), OptimConfig())
+    model = load_model(case.dense)
     surgery = Surgery(
         method=upcycle_methods()[case.method.name](case.method),
         make_router=lambda width, experts: router_class(case.router.name)(case.router, width, experts),
@@ -76,22 +76,24 @@ def gate(case: Case) -> Found:
         backend="auto",
         seed=SEED,
     )
-    whole = upcycle(host, surgery, tokens)
+    whole = upcycle(model, surgery, tokens)
     with torch.no_grad():
-        wanted = host.model(input_ids=tokens).logits
-    return Found(report, whole, float((trainable.logits(tokens) - wanted).abs().max() / wanted.abs().max()))
+        wanted = model.module(input_ids=tokens).logits
+    return Found(
+        report, whole, float((train_module.logits(tokens) - wanted).abs().max() / wanted.abs().max())
+    )
 
 
-def refusal(case: Case) -> str:
+def unsupported_reason(case: Case) -> str:
     """What the gate says when a layer's experts come out wrong."""
-    make = MadeWeights._make_matrices
+    make = UpcycledWeights._make_matrices
 
-    def wrong(self: MadeWeights, work: ExpertWork, targets: list[Any], draws: Any) -> None:
+    def wrong(self: UpcycledWeights, work: ExpertWork, targets: list[Any], draws: Any) -> None:
         make(self, work, targets, draws)
         if work.ffn.layer == 1 and work.matrix == "down":
             targets[-1].view.zero_()
 
-    with patch.object(MadeWeights, "_make_matrices", wrong):
+    with patch.object(UpcycledWeights, "_make_matrices", wrong):
         try:
             measure_shards(open_engine(**case.engine), plan_of(case), some_tokens())
         except ExactnessError as error:
@@ -103,18 +105,18 @@ def resumed(case: Case) -> list[str]:
     """What differs after a checkpoint has been loaded where nothing dense can be read."""
     assert case.method is not None
     engine = open_engine(**case.engine)
-    begun = engine.prepare(mixture_host(plan_of(case)), OptimConfig())
+    begun = engine.prepare(moe_model(plan_of(case)), OptimConfig())
     folder = engine.broadcast(tempfile.mkdtemp())
     save_checkpoint(Path(folder), 1, begun.checkpoint_tensors(), {})
-    request = MixtureRequest(case.dense, case.method, case.router, SEED)
+    request = MoERequest(case.dense, case.method, case.router, SEED)
     # Sources are not looked for, either.
     with patch(
         "recipes.models.safetensors.dense_files.DenseFiles.__init__", side_effect=AssertionError("read")
     ):
-        host = mixture_host(plan_mixture(request, reads=False))
-        trainable = engine.prepare(host, OptimConfig())
-        load_checkpoint(Path(folder) / "step-00000001", trainable.checkpoint_tensors())
-    return differences(host, made_whole(case, {}))
+        model = moe_model(plan_moe(request, reads=False))
+        train_module = engine.prepare(model, OptimConfig())
+        load_checkpoint(Path(folder) / "step-00000001", train_module.checkpoint_tensors())
+    return differences(model, made_whole(case, {}))
 
 
 def look(rank: int, world_size: int, cases: dict[str, Case], dense: Path, gpt2: Path) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def look(rank: int, world_size: int, cases: dict[str, Case], dense: Path, gpt2: 
     if world_size > 1:
         measured["spread"] = Case(dense, DROP, engine={"expert_parallel": world_size})
     found |= {name: gate(case) for name, case in measured.items()}
-    found["refusal"] = refusal(exact)
+    found["unsupported_reason"] = unsupported_reason(exact)
     found["resumed"] = resumed(Case(dense, replace(COPY, noise_std=0.3)))
     found["rows"] = train_by_rows(world_size)
     return found

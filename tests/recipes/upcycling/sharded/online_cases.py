@@ -20,17 +20,17 @@ from moe.upcycle import UpcycleConfig, upcycle_methods
 from moe.upcycle.layer_plan import FFNShape
 from recipes.engines.native.native_engine import NativeEngine
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.deferred_init import TakenWeights
+from recipes.models.hf.deferred_init import DonatedWeights
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import HuggingFaceHost, Surgery, load_host, swap
+from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
 from recipes.upcycling.convert.moe_plan import (
     LayerTensors,
-    MixturePlan,
-    MixtureRequest,
+    MoEPlan,
+    MoERequest,
     open_dense,
-    plan_mixture,
+    plan_moe,
 )
-from recipes.upcycling.sharded.sharded_models import dense_host, mixture_host
+from recipes.upcycling.sharded.sharded_models import dense_model, moe_model
 from tests.moe.dispatch.gathered import gathered
 from tests.recipes.engines.engine_cases import full, open_engine
 
@@ -61,12 +61,12 @@ class Case:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def statistics_of(host: HuggingFaceHost, config: UpcycleConfig, router: RouterConfig) -> LayerTensors:
+def statistics_of(model: HFModel, config: UpcycleConfig, router: RouterConfig) -> LayerTensors:
     """What the method must be told, of random tokens."""
     method = upcycle_methods()[config.name](config).for_router(router)
     if not method.statistics:
         return {}
-    return {site.layer: gathered(method, site.weights) for site in find_ffns(host.model, host.config)}
+    return {site.layer: gathered(method, site.weights) for site in find_ffns(model.module, model.config)}
 
 
 def fitting_router(config: UpcycleConfig, shape: FFNShape) -> RouterConfig | None:
@@ -75,9 +75,9 @@ def fitting_router(config: UpcycleConfig, shape: FFNShape) -> RouterConfig | Non
     return next((router for router in _ROUTERS if not method.check(router, shape)), None)
 
 
-def made_whole(case: Case, statistics: LayerTensors) -> HuggingFaceHost:
+def made_whole(case: Case, statistics: LayerTensors) -> HFModel:
     """The same by loading everything and the surgery in memory."""
-    host = load_host(case.dense)
+    model = load_model(case.dense)
     if case.method is not None:
         surgery = Surgery(
             method=upcycle_methods()[case.method.name](case.method),
@@ -86,30 +86,30 @@ def made_whole(case: Case, statistics: LayerTensors) -> HuggingFaceHost:
             backend="auto",
             seed=SEED,
         )
-        sources = [load_host(Path(folder)) for folder in surgery.method.sources]
-        swap(host, surgery, sources, statistics)
-    host.model.eval()
-    return host
+        sources = [load_model(Path(folder)) for folder in surgery.method.sources]
+        swap(model, surgery, sources, statistics)
+    model.module.eval()
+    return model
 
 
-def plan_of(case: Case, statistics: LayerTensors | None = None) -> MixturePlan:
+def plan_of(case: Case, statistics: LayerTensors | None = None) -> MoEPlan:
     """The plan of a case's mixture."""
     assert case.method is not None
-    return plan_mixture(MixtureRequest(case.dense, case.method, case.router, SEED), statistics)
+    return plan_moe(MoERequest(case.dense, case.method, case.router, SEED), statistics)
 
 
-def differences(host: HuggingFaceHost, whole: HuggingFaceHost) -> list[str]:
+def differences(model: HFModel, whole: HFModel) -> list[str]:
     """What is not the same bit for bit: parameters, buffers, what is tied."""
-    ours, theirs = _tensors(host.model), _tensors(whole.model)
+    ours, theirs = _tensors(model.module), _tensors(whole.module)
     found = [f"{name} is in one alone" for name in ours.keys() ^ theirs.keys()]
     for name in sorted(ours.keys() & theirs.keys()):
         mine = full(ours[name])
         if mine.dtype != theirs[name].dtype or not torch.equal(mine, theirs[name]):
             found.append(f"{name}: {mine.dtype} {tuple(mine.shape)}")
-    if host.source_dtype != whole.source_dtype:
-        found.append(f"dtype of the files: {host.source_dtype}, {whole.source_dtype}")
-    if _tied(host.model) != _tied(whole.model):
-        found.append(f"tied: {_tied(host.model)}, {_tied(whole.model)}")
+    if model.source_dtype != whole.source_dtype:
+        found.append(f"dtype of the files: {model.source_dtype}, {whole.source_dtype}")
+    if _tied(model.module) != _tied(whole.module):
+        found.append(f"tied: {_tied(model.module)}, {_tied(whole.module)}")
     return found
 
 
@@ -126,19 +126,19 @@ def compare(case: Case) -> list[str]:
     """Differences of what is made in shards, before and after it has moved to the model that trains."""
     engine: NativeEngine = open_engine(**case.engine)
     if case.method is None:
-        whole, host = made_whole(case, {}), dense_host(open_dense(case.dense))
-        engine.prepare(host, OptimConfig())
-        return differences(host, whole)
-    statistics = statistics_of(load_host(case.dense), case.method, case.router)
+        whole, model = made_whole(case, {}), dense_model(open_dense(case.dense))
+        engine.prepare(model, OptimConfig())
+        return differences(model, whole)
+    statistics = statistics_of(load_model(case.dense), case.method, case.router)
     plan, whole = plan_of(case, statistics), made_whole(case, statistics)
-    host = mixture_host(plan)
-    engine.hold(host)
-    found = differences(host, whole)
-    moved = mixture_host(plan, weights=TakenWeights(host.model))
-    trainable = engine.prepare(moved, OptimConfig())
+    model = moe_model(plan)
+    engine.hold(model)
+    found = differences(model, whole)
+    moved = moe_model(plan, weights=DonatedWeights(model.module))
+    train_module = engine.prepare(moved, OptimConfig())
     found += [f"moved: {line}" for line in differences(moved, whole)]
-    full_names = {name for name, _ in trainable.full_tensors()}
-    return found + [f"{name} is not saved" for name in full_names ^ set(state(whole.model))]
+    full_names = {name for name, _ in train_module.full_tensors()}
+    return found + [f"{name} is not saved" for name in full_names ^ set(state(whole.module))]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

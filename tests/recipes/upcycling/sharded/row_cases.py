@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.optimizer import OptimConfig
-from tests.recipes.engines.engine_cases import GLOBAL_BATCH, SGD, Case, make_host, open_engine, train
+from tests.recipes.engines.engine_cases import GLOBAL_BATCH, SGD, Case, make_model, open_engine, train
 
 _ADAPTIVE = OptimConfig(lr=3e-3, schedule=ScheduleConfig("constant", warmup_steps=0))
 OPTIMIZERS = {"adamw": _ADAPTIVE, "muon": replace(_ADAPTIVE, name="muon")}
@@ -19,9 +19,9 @@ OPTIMIZERS = {"adamw": _ADAPTIVE, "muon": replace(_ADAPTIVE, name="muon")}
 def train_by_rows(world_size: int) -> dict[str, Any]:
     """How they are cut, and by optimizer losses, weights and gradients."""
     with patch("tests.recipes.engines.engine_cases.EXPERTS", 3):
-        host = make_host(Case())
-        open_engine().prepare(host, SGD)
-        _, layer = host.moe_layers()[0]
+        model = make_model(Case())
+        open_engine().prepare(model, SGD)
+        _, layer = model.moe_layers()[0]
         cuts = [p.placements for p in layer.experts.parameters() if isinstance(p, DTensor)]
         held = [p.to_local().numel() / p.numel() for p in layer.experts.parameters()]
         found: dict[str, Any] = {"cuts": cuts, "held": held}

@@ -52,5 +52,8 @@ def test_what_was_measured_is_what_is_trained(found: list[dict[str, Any]]) -> No
 @pytest.mark.distributed
 def test_a_method_that_is_not_what_it_claims_is_refused(found: list[dict[str, Any]]) -> None:
     for one in found:
-        assert "claims to keep the function and does not" in one["refusal"]
-        assert "Differing: layer 1 (by" in one["refusal"] and "layer 0" not in one["refusal"]
+        assert "claims to keep the function and does not" in one["unsupported_reason"]
+        assert (
+            "Differing: layer 1 (by" in one["unsupported_reason"]
+            and "layer 0" not in one["unsupported_reason"]
+        )

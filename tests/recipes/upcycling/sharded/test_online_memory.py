@@ -28,10 +28,10 @@ _MIB = 2**20
 def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None:
     tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
     found = measure_layout(dense, tiny, Layout(ranks=2))
-    assert sum(rank.shard for rank in found) == pytest.approx(found[0].mixture, rel=0.01)
+    assert sum(rank.shard for rank in found) == pytest.approx(found[0].moe, rel=0.01)
     for rank in found:
         # So large that holding it whole, or the dense model besides, could not be missed.
-        assert rank.mixture - rank.shard > 2 * rank.layer and rank.dense > rank.layer
+        assert rank.moe - rank.shard > 2 * rank.layer and rank.dense > rank.layer
         assert 0.95 * rank.shard < rank.making <= rank.shard + rank.layer
         # A layer is gathered beside the buffer that it came in, embeddings stay, and there are activations.
         assert rank.gate is not None
@@ -55,15 +55,15 @@ def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None
 def test_other_engines_hold_their_part_and_its_gradients(layout: Layout, tmp_path: Path) -> None:
     tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
     for rank in measure_layout(dense, tiny, layout):
-        assert rank.mixture - rank.shard > 1.5 * rank.layer
+        assert rank.moe - rank.shard > 1.5 * rank.layer
         # Both have laid out a gradient for every weight of the part by then.
         held = rank.shard + rank.besides
         assert rank.shard - 2 * _MIB < rank.besides < rank.shard + 6 * _MIB
         assert 0.95 * held < rank.making < held + rank.layer
         # What the gate has made is gone before the part is made: together they would not fit.
-        gate = rank.mixture // layout.ranks + 2 * rank.layer + rank.outside + 8 * _MIB
+        gate = rank.moe // layout.ranks + 2 * rank.layer + rank.outside + 8 * _MIB
         assert rank.gate is not None
-        assert rank.gate < max(gate, held + rank.layer) < held + rank.mixture // layout.ranks
+        assert rank.gate < max(gate, held + rank.layer) < held + rank.moe // layout.ranks
 
 
 def test_the_meter_sees_what_is_held_for_a_moment() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from recipes.engines.native.expert_parallel import cut_by_rows
-from tests.recipes.engines.engine_cases import Case, make_host
+from tests.recipes.engines.engine_cases import Case, make_model
 from tests.recipes.upcycling.sharded.conftest import LookOnRanks
 from tests.recipes.upcycling.sharded.row_cases import OPTIMIZERS
 
@@ -36,8 +36,8 @@ def test_three_experts_on_two_ranks(look_on_ranks: LookOnRanks) -> None:
 
 
 def test_what_divides_is_cut_by_experts() -> None:
-    host = make_host(Case())
-    assert not cut_by_rows(host, 2) and not cut_by_rows(host, 4)
+    model = make_model(Case())
+    assert not cut_by_rows(model, 2) and not cut_by_rows(model, 4)
     # Neither experts nor rows divide: some ranks hold more than others.
-    assert not cut_by_rows(host, 5)
-    assert cut_by_rows(host, 8) == {p for _, x in host.moe_layers() for p in x.experts.parameters()}
+    assert not cut_by_rows(model, 5)
+    assert cut_by_rows(model, 8) == {p for _, x in model.moe_layers() for p in x.experts.parameters()}
