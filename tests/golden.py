@@ -122,15 +122,16 @@ def _losses(run_dir: Path) -> dict[str, list[str]]:
     for line in path.read_text().splitlines() if path.exists() else []:
         row: dict[str, Any] = json.loads(line)
         losses = [float(row[key]).hex() for key in ("loss", "val_loss") if key in row]
-        found.setdefault(row.get("stage") or row["stage"], []).extend(losses)
+        found.setdefault(row.get("stage") or row["leg"], []).extend(losses)
     return found
 
 
-def _exported(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights and of the config."""
+def _exported(folder: Path, place: Path) -> dict[str, str]:
+    """SHA-256 of every file of weights and of the config, without the folder in which the record is made."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
     assert files, f"nothing is exported to {folder}"
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    contents = {file.name: file.read_bytes().replace(str(place).encode(), b"") for file in files}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def run(name: str, place: Path) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def run(name: str, place: Path) -> dict[str, Any]:
         )
     run_dir = place / "outputs" / name
     folder = run_dir / "hf"
-    return {"losses": _losses(run_dir), "export": _exported(folder)}
+    return {"losses": _losses(run_dir), "export": _exported(folder, place)}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
