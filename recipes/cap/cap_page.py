@@ -100,7 +100,7 @@ def _facts(report: Figures) -> list[tuple[str, str]]:
         ("PUE, life, busy", f"{costs['pue']}, {costs['life_years']} years, {formats.share(costs['busy'])}"),
     ]
     for system in report["systems"]:
-        experts = f"{system['moe_blocks']} mixtures" if system["mixtures"] else "dense"
+        experts = f"{system['mixtures']} MoE layers" if system["mixtures"] else "dense"
         parameters = "unknown" if system["parameters"] is None else formats.count(system["parameters"])
         rows.append(
             (

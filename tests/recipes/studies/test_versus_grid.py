@@ -17,7 +17,7 @@ from recipes.studies.upcycle_vs_cpt.arms_page import cost_rows, loss_rows, run_t
 from recipes.studies.upcycle_vs_cpt.arms_trials import Trial, keep_options, options_of, plan_trials
 from recipes.studies.upcycle_vs_cpt.collect_arms import READINGS, collect
 from recipes.studies.upcycle_vs_cpt.run_trials import run_trials
-from tests.recipes.studies.made_up import LENGTHS, finish_all, grid
+from tests.recipes.studies.invented_runs import LENGTHS, finish_all, grid
 from tools.upcycle_vs_cpt import main, split_options
 
 
