@@ -95,11 +95,7 @@ def _layouts(arguments: argparse.Namespace) -> list[Any]:
         spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
         told = {"engine": arguments.engine, "options": tuple(options)}
         every = [Layout(ranks, **told), *(Layout(ranks, ep, **told) for ep in spread)]
-        every = [
-            one
-            for one in every
-            if kind.dims_unsupported_reason(kind.config_class(**one.fields), ranks) is None
-        ]
+        every = [one for one in every if kind.check_dims(kind.config_class(**one.fields), ranks) is None]
         found += [*every, Layout(ranks, whole=True, **told)] if every else []
     return found
 

@@ -130,8 +130,11 @@ class Engine(ABC, Generic[ConfigT]):
         self.config = config
 
     @classmethod
-    def check(cls, config: ConfigT) -> str | None:
-        """Why this machine cannot run the engine as configured, as "field=value: rule. Remedy."."""
+    def check(cls, config: ConfigT) -> Mistake | None:
+        """Returns the mistake that keeps this machine from running the engine; None when it can.
+
+        The path is relative to the engine's config.
+        """
         return None
 
     @classmethod

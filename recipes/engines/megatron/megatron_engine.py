@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import Mistake, ModelError
+from moe.errors import Mistake, ModelError, Rule
 from moe.routers import RouterConfig, router_class
 from recipes.engines.example_layouts import EngineLayout
 from recipes.engines.megatron.dispatchers import Spread, dispatchers, free_buffers
@@ -51,23 +51,23 @@ class MegatronConfig(ProcessConfig):
     distributed_optimizer: bool = True
     """Whether each data-parallel rank keeps the optimizer's state of a part of the parameters alone."""
 
-    def rules(self) -> list[tuple[bool, str]]:
-        """What must hold, and what to say where it does not."""
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the fields."""
         return [
             *super().rules(),
             (
                 self.tensor_parallel >= 1,
-                f"tensor_parallel={self.tensor_parallel} must be at least 1. Give 1 for whole matrices.",
+                "tensor_parallel",
+                "must be at least 1",
+                "Give 1 for whole matrices.",
             ),
             (
                 self.tensor_parallel == 1 or self.sequence_parallel,
-                "sequence_parallel=False must be true with tensor_parallel above 1: Megatron's mixtures "
-                "do not train without. Set it to true.",
+                "sequence_parallel",
+                "must be true with tensor_parallel above 1: Megatron's MoE models do not train without",
+                "Set it to true.",
             ),
-            (
-                self.pipeline_parallel >= 1,
-                f"pipeline_parallel={self.pipeline_parallel} must be at least 1. Give 1 for one stage.",
-            ),
+            (self.pipeline_parallel >= 1, "pipeline_parallel", "must be at least 1", "Give 1 for one stage."),
             _known("experts", self.experts, expert_kinds()),
             _known("dispatcher", self.dispatcher, dispatchers()),
         ]
@@ -102,23 +102,21 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         return self.rank % in_stage // self.config.tensor_parallel
 
     @classmethod
-    def dims_unsupported_reason(cls, config: MegatronConfig, world_size: int) -> str | None:
+    def check_dims(cls, config: MegatronConfig, world_size: int) -> Mistake | None:
         """The ranks must divide into stages, and those of a stage into groups of the other kinds."""
         stages = config.pipeline_parallel
         if world_size % stages:
-            return (
-                f"pipeline_parallel={stages}: {world_size} ranks do not divide into stages. "
-                f"Set a divisor of {world_size}, or start a multiple of {stages} ranks"
-            )
+            rule = f"{world_size} ranks do not divide into stages"
+            remedy = f"Set a divisor of {world_size}, or start a multiple of {stages} ranks."
+            return Mistake("pipeline_parallel", stages, rule, remedy)
         ranks = world_size // stages
         those = f"{ranks} ranks" if stages == 1 else f"the {ranks} ranks of each of {stages} stages"
         for name in ("tensor_parallel", "expert_parallel"):
             value = getattr(config, name)
             if ranks % value:
-                return (
-                    f"{name}={value}: {those} do not divide into groups of so many. "
-                    f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks"
-                )
+                rule = f"{those} do not divide into groups of so many"
+                remedy = f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks."
+                return Mistake(name, value, rule, remedy)
         return None
 
     @classmethod
@@ -267,9 +265,9 @@ def _cut_mistakes(dense: Mapping[str, Any], config: MegatronConfig) -> list[Mist
     return split_mistakes(dense, config.tensor_parallel) + stage_mistakes(dense, config.pipeline_parallel)
 
 
-def _known(field: str, value: str, names: Iterable[str]) -> tuple[bool, str]:
-    """A rule: a value must be one of some names."""
-    return value in names, f"{field}={value!r} is none. Choose {', '.join(names)}."
+def _known(field: str, value: str, names: Iterable[str]) -> Rule:
+    """Returns the rule that a value is one of some names."""
+    return value in names, field, "there is none of this name", f"Choose {', '.join(names)}."
 
 
 def _quiet() -> None:

@@ -44,14 +44,13 @@ class ExpertMeshes:
         return self.copies.size(self.copies.ndim - 1)
 
 
-def rank_unsupported_reason(expert_parallel: int, world_size: int) -> str | None:
-    """Why so many ranks cannot be such a grid, as "field=value: rule. Remedy."."""
+def check_ranks(expert_parallel: int, world_size: int) -> Mistake | None:
+    """Returns the mistake of ranks that do not divide into expert-parallel groups; None when they do."""
     if world_size % expert_parallel == 0:
         return None
-    return (
-        f"expert_parallel={expert_parallel}: {world_size} ranks do not divide into groups of so many. "
-        f"Set a divisor of {world_size}, or start a multiple of {expert_parallel} ranks"
-    )
+    rule = f"{world_size} ranks do not divide into groups of so many"
+    remedy = f"Set a divisor of {world_size}, or start a multiple of {expert_parallel} ranks."
+    return Mistake("expert_parallel", expert_parallel, rule, remedy)
 
 
 def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe.errors import Mistake
+from moe.errors import Mistake, Rule
 from moe.experts.experts import Experts
 from recipes.checkpoint import GlobalTensor
 from recipes.data.samples import TokenMetadata
@@ -70,23 +70,23 @@ class NativeConfig(ProcessConfig):
     compile: bool = False
     """Compile each block by torch.compile; the MoE layers stay outside of the compiled graphs."""
 
-    def rules(self) -> list[tuple[bool, str]]:
-        """What must hold, and what to say where it does not."""
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the fields."""
         cuts = {name: getattr(self, name) for name in ("replicas", "expert_parallel", "tensor_parallel")}
         return [
             *super().rules(),
-            (
-                self.replicas >= 1,
-                f"replicas={self.replicas} must be at least 1. Give 1 for one group of ranks.",
-            ),
+            (self.replicas >= 1, "replicas", "must be at least 1", "Give 1 for one group of ranks."),
             (
                 self.tensor_parallel >= 1,
-                f"tensor_parallel={self.tensor_parallel} must be at least 1. Give 1 for whole attention.",
+                "tensor_parallel",
+                "must be at least 1",
+                "Give 1 for whole attention.",
             ),
             *(
                 (
                     value <= 1 or self.strategy != "ddp",
-                    f"{name}={value} must be 1 under strategy=ddp, which keeps all weights on every rank. "
+                    name,
+                    "must be 1 under strategy=ddp, which keeps all weights on every rank",
                     "Set engine.strategy=fsdp.",
                 )
                 for name, value in cuts.items()
@@ -94,7 +94,8 @@ class NativeConfig(ProcessConfig):
             *(
                 (
                     value <= 1 or not self.compile,
-                    f"{name}={value} must be 1 with compile: the two together are not proven. "
+                    name,
+                    "must be 1 with compile: the two together are not proven",
                     "Set engine.compile=false.",
                 )
                 for name, value in cuts.items()
@@ -130,9 +131,9 @@ class NativeEngine(ProcessEngine[NativeConfig]):
         return config.tensor_parallel
 
     @classmethod
-    def dims_unsupported_reason(cls, config: NativeConfig, world_size: int) -> str | None:
-        """See `ProcessEngine.dims_unsupported_reason`."""
-        return _dims(config, world_size).unsupported_reason()
+    def check_dims(cls, config: NativeConfig, world_size: int) -> Mistake | None:
+        """See `ProcessEngine.check_dims`."""
+        return _dims(config, world_size).check()
 
     @classmethod
     def check_run(cls, config: NativeConfig, run: RunOptions) -> list[Mistake]:
