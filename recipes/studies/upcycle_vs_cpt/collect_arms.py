@@ -144,7 +144,7 @@ def _cell(trial: ArmsTrial, scratch: ArmsTrial | None) -> Cell:
         "params": rows["moe"]["total_params"],
         "active_params": rows["moe"]["active_params"],
         "dense_params": rows["dense"]["total_params"],
-        **summary["mixture"],
+        **summary["moe"],
     }
     return Cell(
         length=length,

@@ -46,7 +46,7 @@ def finish(trial: ArmsTrial, rows: list[dict[str, Any]]) -> None:
     summary: Mapping[str, Any] = {
         "results": rows,
         "serving": SERVING,
-        "mixture": {"num_experts": 8, "top_k": 2},
+        "moe": {"num_experts": 8, "top_k": 2},
         "tokens_per_step": STEP,
     }
     (trial.folder / "summary.json").write_text(json.dumps(summary))
