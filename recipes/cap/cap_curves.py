@@ -163,13 +163,7 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
         text = f"{width / 1e9:,.1f} GB/s, {flops / 1e9:,.0f} GFLOP/s"
         # above the slope nothing can lie
         axes.text(
-            0.01,
-            0.96 - 0.08 * row,
-            text,
-            transform=axes.transAxes,
-            va="top",
-            fontsize=8.5,
-            color=theme.muted,
+            0.01, 0.96 - 0.08 * row, text, transform=axes.transAxes, va="top", fontsize=8.5, color=theme.muted
         )
     for number, phase, size, x, y in points:
         colour = colours_of(theme)[number % len(colours_of(theme))]
@@ -177,12 +171,7 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot([x], [y], marker=marker, markersize=6.5, color=colour, markerfacecolor=face, zorder=3)
         axes.annotate(
-            str(size),
-            xy=(x, y),
-            xytext=(7, -8),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
+            str(size), xy=(x, y), xytext=(7, -8), textcoords="offset points", fontsize=8, color=colour
         )
     axes.set_xlim(low, high)
     axes.set_ylim(top=2 * axes.get_ylim()[1])

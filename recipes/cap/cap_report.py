@@ -21,7 +21,6 @@ from moe.accounting.device_peaks import device_name
 from moe.accounting.params import count_from_shape
 from moe.errors import ConfigError, Mistake
 from recipes.cap.accuracy import multiple_choice, perplexity, read_questions
-from recipes.cap.ceilings import Ceilings, find_ceilings, served_ceilings
 from recipes.cap.cost import Rates, find_rates
 from recipes.cap.efficiency import compression
 from recipes.cap.folders import Source, find_source, read_config
@@ -34,6 +33,7 @@ from recipes.cap.served import measure_served
 from recipes.cap.server import Server
 from recipes.data.config import DataConfig
 from recipes.data.tokenizer import load_tokenizer
+from recipes.tracking.ceilings import Ceilings, find_ceilings, served_ceilings
 from recipes.upcycling.convert.folder_check import real_tokens
 
 UNKNOWN_DEVICE = "a server's device, not named"

@@ -23,11 +23,7 @@ from recipes.checkpoint.offline import open_checkpoint
 
 # What a model's tensors are called in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)

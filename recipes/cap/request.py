@@ -12,7 +12,6 @@ import torch
 from moe.accounting.tiers import Tier
 from moe.errors import Mistake
 from recipes.cap.accuracy import read_questions
-from recipes.cap.ceilings import ORIGINS, Origin
 from recipes.cap.cost import Prices
 from recipes.cap.folders import find_source, read_config
 from recipes.cap.generation import read_prompts
@@ -23,6 +22,7 @@ from recipes.cap.server import Server
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
+from recipes.tracking.ceilings import ORIGINS, Origin
 
 
 @dataclass(frozen=True)

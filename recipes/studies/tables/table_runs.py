@@ -172,10 +172,7 @@ def check_kept(experiment: Experiment) -> None:
 
 
 def execute_missing(
-    runs: Sequence[Run],
-    splits: dict[str, Rows],
-    tell: Callable[[str], None],
-    train: Train = train_run,
+    runs: Sequence[Run], splits: dict[str, Rows], tell: Callable[[str], None], train: Train = train_run
 ) -> int:
     """Executes the runs that are not done; a failed one takes no other down.
 

@@ -154,11 +154,7 @@ def train_run(
 
 
 def _epoch(
-    model: TableModel,
-    optimizer: torch.optim.Optimizer,
-    rows: Rows,
-    batch_size: int,
-    order: torch.Generator,
+    model: TableModel, optimizer: torch.optim.Optimizer, rows: Rows, batch_size: int, order: torch.Generator
 ) -> bool:
     """One pass in a random order; whether every loss was finite."""
     model.train()
