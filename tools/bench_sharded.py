@@ -131,7 +131,7 @@ def main() -> int:
 
 _HEAD = (
     f"{'dense':>7}{'moe':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'besides':>9}{'+layer':>8}"
-    f"{'making':>8}{'gate':>8}{'read':>8}"
+    f"{'making':>8}{'check':>8}{'read':>8}"
 )
 
 
@@ -148,7 +148,7 @@ def _line(row: dict[str, Any]) -> str:
     ep = "-" if row["whole"] else str(row["expert_parallel"])
     line = f"{shown(most('dense'), 7)}{shown(most('moe'), 9)}{shown(most('layer'), 7)}{row['ranks']:>7}"
     line += f"{ep:>4}{shown(most('shard'), 8)}{shown(most('besides'), 9)}{bound:8.0f}"
-    line += "".join(shown(most(key), 8) for key in ("making", "gate", "read"))
+    line += "".join(shown(most(key), 8) for key in ("making", "check", "read"))
     return line + ("  whole on each rank first" if row["whole"] else "")
 
 

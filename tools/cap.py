@@ -91,7 +91,6 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     cost("--busy", type=float, default=0.5, metavar="SHARE", help="of its life (default: %(default)s)")
     out = parser.add_argument_group("output").add_argument
     out("--out", metavar="DIR", help="write cap.json, cap.html, curves.png and radar.png there")
-    out("--json", metavar="PATH", help="write the figures to this file, or to stdout for -")
     out("--radar", choices=("fixed", "min-max"), default="fixed", help="ends of axes (default: %(default)s)")
     out("--radar-batch", type=int, metavar="B", help="(default: the largest that all systems reached)")
     out("--anchors", nargs="+", default=[], metavar="AXIS=WORSE:BETTER", help="such as tpot_s=1:0.001")

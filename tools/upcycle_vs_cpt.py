@@ -1,4 +1,4 @@
-"""Compares upcycling to CPT and scratch: ``python -m tools.upcycle_vs_cpt lengths=[200,800] seeds=3 [...]``."""
+"""Compares upcycling to CPT and scratch: ``python -m tools.upcycle_vs_cpt lengths=[200,800] seeds=3``."""
 
 from __future__ import annotations
 
