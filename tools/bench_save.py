@@ -55,7 +55,7 @@ def main() -> int:
     _check(arguments)
     import torch
 
-    from recipes.checkpoint.space import readable
+    from recipes.checkpoint.inventory import readable
     from recipes.studies.benchmarks.saves import NONE, RIVALS, SaveShape, measure_saves
     from recipes.studies.chaos.slow_disk import slow_down
 

@@ -19,7 +19,7 @@ from moe.errors import ConfigError, Mistake, ModelError
 from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
-from recipes.checkpoint.offline import open_checkpoint
+from recipes.checkpoint.reader import open_checkpoint
 
 # What a model's tensors are called in a checkpoint of a run.
 _IN_CHECKPOINT = "model."

@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
+
+from recipes.runtime.memory import status_peak_bytes
 
 _RAPL = Path("/sys/class/powercap")
 _PROC = Path("/proc/self")
@@ -60,13 +63,12 @@ class MemoryMeter:
         if self._reason is not None:
             return Reading(None, self._reason)
         try:
-            lines = (self._proc / "status").read_text().splitlines()
+            peak = status_peak_bytes(self._proc / "status")
         except OSError as error:
             return Reading(None, f"{self._proc}/status cannot be read ({error.strerror})")
-        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
         if peak is None:
             return Reading(None, "the system does not tell the peak of a process")
-        return Reading(1024.0 * int(peak), "resident memory of the process, libraries included")
+        return Reading(float(peak), "resident memory of the process, libraries included")
 
 
 class MemorySampler:
@@ -120,13 +122,10 @@ class MemorySampler:
         return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _memory_of(device: torch.device) -> int | None:
+def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
+    return int(psutil.virtual_memory().total)
 
 
 @dataclass(frozen=True)

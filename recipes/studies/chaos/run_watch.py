@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipes.checkpoint.names import MANIFEST, TEMPORARY, parse_step
+from recipes.checkpoint.manifest import MANIFEST, TEMPORARY, parse_step
 from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 
 _TAIL_BYTES = 1 << 14

@@ -12,14 +12,14 @@ import sys
 import time
 from typing import BinaryIO
 
-from recipes.checkpoint import stream
+from recipes.runtime import safetensors_codec
 
 _PIECE_S = 0.02
 
 
 def slow_down(mib_s: float) -> None:
     """Limits this process to writing checkpoint tensors at ``mib_s`` MiB per second."""
-    append = stream._append
+    append = safetensors_codec.append
 
     def slowly(file: BinaryIO, data: memoryview, crc: int) -> int:
         piece = max(1, int(mib_s * 2**20 * _PIECE_S))
@@ -31,7 +31,7 @@ def slow_down(mib_s: float) -> None:
             time.sleep(max(0.0, len(part) / (mib_s * 2**20) - (time.perf_counter() - began)))
         return crc
 
-    stream._append = slowly
+    safetensors_codec.append = slowly
 
 
 if __name__ == "__main__":
