@@ -105,7 +105,9 @@ class TestPage:
             for span in [*commands(page.read_text()), *code_spans(page.read_text())]
             for word in span.split()
         ]
-        named = [re.match(r"['\"]?[+~]*(\w+)((?:\.\w+)+)['\"]?(?:=|$)(?<!\.py)(?<!\.json)", word) for word in words]
+        named = [
+            re.match(r"['\"]?[+~]*(\w+)((?:\.\w+)+)['\"]?(?:=|$)(?<!\.py)(?<!\.json)", word) for word in words
+        ]
         options = {match[1] + match[2] for match in named if match and match[1] in groups}
         assert not {option for option in options if option.rpartition(".")[2] not in known}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe.errors import GraftError
 from recipes.engines import engine_classes
-from recipes.engines.example_layouts import EngineLayout
+from recipes.engines.base import EngineLayout
 from recipes.runtime.source_root import SOURCE_ROOT
 
 _TAIL = 15

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-
 _NAMES = ("node-a", "node-b")
 _INSIDE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 #: Process ids that hold the namespaces of each machine, for whoever runs inside.
