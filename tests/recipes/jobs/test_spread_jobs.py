@@ -47,7 +47,7 @@ def test_from_start_to_export_and_on_with_one_rank(
     assert summary(run_dir)["export"]["relative"] < ADAPTED
     more = job(workplace, named | {"train.steps": 6, "resume": "auto"})
     assert more.code == 0, more.err
-    assert "resuming on 1 ranks what 2 ranks saved" in more.out
+    assert "resuming on 1 ranks a checkpoint of 2 ranks" in more.out
     found = rows(run_dir, "moe")
     assert [row["step"] for row in found] == [row["step"] for row in alone]
     for row, same in zip(found, alone, strict=True):
