@@ -78,7 +78,7 @@ def main() -> int:
     if arguments.compare is not None:
         return _compare(arguments, config)
 
-    from recipes.runtime.memory import peak_resident_bytes
+    from recipes.runtime.machine_memory import peak_resident_bytes
     from recipes.upcycling.convert.conversion_plan import plan_conversion
     from recipes.upcycling.convert.conversion_statistics import discard_statistics
 

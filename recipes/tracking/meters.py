@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 import torch
 
-from recipes.runtime.memory import status_peak_bytes
+from recipes.runtime.machine_memory import status_peak_bytes
 
 _RAPL = Path("/sys/class/powercap")
 _PROC = Path("/proc/self")
