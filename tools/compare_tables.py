@@ -43,7 +43,7 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
     from moe.errors import Mistake, UserError
     from recipes.studies.tables.generate import SPLITS, TableConfig
     from recipes.studies.tables.table_model import ModelConfig
-    from recipes.studies.tables.table_routers import parse_mixtures
+    from recipes.studies.tables.table_routers import parse_moes
     from recipes.studies.tables.table_runs import Experiment
     from recipes.studies.tables.train_table import FitConfig
 
@@ -69,7 +69,7 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
         table=table,
         model=model,
         fit=fit,
-        mixtures=parse_mixtures(arguments.routers, model, steps),
+        moes=parse_moes(arguments.routers, model, steps),
         seeds=arguments.seeds,
         lrs=tuple(dict.fromkeys(arguments.lrs)),
     )

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--from-module",
         action="store_true",
         help="for families that are not in the table: build the model of transformers without memory and "
-        "count it; what its config does not say is then left out",
+        "count it; figures that its config does not give are left out",
     )
     return parser
 

@@ -142,7 +142,7 @@ def _break_even(point: BreakEven | None) -> str:
     if point is None:
         return "unknown: it takes the laws of both"
     if point.interval is None:
-        return f"{point.says} (how sure is unknown)"
+        return f"{point.says} (interval unknown)"
     low, high = ("never" if math.isinf(end) else f"{end:.2g}" for end in point.interval)
     return f"{point.says} (interval {low} to {high})"
 

@@ -26,7 +26,7 @@ _DTYPES = ("source", "fp32", "bf16", "fp16")
 def _parse() -> argparse.Namespace:
     parser = tool_parser(
         "upcycle",
-        "Turns a dense Hugging Face checkpoint into a mixture of experts, tensor by tensor: no "
+        "Converts a dense Hugging Face checkpoint into an MoE, tensor by tensor: no "
         "GPU, no training, memory for one matrix. An interrupted conversion goes on when it is run again.",
         epilog="Further OPTION=VALUE are those of train.py, for method and router: upcycle.ratio=0.5, "
         "upcycle.layers=every:2, router.top_k=4, ...",

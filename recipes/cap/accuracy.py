@@ -107,7 +107,7 @@ def multiple_choice(
         model: A decoder.
         tokenizer: Its own.
         questions: See `read_questions`. A choice follows its question after a space.
-        device: Where the model is.
+        device: Device of the model.
         longest: Tokens of the longest sequence it takes; None for no limit. A longer question is cut from
             the front, and counted.
     """

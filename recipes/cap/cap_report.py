@@ -48,7 +48,7 @@ def measure(request: Request, log: Log = lambda line: None) -> Figures:
     """Measures every system; returns the report.
 
     Args:
-        request: What is asked for.
+        request: Systems and measurements.
         log: Told of progress.
 
     Raises:

@@ -25,7 +25,7 @@ HEAD = (
     "$/M tokens",
 )
 NOTE = (
-    "Decode passes unless said otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
+    "Decode passes unless stated otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
     "Tokens/s: written, prefill in the time. Experts a layer: different ones that a decode pass touches, of "
     "all there are; '<=' is the bound of uniform routing, not a count. '-' was not measured."
 )

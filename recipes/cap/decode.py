@@ -28,8 +28,8 @@ class Rollout(Passes):
     Attributes:
         sequences: Sequences of every pass, from the shape of its logits.
         ids_BS: The tokens chosen.
-        cache_bytes: Of the cache as it was held at the end; None where it cannot be told.
-        cache_length: Tokens in it; None where it cannot be told.
+        cache_bytes: Bytes of the cache at the end; None where unknown.
+        cache_length: Tokens in the cache; None where unknown.
     """
 
     sequences: tuple[int, ...]
@@ -78,7 +78,7 @@ def roll_out(model: Any, prompt_BS: Tensor, new: int, sites: Sequence[Site] | No
         model: A decoder of transformers.
         prompt_BS: On its device, without padding.
         new: Tokens; the first is of the prefill, each other of a decode pass.
-        sites: What to watch; None for nothing.
+        sites: MoE layers to watch; None for none.
     """
     device = prompt_BS.device
     watch = None if sites is None else ExpertTrace(sites, new, device)

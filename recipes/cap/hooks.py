@@ -34,7 +34,7 @@ class Site:
     """Module at which the experts of one MoE layer can be watched.
 
     Attributes:
-        name: Of the module that is watched.
+        name: Name of the watched module.
         module: That module.
         num_experts: E.
         kind: ``indices`` (transformers' experts, given top-k indices), ``scores`` (Llama 4's router, whose
@@ -81,7 +81,7 @@ def check_sites(sites: Sequence[Site], shape: ModelShape, folder: str) -> None:
     """
     found, known = [site.num_experts for site in sites], [one.num_experts for one in moe_blocks(shape)]
     if found != known:
-        rule = f"its modules have mixtures of {found} experts, its config describes {known}"
+        rule = f"its modules have MoE layers of {found} experts, its config describes {known}"
         raise ModelError.one("FOLDER", folder, rule, "Watch it with a class that recipes/cap/hooks.py knows.")
 
 

@@ -32,9 +32,9 @@ class Known:
 
     Attributes:
         shape: None where it does not know the family, and utilisations are then None.
-        shape_reason: Why it is None.
-        bits: Of the tensors as they are in memory.
-        bits_source: Where these are from.
+        shape_reason: Reason why it is None.
+        bits: Bits of the tensors in memory.
+        bits_source: Source of the bits.
     """
 
     shape: ModelShape | None
@@ -49,12 +49,12 @@ class System(Known):
 
     Attributes:
         name: In tables and figures.
-        source: Where it is from.
+        source: Location of its files.
         model: In evaluation mode, on its device.
         config: The content of its ``config.json``.
-        sites: Its mixtures of experts.
-        dtype: Of its products.
-        device: Where it is.
+        sites: Its MoE layers.
+        dtype: Dtype of its products.
+        device: Device of the model.
     """
 
     name: str
@@ -95,14 +95,14 @@ def load_system(
 
     Args:
         name: In tables and figures.
-        source: Of `recipes.cap.folders.find_source`.
-        device: Where to.
-        dtype: Of the weights; None as in the files.
+        source: Result of `recipes.cap.folders.find_source`.
+        device: Device of the model.
+        dtype: Dtype of the weights; None for that of the files.
         experts: transformers' implementation of experts: ``eager``, ``batched_mm``, ``grouped_mm``; None is
             its own choice.
 
     Raises:
-        ModelError: It cannot be loaded, or has other parameters than its config says.
+        ModelError: It cannot be loaded, or its parameters differ from its config.
         ConfigError: Its config cannot be used.
     """
     config = read_config(source)

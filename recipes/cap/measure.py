@@ -37,7 +37,7 @@ class Workload:
         prompt: Tokens of a prompt.
         new: Tokens written a sequence.
         rounds: Timed repetitions.
-        trace: Whether experts are watched.
+        trace: If True experts are watched.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16)
@@ -55,9 +55,9 @@ def measure_point(
     Args:
         system: The model.
         prompt_BS: Prompts of this batch size.
-        work: How long and how often.
+        work: Lengths and rounds.
         machine: Its peaks.
-        rates: What its hours cost.
+        rates: Costs of an hour.
 
     Raises:
         ModelError: The batch that ran was not the one asked for.
@@ -187,7 +187,7 @@ def measure_overhead(
 
     Returns:
         Medians of both, and the median of their ratios round by round with its spread; None for a model
-        without mixtures.
+        without MoE layers.
     """
     if not system.sites:
         return None

@@ -35,9 +35,9 @@ class Accuracy:
         choices: A file of questions; None for none.
         answers: A file of prompts whose answers the model writes; None for none.
         answer_tokens: New tokens of each at most.
-        tasks: Of lm-evaluation-harness.
-        task_folder: Of further ones; None for none.
-        task_limit: Questions of each; None for all.
+        tasks: Tasks of lm-evaluation-harness.
+        task_folder: Folder of further tasks; None for none.
+        task_limit: Questions of each task; None for all.
     """
 
     samples: int = 0
@@ -61,20 +61,20 @@ class Request:
 
     Attributes:
         systems: Name and folder of each.
-        work: What they are given.
-        device: Such as ``cpu`` or ``cuda``.
+        work: Workload of all systems.
+        device: Device, such as ``cpu`` or ``cuda``.
         dtype: A key of `DTYPES`; None as in the files.
         experts: transformers' implementation of experts; None is its own choice.
-        text: Where prompts and the text of perplexity are from; None is Python's standard library.
+        text: Source of prompts and of the text of perplexity; None for Python's standard library.
         tokenizer: A folder for all systems; None is each one's own.
-        accuracy: What is asked of it.
-        origin: Of the peaks.
+        accuracy: Accuracies to measure.
+        origin: Origin of the peaks.
         peak_bytes_per_s: The user's own.
         peak_flops: The user's own.
         tiers: Memories that weights and cache lie in; none for one.
-        prices: What the user knows.
-        overhead: Whether to measure what watching costs.
-        server: That the one system runs behind; None runs the systems here.
+        prices: Costs given by the user.
+        overhead: If True the overhead of watching is measured.
+        server: Server of the one system; None runs the systems here.
     """
 
     systems: tuple[tuple[str, Path], ...]

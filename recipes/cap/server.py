@@ -116,7 +116,7 @@ def _take(reply: Reply, line: bytes, now: float) -> None:
         return
     event: Any = json.loads(text.removeprefix("data:"))
     if not isinstance(event, dict) or event.get("error"):
-        raise ValueError(f"the server says {str(event)[:_SHOWN]}")
+        raise ValueError(f"the server replied {str(event)[:_SHOWN]}")
     if event.get("choices"):
         reply.arrived.append(now)
     usage = event.get("usage")
@@ -130,7 +130,7 @@ def _wrong(reply: Reply, prompt: int, new: int) -> str | None:
     if not reply.arrived:
         return "no token came"
     if reply.tokens is None:
-        return "the server does not say how many tokens it wrote (stream_options.include_usage)"
+        return "the server does not report how many tokens it wrote (stream_options.include_usage)"
     if reply.tokens != new:
         return f"it wrote {reply.tokens} tokens instead of {new}: it does not know ignore_eos, or has a limit"
     if reply.prompt_tokens not in (None, prompt):

@@ -47,9 +47,9 @@ class DispatchShape:
         width: D.
         experts: E, of all ranks together.
         top_k: K.
-        dtype: Of rows: ``float32`` or ``bfloat16``.
+        dtype: Dtype of rows: ``float32`` or ``bfloat16``.
         skewed: Low experts are chosen more often than high ones.
-        shared_width: Of the shared expert.
+        shared_width: Width of the shared expert.
     """
 
     tokens: int
@@ -174,7 +174,7 @@ class Scaling:
 
     Attributes:
         ranks: P.
-        figures: Of every rank.
+        figures: Figures of every rank.
         least: Bytes of rows that must be sent there and back in forward, of all ranks.
         slots: The same without duplicates merged.
         gathered: The same of an all-gather and a reduce-scatter.
@@ -240,7 +240,7 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
     """Counts, then times, on one rank of a group that has been joined. Collective.
 
     Args:
-        shape: What is sent.
+        shape: Shape of the exchange.
         ids_TK: ``[T, K]`` experts of this rank's tokens.
         rank: This one.
         ranks: P.
@@ -347,7 +347,7 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
         f"{'skewed' if shape.skewed else 'uniform'} routing",
         "KiB that a rank sends to others in forward, mean over ranks: rows there and back, metadata besides;",
         "least: one row for each token and other rank with one of its experts, there and back;",
-        "per slot and all-gather: rows that rivals would send, counted from the same routing, not run",
+        "per slot and all-gather: rows that other schemes would send, counted from the same routing, not run",
         f"+shared: forward and backward with a shared expert of width {shape.shared_width} behind the "
         "arrival; beside: with it while the rows travel",
         head,

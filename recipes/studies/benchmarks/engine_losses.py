@@ -31,8 +31,8 @@ class Series:
     """Losses and speed of a run.
 
     Attributes:
-        layout: Of the run.
-        losses: Of every step.
+        layout: Layout of the run.
+        losses: Loss of every step.
         validation: Loss at the end.
         step_s: Median seconds of a step.
     """
@@ -55,13 +55,13 @@ def run_layouts(
     Yields the results of each run as soon as it has ended.
 
     Args:
-        layouts: What to run.
-        overrides: Of ``train.py``, for all.
-        folder: Of the runs.
-        log: Told of progress.
+        layouts: Layouts to run.
+        overrides: Overrides of ``train.py``, for all.
+        folder: Folder of the runs.
+        log: Takes lines of progress.
 
     Raises:
-        GraftError: A run failed; the message ends with what it said.
+        GraftError: A run failed; the message ends with its output.
     """
     common = list(overrides)
     if not any(option.startswith("dense=") for option in common):
@@ -89,8 +89,8 @@ def _train(layout: EngineLayout, options: Sequence[str]) -> None:
     command = [sys.executable, *launch, str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
     ended = subprocess.run([*command, *_QUIET, *options], cwd=SOURCE_ROOT, capture_output=True, text=True)
     if ended.returncode != 0:
-        said = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
-        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{said}")
+        tail = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
+        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{tail}")
 
 
 def _read(layout: EngineLayout, run: Path) -> Series:

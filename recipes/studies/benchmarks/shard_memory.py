@@ -70,7 +70,7 @@ def measure_layout(
         tiny: A small one of the same family.
         layout: Layout of the ranks.
         method: Name of an upcycling method that needs no options.
-        experts: Of each layer.
+        experts: Experts of each layer.
 
     Raises:
         RankFailedError: A rank failed; the message ends with its output.

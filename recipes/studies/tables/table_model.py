@@ -54,7 +54,7 @@ class ModelConfig(Config):
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TableMoE:
     """Router with the sizes of its layer.
 
     Attributes:
@@ -75,11 +75,11 @@ class TableModel(nn.Module):
     their routers alone.
 
     Attributes:
-        context: What the routers know of the run; ids are the users'.
+        context: Context of the routers; token ids are the users'.
         layers: A layer for each task: routers of their own around the same experts.
     """
 
-    def __init__(self, config: ModelConfig, mixture: Mixture, table: TableConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, moe: TableMoE, table: TableConfig, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.user = nn.Embedding(table.num_users, config.id_width)
@@ -91,11 +91,11 @@ class TableModel(nn.Module):
         width = 2 * config.id_width + 2 * config.code_width + table.context_width
         self.dropout = nn.Dropout(config.dropout)
         towers = [_tower(width, config.tower_width, generator) for _ in TASKS]
-        experts = Experts(_expert_bank(width, mixture, generator))
+        experts = Experts(_expert_bank(width, moe, generator))
         self.context = RouterContext()
         layers = []
         for task in range(len(TASKS)):
-            router = router_class(mixture.router.name)(mixture.router, width, mixture.num_experts)
+            router = router_class(moe.router.name)(moe.router, width, moe.num_experts)
             router.reset_parameters(torch.Generator().manual_seed(seed * len(TASKS) + task))
             layers.append(MoELayer(router, LocalDispatcher(), experts, LayerContext(self.context, task)))
         self.layers = nn.ModuleList(layers)
@@ -136,9 +136,9 @@ def _tower(width: int, hidden: int, generator: Generator) -> nn.Sequential:
     return tower
 
 
-def _expert_bank(width: int, mixture: Mixture, generator: Generator) -> ExpertBank:
+def _expert_bank(width: int, moe: TableMoE, generator: Generator) -> ExpertBank:
     """Draws experts that differ from the start: nothing is upcycled here."""
-    E, F = mixture.num_experts, mixture.expert_width
+    E, F = moe.num_experts, moe.expert_width
     return ExpertBank(
         w_up_EUD=torch.randn(E, F, width, generator=generator) * (2 / width) ** 0.5,
         w_down_EDF=torch.randn(E, width, F, generator=generator) * F**-0.5,

@@ -84,7 +84,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     """Returns the results as aligned plain text, for the end of a run.
 
     Args:
-        summary: What ``summary.json`` holds; anything may be missing.
+        summary: Content of ``summary.json``; anything may be missing.
     """
     rows = cells(read_results(summary))
     if not rows:

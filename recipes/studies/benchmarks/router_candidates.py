@@ -42,7 +42,7 @@ class Shape:
         tokens: T.
         experts: E.
         width: D.
-        skewed: Whether tokens are such that the logits of a fresh linear router look like those of a trained
+        skewed: If True, tokens give a fresh linear router logits like those of a trained
             one without balance: N(0, 1), and an offset of 1.5 N(0, 1) for each expert. Else tokens have unit
             variance, as behind a norm, and logits are near 0: training as it starts.
     """
@@ -73,11 +73,11 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Candidate:
     """One row of the benchmark.
 
     Attributes:
-        label: As the user wrote it.
+        label: Text of the user.
         config: The router's; None for a solver.
         prepare: Makes the pass at a shape.
     """
@@ -98,7 +98,7 @@ def router_choices() -> list[str]:
     return sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 
 
-def read_rivals(labels: Sequence[str]) -> list[Rival]:
+def read_candidates(labels: Sequence[str]) -> list[Candidate]:
     """Reads the rows of the benchmark from their labels.
 
     Args:
@@ -108,23 +108,23 @@ def read_rivals(labels: Sequence[str]) -> list[Rival]:
     Raises:
         ConfigError: Labels that cannot be read, that name nothing, or whose options are wrong; all at once.
     """
-    rivals, mistakes = [], list[Mistake]()
+    candidates, mistakes = [], list[Mistake]()
     for label in labels:
         if label in SOLVERS:
-            rivals.append(Rival(label, None, SOLVERS[label]))
+            candidates.append(Candidate(label, None, SOLVERS[label]))
             continue
         try:
-            rivals.append(_router_rival(label))
+            candidates.append(_router_candidate(label))
         except ConfigError as error:
             mistakes += [dataclasses.replace(m, path=f"--routers {label}: {m.path}") for m in error.mistakes]
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     mistakes += [Mistake("--routers", label, "it stands there twice", "Name it once.") for label in repeated]
     if mistakes:
         raise ConfigError(mistakes)
-    return rivals
+    return candidates
 
 
-def _router_rival(label: str) -> Rival:
+def _router_candidate(label: str) -> Candidate:
     parts = re.fullmatch(r"(\w+)(?:\[(.+)\])?", label)
     if parts is None:
         remedy = "Write NAME or 'NAME[OPTION=VALUE,...]', in quotes for the shell's sake."
@@ -138,7 +138,7 @@ def _router_rival(label: str) -> Rival:
     def prepare(shape: Shape, device: torch.device) -> Pass:
         return router_pass(config, shape, device)
 
-    return Rival(label, config, prepare)
+    return Candidate(label, config, prepare)
 
 
 def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
@@ -200,8 +200,8 @@ def router_pass(config: RouterConfig, shape: Shape, device: torch.device) -> Pas
             parameter.grad = None
         return _Notes(routing)
 
-    told = (ctx.run.token_ids, *ctx.run.keys.values())
-    known = (*trained, *router.buffers(), *experts.parameters(), *(t for t in told if t is not None))
+    given = (ctx.run.token_ids, *ctx.run.keys.values())
+    known = (*trained, *router.buffers(), *experts.parameters(), *(t for t in given if t is not None))
     return Pass(run, known)
 
 
