@@ -81,11 +81,12 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
 
 def _default_labels(step: bool) -> list[str]:
-    from recipes.studies.benchmarks.router_candidates import SOLVERS, router_choices
+    from recipes.studies.benchmarks.router_candidates import SOLVERS
+    from recipes.studies.option_lists import conf_choices
 
     if step:
         return list(_STEP_DEFAULT)
-    choices = router_choices()
+    choices = conf_choices("router")
     # The baseline comes first.
     choices.sort(key=lambda name: (name != "topk", name))
     return [*choices, "ssr[probability=1]", *SOLVERS]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
+from tools.command import check_json_target, log_beside, read_numbers, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.cap.radar import Anchors
@@ -143,13 +143,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
     from recipes.cap.measure import Workload
     from recipes.cap.request import Accuracy, Request, name_systems
 
-    mistakes, sizes = [], []
-    for text in args.batch_sizes.split(","):
-        if text.strip().isdigit():
-            sizes.append(int(text))
-        else:
-            remedy = "Write numbers with commas: 1,4,16."
-            mistakes.append(Mistake("--batch-sizes", text, "it is not a whole number", remedy))
+    sizes, mistakes = read_numbers("--batch-sizes", args.batch_sizes)
     accuracy = Accuracy(
         args.perplexity,
         args.perplexity_length,

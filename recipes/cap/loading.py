@@ -73,15 +73,13 @@ class System(Known):
     @property
     def max_length(self) -> int | None:
         """Tokens of the longest sequence that its config allows; None where it sets no limit."""
-        return longest_sequence(self.config)
+        return whole_number(self.config, "max_position_embeddings")
 
 
-def longest_sequence(config: Mapping[str, Any]) -> int | None:
-    """Returns ``max_position_embeddings`` of a config, or of its part for text."""
-    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
-        if isinstance(part.get("max_position_embeddings"), int):
-            return int(part["max_position_embeddings"])
-    return None
+def whole_number(config: Mapping[str, Any], key: str) -> int | None:
+    """Returns a whole number of a config, or of its part for text; None where there is none."""
+    parts = (config, config.get("text_config") or {}, config.get("dense_config") or {})
+    return next((part[key] for part in parts if isinstance(part.get(key), int)), None)
 
 
 def load_system(

@@ -16,7 +16,7 @@ from recipes.cap.cost import Prices
 from recipes.cap.folders import find_source, read_config
 from recipes.cap.generation import read_prompts
 from recipes.cap.harness import check_harness
-from recipes.cap.loading import DTYPES, longest_sequence
+from recipes.cap.loading import DTYPES, whole_number
 from recipes.cap.measure import Workload
 from recipes.cap.server import Server
 from recipes.data.config import DataConfig
@@ -229,18 +229,11 @@ def _check_folder(folder: Path, request: Request) -> list[Mistake]:
     config = read_config(source)
     if isinstance(config, Mistake):
         return [config]
-    longest, mistakes = longest_sequence(config), []
+    longest, mistakes = whole_number(config, "max_position_embeddings"), []
     if longest is not None and request.longest > longest:
         rule = f"{folder} takes {longest} tokens, and {request.longest} are asked for"
         remedy = "Lower --prompt, --new, --perplexity-length or --answer-tokens."
         mistakes.append(Mistake("--prompt", request.work.prompt, rule, remedy))
     tokenizer = request.tokenizer or source.folder
     where = "FOLDER" if request.tokenizer is None else "--tokenizer"
-    return mistakes + check_tokenizer(tokenizer, _vocabulary(config), where)
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    return None
+    return mistakes + check_tokenizer(tokenizer, whole_number(config, "vocab_size"), where)

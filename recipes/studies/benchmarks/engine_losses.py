@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from moe.errors import GraftError
 from recipes.engines import engine_classes
 from recipes.engines.example_layouts import EngineLayout
 from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.studies.sweep import torchrun
 
 _TAIL = 15
 REFERENCE = EngineLayout(1, ("engine=native",))
@@ -85,8 +85,7 @@ def _default_config(
 
 
 def _train(layout: EngineLayout, options: Sequence[str]) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
-    command = [sys.executable, *launch, str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
+    command = [*torchrun(layout.ranks), str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
     ended = subprocess.run([*command, *_QUIET, *options], cwd=SOURCE_ROOT, capture_output=True, text=True)
     if ended.returncode != 0:
         tail = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])

@@ -21,8 +21,9 @@ from moe.routers import Router, RouterConfig, router_class
 from moe.routing.newton_sparse import NewtonRule, sinkhorn_newton
 from moe.routing.transport import SinkhornRule, sinkhorn
 from moe.types import LayerContext, RouterContext, Routing
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.studies.option_lists import split_list
 
 # Sequences of the batch that tokens are of, where they divide into such.
 _SEQUENCE = 1024
@@ -93,11 +94,6 @@ class Candidate:
         return router_class(self.config.name).check(self.config, num_experts)
 
 
-def router_choices() -> list[str]:
-    """Returns every choice of ``conf/router``."""
-    return sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
-
-
 def read_candidates(labels: Sequence[str]) -> list[Candidate]:
     """Reads the rows of the benchmark from their labels.
 
@@ -129,7 +125,7 @@ def _router_candidate(label: str) -> Candidate:
     if parts is None:
         remedy = "Write NAME or 'NAME[OPTION=VALUE,...]', in quotes for the shell's sake."
         raise ConfigError.one("router", label, "it cannot be read", remedy)
-    name, options = parts[1], _options(parts[2] or "")
+    name, options = parts[1], split_list(parts[2] or "")
     run = ["+recipe=upcycle", f"router={name}"]
     if options:
         _refuse_unknown(options, compose_config(run)["router"])
@@ -149,18 +145,6 @@ def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
     unknown = [path for path in given if path.partition(".")[0] not in router]
     if unknown:
         raise ConfigError([Mistake(f"router.{path}", path, rule, remedy) for path in unknown])
-
-
-def _options(text: str) -> list[str]:
-    """Splits ``a=1,b=[2,3]`` at the commas outside of brackets."""
-    options, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            options.append("")
-        else:
-            options[-1] += letter
-    return [option.strip() for option in options if option.strip()]
 
 
 def make_router(config: RouterConfig, shape: Shape, device: torch.device) -> Router[Any]:

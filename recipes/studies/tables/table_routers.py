@@ -7,15 +7,15 @@ value may hold commas.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from moe.errors import ConfigError, Mistake, UserError
 from moe.routers import router_class
 from moe.routers.hash import HashConfig
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.studies.option_lists import conf_choices, split_list
 from recipes.studies.tables.table_model import ModelConfig, TableMoE
 
 #: Not a router: one network as wide as the experts of a row.
@@ -51,12 +51,12 @@ def parse_moes(specs: Sequence[str], config: ModelConfig, steps: int) -> dict[st
 
 def _parse(spec: str, config: ModelConfig, steps: int) -> TableMoE:
     name, _, tail = spec.partition(":")
-    options = re.split(r",(?![^\[]*\])", tail) if tail else []
+    options = split_list(tail)
     if name == DENSE:
         if options:
             raise ConfigError.one("options", tail, "a dense network has none", f"Write {DENSE}.")
         return TableMoE(HashConfig(top_k=1), 1, config.top_k * config.expert_width)
-    known = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+    known = conf_choices("router")
     if name not in known:
         remedy = f"Choose from: {', '.join([DENSE, *known])}."
         raise ConfigError.one("router", name, "there is no such router", remedy)

@@ -16,7 +16,7 @@ from moe.errors import ConfigError, UserError
 from moe.routers.ssr import SSRConfig
 from recipes.studies.benchmarks.live_bytes import LiveBytes, peak_bytes
 from recipes.studies.benchmarks.moe_tax import StepShape
-from recipes.studies.benchmarks.router_candidates import SOLVERS, Shape, read_candidates, router_choices
+from recipes.studies.benchmarks.router_candidates import SOLVERS, Shape, read_candidates
 from recipes.studies.benchmarks.router_grid import Grid, Limits, render
 from recipes.studies.benchmarks.router_step import (
     Expected,
@@ -27,6 +27,7 @@ from recipes.studies.benchmarks.router_step import (
     render_steps,
     verdict,
 )
+from recipes.studies.option_lists import conf_choices
 from tools import bench_routers
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_what_autograd_keeps_counts_until_backward() -> None:
         assert live.now == 0
 
 
-@pytest.mark.parametrize("name", [*router_choices(), "ssr[probability=1]", *SOLVERS])
+@pytest.mark.parametrize("name", [*conf_choices("router"), "ssr[probability=1]", *SOLVERS])
 @pytest.mark.usefixtures("one_thread")
 def test_every_choice_runs(name: str) -> None:
     (candidate,) = read_candidates([name])
