@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=4096, metavar="T", help="of a rank (default: %(default)s)")
     add("--width", type=int, default=1024, metavar="D", help="model width (default: %(default)s)")
     add("--experts", type=int, default=8, metavar="E", help="of all ranks together (default: %(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts a token (default: %(default)s)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--skewed", action="store_true", help="expert e is chosen by a share of 1/e, not equally often")
     add(

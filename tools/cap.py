@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     work = parser.add_argument_group("what is run").add_argument
     work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="(default: %(default)s)")
     work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: %(default)s)")
-    work("--new", type=int, default=32, metavar="N", help="tokens written a sequence (default: %(default)s)")
+    work("--new", type=int, default=32, metavar="N", help="written per sequence (default: %(default)s)")
     work("--rounds", type=int, default=3, metavar="N", help="timed repetitions (default: %(default)s)")
     work("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
@@ -73,7 +73,7 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
     top = parser.add_argument_group("peaks").add_argument
     top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
-    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes a second")
+    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes per second")
     top("--peak-flops", type=float, metavar="GFLOP/S", help="your own, dense, of the dtype that is used")
     top(
         "--tier",

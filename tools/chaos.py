@@ -35,7 +35,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--sync-save", action="store_true", help="train.async_save=false")
     parser.add_argument(
-        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s a rank"
+        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s per rank"
     )
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
     parser.add_argument("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
@@ -68,7 +68,7 @@ def _table(found: dict[str, Any]) -> str:
     rows = {
         "job": f"{found['ranks']} ranks, {found['steps']} steps, a save every {found['save_every']}, "
         f"{'asynchronous' if found['async_save'] else 'synchronous'}"
-        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s a rank"),
+        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s per rank"),
         "kills": f"{found['kills']} of {found['asked_kills']} ({aims}; {found['kills_during_a_save']} in a "
         "save)",
         "recoveries": f"{found['recoveries']} ({found['kills_before_recovery']} kills came before one)",

@@ -115,7 +115,7 @@ def read_config(given: str, remedy: str) -> tuple[dict[str, Any], list[Mistake]]
     except OSError as error:
         rule = f"it cannot be read ({error.strerror})"
     except ValueError as error:
-        rule = f"it is no JSON ({error})"
+        rule = f"it is not JSON ({error})"
     else:
         if isinstance(content, dict):
             return content, []

@@ -82,7 +82,7 @@ def read_text(path: str, what: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError.one(what, path, f"cannot be read: {cause}", "Check the path.") from error
 
 

@@ -51,7 +51,7 @@ def _parse() -> argparse.Namespace:
         metavar="E",
         help="routed experts of a layer (default: the method's)",
     )
-    add("--top-k", type=int, default=None, metavar="K", help="experts a token (default: the router's)")
+    add("--top-k", type=int, default=None, metavar="K", help="experts per token (default: the router's)")
     add("--seed", type=int, default=0, help="of routers and of methods that draw (default 0)")
     add("--dtype", choices=_DTYPES, default="source", help="of the output (default source: as the input)")
     add(

@@ -256,7 +256,7 @@ def _ceilings(request: Request, system: System, log: Log) -> Ceilings:
 def _progress(name: str, point: Figures) -> str:
     if point["reason"] is not None:
         return f"{name}, batch {point['batch_size']}: {point['reason']}"
-    return f"{name}, batch {point['batch_size']}: {1e3 * point['tpot_s']['mean']:.1f} ms a token"
+    return f"{name}, batch {point['batch_size']}: {1e3 * point['tpot_s']['mean']:.1f} ms per token"
 
 
 def _overhead(request: Request, system: System, prompt_BS: Tensor, log: Log) -> Figures | None:

@@ -32,7 +32,7 @@ class Listing:
 
 _CAP = "cost table of Auto-CAP/MoE-CAP e9e0d88; makers' power limits"
 _DATE = "2026-08"
-# By the whole of torch.cuda.get_device_name(). Street prices move: give your own with --price-usd.
+# Keys match the whole of torch.cuda.get_device_name(). Street prices move: give your own with --price-usd.
 LISTINGS: dict[str, Listing] = {
     r"NVIDIA A100-SXM4-40GB": Listing(12_000, 400, _CAP, _DATE),
     r"NVIDIA A100-SXM4-80GB": Listing(19_000, 400, _CAP, _DATE),

@@ -72,7 +72,7 @@ def keeps_logits(model: Any) -> bool:
 
 @torch.no_grad()
 def roll_out(model: Any, prompt_BS: Tensor, new: int, sites: Sequence[Site] | None = None) -> Rollout:
-    """Reads a prompt and writes ``new`` tokens a sequence; ends of sequences do not stop it.
+    """Reads a prompt and writes ``new`` tokens per sequence; ends of sequences do not stop it.
 
     Args:
         model: A decoder of transformers.

@@ -48,7 +48,7 @@ def find_source(given: Path) -> Source | Mistake:
         return Mistake("FOLDER", str(given), "this run has no exported model yet", remedy)
     if given.name in (_DENSE, _CONTINUED) and _is_run(given.parent):
         return _stage(given)
-    rule = "there is no config.json in it, and it is no run"
+    rule = "there is no config.json in it, and it is not a run"
     return Mistake("FOLDER", str(given), rule, "Give the folder of a local checkpoint, or of a run.")
 
 

@@ -4,7 +4,7 @@ Hooks read the input of the experts: the top-k indices of transformers' classes,
 They see the experts that compute, after capacity, masks and groups. Every layer of a pass marks its
 experts in one buffer; the buffer is read once, at the end.
 
-Letters: P passes, L MoE layers, E experts, T tokens, K experts a token.
+Letters: P passes, L MoE layers, E experts, T tokens, K experts per token.
 """
 
 from __future__ import annotations

@@ -47,5 +47,5 @@ def _row(line: str, parse: Callable[[dict[str, Any]], RowT | str]) -> RowT | str
     try:
         value = json.loads(line)
     except ValueError as error:
-        return f"it is no JSON ({error})"
-    return parse(value) if isinstance(value, dict) else "it is no object, {...}"
+        return f"it is not JSON ({error})"
+    return parse(value) if isinstance(value, dict) else "it is not an object, {...}"

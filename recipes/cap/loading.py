@@ -21,7 +21,7 @@ from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
 from recipes.checkpoint.offline import open_checkpoint
 
-# What a model's tensors are called in a checkpoint of a run.
+# Prefix of the model's tensors in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

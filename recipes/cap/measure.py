@@ -35,7 +35,7 @@ class Workload:
     Attributes:
         batch_sizes: Sequences at once.
         prompt: Tokens of a prompt.
-        new: Tokens written a sequence.
+        new: Tokens written per sequence.
         rounds: Timed repetitions.
         trace: If True experts are watched.
     """
@@ -132,7 +132,7 @@ def _check_run(run: Rollout, sequences: int, length: int, system: System) -> Non
         rule = f"passes ran with batches of {sorted(reached)}"
         raise ModelError.one("--batch-sizes", sequences, rule, f"Look into {system.source.given}.")
     if run.cache_length not in (None, length):
-        rule = f"the cache holds {run.cache_length} tokens a sequence after {length}"
+        rule = f"the cache holds {run.cache_length} tokens per sequence after {length}"
         remedy = "Its cache is of a kind not known here."
         raise ModelError.one("FOLDER", str(system.source.given), rule, remedy)
 

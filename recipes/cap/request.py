@@ -136,7 +136,7 @@ def _check_server(request: Request) -> list[Mistake]:
         return []
     mistakes = []
     if not server.url.startswith(("http://", "https://")):
-        rule = "it is no address of http or https"
+        rule = "it is not an http or https address"
         mistakes.append(Mistake("--server", server.url, rule, "Give http://HOST:PORT."))
     if not server.model:
         rule = "a server needs the name that it gives the model"

@@ -109,7 +109,7 @@ def _take(reply: Reply, line: bytes, now: float) -> None:
     """Reads one line of the stream.
 
     Raises:
-        ValueError: It is no JSON, or an error that the server sends inside it.
+        ValueError: It is not JSON, or an error that the server sends inside it.
     """
     text = line.decode(errors="replace").strip()
     if not text.startswith("data:") or text == "data: [DONE]":

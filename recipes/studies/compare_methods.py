@@ -22,7 +22,7 @@ from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
 from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
 from recipes.upcycling.surgery import make_surgery
 
-# Of the columns after the method's name.
+# Widths of the columns after the method's name.
 _WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
 _ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
 

@@ -23,7 +23,7 @@ from moe.accounting.device_peaks import measure_peak_flops
 TABLE_DATE = "2026-11"
 _MIB = 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Where the system does not report the size of the last cache.
+# Assumed if the system does not report the size of the last cache.
 _USUAL_CACHE = 64 * _MIB
 _COLUMNS = 8192
 

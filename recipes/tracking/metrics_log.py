@@ -1,6 +1,6 @@
 """Figures of a run that know their reduction across ranks, and the file that keeps them.
 
-A log is JSON lines (``metrics.jsonl``, ``load.jsonl``): one object a line, in the order of training. Every
+A log is JSON lines (``metrics.jsonl``, ``load.jsonl``): one object per line, in the order of training. Every
 line is valid JSON, also when training diverges: a number that is not finite is written as ``null``, with its
 name beside it (``"loss": null, "loss_nonfinite": "nan"``); `read_rows` turns it back into the float. In a
 list it is ``null`` alone and reads back as NaN.

@@ -5,7 +5,7 @@ is dispatch and combine alone, and their backward; then the same with a shared e
 rows have arrived, or while they travel. Bytes are counted at the inputs of the collectives, without the part
 that a rank sends to itself.
 
-Letters: T tokens of a rank, D model width, E experts, K experts a token, P ranks; N rows.
+Letters: T tokens of a rank, D model width, E experts, K experts per token, P ranks; N rows.
 """
 
 from __future__ import annotations
@@ -343,8 +343,8 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
     )
     kib = 2**10
     lines = [
-        f"T={shape.tokens} tokens a rank, D={shape.width} {shape.dtype}, E={shape.experts}, K={shape.top_k}, "
-        f"{'skewed' if shape.skewed else 'uniform'} routing",
+        f"T={shape.tokens} tokens per rank, D={shape.width} {shape.dtype}, E={shape.experts}, "
+        f"K={shape.top_k}, {'skewed' if shape.skewed else 'uniform'} routing",
         "KiB that a rank sends to others in forward, mean over ranks: rows there and back, metadata besides;",
         "least: one row for each token and other rank with one of its experts, there and back;",
         "per slot and all-gather: rows that other schemes would send, counted from the same routing, not run",
@@ -365,7 +365,7 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
         )
     busy = max(one.ranks for one in found)
     lines.append(
-        f"One thread a rank, gloo, {cores} cores: "
+        f"One thread per rank, gloo, {cores} cores: "
         + (
             f"{busy} ranks share them, so times do not show how the exchange scales; bytes do."
             if busy >= cores

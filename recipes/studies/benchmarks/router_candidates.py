@@ -1,6 +1,6 @@
 """Forward and backward passes of routers in training, and of transport solvers, ready to be timed.
 
-Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence.
+Letters: T tokens, D model width, E experts, B sequences, S tokens per sequence.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def measure_steps(
     """Times the training steps of all routers interleaved, then the routers alone, in the same way.
 
     Args:
-        candidates: Routers; the first is what ratios are to. Solvers are no part of a model and are left out.
+        candidates: Routers; the first is the baseline. Solvers are not part of a model and are left out.
         shape: Decoder and batch.
         rounds: Timed rounds.
         device: Where.

@@ -1,8 +1,8 @@
 """Multi-gate MoE over table rows: embeddings, shared experts, a router and a tower for each task.
 
 Source: the model of COMET's recommendation runs (arXiv 2306.02824 and its released configs): embeddings of
-user and item concatenated, one set of experts, one gate and one head a task. Ours differs where Graft's layer
-does: an expert has two matrices and gives back the width that it takes. Further columns join the embeddings.
+user and item concatenated, one set of experts, one gate and one head per task. Ours differs where Graft's
+layer does: an expert has two matrices and keeps the width of its input. Further columns join the embeddings.
 
 Letters: T rows of a batch, D width of the concatenated columns, E experts, F expert width, C context width,
 J tasks.
@@ -36,7 +36,7 @@ class ModelConfig(Config):
     """Of the embeddings of segment and kind."""
     num_experts: int = 16
     top_k: int = 2
-    """Experts a row, for routers that have the option."""
+    """Experts per row, for routers that have the option."""
     expert_width: int = 32
     tower_width: int = 32
     dropout: float = 0.3

@@ -36,10 +36,10 @@ _HEAD = (
     *TASKS,
     "mean",
     f"minus {BASE}",
-    "experts a row",
+    "experts per row",
     "experts in use",
     "load CV",
-    "s a run",
+    "s per run",
 )
 
 

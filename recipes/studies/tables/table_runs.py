@@ -53,7 +53,7 @@ class Experiment:
             "fit": dataclasses.asdict(self.fit),
             "mixture": dataclasses.asdict(self.moes[spec]),
         }
-        # As it is read back, with tuples as lists.
+        # Same as read back, with tuples as lists.
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 

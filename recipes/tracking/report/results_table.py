@@ -21,7 +21,7 @@ class Result:
     Attributes:
         model: ``dense``, ``cpt`` or ``moe``.
         label: Its name in tables and figures.
-        val_loss: Validation loss, nats a token.
+        val_loss: Validation loss, nats per token.
         tokens: Trained after the dense checkpoint.
         total_params: Parameters.
         active_params: Parameters that work on a token.
