@@ -136,7 +136,7 @@ def multiple_choice(
 
 
 def _ids(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
-    """Ids of both, and where the continuation starts: at the first token that it changes.
+    """Returns the ids of both, and the start of the continuation: the first token that it changes.
 
     A token may span the border; it then belongs to the continuation. The first token has no context and is
     never scored.

@@ -29,7 +29,7 @@ Figures = Mapping[str, Any]
 
 
 def colours_of(theme: Theme) -> tuple[str, ...]:
-    """Colours of systems, in order; with more systems than colours they start over."""
+    """Returns the colours of systems in order; with more systems than colours they start over."""
     return (theme.moe, theme.cpt, *_MORE[theme.name], theme.dense)
 
 

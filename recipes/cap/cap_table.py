@@ -1,4 +1,4 @@
-"""A report as a table for the terminal and the page."""
+"""Report as tables for the terminal and the page."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Source:
 
 
 def find_source(given: Path) -> Source | Mistake:
-    """Looks a folder up.
+    """Resolves a folder.
 
     A folder with ``config.json`` is taken as it is. ``RUN`` is a run's exported MoE, ``RUN/dense`` the
     dense model it began with, ``RUN/cpt`` that model trained on the same tokens (``compare.cpt=true``).

@@ -1,4 +1,4 @@
-"""A folder as a system to measure: the model on its device, and what the accounting knows of it."""
+"""Loads a folder as a system to measure: the model on its device, with the facts of the accounting."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _bits(model: nn.Module, config: Mapping[str, Any]) -> tuple[BitWidths, str]:
-    """Bits as loaded: of quantised checkpoints by their config, else by the parameters."""
+    """Returns the bits as loaded: from the config of a quantised checkpoint, else from the parameters."""
     inner = config.get("text_config") or config.get("dense_config") or {}
     if config.get("quantization_config") or inner.get("quantization_config"):
         return bits_from_config(config)

@@ -52,7 +52,7 @@ PHASE_KEYS = (
 def phase_figures(
     known: Known, runs: Sequence[Passes], part: slice, batches: Sequence[Batch], machine: Machine
 ) -> dict[str, Any]:
-    """Figures of all prefill passes, or of all decode passes: ratios of sums.
+    """Computes the figures of all prefill passes, or of all decode passes, as ratios of sums.
 
     Args:
         known: Facts of the accounting.

@@ -156,7 +156,7 @@ def ask_together(server: Server, prompts: Sequence[Sequence[int]], new: int) -> 
 
 
 def together(replies: Sequence[Reply]) -> float:
-    """Requests that decoded at once, on average over the time in which any did."""
+    """Returns the mean number of requests that decoded at once, over the time in which any did."""
     spans = [(reply.arrived[0], reply.arrived[-1]) for reply in replies]
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
     return sum(end - begin for begin, end in spans) / whole if whole > 0 else float(len(spans))

@@ -134,7 +134,7 @@ def measure_bandwidth(
         "gemv": (rows * _COLUMNS * dtype.itemsize, lambda: torch.nn.functional.linear(vector, matrix)),
     }
     seconds = interleave(
-        {name: run for name, (_, run) in work.items()}, rounds, 1, lambda: _synchronise(device)
+        {name: run for name, (_, run) in work.items()}, rounds, 1, lambda: synchronise(device)
     )
     words = f"arrays of {size / _MIB:.0f} MiB"
     shown = dict.fromkeys(work, words) | {"gemv": f"{words}, {_short(dtype)}"}

@@ -279,27 +279,19 @@ def _writable(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the row as valid JSON, with a companion key for each number that is not finite."""
     clean: dict[str, Any] = {}
     for key, value in row.items():
-        plain = _plain(value)
-        if isinstance(plain, float) and not math.isfinite(plain):
-            clean[key] = None
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        clean[key] = _finite(plain)
+        if isinstance(plain, float) and clean[key] is None:
             clean[key + NONFINITE] = repr(plain)
-        else:
-            clean[key] = _without_nonfinite(plain)
     return clean
 
 
-def _plain(value: Any) -> Any:
-    """Converts tensors and numpy arrays to Python numbers and lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _without_nonfinite(value: Any) -> Any:
-    value = _plain(value)
+def _finite(value: Any) -> Any:
+    """Converts tensors and arrays to Python numbers and lists, and replaces NaN and infinities by None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
-    return value
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:

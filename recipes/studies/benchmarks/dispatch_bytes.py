@@ -1,4 +1,4 @@
-"""Weak scaling of the exchange of rows between ranks: bytes really sent, against the least there can be.
+"""Weak scaling of the exchange of rows between ranks: bytes sent, against the least possible.
 
 Every rank has equally many tokens and its slice of the experts, which leave rows as they are: what is timed
 is dispatch and combine alone, and their backward; then the same with a shared expert, which runs once the

@@ -1,4 +1,4 @@
-"""The engines against each other: the same job from the same start, as whole runs of ``train.py``."""
+"""Losses of the same job on all engines from the same start, as whole runs of ``train.py``."""
 
 from __future__ import annotations
 

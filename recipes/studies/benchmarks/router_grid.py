@@ -18,6 +18,7 @@ import torch
 from kernels.bench.timing import Timing, interleave, median_ratio, summarise
 from recipes.studies.benchmarks.live_bytes import peak_bytes
 from recipes.studies.benchmarks.router_candidates import Candidate, Pass, Shape
+from recipes.tracking.measure_peaks import synchronise
 
 # Most tokens of the first estimate of a router.
 _FIRST_LOOK = 1024
@@ -132,7 +133,7 @@ class Grid:
         once.run()
         started = time.perf_counter()
         dict(once.run())
-        self._synchronise()
+        synchronise(self.device)
         seconds = time.perf_counter() - started
         return _Look(tokens, seconds, peak_bytes(once.run, once.known, self.device))
 
@@ -147,7 +148,9 @@ class Grid:
         for number in range(max(rounds.values(), default=0)):
             left = {label: passes[label].run for label in passes if rounds[label] > number}
             warmup = 1 if number == 0 else 0
-            found = interleave(left, 1, warmup=warmup, synchronise=self._synchronise, seed=number)
+            found = interleave(
+                left, 1, warmup=warmup, synchronise=lambda: synchronise(self.device), seed=number
+            )
             for label, values in found.items():
                 seconds[label] += values
         return seconds
@@ -163,10 +166,6 @@ class Grid:
         ratio = median_ratio(values[:both], base[:both]) if base is not None else None
         notes = dict(once.run())
         return Cell(label, shape.tokens, shape.experts, None, timing, ratio, needed, notes)
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def memory_allowance(device: torch.device) -> float:

@@ -32,6 +32,7 @@ from recipes.studies.benchmarks.router_candidates import (
     make_router,
     router_pass,
 )
+from recipes.tracking.measure_peaks import synchronise
 
 #: Few large experts and many small ones. How many a token uses is the routers' own.
 STEP_SHAPES = (StepShape(8, 2, 512), StepShape(64, 2, 128))
@@ -150,12 +151,8 @@ def measure_steps(
     }
     routers = {r.label: r.config for r in candidates if r.config is not None and r.label not in refused}
 
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     def time(made: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        return interleave(made, rounds, synchronise=synchronise)
+        return interleave(made, rounds, synchronise=lambda: synchronise(device))
 
     steps = time({label: Decoder(config, shape, device).step for label, config in routers.items()})
     batch = batch_shape(shape)

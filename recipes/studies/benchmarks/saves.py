@@ -122,7 +122,7 @@ def measure_saves(
 
 
 def _round(training: _Training, steps: int, saver: Saver | None, number: int, into: SaveFigures) -> None:
-    """Steps with one save at their beginning; a save that outlasts the round is waited for, and counted."""
+    """Runs steps with one save at their start; a save that outlasts the round is awaited and counted."""
     began = time.perf_counter()
     stall = 0.0
     if saver is not None:
