@@ -178,6 +178,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until the device is idle; a CPU always is."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

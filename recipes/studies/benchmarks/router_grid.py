@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -147,10 +148,8 @@ class Grid:
         seconds: dict[str, list[float]] = {label: [] for label in passes}
         for number in range(max(rounds.values(), default=0)):
             left = {label: passes[label].run for label in passes if rounds[label] > number}
-            warmup = 1 if number == 0 else 0
-            found = interleave(
-                left, 1, warmup=warmup, synchronise=lambda: synchronise(self.device), seed=number
-            )
+            warmup, wait = 1 if number == 0 else 0, partial(synchronise, self.device)
+            found = interleave(left, 1, warmup=warmup, synchronise=wait, seed=number)
             for label, values in found.items():
                 seconds[label] += values
         return seconds
