@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError, Mistake
+from recipes.studies.chaos.chaos_settings import AIMS, ChaosSettings
 from tools.command import check_json_target, check_least, check_positive, run_command, tool_parser, write_json
-
-_AIMS = ("mixed", "anywhere", "saves", "start")
 
 
 def _parse() -> argparse.Namespace:
@@ -28,7 +27,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default 20)")
     parser.add_argument(
         "--aim",
-        choices=_AIMS,
+        choices=AIMS,
         default="mixed",
         help="anywhere: uniform over the steps; saves: while a checkpoint is written; start: while a restart "
         "starts up; mixed (default): half, a third and a sixth of them",
@@ -91,7 +90,6 @@ def main() -> int:
     """Runs the experiment and prints its table; returns 1 when a guarantee was broken."""
     arguments = _parse()
     _check(arguments)
-    from recipes.studies.chaos.chaos_settings import ChaosSettings
     from recipes.studies.chaos.experiment import passed, run_chaos
 
     settings = ChaosSettings(

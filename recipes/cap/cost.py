@@ -91,17 +91,8 @@ class Rates:
 
     def figures(self) -> dict[str, Any]:
         """Returns the figures for programs."""
-        return {
-            "price_usd": self.price_usd,
-            "price_source": self.price_source,
-            "power_watts": self.power_watts,
-            "power_source": self.power_source,
-            "usd_per_kwh": self.usd_per_kwh,
-            "kwh_source": self.kwh_source,
-            "pue": self.prices.pue,
-            "life_years": self.prices.life_years,
-            "busy": self.prices.busy,
-        }
+        assumed = {name: getattr(self.prices, name) for name in ("pue", "life_years", "busy")}
+        return {name: value for name, value in vars(self).items() if name != "prices"} | assumed
 
 
 def find_rates(device: str, prices: Prices, devices: int = 1) -> Rates:

@@ -153,16 +153,14 @@ def make_radar(
         for i, key in enumerate(keys)
     )
     corners = tuple(
-        (
-            name,
-            tuple(
-                Corner(value, None if value is None else end.place(value))
-                for value, end in zip(row, ends, strict=True)
-            ),
-        )
+        (name, tuple(_corner(value, end) for value, end in zip(row, ends, strict=True)))
         for name, row in values.items()
     )
     return Radar(keys, ends, corners, size, scale)
+
+
+def _corner(value: float | None, ends: Anchors) -> Corner:
+    return Corner(value, None if value is None else ends.place(value))
 
 
 def _common_size(systems: Sequence[Figures]) -> int | None:
