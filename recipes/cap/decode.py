@@ -43,7 +43,7 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._metadata: list[Any] = []
+        self._times: list[Any] = []
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
@@ -51,14 +51,14 @@ class _Clock:
         if self._device.type != "cuda":
             if self._device.type != "cpu":
                 torch.accelerator.synchronize(self._device)
-            self._metadata.append(time.perf_counter())
+            self._times.append(time.perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        self._metadata.append(event)
+        self._times.append(event)
 
     def seconds(self) -> tuple[float, ...]:
-        pairs = zip(self._metadata, self._metadata[1:], strict=False)
+        pairs = zip(self._times, self._times[1:], strict=False)
         if self._device.type != "cuda":
             return tuple(after - before for before, after in pairs)
         torch.cuda.synchronize(self._device)

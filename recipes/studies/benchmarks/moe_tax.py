@@ -68,14 +68,14 @@ class StepResult:
     """Measurements of one model.
 
     Attributes:
-        rival: ``dense``, ``graft``, or ``transformers <implementation>``.
+        model: ``dense``, ``graft``, or ``transformers <implementation>``.
         seconds: Seconds of a step.
         tax: Ratio to the dense model, round by round.
         logit_error: Largest difference from transformers' eager logits, relative to the largest; None
             for the dense model, which is another function.
     """
 
-    rival: str
+    model: str
     seconds: Timing
     tax: Timing
     logit_error: float | None

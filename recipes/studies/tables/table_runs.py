@@ -172,7 +172,7 @@ def check_kept(experiment: Experiment) -> None:
 
 
 def execute_missing(
-    runs: Sequence[Run], splits: dict[str, Rows], tell: Callable[[str], None], train: Train = train_run
+    runs: Sequence[Run], splits: dict[str, Rows], log: Callable[[str], None], train: Train = train_run
 ) -> int:
     """Executes the runs that are not done; a failed one stops no other.
 
@@ -187,10 +187,10 @@ def execute_missing(
         name = f"{number}/{len(runs)} {run.spec} seed {run.seed} lr {run.lr:g}"
         if error is not None:
             failed += 1
-            tell(f"{name}: FAILED, {error}; see {run.error_path}")
+            log(f"{name}: FAILED, {error}; see {run.error_path}")
             continue
         result = run.result()
         assert result is not None, run.path
         aucs = ", ".join(f"{value:.4f}" for value in result["validation_auc"])
-        tell(f"{name}: validation AUC {aucs} ({result['seconds']:.0f} s)")
+        log(f"{name}: validation AUC {aucs} ({result['seconds']:.0f} s)")
     return failed

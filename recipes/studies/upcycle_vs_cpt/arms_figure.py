@@ -216,10 +216,10 @@ def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: s
         return
     axes.set_xscale("log")
     _plain_ticks(axes)
-    metadata = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
+    legend = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
     first = _batches(found)[0]
     sizes = f"filled: batch {first}"
-    canvas.note(axes, f"At equal training FLOPs; {metadata}; {sizes}", theme)
+    canvas.note(axes, f"At equal training FLOPs; {legend}; {sizes}", theme)
 
 
 def _served(found: Found, length: int, name: str, figure: str, batch: int) -> tuple[float, float] | None:
