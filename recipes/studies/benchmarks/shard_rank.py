@@ -45,7 +45,7 @@ class RankTask:
         tiny: A small one, to begin with.
         out: Folder of the results.
         method: A name of `moe.upcycle`.
-        experts: Of each layer.
+        experts: Experts of each layer.
         engine: Fields of the engine's config, including its name.
         whole: True if every rank makes the whole MoE before it keeps its shard.
     """
