@@ -211,8 +211,8 @@ def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
 
 
 def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:
-    from recipes.cap.cap_table import aligned
     from recipes.cap.join_reports import RATIO_HEAD, differences, join_reports, ratio_rows, read_reports
+    from recipes.tracking.report.formats import aligned
 
     if mistakes:
         raise ConfigError(mistakes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
@@ -26,6 +25,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--name", default="routers", help="folder below outputs/compare (default routers)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
     parser.add_argument("--only-page", action="store_true", help="train nothing, draw what is there")
     arguments = parser.parse_intermixed_args()
     return arguments, arguments.options
@@ -60,27 +60,17 @@ def main() -> int:
         compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
     from recipes.studies.comparison.collect_runs import collect
     from recipes.studies.comparison.comparison_page import text_table, write_page
-    from recipes.studies.comparison.router_trials import plan_trials, start
+    from recipes.studies.comparison.router_trials import plan_trials
+    from recipes.studies.sweep import launcher, run_trials
 
     folder = Path("outputs").absolute() / "compare" / arguments.name
     trials = plan_trials(folder, routers, seeds)
-    for number, trial in enumerate(trials, start=1):
-        if arguments.only_page or trial.done:
-            continue
-        began = time.perf_counter()
-        code = start(trial, overrides, arguments.ranks)
-        outcome = "done" if code == 0 else f"FAILED with exit code {code}, see {trial.log}"
-        seconds = time.perf_counter() - began
-        print(
-            f"{number}/{len(trials)} {trial.router} seed {trial.seed}: {outcome} ({seconds:.0f} s)",
-            flush=True,
-        )
+    if not arguments.only_page:
+        launch = launcher(overrides, arguments.ranks)
+        run_trials(trials, launch, arguments.parallel, lambda line: print(line, flush=True))
     results = collect(trials)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = (
-        f"{len(routers)} routers, {seeds} seeds; {' '.join(overrides) or 'the defaults of the main job'}"
-    )
-    page = write_page(folder, results, description)
+    options_text = " ".join(overrides) or "the defaults of the main job"
+    page = write_page(folder, results, f"{len(routers)} routers, {seeds} seeds; {options_text}")
     print(f"\n{text_table(results)}\n\npage: {page}")
     return 0 if all(trial.done for trial in trials) else 1
 

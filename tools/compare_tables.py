@@ -86,8 +86,8 @@ def main() -> int:
     experiment = _experiment(arguments)
     import torch
 
-    from recipes.studies.tables.generate import TASKS, generate
-    from recipes.studies.tables.table_page import collect, plain, text_table, write_figures, write_picture
+    from recipes.studies.tables.generate import generate
+    from recipes.studies.tables.table_page import ceiling_line, collect, plain, text_table, write_page
     from recipes.studies.tables.table_runs import check_kept, execute_missing, seed_by_seed, tuning_runs
 
     torch.set_num_threads(arguments.threads)
@@ -98,13 +98,9 @@ def main() -> int:
         for runs in (tuning_runs, seed_by_seed):
             execute_missing(runs(experiment), splits, lambda line: print(line, flush=True))
     results = collect(experiment)
-    shown = ", ".join(f"{task} {ceiling:.4f}" for task, ceiling in zip(TASKS, ceilings, strict=True))
-    print(f"\n{text_table(results)}\n\ntest AUC of the true probabilities (the ceiling): {shown}")
+    print(f"\n{text_table(results)}\n\n{ceiling_line(ceilings)}")
     figures = plain(results, ceilings, experiment)
-    print(write_figures(experiment.folder, figures))
-    picture = write_picture(experiment.folder, results, ceilings)
-    if picture is not None:
-        print(picture)
+    print(f"page: {write_page(experiment.folder, results, ceilings, figures)}")
     write_json(arguments.json, figures)
     return 0 if not any(result.missing for result in results) else 1
 

@@ -21,11 +21,13 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's directory")
     add("--out", required=True, metavar="DIR", help="where the model goes; must not exist")
+    stages = ("moe", "cpt")
     add(
+        "--stage",
         "--leg",
-        choices=("moe", "cpt"),
+        choices=stages,
         default="moe",
-        help="the mixture, or the dense model trained beside it",
+        help="the MoE, or the dense model trained beside it",
     )
     add("--step", type=int, default=None, help="of the checkpoint (default: the newest complete one)")
     add(

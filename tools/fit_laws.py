@@ -61,13 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     from moe.scaling_laws.columns import parse_runs
     from moe.scaling_laws.fit import FitOptions, fit_law
     from moe.scaling_laws.record import fit_record
+    from recipes.tracking.report.canvas import write_png
 
     runs = parse_runs(read_text(args.runs, "RUNS.csv"), args.runs)
     options = FitOptions(args.delta, args.starts, bootstrap=args.bootstrap, level=args.level, seed=args.seed)
     fit = fit_law(known[args.law], runs, options)
     log(summary(fit, runs, options))
     if args.figure:
-        _write_png(args.figure, _figure(fit, runs))
+        write_png(_figure(fit, runs), Path(args.figure))
         log(f"figure: {args.figure}")
     write_json(args.json, fit_record(fit, args.runs))
     return 0
@@ -185,36 +186,6 @@ def _figure(fit: Fit, runs: Runs) -> Any:
     style(right, LIGHT, "measured loss", "predicted over measured, %")
     note(right, f"RMSE {100 * fit.rmse:.2g} %; a slope here means the law is the wrong one", LIGHT)
     return figure
-
-
-def _write_png(path: str, figure: Any) -> None:
-    from recipes.tracking.report.canvas import png
-
-    write_bytes(path, png(figure))
-
-
-def write_bytes(path: str, data: bytes) -> None:
-    """Replaces a file in one step.
-
-    Raises:
-        DiskError: It cannot be written.
-    """
-    from moe.errors import DiskError
-    from recipes.runtime.atomic import disk_mistake, fsync_folder, write_synced
-
-    target = Path(path)
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_synced(temporary, data)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(target.parent)
-    except OSError as error:
-        raise DiskError([disk_mistake(target, error)]) from error
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import math
 import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.command import STDOUT, check_json_target, run_command, write_json
-from tools.fit_laws import check_figure_target, read_text, write_bytes
+from tools.fit_laws import check_figure_target, read_text
 
 if TYPE_CHECKING:
     from moe.scaling_laws.planner import BreakEven, Plan
@@ -73,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
     log(summary(found))
     if args.figure:
-        from recipes.tracking.report.canvas import png
+        from recipes.tracking.report.canvas import write_png
 
-        write_bytes(args.figure, png(_figure(question, curves, found)))
+        write_png(_figure(question, curves, found), Path(args.figure))
         log(f"\nfigure: {args.figure}")
     write_json(args.json, {"question": asdict(question), **_finite(asdict(found))})
     return 0

@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = build_parser().parse_intermixed_args(argv)
     lengths, seeds, overrides = split_options(arguments.options)
+    from recipes.studies.sweep import launcher, run_trials
     from recipes.studies.upcycle_vs_cpt.arms_page import text_tables, write_page
     from recipes.studies.upcycle_vs_cpt.arms_trials import keep_options, options_of, plan_trials
     from recipes.studies.upcycle_vs_cpt.collect_arms import collect
-    from recipes.studies.upcycle_vs_cpt.run_trials import launcher, run_trials
 
     folder = Path("outputs").absolute() / "upcycle_vs_cpt" / arguments.name
     trials = plan_trials(folder, lengths, seeds)

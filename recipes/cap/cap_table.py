@@ -139,29 +139,15 @@ def efficiency_rows(report: Figures) -> list[list[str]]:
 ACCURACY_HEAD = ("system", "perplexity", "bits/byte", "choices right", "chance", "answers right")
 
 
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for the terminal: the first to the left, the others to the right."""
-    lines = [list(head), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    shown = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
-
-
 def text_of(report: Figures) -> str:
     """Everything that the terminal shows."""
-    parts = [*peak_lines(report), "", aligned(HEAD, table_rows(report))]
+    parts = [*peak_lines(report), "", formats.aligned(HEAD, table_rows(report))]
     accuracy = accuracy_rows(report)
     if accuracy:
-        parts += ["", aligned(ACCURACY_HEAD, accuracy)]
+        parts += ["", formats.aligned(ACCURACY_HEAD, accuracy)]
     harness = harness_rows(report)
     if harness:
-        parts += ["", aligned(HARNESS_HEAD, harness)]
+        parts += ["", formats.aligned(HARNESS_HEAD, harness)]
     remarks = remarks_of(report)
     if remarks:
         parts += ["", *remarks]

@@ -138,8 +138,11 @@ class Engine(ABC, Generic[ConfigT]):
         self.config = config
 
     @classmethod
-    def check(cls, config: ConfigT) -> str | None:
-        """Returns why this machine cannot run the engine, as "field=value: rule. Remedy.", or None."""
+    def check(cls, config: ConfigT) -> Mistake | None:
+        """Returns the mistake that keeps this machine from running the engine; None if it can.
+
+        The path is relative to the engine's config.
+        """
         return None
 
     @classmethod

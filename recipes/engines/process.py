@@ -14,15 +14,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moe.errors import Mistake
+from moe.errors import Mistake, Rule, require
 from moe.routers import RouterConfig
 from recipes.engines.base import Engine, EngineConfig
-from recipes.engines.native.expert_parallel import moe_mistakes, rank_unsupported_reason
+from recipes.engines.native.expert_parallel import moe_mistakes
 from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.rendezvous import join
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,22 @@ class ProcessConfig(EngineConfig):
     """Ranks over which the experts of a layer are sharded; tokens travel to them. 1: every rank holds all."""
 
     def __post_init__(self) -> None:
-        require(*self.rules())
+        require(self, *self.rules())
 
-    def rules(self) -> list[tuple[bool, str]]:
-        """Returns the rules of the options, each with the message for a value that breaks it."""
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the fields."""
         return [
             (
                 self.threads == "auto" or self.threads >= 1,
-                f"threads={self.threads} must be at least 1. Or leave it at auto.",
+                "threads",
+                "must be at least 1",
+                "Or leave it at auto.",
             ),
             (
                 self.expert_parallel >= 1,
-                f"expert_parallel={self.expert_parallel} must be at least 1. Give 1 for experts on every "
-                "rank.",
+                "expert_parallel",
+                "must be at least 1",
+                "Give 1 for experts on every rank.",
             ),
         ]
 
@@ -71,22 +73,21 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
     """Engine with one process a device, whose ranks see different data by default."""
 
     @classmethod
-    def check(cls, config: ProcessConfigT) -> str | None:
+    def check(cls, config: ProcessConfigT) -> Mistake | None:
         """Requires the GPUs that are asked for, and ranks that divide as configured."""
         if config.device == "cuda" and not torch.cuda.is_available():
-            return "device='cuda': torch sees no GPU. Set engine.device=cpu, or install a CUDA build of torch"
+            remedy = "Set engine.device=cpu, or install a CUDA build of torch."
+            return Mistake("device", config.device, "torch sees no GPU", remedy)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if config.device_type() == "cuda" and local > torch.cuda.device_count():
-            return (
-                f"device={config.device!r}: {local} ranks on this machine and {torch.cuda.device_count()} "
-                "GPUs. Start one rank for each GPU (--nproc-per-node)"
-            )
-        return cls.dims_unsupported_reason(config, int(os.environ.get("WORLD_SIZE", "1")))
+            rule = f"{local} ranks on this machine and {torch.cuda.device_count()} GPUs"
+            return Mistake("device", config.device, rule, "Start one rank for each GPU (--nproc-per-node).")
+        return cls.check_dims(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     @classmethod
-    def dims_unsupported_reason(cls, config: ProcessConfigT, world_size: int) -> str | None:
-        """Returns why so many ranks do not divide as configured, as "field=value: rule. Remedy.", or None."""
-        return rank_unsupported_reason(config.expert_parallel, world_size)
+    def check_dims(cls, config: ProcessConfigT, world_size: int) -> Mistake | None:
+        """Returns the dimension that the ranks do not divide by; None if they divide by all."""
+        return ParallelDims(world_size, expert_parallel=config.expert_parallel).check()
 
     @classmethod
     def check_moe(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:

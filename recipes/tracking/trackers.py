@@ -23,9 +23,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from moe.errors import DiskError, Mistake
+from moe.errors import DiskError, Mistake, require
 from moe.types import Config
-from recipes.runtime.rules import require
 from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 from recipes.tracking.report.colours import load_image
@@ -68,9 +67,10 @@ class TrackerConfig(Config):
 
     def __post_init__(self) -> None:
         require(
-            (bool(self.project), "project is empty; name a wandb project"),
-            (self.media_every >= 1, f"media_every={self.media_every} must be at least 1 step"),
-            (self.timeout_s > 0, f"timeout_s={self.timeout_s} must be more than 0 seconds"),
+            self,
+            (bool(self.project), "project", "is empty", "Name a wandb project."),
+            (self.media_every >= 1, "media_every", "must be at least 1 step", "Raise it."),
+            (self.timeout_s > 0, "timeout_s", "must be more than 0 seconds", "Raise it."),
         )
 
 

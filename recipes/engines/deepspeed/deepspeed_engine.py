@@ -62,12 +62,11 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
     )
 
     @classmethod
-    def check(cls, config: DeepSpeedConfig) -> str | None:
+    def check(cls, config: DeepSpeedConfig) -> Mistake | None:
         """Requires DeepSpeed, and ranks that divide as configured."""
         if importlib.util.find_spec("deepspeed") is None:
-            return (
-                "name='deepspeed': the package deepspeed is not installed. Install it, or set engine=native"
-            )
+            rule = "the package deepspeed is not installed"
+            return Mistake("name", config.name, rule, "Install it, or set engine=native.")
         return super().check(config)
 
     @classmethod

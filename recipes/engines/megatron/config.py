@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from moe.errors import Rule
 from recipes.engines.megatron.dispatchers import Dispatcher, dispatchers
 from recipes.engines.megatron.expert_kinds import ExpertKind, expert_kinds
 from recipes.engines.process import ProcessConfig
@@ -33,31 +34,31 @@ class MegatronConfig(ProcessConfig):
     distributed_optimizer: bool = True
     """Whether the optimizer state is sharded over the data-parallel ranks."""
 
-    def rules(self) -> list[tuple[bool, str]]:
-        """Returns the rules of the options, each with the message for a value that breaks it."""
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the fields."""
         return [
             *super().rules(),
             (
                 self.tensor_parallel >= 1,
-                f"tensor_parallel={self.tensor_parallel} must be at least 1. Give 1 for whole matrices.",
+                "tensor_parallel",
+                "must be at least 1",
+                "Give 1 for whole matrices.",
             ),
             (
                 self.tensor_parallel == 1 or self.sequence_parallel,
-                "sequence_parallel=False must be true with tensor_parallel above 1: Megatron's MoE layers "
-                "do not train without. Set it to true.",
+                "sequence_parallel",
+                "must be true with tensor_parallel above 1: Megatron's MoE layers do not train without",
+                "Set it to true.",
             ),
-            (
-                self.pipeline_parallel >= 1,
-                f"pipeline_parallel={self.pipeline_parallel} must be at least 1. Give 1 for one stage.",
-            ),
+            (self.pipeline_parallel >= 1, "pipeline_parallel", "must be at least 1", "Give 1 for one stage."),
             _known("experts", self.experts, expert_kinds()),
             _known("dispatcher", self.dispatcher, dispatchers()),
         ]
 
 
-def _known(field: str, value: str, names: Iterable[str]) -> tuple[bool, str]:
-    """Returns the rule that a value must be one of some names."""
-    return value in names, f"{field}={value!r} is none. Choose {', '.join(names)}."
+def _known(field: str, value: str, names: Iterable[str]) -> Rule:
+    """Returns the rule that a value is one of some names."""
+    return value in names, field, "there is none of this name", f"Choose {', '.join(names)}."
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Kinds of experts in Megatron's layers.
 
-Nothing here imports megatron-core, or an optional package, before `ExpertKind.slot` or `ExpertKind.mistakes` is
-called.
+Nothing here imports megatron-core, or an optional package, before `ExpertKind.slot` or `ExpertKind.mistakes`
+is called.
 """
 
 from __future__ import annotations

@@ -60,23 +60,21 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         return self.rank % in_stage // self.config.tensor_parallel
 
     @classmethod
-    def dims_unsupported_reason(cls, config: MegatronConfig, world_size: int) -> str | None:
+    def check_dims(cls, config: MegatronConfig, world_size: int) -> Mistake | None:
         """Requires ranks that divide into stages, and stages that divide into groups of the other kinds."""
         stages = config.pipeline_parallel
         if world_size % stages:
-            return (
-                f"pipeline_parallel={stages}: {world_size} ranks do not divide into stages. "
-                f"Set a divisor of {world_size}, or start a multiple of {stages} ranks"
-            )
+            rule = f"{world_size} ranks do not divide into stages"
+            remedy = f"Set a divisor of {world_size}, or start a multiple of {stages} ranks."
+            return Mistake("pipeline_parallel", stages, rule, remedy)
         ranks = world_size // stages
         those = f"{ranks} ranks" if stages == 1 else f"the {ranks} ranks of each of {stages} stages"
         for name in ("tensor_parallel", "expert_parallel"):
             value = getattr(config, name)
             if ranks % value:
-                return (
-                    f"{name}={value}: {those} do not divide into groups of so many. "
-                    f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks"
-                )
+                rule = f"{those} do not divide into groups of so many"
+                remedy = f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks."
+                return Mistake(name, value, rule, remedy)
         return None
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.errors import Rule
 from recipes.engines.process import ProcessConfig
 
 
@@ -24,23 +25,23 @@ class NativeConfig(ProcessConfig):
     compile: bool = False
     """Compile each block with torch.compile; the MoE layers stay outside of the compiled graphs."""
 
-    def rules(self) -> list[tuple[bool, str]]:
-        """Returns the rules of the options, each with the message for a value that breaks it."""
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the fields."""
         cuts = {name: getattr(self, name) for name in ("replicas", "expert_parallel", "tensor_parallel")}
         return [
             *super().rules(),
-            (
-                self.replicas >= 1,
-                f"replicas={self.replicas} must be at least 1. Give 1 for one group of ranks.",
-            ),
+            (self.replicas >= 1, "replicas", "must be at least 1", "Give 1 for one group of ranks."),
             (
                 self.tensor_parallel >= 1,
-                f"tensor_parallel={self.tensor_parallel} must be at least 1. Give 1 for whole attention.",
+                "tensor_parallel",
+                "must be at least 1",
+                "Give 1 for whole attention.",
             ),
             *(
                 (
                     value <= 1 or self.strategy != "ddp",
-                    f"{name}={value} must be 1 under strategy=ddp, which keeps all weights on every rank. "
+                    name,
+                    "must be 1 under strategy=ddp, which keeps all weights on every rank",
                     "Set engine.strategy=fsdp.",
                 )
                 for name, value in cuts.items()
@@ -48,7 +49,8 @@ class NativeConfig(ProcessConfig):
             *(
                 (
                     value <= 1 or not self.compile,
-                    f"{name}={value} must be 1 with compile: the two together are not proven. "
+                    name,
+                    "must be 1 with compile: the two together are not proven",
                     "Set engine.compile=false.",
                 )
                 for name, value in cuts.items()

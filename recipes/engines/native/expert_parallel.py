@@ -37,16 +37,6 @@ class ExpertMeshes:
     ep: DeviceMesh
 
 
-def rank_unsupported_reason(expert_parallel: int, world_size: int) -> str | None:
-    """Returns why the ranks do not divide into expert-parallel groups, or None if they do."""
-    if world_size % expert_parallel == 0:
-        return None
-    return (
-        f"expert_parallel={expert_parallel}: {world_size} ranks do not divide into groups of so many. "
-        f"Set a divisor of {world_size}, or start a multiple of {expert_parallel} ranks"
-    )
-
-
 def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
     """Returns the reasons why the experts of an MoE cannot be sharded over so many ranks."""
     if expert_parallel == 1:

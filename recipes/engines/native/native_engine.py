@@ -65,9 +65,9 @@ class NativeEngine(ProcessEngine[NativeConfig]):
         return config.tensor_parallel
 
     @classmethod
-    def dims_unsupported_reason(cls, config: NativeConfig, world_size: int) -> str | None:
-        """See `ProcessEngine.dims_unsupported_reason`."""
-        return _dims(config, world_size).unsupported_reason()
+    def check_dims(cls, config: NativeConfig, world_size: int) -> Mistake | None:
+        """See `ProcessEngine.check_dims`."""
+        return _dims(config, world_size).check()
 
     @classmethod
     def check_run(cls, config: NativeConfig, run: RunOptions) -> list[Mistake]:

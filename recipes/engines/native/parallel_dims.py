@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moe.errors import Mistake
 from recipes.engines.native.expert_parallel import ExpertMeshes
 from recipes.engines.native.tensor_parallel import AttentionMeshes
 
@@ -37,22 +38,20 @@ class ParallelDims:
         """Number of ranks that together hold one model."""
         return self.world_size // self.replicas
 
-    def unsupported_reason(self) -> str | None:
-        """Returns why the ranks do not divide like this, as "field=value: rule. Remedy.", or None."""
+    def check(self) -> Mistake | None:
+        """Returns the dimension that the ranks do not divide by; None when they divide by all."""
         ranks, copies = self.world_size, self.replicas
         if ranks % copies:
-            return (
-                f"replicas={copies}: {ranks} ranks do not divide into so many groups. "
-                f"Set a divisor of {ranks}, or start a multiple of {copies} ranks"
-            )
+            rule = f"{ranks} ranks do not divide into so many groups"
+            remedy = f"Set a divisor of {ranks}, or start a multiple of {copies} ranks."
+            return Mistake("replicas", copies, rule, remedy)
         whose = f"{ranks} ranks" if copies == 1 else f"the {self.group} ranks of each of {copies} replicas"
         for name in ("expert_parallel", "tensor_parallel"):
             value = getattr(self, name)
             if self.group % value:
-                return (
-                    f"{name}={value}: {whose} do not divide into groups of so many. "
-                    f"Set a divisor of {self.group}, or start a multiple of {copies * value} ranks"
-                )
+                rule = f"{whose} do not divide into groups of so many"
+                remedy = f"Set a divisor of {self.group}, or start a multiple of {copies * value} ranks."
+                return Mistake(name, value, rule, remedy)
         return None
 
     def weight_mesh(self, device_type: str) -> DeviceMesh:

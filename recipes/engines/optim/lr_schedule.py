@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,25 @@ class ScheduleConfig(Config):
 
     def __post_init__(self) -> None:
         require(
+            self,
             (
                 self.kind in ("cosine", "constant", "wsd"),
-                f"kind={self.kind!r} is no schedule. Choose cosine, constant or wsd.",
+                "kind",
+                "is no schedule",
+                "Choose cosine, constant or wsd.",
             ),
-            (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more. Give 0 for none."),
+            (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more", "Give 0 for none."),
             (
                 0 < self.decay_fraction <= 1,
-                f"decay_fraction={self.decay_fraction} must be in (0, 1]. Give constant for no decay.",
+                "decay_fraction",
+                "must be in (0, 1]",
+                "Give constant for no decay.",
             ),
             (
                 0 <= self.min_lr_ratio <= 1,
-                f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]. It is a share of lr, not a rate.",
+                "min_lr_ratio",
+                "must be in [0, 1]",
+                "It is a share of lr, not a rate.",
             ),
         )
 
@@ -58,11 +65,13 @@ class ScheduleConfig(Config):
         decay = self.decay_steps(total_steps) if self.kind == "wsd" else 0
         also = f" and the decay takes {decay}" if decay else ""
         require(
+            self,
             (
                 self.warmup_steps + decay < max(total_steps, 1) or self.warmup_steps == 0,
-                f"warmup_steps={self.warmup_steps} does not fit: the run has {total_steps} steps{also}. "
+                "warmup_steps",
+                f"does not fit: the run has {total_steps} steps{also}",
                 "Lower warmup_steps, or train longer.",
-            )
+            ),
         )
 
 

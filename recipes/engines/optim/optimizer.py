@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe.errors import require
 from moe.types import Config
 from recipes.engines.optim.clipping import clip_grad_norm
 from recipes.engines.optim.lr_schedule import ScheduleConfig, lr_factor
 from recipes.engines.optim.muon import Adjustment, StackedMuon
 from recipes.engines.optim.parameter_groups import GROUPS, fused_rows, group_parameters
-from recipes.runtime.rules import require
 
 __all__ = [
     "MuonConfig",
@@ -55,12 +55,15 @@ class MuonConfig(Config):
 
     def __post_init__(self) -> None:
         require(
-            (self.lr_scale >= 0, f"lr_scale={self.lr_scale} must be 0 or more. Give 1 for the common lr."),
-            (0 <= self.momentum < 1, f"momentum={self.momentum} must be in [0, 1). 0.95 is usual."),
-            (1 <= self.ns_steps < 100, f"ns_steps={self.ns_steps} must be in [1, 99]. 5 is usual."),
+            self,
+            (self.lr_scale >= 0, "lr_scale", "must be 0 or more", "Give 1 for the common lr."),
+            (0 <= self.momentum < 1, "momentum", "must be in [0, 1)", "0.95 is usual."),
+            (1 <= self.ns_steps < 100, "ns_steps", "must be in [1, 99]", "5 is usual."),
             (
                 self.adjustment in ("match_rms_adamw", "original"),
-                f"adjustment={self.adjustment!r} is unknown. Choose match_rms_adamw or original.",
+                "adjustment",
+                "is unknown",
+                "Choose match_rms_adamw or original.",
             ),
         )
 
@@ -83,12 +86,10 @@ class FrozenConfig(Config):
     def __post_init__(self) -> None:
         unknown = [group for group in self.groups if group not in GROUPS]
         require(
-            (self.steps >= 0, f"steps={self.steps} must be at least 0. Give 0 for no frozen stage."),
-            (
-                not unknown,
-                f"groups={list(self.groups)}: {unknown} are unknown. Choose of {', '.join(GROUPS)}.",
-            ),
-            (set(self.groups) != set(GROUPS), "groups: nothing is left to train. Leave one out."),
+            self,
+            (self.steps >= 0, "steps", "must be at least 0", "Give 0 for no frozen stage."),
+            (not unknown, "groups", f"{unknown} are unknown", f"Choose of {', '.join(GROUPS)}."),
+            (set(self.groups) != set(GROUPS), "groups", "nothing is left to train", "Leave one out."),
         )
 
 
@@ -130,21 +131,21 @@ class OptimConfig(Config):
         scales = {"router_lr_scale": self.router_lr_scale, "expert_lr_scale": self.expert_lr_scale}
         betas_hold = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(
-            (self.name in ("adamw", "muon"), f"name={self.name!r} is no optimizer. Choose adamw or muon."),
-            (self.lr >= 0, f"lr={self.lr} must be 0 or more. 3e-4 is a usual start."),
+            self,
+            (self.name in ("adamw", "muon"), "name", "is no optimizer", "Choose adamw or muon."),
+            (self.lr >= 0, "lr", "must be 0 or more", "3e-4 is a usual start."),
             *(
-                (value >= 0, f"{key}={value} must be 0 or more. Give 1 for the common lr.")
+                (value >= 0, key, "must be 0 or more", "Give 1 for the common lr.")
                 for key, value in scales.items()
             ),
-            (
-                self.weight_decay >= 0,
-                f"weight_decay={self.weight_decay} must be 0 or more. Give 0 for none.",
-            ),
-            (betas_hold, f"betas={self.betas} must be two numbers in [0, 1). (0.9, 0.95) is usual."),
-            (self.eps > 0, f"eps={self.eps} must be above 0. 1e-8 is usual."),
+            (self.weight_decay >= 0, "weight_decay", "must be 0 or more", "Give 0 for none."),
+            (betas_hold, "betas", "must be two numbers in [0, 1)", "(0.9, 0.95) is usual."),
+            (self.eps > 0, "eps", "must be above 0", "1e-8 is usual."),
             (
                 self.clip_norm is None or self.clip_norm > 0,
-                f"clip_norm={self.clip_norm} must be above 0. Give null to not clip.",
+                "clip_norm",
+                "must be above 0",
+                "Give null to not clip.",
             ),
         )
 

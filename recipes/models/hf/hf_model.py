@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.attention.routed_attention import AttentionMoE, attention_layers
 from moe.dispatch import Dispatcher
-from moe.errors import ConfigError, ModelError
+from moe.errors import ConfigError, FieldError, ModelError
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
@@ -224,9 +224,8 @@ def chosen_sites(model: HFModel, method: UpcycleMethod[Any]) -> list[FFNSite]:
     sites = find_ffns(model.module, model.config)
     try:
         return [sites[i] for i in method.config.layer_choice.pick(len(sites))]
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        raise ConfigError.one("upcycle.layers", method.config.layers, rule, remedy) from error
+    except FieldError as error:
+        raise error.under("upcycle") from error
 
 
 def swap(

@@ -90,7 +90,8 @@ class Rival:
         """Why it cannot be had with E experts, in the router's own words."""
         if self.config is None:
             return None
-        return router_class(self.config.name).check(self.config, num_experts)
+        found = router_class(self.config.name).check(self.config, num_experts)
+        return None if found is None else f"{found.rule}. {found.remedy}"
 
 
 def router_choices() -> list[str]:

@@ -28,8 +28,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 from recipes.studies.tables.auc import roc_auc
 
 TASKS = ("watched", "liked")
@@ -64,15 +64,15 @@ class TableConfig(Config):
         sizes = ("num_users", "num_items", "num_groups", "num_kinds", "num_regimes")
         sizes += ("latent_width", "context_width")
         require(
-            *(
-                (getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1. Raise it.")
-                for n in sizes
-            ),
-            (self.num_rows >= 1000, f"num_rows={self.num_rows} must be at least 1000. Raise it."),
-            (self.seed >= 0, f"seed={self.seed} must be 0 or more. Raise it."),
+            self,
+            *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in sizes),
+            (self.num_rows >= 1000, "num_rows", "must be at least 1000", "Raise it."),
+            (self.seed >= 0, "seed", "must be 0 or more", "Raise it."),
             (
                 -1 <= self.task_correlation <= 1,
-                f"task_correlation={self.task_correlation} must be in [-1, 1]. 0.6 is the default.",
+                "task_correlation",
+                "must be in [-1, 1]",
+                "0.6 is the default.",
             ),
         )
 

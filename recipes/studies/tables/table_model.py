@@ -17,12 +17,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
+from moe.errors import require
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import RouterConfig, router_class
 from moe.types import Config, LayerContext, RouterContext
-from recipes.runtime.rules import require
 from recipes.studies.tables.generate import TASKS, Rows, TableConfig
 
 
@@ -45,11 +45,9 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         sizes = ("id_width", "code_width", "num_experts", "top_k", "expert_width", "tower_width")
         require(
-            *(
-                (getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1. Raise it.")
-                for n in sizes
-            ),
-            (0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1). 0 is none."),
+            self,
+            *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in sizes),
+            (0 <= self.dropout < 1, "dropout", "must be in [0, 1)", "0 is none."),
         )
 
 

@@ -67,8 +67,7 @@ def _parse(spec: str, config: ModelConfig, steps: int) -> Mixture:
     router = parse_config(values).router
     wrong = router_class(router.name).check(router, config.num_experts)
     if wrong:
-        rule, _, remedy = wrong.partition(". ")
-        raise ConfigError.one("router", name, rule, f"{remedy.rstrip('.') or 'Choose another router'}.")
+        raise ConfigError([dataclasses.replace(wrong, path="router", value=name)])
     return Mixture(router, config.num_experts, config.expert_width)
 
 

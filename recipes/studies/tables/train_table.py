@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.errors import require
 from moe.metrics import LayerStats, report_load
 from moe.types import Config, Routing
-from recipes.runtime.rules import require
 from recipes.studies.tables.auc import roc_auc
 from recipes.studies.tables.generate import TASKS, Rows, TableConfig
 from recipes.studies.tables.table_model import Mixture, ModelConfig, TableModel
@@ -35,9 +35,7 @@ class FitConfig(Config):
 
     def __post_init__(self) -> None:
         names = ("epochs", "patience", "batch_size")
-        require(
-            *((getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1. Raise it.") for n in names)
-        )
+        require(self, *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in names))
 
     def max_steps(self, rows: int) -> int:
         """Optimizer steps of a run that is not stopped early."""

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from moe.errors import ConfigError, DataError
-from recipes.studies.comparison.collect_runs import spread
+from recipes.studies.study_page import spread
 from recipes.studies.tables.generate import Rows, TableConfig, generate
 from recipes.studies.tables.table_model import ModelConfig
-from recipes.studies.tables.table_page import collect, text_table, write_picture
+from recipes.studies.tables.table_page import collect, text_table, write_page
 from recipes.studies.tables.table_routers import parse_mixtures
 from recipes.studies.tables.table_runs import (
     Experiment,
@@ -154,7 +154,8 @@ def test_a_failed_run_takes_no_other_down(splits: dict[str, Rows], tmp_path: Pat
     assert [results[spec].seeds for spec in ("topk", "hash", "comet")] == [1, 0, 1]
     assert collect(tiny)[-1].spec == "hash"
     assert "0 (1 not done)" in text_table(collect(tiny))
-    assert write_picture(tmp_path, collect(tiny), splits["test"].ceilings()) is not None
+    page = write_page(tmp_path, collect(tiny), splits["test"].ceilings(), {})
+    assert "data:image/png" in page.read_text() and (tmp_path / "tables.png").is_file()
     # The next time only the failed one runs, and its traceback goes.
     assert execute_missing(tuning_runs(tiny), splits, said.append) == 0
     assert len(said) == 4
@@ -173,7 +174,8 @@ def test_files_of_other_settings_are_refused(splits: dict[str, Rows], tmp_path: 
 
 def test_a_picture_of_nothing(tmp_path: Path) -> None:
     tiny = experiment(tmp_path, ["topk"])
-    assert write_picture(tmp_path, collect(tiny), (0.9, 0.9)) is None
+    write_page(tmp_path, collect(tiny), (0.9, 0.9), {})
+    assert not (tmp_path / "tables.png").exists()
     assert "topk" in text_table(collect(tiny))
 
 

@@ -16,7 +16,7 @@ from recipes.studies.benchmarks.shard_memory import (
     write_dense,
 )
 from recipes.studies.benchmarks.shard_rank import PeakMeter
-from tools.bench_online import _line
+from tools.bench_sharded import _line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by Linux alone")
 _MIB = 2**20

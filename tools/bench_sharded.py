@@ -1,4 +1,4 @@
-"""What each rank holds while a mixture is made: ``python -m tools.bench_online --help``."""
+"""What each rank holds while a mixture is made: ``python -m tools.bench_sharded --help``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_online",
+        prog="python -m tools.bench_sharded",
         description="Makes mixtures of random Llamas (bf16 files, fp32 weights), each rank its own part, and "
         "prints the most memory of any rank, beyond libraries, against its part, what the engine keeps "
         "besides (buffers of gradients) and one layer.",
@@ -95,11 +95,7 @@ def _layouts(arguments: argparse.Namespace) -> list[Any]:
         spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
         told = {"engine": arguments.engine, "options": tuple(options)}
         every = [Layout(ranks, **told), *(Layout(ranks, ep, **told) for ep in spread)]
-        every = [
-            one
-            for one in every
-            if kind.dims_unsupported_reason(kind.config_class(**one.fields), ranks) is None
-        ]
+        every = [one for one in every if kind.check_dims(kind.config_class(**one.fields), ranks) is None]
         found += [*every, Layout(ranks, whole=True, **told)] if every else []
     return found
 
