@@ -38,12 +38,12 @@ class ExpertMeshes:
 
 
 def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
-    """Returns the reasons why the experts of an MoE cannot be sharded over so many ranks."""
+    """Returns the reasons why the experts of an MoE cannot be sharded over the ranks."""
     if expert_parallel == 1:
         return []
     mistakes = []
     if num_experts % expert_parallel:
-        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over so many ranks"
+        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over {expert_parallel} ranks"
         remedy = f"Set a divisor of {num_experts}, or another upcycle.num_experts."
         mistakes.append(Mistake(_PATH, expert_parallel, rule, remedy))
     if router_class(router.name).reads_experts(router):

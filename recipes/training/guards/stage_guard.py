@@ -27,7 +27,7 @@ _SHOWN_RANKS = 8
 
 
 class DivergedError(GraftError):
-    """The loss or the gradient was not finite, too often in a row; no such step updated the weights."""
+    """Error of a loss or gradient that is not finite, too often in a row; the weights are unharmed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class StageGuard(StepHook):
         return row if self._judgement.verdict is Verdict.UPDATED else row | {"skipped": 1}
 
     def must_go_back(self) -> bool:
-        """Returns whether there were so many spikes in a row that the weights must go back."""
+        """Returns whether there were too many spikes in a row, so that the weights must go back."""
         after, found = self._guards.faults.rollback_after, self._judgement
         return after is not None and found.verdict is Verdict.SPIKE and found.in_a_row >= after
 

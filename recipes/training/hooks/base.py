@@ -19,7 +19,7 @@ from recipes.training.stage import StageResult
 
 @dataclass
 class TrainStep:
-    """An optimizer step, filled in as it proceeds.
+    """Optimizer step, filled in as it proceeds.
 
     Attributes:
         number: Steps before it.
@@ -112,5 +112,5 @@ class Pauses:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Returns whether something that is done every so many steps (0: never) is due after this step."""
+    """Returns whether work with an interval of ``every`` steps (0: never) is due after this step."""
     return every > 0 and step % every == 0
