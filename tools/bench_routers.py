@@ -7,7 +7,15 @@ import dataclasses
 import platform
 from typing import TYPE_CHECKING, Any
 
-from tools.command import check_json_target, run_command, write_json
+from tools.command import (
+    check_json_target,
+    check_least,
+    check_positive,
+    machine_figures,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
@@ -23,17 +31,17 @@ _STEP_DEFAULT = [
     "base_layers",
     "comet",
 ]
-#: What a step under SSR may cost: 2 % more than under plain top-k.
+#: A step under SSR may cost 2 % more than one under plain top-k.
 _BOUND = 1.02
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_routers",
-        description="What routers cost. Forward and backward of each alone, over tokens and experts; "
+    parser = tool_parser(
+        "bench_routers",
+        "Measures the cost of routers: forward and backward of each alone, over tokens and experts; "
         "with --step, a whole training step of a small MoE decoder in which only the router differs. "
-        "Same process, rivals interleaved in random order. What would take too long or too much memory is "
-        "reported with the estimate that kept it out.",
+        "All run in one process, interleaved in random order. Cases too long or too large are "
+        "reported with the estimate that excluded them.",
         epilog="Routers are choices of conf/router with options of their own: topk 'ssr[probability=0.001]' "
         "'sinkhorn[top_k=1,tolerance=1e-3]'; and solver:sinkhorn, solver:sns_cg, solver:sns_schur, the "
         "transport solvers alone.",
@@ -53,7 +61,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--memory-mib", type=float, help="of a pass, at most (default: half of what is free)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
@@ -64,14 +71,10 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
     mistakes = check_json_target(arguments.json)
     numbers = {"--tokens": arguments.tokens, "--experts": arguments.experts}
-    numbers |= {f"--{name}": [getattr(arguments, name)] for name in ("width", "rounds")}
-    numbers["--threads"] = [1 if arguments.threads is None else arguments.threads]
     for flag, values in numbers.items():
         mistakes += [Mistake(flag, v, "it must be 1 or more", "Raise it.") for v in values if v < 1]
-    limits = {"--seconds": arguments.seconds, "--memory-mib": arguments.memory_mib}
-    for flag, limit in limits.items():
-        if limit is not None and not limit > 0:
-            mistakes.append(Mistake(flag, limit, "it must be above 0", "Raise it."))
+    mistakes += check_least(arguments, width=1, rounds=1, threads=1)
+    mistakes += check_positive(arguments, "seconds", "memory_mib")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         mistakes.append(Mistake("--device", "cuda", "this torch sees no GPU", "Leave it out."))
     return mistakes
@@ -83,20 +86,18 @@ def _default_labels(step: bool) -> list[str]:
     if step:
         return list(_STEP_DEFAULT)
     choices = router_choices()
-    # The baseline first; then by name.
+    # The baseline comes first.
     choices.sort(key=lambda name: (name != "topk", name))
     return [*choices, "ssr[probability=1]", *SOLVERS]
 
 
 def _machine(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
-    import os
-
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = {"machine": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
-        "machine": name or platform.machine(),
-        "cores": os.cpu_count(),
+        **machine_figures(),
+        **name,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""What saving costs a training step: ``python -m tools.bench_save --help``."""
+"""Measures the cost of saving for a training step: ``python -m tools.bench_save --help``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, run_command, write_json
+from moe.errors import ConfigError
+from tools.command import (
+    check_existing_folder,
+    check_json_target,
+    check_positive,
+    log_beside,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 _WIDTHS = (9, 8, 8, 9, 10, 8, 9)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_save",
-        description="Time of a training step without saves, with saves that training waits for, and with "
-        "saves in the background. Same process, rivals interleaved in random order; what the checkpoints "
-        "hold is compared with what was saved.",
+    parser = tool_parser(
+        "bench_save",
+        "Time of a training step without saves, with saves that training waits for, and with "
+        "saves in the background. All run in one process, interleaved in random order; the checkpoints "
+        "are compared with what was saved.",
     )
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each rival (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round, with one save (default 20)")
     parser.add_argument("--width", type=int, default=1024, help="of the model's square layers (default 1024)")
     parser.add_argument("--layers", type=int, default=8, help="layers (default 8)")
@@ -28,24 +36,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
     parser.add_argument("--disk-mib-s", type=float, default=None, help="simulate a disk of so many MiB/s")
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: a temporary one)")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def _check(arguments: argparse.Namespace) -> None:
     mistakes = check_json_target(arguments.json)
-    for name in ("rounds", "steps", "width", "layers", "batch", "threads", "disk_mib_s"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            mistakes.append(Mistake(f"--{name.replace('_', '-')}", value, "must be above 0", "Raise it."))
-    if arguments.folder is not None and not Path(arguments.folder).is_dir():
-        mistakes.append(Mistake("--folder", arguments.folder, "there is no such folder", "Make it first."))
+    mistakes += check_positive(
+        arguments, "rounds", "steps", "width", "layers", "batch", "threads", "disk_mib_s"
+    )
+    mistakes += check_existing_folder("--folder", arguments.folder)
     if mistakes:
         raise ConfigError(mistakes)
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)
 
 
 def main() -> int:
@@ -54,7 +55,7 @@ def main() -> int:
     _check(arguments)
     import torch
 
-    from recipes.checkpoint.space import readable
+    from recipes.checkpoint.inventory import readable
     from recipes.studies.benchmarks.saves import NONE, RIVALS, SaveShape, measure_saves
     from recipes.studies.chaos.slow_disk import slow_down
 
@@ -64,7 +65,7 @@ def main() -> int:
         slow_down(arguments.disk_mib_s)
     shape = SaveShape(arguments.width, arguments.layers, arguments.batch, arguments.steps)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found, size = measure_saves(shape, arguments.rounds, Path(folder), _log)
+        found, size = measure_saves(shape, arguments.rounds, Path(folder), log_beside(None))
     rows: dict[str, Any] = {rival: found[rival].as_dict() for rival in RIVALS}
     disk = "the disk as it is"
     if arguments.disk_mib_s is not None:

@@ -7,18 +7,19 @@ from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
 from recipes.config.compose import CONF, compose_config
-from tools.command import run_command
+from tools.command import run_command, tool_parser
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare",
-        description="Trains the upcycling job under each router and seed, everything else equal, and "
+    parser = tool_parser(
+        "compare",
+        "Trains the upcycling job under each router and seed, everything else equal, and "
         "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
         "the others down.",
         epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
+        json_flag=False,
     )
     parser.add_argument(
         "options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's"
@@ -32,7 +33,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
-    """Routers, seeds, and what is train.py's."""
+    """Splits the options into routers, seeds, and overrides of train.py."""
     own = dict(o.split("=", 1) for o in options if o.startswith(("routers=", "seeds=")))
     rest = [o for o in options if not o.startswith(("routers=", "seeds="))]
     routers = [r.strip() for r in own.get("routers", _DEFAULT_ROUTERS).strip("[]").split(",") if r.strip()]
@@ -53,7 +54,7 @@ def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
 
 
 def main() -> int:
-    """Runs what is missing, then writes the page; 1 when a run failed."""
+    """Runs the missing trials, then writes the page; returns 1 when a run failed."""
     arguments, options = _parse()
     routers, seeds, overrides = _split(options)
     for router in routers:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.command import check_json_target, run_command, write_json
+from tools.command import check_json_target, check_least, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.studies.tables.table_runs import Experiment
@@ -16,9 +16,9 @@ _LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare_tables",
-        description="Trains a two-task recommendation model on a generated table under each router, "
+    parser = tool_parser(
+        "compare_tables",
+        "Trains a two-task recommendation model on a generated table under each router, "
         "everything else equal, and prints test AUC over seeds beside its ceiling. Learning rates are tried "
         "on seed 0 and chosen by validation. What is done is kept; a failed run takes no other down.",
         epilog="A router is a choice of conf/router, with options if need be: comet:entropy_coef=1,gamma=5. "
@@ -35,12 +35,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=None, help="experts a row (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--only-page", action="store_true", help="train nothing, show what is there")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:
-    """What the flags ask for; all mistakes at once."""
+    """Reads the flags; raises all mistakes at once."""
     from moe.errors import Mistake, UserError
     from recipes.studies.tables.generate import SPLITS, TableConfig
     from recipes.studies.tables.table_model import ModelConfig
@@ -49,14 +48,10 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
     from recipes.studies.tables.train_table import FitConfig
 
     mistakes = check_json_target(arguments.json)
-    minima = {"seeds": 1, "data_seed": 0, "rows": 1000, "epochs": 1, "experts": 1, "top_k": 1, "threads": 1}
-    for name, least in minima.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            flag = f"--{name.replace('_', '-')}"
-            mistakes.append(Mistake(flag, value, f"it must be {least} or more", "Raise it."))
+    mistakes += check_least(arguments, seeds=1, rows=1000, epochs=1, experts=1, top_k=1, threads=1)
+    mistakes += check_least(arguments, data_seed=0)
     if not all(lr > 0 for lr in arguments.lrs):
-        mistakes.append(Mistake("--lrs", arguments.lrs, "rates are above 0", "Give 0.001, say."))
+        mistakes.append(Mistake("--lrs", arguments.lrs, "rates must be above 0", "Give 0.001, say."))
     if arguments.name in ("", ".", "..") or "/" in arguments.name:
         mistakes.append(Mistake("--name", arguments.name, "it must be a plain name", "Leave out slashes."))
     if mistakes:
@@ -81,7 +76,7 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
 
 
 def main() -> int:
-    """Runs what is missing, then shows the table; 1 when a run failed."""
+    """Runs the missing trials, then prints the table; returns 1 when a run failed."""
     arguments = _parse()
     experiment = _experiment(arguments)
     import torch

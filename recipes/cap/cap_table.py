@@ -33,7 +33,7 @@ Figures = Mapping[str, Any]
 
 
 def table_rows(report: Figures) -> list[list[str]]:
-    """The cells of every system and batch size."""
+    """Returns the cells of every system and batch size."""
     return [_row(system, point) for system in report["systems"] for point in system["points"]]
 
 
@@ -55,7 +55,7 @@ def _row(system: Figures, point: Figures) -> list[str]:
 
 
 def duration(seconds: float | None) -> str:
-    """``12.3 ms`` below a second."""
+    """Formats a duration, below a second as ``12.3 ms``."""
     if seconds is None:
         return ABSENT
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else formats.seconds(seconds)
@@ -73,7 +73,7 @@ def _experts(system: Figures, distinct: Figures | None) -> str:
 
 
 def accuracy_rows(report: Figures) -> list[list[str]]:
-    """Name, perplexity, bits a byte, choices right, chance, and answers right; of systems that have one."""
+    """Returns name, perplexity, bits/byte, right choices, chance and right answers of measured systems."""
     rows = []
     for system in report["systems"]:
         text, choices = system["accuracy"]["perplexity"], system["accuracy"]["choices"]
@@ -103,7 +103,7 @@ HARNESS_HEAD = ("system", "task of lm-evaluation-harness", "metric", "value")
 
 
 def harness_rows(report: Figures) -> list[list[str]]:
-    """Name, task, metric and value; nothing where the harness did not run."""
+    """Returns system, task, metric and value; nothing where the harness did not run."""
     return [
         [system["name"], task, metric, _known(value, formats.small)]
         for system in report["systems"]
@@ -116,7 +116,7 @@ EFFICIENCY_HEAD = ("system", "batch", "AMU", "PCU", "AL", "IT, tokens/s", "AEC, 
 
 
 def efficiency_rows(report: Figures) -> list[list[str]]:
-    """EfficientLLM's metrics of every system and batch size."""
+    """Returns EfficientLLM's metrics of every system and batch size."""
     rows = []
     for system in report["systems"]:
         for point in system["points"]:
@@ -140,7 +140,7 @@ ACCURACY_HEAD = ("system", "perplexity", "bits/byte", "choices right", "chance",
 
 
 def text_of(report: Figures) -> str:
-    """Everything that the terminal shows."""
+    """Returns everything that the terminal shows."""
     parts = [*peak_lines(report), "", formats.aligned(HEAD, table_rows(report))]
     accuracy = accuracy_rows(report)
     if accuracy:
@@ -155,7 +155,7 @@ def text_of(report: Figures) -> str:
 
 
 def peak_lines(report: Figures) -> list[str]:
-    """The device and the peaks that utilisations are shares of."""
+    """Returns the device and the peaks that utilisations are shares of."""
     place = report["environment"]
     lines = [f"{place['processor']}; {place['device']}; torch {place['torch']}"]
     if place["server"] is not None:
@@ -179,7 +179,7 @@ def _tiers(where: str, uses: Sequence[Figures] | None) -> Iterator[str]:
 
 
 def remarks_of(report: Figures) -> list[str]:
-    """Why figures are missing, and warnings, each once."""
+    """Returns the reasons for missing figures, and the warnings, each once."""
     return list(dict.fromkeys(line for system in report["systems"] for line in _remarks(system)))
 
 

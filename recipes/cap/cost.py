@@ -1,4 +1,4 @@
-"""Dollars per million tokens: the purchase spread over the time that the machine works, and its energy.
+"""Dollars per million tokens: the purchase, written off over the working life, and the energy.
 
 ``hours of a million tokens * (price / (life * busy) + kW * PUE * $/kWh)``. MoE-CAP's released code charges
 the whole purchase to every run and multiplies by constants that are swapped; this does neither.
@@ -18,7 +18,7 @@ class Listing:
     """A device with its price and power.
 
     Attributes:
-        usd: Of one device alone: no host, no network.
+        usd: Price of one device alone, without server or network.
         watts: The maker's limit for the device, not what it draws.
         source: Where both are from.
         date: Of the source.
@@ -48,7 +48,7 @@ USD_PER_KWH, KWH_SOURCE, KWH_DATE = 0.15, "cost_utils.py of Auto-CAP/MoE-CAP e9e
 
 @dataclass(frozen=True)
 class Prices:
-    """What the user knows of the costs; None for what the table is to give.
+    """Costs given by the user; None for those taken from the table.
 
     Attributes:
         price_usd: Purchase of everything that the systems run on.
@@ -69,7 +69,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Rates:
-    """What an hour costs, with the source and date of every number.
+    """Costs of an hour, with the source and date of every number.
 
     Attributes:
         price_usd: None where nobody knows it.
@@ -90,7 +90,7 @@ class Rates:
     prices: Prices
 
     def figures(self) -> dict[str, Any]:
-        """For programs."""
+        """Returns the figures for programs."""
         return {
             "price_usd": self.price_usd,
             "price_source": self.price_source,
@@ -105,7 +105,7 @@ class Rates:
 
 
 def find_rates(device: str, prices: Prices, devices: int = 1) -> Rates:
-    """The user's numbers, else the table's by the name of the device, else None: no price is guessed.
+    """Returns the user's numbers, else the table's for this device, else None: no price is guessed.
 
     Args:
         device: Its name.
@@ -133,7 +133,7 @@ def find_rates(device: str, prices: Prices, devices: int = 1) -> Rates:
 
 
 def cost_figures(rates: Rates, tokens_per_s: float | None, measured_watts: float | None) -> dict[str, Any]:
-    """Dollars per million tokens; None, with the reason, where a part of it is not known.
+    """Computes the dollars per million tokens; None, with the reason, where a part is unknown.
 
     Args:
         rates: Of the machine.

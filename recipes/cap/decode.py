@@ -23,10 +23,10 @@ from recipes.cap.phases import Passes
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Passes):
-    """One batch of sequences from prompt to last token; the time of a pass holds the choice of its token.
+    """One batch of sequences from prompt to last token; a pass includes the choice of its token.
 
     Attributes:
-        sequences: Of every pass, as its logits say.
+        sequences: Sequences of every pass, from the shape of its logits.
         ids_BS: The tokens chosen.
         cache_bytes: Of the cache as it was held at the end; None where it cannot be told.
         cache_length: Tokens in it; None where it cannot be told.
@@ -66,7 +66,7 @@ class _Clock:
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether a model can compute the logits of the last token alone, as serving does."""
+    """Returns True if a model can compute the logits of the last token alone, as serving does."""
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 

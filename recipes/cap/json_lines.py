@@ -1,4 +1,4 @@
-"""Reads a file of JSON lines that a user wrote, and tells every mistake in it with its line."""
+"""Reads a user's file of JSON lines, and reports every mistake with its line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RowT = TypeVar("RowT")
 def read_json_lines(
     path: Path, where: str, parse: Callable[[dict[str, Any]], RowT | str], noun: str, remedy: str
 ) -> tuple[list[RowT], list[Mistake]]:
-    """What the lines hold, and every mistake; empty lines are passed over.
+    """Returns the rows of a file and every mistake in it; empty lines are skipped.
 
     Args:
         path: The file.

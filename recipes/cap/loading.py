@@ -19,20 +19,16 @@ from moe.errors import ConfigError, Mistake, ModelError
 from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
-from recipes.checkpoint.offline import open_checkpoint
+from recipes.checkpoint.reader import open_checkpoint
 
 # What a model's tensors are called in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the accounting knows of a system.
+    """Facts that the accounting knows about a system.
 
     Attributes:
         shape: None where it does not know the family, and utilisations are then None.
@@ -76,12 +72,12 @@ class System(Known):
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest sequence that its config allows, None where it does not say."""
+        """Tokens of the longest sequence that its config allows; None where it sets no limit."""
         return longest_sequence(self.config)
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int | None:
-    """``max_position_embeddings`` of a config, or of the part that reads text."""
+    """Returns ``max_position_embeddings`` of a config, or of its part for text."""
     for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
         if isinstance(part.get("max_position_embeddings"), int):
             return int(part["max_position_embeddings"])
@@ -141,7 +137,7 @@ def load_system(
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
-    """Of a family that the accounting knows; a mistake in such a config is one, another family is not."""
+    """Returns the shape of a known family, else None and the reason; a wrong config of a known one raises."""
     family = config.get("model_type")
     if family in known_families():
         return shape_from_config(config), None
@@ -181,7 +177,7 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) ->
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that most elements of the floating-point parameters have."""
+    """Returns the dtype that most elements of the floating-point parameters have."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -203,7 +199,7 @@ def _bits(model: nn.Module, config: Mapping[str, Any]) -> tuple[BitWidths, str]:
 
 
 def _check_parameters(system: System) -> None:
-    """Whether the accounting counts the parameters that were loaded: utilisations rest on it."""
+    """Checks that the accounting counts as many parameters as were loaded: utilisations depend on it."""
     if system.shape is None or system.bits_source.partition(", ")[2] != "as loaded":
         return
     counted = count_from_shape(system.shape).total
@@ -215,12 +211,12 @@ def _check_parameters(system: System) -> None:
 
 
 def counted_weights(known: Known) -> float | None:
-    """Bytes of all weights by the accounting; should be `System.weights_in_memory`."""
+    """Counts the bytes of all weights, which should equal `System.weights_in_memory`."""
     return None if known.shape is None else weight_bytes(known.shape, known.bits)
 
 
 def known_from_config(config: Mapping[str, Any], dtype: str | None) -> tuple[Known, torch.dtype]:
-    """Of a model that is not loaded: bits and dtype as its config says, else as the user does.
+    """Describes a model that is not loaded, with bits and dtype of its config, else of the user.
 
     Args:
         config: The content of its ``config.json``.

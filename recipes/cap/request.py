@@ -1,4 +1,4 @@
-"""What a report is asked for, and every mistake in it that shows before a model is loaded."""
+"""Request for a report, and the checks that need no model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from moe.accounting.tiers import Tier
 from moe.errors import Mistake
 from recipes.cap.accuracy import read_questions
-from recipes.cap.ceilings import ORIGINS, Origin
 from recipes.cap.cost import Prices
 from recipes.cap.folders import find_source, read_config
 from recipes.cap.generation import read_prompts
@@ -23,11 +22,12 @@ from recipes.cap.server import Server
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
+from recipes.tracking.ceilings import ORIGINS, Origin
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What is asked of accuracy; nothing by default.
+    """Accuracies to measure; none by default.
 
     Attributes:
         samples: Samples of text for perplexity; 0 for none.
@@ -51,7 +51,7 @@ class Accuracy:
 
     @property
     def asked(self) -> bool:
-        """Whether anything is asked."""
+        """True if any accuracy is asked for."""
         return bool(self.samples or self.choices or self.answers or self.tasks)
 
 
@@ -102,7 +102,7 @@ class Request:
 
 
 def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
-    """``NAME=FOLDER`` or ``FOLDER``, whose name is then that of the folder."""
+    """Parses ``NAME=FOLDER``, or ``FOLDER``, whose name is then that of the folder."""
     systems = []
     for text in given:
         name, equals, rest = text.partition("=")
@@ -113,7 +113,7 @@ def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
 
 
 def check_request(request: Request) -> list[Mistake]:
-    """Every mistake that shows from flags and small files."""
+    """Returns every mistake that shows from flags and small files."""
     mistakes = [*_check_numbers(request), *_check_choices(request), *_check_server(request)]
     names = [name for name, _ in request.systems]
     for name in sorted({name for name in names if names.count(name) > 1}):

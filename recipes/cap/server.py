@@ -20,14 +20,14 @@ _SHOWN = 300  # characters of a server's own message
 
 @dataclass(frozen=True)
 class Server:
-    """Where to ask.
+    """Address of a server.
 
     Attributes:
         url: Up to ``/v1``, with it or without.
-        model: As the server calls it.
-        device: Name of one of its devices, as ``torch.cuda.get_device_name`` gives it; None if not said.
-        devices: How many of them hold the model.
-        key: For the header of authorisation; None for none.
+        model: Name of the model on the server.
+        device: Name of one of its devices, as from ``torch.cuda.get_device_name``; None if unknown.
+        devices: Number of devices that hold the model.
+        key: Key for the authorisation header; None for none.
         timeout: Seconds without a byte after which a request has failed.
     """
 
@@ -40,21 +40,21 @@ class Server:
 
     @property
     def completions(self) -> str:
-        """The address of completions."""
+        """Address of completions."""
         root = self.url.rstrip("/").removesuffix("/v1")
         return f"{root}/v1/completions"
 
 
 @dataclass
 class Reply:
-    """One request as it went.
+    """Outcome of one request.
 
     Attributes:
-        sent: When, on the clock of `time.perf_counter`.
-        arrived: When each piece of text came.
-        prompt_tokens: As the server counts them; None where it does not say.
-        tokens: Written, as the server counts them; None where it does not say.
-        error: Why it failed; None if it did not.
+        sent: Time of sending, by `time.perf_counter`.
+        arrived: Arrival time of each chunk of text.
+        prompt_tokens: Tokens read, counted by the server; None if it reports none.
+        tokens: Tokens written, counted by the server; None if it reports none.
+        error: Reason of the failure; None if there was none.
     """
 
     sent: float = 0.0
@@ -70,13 +70,13 @@ class Reply:
 
     @property
     def each(self) -> float:
-        """Mean seconds of every further token: pieces may hold several."""
+        """Mean seconds per further token; a chunk may hold several."""
         assert self.tokens is not None and self.tokens > 1, self
         return (self.arrived[-1] - self.arrived[0]) / (self.tokens - 1)
 
 
 def ask(server: Server, ids: Sequence[int], new: int) -> Reply:
-    """Sends token ids, reads the stream; the reply says whether it is what was asked for."""
+    """Sends token ids and reads the stream; a reply that differs from the request has an error."""
     body = {
         "model": server.model,
         "prompt": list(ids),
@@ -126,7 +126,7 @@ def _take(reply: Reply, line: bytes, now: float) -> None:
 
 
 def _wrong(reply: Reply, prompt: int, new: int) -> str | None:
-    """What differs from what was asked for."""
+    """Returns the difference between reply and request; None if there is none."""
     if not reply.arrived:
         return "no token came"
     if reply.tokens is None:

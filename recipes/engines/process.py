@@ -43,7 +43,7 @@ class ProcessConfig(EngineConfig):
         require(self, *self.rules())
 
     def rules(self) -> list[Rule]:
-        """Returns the rules of the fields."""
+        """Returns the rules of the options."""
         return [
             (
                 self.threads == "auto" or self.threads >= 1,

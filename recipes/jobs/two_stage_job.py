@@ -25,7 +25,7 @@ from recipes.jobs.trained_stage import TrainedStage
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.tracking.bandwidth import Peaks
+from recipes.tracking.ceilings import Peaks
 from recipes.tracking.results import Results
 from recipes.training.training_loop import Stage, StageResult, validation_loss
 from recipes.upcycling.calibration.gather import LayerTensors, kept_statistics

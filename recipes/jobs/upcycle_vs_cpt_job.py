@@ -22,7 +22,7 @@ from moe.layer import MoELayer
 from moe.routing.draws import seeded_generator
 from moe.upcycle import upcycle_methods
 from recipes.checkpoint import verify_checkpoint
-from recipes.checkpoint.names import parse_step, step_name
+from recipes.checkpoint.manifest import parse_step, step_name
 from recipes.config.schema import RunConfig
 from recipes.jobs.base import Session
 from recipes.jobs.budget import continued_steps, scratch_steps

@@ -1,4 +1,4 @@
-"""Several methods on one dense checkpoint, side by side before a GPU-hour is spent."""
+"""Compares upcycling methods on one dense checkpoint, before a GPU hour is spent."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Candidate:
     """One method with its options.
 
     Attributes:
-        label: As it was written.
-        overrides: train.py's, for it.
+        label: Text of the user.
+        overrides: Overrides of train.py.
     """
 
     label: str
@@ -45,7 +45,7 @@ def parse_candidates(text: str) -> list[Candidate]:
     Keys without a dot are the method's own (``upcycle.KEY``), but for ``router``.
 
     Raises:
-        ConfigError: It has another form, or names no method; all mistakes at once.
+        ConfigError: Some parts have another form or name no method; all mistakes at once.
     """
     known = sorted(path.stem for path in (CONF / "upcycle").glob("*.yaml"))
     found, mistakes = [], []
@@ -64,7 +64,7 @@ def parse_candidates(text: str) -> list[Candidate]:
 
 
 def _parts(text: str) -> list[str]:
-    """Splits at the commas that are in no brackets."""
+    """Splits at the commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter == "[") - (letter == "]")
@@ -82,14 +82,14 @@ def compare_methods(
     tokens_BS: Tensor,
     log: Callable[[str, MethodDrift | UserError], None],
 ) -> dict[str, MethodDrift | UserError]:
-    """Measures every candidate; one that does not fit is told and takes no other down.
+    """Measures every candidate; one that does not fit is reported and stops no other.
 
     Args:
         dense: The dense checkpoint.
         candidates: The methods.
-        overrides: train.py's, for all of them; a candidate's own come after.
+        overrides: Overrides of train.py for all; a candidate's own come after them.
         tokens_BS: ``[B, S]`` real tokens.
-        log: Told of every result as it comes.
+        log: Takes every result at once.
     """
     found: dict[str, MethodDrift | UserError] = {}
     model = load_model(dense)
@@ -114,7 +114,7 @@ def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrif
         raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
     sources = [load_model(Path(folder).expanduser()) for folder in surgery.method.sources]
     if sources:
-        # The rest of the host becomes a mean.
+        # The rest of the model becomes a mean.
         model = load_model(model.folder)
     with tempfile.TemporaryDirectory() as folder:
         known = calibrate_alone(config, model, Path(folder))
@@ -124,7 +124,7 @@ def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrif
 
 
 def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
-    """The results for people, the smallest drift first; what does not fit comes last, with its reason."""
+    """Formats the results, the smallest drift first, candidates that do not fit last with the reason."""
     rows = [(label, drift) for label, drift in results.items() if isinstance(drift, MethodDrift)]
     rows.sort(key=lambda row: (row[1].logits.kl, -row[1].claims_exact))
     width = max([len(label) for label in results] + [6])
@@ -153,7 +153,7 @@ def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
 
 
 def drift_figures(results: Mapping[str, MethodDrift | UserError]) -> dict[str, Any]:
-    """The results for programs."""
+    """Returns the results for programs."""
     return {
         label: {"mistakes": [str(mistake) for mistake in drift.mistakes]}
         if isinstance(drift, UserError)

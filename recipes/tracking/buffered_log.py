@@ -1,4 +1,4 @@
-"""A log whose rows wait in memory while the disk does not take them: training goes on without."""
+"""Log whose rows wait in memory while the disk is full, so that training continues."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from recipes.tracking.metrics_log import MetricsLog
 
 _LOG = logging.getLogger("graft.metrics")
 MOST_ROWS = 20_000
-"""More rows than these do not wait: the run ends."""
+"""Limit of the waiting rows; beyond it the run ends."""
 
 
 class BufferedLog:
-    """A `MetricsLog` that says once when the disk is full, and tries again with every row.
+    """`MetricsLog` that warns once when the disk is full, and retries with every row.
 
     Args:
         path: The file.

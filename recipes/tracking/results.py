@@ -1,4 +1,4 @@
-"""``summary.json``: what a run has found so far, written after every leg."""
+"""``summary.json``: results of a run so far, written after every stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Results:
     """The summary of a run in progress. Every rank holds the same; rank 0 writes.
 
     Attributes:
-        content: What is written.
+        content: Content of the file.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], *, writes: bool) -> None:
@@ -35,14 +35,14 @@ class Results:
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
-        """What an earlier process of the run has found; empty where there is nothing."""
+        """Reads the results of an earlier process of the run; empty where there are none."""
         if not path.is_file():
             return {}
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
     def row(self, model: str) -> dict[str, Any] | None:
-        """The row of a finished leg."""
+        """Returns the row of a finished stage; None if there is none."""
         return next((row for row in self.content["results"] if row["model"] == model), None)
 
     def put_stage(
@@ -62,7 +62,7 @@ class Results:
         self.write()
 
     def add_time(self, key: str, seconds: float) -> None:
-        """Adds to a timing: a leg that was resumed took the sum of its parts."""
+        """Adds to a timing: a resumed stage took the sum of its parts."""
         timings = self.content["timings"]
         timings[key] = timings.get(key, 0.0) + seconds
 
@@ -73,7 +73,7 @@ class Results:
 
 
 def stage_label(model: str) -> str:
-    """How a model is called in tables: ``cpt_tokens`` and ``scratch_400`` are shorter runs of an arm."""
+    """Returns the name of a model in tables; ``cpt_tokens`` and ``scratch_400`` are shorter runs."""
     kind, _, which = model.partition("_")
     if not which:
         return _LABELS[kind]

@@ -35,7 +35,7 @@ class MegatronConfig(ProcessConfig):
     """Whether the optimizer state is sharded over the data-parallel ranks."""
 
     def rules(self) -> list[Rule]:
-        """Returns the rules of the fields."""
+        """Returns the rules of the options."""
         return [
             *super().rules(),
             (

@@ -26,7 +26,7 @@ class NativeConfig(ProcessConfig):
     """Compile each block with torch.compile; the MoE layers stay outside of the compiled graphs."""
 
     def rules(self) -> list[Rule]:
-        """Returns the rules of the fields."""
+        """Returns the rules of the options."""
         sizes = {name: getattr(self, name) for name in ("replicas", "expert_parallel", "tensor_parallel")}
         return [
             *super().rules(),

@@ -1,4 +1,4 @@
-"""How fast and how small a conversion is: against ``cp`` of its output on the same disk, over model sizes."""
+"""Speed and memory of a conversion against ``cp`` of its output on the same disk, over model sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DenseSize:
 
     @property
     def largest_tensor_bytes(self) -> int:
-        """In bf16."""
+        """Bytes of the largest tensor in bf16."""
         return 2 * self.hidden_size * max(self.vocab_size, self.intermediate_size)
 
 
@@ -130,7 +130,7 @@ def _copy(source: Path, target: Path) -> tuple[float, float]:
 
 
 def draw_memory(rows: list[dict[str, Any]], path: Path) -> None:
-    """Peak memory against the size of the output, with the bound that conversions are held to."""
+    """Draws peak memory against the size of the output, with the bound that conversions must meet."""
     import matplotlib
 
     matplotlib.use("Agg")

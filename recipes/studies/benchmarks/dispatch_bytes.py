@@ -40,7 +40,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DispatchShape:
-    """What every rank sends.
+    """Tokens and experts of the exchange.
 
     Attributes:
         tokens: T.
@@ -61,7 +61,7 @@ class DispatchShape:
     shared_width: int = 1024
 
     def ids(self, rank: int) -> Tensor:
-        """``[T, K]`` different experts of each token; they depend on the rank alone."""
+        """Draws ``[T, K]`` distinct experts of each token, which depend on the rank alone."""
         generator = torch.Generator().manual_seed(rank + 1)
         noise_TE = torch.rand(self.tokens, self.experts, generator=generator).clamp_min(1e-9)
         share_E = torch.ones(self.experts)
@@ -92,13 +92,13 @@ class Needed:
 
 
 def needed_rows(ids_TK: Tensor, experts: int, ranks: int, rank: int) -> Needed:
-    """See `Needed`.
+    """Counts the rows that a rank's tokens make necessary.
 
     Args:
         ids_TK: ``[T, K]`` experts of the rank's tokens.
         experts: E.
         ranks: P.
-        rank: Whose tokens they are.
+        rank: The rank that has the tokens.
     """
     rank_TK = ids_TK // (experts // ranks)
     wanted_TP = torch.zeros(len(ids_TK), ranks, dtype=torch.bool).scatter_(1, rank_TK, True)
@@ -141,7 +141,7 @@ class WireCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one rank measured.
+    """Measurements of one rank.
 
     Attributes:
         rows: Bytes of rows it sent in forward.
@@ -207,14 +207,14 @@ def exchange(
     *,
     beside: bool = False,
 ) -> Tensor:
-    """Dispatch and combine with experts that leave rows as they are.
+    """Runs dispatch and combine with identity experts.
 
     Args:
-        dispatcher: What sends the rows.
+        dispatcher: Dispatcher that sends the rows.
         x_TD: ``[T, D]`` tokens.
-        routing: Of them.
-        shared: What every token uses besides.
-        beside: Whether that runs while the rows travel, else once they have arrived.
+        routing: Routing of the tokens.
+        shared: Shared expert of all tokens; None for none.
+        beside: If True the shared expert runs while the rows travel, else once they have arrived.
     """
     handle = dispatcher.start(x_TD, routing)
     early_TD = shared(x_TD) if shared is not None and beside else None
@@ -280,7 +280,7 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
 
 
 def _timed(runs: Sequence[Callable[[], Any]], rounds: int, ranks: int) -> list[list[float]]:
-    """Seconds of every round of each, one after the other in a round."""
+    """Returns the seconds of every round of each function; a round runs all in turn."""
     seconds: list[list[float]] = [[] for _ in runs]
     for number in range(_WARMUP + rounds):
         for run, found in zip(runs, seconds, strict=True):
@@ -294,7 +294,7 @@ def _timed(runs: Sequence[Callable[[], Any]], rounds: int, ranks: int) -> list[l
 
 
 def _work(rank: int, ranks: int, folder: str, shape: DispatchShape, rounds: int) -> None:
-    """What each process does; its figures are left in the folder."""
+    """Runs one rank and writes its figures to the folder."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
@@ -317,7 +317,7 @@ def measure(shape: DispatchShape, ranks: int, rounds: int) -> Scaling:
 
 
 def summed(shape: DispatchShape, figures: Sequence[RankFigures]) -> Scaling:
-    """Of all ranks together; a round lasts as long as on its slowest rank."""
+    """Sums the figures of all ranks; a round lasts as long as on its slowest rank."""
     both = 2 * shape.row_bytes
     return Scaling(
         len(figures),
@@ -335,7 +335,7 @@ def summed(shape: DispatchShape, figures: Sequence[RankFigures]) -> Scaling:
 
 
 def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
-    """Bytes and times as a table for people."""
+    """Formats bytes and times as a table."""
     head = (
         f"{'ranks':>5} {'rows sent':>11}{'least':>9}{'ratio':>7}{'metadata':>10}{'per slot':>10}"
         f"{'all-gather':>12}{'forward ms':>12}{'p10':>8}{'p90':>8}{'+backward':>11}{'p10':>8}{'p90':>8}"

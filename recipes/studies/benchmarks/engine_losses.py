@@ -21,14 +21,14 @@ _QUIET = ("tracker.mode=disabled", "compare.cpt=false", "train.eval_every=0", "t
 
 
 def compared_layouts() -> list[EngineLayout]:
-    """What every engine offers for comparison; first the one that the others are compared with."""
+    """Returns the layouts that every engine offers for comparison, the reference first."""
     offered = [layout for name in sorted(engine_classes()) for layout in engine_classes()[name].compared]
     return [REFERENCE, *(layout for layout in offered if layout != REFERENCE)]
 
 
 @dataclass(frozen=True)
 class Series:
-    """What a run has computed.
+    """Losses and speed of a run.
 
     Attributes:
         layout: Of the run.
@@ -43,16 +43,16 @@ class Series:
     step_s: float
 
     def distance(self, other: Series) -> float:
-        """The largest relative difference of a step's loss."""
+        """Returns the largest relative difference of a step's loss."""
         return max(abs(a - b) / abs(b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
 def run_layouts(
     layouts: Sequence[EngineLayout], overrides: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> Iterator[Series]:
-    """Trains under each, the first one first; where no dense model is given, all begin with its embedded one.
+    """Trains under each layout; without ``dense=``, all start from the default model of the first.
 
-    What a run has computed comes when the run is over.
+    Yields the results of each run as soon as it has ended.
 
     Args:
         layouts: What to run.
@@ -76,7 +76,7 @@ def run_layouts(
 def _default_config(
     layout: EngineLayout, overrides: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> list[str]:
-    """The embedded default as a folder: given by name it belongs to no engine."""
+    """Trains the default model and returns it as ``dense=FOLDER``, which belongs to no engine."""
     log("making the dense model")
     none = ["train.steps=0", "optim.schedule.warmup_steps=0", f"output_dir={folder}", "run.name=dense"]
     _train(layout, [*overrides, *none])

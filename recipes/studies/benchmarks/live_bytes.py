@@ -1,4 +1,4 @@
-"""The most memory that the tensors of a computation take at once, on a CPU as on a GPU."""
+"""Peak memory of the tensors of a computation, on a CPU or GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object], known: Iterable[Tensor], device: torch.device) -> int:
-    """The most bytes that a computation holds at once, beyond what was there before.
+    """Measures the peak bytes of a computation, beyond those held before.
 
     Args:
         run: What is measured; on a GPU it has run before, so that what libraries keep is not counted.

@@ -1,7 +1,7 @@
-"""What routing costs: time and memory of every router over a grid of tokens and experts.
+"""Time and memory of every router over a grid of tokens and experts.
 
-The rivals of a shape run interleaved in one process. What would take more memory or time than allowed is not
-run; it is reported with the estimate that kept it out.
+The routers of a shape run interleaved in one process. Cases that would take more memory or time than allowed
+are not run, and are reported with the estimate that excluded them.
 
 Letters: T tokens, E experts.
 """
@@ -28,7 +28,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rival may take at one shape.
+    """Limits of time and memory at one shape.
 
     Attributes:
         rounds: Timed passes, at most.
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Cell:
-    """One rival at one shape.
+    """One router at one shape.
 
     Attributes:
         router: Its label.
@@ -68,20 +68,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Look:
-    """What a rival has cost at some number of tokens, measured or estimated."""
+    """Cost at some number of tokens, measured or estimated."""
 
     tokens: int
     seconds: float
     num_bytes: float
 
     def at(self, tokens: int) -> _Look:
-        """In proportion to the tokens."""
+        """Scales the cost in proportion to the tokens."""
         factor = tokens / self.tokens
         return _Look(tokens, self.seconds * factor, self.num_bytes * factor)
 
 
 class Grid:
-    """Measures shape by shape, fewest tokens first, so that each shape tells what the next would cost."""
+    """Measures shape by shape, fewest tokens first, so that each shape predicts the cost of the next."""
 
     def __init__(self, rivals: Sequence[Rival], limits: Limits, device: torch.device) -> None:
         self.rivals = rivals
@@ -91,12 +91,12 @@ class Grid:
 
     @property
     def baseline(self) -> str:
-        """The rival that ratios are to: plain top-k, or the first where it is not among them."""
+        """Label of the baseline of all ratios: plain top-k, else the first."""
         labels = [rival.label for rival in self.rivals]
         return "topk" if "topk" in labels else labels[0]
 
     def measure(self, shape: Shape) -> list[Cell]:
-        """Every rival at a shape, in the order of the rivals."""
+        """Measures all routers at a shape, in their order."""
         cells: dict[str, Cell] = {}
         passes: dict[str, Pass] = {}
         for rival in self.rivals:
@@ -111,7 +111,7 @@ class Grid:
         return [cells[rival.label] for rival in self.rivals]
 
     def _left_out(self, rival: Rival, shape: Shape) -> str | None:
-        """Why it is not run at a shape; looks at it at fewer tokens where nothing is known of it yet."""
+        """Returns the reason to skip a shape, else None; an unknown router is first timed at fewer tokens."""
         unsupported_reason = rival.unsupported_reason(shape.experts)
         if unsupported_reason is not None:
             return f"refused: {unsupported_reason}."
@@ -137,7 +137,7 @@ class Grid:
         return _Look(tokens, seconds, peak_bytes(once.run, once.known, self.device))
 
     def _time(self, passes: Mapping[str, Pass], shape: Shape) -> dict[str, list[float]]:
-        """Seconds of each round; slow rivals leave after fewer, so that round n is of all who are left."""
+        """Returns the seconds of each round; slow routers take part in fewer rounds."""
         wanted = {
             label: int(self.limits.seconds / max(self._looks[label, shape.experts].seconds, 1e-9)) - 1
             for label in passes
@@ -170,7 +170,7 @@ class Grid:
 
 
 def memory_allowance(device: torch.device) -> float:
-    """Half of the memory that is free now, in bytes: what a pass may take when nothing else is said."""
+    """Returns half of the free memory in bytes, the default limit of a pass."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2
     import psutil
@@ -179,7 +179,7 @@ def memory_allowance(device: torch.device) -> float:
 
 
 def render(cells: Sequence[Cell], baseline: str) -> str:
-    """One shape as a table for people."""
+    """Formats one shape as a table."""
     first = cells[0]
     width = max(len(cell.router) for cell in cells)
     head = f"  {'':{width}}{'ms':>9}{'p10':>9}{'p90':>9}{'x':>8}{'MiB':>9}  notes"

@@ -1,4 +1,4 @@
-"""What is timed of a router: its forward and backward pass in training, as a callable; and transport solvers.
+"""Forward and backward passes of routers in training, and of transport solvers, ready to be timed.
 
 Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence.
 """
@@ -36,7 +36,7 @@ _INIT_STD, _OFFSET = 0.02, 1.5
 
 @dataclass(frozen=True)
 class Shape:
-    """What a router routes.
+    """Tokens and experts of a router.
 
     Attributes:
         tokens: T.
@@ -54,18 +54,18 @@ class Shape:
 
     @property
     def batch_shape(self) -> tuple[int, int]:
-        """B and S: sequences of 1024 tokens, one where T is no multiple of that."""
+        """B and S: sequences of 1024 tokens, or one sequence if T is not a multiple of that."""
         T = self.tokens
         return (T // _SEQUENCE, _SEQUENCE) if T and T % _SEQUENCE == 0 else (1, T)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A rival at a shape, ready to run.
+    """Pass of a router or solver at a shape, ready to run.
 
     Attributes:
-        run: Does it once; returns what there is to say about it, as numbers.
-        known: The tensors that are there before it runs.
+        run: Runs it once and returns notes as numbers.
+        known: The tensors that exist before it runs.
     """
 
     run: Callable[[], Mapping[str, float]]
@@ -87,7 +87,7 @@ class Rival:
     prepare: Callable[[Shape, torch.device], Pass]
 
     def unsupported_reason(self, num_experts: int) -> str | None:
-        """Why it cannot be had with E experts, in the router's own words."""
+        """Returns the router's reason to reject E experts; None if it accepts them."""
         if self.config is None:
             return None
         found = router_class(self.config.name).check(self.config, num_experts)
@@ -95,12 +95,12 @@ class Rival:
 
 
 def router_choices() -> list[str]:
-    """Every choice of ``conf/router``."""
+    """Returns every choice of ``conf/router``."""
     return sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 
 
 def read_rivals(labels: Sequence[str]) -> list[Rival]:
-    """The rivals that these labels name.
+    """Reads the rows of the benchmark from their labels.
 
     Args:
         labels: ``NAME`` or ``NAME[OPTION=VALUE,...]`` with a choice of ``conf/router`` and options of it,
@@ -143,7 +143,7 @@ def _router_rival(label: str) -> Rival:
 
 
 def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
-    """By this router's options: those of the default one are what `compose_config` would suggest from."""
+    """Rejects unknown options of a router; `compose_config` would suggest those of the default one."""
     given = [option.partition("=")[0] for option in options]
     known = ", ".join(router)
     rule, remedy = "the router has no such option", f"It has: {known}."
@@ -153,7 +153,7 @@ def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
 
 
 def _options(text: str) -> list[str]:
-    """``a=1,b=[2,3]`` at the commas that no bracket holds."""
+    """Splits ``a=1,b=[2,3]`` at the commas outside of brackets."""
     options, depth = [""], 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
@@ -165,20 +165,20 @@ def _options(text: str) -> list[str]:
 
 
 def make_router(config: RouterConfig, shape: Shape, device: torch.device) -> Router[Any]:
-    """A router as training starts with it: the same weights for every router that draws alike."""
+    """Makes a router as at the start of training, with the same weights for all that draw alike."""
     router = router_class(config.name)(config, shape.width, shape.experts)
     router.reset_parameters(torch.Generator().manual_seed(0))
     return router.train().to(device)
 
 
 def batch_context(config: RouterConfig, ids_BS: Tensor, num_experts: int) -> RouterContext:
-    """All that a host and a caller may tell of a batch: token ids, and an expert for each token."""
+    """Returns the context of a batch: token ids, and an expert for each token."""
     keys = {getattr(config, "key", "modality"): ids_BS % num_experts}
     return RouterContext(token_ids=ids_BS, keys=keys)
 
 
 def router_pass(config: RouterConfig, shape: Shape, device: torch.device) -> Pass:
-    """Forward and backward of a router in training, its losses included.
+    """Makes the forward and backward pass of a router in training, with its losses.
 
     The gradient goes to the tokens and to the router's parameters, from whatever carries it into the layer:
     combine weights, losses, and what a routing of the router's own kind holds besides.
@@ -207,7 +207,7 @@ def router_pass(config: RouterConfig, shape: Shape, device: torch.device) -> Pas
 
 
 class _Notes(Mapping[str, float]):
-    """Slots a token and the router's own metrics, brought to the host only when they are read."""
+    """Slots per token and the router's own metrics, copied to the host only when they are read."""
 
     def __init__(self, routing: Routing) -> None:
         self._slots = routing.expert_ids_TK.shape[1]
@@ -239,7 +239,7 @@ def _tokens(shape: Shape, device: torch.device) -> Tensor:
 
 
 def _few_rows(shape: Shape) -> ExpertBank:
-    """Experts that differ, for routers that read their weights."""
+    """Returns experts that differ, for routers that read their weights."""
     generator = torch.Generator().manual_seed(3)
     E, D, F = shape.experts, shape.width, _EXPERT_WIDTH
     w_up_EUD = torch.randn(E, 2 * F, D, generator=generator) * D**-0.5

@@ -1,4 +1,4 @@
-"""What a router costs in a whole training step of a small MoE decoder: the same weights, another router.
+"""Cost of a router in a whole training step of a small MoE decoder with fixed weights.
 
 Letters: B samples, S sequence length, T tokens, E experts, D model width, F expert width.
 """
@@ -55,11 +55,11 @@ class RouterStep:
 
 @dataclass(frozen=True)
 class Expected:
-    """What Selective Sinkhorn Routing costs in the mean, which no median shows: rare steps are dear.
+    """Mean cost of Selective Sinkhorn Routing, whose rare expensive steps no median shows.
 
     Attributes:
-        router: Label of the rival that transports rarely.
-        probability: p of a (step, layer).
+        router: Label of the router that transports rarely.
+        probability: p of transport in a step and layer.
         ratio: Of its steps in the mean to the baseline's: (1 - p) ordinary ones and p transporting ones.
         ratio_by_share: The same if a step changed by what the routers take alone and by nothing else, which
             holds where the experts' load does not change it. By far the steadier one on a busy machine.
@@ -72,7 +72,7 @@ class Expected:
 
 
 class Decoder:
-    """A Llama whose feed-forward networks are mixtures, with its optimizer; weights from fixed seeds."""
+    """Llama with MoE layers and its optimizer; weights from fixed seeds."""
 
     def __init__(self, config: RouterConfig, shape: StepShape, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -83,7 +83,7 @@ class Decoder:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> None:
-        """One training step, as the loop does it."""
+        """Runs one training step, as the training loop does."""
         tokens_BS: Tensor = self.tokens_BS
         logits = self.model(input_ids=tokens_BS, use_cache=False).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten()).backward()
@@ -96,7 +96,7 @@ class Decoder:
 
 
 def batch_shape(shape: StepShape) -> Shape:
-    """The batch as one router sees it."""
+    """Returns the batch as one router sees it."""
     return Shape(shape.batch_size * shape.seq_len, shape.num_experts, shape.hidden_size)
 
 
@@ -131,7 +131,7 @@ def _model(config: RouterConfig, shape: StepShape, context: RouterContext, devic
 def measure_steps(
     rivals: Sequence[Rival], shape: StepShape, rounds: int, device: torch.device
 ) -> list[RouterStep]:
-    """Times the training steps of all rivals interleaved, then their routers alone, in the same way.
+    """Times the training steps of all routers interleaved, then the routers alone, in the same way.
 
     Args:
         rivals: Routers; the first is what ratios are to. Solvers are no part of a model and are left out.
@@ -162,7 +162,7 @@ def measure_steps(
 
 
 def bootstrap_interval(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median of the ratios of rounds, by resampling rounds; the same on every call."""
+    """Returns the 95 % interval of the median ratio by resampling rounds, with a fixed seed."""
     ratios = [value / other for value, other in zip(values, base, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
@@ -170,7 +170,7 @@ def bootstrap_interval(values: Sequence[float], base: Sequence[float]) -> tuple[
 
 
 def expected_costs(rivals: Sequence[Rival], steps: Sequence[RouterStep]) -> list[Expected]:
-    """The mean cost of every SSR router whose always transporting twin was measured beside it."""
+    """Returns the mean cost of every SSR router whose twin with probability 1 was measured as well."""
     measured = {step.router: step for step in steps if step.ratio is not None}
     twins = {rival.config: measured[rival.label] for rival in rivals if rival.label in measured}
     found = []
@@ -186,7 +186,7 @@ def expected_costs(rivals: Sequence[Rival], steps: Sequence[RouterStep]) -> list
 
 
 def _expected(p: float, rare: RouterStep, always: RouterStep, base: RouterStep) -> Expected:
-    """Layers draw by themselves: the mean over them is the same as if they drew together."""
+    """Computes the mean cost; layers draw on their own, which has the same mean as drawing together."""
     ratios, shares = [], []
     for step in (rare, always):
         assert step.ratio is not None and step.alone is not None, step
@@ -198,7 +198,7 @@ def _expected(p: float, rare: RouterStep, always: RouterStep, base: RouterStep) 
 
 
 def verdict(step: RouterStep, bound: float) -> str:
-    """Whether a ratio is within a bound, as far as the interval of its median can tell."""
+    """Judges a ratio against a bound by the interval of its median."""
     assert step.ratio_interval is not None, step
     low, high = step.ratio_interval
     if high <= bound:
@@ -207,7 +207,7 @@ def verdict(step: RouterStep, bound: float) -> str:
 
 
 def render_steps(steps: Sequence[RouterStep], expected: Sequence[Expected], bound: float) -> str:
-    """The steps as a table for people, and what SSR costs."""
+    """Formats the steps as a table, with the mean cost of SSR."""
     width = max(len(step.router) for step in steps)
     head = f"{'ms':>9}{'p10':>9}{'p90':>9}{'x':>8}{'95 % of x':>16}{'p10':>8}{'p90':>8}{'router':>8}"
     lines = [f"  {'':{width}}{head}"]

@@ -15,10 +15,10 @@ from recipes.runtime.source_root import SOURCE_ROOT
 
 
 class Torchrun:
-    """A job that is running. Leaving the context kills what is left of it.
+    """Running job. Leaving the context kills its remaining processes.
 
     Attributes:
-        log: What all its processes print.
+        log: File of the output of all its processes.
     """
 
     def __init__(self, ranks: int, restarts: int, script: Sequence[str], log: Path) -> None:
@@ -26,7 +26,7 @@ class Torchrun:
 
         Args:
             ranks: Processes.
-            restarts: How often torchrun starts them anew.
+            restarts: Number of restarts that torchrun allows.
             script: The program and its arguments, as torchrun takes them.
             log: File for the output; replaced.
         """
@@ -51,18 +51,18 @@ class Torchrun:
         self._process.wait()
 
     def ended(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Returns the exit code; None while it runs."""
         return self._process.poll()
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code once it has ended; None when it takes longer."""
+        """Waits for the end and returns the exit code; None when it takes longer."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes that are alive, by rank."""
+        """Returns the live processes by rank."""
         found = {}
         for process in self._children():
             try:

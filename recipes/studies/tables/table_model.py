@@ -1,4 +1,4 @@
-"""A multi-gate mixture of experts over table rows: embeddings, shared experts, a router and a tower a task.
+"""Multi-gate MoE over table rows: embeddings, shared experts, a router and a tower for each task.
 
 Source: the model of COMET's recommendation runs (arXiv 2306.02824 and its released configs): embeddings of
 user and item concatenated, one set of experts, one gate and one head a task. Ours differs where Graft's layer
@@ -53,7 +53,7 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a router needs of its layer.
+    """Router with the sizes of its layer.
 
     Attributes:
         router: Its config.
@@ -67,7 +67,7 @@ class Mixture:
 
 
 class TableModel(nn.Module):
-    """Rows to logits, ``[T, J]``.
+    """Model from rows to logits ``[T, J]``.
 
     Everything but the routers is drawn from a generator of its own, so that models of one seed differ in
     their routers alone.
@@ -116,13 +116,13 @@ class TableModel(nn.Module):
         return torch.cat(logits, -1)
 
     def after_optimizer_step(self) -> None:
-        """Counts the step and tells the routers."""
+        """Counts the step and notifies the routers."""
         self.context.step += 1
         for layer in self.layers:
             layer.router.after_optimizer_step(layer.context)
 
     def snapshot(self) -> Mapping[str, Tensor]:
-        """A copy of everything learned."""
+        """Returns a copy of the state dict."""
         return {name: value.clone() for name, value in self.state_dict().items()}
 
 
@@ -135,7 +135,7 @@ def _tower(width: int, hidden: int, generator: Generator) -> nn.Sequential:
 
 
 def _expert_bank(width: int, mixture: Mixture, generator: Generator) -> ExpertBank:
-    """Experts that differ from the start: nothing is upcycled here."""
+    """Draws experts that differ from the start: nothing is upcycled here."""
     E, F = mixture.num_experts, mixture.expert_width
     return ExpertBank(
         w_up_EUD=torch.randn(E, F, width, generator=generator) * (2 / width) ** 0.5,

@@ -1,4 +1,4 @@
-"""What is compared, by name: a choice of ``conf/router`` with options of its own, or one dense network.
+"""Specs of the comparison: a choice of ``conf/router`` with its options, or one dense network.
 
 Written ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``: ``comet:entropy_coef=1,balance_coef=0.1``. A list as a
 value may hold commas.
@@ -25,7 +25,7 @@ _SEARCH_SHARE = 0.05
 
 
 def parse_mixtures(specs: Sequence[str], config: ModelConfig, steps: int) -> dict[str, Mixture]:
-    """What each spec stands for, by its text.
+    """Parses the specs; the result has their texts as keys.
 
     Args:
         specs: As on the command line.
@@ -72,7 +72,7 @@ def _parse(spec: str, config: ModelConfig, steps: int) -> Mixture:
 
 
 def _fill(values: dict[str, Any], top_k: int, steps: int, given: set[str], prefix: str) -> None:
-    """Sets K, and the steps of a search, where a router has them and the spec does not say."""
+    """Sets K, and the steps of a search, where a router has them and the spec does not set them."""
     if "top_k" in values and f"{prefix}top_k" not in given:
         values["top_k"] = top_k
     if isinstance(values.get("inner"), dict):

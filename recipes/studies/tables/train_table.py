@@ -1,4 +1,4 @@
-"""One run: a model under one router, seed and learning rate, trained, stopped early, and measured.
+"""Training of a model under one router, seed and learning rate, with early stopping.
 
 Letters: N rows, J tasks, E experts.
 """
@@ -38,13 +38,13 @@ class FitConfig(Config):
         require(self, *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in names))
 
     def max_steps(self, rows: int) -> int:
-        """Optimizer steps of a run that is not stopped early."""
+        """Returns the optimizer steps of a run that is not stopped early."""
         return self.epochs * -(-rows // self.batch_size)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does on a split.
+    """Measurements of a model on a split.
 
     Attributes:
         auc: By task.
@@ -60,7 +60,7 @@ class Measured:
 
     @property
     def mean_auc(self) -> float:
-        """Over tasks: what models and learning rates are chosen by, on validation."""
+        """Mean over tasks, by which models and learning rates are chosen on validation."""
         return sum(self.auc) / len(self.auc)
 
 
@@ -99,7 +99,7 @@ def measure(model: TableModel, rows: Rows) -> Measured:
 
 
 def _used(stats: LayerStats) -> float:
-    """Slots in use over all batches. Behind the counts a vector holds rows, slots and unused slots."""
+    """Counts the used slots of all batches; vectors end with rows, slots and unused slots."""
     return float(sum(vector[-3] - vector[-2] for vector in stats.sums.values()))
 
 
@@ -152,13 +152,9 @@ def train_run(
 
 
 def _epoch(
-    model: TableModel,
-    optimizer: torch.optim.Optimizer,
-    rows: Rows,
-    batch_size: int,
-    order: torch.Generator,
+    model: TableModel, optimizer: torch.optim.Optimizer, rows: Rows, batch_size: int, order: torch.Generator
 ) -> bool:
-    """One pass in a random order; whether every loss was finite."""
+    """Trains one epoch in random order; returns True if every loss was finite."""
     model.train()
     for index_N in torch.randperm(len(rows), generator=order).split(batch_size):
         batch = rows.take(index_N)

@@ -1,4 +1,4 @@
-"""Rows and facts of the report's sections, as plain text; the template says where a figure is missing."""
+"""Rows and facts of the report's sections, as plain text for the template."""
 
 from __future__ import annotations
 

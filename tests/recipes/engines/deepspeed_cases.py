@@ -198,7 +198,7 @@ def gradients(train_module: Any) -> dict[str, Tensor]:
     named = {name: p for name, p in train_module.model.module.named_parameters() if p.requires_grad}
     if not isinstance(train_module, DeepSpeedTrainModule):
         return {name: full(param.grad) for name, param in named.items()}
-    spread = train_module.spread
+    spread = train_module.ep
     if train_module.stage == 0:
         return {
             name: gather_slices(param.grad, spread) if name in spread.counts else full(param.grad)

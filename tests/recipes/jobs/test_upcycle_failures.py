@@ -78,7 +78,7 @@ def disk_full_in(*writes: int) -> Any:
     written = [0]
 
     def write(*args: Any) -> Any:
-        from recipes.checkpoint.stream import write_tensors
+        from recipes.runtime.safetensors_codec import write_tensors
 
         written[0] += 1
         if written[0] in writes:
@@ -141,7 +141,7 @@ def test_too_little_space_is_said_before_training(
     import shutil
 
     free = shutil.disk_usage(workplace)._replace(free=1000)
-    monkeypatch.setattr("recipes.checkpoint.space.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("recipes.checkpoint.inventory.shutil.disk_usage", lambda path: free)
     ended = go("small")
     assert ended.code == 2
     assert "Traceback" not in ended.err and "checkpoints and the export" in ended.err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.checkpoint import stream
+from recipes.runtime import safetensors_codec
 from recipes.studies.benchmarks.saves import (
     ASYNC,
     NONE,
@@ -48,11 +48,11 @@ def test_a_simulated_disk_is_slow_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    monkeypatch.setattr(stream, "_append", stream._append)  # put back behind the test
+    monkeypatch.setattr(safetensors_codec, "append", safetensors_codec.append)  # put back behind the test
     for _ in range(2):
         with (tmp_path / "file").open("wb") as file:
             began = time.perf_counter()
-            crc = stream._append(file, memoryview(bytes(range(256)) * 1024), 0)
+            crc = safetensors_codec.append(file, memoryview(bytes(range(256)) * 1024), 0)
             took = time.perf_counter() - began
         written.append((crc, (tmp_path / "file").read_bytes()))
         slow_down(2.0)

@@ -195,7 +195,7 @@ def test_options() -> None:
         (["train.steps=0"], "nothing to compare"),
         (["upcycle=cmoe"], "upcycle_vs_cpt.arms=continued"),
         (["dense=/nowhere"], "one checkpoint for 2 lengths"),
-        (["--parallel", "0"], "at least 1"),
+        (["--parallel", "0"], "1 or more"),
         (["train.stepz=3"], "no such option"),
         (["upcycle_vs_cpt.batches=[]"], "Give"),
     ],
