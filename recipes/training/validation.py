@@ -16,7 +16,7 @@ from recipes.training.hooks.base import StepHook, TrainStep, is_due
 
 
 class Validation(StepHook):
-    """Validates a stage at its beginning, at intervals and at its end."""
+    """Validation of a stage at its beginning, at intervals and at its end."""
 
     def at_start(self) -> None:
         """Validates the model that no step has changed yet."""

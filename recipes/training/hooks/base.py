@@ -58,7 +58,7 @@ class TrainStep:
 
 
 class Pauses:
-    """Accounts for work between steps, whose time and energy are not those of the steps.
+    """Account of work between steps, whose time and energy are not those of the steps.
 
     Attributes:
         spent: Seconds of this process by kind of work.

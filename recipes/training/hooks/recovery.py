@@ -1,4 +1,4 @@
-"""Ends a stage, or takes its weights back to a checkpoint, when its steps go wrong."""
+"""Recovery from steps that go wrong: the stage ends, or its weights go back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipes.training.hooks.stage_saves import StageSaves, load_stage
 
 
 class Recovery(StepHook):
-    """Acts on the verdicts of a stage's guard."""
+    """Reaction to the verdicts of a stage's guard."""
 
     def __init__(self, run: StageRun, guard: StageGuard, saves: StageSaves) -> None:
         super().__init__(run)

@@ -17,7 +17,7 @@ from recipes.training.stage import Stage
 
 
 class StageSaves(StepHook):
-    """Saves the checkpoints of a stage, in the background if so configured.
+    """Saves of a stage's checkpoints, in the background if so configured.
 
     Attributes:
         saved: Step of the newest checkpoint that this process has saved or resumed.
