@@ -26,7 +26,8 @@ from recipes.checkpoint import local_memory
 from recipes.engines import Engine, TrainModule, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
