@@ -139,7 +139,7 @@ class Engine(ABC, Generic[ConfigT]):
 
     @classmethod
     def check(cls, config: ConfigT) -> Mistake | None:
-        """Returns the mistake that keeps this machine from running the engine; None when it can.
+        """Returns the mistake that keeps this machine from running the engine; None if it can.
 
         The path is relative to the engine's config.
         """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recipes.data.samples import TokenMetadata
 from recipes.engines.base import Engine, TrainModule
 from recipes.engines.micro_batch import MicroBatch, target_losses
+from recipes.models.hf.deferred_init import persistent_buffers
 from recipes.models.hf.hf_model import HFModel
 
 
@@ -73,7 +74,8 @@ class HFTrainModule(TrainModule):
         for layer in self.model.routed_layers():
             layer.router.after_optimizer_step(layer.context)
 
-    def _buffers(self) -> dict[str, Tensor]:
-        """Returns the buffers that are part of the state."""
-        every = {name for name, _ in self.model.module.named_parameters(remove_duplicate=False)}
-        return {name: tensor for name, tensor in self.model.module.state_dict().items() if name not in every}
+
+def model_tensors(model: HFModel) -> dict[str, Tensor]:
+    """Returns parameters, tied ones once, and the buffers that are part of the state, by name."""
+    tensors: dict[str, Tensor] = {name: p.data for name, p in model.module.named_parameters()}
+    return tensors | dict(persistent_buffers(model.module))

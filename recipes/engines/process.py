@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moe.errors import Mistake, Rule, require
 from moe.routers import RouterConfig
 from recipes.engines.base import Engine, EngineConfig
-from recipes.engines.native.expert_parallel import check_ranks, moe_mistakes
+from recipes.engines.native.expert_parallel import moe_mistakes
 from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
@@ -86,8 +86,8 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
 
     @classmethod
     def check_dims(cls, config: ProcessConfigT, world_size: int) -> Mistake | None:
-        """Returns the mistake that keeps the ranks from being laid out as configured; None when they can."""
-        return check_ranks(config.expert_parallel, world_size)
+        """Returns the dimension that the ranks do not divide by; None if they divide by all."""
+        return ParallelDims(world_size, expert_parallel=config.expert_parallel).check()
 
     @classmethod
     def check_moe(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:

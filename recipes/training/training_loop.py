@@ -23,7 +23,7 @@ from recipes.tracking.run_meters import RunMeters, WindowFigures
 from recipes.training.callbacks.base import Callback, StageInfo
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.stage_guard import DivergedError, StageGuard
-from recipes.training.hooks.base import Pauses, StepHook, TrainStep
+from recipes.training.hooks.base import Pauses, StageRun, StepHook, TrainStep
 from recipes.training.hooks.recovery import Recovery
 from recipes.training.hooks.stage_meters import StageMeters
 from recipes.training.hooks.stage_saves import StageSaves, load_stage
@@ -79,20 +79,16 @@ class Loop:
         )
         for callback in self.callbacks:
             callback.on_stage_start(info)
-        guard = StageGuard(self.engine, self.guards, stage)
+        run = StageRun(self.engine, stage, result, self._pauses)
+        guard = StageGuard(run, self.guards)
 
         def before_save(step: int) -> None:
             for callback in self.callbacks:
                 callback.before_checkpoint(info, step)
 
-        saves = StageSaves(self.engine, stage, guard, self._pauses, result, before_save)
-        hooks: list[StepHook] = [
-            guard,
-            StageMeters(self.engine, stage, self.meters, self._window),
-            Recovery(self.engine, stage, guard, saves, self._pauses),
-            Validation(self.engine, stage, self._pauses, result),
-            saves,
-        ]
+        saves = StageSaves(run, guard, before_save)
+        meters = StageMeters(run, self.meters, self._window)
+        hooks: list[StepHook] = [guard, meters, Recovery(run, guard, saves), Validation(run), saves]
         try:
             with self.guards.heartbeat.training():
                 self._train(stage, info, result, hooks)
@@ -128,7 +124,7 @@ class Loop:
                 hook.after_row(step)
         result.finished = result.step >= stage.train.steps
         for hook in hooks:
-            hook.at_end(result)
+            hook.at_end()
 
     def train_step(self, stage: Stage, number: int, hooks: Sequence[StepHook] = ()) -> TrainStep:
         """Does one optimizer step. Collective.
@@ -166,20 +162,11 @@ class Loop:
         batches.beat("the figures")
         for hook in hooks:
             hook.after_update(step)
-        step.load = report_load([(i, layer.stats) for i, layer in module.model.moe_layers()], group)
-        step.attention = report_load(
-            [(i, layer.stats) for i, layer in module.model.attention_layers()], group
-        )
+        model = module.model
+        step.load = report_load([(i, layer.stats) for i, layer in model.moe_layers()], group)
+        step.attention = report_load([(i, layer.stats) for i, layer in model.attention_layers()], group)
         step.seconds = time.perf_counter() - step.started
-        step.row = {
-            "step": step.done,
-            "tokens": step.done * stage.tokens_per_step,
-            "loss": step.reduced["loss"],
-            "lr": stage.optim.lr * factor,
-            "grad_norm": step.grad_norm,
-            "tokens_per_s": stage.tokens_per_step / step.seconds,
-            "step_s": step.seconds,
-        }
+        step.row = _row(stage, step, stage.optim.lr * factor)
         for hook in hooks:
             step.row |= hook.figures(step)
         batches.beat("its row")
@@ -188,3 +175,15 @@ class Loop:
     def _emit(self, info: StageInfo, row: dict[str, float], load: LoadReport | None) -> None:
         for callback in self.callbacks:
             callback.on_row(info, row, load)
+
+
+def _row(stage: Stage, step: TrainStep, lr: float) -> dict[str, float]:
+    return {
+        "step": step.done,
+        "tokens": step.done * stage.tokens_per_step,
+        "loss": step.reduced["loss"],
+        "lr": lr,
+        "grad_norm": step.grad_norm,
+        "tokens_per_s": stage.tokens_per_step / step.seconds,
+        "step_s": step.seconds,
+    }

@@ -12,38 +12,28 @@ from recipes.data.samples import TokenMetadata
 from recipes.engines import Engine, TrainModule
 from recipes.runtime.heartbeat import ASIDE, Heartbeat
 from recipes.tracking.metrics_log import Metric, reduce_metrics
-from recipes.training.hooks.base import Pauses, StepHook, TrainStep, is_due
-from recipes.training.stage import Stage, StageResult
+from recipes.training.hooks.base import StepHook, TrainStep, is_due
 
 
 class Validation(StepHook):
-    """Validates a stage at its beginning, at intervals and at its end."""
-
-    def __init__(self, engine: Engine[Any], stage: Stage, pauses: Pauses, result: StageResult) -> None:
-        """Notes the losses in ``result``."""
-        self._engine = engine
-        self._stage = stage
-        self._pauses = pauses
-        self._result = result
+    """Validation of a stage at its beginning, at intervals and at its end."""
 
     def at_start(self) -> None:
         """Validates the model that no step has changed yet."""
-        if self._stage.first_step == 0:
-            self._result.first_val_loss = self._evaluate()
+        if self.run.stage.first_step == 0:
+            self.run.result.first_val_loss = self._evaluate()
 
     def after_step(self, step: TrainStep) -> None:
         """Validates if it is due, and after the last step of the stage."""
-        train = self._stage.train
+        train = self.run.stage.train
         if step.done == train.steps or is_due(step.done, train.eval_every):
             step.row["val_loss"] = self._evaluate()
 
     def _evaluate(self) -> float:
-        stage = self._stage
-        with self._pauses.pause("evaluation"):
-            loss = validation_loss(
-                self._engine, stage.train_module, stage.data, stage.train, self._pauses.heartbeat
-            )
-        self._result.val_loss = loss
+        engine, stage, pauses = self.run.engine, self.run.stage, self.run.pauses
+        with pauses.pause("evaluation"):
+            loss = validation_loss(engine, stage.train_module, stage.data, stage.train, pauses.heartbeat)
+        self.run.result.val_loss = loss
         return loss
 
 

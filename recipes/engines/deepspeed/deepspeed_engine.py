@@ -173,7 +173,7 @@ class DeepSpeedTrainModule(HFTrainModule):
             buffers: Names of these buffers.
         """
         local = dict(self._parameters())
-        local |= {name: buffer for name, buffer in self._buffers().items() if name in buffers}
+        local |= {name: tensor for name, tensor in persistent_buffers(self.model.module) if name in buffers}
         weights.fill({name: place(name, value) for name, value in local.items()})
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -229,7 +229,7 @@ class DeepSpeedTrainModule(HFTrainModule):
     def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
         """See `TrainModule.checkpoint_tensors`."""
         self._counts.forget()
-        weights = [*self._parameters(), *self._buffers().items()]
+        weights = [*self._parameters(), *persistent_buffers(self.model.module)]
         tensors = {f"model.{name}": tensor for name, tensor in weights}
         if self.stage == 0:
             state = self.optimizer.state_tensors(self.model.module.named_parameters())
@@ -257,7 +257,7 @@ class DeepSpeedTrainModule(HFTrainModule):
         for name, param in self.model.module.named_parameters():
             whole = self._whole(param)
             yield name, gather_slices(whole, self.ep) if name in self.ep.counts else whole
-        yield from self._buffers().items()
+        yield from persistent_buffers(self.model.module)
 
     def _whole(self, param: nn.Parameter) -> Tensor:
         if self.stage < 3:

@@ -57,7 +57,7 @@ class MegatronConfig(ProcessConfig):
 
 
 def _known(field: str, value: str, names: Iterable[str]) -> Rule:
-    """Returns the rule that a value must be one of some names."""
+    """Returns the rule that a value is one of some names."""
     return value in names, field, "there is none of this name", f"Choose {', '.join(names)}."
 
 

@@ -32,7 +32,7 @@ class DispatchSetup:
 
 
 class Dispatcher:
-    """Megatron's all-to-all over torch.distributed, for every device; base of the other dispatchers.
+    """Dispatcher of Megatron's all-to-all over torch.distributed, for every device; base of the others.
 
     Attributes:
         name: Value of ``engine.dispatcher`` that picks it.
@@ -47,7 +47,7 @@ class Dispatcher:
         return []
 
     def route_mistakes(self, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Returns the reasons why it cannot send tokens to what a router chooses among so many experts."""
+        """Returns the reasons why it cannot send tokens to what a router chooses among the experts."""
         return []
 
     def most_experts(self, num_experts: int, top_k: int) -> int | None:
@@ -97,7 +97,7 @@ class _DeepEPKernels(Dispatcher):
         return [Mistake(_PATH, self.name, rule, _REMEDY) for rule in rules]
 
     def _trouble(self, buffer: Any, ranks: int) -> str | None:
-        """Returns why the class of buffers does not support so many ranks, or None."""
+        """Returns why the class of buffers does not support this number of ranks, or None."""
         return None
 
     def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:

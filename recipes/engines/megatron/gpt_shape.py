@@ -99,7 +99,7 @@ def family_mistakes(config: Mapping[str, Any], value: Any, seq_len: int | None =
 
 
 def split_mistakes(config: Mapping[str, Any], tensor_parallel: int) -> list[Mistake]:
-    """Returns the reasons why a decoder of the `FAMILIES` cannot be sharded over so many ranks."""
+    """Returns the reasons why a decoder of the `FAMILIES` cannot be sharded by tensor parallelism."""
     shape = read_shape(config)
     parts = {
         "attention heads": shape.heads,
@@ -107,10 +107,12 @@ def split_mistakes(config: Mapping[str, Any], tensor_parallel: int) -> list[Mist
         "entries of the vocabulary": shape.vocabulary,
         "features of the feed-forward networks": shape.ffn_width,
     }
-    rule = "the dense model's {} {} do not divide over so many ranks"
     return [
         Mistake(
-            "engine.tensor_parallel", tensor_parallel, rule.format(count, what), "Set a common divisor, or 1."
+            "engine.tensor_parallel",
+            tensor_parallel,
+            f"the dense model's {count} {what} do not divide over {tensor_parallel} ranks",
+            "Set a common divisor, or 1.",
         )
         for what, count in parts.items()
         if count % tensor_parallel
@@ -147,7 +149,7 @@ def megatron_layout(blocks: int, stages: int) -> list[list[str]] | None:
 
 
 def stage_mistakes(config: Mapping[str, Any], stages: int) -> list[Mistake]:
-    """Returns the reasons why a decoder of the `FAMILIES` cannot be split into so many pipeline stages.
+    """Returns the reasons why a decoder of the `FAMILIES` cannot be split into pipeline stages.
 
     Args:
         config: The content of its ``config.json``.
@@ -156,5 +158,5 @@ def stage_mistakes(config: Mapping[str, Any], stages: int) -> list[Mistake]:
     blocks = read_shape(config).layers
     if blocks >= stages:
         return []
-    rule = f"the dense model's {blocks} blocks do not suffice for so many stages"
+    rule = f"the dense model's {blocks} blocks are fewer than {stages} stages"
     return [Mistake("engine.pipeline_parallel", stages, rule, f"Set {blocks} or less.")]

@@ -71,13 +71,6 @@ class LocalParameter:
     sharded_over: ShardAxis = "none"
 
 
-def model_tensors(model: HFModel) -> dict[str, Tensor]:
-    """Returns parameters, tied ones once, and the buffers that are part of the state, by name."""
-    tensors: dict[str, Tensor] = {name: p.data for name, p in model.module.named_parameters()}
-    every = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
-    return tensors | {k: v for k, v in model.module.state_dict().items() if k not in every}
-
-
 def shard_experts(
     layer: MoELayer, groups: RankGroups, dims: MegatronDims, device: torch.device, dtype: torch.dtype
 ) -> None:

@@ -72,7 +72,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         for name in ("tensor_parallel", "expert_parallel"):
             value = getattr(config, name)
             if ranks % value:
-                rule = f"{those} do not divide into groups of so many"
+                rule = f"{those} do not divide into groups of {value}"
                 remedy = f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks."
                 return Mistake(name, value, rule, remedy)
         return None
@@ -123,7 +123,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         if run.dense is None:
             mistakes += _cut_mistakes(_default_config(run.model), config)
         if run.data.seq_len % config.tensor_parallel:
-            rule = f"samples of {run.data.seq_len} tokens do not divide over so many ranks"
+            rule = f"samples of {run.data.seq_len} tokens do not divide over {config.tensor_parallel} ranks"
             remedy = "Set a divisor of data.seq_len, or 1."
             mistakes.append(Mistake("engine.tensor_parallel", config.tensor_parallel, rule, remedy))
         return mistakes

@@ -17,6 +17,7 @@ from torch import Tensor
 from recipes.checkpoint import LocalBlocks
 from recipes.data.samples import TokenMetadata
 from recipes.engines.base import TrainModule, may_update
+from recipes.engines.hf_train_module import model_tensors
 from recipes.engines.megatron.config import BuildSettings
 from recipes.engines.megatron.gpt_model import build_gpt, keep_padding
 from recipes.engines.megatron.gpt_shape import blocks_of_stages, read_shape
@@ -29,7 +30,6 @@ from recipes.engines.megatron.hf_weights import (
     live_tensors,
     local_parameters,
     mark_parameters,
-    model_tensors,
     placed,
     shard_experts,
 )

@@ -27,15 +27,10 @@ class NativeConfig(ProcessConfig):
 
     def rules(self) -> list[Rule]:
         """Returns the rules of the options."""
-        cuts = {name: getattr(self, name) for name in ("replicas", "expert_parallel", "tensor_parallel")}
+        sizes = {name: getattr(self, name) for name in ("replicas", "expert_parallel", "tensor_parallel")}
         return [
             *super().rules(),
-            (
-                self.replicas >= 1,
-                "replicas",
-                "must be at least 1",
-                "Give 1 for one group of ranks.",
-            ),
+            (self.replicas >= 1, "replicas", "must be at least 1", "Give 1 for one group of ranks."),
             (
                 self.tensor_parallel >= 1,
                 "tensor_parallel",
@@ -49,7 +44,7 @@ class NativeConfig(ProcessConfig):
                     "must be 1 under strategy=ddp, which keeps all weights on every rank",
                     "Set engine.strategy=fsdp.",
                 )
-                for name, value in cuts.items()
+                for name, value in sizes.items()
             ),
             *(
                 (
@@ -58,6 +53,6 @@ class NativeConfig(ProcessConfig):
                     "must be 1 with compile: the two together are not proven",
                     "Set engine.compile=false.",
                 )
-                for name, value in cuts.items()
+                for name, value in sizes.items()
             ),
         ]

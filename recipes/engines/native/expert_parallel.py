@@ -37,22 +37,13 @@ class ExpertMeshes:
     ep: DeviceMesh
 
 
-def check_ranks(expert_parallel: int, world_size: int) -> Mistake | None:
-    """Returns the mistake of ranks that do not divide into expert-parallel groups; None when they do."""
-    if world_size % expert_parallel == 0:
-        return None
-    rule = f"{world_size} ranks do not divide into groups of so many"
-    remedy = f"Set a divisor of {world_size}, or start a multiple of {expert_parallel} ranks."
-    return Mistake("expert_parallel", expert_parallel, rule, remedy)
-
-
 def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
-    """Returns the reasons why the experts of an MoE cannot be sharded over so many ranks."""
+    """Returns the reasons why the experts of an MoE cannot be sharded over the ranks."""
     if expert_parallel == 1:
         return []
     mistakes = []
     if num_experts % expert_parallel:
-        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over so many ranks"
+        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over {expert_parallel} ranks"
         remedy = f"Set a divisor of {num_experts}, or another upcycle.num_experts."
         mistakes.append(Mistake(_PATH, expert_parallel, rule, remedy))
     if router_class(router.name).reads_experts(router):

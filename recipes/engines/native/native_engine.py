@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor
 from recipes.engines.base import EngineLayout, may_update
-from recipes.engines.hf_train_module import HFTrainModule
+from recipes.engines.hf_train_module import HFTrainModule, model_tensors
 from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.native.config import NativeConfig
 from recipes.engines.native.expert_parallel import gathered
@@ -201,20 +201,19 @@ class NativeTrainModule(HFTrainModule):
 
     def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
         """See `TrainModule.checkpoint_tensors`."""
-        tensors = {f"model.{name}": tensor for name, tensor in self._model_tensors().items()}
+        self._reshard()
+        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
         return tensors | self.optimizer.state_tensors(self.model.module.named_parameters())
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """Returns parameters, tied ones once, and the buffers that are part of the state."""
+    def _reshard(self) -> None:
+        """Frees the outermost weights, which FSDP2 leaves gathered after a forward pass without backward."""
         for module in self.wrapped.modules():
             if isinstance(module, FSDPModule):
-                # After a forward pass without backward FSDP2 leaves its outermost weights gathered.
                 module.reshard()
-        tensors: dict[str, Tensor] = {name: p.data for name, p in self.model.module.named_parameters()}
-        return tensors | self._buffers()
 
     @torch.no_grad()
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainModule.full_tensors`."""
-        for name, tensor in self._model_tensors().items():
+        self._reshard()
+        for name, tensor in model_tensors(self.model).items():
             yield name, gathered(tensor) if isinstance(tensor, DTensor) else tensor

@@ -42,14 +42,14 @@ class ParallelDims:
         """Returns the dimension that the ranks do not divide by; None when they divide by all."""
         ranks, copies = self.world_size, self.replicas
         if ranks % copies:
-            rule = f"{ranks} ranks do not divide into so many groups"
+            rule = f"{ranks} ranks do not divide into {copies} groups"
             remedy = f"Set a divisor of {ranks}, or start a multiple of {copies} ranks."
             return Mistake("replicas", copies, rule, remedy)
         whose = f"{ranks} ranks" if copies == 1 else f"the {self.group} ranks of each of {copies} replicas"
         for name in ("expert_parallel", "tensor_parallel"):
             value = getattr(self, name)
             if self.group % value:
-                rule = f"{whose} do not divide into groups of so many"
+                rule = f"{whose} do not divide into groups of {value}"
                 remedy = f"Set a divisor of {self.group}, or start a multiple of {copies * value} ranks."
                 return Mistake(name, value, rule, remedy)
         return None

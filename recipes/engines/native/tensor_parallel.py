@@ -114,7 +114,7 @@ def attention_mistakes(dense: Mapping[str, Any], ways: int) -> list[Mistake]:
     heads = text.get("num_attention_heads") or 0
     counts = {"attention": heads, "key-value": text.get("num_key_value_heads") or heads}
     return [
-        Mistake(_PATH, ways, f"the {count} {what} heads do not divide over so many ranks", _REMEDY)
+        Mistake(_PATH, ways, f"the {count} {what} heads do not divide over {ways} ranks", _REMEDY)
         for what, count in counts.items()
         if count % ways
     ]

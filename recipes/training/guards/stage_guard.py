@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from moe.errors import GraftError
-from recipes.engines import Engine
 from recipes.tracking.bad_batch import BadStep, record_bad_batch
 from recipes.tracking.metrics_log import Metric
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.step_guard import NO_UPDATE, StepGuard, StepJudgement, Verdict
 from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
-from recipes.training.hooks.base import StepHook, TrainStep
+from recipes.training.hooks.base import StageRun, StepHook, TrainStep
 from recipes.training.hooks.rng import get_rng
-from recipes.training.stage import Stage
 
 STATE = "guard"
 """Name of the step guard's state in a checkpoint."""
@@ -27,7 +25,7 @@ _SHOWN_RANKS = 8
 
 
 class DivergedError(GraftError):
-    """The loss or the gradient was not finite, too often in a row; no such step updated the weights."""
+    """Error of a loss or gradient that is not finite, too often in a row; the weights are unharmed."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,12 @@ class StageGuard(StepHook):
         problem: Error that ends the run; None while it may go on.
     """
 
-    def __init__(self, engine: Engine[Any], guards: RunGuards, stage: Stage) -> None:
+    def __init__(self, run: StageRun, guards: RunGuards) -> None:
         """Continues from the state in the stage's checkpoint, if any."""
-        self._engine = engine
+        super().__init__(run)
         self._guards = guards
-        self._stage = stage
-        self._steps = StepGuard(guards.faults, stage.state.get(STATE))
-        self._files = WatchedFiles(stage.data.files)
+        self._steps = StepGuard(guards.faults, run.stage.state.get(STATE))
+        self._files = WatchedFiles(run.stage.data.files)
         self._judgement = StepJudgement(Verdict.UPDATED, 0, self._steps.skipped)
         self._changes = self._files.changes()
         self.begun: StepBeginning | None = None
@@ -68,7 +65,7 @@ class StageGuard(StepHook):
     def before_step(self, step: TrainStep) -> None:
         """Keeps the beginning of the step, unless the step before was not finite."""
         if self._judgement.verdict is not Verdict.NONFINITE:
-            self.begun = StepBeginning(step.number, get_rng(self._engine.device), self._steps.state())
+            self.begun = StepBeginning(step.number, get_rng(self.run.engine.device), self._steps.state())
 
     def after_gradients(self, step: TrainStep) -> dict[str, Metric]:
         """Returns the number of data files that have changed."""
@@ -83,7 +80,7 @@ class StageGuard(StepHook):
     def after_update(self, step: TrainStep) -> None:
         """Judges the step, and reports it on rank 0 if it updated nothing. Collective."""
         if step.reduced["changed_files"]:
-            self.problem = changed_everywhere(self._changes, self._engine.data_group)
+            self.problem = changed_everywhere(self._changes, self.run.engine.data_group)
             self._judgement = StepJudgement(Verdict.SPIKE, 0, self._steps.skipped)
             return
         loss, norm = step.reduced["loss"], step.grad_norm
@@ -91,7 +88,7 @@ class StageGuard(StepHook):
         if found.verdict is Verdict.SPIKE:
             self._log_spike(step.done, loss, norm, found)
         elif found.verdict is Verdict.NONFINITE:
-            bad = BadStep(self._stage.name, step.done, loss, norm, found.in_a_row)
+            bad = BadStep(self.run.stage.name, step.done, loss, norm, found.in_a_row)
             self._report_nonfinite(bad, torch.stack(step.losses).tolist(), step.samples)
 
     def figures(self, step: TrainStep) -> dict[str, float]:
@@ -100,7 +97,7 @@ class StageGuard(StepHook):
         return row if self._judgement.verdict is Verdict.UPDATED else row | {"skipped": 1}
 
     def must_go_back(self) -> bool:
-        """Returns whether there were so many spikes in a row that the weights must go back."""
+        """Returns whether there were too many spikes in a row, so that the weights must go back."""
         after, found = self._guards.faults.rollback_after, self._judgement
         return after is not None and found.verdict is Verdict.SPIKE and found.in_a_row >= after
 
@@ -116,13 +113,13 @@ class StageGuard(StepHook):
         self, bad: BadStep, losses: Sequence[float], samples: Sequence[tuple[int, int]]
     ) -> None:
         limit = self._guards.faults.max_nonfinite
-        record = record_bad_batch(bad, losses, samples, self._guards.folder, self._engine.data_group)
+        record = record_bad_batch(bad, losses, samples, self._guards.folder, self.run.engine.data_group)
         where = f"its samples are listed in {record.path}" if record.path else "its samples were not listed"
         if record.problem:
             where += f" ({record.problem})"
         found = (
-            f"{self._stage.title}: at step {bad.step} the loss is {bad.loss} and the gradient norm "
-            f"{bad.grad_norm}{_of_ranks(record.bad_ranks, self._engine.world_size)}"
+            f"{self.run.stage.title}: at step {bad.step} the loss is {bad.loss} and the gradient norm "
+            f"{bad.grad_norm}{_of_ranks(record.bad_ranks, self.run.engine.world_size)}"
         )
         if bad.in_a_row < limit:
             self._log(f"{found}; the step is skipped ({bad.in_a_row} in a row, {limit} end the run); {where}")
@@ -130,7 +127,7 @@ class StageGuard(StepHook):
         row = "" if limit == 1 else f", the {limit} steps in a row that faults.max_nonfinite allows for"
         self.problem = DivergedError(
             f"{found}{row}; the weights were not updated, and {where}. Checkpoints are in "
-            f"{self._stage.checkpoints}: lower optim.lr (now {self._stage.optim.lr}) or raise "
+            f"{self.run.stage.checkpoints}: lower optim.lr (now {self.run.stage.optim.lr}) or raise "
             "optim.schedule.warmup_steps, and set resume=auto."
         )
 
@@ -142,13 +139,13 @@ class StageGuard(StepHook):
             if value > limit
         ]
         self._log(
-            f"{self._stage.title}: step {step} is skipped, a spike ({found.in_a_row} in a row): its "
+            f"{self.run.stage.title}: step {step} is skipped, a spike ({found.in_a_row} in a row): its "
             f"{' and its '.join(high)}, {faults.spike_sigma:g} standard deviations over the mean of the last "
             f"{faults.spike_window} steps at most"
         )
 
     def _log(self, line: str) -> None:
-        if self._engine.rank == 0:
+        if self.run.engine.rank == 0:
             print(line, flush=True)
 
 

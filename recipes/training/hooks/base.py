@@ -7,19 +7,21 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from moe.metrics import LoadReport
+from recipes.engines import Engine
 from recipes.runtime.heartbeat import ASIDE, Heartbeat
 from recipes.tracking.metrics_log import Metric
 from recipes.tracking.run_meters import RunMeters
-from recipes.training.stage import StageResult
+from recipes.training.stage import Stage, StageResult
 
 
 @dataclass
 class TrainStep:
-    """An optimizer step, filled in as it proceeds.
+    """Optimizer step, filled in as it proceeds.
 
     Attributes:
         number: Steps before it.
@@ -55,8 +57,55 @@ class TrainStep:
         return self.number + 1
 
 
+class Pauses:
+    """Account of work between steps, whose time and energy are not those of the steps.
+
+    Attributes:
+        spent: Seconds of this process by kind of work.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, meters: RunMeters | None) -> None:
+        self.spent = {"evaluation": 0.0, "saving": 0.0, "going_back": 0.0}
+        self.heartbeat = heartbeat
+        self._meters = meters
+
+    @contextlib.contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """While open, training pauses for work of a kind."""
+        self.heartbeat.beat(kind, ASIDE)
+        started = time.perf_counter()
+        yield
+        self.spent[kind] += time.perf_counter() - started
+        if self._meters is not None:
+            self._meters.between()
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Stage in training, as its hooks see it.
+
+    Attributes:
+        engine: The engine of the run.
+        stage: The stage.
+        result: Its result so far.
+        pauses: Account of the work between steps.
+    """
+
+    engine: Engine[Any]
+    stage: Stage
+    result: StageResult
+    pauses: Pauses
+
+
 class StepHook:
-    """Part of the training of a stage. Each method is called on every rank, in the order of this class."""
+    """Part of the training of a stage. Each method is called on every rank, in the order of this class.
+
+    Attributes:
+        run: The stage in training.
+    """
+
+    def __init__(self, run: StageRun) -> None:
+        self.run = run
 
     def at_start(self) -> None:
         """Acts before the first step of this process."""
@@ -84,33 +133,10 @@ class StepHook:
     def after_row(self, step: TrainStep) -> None:
         """Acts between steps, after the row is published."""
 
-    def at_end(self, result: StageResult) -> None:
+    def at_end(self) -> None:
         """Acts after the last step, unless an error ends the stage."""
 
 
-class Pauses:
-    """Accounts for work between steps, whose time and energy are not those of the steps.
-
-    Attributes:
-        spent: Seconds of this process by kind of work.
-    """
-
-    def __init__(self, heartbeat: Heartbeat, meters: RunMeters | None) -> None:
-        self.spent = {"evaluation": 0.0, "saving": 0.0, "going_back": 0.0}
-        self.heartbeat = heartbeat
-        self._meters = meters
-
-    @contextlib.contextmanager
-    def pause(self, kind: str) -> Iterator[None]:
-        """While open, training pauses for work of a kind."""
-        self.heartbeat.beat(kind, ASIDE)
-        started = time.perf_counter()
-        yield
-        self.spent[kind] += time.perf_counter() - started
-        if self._meters is not None:
-            self._meters.between()
-
-
 def is_due(step: int, every: int) -> bool:
-    """Returns whether something that is done every so many steps (0: never) is due after this step."""
+    """Returns whether work with an interval of ``every`` steps (0: never) is due after this step."""
     return every > 0 and step % every == 0

@@ -1,28 +1,20 @@
-"""Ends a stage, or takes its weights back to a checkpoint, when its steps go wrong."""
+"""Recovery from steps that go wrong: the stage ends, or its weights go back to a checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from recipes.checkpoint import find_checkpoint
-from recipes.engines import Engine
 from recipes.training.guards.stage_guard import StageGuard
-from recipes.training.hooks.base import Pauses, StepHook, TrainStep
+from recipes.training.hooks.base import StageRun, StepHook, TrainStep
 from recipes.training.hooks.stage_saves import StageSaves, load_stage
-from recipes.training.stage import Stage
 
 
 class Recovery(StepHook):
-    """Acts on the verdicts of a stage's guard."""
+    """Reaction to the verdicts of a stage's guard."""
 
-    def __init__(
-        self, engine: Engine[Any], stage: Stage, guard: StageGuard, saves: StageSaves, pauses: Pauses
-    ) -> None:
-        self._engine = engine
-        self._stage = stage
+    def __init__(self, run: StageRun, guard: StageGuard, saves: StageSaves) -> None:
+        super().__init__(run)
         self._guard = guard
         self._saves = saves
-        self._pauses = pauses
 
     def after_step(self, step: TrainStep) -> None:
         """Goes back after too many spikes in a row.
@@ -40,14 +32,16 @@ class Recovery(StepHook):
 
     def _go_back(self, step: TrainStep) -> None:
         """Takes the weights of the newest checkpoint; the samples since then are not taken again."""
-        title, path = self._stage.title, None
-        with self._pauses.pause("going_back"):
+        run = self.run
+        with run.pauses.pause("going_back"):
             self._saves.settle()
-            path = find_checkpoint(self._stage.checkpoints).path
+            path = find_checkpoint(run.stage.checkpoints).path
             if path is not None:
-                loaded = load_stage(self._engine, self._stage, path)
+                loaded = load_stage(run.engine, run.stage, path)
                 self._guard.went_back(loaded.state)
                 step.row["went_back_to"] = loaded.step
-        if self._engine.rank == 0:
+        if run.engine.rank == 0:
             found = f"went back to {path}; the samples since then are not taken again"
-            print(f"{title}: {found if path else 'there is no checkpoint to go back to'}", flush=True)
+            print(
+                f"{run.stage.title}: {found if path else 'there is no checkpoint to go back to'}", flush=True
+            )

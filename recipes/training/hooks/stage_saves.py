@@ -11,46 +11,32 @@ from torch import Tensor
 from recipes.checkpoint import Loaded, Retention, Saver, load_checkpoint
 from recipes.engines import Engine
 from recipes.training.guards.stage_guard import STATE, StageGuard, StepBeginning
-from recipes.training.hooks.base import Pauses, StepHook, TrainStep, is_due
+from recipes.training.hooks.base import StageRun, StepHook, TrainStep, is_due
 from recipes.training.hooks.rng import get_rng, set_rng
-from recipes.training.stage import Stage, StageResult
+from recipes.training.stage import Stage
 
 
 class StageSaves(StepHook):
-    """Saves the checkpoints of a stage, in the background if so configured.
+    """Saves of a stage's checkpoints, in the background if so configured.
 
     Attributes:
         saved: Step of the newest checkpoint that this process has saved or resumed.
     """
 
-    def __init__(
-        self,
-        engine: Engine[Any],
-        stage: Stage,
-        guard: StageGuard,
-        pauses: Pauses,
-        result: StageResult,
-        before_save: Callable[[int], None],
-    ) -> None:
+    def __init__(self, run: StageRun, guard: StageGuard, before_save: Callable[[int], None]) -> None:
         """Saves nothing yet.
 
         Args:
-            engine: The engine of the run.
-            stage: The stage that is trained.
+            run: The stage in training.
             guard: Judge of the steps, whose state is saved.
-            pauses: Told of the time that saving takes.
-            result: Result so far; its validation losses are saved.
             before_save: Called with the step before each save.
         """
-        train = stage.train
+        super().__init__(run)
+        train = run.stage.train
         keep = Retention(train.keep_last, "val_loss" if train.keep_best else None)
-        self.saved = stage.first_step
-        self._saver = Saver(stage.checkpoints, keep, background=train.async_save)
-        self._engine = engine
-        self._stage = stage
+        self.saved = run.stage.first_step
+        self._saver = Saver(run.stage.checkpoints, keep, background=train.async_save)
         self._guard = guard
-        self._pauses = pauses
-        self._result = result
         self._before_save = before_save
 
     def after_step(self, step: TrainStep) -> None:
@@ -59,12 +45,13 @@ class StageSaves(StepHook):
 
     def after_row(self, step: TrainStep) -> None:
         """Saves a checkpoint if one is due, and always after the last step."""
-        if step.last or is_due(step.done, self._stage.train.save_every):
-            self._save(step.done, self._guard.state(), get_rng(self._engine.device), final=step.last)
+        if step.last or is_due(step.done, self.run.stage.train.save_every):
+            self._save(step.done, self._guard.state(), get_rng(self.run.engine.device), final=step.last)
 
-    def at_end(self, result: StageResult) -> None:
+    def at_end(self) -> None:
         """Checks that the last step was saved."""
-        assert self.saved == result.step, f"step {result.step} was not saved, the last was {self.saved}"
+        step = self.run.result.step
+        assert self.saved == step, f"step {step} was not saved, the last was {self.saved}"
 
     def save_beginning(self, begun: StepBeginning) -> None:
         """Saves the state from before a step, if it is newer than the last checkpoint.
@@ -73,7 +60,7 @@ class StageSaves(StepHook):
         not been.
         """
         if begun.step > self.saved:
-            set_rng(begun.rng, self._engine.device)
+            set_rng(begun.rng, self.run.engine.device)
             self._save(begun.step, {STATE: dict(begun.state)}, begun.rng, final=True)
 
     def settle(self) -> None:
@@ -88,9 +75,9 @@ class StageSaves(StepHook):
         self, step: int, guard_state: Mapping[str, Any], rng: Mapping[str, Tensor], *, final: bool
     ) -> None:
         """Saves a checkpoint; a ``final`` one is complete on return, or raises."""
-        stage, result = self._stage, self._result
+        stage, result = self.run.stage, self.run.result
         stage.state |= guard_state
-        with self._pauses.pause("saving"):
+        with self.run.pauses.pause("saving"):
             self._before_save(step)
             state = {**stage.state, "val_loss": result.val_loss, "first_val_loss": result.first_val_loss}
             self._saver.save(step, stage.train_module.checkpoint_tensors(), state, rng, final=final)

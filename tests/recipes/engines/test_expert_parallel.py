@@ -151,7 +151,7 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert NativeEngine.check(NativeConfig(expert_parallel=2, device="cpu")) is None
     unsupported_reason = NativeEngine.check(NativeConfig(expert_parallel=3, device="cpu"))
-    assert "expert_parallel=3: 4 ranks do not divide into groups of so many" in str(unsupported_reason)
+    assert "expert_parallel=3: 4 ranks do not divide into groups of 3" in str(unsupported_reason)
 
     def mistakes(spread: int, experts: int, router: TopKConfig | AvgKConfig) -> list[str]:
         config = NativeConfig(expert_parallel=spread)
@@ -177,13 +177,13 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("cuts", "rule"),
     [
-        ({"replicas": 3}, "replicas=3: 4 ranks do not divide into so many groups"),
+        ({"replicas": 3}, "replicas=3: 4 ranks do not divide into 3 groups"),
         (
             {"replicas": 2, "expert_parallel": 4},
-            "expert_parallel=4: the 2 ranks of each of 2 replicas do not divide into groups of so many. Set "
+            "expert_parallel=4: the 2 ranks of each of 2 replicas do not divide into groups of 4. Set "
             "a divisor of 2, or start a multiple of 8 ranks",
         ),
-        ({"tensor_parallel": 3}, "tensor_parallel=3: 4 ranks do not divide into groups of so many"),
+        ({"tensor_parallel": 3}, "tensor_parallel=3: 4 ranks do not divide into groups of 3"),
         ({"replicas": 2, "expert_parallel": 2, "tensor_parallel": 2}, None),
     ],
 )
@@ -208,7 +208,7 @@ def test_attention_that_cannot_be_spread_is_refused() -> None:
             in rules({"model_type": family})[0]
         )
     queries, keys = rules({"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 3}, 4)
-    assert "engine.tensor_parallel=4: the 6 attention heads do not divide over so many ranks" in queries
+    assert "engine.tensor_parallel=4: the 6 attention heads do not divide over 4 ranks" in queries
     assert "the 3 key-value heads" in keys
     run = parse_config(compose_config(["+recipe=upcycle", "engine.tensor_parallel=3"]))
     assert "the 4 attention heads" in str(NativeEngine.check_run(run.engine, run)[0])

@@ -276,7 +276,7 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
         ({"pipeline_parallel": 3}, "pipeline_parallel=3: 4 ranks do not divide into stages"),
         (
             {"tensor_parallel": 4},
-            "tensor_parallel=4: the 2 ranks of each of 2 stages do not divide into groups of so many. "
+            "tensor_parallel=4: the 2 ranks of each of 2 stages do not divide into groups of 4. "
             "Set a divisor of 2, or start a multiple of 8 ranks",
         ),
         ({"expert_parallel": 4}, "expert_parallel=4: the 2 ranks of each of 2 stages do not divide"),
@@ -308,7 +308,7 @@ def test_the_rest_of_the_run_must_fit() -> None:
         "4 attention heads",
         "2048 entries of the vocabulary",
         "samples of 128 tokens",
-        "engine.pipeline_parallel=5: the dense model's 4 blocks do not suffice",
+        "engine.pipeline_parallel=5: the dense model's 4 blocks are fewer than 5 stages",
     ):
         assert part in told, part
 

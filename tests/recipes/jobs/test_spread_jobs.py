@@ -59,7 +59,7 @@ def test_experts_that_do_not_divide_are_told_before_anything_starts(workplace: P
     ended = job(workplace, {"data.path": text, "engine.expert_parallel": 3, "run.name": "ep-uneven"})
     assert ended.code == 2
     assert "engine.expert_parallel=3: the 4 experts of upcycle.num_experts do not divide" in ended.err
-    assert "1 ranks do not divide into groups of so many" in ended.err
+    assert "1 ranks do not divide into groups of 3" in ended.err
     assert not (workplace / "outputs" / "ep-uneven").exists()
 
 
