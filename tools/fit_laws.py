@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         "fit_laws",
         "Fits a scaling law to a table of runs: Huber loss on the logarithm, many starts, "
-        "L-BFGS, bootstrap intervals. docs/laws.md explains laws and columns.",
+        "L-BFGS, bootstrap intervals. docs/scaling_laws.md explains laws and columns.",
     )
     add = parser.add_argument
     add("runs", nargs="?", metavar="RUNS.csv", help="one line a run, with a header")
