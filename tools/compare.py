@@ -21,13 +21,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
         json_flag=False,
     )
-    parser.add_argument(
-        "options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's"
-    )
-    parser.add_argument("--name", default="routers", help="folder below outputs/compare (default routers)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
-    parser.add_argument("--only-page", action="store_true", help="train nothing, draw what is there")
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's")
+    add("--name", default="routers", help="folder below outputs/compare (default routers)")
+    add("--ranks", type=int, default=1, help="processes of each run (default 1)")
+    add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
+    add("--only-page", action="store_true", help="train nothing, draw what is there")
     arguments = parser.parse_intermixed_args()
     return arguments, arguments.options
 

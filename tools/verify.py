@@ -27,11 +27,7 @@ def _parse() -> argparse.Namespace:
     add("--text", default=None, metavar="PATH", help="text (default: Python's standard library)")
     add("--samples", type=int, default=8, help="sequences (default 8)")
     add("--length", type=int, default=128, help="tokens of each (default 128)")
-    add(
-        "--gradients",
-        action="store_true",
-        help="compare gradients as well (memory for both models')",
-    )
+    add("--gradients", action="store_true", help="compare gradients as well (memory for both models')")
     return parser.parse_args()
 
 
