@@ -34,9 +34,9 @@ def _parse() -> argparse.Namespace:
     add("--width", type=int, default=1024, help="of the model's square layers (default 1024)")
     add("--layers", type=int, default=8, help="layers (default 8)")
     add("--batch", type=int, default=256, help="rows of a step (default 256)")
-    add("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
-    add("--disk-mib-s", type=float, default=None, help="simulate a disk of so many MiB/s")
-    add("--folder", default=None, help="on the disk to measure (default: a temporary one)")
+    add("--threads", type=int, help="CPU threads (default: torch's own)")
+    add("--disk-mib-s", type=float, help="simulate a disk of so many MiB/s")
+    add("--folder", help="on the disk to measure (default: a temporary one)")
     return parser.parse_args()
 
 

@@ -33,7 +33,7 @@ def _parse() -> argparse.Namespace:
         "besides (gradient buffers) and one layer.",
     )
     add = parser.add_argument
-    add("--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary one)")
+    add("--folder", metavar="DIR", help="where to work (default: the system's temporary one)")
     add("--sizes", type=int, default=3, metavar="N", help="the smallest N of three sizes (default 3)")
     add("--ranks", default="1,2,4", help="numbers of ranks (default 1,2,4)")
     add("--experts", type=int, default=8, help="experts of each layer (default 8)")

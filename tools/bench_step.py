@@ -25,7 +25,7 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rounds", type=int, default=15, help="timed rounds of each (default 15)")
-    add("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
+    add("--threads", type=int, help="CPU threads (default: torch's own)")
     add("--backend", default="auto", help="back end of our experts (default auto)")
     return parser.parse_args()
 

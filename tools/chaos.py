@@ -34,7 +34,7 @@ def _parse() -> argparse.Namespace:
         "starts up; mixed (default): half, a third and a sixth of them",
     )
     add("--sync-save", action="store_true", help="train.async_save=false")
-    add("--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s per rank")
+    add("--disk-mib-s", type=float, help="simulate a disk that writes so many MiB/s per rank")
     add("--seed", type=int, default=0, help="of moments and victims (default 0)")
     add("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
     add("--folder", default="outputs/chaos", help="for everything (default outputs/chaos)")

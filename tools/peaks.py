@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="of each of three sweeps of products, about (default: %(default)s)",
     )
-    add("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's own)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
     return parser
 
 

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the published laws of one paper, or by laws fitted to your runs (tools.fit_laws --json).",
     )
     add = parser.add_argument
-    add("--law", default=None, metavar="NAME", help="published laws: liew (default) or joint_moe")
+    add("--law", metavar="NAME", help="published laws: liew (default) or joint_moe")
     add("--upcycle-fit", metavar="JSON", help="liew, fitted to your upcycled runs")
     add("--scratch-fit", metavar="JSON", help="a law fitted to your MoEs from scratch")
     add("--dense-fit", metavar="JSON", help="a law fitted to your dense runs")
