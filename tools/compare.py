@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
 from recipes.config.compose import compose_config
-from tools.command import run_command, tool_parser
+from tools.command import check_least, run_command, tool_parser
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
 
@@ -58,6 +58,8 @@ def main() -> int:
     """Runs the missing trials, then writes the page; returns 1 when a run failed."""
     arguments, options = _parse()
     routers, seeds, overrides = _split(options)
+    if mistakes := check_least(arguments, ranks=1, parallel=1):
+        raise ConfigError(mistakes)
     for router in routers:
         compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
     from recipes.studies.comparison.collect_runs import collect
