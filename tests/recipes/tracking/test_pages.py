@@ -32,8 +32,7 @@ def test_what_is_empty_is_left_out(tmp_path: Path) -> None:
 
 
 def test_tables_of_the_terminal_are_aligned() -> None:
-    lines = aligned(
-        ("name", "n", "value"), [["a", "1", "2.0"], ["long name", "10", "3"]], left=1
-    ).splitlines()
+    rows = [["a", "1", "2.0"], ["long name", "10", "3"]]
+    lines = aligned(("name", "n", "value"), rows).splitlines()
     assert lines[0] == "name        n  value" and lines[1] == "-" * len(lines[0])
     assert lines[3] == "long name  10      3"
