@@ -21,7 +21,7 @@ def _parse() -> argparse.Namespace:
         epilog="Every other OPTION=VALUE goes to train.py: router=deepseek_v3, engine.expert_parallel=2, ...",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="train.py's")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
     add("--kills", type=int, default=50, help="ranks to kill (default 50)")
     add("--ranks", type=int, default=2, help="processes of the job (default 2)")
     add("--steps", type=int, default=1000, help="optimizer steps of the job (default 1000)")
@@ -33,11 +33,11 @@ def _parse() -> argparse.Namespace:
         help="anywhere: uniform over the steps; saves: while a checkpoint is written; start: while a restart "
         "starts up; mixed (default): half, a third and a sixth of them",
     )
-    add("--sync-save", action="store_true", help="train.async_save=false")
-    add("--disk-mib-s", type=float, help="simulate a disk that writes so many MiB/s per rank")
-    add("--seed", type=int, default=0, help="of moments and victims (default 0)")
-    add("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
-    add("--folder", default="outputs/chaos", help="for everything (default outputs/chaos)")
+    add("--sync-save", action="store_true", help="set train.async_save=false")
+    add("--disk-mib-s", type=float, help="simulate a disk with this rate per rank, MiB/s")
+    add("--seed", type=int, default=0, help="seed of moments and victims (default 0)")
+    add("--patience", type=float, default=180.0, help="seconds without a step before giving up (default 180)")
+    add("--folder", default="outputs/chaos", help="folder of both runs (default outputs/chaos)")
     return parser.parse_intermixed_args()
 
 

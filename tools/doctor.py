@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cache-dir",
         default="~/.cache/graft",
         metavar="DIR",
-        help="cache of the runs (default: %(default)s)",
+        help="cache folder of the runs (default: %(default)s)",
     )
     return parser
 

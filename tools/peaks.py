@@ -27,13 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--dtypes", default="fp32,bf16", help=f"of products: {', '.join(_DTYPES)} (default: %(default)s)")
-    add("--rounds", type=int, default=10, metavar="N", help="of bandwidth (default: %(default)s)")
+    add("--rounds", type=int, default=10, metavar="N", help="rounds of the bandwidth (default: %(default)s)")
     add(
         "--seconds",
         type=float,
         default=0.5,
         metavar="S",
-        help="of each of three sweeps of products, about (default: %(default)s)",
+        help="seconds of each of three sweeps of products (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
     return parser
