@@ -29,11 +29,11 @@ def _parse() -> argparse.Namespace:
         "are compared with what was saved.",
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
-    add("--steps", type=int, default=20, help="steps of a round, with one save (default 20)")
-    add("--width", type=int, default=1024, help="width of the square layers (default 1024)")
-    add("--layers", type=int, default=8, help="number of layers (default 8)")
-    add("--batch", type=int, default=256, help="rows of a step (default 256)")
+    add("--rounds", type=int, default=9, help="timed rounds of each")
+    add("--steps", type=int, default=20, help="steps of a round, with one save")
+    add("--width", type=int, default=1024, help="width of the square layers")
+    add("--layers", type=int, default=8, help="number of layers")
+    add("--batch", type=int, default=256, help="rows of a step")
     add("--threads", type=int, help="CPU threads (default: torch's own)")
     add("--disk-mib-s", type=float, help="simulate a disk with this rate, MiB/s")
     add("--folder", help="folder on the disk to measure (default: a temporary one)")

@@ -24,9 +24,9 @@ def _parse() -> argparse.Namespace:
         "logits are compared first.",
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=15, help="timed rounds of each (default 15)")
+    add("--rounds", type=int, default=15, help="timed rounds of each")
     add("--threads", type=int, help="CPU threads (default: torch's own)")
-    add("--backend", default="auto", help="back end of our experts (default auto)")
+    add("--backend", default="auto", help="back end of our experts")
     return parser.parse_args()
 
 

@@ -36,13 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compare", nargs="+", metavar="JSON", help="measure nothing; put these reports beside each other")
     work = parser.add_argument_group("what is run").add_argument
-    work(
-        "--batch-sizes", default="1,4,16", metavar="B,B,...", help="sequences at once (default: %(default)s)"
-    )
-    work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: %(default)s)")
-    work("--new", type=int, default=32, metavar="N", help="tokens to write (default: %(default)s)")
-    work("--rounds", type=int, default=3, metavar="N", help="timed repetitions (default: %(default)s)")
-    work("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="sequences at once")
+    work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt")
+    work("--new", type=int, default=32, metavar="N", help="tokens to write")
+    work("--rounds", type=int, default=3, metavar="N", help="timed repetitions")
+    work("--device", default="cpu", help="cpu, cuda, cuda:1")
     work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
     work("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
     work(
@@ -66,22 +64,10 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="perplexity on N samples of the text (default: none)",
     )
-    good(
-        "--perplexity-length",
-        type=int,
-        default=256,
-        metavar="N",
-        help="tokens of a sample (default: %(default)s)",
-    )
+    good("--perplexity-length", type=int, default=256, metavar="N", help="tokens of a sample")
     good("--choices", metavar="JSONL", help='lines of {"question": ..., "choices": [...], "answer": 0}')
     good("--answers", metavar="JSONL", help='lines of {"prompt": ..., "answer": ...}, decoded greedily')
-    good(
-        "--answer-tokens",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most tokens of an answer (default: %(default)s)",
-    )
+    good("--answer-tokens", type=int, default=64, metavar="N", help="most tokens of an answer")
     good("--lm-eval", metavar="TASK,...", help="tasks of lm-evaluation-harness, which must be installed")
     good("--lm-eval-dir", metavar="DIR", help="further task files for it")
     good("--lm-eval-limit", type=int, metavar="N", help="questions of each task (default: all)")
@@ -93,16 +79,10 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name of its device, as 'NVIDIA H100 80GB HBM3', for peaks and prices",
     )
-    far(
-        "--server-devices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="devices that hold the model (default: %(default)s)",
-    )
+    far("--server-devices", type=int, default=1, metavar="N", help="devices that hold the model")
     far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
     top = parser.add_argument_group("peaks").add_argument
-    top("--peaks", default="measured", help="measured now, or from the table (default: %(default)s)")
+    top("--peaks", default="measured", help="measured now, or from the table")
     top("--peak-bandwidth", type=float, metavar="GB/S", help="your own bandwidth, in 10^9 bytes per second")
     top(
         "--peak-flops",
@@ -126,28 +106,12 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         help="power where energy is not measured (default: the table's)",
     )
     cost("--usd-per-kwh", type=float, metavar="USD", help="price of electricity (default: the table's)")
-    cost(
-        "--pue",
-        type=float,
-        default=1.2,
-        help="power usage effectiveness of the building (default: %(default)s)",
-    )
-    cost("--life-years", type=float, default=4.0, metavar="Y", help="(default: %(default)s)")
-    cost(
-        "--busy",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="share of its life in which it works (default: %(default)s)",
-    )
+    cost("--pue", type=float, default=1.2, help="power usage effectiveness of the building")
+    cost("--life-years", type=float, default=4.0, metavar="Y", help="years until it is written off")
+    cost("--busy", type=float, default=0.5, metavar="SHARE", help="share of its life in which it works")
     out = parser.add_argument_group("output").add_argument
     out("--out", metavar="DIR", help="folder for cap.json, cap.html, curves.png and radar.png")
-    out(
-        "--radar",
-        choices=("fixed", "min-max"),
-        default="fixed",
-        help="ends of the axes (default: %(default)s)",
-    )
+    out("--radar", choices=("fixed", "min-max"), default="fixed", help="ends of the axes")
     out(
         "--radar-batch",
         type=int,

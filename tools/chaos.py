@@ -22,10 +22,10 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
-    add("--kills", type=int, default=50, help="ranks to kill (default 50)")
-    add("--ranks", type=int, default=2, help="processes of the job (default 2)")
-    add("--steps", type=int, default=1000, help="optimizer steps of the job (default 1000)")
-    add("--save-every", type=int, default=20, help="steps between checkpoints (default 20)")
+    add("--kills", type=int, default=50, help="ranks to kill")
+    add("--ranks", type=int, default=2, help="processes of the job")
+    add("--steps", type=int, default=1000, help="optimizer steps of the job")
+    add("--save-every", type=int, default=20, help="steps between checkpoints")
     add(
         "--aim",
         choices=AIMS,
@@ -35,9 +35,9 @@ def _parse() -> argparse.Namespace:
     )
     add("--sync-save", action="store_true", help="set train.async_save=false")
     add("--disk-mib-s", type=float, help="simulate a disk with this rate per rank, MiB/s")
-    add("--seed", type=int, default=0, help="seed of moments and victims (default 0)")
-    add("--patience", type=float, default=180.0, help="seconds without a step before giving up (default 180)")
-    add("--folder", default="outputs/chaos", help="folder of both runs (default outputs/chaos)")
+    add("--seed", type=int, default=0, help="seed of moments and victims")
+    add("--patience", type=float, default=180.0, help="seconds without a step before giving up")
+    add("--folder", default="outputs/chaos", help="folder of both runs")
     return parser.parse_intermixed_args()
 
 

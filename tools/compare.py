@@ -23,8 +23,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's")
-    add("--name", default="routers", help="folder below outputs/compare (default routers)")
-    add("--ranks", type=int, default=1, help="processes of each run (default 1)")
+    add("--name", default="routers", help="folder below outputs/compare")
+    add("--ranks", type=int, default=1, help="processes of each run")
     add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
     add("--only-page", action="store_true", help="train nothing, draw what is there")
     arguments = parser.parse_intermixed_args()

@@ -28,7 +28,7 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
-    add("--steps", type=int, default=50, metavar="N", help="steps of each run (default: %(default)s)")
+    add("--steps", type=int, default=50, metavar="N", help="steps of each run")
     add("--only", metavar="WORD", help="run only layouts with this word in their name, and the first")
     add("--keep", metavar="DIR", help="keep the runs in this folder (default: delete them)")
     return parser.parse_intermixed_args()

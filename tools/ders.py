@@ -26,10 +26,10 @@ def _parse() -> argparse.Namespace:
     add("source", metavar="SOURCE", help="an MoE; or, to expand, a compressed one")
     add("out", metavar="OUT", help="the result; must not exist")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--bits", type=int, help="1, 2, 4 or 8 bits for each difference (default 2)")
+    kind.add_argument("--bits", type=int, help="1, 2, 4 or 8 bits for each difference (default: 2)")
     kind.add_argument("--one-of", type=int, metavar="B", help="keep one of B differences, drawn at random")
     add("--rescale", action="store_true", help="with --one-of: multiply the kept differences by B")
-    add("--seed", type=int, default=0, help="seed of the draw of --one-of (default 0)")
+    add("--seed", type=int, default=0, help="seed of the draw of --one-of")
     return parser.parse_args()
 
 

@@ -52,23 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         help="config.json, its folder, or the name of a published model",
     )
-    add("--gpu", default="h100", metavar="KIND", help="kind of GPU (default: %(default)s)")
-    add("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default: %(default)s)")
-    add("--precision", default="bf16", help="bf16, fp8, mxfp8 or nvfp4 (default: %(default)s)")
-    add(
-        "--sequence-length",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens of a sequence (default: %(default)s)",
-    )
-    add(
-        "--global-batch",
-        type=int,
-        default=512,
-        metavar="N",
-        help="sequences of a step (default: %(default)s)",
-    )
+    add("--gpu", default="h100", metavar="KIND", help="kind of GPU")
+    add("--gpus", type=int, default=8, metavar="N", help="number of GPUs")
+    add("--precision", default="bf16", help="bf16, fp8, mxfp8 or nvfp4")
+    add("--sequence-length", type=int, default=4096, metavar="N", help="tokens of a sequence")
+    add("--global-batch", type=int, default=512, metavar="N", help="sequences of a step")
     add("--memory-gib", type=float, metavar="GIB", help="memory of a GPU, instead of its kind's")
     add("--domain", type=int, metavar="N", help="GPUs joined by NVLink, instead of the kind's")
     add(
@@ -78,20 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[], metavar="AXIS=N", help=f"fix an axis: {', '.join(_AXES)}")
     add("--overlap", action="store_true", help="the engine hides the exchange of experts behind products")
     add("--graphed", action="store_true", help="the engine runs a step as one CUDA graph")
-    add(
-        "--gradient-bytes",
-        type=int,
-        default=4,
-        metavar="B",
-        help="bytes of a gradient (default: %(default)s)",
-    )
-    add(
-        "--optimizer-bytes",
-        type=int,
-        default=8,
-        metavar="B",
-        help="bytes of the optimizer's states (default: %(default)s)",
-    )
+    add("--gradient-bytes", type=int, default=4, metavar="B", help="bytes of a gradient")
+    add("--optimizer-bytes", type=int, default=8, metavar="B", help="bytes of the optimizer's states")
     add(
         "--set",
         nargs="+",
@@ -100,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="settings",
         help="set parameters of docs/plan.md",
     )
-    add("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
+    add("--top", type=int, default=10, metavar="N", help="layouts to show")
     add("--check-published", action="store_true", help="compare with published speeds (about a minute)")
     add("--fit", action="store_true", help="fit the parameters to the published rows and print them")
     return parser

@@ -40,9 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--active-params", type=float, metavar="N", help="parameters of the MoE that a token uses")
     add("--total-params", type=float, metavar="N", help="parameters of the whole MoE")
-    add("--experts", type=int, default=8, metavar="E", help="routed experts of a layer (%(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts per token (%(default)s)")
-    add("--granularity", type=float, default=1.0, metavar="G", help="dense over expert width (%(default)s)")
+    add("--experts", type=int, default=8, metavar="E", help="routed experts of a layer")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token")
+    add("--granularity", type=float, default=1.0, metavar="G", help="dense over expert width")
     add("--figure", metavar="PNG", help="draw loss against D2 for the three ways")
     return parser
 

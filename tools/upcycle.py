@@ -41,11 +41,11 @@ def _parse() -> argparse.Namespace:
         help="write nothing, measure the drift of several methods on real text: "
         "copy,drop[ratio=0.25],snake[router=one_plus], ...",
     )
-    add("--method", default="copy", help="a choice of conf/upcycle (default copy)")
-    add("--router", default="topk", help="a choice of conf/router (default topk)")
+    add("--method", default="copy", help="a choice of conf/upcycle")
+    add("--router", default="topk", help="a choice of conf/router")
     add("--experts", type=int, metavar="E", help="routed experts of a layer (default: the method's)")
     add("--top-k", type=int, metavar="K", help="experts per token (default: the router's)")
-    add("--seed", type=int, default=0, help="seed of routers and of random methods (default 0)")
+    add("--seed", type=int, default=0, help="seed of routers and of random methods")
     add(
         "--dtype",
         choices=_DTYPES,

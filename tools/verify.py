@@ -25,8 +25,8 @@ def _parse() -> argparse.Namespace:
     add("--dense", required=True, metavar="DIR", help="the dense checkpoint, or any other to compare with")
     add("--moe", required=True, metavar="DIR", help="the MoE: in a format of transformers or in Graft's own")
     add("--text", metavar="PATH", help="text to compare on (default: Python's standard library)")
-    add("--samples", type=int, default=8, help="number of sequences (default 8)")
-    add("--length", type=int, default=128, help="tokens of a sequence (default 128)")
+    add("--samples", type=int, default=8, help="number of sequences")
+    add("--length", type=int, default=128, help="tokens of a sequence")
     add("--gradients", action="store_true", help="compare gradients as well (memory for both models')")
     return parser.parse_args()
 
