@@ -196,7 +196,7 @@ def test_tests_mirror_the_source() -> None:
 
 def test_the_map_in_the_readme_is_the_list_of_rooms() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Map of the code")[2]
-    places = [text.find(f"`{room.removeprefix('recipes.')}") for room in ROOMS if room.startswith("recipes.")]
+    places = [text.find(f"| `{room.replace('.', '/')}") for room in ROOMS if room.startswith("recipes.")]
     assert -1 not in places and places == sorted(places), (
         "the README's map has not the rooms of recipes/ in order"
     )

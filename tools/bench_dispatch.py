@@ -12,6 +12,7 @@ from tools.command import (
     check_least,
     log_beside,
     machine_figures,
+    read_numbers,
     run_command,
     tool_parser,
     write_json,
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=4096, metavar="T", help="of a rank (default: %(default)s)")
     add("--width", type=int, default=1024, metavar="D", help="model width (default: %(default)s)")
     add("--experts", type=int, default=8, metavar="E", help="of all ranks together (default: %(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts a token (default: %(default)s)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--skewed", action="store_true", help="expert e is chosen by a share of 1/e, not equally often")
     add(
@@ -94,14 +95,10 @@ def _sizes(args: argparse.Namespace) -> list[int]:
     if args.top_k == args.width:
         rule = "rows and combine weights of one width cannot be told apart on the wire"
         mistakes.append(Mistake("--width", args.width, rule, "Choose another."))
-    sizes = []
-    for text in args.ranks.split(","):
-        ranks = int(text) if text.strip().isdigit() else 0
-        sizes.append(ranks)
-        if ranks < 1:
-            remedy = "Give numbers above 0 with commas between, such as 1,2,4."
-            mistakes.append(Mistake("--ranks", args.ranks, f"{text!r} is no number of ranks", remedy))
-        elif args.experts % ranks:
+    sizes, unread = read_numbers("--ranks", args.ranks)
+    mistakes += unread
+    for ranks in sizes:
+        if args.experts % ranks:
             rule = f"the {args.experts} experts of --experts do not divide over {ranks} ranks"
             mistakes.append(Mistake("--ranks", args.ranks, rule, "Choose divisors."))
     if mistakes:

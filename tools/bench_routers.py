@@ -81,11 +81,12 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
 
 def _default_labels(step: bool) -> list[str]:
-    from recipes.studies.benchmarks.router_rivals import SOLVERS, router_choices
+    from recipes.studies.benchmarks.router_candidates import SOLVERS
+    from recipes.studies.option_lists import conf_choices
 
     if step:
         return list(_STEP_DEFAULT)
-    choices = router_choices()
+    choices = conf_choices("router")
     # The baseline comes first.
     choices.sort(key=lambda name: (name != "topk", name))
     return [*choices, "ssr[probability=1]", *SOLVERS]
@@ -106,12 +107,12 @@ def _machine(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     }
 
 
-def _measure_grid(arguments: argparse.Namespace, rivals: Any, device: Any) -> dict[str, Any]:
+def _measure_grid(arguments: argparse.Namespace, candidates: Any, device: Any) -> dict[str, Any]:
+    from recipes.studies.benchmarks.router_candidates import Shape
     from recipes.studies.benchmarks.router_grid import Grid, Limits, memory_allowance, render
-    from recipes.studies.benchmarks.router_rivals import Shape
 
     allowed = memory_allowance(device) if arguments.memory_mib is None else arguments.memory_mib * 2**20
-    grid = Grid(rivals, Limits(arguments.rounds, arguments.seconds, allowed), device)
+    grid = Grid(candidates, Limits(arguments.rounds, arguments.seconds, allowed), device)
     cells = []
     for experts in sorted(set(arguments.experts)):
         for tokens in sorted(set(arguments.tokens)):
@@ -128,7 +129,7 @@ def _measure_grid(arguments: argparse.Namespace, rivals: Any, device: Any) -> di
     }
 
 
-def _measure_steps(arguments: argparse.Namespace, rivals: Any, device: Any) -> dict[str, Any]:
+def _measure_steps(arguments: argparse.Namespace, candidates: Any, device: Any) -> dict[str, Any]:
     import transformers
 
     from recipes.studies.benchmarks.router_step import (
@@ -141,8 +142,8 @@ def _measure_steps(arguments: argparse.Namespace, rivals: Any, device: Any) -> d
     transformers.logging.set_verbosity_error()
     figures: dict[str, Any] = {"transformers": transformers.__version__, "bound": _BOUND, "shapes": {}}
     for shape in STEP_SHAPES:
-        steps = measure_steps(rivals, shape, arguments.rounds, device)
-        expected = expected_costs(rivals, steps)
+        steps = measure_steps(candidates, shape, arguments.rounds, device)
+        expected = expected_costs(candidates, steps)
         label = f"{shape.num_experts} experts, F={shape.expert_width}"
         batch = f"{shape.batch_size}x{shape.seq_len} tokens, {shape.num_layers} layers"
         print(f"\n{label}, {batch}, forward + backward + AdamW")
@@ -160,12 +161,12 @@ def main() -> int:
     import torch
 
     from moe.errors import ConfigError, UserError
-    from recipes.studies.benchmarks.router_rivals import read_rivals
+    from recipes.studies.benchmarks.router_candidates import read_candidates
 
     mistakes = _mistakes(arguments)
-    rivals = []
+    candidates = []
     try:
-        rivals = read_rivals(arguments.routers or _default_labels(arguments.step))
+        candidates = read_candidates(arguments.routers or _default_labels(arguments.step))
     except ConfigError as error:
         mistakes += error.mistakes
     if mistakes:
@@ -176,7 +177,7 @@ def main() -> int:
     figures = _machine(arguments, device)
     print(", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
     measure = _measure_steps if arguments.step else _measure_grid
-    figures |= measure(arguments, rivals, device)
+    figures |= measure(arguments, candidates, device)
     write_json(arguments.json, figures)
     return 0
 

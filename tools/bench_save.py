@@ -56,7 +56,7 @@ def main() -> int:
     import torch
 
     from recipes.checkpoint.inventory import readable
-    from recipes.studies.benchmarks.saves import NONE, RIVALS, SaveShape, measure_saves
+    from recipes.studies.benchmarks.saves import NONE, WAYS, SaveShape, measure_saves
     from recipes.studies.chaos.slow_disk import slow_down
 
     if arguments.threads is not None:
@@ -66,7 +66,7 @@ def main() -> int:
     shape = SaveShape(arguments.width, arguments.layers, arguments.batch, arguments.steps)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found, size = measure_saves(shape, arguments.rounds, Path(folder), log_beside(None))
-    rows: dict[str, Any] = {rival: found[rival].as_dict() for rival in RIVALS}
+    rows: dict[str, Any] = {way: found[way].as_dict() for way in WAYS}
     disk = "the disk as it is"
     if arguments.disk_mib_s is not None:
         disk = f"a SIMULATED disk of {arguments.disk_mib_s:g} MiB/s"
@@ -76,11 +76,11 @@ def main() -> int:
     )
     names = ("step ms", "p10", "p90", "against", "stall ms", "most", "save ms")
     print(" " * 14 + "".join(f"{name:>{width}}" for name, width in zip(names, _WIDTHS, strict=True)))
-    for rival, row in rows.items():
+    for way, row in rows.items():
         steps = [1e3 * row[f"step{which}_s"] for which in ("", "_p10", "_p90")]
         share = row["step_s"] / rows[NONE]["step_s"]
         rest = f"{1e3 * row['stall_s']:10.1f}{1e3 * row['stall_max_s']:8.1f}{1e3 * row['save_s']:9.1f}"
-        print(f"{rival:14}{steps[0]:9.1f}{steps[1]:8.1f}{steps[2]:8.1f}{share:8.3f}x{rest}")
+        print(f"{way:14}{steps[0]:9.1f}{steps[1]:8.1f}{steps[2]:8.1f}{share:8.3f}x{rest}")
     write_json(
         arguments.json,
         {

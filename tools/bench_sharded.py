@@ -16,6 +16,7 @@ from tools.command import (
     check_existing_folder,
     check_json_target,
     machine_figures,
+    read_numbers,
     run_command,
     tool_parser,
     write_json,
@@ -58,9 +59,7 @@ def _parse() -> argparse.Namespace:
 def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
     mistakes = check_json_target(arguments.json)
     mistakes += check_existing_folder("--folder", arguments.folder)
-    if not all(number.isdigit() and int(number) for number in arguments.ranks.split(",")):
-        rule = "numbers of ranks must be whole and positive"
-        mistakes.append(Mistake("--ranks", arguments.ranks, rule, "Give them as in 1,2,4."))
+    mistakes += read_numbers("--ranks", arguments.ranks)[1]
     mistakes += _engine_mistakes(arguments)
     if not os.access(_CLEAR, os.W_OK):
         rule = "the peak of a process is measured by Linux alone"
@@ -91,7 +90,7 @@ def _layouts(arguments: argparse.Namespace) -> list[Any]:
     kind, parts = engine_classes()[arguments.engine], [o.partition("=") for o in arguments.option]
     given = {"engine": arguments.engine, "options": tuple((key, yaml.safe_load(v)) for key, _, v in parts)}
     found = []
-    for ranks in (int(number) for number in arguments.ranks.split(",")):
+    for ranks in read_numbers("--ranks", arguments.ranks)[0]:
         widths = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
         every = [Layout(ranks, ep, **given) for ep in (1, *widths)]
         every = [one for one in every if kind.check_dims(kind.config_class(**one.fields), ranks) is None]

@@ -70,7 +70,7 @@ def main() -> int:
                 s, t = result.seconds, result.tax
                 error = "" if result.logit_error is None else f"{result.logit_error:.0e}"
                 print(
-                    f"  {result.rival:26}{1e3 * s.median:8.1f}{1e3 * s.p10:8.1f}{1e3 * s.p90:8.1f}"
+                    f"  {result.model:26}{1e3 * s.median:8.1f}{1e3 * s.p10:8.1f}{1e3 * s.p90:8.1f}"
                     f"{t.median:8.2f}{t.p10:8.2f}{t.p90:8.2f}{error:>10}"
                 )
             rows[what] = [dataclasses.asdict(result) for result in results]

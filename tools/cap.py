@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
+from tools.command import check_json_target, log_beside, read_numbers, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.cap.radar import Anchors
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     work = parser.add_argument_group("what is run").add_argument
     work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="(default: %(default)s)")
     work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: %(default)s)")
-    work("--new", type=int, default=32, metavar="N", help="tokens written a sequence (default: %(default)s)")
+    work("--new", type=int, default=32, metavar="N", help="written per sequence (default: %(default)s)")
     work("--rounds", type=int, default=3, metavar="N", help="timed repetitions (default: %(default)s)")
     work("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
@@ -73,7 +73,7 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
     top = parser.add_argument_group("peaks").add_argument
     top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
-    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes a second")
+    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes per second")
     top("--peak-flops", type=float, metavar="GFLOP/S", help="your own, dense, of the dtype that is used")
     top(
         "--tier",
@@ -143,13 +143,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
     from recipes.cap.measure import Workload
     from recipes.cap.request import Accuracy, Request, name_systems
 
-    mistakes, sizes = [], []
-    for text in args.batch_sizes.split(","):
-        if text.strip().isdigit():
-            sizes.append(int(text))
-        else:
-            remedy = "Write numbers with commas: 1,4,16."
-            mistakes.append(Mistake("--batch-sizes", text, "it is not a whole number", remedy))
+    sizes, mistakes = read_numbers("--batch-sizes", args.batch_sizes)
     accuracy = Accuracy(
         args.perplexity,
         args.perplexity_length,

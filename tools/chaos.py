@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError, Mistake
+from recipes.studies.chaos.chaos_settings import AIMS, ChaosSettings
 from tools.command import check_json_target, check_least, check_positive, run_command, tool_parser, write_json
-
-_AIMS = ("mixed", "anywhere", "saves", "start")
 
 
 def _parse() -> argparse.Namespace:
@@ -28,14 +27,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default 20)")
     parser.add_argument(
         "--aim",
-        choices=_AIMS,
+        choices=AIMS,
         default="mixed",
         help="anywhere: uniform over the steps; saves: while a checkpoint is written; start: while a restart "
         "starts up; mixed (default): half, a third and a sixth of them",
     )
     parser.add_argument("--sync-save", action="store_true", help="train.async_save=false")
     parser.add_argument(
-        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s a rank"
+        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s per rank"
     )
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
     parser.add_argument("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
@@ -68,7 +67,7 @@ def _table(found: dict[str, Any]) -> str:
     rows = {
         "job": f"{found['ranks']} ranks, {found['steps']} steps, a save every {found['save_every']}, "
         f"{'asynchronous' if found['async_save'] else 'synchronous'}"
-        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s a rank"),
+        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s per rank"),
         "kills": f"{found['kills']} of {found['asked_kills']} ({aims}; {found['kills_during_a_save']} in a "
         "save)",
         "recoveries": f"{found['recoveries']} ({found['kills_before_recovery']} kills came before one)",
@@ -91,7 +90,6 @@ def main() -> int:
     """Runs the experiment and prints its table; returns 1 when a guarantee was broken."""
     arguments = _parse()
     _check(arguments)
-    from recipes.studies.chaos.chaos_settings import ChaosSettings
     from recipes.studies.chaos.experiment import passed, run_chaos
 
     settings = ChaosSettings(

@@ -97,6 +97,32 @@ def check_existing_folder(flag: str, folder: str | None) -> list[Mistake]:
     return [Mistake(flag, folder, "there is no such folder", "Create it, or name another.")]
 
 
+def read_numbers(flag: str, text: str) -> tuple[list[int], list[Mistake]]:
+    """Reads numbers above 0 with commas between; returns them, and a mistake for each other part."""
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if not word.isdigit() or int(word) < 1]
+    remedy = "Write numbers with commas: 1,2,4."
+    mistakes = [Mistake(flag, text, f"{word!r} is not a whole number above 0", remedy) for word in wrong]
+    return [int(word) for word in words if word not in wrong], mistakes
+
+
+def read_config(given: str, remedy: str) -> tuple[dict[str, Any], list[Mistake]]:
+    """Reads a ``config.json``, or the one in a folder; returns its content, and the mistakes."""
+    path = Path(given).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        rule = f"it cannot be read ({error.strerror})"
+    except ValueError as error:
+        rule = f"it is not JSON ({error})"
+    else:
+        if isinstance(content, dict):
+            return content, []
+        rule = "it holds no mapping"
+    return {}, [Mistake("CONFIG", str(path), rule, remedy)]
+
+
 def check_format(target: str, formats: Mapping[str, Any]) -> list[Mistake]:
     """Checks the value of ``--target``: a format of `recipes.models.export.exporters`, or ``auto``."""
     if target in ("auto", *formats):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from tools.command import run_command, tool_parser
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
@@ -34,10 +34,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
     """Splits the options into routers, seeds, and overrides of train.py."""
+    from recipes.studies.option_lists import conf_choices
+
     own = dict(o.split("=", 1) for o in options if o.startswith(("routers=", "seeds=")))
     rest = [o for o in options if not o.startswith(("routers=", "seeds="))]
     routers = [r.strip() for r in own.get("routers", _DEFAULT_ROUTERS).strip("[]").split(",") if r.strip()]
-    known = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+    known = conf_choices("router")
     mistakes = [
         Mistake("routers", router, "there is no such router", f"Choose from: {', '.join(known)}.")
         for router in routers

@@ -74,7 +74,7 @@ def main() -> int:
 def _print(runs: Iterable[Series], out: TextIO) -> list[Series]:
     """Prints a line for each run as soon as it has ended; returns all runs."""
     done: list[Series] = []
-    heads = ("largest difference", "last loss", "validation", "s a step")
+    heads = ("largest difference", "last loss", "validation", "s per step")
     print(f"{'layout':62}{heads[0]:>20}{heads[1]:>12}{heads[2]:>12}{heads[3]:>10}", file=out)
     for one in runs:
         done.append(one)

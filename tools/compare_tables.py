@@ -32,7 +32,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=None, help="rows of the set (default 50,000)")
     parser.add_argument("--epochs", type=int, default=None, help="at most (default 20)")
     parser.add_argument("--experts", type=int, default=None, help="experts of the layer (default 16)")
-    parser.add_argument("--top-k", type=int, default=None, help="experts a row (default 2)")
+    parser.add_argument("--top-k", type=int, default=None, help="experts per row (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--only-page", action="store_true", help="train nothing, show what is there")
     return parser.parse_args()
@@ -43,7 +43,7 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
     from moe.errors import Mistake, UserError
     from recipes.studies.tables.generate import SPLITS, TableConfig
     from recipes.studies.tables.table_model import ModelConfig
-    from recipes.studies.tables.table_routers import parse_mixtures
+    from recipes.studies.tables.table_routers import parse_moes
     from recipes.studies.tables.table_runs import Experiment
     from recipes.studies.tables.train_table import FitConfig
 
@@ -69,7 +69,7 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
         table=table,
         model=model,
         fit=fit,
-        mixtures=parse_mixtures(arguments.routers, model, steps),
+        moes=parse_moes(arguments.routers, model, steps),
         seeds=arguments.seeds,
         lrs=tuple(dict.fromkeys(arguments.lrs)),
     )

@@ -47,16 +47,16 @@ def main() -> int:
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=arguments.action) as bar:
         if arguments.action == "expand":
             figures = {"bytes": expand(source, out, bar.update)}
-            said = f"wrote {figures['bytes'] / 2**20:.1f} MiB: {out}"
+            text = f"wrote {figures['bytes'] / 2**20:.1f} MiB: {out}"
         else:
             found = compress(source, out, _codec(arguments), bar.update)
             figures = asdict(found)
-            said = (
+            text = (
                 f"{found.source_bytes / 2**20:.1f} MiB became {found.stored_bytes / 2**20:.1f} MiB: {out}\n"
                 f"experts of {found.groups} matrices: {found.delta_share:.1e} of their weight sets them "
                 f"apart, and expanded they are wrong by {found.relative_error:.1e} of it"
             )
-    print(said, file=stream)
+    print(text, file=stream)
     write_json(arguments.json, figures)
     return 0
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
+from moe.errors import ConfigError
+from tools.command import (
+    check_json_target,
+    check_least,
+    log_beside,
+    read_config,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--from-module",
         action="store_true",
         help="for families that are not in the table: build the model of transformers without memory and "
-        "count it; what its config does not say is then left out",
+        "count it; figures that its config does not give are left out",
     )
     return parser
 
@@ -80,21 +86,10 @@ def _read(args: argparse.Namespace) -> Mapping[str, Any]:
     """Returns the content of the config once it and all flags are checked."""
     mistakes = check_json_target(args.json)
     mistakes += check_least(args, sequence_length=1, batch_size=1)
-    path = Path(args.config).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    content: Any = None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        mistakes.append(Mistake("CONFIG", str(path), f"it cannot be read ({error.strerror})", "Correct it."))
-    except ValueError as error:
-        mistakes.append(Mistake("CONFIG", str(path), f"it is no JSON ({error})", "Give a config.json."))
-    else:
-        if not isinstance(content, dict):
-            mistakes.append(Mistake("CONFIG", str(path), "it holds no mapping", "Give a config.json."))
-    if mistakes:
+    content, unread = read_config(args.config, "Give a config.json, or the folder of one.")
+    if mistakes := mistakes + unread:
         raise ConfigError(mistakes)
-    return dict(content)
+    return content
 
 
 if __name__ == "__main__":

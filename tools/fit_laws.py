@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         "fit_laws",
         "Fits a scaling law to a table of runs: Huber loss on the logarithm, many starts, "
-        "L-BFGS, bootstrap intervals. docs/laws.md says which law, and what the columns mean.",
+        "L-BFGS, bootstrap intervals. docs/laws.md explains laws and columns.",
     )
     add = parser.add_argument
     add("runs", nargs="?", metavar="RUNS.csv", help="one line a run, with a header")
@@ -82,7 +82,7 @@ def read_text(path: str, what: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError.one(what, path, f"cannot be read: {cause}", "Check the path.") from error
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.command import (
@@ -16,6 +14,7 @@ from tools.command import (
     check_least,
     check_positive,
     log_beside,
+    read_config,
     run_command,
     tool_parser,
     write_json,
@@ -204,19 +203,8 @@ def _content(config: str | None, mistakes: list[Mistake]) -> Mapping[str, Any]:
         return {}
     if config in CONFIGS:
         return CONFIGS[config]
-    path = Path(config).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        mistakes.append(Mistake("CONFIG", config, f"it cannot be read ({error.strerror})", known))
-        return {}
-    except ValueError as error:
-        mistakes.append(Mistake("CONFIG", str(path), f"it is no JSON ({error})", known))
-        return {}
-    if not isinstance(content, dict):
-        mistakes.append(Mistake("CONFIG", str(path), "it holds no mapping", known))
-        return {}
+    content, unread = read_config(config, known)
+    mistakes += unread
     return content
 
 

@@ -35,11 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dense-params", type=float, required=True, metavar="N1", help="parameters of the checkpoint")
     add("--dense-tokens", type=float, required=True, metavar="D1", help="tokens it was trained on")
     add("--budget-tokens", type=float, metavar="D2", help="tokens to train on, the same for all")
-    add("--budget-flops", type=float, metavar="F", help="or FLOPs, 6 a token and active parameter")
+    add("--budget-flops", type=float, metavar="F", help="or FLOPs, 6 per token and active parameter")
     add("--active-params", type=float, metavar="N", help="of the MoE, that a token uses")
     add("--total-params", type=float, metavar="N", help="of the whole MoE")
     add("--experts", type=int, default=8, metavar="E", help="routed experts of a layer (%(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts a token (%(default)s)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (%(default)s)")
     add("--granularity", type=float, default=1.0, metavar="G", help="dense over expert width (%(default)s)")
     add("--figure", metavar="PNG", help="draw loss against D2 for the three ways")
     return parser
@@ -104,7 +104,7 @@ def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
             curves[way] = curve_from_record(json.loads(read_text(path, f"--{way}-fit")), path)
         except json.JSONDecodeError as error:
             mistakes.append(
-                Mistake(path, str(error), "it is no JSON", "Write it with tools.fit_laws --json.")
+                Mistake(path, str(error), "it is not JSON", "Write it with tools.fit_laws --json.")
             )
         except DataError as error:
             mistakes += error.mistakes
@@ -142,7 +142,7 @@ def _break_even(point: BreakEven | None) -> str:
     if point is None:
         return "unknown: it takes the laws of both"
     if point.interval is None:
-        return f"{point.says} (how sure is unknown)"
+        return f"{point.says} (interval unknown)"
     low, high = ("never" if math.isinf(end) else f"{end:.2g}" for end in point.interval)
     return f"{point.says} (interval {low} to {high})"
 

@@ -26,7 +26,7 @@ _DTYPES = ("source", "fp32", "bf16", "fp16")
 def _parse() -> argparse.Namespace:
     parser = tool_parser(
         "upcycle",
-        "Turns a dense Hugging Face checkpoint into a mixture of experts, tensor by tensor: no "
+        "Converts a dense Hugging Face checkpoint into an MoE, tensor by tensor: no "
         "GPU, no training, memory for one matrix. An interrupted conversion goes on when it is run again.",
         epilog="Further OPTION=VALUE are those of train.py, for method and router: upcycle.ratio=0.5, "
         "upcycle.layers=every:2, router.top_k=4, ...",
@@ -51,7 +51,7 @@ def _parse() -> argparse.Namespace:
         metavar="E",
         help="routed experts of a layer (default: the method's)",
     )
-    add("--top-k", type=int, default=None, metavar="K", help="experts a token (default: the router's)")
+    add("--top-k", type=int, default=None, metavar="K", help="experts per token (default: the router's)")
     add("--seed", type=int, default=0, help="of routers and of methods that draw (default 0)")
     add("--dtype", choices=_DTYPES, default="source", help="of the output (default source: as the input)")
     add(
@@ -78,7 +78,7 @@ def main() -> int:
     if arguments.compare is not None:
         return _compare(arguments, config)
 
-    from recipes.runtime.memory import peak_resident_bytes
+    from recipes.runtime.machine_memory import peak_resident_bytes
     from recipes.upcycling.convert.conversion_plan import plan_conversion
     from recipes.upcycling.convert.conversion_statistics import discard_statistics
 

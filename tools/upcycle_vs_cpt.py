@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         "equal FLOPs, over the length of the dense pre-training, and against what serving costs. A grid that "
         "was interrupted goes on; a failed run does not take the others down.",
         epilog="Every other OPTION=VALUE goes to train.py +recipe=upcycle_vs_cpt: train.steps=200, ... A "
-        "dense checkpoint a length is dense=/path/step-{length}. docs/upcycle_vs_cpt.md says more.",
+        "dense checkpoint per length is dense=/path/step-{length}. See docs/upcycle_vs_cpt.md.",
         json_flag=False,
     )
     add = parser.add_argument

@@ -107,7 +107,7 @@ def multiple_choice(
         model: A decoder.
         tokenizer: Its own.
         questions: See `read_questions`. A choice follows its question after a space.
-        device: Where the model is.
+        device: Device of the model.
         longest: Tokens of the longest sequence it takes; None for no limit. A longer question is cut from
             the front, and counted.
     """
@@ -136,7 +136,7 @@ def multiple_choice(
 
 
 def _ids(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
-    """Ids of both, and where the continuation starts: at the first token that it changes.
+    """Returns the ids of both, and the start of the continuation: the first token that it changes.
 
     A token may span the border; it then belongs to the continuation. The first token has no context and is
     never scored.

@@ -1,6 +1,6 @@
 """Utilisation against batch size, and the roofline that bounds it.
 
-Letters: B sequences a batch.
+Letters: B sequences per batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Figures = Mapping[str, Any]
 
 
 def colours_of(theme: Theme) -> tuple[str, ...]:
-    """Colours of systems, in order; with more systems than colours they start over."""
+    """Returns the colours of systems in order; with more systems than colours they start over."""
     return (theme.moe, theme.cpt, *_MORE[theme.name], theme.dense)
 
 
@@ -106,7 +106,7 @@ def _distinct_points(system: Figures) -> list[Figures]:
 
 def _draw_experts(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
     """Draws the share of experts that a decode pass touches, and the bound of uniform routing."""
-    canvas.style(axes, theme, x="batch size", y="experts a pass touches (%)")
+    canvas.style(axes, theme, x="batch size", y="experts touched per pass (%)")
     sizes: set[int] = set()
     for number, system in enumerate(systems):
         colour = colours_of(theme)[number % len(colours_of(theme))]
@@ -140,7 +140,7 @@ def _batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
     """Draws FLOP/s against FLOPs per byte, under min(peak FLOP/s, peak bytes/s times FLOPs per byte)."""
-    canvas.style(axes, theme, x="FLOPs a byte moved (S-MFU's over S-MBU's)", y="GFLOP/s")
+    canvas.style(axes, theme, x="FLOPs per byte moved (S-MFU's over S-MBU's)", y="GFLOP/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
     points = [

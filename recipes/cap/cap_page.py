@@ -35,7 +35,7 @@ _MEANING = (
 _EFFICIENCY = (
     "After arXiv 2505.13840, equations 1 to 9. AMU: memory in use over all there is, mean over time. PCU: "
     "FLOPs that the tokens need over the peak, prefill included. AL: mean time of a request. IT: tokens "
-    "written a second. AEC: mean power. MCR: times smaller than the first system, times the share of its "
+    "written per second. AEC: mean power. MCR: times smaller than the first system, times the share of its "
     "accuracy that is kept. TT and ST are of training."
 )
 Figures = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""A report from beginning to end: one system after the other, figures as JSON.
+"""Measures a report from beginning to end: one system after the other, figures as JSON.
 
 Letters: B sequences, S tokens.
 """
@@ -48,8 +48,8 @@ def measure(request: Request, log: Log = lambda line: None) -> Figures:
     """Measures every system; returns the report.
 
     Args:
-        request: What is asked for.
-        log: Told of progress.
+        request: Systems and measurements.
+        log: Takes lines of progress.
 
     Raises:
         ConfigError: The request has mistakes, all of them, before a model is loaded.
@@ -108,7 +108,7 @@ def _system(
     ceilings: dict[torch.dtype, Ceilings],
     log: Log,
 ) -> Figures:
-    """Loads one system, measures it, lets it go."""
+    """Loads one system, measures it and releases it."""
     prompt_BS, scored_BS = text
     device, rates = torch.device(request.device), _rates(request)
     dtype = None if request.dtype is None else DTYPES[request.dtype]
@@ -236,7 +236,7 @@ def _implementation(system: System) -> str | None:
 
 
 def _texts(system: Source, request: Request) -> tuple[Tensor, Tensor | None]:
-    """Prompts of the largest batch, and the text of perplexity."""
+    """Returns the prompts of the largest batch, and the text of perplexity."""
     data, source = DataConfig(path=request.text), request.tokenizer or system.folder
     prompt_BS = real_tokens(source, data, max(request.work.batch_sizes), request.work.prompt)
     asked = request.accuracy
@@ -256,7 +256,7 @@ def _ceilings(request: Request, system: System, log: Log) -> Ceilings:
 def _progress(name: str, point: Figures) -> str:
     if point["reason"] is not None:
         return f"{name}, batch {point['batch_size']}: {point['reason']}"
-    return f"{name}, batch {point['batch_size']}: {1e3 * point['tpot_s']['mean']:.1f} ms a token"
+    return f"{name}, batch {point['batch_size']}: {1e3 * point['tpot_s']['mean']:.1f} ms per token"
 
 
 def _overhead(request: Request, system: System, prompt_BS: Tensor, log: Log) -> Figures | None:

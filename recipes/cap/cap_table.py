@@ -1,4 +1,4 @@
-"""A report as a table for the terminal and the page."""
+"""Report as tables for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = (
     "TTFT",
     "TPOT",
     "tokens/s",
-    "experts a layer",
+    "experts per layer",
     "S-MBU",
     "strict",
     "MBU",
@@ -25,8 +25,8 @@ HEAD = (
     "$/M tokens",
 )
 NOTE = (
-    "Decode passes unless said otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
-    "Tokens/s: written, prefill in the time. Experts a layer: different ones that a decode pass touches, of "
+    "Decode passes unless stated otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
+    "Tokens/s: written, prefill in the time. Experts per layer: distinct ones that a decode pass touches, of "
     "all there are; '<=' is the bound of uniform routing, not a count. '-' was not measured."
 )
 Figures = Mapping[str, Any]

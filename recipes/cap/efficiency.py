@@ -26,7 +26,7 @@ def efficiency(
     - AMU: memory in use, mean over time, over all there is.
     - PCU: FLOPs that the tokens need over what the device could do meanwhile, prefill and decode together.
     - AL: mean time of a request from its first byte to its last token.
-    - IT: tokens written a second.
+    - IT: tokens written per second.
     - AEC: mean power in watts.
 
     Args:

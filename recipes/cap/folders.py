@@ -33,7 +33,7 @@ class Source:
 
 
 def find_source(given: Path) -> Source | Mistake:
-    """Looks a folder up.
+    """Resolves a folder.
 
     A folder with ``config.json`` is taken as it is. ``RUN`` is a run's exported MoE, ``RUN/dense`` the
     dense model it began with, ``RUN/cpt`` that model trained on the same tokens (``compare.cpt=true``).
@@ -48,7 +48,7 @@ def find_source(given: Path) -> Source | Mistake:
         return Mistake("FOLDER", str(given), "this run has no exported model yet", remedy)
     if given.name in (_DENSE, _CONTINUED) and _is_run(given.parent):
         return _stage(given)
-    rule = "there is no config.json in it, and it is no run"
+    rule = "there is no config.json in it, and it is not a run"
     return Mistake("FOLDER", str(given), rule, "Give the folder of a local checkpoint, or of a run.")
 
 

@@ -95,7 +95,7 @@ def written_answers(
         model: A decoder of transformers, or one of Graft's.
         tokenizer: Its own.
         prompts: See `read_prompts`.
-        device: Where the model is.
+        device: Device of the model.
         limits: New tokens at most, and tokens of the longest sequence that the model takes; None for no
             limit. A longer prompt is cut from the front, and counted.
     """

@@ -43,8 +43,8 @@ def run_harness(
     Args:
         model: A decoder of transformers, on its device.
         tokenizer: Its own.
-        tasks: As the harness calls them.
-        folder: Of further task files.
+        tasks: Names of tasks of the harness.
+        folder: Folder of further task files.
         limit: Questions of a task; None for all.
         package: Name of the library.
 

@@ -4,7 +4,7 @@ Hooks read the input of the experts: the top-k indices of transformers' classes,
 They see the experts that compute, after capacity, masks and groups. Every layer of a pass marks its
 experts in one buffer; the buffer is read once, at the end.
 
-Letters: P passes, L MoE layers, E experts, T tokens, K experts a token.
+Letters: P passes, L MoE layers, E experts, T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Site:
     """Module at which the experts of one MoE layer can be watched.
 
     Attributes:
-        name: Of the module that is watched.
+        name: Name of the watched module.
         module: That module.
         num_experts: E.
         kind: ``indices`` (transformers' experts, given top-k indices), ``scores`` (Llama 4's router, whose
@@ -81,7 +81,7 @@ def check_sites(sites: Sequence[Site], shape: ModelShape, folder: str) -> None:
     """
     found, known = [site.num_experts for site in sites], [one.num_experts for one in moe_blocks(shape)]
     if found != known:
-        rule = f"its modules have mixtures of {found} experts, its config describes {known}"
+        rule = f"its modules have MoE layers of {found} experts, its config describes {known}"
         raise ModelError.one("FOLDER", folder, rule, "Watch it with a class that recipes/cap/hooks.py knows.")
 
 

@@ -1,4 +1,4 @@
-"""Reports put beside each other: the same tables and figures, and what makes them differ in kind."""
+"""Joins reports into the same tables and figures, and lists the differences in kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder as a system to measure: the model on its device, and what the accounting knows of it."""
+"""Loads a folder as a system to measure: the model on its device, with the facts of the accounting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
 from recipes.checkpoint.reader import open_checkpoint
 
-# What a model's tensors are called in a checkpoint of a run.
+# Prefix of the model's tensors in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,9 +32,9 @@ class Known:
 
     Attributes:
         shape: None where it does not know the family, and utilisations are then None.
-        shape_reason: Why it is None.
-        bits: Of the tensors as they are in memory.
-        bits_source: Where these are from.
+        shape_reason: Reason why it is None.
+        bits: Bits of the tensors in memory.
+        bits_source: Source of the bits.
     """
 
     shape: ModelShape | None
@@ -49,12 +49,12 @@ class System(Known):
 
     Attributes:
         name: In tables and figures.
-        source: Where it is from.
+        source: Location of its files.
         model: In evaluation mode, on its device.
         config: The content of its ``config.json``.
-        sites: Its mixtures of experts.
-        dtype: Of its products.
-        device: Where it is.
+        sites: Its MoE layers.
+        dtype: Dtype of its products.
+        device: Device of the model.
     """
 
     name: str
@@ -73,15 +73,13 @@ class System(Known):
     @property
     def max_length(self) -> int | None:
         """Tokens of the longest sequence that its config allows; None where it sets no limit."""
-        return longest_sequence(self.config)
+        return whole_number(self.config, "max_position_embeddings")
 
 
-def longest_sequence(config: Mapping[str, Any]) -> int | None:
-    """Returns ``max_position_embeddings`` of a config, or of its part for text."""
-    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
-        if isinstance(part.get("max_position_embeddings"), int):
-            return int(part["max_position_embeddings"])
-    return None
+def whole_number(config: Mapping[str, Any], key: str) -> int | None:
+    """Returns a whole number of a config, or of its part for text; None where there is none."""
+    parts = (config, config.get("text_config") or {}, config.get("dense_config") or {})
+    return next((part[key] for part in parts if isinstance(part.get(key), int)), None)
 
 
 def load_system(
@@ -95,14 +93,14 @@ def load_system(
 
     Args:
         name: In tables and figures.
-        source: Of `recipes.cap.folders.find_source`.
-        device: Where to.
-        dtype: Of the weights; None as in the files.
+        source: Result of `recipes.cap.folders.find_source`.
+        device: Device of the model.
+        dtype: Dtype of the weights; None for that of the files.
         experts: transformers' implementation of experts: ``eager``, ``batched_mm``, ``grouped_mm``; None is
             its own choice.
 
     Raises:
-        ModelError: It cannot be loaded, or has other parameters than its config says.
+        ModelError: It cannot be loaded, or its parameters differ from its config.
         ConfigError: Its config cannot be used.
     """
     config = read_config(source)
@@ -186,7 +184,7 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _bits(model: nn.Module, config: Mapping[str, Any]) -> tuple[BitWidths, str]:
-    """Bits as loaded: of quantised checkpoints by their config, else by the parameters."""
+    """Returns the bits as loaded: from the config of a quantised checkpoint, else from the parameters."""
     inner = config.get("text_config") or config.get("dense_config") or {}
     if config.get("quantization_config") or inner.get("quantization_config"):
         return bits_from_config(config)

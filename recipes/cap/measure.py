@@ -35,9 +35,9 @@ class Workload:
     Attributes:
         batch_sizes: Sequences at once.
         prompt: Tokens of a prompt.
-        new: Tokens written a sequence.
+        new: Tokens written per sequence.
         rounds: Timed repetitions.
-        trace: Whether experts are watched.
+        trace: If True experts are watched.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16)
@@ -55,9 +55,9 @@ def measure_point(
     Args:
         system: The model.
         prompt_BS: Prompts of this batch size.
-        work: How long and how often.
+        work: Lengths and rounds.
         machine: Its peaks.
-        rates: What its hours cost.
+        rates: Costs of an hour.
 
     Raises:
         ModelError: The batch that ran was not the one asked for.
@@ -132,7 +132,7 @@ def _check_run(run: Rollout, sequences: int, length: int, system: System) -> Non
         rule = f"passes ran with batches of {sorted(reached)}"
         raise ModelError.one("--batch-sizes", sequences, rule, f"Look into {system.source.given}.")
     if run.cache_length not in (None, length):
-        rule = f"the cache holds {run.cache_length} tokens a sequence after {length}"
+        rule = f"the cache holds {run.cache_length} tokens per sequence after {length}"
         remedy = "Its cache is of a kind not known here."
         raise ModelError.one("FOLDER", str(system.source.given), rule, remedy)
 
@@ -187,7 +187,7 @@ def measure_overhead(
 
     Returns:
         Medians of both, and the median of their ratios round by round with its spread; None for a model
-        without mixtures.
+        without MoE layers.
     """
     if not system.sites:
         return None

@@ -24,7 +24,7 @@ class Passes:
     """The passes of one batch of sequences, the prefill first.
 
     Attributes:
-        seconds: Of every pass.
+        seconds: Seconds of every pass.
         distinct: Experts of every pass; None where they are not known.
     """
 
@@ -52,13 +52,13 @@ PHASE_KEYS = (
 def phase_figures(
     known: Known, runs: Sequence[Passes], part: slice, batches: Sequence[Batch], machine: Machine
 ) -> dict[str, Any]:
-    """Figures of all prefill passes, or of all decode passes: ratios of sums.
+    """Computes the figures of all prefill passes, or of all decode passes, as ratios of sums.
 
     Args:
-        known: Of the accounting.
+        known: Facts of the accounting.
         runs: Rounds.
-        part: Which passes of a round.
-        batches: Of these passes.
+        part: Passes of a round.
+        batches: Batches of these passes.
         machine: Its peaks.
     """
     seconds = [value for run in runs for value in run.seconds[part]]
@@ -98,7 +98,7 @@ def _use(shape: ModelShape, passes: Sequence[Pass], machine: Machine, bits: BitW
         "utilisation_reason": _missing(machine, passes),
         "flops": flops,
         "flops_per_s": flops / took,
-        # those of MBU and MFU repeat S-MBU's, or say what these count too much: every expert
+        # warnings of MBU and MFU repeat S-MBU's, or come from counting every expert
         "warnings": sorted({text for one in caught if (text := str(one.message)).startswith("S-")}),
     }
     traced = [one for one in passes if one.distinct is not None]

@@ -36,7 +36,7 @@ class Anchors:
     Attributes:
         worse: Value at 0.2.
         better: Value at 1.
-        logarithmic: Whether equal steps are equal ratios.
+        logarithmic: True if equal steps are equal ratios.
     """
 
     worse: float
@@ -86,7 +86,7 @@ class Radar:
 
     Attributes:
         axes: Keys of `DEFAULTS`, three of them.
-        anchors: Of each axis.
+        anchors: Ends of each axis.
         systems: Name, and its corners.
         batch_size: That speed and cost are of; None where no size was measured for all.
         scale: ``fixed`` or ``min-max``.
@@ -137,8 +137,8 @@ def make_radar(
     """Makes the radar of a report.
 
     Args:
-        report: Of one run, or of several put together.
-        anchors: By axis; not used with ``min-max``.
+        report: Report of one run, or of several joined.
+        anchors: Ends by axis; unused with ``min-max``.
         scale: ``fixed``, or ``min-max``: every axis from the worst to the best of these systems (all at 1
             where they are equal), which changes with every system that is added.
         batch_size: That speed and cost are of; None is the largest that was measured for all.
@@ -153,16 +153,14 @@ def make_radar(
         for i, key in enumerate(keys)
     )
     corners = tuple(
-        (
-            name,
-            tuple(
-                Corner(value, None if value is None else end.place(value))
-                for value, end in zip(row, ends, strict=True)
-            ),
-        )
+        (name, tuple(_corner(value, end) for value, end in zip(row, ends, strict=True)))
         for name, row in values.items()
     )
     return Radar(keys, ends, corners, size, scale)
+
+
+def _corner(value: float | None, ends: Anchors) -> Corner:
+    return Corner(value, None if value is None else ends.place(value))
 
 
 def _common_size(systems: Sequence[Figures]) -> int | None:
@@ -280,10 +278,10 @@ def _write_values(axes: Axes, radar: Radar, theme: Theme) -> None:
     axes.set_ylim(0, 1)
     size = "no batch size was measured for all" if radar.batch_size is None else f"batch {radar.batch_size}"
     scale = "fixed anchors" if radar.scale == "fixed" else "from worst to best of these"
-    said = f"{size}, {scale}; outward is better"
+    note = f"{size}, {scale}; outward is better"
     if any(_beyond(corner, ends) for _, row in radar.systems for corner, ends in _paired(row, radar)):
-        said += "; *: beyond them"
-    axes.text(0, 0.98, said, fontsize=8.5, color=theme.muted, va="top")
+        note += "; *: beyond them"
+    axes.text(0, 0.98, note, fontsize=8.5, color=theme.muted, va="top")
     # four lines a system where there is room for them, else two
     short = len(radar.systems) > _ROOMY
     step = min(0.27, 0.9 / max(1, len(radar.systems)))

@@ -16,7 +16,7 @@ from recipes.cap.cost import Prices
 from recipes.cap.folders import find_source, read_config
 from recipes.cap.generation import read_prompts
 from recipes.cap.harness import check_harness
-from recipes.cap.loading import DTYPES, longest_sequence
+from recipes.cap.loading import DTYPES, whole_number
 from recipes.cap.measure import Workload
 from recipes.cap.server import Server
 from recipes.data.config import DataConfig
@@ -35,9 +35,9 @@ class Accuracy:
         choices: A file of questions; None for none.
         answers: A file of prompts whose answers the model writes; None for none.
         answer_tokens: New tokens of each at most.
-        tasks: Of lm-evaluation-harness.
-        task_folder: Of further ones; None for none.
-        task_limit: Questions of each; None for all.
+        tasks: Tasks of lm-evaluation-harness.
+        task_folder: Folder of further tasks; None for none.
+        task_limit: Questions of each task; None for all.
     """
 
     samples: int = 0
@@ -61,20 +61,20 @@ class Request:
 
     Attributes:
         systems: Name and folder of each.
-        work: What they are given.
-        device: Such as ``cpu`` or ``cuda``.
+        work: Workload of all systems.
+        device: Device, such as ``cpu`` or ``cuda``.
         dtype: A key of `DTYPES`; None as in the files.
         experts: transformers' implementation of experts; None is its own choice.
-        text: Where prompts and the text of perplexity are from; None is Python's standard library.
+        text: Source of prompts and of the text of perplexity; None for Python's standard library.
         tokenizer: A folder for all systems; None is each one's own.
-        accuracy: What is asked of it.
-        origin: Of the peaks.
+        accuracy: Accuracies to measure.
+        origin: Origin of the peaks.
         peak_bytes_per_s: The user's own.
         peak_flops: The user's own.
         tiers: Memories that weights and cache lie in; none for one.
-        prices: What the user knows.
-        overhead: Whether to measure what watching costs.
-        server: That the one system runs behind; None runs the systems here.
+        prices: Costs given by the user.
+        overhead: If True the overhead of watching is measured.
+        server: Server of the one system; None runs the systems here.
     """
 
     systems: tuple[tuple[str, Path], ...]
@@ -136,7 +136,7 @@ def _check_server(request: Request) -> list[Mistake]:
         return []
     mistakes = []
     if not server.url.startswith(("http://", "https://")):
-        rule = "it is no address of http or https"
+        rule = "it is not an http or https address"
         mistakes.append(Mistake("--server", server.url, rule, "Give http://HOST:PORT."))
     if not server.model:
         rule = "a server needs the name that it gives the model"
@@ -229,18 +229,11 @@ def _check_folder(folder: Path, request: Request) -> list[Mistake]:
     config = read_config(source)
     if isinstance(config, Mistake):
         return [config]
-    longest, mistakes = longest_sequence(config), []
+    longest, mistakes = whole_number(config, "max_position_embeddings"), []
     if longest is not None and request.longest > longest:
         rule = f"{folder} takes {longest} tokens, and {request.longest} are asked for"
         remedy = "Lower --prompt, --new, --perplexity-length or --answer-tokens."
         mistakes.append(Mistake("--prompt", request.work.prompt, rule, remedy))
     tokenizer = request.tokenizer or source.folder
     where = "FOLDER" if request.tokenizer is None else "--tokenizer"
-    return mistakes + check_tokenizer(tokenizer, _vocabulary(config), where)
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    return None
+    return mistakes + check_tokenizer(tokenizer, whole_number(config, "vocab_size"), where)

@@ -24,8 +24,8 @@ from recipes.tracking.meters import Reading
 
 # Requests that decode together on average, of those asked for; below it no utilisation is given.
 _TOGETHER = 0.9
-_OTHER_MACHINE = "of the server's machine, which does not tell it here"
-_NO_PASSES = "a server does not tell which passes were prefill, and the time to the first token holds a queue"
+_OTHER_MACHINE = "not measured on the server's machine"
+_NO_PASSES = "a server does not report which passes were prefill, and a queue delays the first token"
 
 
 def measure_served(
@@ -34,13 +34,13 @@ def measure_served(
     """Measures all figures of one batch size that a client can see; others are None, with the reason.
 
     Args:
-        server: Where to ask.
-        known: What the accounting knows of the model.
+        server: Address of the server.
+        known: Facts of the accounting.
         prompts_RBS: Other prompts in every round, so that no cache of prefixes answers; the first round is to
             warm up.
-        work: How long and how often.
+        work: Lengths and rounds.
         machine: Its peaks.
-        rates: What its hours cost.
+        rates: Costs of an hour.
 
     Raises:
         ModelError: The server cannot be reached, or refuses.

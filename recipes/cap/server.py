@@ -109,14 +109,14 @@ def _take(reply: Reply, line: bytes, now: float) -> None:
     """Reads one line of the stream.
 
     Raises:
-        ValueError: It is no JSON, or an error that the server sends inside it.
+        ValueError: It is not JSON, or an error that the server sends inside it.
     """
     text = line.decode(errors="replace").strip()
     if not text.startswith("data:") or text == "data: [DONE]":
         return
     event: Any = json.loads(text.removeprefix("data:"))
     if not isinstance(event, dict) or event.get("error"):
-        raise ValueError(f"the server says {str(event)[:_SHOWN]}")
+        raise ValueError(f"the server replied {str(event)[:_SHOWN]}")
     if event.get("choices"):
         reply.arrived.append(now)
     usage = event.get("usage")
@@ -130,7 +130,7 @@ def _wrong(reply: Reply, prompt: int, new: int) -> str | None:
     if not reply.arrived:
         return "no token came"
     if reply.tokens is None:
-        return "the server does not say how many tokens it wrote (stream_options.include_usage)"
+        return "the server does not report how many tokens it wrote (stream_options.include_usage)"
     if reply.tokens != new:
         return f"it wrote {reply.tokens} tokens instead of {new}: it does not know ignore_eos, or has a limit"
     if reply.prompt_tokens not in (None, prompt):
@@ -156,7 +156,7 @@ def ask_together(server: Server, prompts: Sequence[Sequence[int]], new: int) -> 
 
 
 def together(replies: Sequence[Reply]) -> float:
-    """Requests that decoded at once, on average over the time in which any did."""
+    """Returns the mean number of requests that decoded at once, over the time in which any did."""
     spans = [(reply.arrived[0], reply.arrived[-1]) for reply in replies]
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
     return sum(end - begin for begin, end in spans) / whole if whole > 0 else float(len(spans))

@@ -1,4 +1,4 @@
-"""The data of a run: training and validation samples, and what they are known by."""
+"""Builds the training and validation samples of a run, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from recipes.data.tokenise import ensure_tokenised, read_counts
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a run trains and validates on.
+    """Training and validation samples of a run.
 
     Attributes:
         train: Shuffled samples without end.
         validation: Samples in a fixed order.
         fingerprint: Hex sha256 of the tokens and of every setting that decides which tokens sample n holds. A
-            checkpoint keeps it, and a resume against other data is refused.
+            checkpoint stores it, and a run cannot resume with other data.
     """
 
     train: Samples
@@ -47,7 +47,7 @@ class TrainData:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What samples are read from while training."""
+        """Files that samples are read from while training."""
         return tuple(dict.fromkeys((*self.train.files, *self.validation.files)))
 
 
@@ -58,14 +58,14 @@ def load_data(
     vocab_size: int,
     log: Callable[[str], None] = print,
 ) -> TrainData:
-    """All of it: tokenises what is not yet in the cache, checks that the ids fit the model, splits and packs.
+    """Tokenises documents that are not in the cache, checks that ids fit the model, splits and packs.
 
     Args:
         cfg: The data config.
         tokenizer_dir: A local tokenizer folder.
-        cache_dir: Where token files are kept.
+        cache_dir: Folder of the token files.
         vocab_size: Rows of the model's embedding.
-        log: Takes lines on what is done.
+        log: Takes lines on the progress.
 
     Raises:
         DataError: Documents cannot be read, ids do not fit the model, or there is less than one sample.
@@ -89,7 +89,7 @@ def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Pat
     Args:
         cfg: Sample length, split and seed.
         prefix: The token files of ``cfg.path``.
-        validation_prefix: Those of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
+        validation_prefix: Token files of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
 
     Raises:
         DataError: The files are damaged, or training or validation has less than one sample.

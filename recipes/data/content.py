@@ -1,4 +1,4 @@
-"""What token files are known by."""
+"""Content hash of token files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from recipes.data.indexed import IndexedDataset, idx_path
 
 SAMPLED_BLOCKS = 64
 SAMPLED_TOKENS = 4096
-"""Of the tokens, so many evenly spaced blocks of this many count."""
+"""Number and length of the evenly spaced blocks of tokens that are hashed."""
 
 
 def content_hash(indexed: IndexedDataset) -> str:
-    """A hex sha256 of the index and of sampled tokens: the same wherever the files are copied."""
+    """Computes a hex sha256 of the index and of sampled tokens, which copies of the files share."""
     total = hashlib.sha256()
     with idx_path(indexed.prefix).open("rb") as stream:
         while block := stream.read(1 << 24):

@@ -28,8 +28,8 @@ from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.run_meters import RunMeters
 from recipes.tracking.trackers import RunLogger, start
 from recipes.training.callbacks.base import Callback
-from recipes.training.callbacks.progress import Progress
 from recipes.training.callbacks.recorder import Recorder
+from recipes.training.callbacks.step_progress import Progress
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.training_loop import Loop
 

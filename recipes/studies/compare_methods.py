@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from moe.errors import ConfigError, Mistake, UserError
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_router
 from recipes.models.hf.drift import MethodDrift, measure_drift
 from recipes.models.hf.hf_model import HFModel, load_model
+from recipes.studies.option_lists import conf_choices, split_list
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
 from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
 from recipes.upcycling.surgery import make_surgery
 
-# Of the columns after the method's name.
+# Widths of the columns after the method's name.
 _WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
 _ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
 
@@ -47,32 +48,20 @@ def parse_candidates(text: str) -> list[Candidate]:
     Raises:
         ConfigError: Some parts have another form or name no method; all mistakes at once.
     """
-    known = sorted(path.stem for path in (CONF / "upcycle").glob("*.yaml"))
+    known = conf_choices("upcycle")
     found, mistakes = [], []
-    for part in _parts(text):
-        match = _ENTRY.fullmatch(part.strip())
+    for part in split_list(text):
+        match = _ENTRY.fullmatch(part)
         if match is None or match[1] not in known:
             remedy = f"Write NAME or NAME[option=value,...]; names are {', '.join(known)}."
-            mistakes.append(Mistake("--compare", part.strip(), "there is no such method", remedy))
+            mistakes.append(Mistake("--compare", part, "there is no such method", remedy))
             continue
-        options = [option.strip() for option in _parts(match[2] or "") if option.strip()]
+        options = split_list(match[2] or "")
         named = [o if "." in o.split("=")[0] or o.startswith("router=") else f"upcycle.{o}" for o in options]
-        found.append(Candidate(part.strip(), (f"upcycle={match[1]}", *named)))
+        found.append(Candidate(part, (f"upcycle={match[1]}", *named)))
     if mistakes:
         raise ConfigError(mistakes)
     return found
-
-
-def _parts(text: str) -> list[str]:
-    """Splits at the commas outside of brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def compare_methods(

@@ -74,14 +74,18 @@ class Trial:
 Launch = Callable[[Any], "subprocess.Popen[bytes]"]
 
 
+def torchrun(ranks: int) -> list[str]:
+    """Returns the beginning of a command line that starts ranks on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={ranks}"]
+
+
 def launcher(overrides: Sequence[str], ranks: int) -> Launch:
     """Returns a function that starts a trial on this many ranks."""
 
     def launch(trial: Trial) -> subprocess.Popen[bytes]:
         trial.folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = torchrun(ranks) if ranks > 1 else [sys.executable]
         command += [str(SOURCE_ROOT / "train.py"), *trial.arguments(overrides)]
         with trial.log.open("ab") as log:
             return subprocess.Popen(command, cwd=SOURCE_ROOT, stdout=log, stderr=subprocess.STDOUT)

@@ -44,7 +44,7 @@ class BufferedLog:
             raise self._problem
 
     def truncate_after(self, stage: str, step: int) -> int:
-        """See `MetricsLog.truncate_after`."""
+        """Drops rows, as `MetricsLog.truncate_after` does."""
         self._flush()
         self._waiting = deque(
             row for row in self._waiting if row.get("stage") != stage or row["step"] <= step

@@ -104,7 +104,7 @@ class GoodputLedger:
         """Ends the part of this process.
 
         Args:
-            spent: As for `figures`.
+            spent: Seconds of this process, as for `figures`.
             failed: True if the process neither finished, was asked to stop, nor met a user's error.
         """
         self._part |= dict(spent) | {"ended": time.time(), "failed": failed}

@@ -23,7 +23,7 @@ from moe.accounting.device_peaks import measure_peak_flops
 TABLE_DATE = "2026-11"
 _MIB = 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Where the system does not report the size of the last cache.
+# Assumed if the system does not report the size of the last cache.
 _USUAL_CACHE = 64 * _MIB
 _COLUMNS = 8192
 
@@ -134,7 +134,7 @@ def measure_bandwidth(
         "gemv": (rows * _COLUMNS * dtype.itemsize, lambda: torch.nn.functional.linear(vector, matrix)),
     }
     seconds = interleave(
-        {name: run for name, (_, run) in work.items()}, rounds, 1, lambda: _synchronise(device)
+        {name: run for name, (_, run) in work.items()}, rounds, 1, lambda: synchronise(device)
     )
     words = f"arrays of {size / _MIB:.0f} MiB"
     shown = dict.fromkeys(work, words) | {"gemv": f"{words}, {_short(dtype)}"}
@@ -178,6 +178,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until the device is idle; a CPU always is."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 import torch
 
-from recipes.runtime.memory import status_peak_bytes
+from recipes.runtime.machine_memory import status_peak_bytes
 
 _RAPL = Path("/sys/class/powercap")
 _PROC = Path("/proc/self")
@@ -67,7 +67,7 @@ class MemoryMeter:
         except OSError as error:
             return Reading(None, f"{self._proc}/status cannot be read ({error.strerror})")
         if peak is None:
-            return Reading(None, "the system does not tell the peak of a process")
+            return Reading(None, "the system does not report the peak of a process")
         return Reading(float(peak), "resident memory of the process, libraries included")
 
 
@@ -102,7 +102,7 @@ class MemorySampler:
     def read(self) -> Reading:
         """Returns the mean."""
         if not self._values:
-            return Reading(None, f"{self._device.type} does not tell what is in use")
+            return Reading(None, f"{self._device.type} does not report the memory in use")
         where = "allocated on the GPU" if self._device.type == "cuda" else "resident of the process"
         return Reading(statistics.fmean(self._values), f"{where}, mean of {len(self._values)} looks")
 
@@ -174,7 +174,7 @@ def _counters(device: torch.device, rapl: Path, nvml: Any) -> tuple[list[_Counte
         try:
             return [_nvml_counter(device, nvml or ctypes.CDLL("libnvidia-ml.so.1"))], ""
         except (OSError, AttributeError) as error:
-            return [], f"NVML tells no energy ({error})"
+            return [], f"NVML reports no energy ({error})"
     if device.type != "cpu":
         return [], f"no meter for {device.type}"
     found, refused = [], []

@@ -1,6 +1,6 @@
 """Figures of a run that know their reduction across ranks, and the file that keeps them.
 
-A log is JSON lines (``metrics.jsonl``, ``load.jsonl``): one object a line, in the order of training. Every
+A log is JSON lines (``metrics.jsonl``, ``load.jsonl``): one object per line, in the order of training. Every
 line is valid JSON, also when training diverges: a number that is not finite is written as ``null``, with its
 name beside it (``"loss": null, "loss_nonfinite": "nan"``); `read_rows` turns it back into the float. In a
 list it is ``null`` alone and reads back as NaN.
@@ -279,27 +279,19 @@ def _writable(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the row as valid JSON, with a companion key for each number that is not finite."""
     clean: dict[str, Any] = {}
     for key, value in row.items():
-        plain = _plain(value)
-        if isinstance(plain, float) and not math.isfinite(plain):
-            clean[key] = None
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        clean[key] = _finite(plain)
+        if isinstance(plain, float) and clean[key] is None:
             clean[key + NONFINITE] = repr(plain)
-        else:
-            clean[key] = _without_nonfinite(plain)
     return clean
 
 
-def _plain(value: Any) -> Any:
-    """Converts tensors and numpy arrays to Python numbers and lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _without_nonfinite(value: Any) -> Any:
-    value = _plain(value)
+def _finite(value: Any) -> Any:
+    """Converts tensors and arrays to Python numbers and lists, and replaces NaN and infinities by None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
-    return value
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from recipes.runtime.atomic import atomic_write_json
 from recipes.tracking.step_costs import Costs
 
-_LABELS = {
+LABELS = {
     "dense": "Dense (start)",
     "cpt": "Dense, continued (CPT)",
     "stage1": "MoE after stage 1",
@@ -48,7 +48,7 @@ class Results:
     def put_stage(
         self, model: str, label: str, val_loss: float | None, tokens: int, costs: Costs, speed: float | None
     ) -> None:
-        """Adds or replaces the row of a model, in the order of `_LABELS`."""
+        """Adds or replaces the row of a model, in the order of `LABELS`."""
         row = {"model": model, "label": label, "val_loss": val_loss, "tokens": tokens}
         row |= {key: value for key, value in asdict(costs).items() if key != "peak_flops"}
         row["tokens_per_s"] = speed
@@ -76,9 +76,9 @@ def stage_label(model: str) -> str:
     """Returns the name of a model in tables; ``cpt_tokens`` and ``scratch_400`` are shorter runs."""
     kind, _, which = model.partition("_")
     if not which:
-        return _LABELS[kind]
-    return f"{_LABELS[kind]}, {'equal tokens' if which == 'tokens' else f'+{which} dense steps'}"
+        return LABELS[kind]
+    return f"{LABELS[kind]}, {'equal tokens' if which == 'tokens' else f'+{which} dense steps'}"
 
 
 def _place(model: str) -> tuple[int, str]:
-    return list(_LABELS).index(model.partition("_")[0]), model
+    return list(LABELS).index(model.partition("_")[0]), model

@@ -231,7 +231,7 @@ def _choose_mode(cfg: TrackerConfig, wandb: Any) -> tuple[str, str]:
     asked = os.environ.get("WANDB_MODE", "") if cfg.mode == "auto" else cfg.mode
     if asked and asked not in _MODES:
         raise RuntimeError(f"WANDB_MODE={asked!r} is none of {', '.join(_MODES)}")
-    reason = "as WANDB_MODE says" if cfg.mode == "auto" else "as tracker.mode says"
+    reason = "set by WANDB_MODE" if cfg.mode == "auto" else "set by tracker.mode"
     mode = _MODES.get(asked, "")
     if mode in ("offline", "disabled"):
         return mode, reason

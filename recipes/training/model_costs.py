@@ -21,7 +21,7 @@ from moe.layer import moe_layers
 from recipes.checkpoint import GlobalTensor, global_shape, local_memory
 from recipes.engines import TrainModule
 from recipes.models.hf.hf_model import HFModel
-from recipes.runtime.memory import peak_resident_bytes
+from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.tracking.step_costs import Costs
 
 

@@ -1,4 +1,4 @@
-"""What the native formats have in common: config values that travel, and what all of them refuse."""
+"""Config values that the native formats carry over from the dense model, and their common restrictions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.models.export.spec import ModelSpec, MoESpec
 
-#: Config keys with the same name and meaning in the Llama-like families and their mixtures.
+#: Config keys with the same name and meaning in the Llama-like families and their MoE classes.
 COMMON_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -31,12 +31,12 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.mlp")
 
 
 def carried_values(config: Any, keys: Sequence[str] = COMMON_KEYS) -> dict[str, Any]:
-    """The values of a dense config that a native one takes over, whose defaults are of another family."""
+    """Returns the values of a dense config that a native config takes over."""
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 
 
 def with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
-    """Adds rope_theta and rope_scaling: readers before transformers 5 know nothing of rope_parameters."""
+    """Adds rope_theta and rope_scaling, since readers before transformers 5 ignore rope_parameters."""
     rope = content.get("rope_parameters") or {}
     if "rope_theta" in rope:
         content["rope_theta"] = rope["rope_theta"]
@@ -45,12 +45,16 @@ def with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def refuse_unlike_llama(name: str, spec: ModelSpec) -> str | None:
-    """Experts must be gated and without biases, alike in all mixtures, in blocks named as Llama's are."""
+def reason_unlike_llama(name: str, spec: ModelSpec) -> str | None:
+    """Rejects experts that are not gated, have biases, differ between layers, or are not named as in Llama.
+
+    Returns:
+        The reason as a clause, or None.
+    """
     first = spec.moe_blocks[0]
     for moe in spec.moe_blocks:
         if _BLOCK.fullmatch(moe.site) is None:
-            return f"{name} has its experts in model.layers.N.mlp, and this host in {moe.site}"
+            return f"{name} has its experts in model.layers.N.mlp, and this model in {moe.site}"
         if not moe.expert.gated or moe.expert.up_bias or moe.expert.down_bias:
             return f"{name}'s experts are gated and without biases, and these are not in layer {moe.index}"
         if _kind(moe) != _kind(first):
@@ -62,8 +66,12 @@ def _kind(moe: MoESpec) -> tuple[object, ...]:
     return (moe.router.config, moe.num_experts, moe.expert, moe.shared_width)
 
 
-def refuse_other_than_softmax(name: str, spec: ModelSpec, *, must_sum_to_one: bool) -> str | None:
-    """The router must be top-k of a softmax over all experts, or over the chosen."""
+def reason_not_softmax(name: str, spec: ModelSpec, *, must_sum_to_one: bool) -> str | None:
+    """Rejects routers other than top-k of a softmax over all experts, or over the chosen ones.
+
+    Returns:
+        The reason as a clause, or None.
+    """
     router = spec.moe_blocks[0].router
     if router.name != "topk":
         return f"{name} has a top-k router, not {router.name!r}"
@@ -75,5 +83,5 @@ def refuse_other_than_softmax(name: str, spec: ModelSpec, *, must_sum_to_one: bo
 
 
 def block_of(moe: MoESpec) -> str:
-    """``model.layers.N``."""
+    """Returns the name of the layer's block, ``model.layers.N``."""
     return moe.site.removesuffix(".mlp")

@@ -1,4 +1,4 @@
-"""OLMo2 hosts as plain FlexOlmo, which has the same norms in the same places."""
+"""OLMo2 models as plain FlexOlmo, which has the same norms in the same places."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from recipes.models.export.carried import (
     COMMON_KEYS,
     carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
+    reason_not_softmax,
+    reason_unlike_llama,
     with_old_rope_keys,
 )
 from recipes.models.export.native_format import NativeExporter
@@ -23,18 +23,18 @@ class FlexOlmoExporter(NativeExporter):
     models = ("olmo2",)
 
     def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """FlexOlmo has a softmax router, renormalised or not, in every block."""
+        """Rejects all but softmax routers, renormalised or not, in every block."""
         if spec.dense_layers:
             count = len(spec.moe_blocks)
-            return f"FlexOlmo has no dense layers, and {count} of {spec.num_layers} are mixtures"
+            return f"FlexOlmo has no dense layers, and {count} of {spec.num_layers} are MoE layers"
         if spec.moe_blocks[0].shared_width:
-            return "FlexOlmo has no shared expert, and this mixture has"
-        return refuse_unlike_llama("FlexOlmo", spec) or refuse_other_than_softmax(
+            return "FlexOlmo has no shared expert, and this model has"
+        return reason_unlike_llama("FlexOlmo", spec) or reason_not_softmax(
             "FlexOlmo", spec, must_sum_to_one=False
         )
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """The dense config with experts."""
+        """Builds the dense model's config with experts."""
         from transformers import FlexOlmoConfig
 
         moe = spec.moe_blocks[0]
@@ -50,5 +50,5 @@ class FlexOlmoExporter(NativeExporter):
         return with_old_rope_keys(config.to_dict())
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """No other reader is known to hold this family."""
+        """Lists transformers alone: no other reader is known to support this family."""
         return ["transformers"]

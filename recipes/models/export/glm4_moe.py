@@ -1,8 +1,8 @@
-"""Llama, Qwen2 and Qwen3 hosts under DeepSeek-V3's router as plain GLM-4-MoE.
+"""Llama, Qwen2 and Qwen3 models with DeepSeek-V3's router as plain GLM-4-MoE.
 
-GLM-4-MoE is DeepSeek-V3's mixture (sigmoid scores, a bias for selection, groups, scaled weights, a shared
-expert) over grouped-query attention, so that it holds what DeepSeek's own class, with its latent
-attention, cannot.
+GLM-4-MoE has DeepSeek-V3's MoE layer (sigmoid scores, a selection bias, groups, scaled weights, a shared
+expert) with grouped-query attention, so that it can hold models that DeepSeek's class, with latent attention,
+cannot.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recipes.models.export.carried import (
     carried_values,
-    refuse_unlike_llama,
+    reason_unlike_llama,
     with_old_rope_keys,
 )
 from recipes.models.export.native_format import NativeExporter
@@ -32,19 +32,19 @@ class Glm4MoEExporter(NativeExporter):
     router_keys = {"weight_ED": "weight", "bias_E": "e_score_correction_bias"}
 
     def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Dense layers come first, the shared expert is as wide as so many routed ones."""
+        """Rejects other routers, dense layers behind MoE layers, and shared experts of other widths."""
         config, moe = spec.config, spec.moe_blocks[0]
         if moe.router.name != "deepseek_v3":
             return f"GLM-4-MoE has DeepSeek-V3's router, not {moe.router.name!r}"
         return (
-            _refuse_attention(config)
-            or refuse_unlike_llama("GLM-4-MoE", spec)
-            or _refuse_router(spec)
-            or _refuse_layers(spec)
+            _attention_reason(config)
+            or reason_unlike_llama("GLM-4-MoE", spec)
+            or _router_reason(spec)
+            or _layers_reason(spec)
         )
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Rotary embeddings over the whole head, norms on queries and keys as the host has them."""
+        """Builds the config, with rotary embedding over the whole head and the model's norms of q and k."""
         from transformers import Glm4MoeConfig
 
         moe, source = spec.moe_blocks[0], spec.config
@@ -73,7 +73,7 @@ class Glm4MoEExporter(NativeExporter):
         return with_old_rope_keys(config.to_dict()) | {"partial_rotary_factor": 1.0}
 
     def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-        """A shared expert of zeros where there is none: the class always has one."""
+        """Yields a shared expert of zeros if the model has none: the class always has one."""
         for moe in spec.moe_blocks:
             if moe.shared_width:
                 continue
@@ -83,26 +83,26 @@ class Glm4MoEExporter(NativeExporter):
             yield f"{moe.site}.shared_experts.down_proj.weight", torch.zeros(D, F)
 
     def keeps_dtype(self, name: str) -> bool:
-        """The selection bias moves by 1e-3, which bf16 would round away; the class holds it in fp32."""
+        """Keeps the selection bias: it moves by 1e-3, which bf16 rounds away; the class has it in fp32."""
         return name.endswith("e_score_correction_bias")
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """Other readers of this class were not looked at."""
+        """Lists transformers alone: other readers of this class were not examined."""
         return ["transformers"]
 
 
-def _refuse_attention(config: Any) -> str | None:
+def _attention_reason(config: Any) -> str | None:
     biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
     if biased and config.model_type != "qwen2":
-        return "GLM-4-MoE has no bias on the output projection, and the host has"
+        return "GLM-4-MoE has no bias on the output projection, and the model has"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return "GLM-4-MoE has no sliding windows, and the host has"
+        return "GLM-4-MoE has no sliding windows, and the model has"
     if config.model_type == "mistral" and config.sliding_window is not None:
-        return "GLM-4-MoE has no sliding windows, and the host has"
+        return "GLM-4-MoE has no sliding windows, and the model has"
     return None
 
 
-def _refuse_router(spec: ModelSpec) -> str | None:
+def _router_reason(spec: ModelSpec) -> str | None:
     moe = spec.moe_blocks[0]
     config = moe.router.config
     if config.score != "sigmoid" or config.group_score != "top2_sum":
@@ -112,7 +112,7 @@ def _refuse_router(spec: ModelSpec) -> str | None:
     return None
 
 
-def _refuse_layers(spec: ModelSpec) -> str | None:
+def _layers_reason(spec: ModelSpec) -> str | None:
     dense, moe = spec.dense_layers, spec.moe_blocks[0]
     if dense != list(range(len(dense))):
         return f"GLM-4-MoE's dense layers come first, and here layers {dense} are dense"

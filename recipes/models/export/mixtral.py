@@ -1,8 +1,8 @@
-"""Llama and Mistral hosts as plain Mixtral: the format that everything reads.
+"""Llama and Mistral models as plain Mixtral, the format that all readers know.
 
-Tensors have the per-expert names of transformers 4, which version 5 reads and writes as well.
-Everything that changes the function travels along: Mixtral's defaults are not Llama's (rope_theta is 1e6
-there and 1e4 here).
+Tensors have the per-expert names of transformers 4, which version 5 reads and writes as well. All config
+values that change the function are carried over: Mixtral's defaults are not Llama's (rope_theta is 1e6, not
+1e4).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from moe.upcycle.layer_plan import Matrix
 from recipes.models.export.carried import (
     block_of,
     carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
+    reason_not_softmax,
+    reason_unlike_llama,
     with_old_rope_keys,
 )
 from recipes.models.export.native_format import NativeExporter
@@ -32,21 +32,21 @@ class MixtralExporter(NativeExporter):
     layouts = ("per_expert",)
 
     def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Mixtral has a softmax router whose weights sum to 1, in every block, and no biases."""
+        """Rejects all but softmax routers whose weights sum to 1, in every block, without biases."""
         config = spec.config
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-            return "Mixtral has no biases, and the host has"
+            return "Mixtral has no biases, and the model has"
         if spec.dense_layers:
             count = len(spec.moe_blocks)
-            return f"Mixtral has no dense layers, and {count} of {spec.num_layers} are mixtures"
+            return f"Mixtral has no dense layers, and {count} of {spec.num_layers} are MoE layers"
         if spec.moe_blocks[0].shared_width:
-            return "Mixtral has no shared expert, and this mixture has"
-        return refuse_unlike_llama("Mixtral", spec) or refuse_other_than_softmax(
+            return "Mixtral has no shared expert, and this model has"
+        return reason_unlike_llama("Mixtral", spec) or reason_not_softmax(
             "Mixtral", spec, must_sum_to_one=True
         )
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Mixtral's config with everything that changes the function carried over."""
+        """Builds Mixtral's config with all values carried over that change the function."""
         from transformers import MixtralConfig
 
         moe, source = spec.moe_blocks[0], spec.config
@@ -63,15 +63,15 @@ class MixtralExporter(NativeExporter):
         return with_old_rope_keys(config.to_dict())
 
     def expert_name(self, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
-        """Mixtral calls gate, up and down w1, w3 and w2."""
-        assert not bias, "Mixtral has no biases; its refusal says so"
+        """Maps gate, up and down to w1, w3 and w2."""
+        assert not bias, "Mixtral has no biases; its unsupported_reason says so"
         return f"{block_of(moe)}.block_sparse_moe.experts.{expert}.{_MATRIX_NAMES[matrix]}.weight"
 
     def router_name(self, moe: MoESpec, key: str) -> str:
-        """The gate."""
+        """See `Exporter.router_name`."""
         assert key == "weight_ED", key
         return f"{block_of(moe)}.block_sparse_moe.gate.weight"
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """All three renormalise; llama.cpp's converter knows these names and takes the head from a tie."""
+        """Lists three programs, which all renormalise; llama.cpp's converter knows names and tied heads."""
         return ["transformers", "vllm", "llama.cpp"]

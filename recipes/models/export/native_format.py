@@ -1,4 +1,4 @@
-"""A native format of transformers whose experts are named ``mlp.experts.E.{gate,up,down}_proj``."""
+"""Native formats of transformers whose experts are named ``mlp.experts.E.{gate,up,down}_proj``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from recipes.models.export.spec import MoESpec
 
 
 class NativeExporter(Exporter):
-    """What Qwen2-MoE, Qwen3-MoE, FlexOlmo and GLM-4-MoE have in common.
+    """Base of Qwen2-MoE, Qwen3-MoE, FlexOlmo and GLM-4-MoE.
 
     Attributes:
-        router_keys: Name on disk below ``mlp.gate`` by the key in the router's state.
-        shared_module: What the shared expert is called below ``mlp``; empty where there is none.
+        router_keys: Key in the router's state -> name on disk below ``mlp.gate``.
+        shared_module: Name of the shared expert below ``mlp``; empty if there is none.
     """
 
     is_native = True
@@ -25,23 +25,23 @@ class NativeExporter(Exporter):
     shared_module: ClassVar[str] = ""
 
     def expert_name(self, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
-        """One tensor for each matrix of each expert."""
-        assert not bias, f"{self.name} has no biases; its refusal says so"
+        """See `Exporter.expert_name`; each matrix of each expert has a tensor of its own."""
+        assert not bias, f"{self.name} has no biases; its unsupported_reason says so"
         return f"{moe.site}.experts.{expert}.{matrix}_proj.weight"
 
     def fused_name(self, moe: MoESpec, matrix: Literal["up", "down"]) -> str:
-        """As transformers 5 holds them; parameters, so that there is no ``.weight``."""
+        """See `Exporter.fused_name`; in transformers 5 they are parameters, without ``.weight``."""
         return f"{moe.site}.experts.{'gate_up_proj' if matrix == 'up' else 'down_proj'}"
 
     def router_name(self, moe: MoESpec, key: str) -> str:
-        """Below ``mlp.gate``."""
+        """See `Exporter.router_name`."""
         return f"{moe.site}.gate.{self.router_keys[key]}"
 
     def shared_name(self, moe: MoESpec, matrix: Matrix, bias: bool) -> str:
-        """A plain feed-forward network."""
-        assert self.shared_module and not bias, f"{self.name}: its refusal says so"
+        """See `Exporter.shared_name`; it is a plain feed-forward network."""
+        assert self.shared_module and not bias, f"{self.name}: its unsupported_reason says so"
         return f"{moe.site}.{self.shared_module}.{matrix}_proj.weight"
 
     def open(self, folder: Path) -> Unread:
-        """By transformers' own loader."""
+        """See `Exporter.open`; uses transformers' own loader."""
         return NativeUnread(folder)

@@ -1,7 +1,7 @@
-"""Qwen2 hosts as plain Qwen2-MoE, whose shared expert is always there and always gated.
+"""Qwen2 models as plain Qwen2-MoE, which always has a gated shared expert.
 
-Its gate is a sigmoid of ``x w``: with w = 0 it is 1/2, so the shared expert's down projection is written
-doubled. A mixture without a shared expert gets one of zeros.
+The gate is a sigmoid of ``x w``: with w = 0 it is 1/2, so the shared expert's down projection is written
+doubled. A model without a shared expert gets one of zeros.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from moe.upcycle.layer_plan import Matrix
 from recipes.models.export.carried import (
     COMMON_KEYS,
     carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
+    reason_not_softmax,
+    reason_unlike_llama,
     with_old_rope_keys,
 )
 from recipes.models.export.native_format import NativeExporter
@@ -36,19 +36,19 @@ class Qwen2MoEExporter(NativeExporter):
     shared_module = "shared_expert"
 
     def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Qwen2-MoE has a softmax router, renormalised or not."""
+        """Rejects all but softmax routers, renormalised or not."""
         config = spec.config
         if "sliding_attention" in (config.layer_types or ()):
-            return "windows in some layers are counted otherwise by Qwen2-MoE, and the host has such"
+            return "Qwen2-MoE counts layers with windows differently, and the model has such layers"
         head_dim = getattr(config, "head_dim", None)
         if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
-            return "Qwen2-MoE's heads divide the hidden size, and the host's do not"
-        return refuse_unlike_llama("Qwen2-MoE", spec) or refuse_other_than_softmax(
+            return "Qwen2-MoE's heads divide the hidden size, and the model's do not"
+        return reason_unlike_llama("Qwen2-MoE", spec) or reason_not_softmax(
             "Qwen2-MoE", spec, must_sum_to_one=False
         )
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """With the flag for renormalisation always written: readers differ in what they assume."""
+        """Builds the config, always with the flag for renormalisation, since readers' defaults differ."""
         from transformers import Qwen2MoeConfig
 
         moe, source = spec.moe_blocks[0], spec.config
@@ -71,11 +71,11 @@ class Qwen2MoEExporter(NativeExporter):
         return with_old_rope_keys(config.to_dict())
 
     def factor(self, moe: MoESpec, expert: int | None, matrix: Matrix) -> float:
-        """Undoes the gate of 1/2."""
+        """Returns the factor that undoes the gate of 1/2."""
         return 2.0 if expert is None and matrix == "down" else 1.0
 
     def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-        """The shared experts' gates; where there is no shared expert, one of zeros."""
+        """Yields the shared experts' gates, and shared experts of zeros if the model has none."""
         for moe in spec.moe_blocks:
             D = moe.expert.model_width
             # Over a shared expert of zeros any gate will do, and one reader divides by it.
@@ -87,7 +87,7 @@ class Qwen2MoEExporter(NativeExporter):
                 yield f"{moe.site}.shared_expert.down_proj.weight", torch.zeros(D, _IDLE_WIDTH)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """llama.cpp never renormalises here, has no dense layers, and divides by the shared gate's logit."""
+        """Excludes llama.cpp where it differs: it never renormalises, nor has dense layers or zero gates."""
         found = ["transformers", "vllm"]
         moe = spec.moe_blocks[0]
         if not moe.router.weights_sum_to_one and not spec.dense_layers and not moe.shared_width:

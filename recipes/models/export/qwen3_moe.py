@@ -1,4 +1,4 @@
-"""Qwen3 hosts as plain Qwen3-MoE, with dense layers among the mixtures where there are some."""
+"""Qwen3 models as plain Qwen3-MoE, with dense layers among the MoE layers if there are any."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from recipes.models.export.carried import (
     COMMON_KEYS,
     carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
+    reason_not_softmax,
+    reason_unlike_llama,
     with_old_rope_keys,
 )
 from recipes.models.export.native_format import NativeExporter
@@ -23,18 +23,18 @@ class Qwen3MoEExporter(NativeExporter):
     models = ("qwen3",)
 
     def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Qwen3-MoE has a softmax router, renormalised or not, and no shared expert."""
+        """Rejects all but softmax routers, renormalised or not, without a shared expert."""
         config = spec.config
         if "sliding_attention" in (config.layer_types or ()):
-            return "Qwen3-MoE has one attention for all layers, and the host has windows in some"
+            return "Qwen3-MoE has one attention for all layers, and the model has windows in some"
         if spec.moe_blocks[0].shared_width:
-            return "Qwen3-MoE has no shared expert, and this mixture has"
-        return refuse_unlike_llama("Qwen3-MoE", spec) or refuse_other_than_softmax(
+            return "Qwen3-MoE has no shared expert, and this model has"
+        return reason_unlike_llama("Qwen3-MoE", spec) or reason_not_softmax(
             "Qwen3-MoE", spec, must_sum_to_one=False
         )
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Its experts' number under both names that readers look for, and the flag always written."""
+        """Builds the config, with the number of experts under both names that readers look for."""
         from transformers import Qwen3MoeConfig
 
         moe, source = spec.moe_blocks[0], spec.config
@@ -55,7 +55,7 @@ class Qwen3MoEExporter(NativeExporter):
         return content | dict.fromkeys(("num_experts", "num_local_experts"), moe.num_experts)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """llama.cpp always renormalises here and knows no dense layers."""
+        """Excludes llama.cpp where it differs: it always renormalises and has no dense layers."""
         found = ["transformers", "vllm"]
         if spec.moe_blocks[0].router.weights_sum_to_one and not spec.dense_layers:
             found.append("llama.cpp")

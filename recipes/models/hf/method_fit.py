@@ -1,4 +1,4 @@
-"""Whether an upcycling method fits router and network, as mistakes of a user's config."""
+"""Checks that an upcycling method fits router and network, as mistakes of a user's config."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moe.upcycle.layer_plan import FFNShape
 def method_mistakes(
     method: UpcycleMethod[Any], router: RouterConfig, shape: FFNShape | None
 ) -> list[Mistake]:
-    """What the method's own check finds.
+    """Returns the findings of the method's own check.
 
     Args:
         method: The method.
-        router: The router's config; its own check has passed.
-        shape: Of the dense network; None while it is not known.
+        router: The router's config, which has passed its own check.
+        shape: Shape of the dense network; None while it is unknown.
     """
     return method.check(router, shape)

@@ -1,11 +1,11 @@
-"""Weak scaling of the exchange of rows between ranks: bytes really sent, against the least there can be.
+"""Weak scaling of the exchange of rows between ranks: bytes sent, against the least possible.
 
 Every rank has equally many tokens and its slice of the experts, which leave rows as they are: what is timed
 is dispatch and combine alone, and their backward; then the same with a shared expert, which runs once the
 rows have arrived, or while they travel. Bytes are counted at the inputs of the collectives, without the part
 that a rank sends to itself.
 
-Letters: T tokens of a rank, D model width, E experts, K experts a token, P ranks; N rows.
+Letters: T tokens of a rank, D model width, E experts, K experts per token, P ranks; N rows.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class DispatchShape:
         width: D.
         experts: E, of all ranks together.
         top_k: K.
-        dtype: Of rows: ``float32`` or ``bfloat16``.
+        dtype: Dtype of rows: ``float32`` or ``bfloat16``.
         skewed: Low experts are chosen more often than high ones.
-        shared_width: Of the shared expert.
+        shared_width: Width of the shared expert.
     """
 
     tokens: int
@@ -174,7 +174,7 @@ class Scaling:
 
     Attributes:
         ranks: P.
-        figures: Of every rank.
+        figures: Figures of every rank.
         least: Bytes of rows that must be sent there and back in forward, of all ranks.
         slots: The same without duplicates merged.
         gathered: The same of an all-gather and a reduce-scatter.
@@ -240,7 +240,7 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
     """Counts, then times, on one rank of a group that has been joined. Collective.
 
     Args:
-        shape: What is sent.
+        shape: Shape of the exchange.
         ids_TK: ``[T, K]`` experts of this rank's tokens.
         rank: This one.
         ranks: P.
@@ -343,11 +343,11 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
     )
     kib = 2**10
     lines = [
-        f"T={shape.tokens} tokens a rank, D={shape.width} {shape.dtype}, E={shape.experts}, K={shape.top_k}, "
-        f"{'skewed' if shape.skewed else 'uniform'} routing",
+        f"T={shape.tokens} tokens per rank, D={shape.width} {shape.dtype}, E={shape.experts}, "
+        f"K={shape.top_k}, {'skewed' if shape.skewed else 'uniform'} routing",
         "KiB that a rank sends to others in forward, mean over ranks: rows there and back, metadata besides;",
         "least: one row for each token and other rank with one of its experts, there and back;",
-        "per slot and all-gather: rows that rivals would send, counted from the same routing, not run",
+        "per slot and all-gather: rows that other schemes would send, counted from the same routing, not run",
         f"+shared: forward and backward with a shared expert of width {shape.shared_width} behind the "
         "arrival; beside: with it while the rows travel",
         head,
@@ -365,7 +365,7 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
         )
     busy = max(one.ranks for one in found)
     lines.append(
-        f"One thread a rank, gloo, {cores} cores: "
+        f"One thread per rank, gloo, {cores} cores: "
         + (
             f"{busy} ranks share them, so times do not show how the exchange scales; bytes do."
             if busy >= cores

@@ -1,10 +1,9 @@
-"""The engines against each other: the same job from the same start, as whole runs of ``train.py``."""
+"""Losses of the same job on all engines from the same start, as whole runs of ``train.py``."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from moe.errors import GraftError
 from recipes.engines import engine_classes
 from recipes.engines.base import EngineLayout
 from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.studies.sweep import torchrun
 
 _TAIL = 15
 REFERENCE = EngineLayout(1, ("engine=native",))
@@ -31,8 +31,8 @@ class Series:
     """Losses and speed of a run.
 
     Attributes:
-        layout: Of the run.
-        losses: Of every step.
+        layout: Layout of the run.
+        losses: Loss of every step.
         validation: Loss at the end.
         step_s: Median seconds of a step.
     """
@@ -55,13 +55,13 @@ def run_layouts(
     Yields the results of each run as soon as it has ended.
 
     Args:
-        layouts: What to run.
-        overrides: Of ``train.py``, for all.
-        folder: Of the runs.
-        log: Told of progress.
+        layouts: Layouts to run.
+        overrides: Overrides of ``train.py``, for all.
+        folder: Folder of the runs.
+        log: Takes lines of progress.
 
     Raises:
-        GraftError: A run failed; the message ends with what it said.
+        GraftError: A run failed; the message ends with its output.
     """
     common = list(overrides)
     if not any(option.startswith("dense=") for option in common):
@@ -85,12 +85,11 @@ def _default_config(
 
 
 def _train(layout: EngineLayout, options: Sequence[str]) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
-    command = [sys.executable, *launch, str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
+    command = [*torchrun(layout.ranks), str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
     ended = subprocess.run([*command, *_QUIET, *options], cwd=SOURCE_ROOT, capture_output=True, text=True)
     if ended.returncode != 0:
-        said = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
-        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{said}")
+        tail = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
+        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{tail}")
 
 
 def _read(layout: EngineLayout, run: Path) -> Series:

@@ -58,7 +58,7 @@ def peak_bytes(run: Callable[[], object], known: Iterable[Tensor], device: torch
     """Measures the peak bytes of a computation, beyond those held before.
 
     Args:
-        run: What is measured; on a GPU it has run before, so that what libraries keep is not counted.
+        run: The computation; on a GPU it has run before, so that memory of libraries is excluded.
         known: The tensors that it reads, which do not count.
         device: On a GPU its allocator is asked; elsewhere storages are counted.
     """

@@ -39,7 +39,7 @@ class StepShape:
         expert_width: F; the dense model is K times as wide.
         hidden_size: D.
         num_layers: Blocks.
-        vocab_size: Of embedding and head.
+        vocab_size: Vocabulary of embedding and head.
         batch_size: B.
         seq_len: S.
     """
@@ -68,14 +68,14 @@ class StepResult:
     """Measurements of one model.
 
     Attributes:
-        rival: ``dense``, ``graft``, or ``transformers <implementation>``.
-        seconds: Of a step.
-        tax: Ratio to the dense rival, round by round.
+        model: ``dense``, ``graft``, or ``transformers <implementation>``.
+        seconds: Seconds of a step.
+        tax: Ratio to the dense model, round by round.
         logit_error: Largest difference from transformers' eager logits, relative to the largest; None
-            for the dense rival, which is another function.
+            for the dense model, which is another function.
     """
 
-    rival: str
+    model: str
     seconds: Timing
     tax: Timing
     logit_error: float | None
@@ -154,7 +154,7 @@ def measure_step(shape: StepShape, rounds: int, backend: str, *, with_optimizer:
         shape: Mixture and batch.
         rounds: Timed rounds.
         backend: Back end of our experts.
-        with_optimizer: Whether a fused AdamW step counts; it touches all experts, active or not.
+        with_optimizer: If True, include a fused AdamW step, which touches all experts.
 
     Returns:
         The results, the dense model first.

@@ -25,7 +25,14 @@ from moe.routers import RouterConfig
 from moe.routers.ssr import SSRConfig
 from moe.types import LayerContext, RouterContext
 from recipes.studies.benchmarks.moe_tax import StepShape
-from recipes.studies.benchmarks.router_rivals import Rival, Shape, batch_context, make_router, router_pass
+from recipes.studies.benchmarks.router_candidates import (
+    Candidate,
+    Shape,
+    batch_context,
+    make_router,
+    router_pass,
+)
+from recipes.tracking.measure_peaks import synchronise
 
 #: Few large experts and many small ones. How many a token uses is the routers' own.
 STEP_SHAPES = (StepShape(8, 2, 512), StepShape(64, 2, 128))
@@ -38,11 +45,11 @@ class RouterStep:
 
     Attributes:
         router: Label.
-        seconds: Of forward, backward, AdamW and the router's own update.
+        seconds: Seconds of forward, backward, AdamW and the router's own update.
         ratio: To the baseline, round by round.
         ratio_interval: 95 % bootstrap interval of the median ratio.
         alone: Seconds of the router's own forward and backward passes, all layers.
-        refused: Why it cannot be had with so many experts; everything else is None then.
+        refused: Reason to reject so many experts; all else is None then.
     """
 
     router: str
@@ -60,7 +67,7 @@ class Expected:
     Attributes:
         router: Label of the router that transports rarely.
         probability: p of transport in a step and layer.
-        ratio: Of its steps in the mean to the baseline's: (1 - p) ordinary ones and p transporting ones.
+        ratio: Ratio of its mean step to the baseline's: (1 - p) ordinary steps and p transporting ones.
         ratio_by_share: The same if a step changed by what the routers take alone and by nothing else, which
             holds where the experts' load does not change it. By far the steadier one on a busy machine.
     """
@@ -129,25 +136,23 @@ def _model(config: RouterConfig, shape: StepShape, context: RouterContext, devic
 
 
 def measure_steps(
-    rivals: Sequence[Rival], shape: StepShape, rounds: int, device: torch.device
+    candidates: Sequence[Candidate], shape: StepShape, rounds: int, device: torch.device
 ) -> list[RouterStep]:
     """Times the training steps of all routers interleaved, then the routers alone, in the same way.
 
     Args:
-        rivals: Routers; the first is what ratios are to. Solvers are no part of a model and are left out.
+        candidates: Routers; the first is the baseline. Solvers are not part of a model and are left out.
         shape: Decoder and batch.
         rounds: Timed rounds.
         device: Where.
     """
-    refused = {r.label: why for r in rivals if (why := r.unsupported_reason(shape.num_experts)) is not None}
-    routers = {r.label: r.config for r in rivals if r.config is not None and r.label not in refused}
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    refused = {
+        r.label: why for r in candidates if (why := r.unsupported_reason(shape.num_experts)) is not None
+    }
+    routers = {r.label: r.config for r in candidates if r.config is not None and r.label not in refused}
 
     def time(made: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        return interleave(made, rounds, synchronise=synchronise)
+        return interleave(made, rounds, synchronise=lambda: synchronise(device))
 
     steps = time({label: Decoder(config, shape, device).step for label, config in routers.items()})
     batch = batch_shape(shape)
@@ -169,13 +174,15 @@ def bootstrap_interval(values: Sequence[float], base: Sequence[float]) -> tuple[
     return medians[round(0.025 * (_RESAMPLES - 1))], medians[round(0.975 * (_RESAMPLES - 1))]
 
 
-def expected_costs(rivals: Sequence[Rival], steps: Sequence[RouterStep]) -> list[Expected]:
+def expected_costs(candidates: Sequence[Candidate], steps: Sequence[RouterStep]) -> list[Expected]:
     """Returns the mean cost of every SSR router whose twin with probability 1 was measured as well."""
     measured = {step.router: step for step in steps if step.ratio is not None}
-    twins = {rival.config: measured[rival.label] for rival in rivals if rival.label in measured}
+    twins = {
+        candidate.config: measured[candidate.label] for candidate in candidates if candidate.label in measured
+    }
     found = []
-    for rival in rivals:
-        config, rare = rival.config, measured.get(rival.label)
+    for candidate in candidates:
+        config, rare = candidate.config, measured.get(candidate.label)
         if not isinstance(config, SSRConfig) or config.probability == 1 or rare is None:
             continue
         always = twins.get(dataclasses.replace(config, probability=1.0))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recipes.checkpoint import Retention, Saver, load_checkpoint
 
 NONE, SYNC, ASYNC = "no saves", "synchronous", "asynchronous"
-RIVALS = (NONE, SYNC, ASYNC)
+WAYS = (NONE, SYNC, ASYNC)
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class SaveShape:
     """Model that is trained and saved.
 
     Attributes:
-        width: Of the square layers.
-        layers: How many.
+        width: Width of the square layers.
+        layers: Number of layers.
         batch: Rows of a step.
         steps: Steps of a round, which has one save.
     """
@@ -95,7 +95,7 @@ def measure_saves(
     """Times all ways of saving.
 
     Args:
-        shape: What is trained and saved.
+        shape: Shape of the model.
         rounds: Rounds of each, after a warm-up round.
         folder: Folder for the checkpoints, on the disk to measure.
         log: Takes a line for every round.
@@ -108,25 +108,21 @@ def measure_saves(
     """
     training = _Training(shape)
     training.step()
-    savers = {
-        rival: Saver(folder / rival, Retention(1), background=rival == ASYNC) for rival in (SYNC, ASYNC)
-    }
-    figures = {rival: SaveFigures() for rival in RIVALS}
+    savers = {way: Saver(folder / way, Retention(1), background=way == ASYNC) for way in (SYNC, ASYNC)}
+    figures = {way: SaveFigures() for way in WAYS}
     draw = random.Random(0)
     for number in range(rounds + 1):
-        for rival in draw.sample(RIVALS, len(RIVALS)):
-            _round(
-                training, shape.steps, savers.get(rival), number, figures[rival] if number else SaveFigures()
-            )
+        for way in draw.sample(WAYS, len(WAYS)):
+            _round(training, shape.steps, savers.get(way), number, figures[way] if number else SaveFigures())
         if number:
-            log(f"round {number}: " + ", ".join(f"{r} {1e3 * figures[r].steps[-1]:.1f} ms" for r in RIVALS))
-    for rival in (SYNC, ASYNC):
-        _check(training, savers[rival], folder / rival)
+            log(f"round {number}: " + ", ".join(f"{r} {1e3 * figures[r].steps[-1]:.1f} ms" for r in WAYS))
+    for way in (SYNC, ASYNC):
+        _check(training, savers[way], folder / way)
     return figures, sum(tensor.nbytes for tensor in training.tensors().values())
 
 
 def _round(training: _Training, steps: int, saver: Saver | None, number: int, into: SaveFigures) -> None:
-    """Steps with one save at their beginning; a save that outlasts the round is waited for, and counted."""
+    """Runs steps with one save at their start; a save that outlasts the round is awaited and counted."""
     began = time.perf_counter()
     stall = 0.0
     if saver is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from moe.errors import GraftError
 from recipes.runtime.source_root import SOURCE_ROOT
 from recipes.studies.benchmarks.conversion_speed import DenseSize, make_dense
 from recipes.studies.benchmarks.shard_rank import RankMemory, RankTask
+from recipes.studies.sweep import torchrun
 
 #: MoEs of 8 experts with 23, 168 and 868 million parameters.
 SIZES = (DenseSize(256, 704, 4, 4096), DenseSize(512, 1408, 8, 8192), DenseSize(1024, 2816, 12, 16384))
@@ -70,25 +70,18 @@ def measure_layout(
         tiny: A small one of the same family.
         layout: Layout of the ranks.
         method: Name of an upcycling method that needs no options.
-        experts: Of each layer.
+        experts: Experts of each layer.
 
     Raises:
         RankFailedError: A rank failed; the message ends with its output.
     """
     with tempfile.TemporaryDirectory() as out:
         task = RankTask(str(dense), str(tiny), out, method, experts, layout.fields, layout.whole)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            f"--nproc-per-node={layout.ranks}",
-            *("-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))),
-        ]
-        environment = os.environ | {
-            "MALLOC_MMAP_THRESHOLD_": str(_MMAP_BYTES),
-            "MALLOC_TRIM_THRESHOLD_": str(_MMAP_BYTES),
-        }
-        done = subprocess.run(
-            command, cwd=SOURCE_ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        program = ["-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))]
+        names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+        environment = os.environ | dict.fromkeys(names, str(_MMAP_BYTES))
+        command = [*torchrun(layout.ranks), *program]
+        done = subprocess.run(command, cwd=SOURCE_ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RankFailedError(f"a rank of {layout} has failed:\n{done.stderr[-4000:]}")
         files = [Path(out) / f"rank-{rank}.json" for rank in range(layout.ranks)]

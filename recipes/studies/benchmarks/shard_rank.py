@@ -26,8 +26,9 @@ from recipes.checkpoint import local_memory
 from recipes.engines import Engine, TrainModule, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
-from recipes.runtime.memory import peak_resident_bytes
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel, load_model
+from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
 from recipes.upcycling.sharded.sharded_models import moe_model
@@ -45,7 +46,7 @@ class RankTask:
         tiny: A small one, to begin with.
         out: Folder of the results.
         method: A name of `moe.upcycle`.
-        experts: Of each layer.
+        experts: Experts of each layer.
         engine: Fields of the engine's config, including its name.
         whole: True if every rank makes the whole MoE before it keeps its shard.
     """

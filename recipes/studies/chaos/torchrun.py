@@ -1,17 +1,17 @@
-"""A job under torchrun, and its ranks one by one."""
+"""Job under torchrun, with access to its ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.studies.sweep import torchrun
 
 
 class Torchrun:
@@ -32,12 +32,11 @@ class Torchrun:
         """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        sizes = [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        command = [*torchrun(ranks), f"--max-restarts={restarts}", *script]
         environment = os.environ | {"PYTHONPATH": str(SOURCE_ROOT)}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*torchrun, *sizes, *script], env=environment, stdout=output, stderr=subprocess.STDOUT
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
 
     def __enter__(self) -> Torchrun:

@@ -1,8 +1,8 @@
 """Multi-gate MoE over table rows: embeddings, shared experts, a router and a tower for each task.
 
 Source: the model of COMET's recommendation runs (arXiv 2306.02824 and its released configs): embeddings of
-user and item concatenated, one set of experts, one gate and one head a task. Ours differs where Graft's layer
-does: an expert has two matrices and gives back the width that it takes. Further columns join the embeddings.
+user and item concatenated, one set of experts, one gate and one head per task. Ours differs where Graft's
+layer does: an expert has two matrices and keeps the width of its input. Further columns join the embeddings.
 
 Letters: T rows of a batch, D width of the concatenated columns, E experts, F expert width, C context width,
 J tasks.
@@ -36,7 +36,7 @@ class ModelConfig(Config):
     """Of the embeddings of segment and kind."""
     num_experts: int = 16
     top_k: int = 2
-    """Experts a row, for routers that have the option."""
+    """Experts per row, for routers that have the option."""
     expert_width: int = 32
     tower_width: int = 32
     dropout: float = 0.3
@@ -52,7 +52,7 @@ class ModelConfig(Config):
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TableMoE:
     """Router with the sizes of its layer.
 
     Attributes:
@@ -73,11 +73,11 @@ class TableModel(nn.Module):
     their routers alone.
 
     Attributes:
-        context: What the routers know of the run; ids are the users'.
+        context: Context of the routers; token ids are the users'.
         layers: A layer for each task: routers of their own around the same experts.
     """
 
-    def __init__(self, config: ModelConfig, mixture: Mixture, table: TableConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, moe: TableMoE, table: TableConfig, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.user = nn.Embedding(table.num_users, config.id_width)
@@ -89,11 +89,11 @@ class TableModel(nn.Module):
         width = 2 * config.id_width + 2 * config.code_width + table.context_width
         self.dropout = nn.Dropout(config.dropout)
         towers = [_tower(width, config.tower_width, generator) for _ in TASKS]
-        experts = Experts(_expert_bank(width, mixture, generator))
+        experts = Experts(_expert_bank(width, moe, generator))
         self.context = RouterContext()
         layers = []
         for task in range(len(TASKS)):
-            router = router_class(mixture.router.name)(mixture.router, width, mixture.num_experts)
+            router = router_class(moe.router.name)(moe.router, width, moe.num_experts)
             router.reset_parameters(torch.Generator().manual_seed(seed * len(TASKS) + task))
             layers.append(MoELayer(router, LocalDispatcher(), experts, LayerContext(self.context, task)))
         self.layers = nn.ModuleList(layers)
@@ -134,9 +134,9 @@ def _tower(width: int, hidden: int, generator: Generator) -> nn.Sequential:
     return tower
 
 
-def _expert_bank(width: int, mixture: Mixture, generator: Generator) -> ExpertBank:
+def _expert_bank(width: int, moe: TableMoE, generator: Generator) -> ExpertBank:
     """Draws experts that differ from the start: nothing is upcycled here."""
-    E, F = mixture.num_experts, mixture.expert_width
+    E, F = moe.num_experts, moe.expert_width
     return ExpertBank(
         w_up_EUD=torch.randn(E, F, width, generator=generator) * (2 / width) ** 0.5,
         w_down_EDF=torch.randn(E, width, F, generator=generator) * F**-0.5,

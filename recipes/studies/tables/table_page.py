@@ -36,10 +36,10 @@ _HEAD = (
     *TASKS,
     "mean",
     f"minus {BASE}",
-    "experts a row",
+    "experts per row",
     "experts in use",
     "load CV",
-    "s a run",
+    "s per run",
 )
 
 
@@ -69,8 +69,8 @@ class TableResult:
 
 def collect(experiment: Experiment) -> list[TableResult]:
     """Returns a line for each spec, the best mean AUC first, those without a run last."""
-    done = {spec: _done(experiment, spec) for spec in experiment.mixtures}
-    results = [_result(experiment, spec, done[spec], done.get(BASE, {})) for spec in experiment.mixtures]
+    done = {spec: _done(experiment, spec) for spec in experiment.moes}
+    results = [_result(experiment, spec, done[spec], done.get(BASE, {})) for spec in experiment.moes]
     return sorted(results, key=lambda r: -r.auc["mean"].mean if r.auc else 1.0)
 
 
@@ -95,7 +95,7 @@ def _result(
         auc["mean"] = spread([_mean(result) for result in own.values()])
     figures = {name: spread([r[name] for r in own.values()]) for name in _FIGURES} if own else {}
     if own:
-        E = experiment.mixtures[spec].num_experts
+        E = experiment.moes[spec].num_experts
         figures["experts_in_use"] = spread([E - r["dead_experts"] for r in own.values()])
     pairs = [] if spec == BASE else [_mean(own[s]) - _mean(base[s]) for s in own.keys() & base.keys()]
     return TableResult(

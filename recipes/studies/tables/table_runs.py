@@ -17,7 +17,7 @@ from typing import Any
 from moe.errors import DataError, DiskError, Mistake
 from recipes.runtime.atomic import atomic_write_json, atomic_write_text
 from recipes.studies.tables.generate import Rows, TableConfig
-from recipes.studies.tables.table_model import Mixture, ModelConfig
+from recipes.studies.tables.table_model import ModelConfig, TableMoE
 from recipes.studies.tables.train_table import FitConfig, train_run
 
 Train = Callable[..., dict[str, Any]]
@@ -32,7 +32,7 @@ class Experiment:
         table: The generated set.
         model: Widths of the model.
         fit: Budget of a run.
-        mixtures: Routers with their layers, by spec.
+        moes: Routers with their layers, by spec.
         seeds: Seeds 0 ... of initial weights, order of rows and dropout; the set stays the same.
         lrs: The learning rates tried on seed 0; the one that validates best is every seed's.
     """
@@ -41,7 +41,7 @@ class Experiment:
     table: TableConfig
     model: ModelConfig
     fit: FitConfig
-    mixtures: Mapping[str, Mixture]
+    moes: Mapping[str, TableMoE]
     seeds: int
     lrs: tuple[float, ...]
 
@@ -51,9 +51,9 @@ class Experiment:
             "table": dataclasses.asdict(self.table),
             "model": dataclasses.asdict(self.model),
             "fit": dataclasses.asdict(self.fit),
-            "mixture": dataclasses.asdict(self.mixtures[spec]),
+            "mixture": dataclasses.asdict(self.moes[spec]),
         }
-        # As it is read back, with tuples as lists.
+        # Same as read back, with tuples as lists.
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
@@ -109,9 +109,9 @@ class Run:
     def execute(self, splits: dict[str, Rows], train: Train = train_run) -> str | None:
         """Trains and writes the result, or the traceback; returns the first line of the error, if any."""
         shared = self.experiment
-        mixture = shared.mixtures[self.spec]
+        moe = shared.moes[self.spec]
         try:
-            result = train(splits, shared.table, shared.model, mixture, shared.fit, self.seed, self.lr)
+            result = train(splits, shared.table, shared.model, moe, shared.fit, self.seed, self.lr)
         except DiskError:
             raise
         except Exception as error:
@@ -135,7 +135,7 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 def tuning_runs(experiment: Experiment) -> list[Run]:
     """Returns every spec at every learning rate, on seed 0."""
-    return [Run(experiment, spec, 0, lr) for lr in experiment.lrs for spec in experiment.mixtures]
+    return [Run(experiment, spec, 0, lr) for lr in experiment.lrs for spec in experiment.moes]
 
 
 def final_runs(experiment: Experiment, spec: str) -> list[Run]:
@@ -149,7 +149,7 @@ def final_runs(experiment: Experiment, spec: str) -> list[Run]:
 
 def seed_by_seed(experiment: Experiment) -> list[Run]:
     """Returns the final runs by seed, so that a comparison cut short covers every spec alike."""
-    runs = [run for spec in experiment.mixtures for run in final_runs(experiment, spec)]
+    runs = [run for spec in experiment.moes for run in final_runs(experiment, spec)]
     return sorted(runs, key=lambda run: run.seed)
 
 
@@ -160,7 +160,7 @@ def check_kept(experiment: Experiment) -> None:
         DataError: Files are damaged or have other settings; all of them at once.
     """
     mistakes: list[Mistake] = []
-    for spec in experiment.mixtures:
+    for spec in experiment.moes:
         for seed in range(experiment.seeds):
             for lr in experiment.lrs:
                 try:
@@ -172,7 +172,7 @@ def check_kept(experiment: Experiment) -> None:
 
 
 def execute_missing(
-    runs: Sequence[Run], splits: dict[str, Rows], tell: Callable[[str], None], train: Train = train_run
+    runs: Sequence[Run], splits: dict[str, Rows], log: Callable[[str], None], train: Train = train_run
 ) -> int:
     """Executes the runs that are not done; a failed one stops no other.
 
@@ -187,10 +187,10 @@ def execute_missing(
         name = f"{number}/{len(runs)} {run.spec} seed {run.seed} lr {run.lr:g}"
         if error is not None:
             failed += 1
-            tell(f"{name}: FAILED, {error}; see {run.error_path}")
+            log(f"{name}: FAILED, {error}; see {run.error_path}")
             continue
         result = run.result()
         assert result is not None, run.path
         aucs = ", ".join(f"{value:.4f}" for value in result["validation_auc"])
-        tell(f"{name}: validation AUC {aucs} ({result['seconds']:.0f} s)")
+        log(f"{name}: validation AUC {aucs} ({result['seconds']:.0f} s)")
     return failed

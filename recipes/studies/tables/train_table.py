@@ -18,7 +18,7 @@ from moe.metrics import LayerStats, report_load
 from moe.types import Config, Routing
 from recipes.studies.tables.auc import roc_auc
 from recipes.studies.tables.generate import TASKS, Rows, TableConfig
-from recipes.studies.tables.table_model import Mixture, ModelConfig, TableModel
+from recipes.studies.tables.table_model import ModelConfig, TableModel, TableMoE
 
 _EVAL_BATCH = 4096
 
@@ -47,7 +47,7 @@ class Measured:
     """Measurements of a model on a split.
 
     Attributes:
-        auc: By task.
+        auc: AUC by task.
         experts_per_example: Mean over rows and tasks.
         load_cv: Deviation of the experts' load over its mean, mean over tasks.
         dead_experts: Experts without a row, mean over tasks.
@@ -107,7 +107,7 @@ def train_run(
     splits: dict[str, Rows],
     table: TableConfig,
     config: ModelConfig,
-    mixture: Mixture,
+    moe: TableMoE,
     fit: FitConfig,
     seed: int,
     lr: float,
@@ -123,7 +123,7 @@ def train_run(
     # Routers that sample, and dropout, draw from torch's own generator.
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    model = TableModel(config, mixture, table, seed)
+    model = TableModel(config, moe, table, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     history = [measure(model, splits["validation"])]
     best, kept, finite = 0, model.snapshot(), True

@@ -51,8 +51,8 @@ def draw(found: Found, theme: Theme) -> Figure:
     canvas.note(gaps[0], f"Above the line upcycling is ahead. Left to right: {order} dense steps", theme)
     canvas.note(gaps[1], "Another scale. Marker: a seed, bar: mean", theme)
     served = rows[3].subplots(1, 2)
-    _serving_panel(served[0], found, theme, "bytes_per_token", "bytes touched a token, decode (16 bit)")
-    _serving_panel(served[1], found, theme, "flops_per_token", "FLOPs a token, decode")
+    _serving_panel(served[0], found, theme, "bytes_per_token", "bytes touched per token, decode (16 bit)")
+    _serving_panel(served[1], found, theme, "flops_per_token", "FLOPs per token, decode")
     return figure
 
 
@@ -216,10 +216,10 @@ def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: s
         return
     axes.set_xscale("log")
     _plain_ticks(axes)
-    metadata = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
+    legend = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
     first = _batches(found)[0]
     sizes = f"filled: batch {first}"
-    canvas.note(axes, f"At equal training FLOPs; {metadata}; {sizes}", theme)
+    canvas.note(axes, f"At equal training FLOPs; {legend}; {sizes}", theme)
 
 
 def _served(found: Found, length: int, name: str, figure: str, batch: int) -> tuple[float, float] | None:

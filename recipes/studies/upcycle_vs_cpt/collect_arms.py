@@ -20,7 +20,7 @@ class Reading:
     """Model at the end of a run of its own.
 
     Attributes:
-        loss: Validation loss, nats a token.
+        loss: Validation loss, nats per token.
         tokens: Tokens trained on in this run.
         flops: FLOPs of this run, without the dense model's own.
     """

@@ -8,9 +8,9 @@ from typing import Any
 
 from recipes.tracking.report import formats
 from recipes.tracking.report.formats import NOT_MEASURED, number
+from recipes.tracking.results import LABELS
 
 MODELS = ("dense", "cpt", "moe")
-_LABELS = {"dense": "Dense (start)", "cpt": "Dense, continued", "moe": "Upcycled MoE"}
 _SAME_TOKENS = 0.005  # budgets that differ by less count as equal
 
 
@@ -21,7 +21,7 @@ class Result:
     Attributes:
         model: ``dense``, ``cpt`` or ``moe``.
         label: Its name in tables and figures.
-        val_loss: Validation loss, nats a token.
+        val_loss: Validation loss, nats per token.
         tokens: Trained after the dense checkpoint.
         total_params: Parameters.
         active_params: Parameters that work on a token.
@@ -43,14 +43,14 @@ class Result:
 
 def label_of(model: str) -> str:
     """Returns the name of a model or stage where the summary gives none."""
-    return _LABELS.get(model, model)
+    return LABELS.get(model, model)
 
 
 def read_results(summary: Mapping[str, Any]) -> list[Result]:
-    """Returns the models of ``summary["results"]``, in the order dense, cpt, stage1, moe, others."""
+    """Returns the models of ``summary["results"]``, in the order of `LABELS`, then others."""
     entries = summary.get("results")
     results = [_result(e) for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
-    order = ("dense", "cpt", "stage1", "moe")
+    order = list(LABELS)
     return sorted(results, key=lambda r: order.index(r.model) if r.model in order else len(order))
 
 
@@ -84,7 +84,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     """Returns the results as aligned plain text, for the end of a run.
 
     Args:
-        summary: What ``summary.json`` holds; anything may be missing.
+        summary: Content of ``summary.json``; anything may be missing.
     """
     rows = cells(read_results(summary))
     if not rows:

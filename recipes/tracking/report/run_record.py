@@ -47,7 +47,7 @@ class RunRecord:
         run_dir: The directory.
         stages: Stage -> its rows, in the order of training.
         loads: Loads of the MoE layers in the stage ``moe``.
-        summary: What ``summary.json`` holds; empty where the run has not finished.
+        summary: Content of ``summary.json``; empty where the run has not finished.
         config: Text of ``config.yaml``; None when missing.
     """
 

@@ -80,7 +80,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def written(make_checkpoint: MakeCheckpoint, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a dense model, two mixtures of transformers and one of Graft's own, with everything."""
+    """A report of a dense model, two MoEs of transformers and one of Graft's own, with everything."""
     out = tmp_path_factory.mktemp("cap")
     folders = [f"{name}={make_checkpoint(name, **MIXTURES[name])}" for name in ("qwen3_moe", "deepseek_v3")]
     folders.append(f"graft={graft_moe(make_checkpoint, out / 'graft')}")

@@ -1,6 +1,6 @@
 """Forward and backward passes of routers in training, and of transport solvers, ready to be timed.
 
-Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence.
+Letters: T tokens, D model width, E experts, B sequences, S tokens per sequence.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from moe.routers import Router, RouterConfig, router_class
 from moe.routing.newton_sparse import NewtonRule, sinkhorn_newton
 from moe.routing.transport import SinkhornRule, sinkhorn
 from moe.types import LayerContext, RouterContext, Routing
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.studies.option_lists import split_list
 
 # Sequences of the batch that tokens are of, where they divide into such.
 _SEQUENCE = 1024
@@ -42,7 +43,7 @@ class Shape:
         tokens: T.
         experts: E.
         width: D.
-        skewed: Whether tokens are such that the logits of a fresh linear router look like those of a trained
+        skewed: If True, tokens give a fresh linear router logits like those of a trained
             one without balance: N(0, 1), and an offset of 1.5 N(0, 1) for each expert. Else tokens have unit
             variance, as behind a norm, and logits are near 0: training as it starts.
     """
@@ -73,11 +74,11 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Candidate:
     """One row of the benchmark.
 
     Attributes:
-        label: As the user wrote it.
+        label: Text of the user.
         config: The router's; None for a solver.
         prepare: Makes the pass at a shape.
     """
@@ -94,12 +95,7 @@ class Rival:
         return None if found is None else f"{found.rule}. {found.remedy}"
 
 
-def router_choices() -> list[str]:
-    """Returns every choice of ``conf/router``."""
-    return sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
-
-
-def read_rivals(labels: Sequence[str]) -> list[Rival]:
+def read_candidates(labels: Sequence[str]) -> list[Candidate]:
     """Reads the rows of the benchmark from their labels.
 
     Args:
@@ -109,28 +105,28 @@ def read_rivals(labels: Sequence[str]) -> list[Rival]:
     Raises:
         ConfigError: Labels that cannot be read, that name nothing, or whose options are wrong; all at once.
     """
-    rivals, mistakes = [], list[Mistake]()
+    candidates, mistakes = [], list[Mistake]()
     for label in labels:
         if label in SOLVERS:
-            rivals.append(Rival(label, None, SOLVERS[label]))
+            candidates.append(Candidate(label, None, SOLVERS[label]))
             continue
         try:
-            rivals.append(_router_rival(label))
+            candidates.append(_router_candidate(label))
         except ConfigError as error:
             mistakes += [dataclasses.replace(m, path=f"--routers {label}: {m.path}") for m in error.mistakes]
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     mistakes += [Mistake("--routers", label, "it stands there twice", "Name it once.") for label in repeated]
     if mistakes:
         raise ConfigError(mistakes)
-    return rivals
+    return candidates
 
 
-def _router_rival(label: str) -> Rival:
+def _router_candidate(label: str) -> Candidate:
     parts = re.fullmatch(r"(\w+)(?:\[(.+)\])?", label)
     if parts is None:
         remedy = "Write NAME or 'NAME[OPTION=VALUE,...]', in quotes for the shell's sake."
         raise ConfigError.one("router", label, "it cannot be read", remedy)
-    name, options = parts[1], _options(parts[2] or "")
+    name, options = parts[1], split_list(parts[2] or "")
     run = ["+recipe=upcycle", f"router={name}"]
     if options:
         _refuse_unknown(options, compose_config(run)["router"])
@@ -139,7 +135,7 @@ def _router_rival(label: str) -> Rival:
     def prepare(shape: Shape, device: torch.device) -> Pass:
         return router_pass(config, shape, device)
 
-    return Rival(label, config, prepare)
+    return Candidate(label, config, prepare)
 
 
 def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
@@ -150,18 +146,6 @@ def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
     unknown = [path for path in given if path.partition(".")[0] not in router]
     if unknown:
         raise ConfigError([Mistake(f"router.{path}", path, rule, remedy) for path in unknown])
-
-
-def _options(text: str) -> list[str]:
-    """Splits ``a=1,b=[2,3]`` at the commas outside of brackets."""
-    options, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            options.append("")
-        else:
-            options[-1] += letter
-    return [option.strip() for option in options if option.strip()]
 
 
 def make_router(config: RouterConfig, shape: Shape, device: torch.device) -> Router[Any]:
@@ -201,8 +185,8 @@ def router_pass(config: RouterConfig, shape: Shape, device: torch.device) -> Pas
             parameter.grad = None
         return _Notes(routing)
 
-    told = (ctx.run.token_ids, *ctx.run.keys.values())
-    known = (*trained, *router.buffers(), *experts.parameters(), *(t for t in told if t is not None))
+    given = (ctx.run.token_ids, *ctx.run.keys.values())
+    known = (*trained, *router.buffers(), *experts.parameters(), *(t for t in given if t is not None))
     return Pass(run, known)
 
 
