@@ -44,7 +44,7 @@ class NativeEngine(ProcessEngine[NativeConfig]):
 
     name = "native"
     config_class = NativeConfig
-    trains_as_held = True
+    trains_as_sharded = True
     compared = (
         EngineLayout(1, ("engine=native",)),
         EngineLayout(2, ("engine=native",)),
