@@ -173,7 +173,7 @@ def _whole(dense: Path, config: Any) -> HFModel:
 
 def _ready(engine: Engine[Any], model: HFModel) -> TrainModule | HFModel:
     """Moves the MoE to where its weights stay during training."""
-    if not engine.trains_as_held:
+    if not engine.trains_as_sharded:
         return engine.prepare(model, OptimConfig())
     engine.shard_for_eval(model)
     return model
@@ -196,7 +196,7 @@ def _check_peak(engine: Engine[Any], dense: Path, config: Any) -> int:
     gc.disable()
     try:
         _, weights = measure_shards(engine, plan, tokens_BS)
-        if not engine.trains_as_held:
+        if not engine.trains_as_sharded:
             # The checked weights are gone, and are made once more.
             engine.prepare(moe_model(plan, weights=weights), OptimConfig())
         return meter.peak()

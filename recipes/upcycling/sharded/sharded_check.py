@@ -58,7 +58,7 @@ def measure_shards(
     """
     assert plan.model is not None, "what comes from a checkpoint is not measured"
     report, gains, model = _measured(engine, plan, tokens_BS, backend, schedule)
-    if not engine.trains_as_held:
+    if not engine.trains_as_sharded:
         # FSDP2's modules hold one another: without this they would be there while the rest is made.
         del model
         gc.collect()
