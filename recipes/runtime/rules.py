@@ -1,10 +1,10 @@
-"""Checks of config classes that report all broken rules, not only the first."""
+"""Checks of a config class: every broken rule is told, not only the first."""
 
 from __future__ import annotations
 
 
 def require(*rules: tuple[bool, str]) -> None:
-    """Checks rules, each given as whether it holds and the message if it does not.
+    """Checks rules, each given as whether it holds and what to say when it does not.
 
     Raises:
         ValueError: One line for every rule that is broken.
