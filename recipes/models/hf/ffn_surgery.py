@@ -99,7 +99,7 @@ def make_layer(
     if mistakes := method_mistakes(method, router.config, ffn_shape(ffns[0])):
         raise ConfigError(mistakes)
     missing = set(method.statistics) - set(statistics or {})
-    assert not missing, f"nobody has gathered {sorted(missing)} of layer {layer} for {method.name}"
+    assert not missing, f"no pass has gathered {sorted(missing)} of layer {layer} for {method.name}"
     built = method.for_router(router.config).build(ffns, Draws(surgery.seed, layer), statistics)
     start_rows(router, built.router)
     take_given_rows(router, statistics or {})

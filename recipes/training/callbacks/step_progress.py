@@ -1,4 +1,4 @@
-"""Progress of training: a live bar on a terminal, plain lines elsewhere."""
+"""Progress on the console: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from recipes.training.callbacks.base import Callback, StageInfo
 
 
 class Progress(Callback):
-    """Display of loss, tokens/s, utilisation, load imbalance and remaining time, for rank 0."""
+    """Callback for rank 0 that shows loss, tokens/s, utilisation, load imbalance and the time left."""
 
     def __init__(self, log_every: int) -> None:
-        """Prints a line every ``log_every`` steps where there is no terminal."""
+        """Prints a line every ``log_every`` steps if there is no terminal."""
         self.log_every = log_every
         self._bar: Any = None
         self._started = 0.0
