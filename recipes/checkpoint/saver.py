@@ -22,7 +22,7 @@ from recipes.checkpoint.background import BackgroundSave, HostCopies
 from recipes.checkpoint.inventory import Retention, readable
 from recipes.checkpoint.shard_layout import GlobalTensor
 from recipes.checkpoint.writer import PreparedSave, prepare_save, write_and_publish
-from recipes.runtime.memory import spare_bytes
+from recipes.runtime.machine_memory import spare_bytes
 from recipes.runtime.ranks import Ranks
 
 

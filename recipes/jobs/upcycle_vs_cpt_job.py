@@ -159,7 +159,7 @@ class UpcycledStage(MoEStage):
         self.results.put("serving", {model: self._serving(content) for model, content in contents.items()})
         _, layer = stage.train_module.model.moe_layers()[0]
         experts = self.config.upcycle.num_experts
-        self.results.put("mixture", {"num_experts": experts, "top_k": layer.router.top_k})
+        self.results.put("moe", {"num_experts": experts, "top_k": layer.router.top_k})
         self.results.put("tokens_per_step", stage.tokens_per_step)
 
     def _serving(self, content: dict[str, Any]) -> list[dict[str, Any]] | None:

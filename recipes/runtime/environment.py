@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from moe.accounting.device_peaks import table_peak
-from recipes.runtime.memory import free_and_total_bytes
+from recipes.runtime.machine_memory import free_and_total_bytes
 from recipes.runtime.source_root import SOURCE_ROOT
 
 Status = Literal["ok", "warn", "bad"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch import Dispatcher
-from moe.errors import ConfigError
+from moe.errors import ConfigError, FieldError
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
@@ -118,9 +118,8 @@ def chosen_sites(model: HFModel, method: UpcycleMethod[Any]) -> list[FFNSite]:
     sites = find_ffns(model.module, model.config)
     try:
         return [sites[i] for i in method.config.layer_choice.pick(len(sites))]
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        raise ConfigError.one("upcycle.layers", method.config.layers, rule, remedy) from error
+    except FieldError as error:
+        raise error.under("upcycle") from error
 
 
 def swap(

@@ -5,6 +5,8 @@ Attention, norms, embeddings and generation stay transformers' own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ class HFModel:
     context: RouterContext = field(default_factory=RouterContext)
     schedule: TopKSchedule | None = None
     weights: WeightSource | None = None
+    _real_BS: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.module.register_forward_pre_hook(self._fill_context, with_kwargs=True)
@@ -61,11 +64,24 @@ class HFModel:
         moe_blocks: list[MoELayer | AttentionMoE] = [layer for _, layer in self.moe_layers()]
         return moe_blocks + [layer for _, layer in self.attention_layers()]
 
+    @contextmanager
+    def padded(self, real_BS: Tensor | None) -> Iterator[None]:
+        """While open, forward passes take their padding from a mask, and not from the attention mask.
+
+        Args:
+            real_BS: ``[B, S]`` bool, True where a token is real; None leaves it to the attention mask.
+        """
+        self._real_BS = real_BS
+        try:
+            yield
+        finally:
+            self._real_BS = None
+
     def _fill_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.schedule is not None:
             self.context.top_k = self.schedule.at(self.context.step)
         self.context.token_ids = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask") if self._real_BS is None else self._real_BS
         self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

@@ -20,5 +20,4 @@ def method_mistakes(
         router: The router's config, which has passed its own check.
         shape: Shape of the dense network; None while it is unknown.
     """
-    found = method.check(router, shape)
-    return [Mistake(unfit.option, unfit.value, unfit.rule, unfit.remedy) for unfit in found]
+    return method.check(router, shape)

@@ -1,4 +1,6 @@
-"""``train.py`` on a simulated slow disk: ``torchrun -m recipes.chaos.slow_disk MIB_S [OPTION=VALUE ...]``.
+"""Runs ``train.py`` on a simulated slow disk.
+
+Usage: ``torchrun -m recipes.studies.chaos.slow_disk MIB_S [OPTION=VALUE ...]``.
 
 Writing a checkpoint's tensors waits as long as a disk of that speed would take, on each rank by itself. Fault
 injection for `tools.chaos` and `tools.bench_save`; no run that does not start here is touched by it.
@@ -16,7 +18,7 @@ _PIECE_S = 0.02
 
 
 def slow_down(mib_s: float) -> None:
-    """From now on this process writes checkpoint tensors at so many MiB a second."""
+    """Limits this process to writing checkpoint tensors at ``mib_s`` MiB per second."""
     append = safetensors_codec.append
 
     def slowly(file: BinaryIO, data: memoryview, crc: int) -> int:

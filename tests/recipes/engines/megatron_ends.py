@@ -17,9 +17,9 @@ class TroubleError(Exception):
 def classes(engine: Any, train_module: Any) -> list[str]:
     """Of a layer's experts, of their first matrices, of its dispatcher, and of what sends for that."""
     moe = train_module.chunk.module.decoder.layers[0].mlp
-    up = getattr(moe.experts.experts, "linear_fc1", None)
+    up = getattr(moe.experts, "linear_fc1", None)
     manager = getattr(moe.token_dispatcher, "_comm_manager", None)
-    return [type(part).__name__ for part in (moe.experts.experts, up, moe.token_dispatcher, manager)]
+    return [type(part).__name__ for part in (moe.experts, up, moe.token_dispatcher, manager)]
 
 
 def comes_late(engine: Any, train_module: Any, step: Callable[..., Any], sign: Path) -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.paths import ROOT, TESTS
 from tests.recipes.jobs import machines
-from tests.recipes.jobs.job_runs import ROOT, arguments, job, rows, same_training
+from tests.recipes.jobs.job_runs import arguments, job, rows, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 # Sums in another order over some steps of AdamW, which divides small gradients by themselves.
 ADAPTED = 1e-4
-_SLURM = ROOT / "tests" / "jobs" / "slurm"
+_SLURM = TESTS / "recipes" / "jobs" / "slurm"
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint import verify_checkpoint
+from recipes.engines import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.tracking.metrics_log import read_rows
 from recipes.training.training_loop import DivergedError
@@ -37,8 +38,8 @@ def diverging(at_step: int) -> Any:
     original = NativeTrainModule._losses
     trained = [0]
 
-    def losses(self: NativeTrainModule, tokens_BS1: Tensor, metadata: Any) -> Tensor:
-        found = original(self, tokens_BS1, metadata)
+    def losses(self: NativeTrainModule, batch: MicroBatch) -> Tensor:
+        found = original(self, batch)
         trained[0] += torch.is_grad_enabled()
         return found * float("nan") if torch.is_grad_enabled() and trained[0] == at_step else found
 

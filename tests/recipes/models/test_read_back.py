@@ -65,7 +65,7 @@ def test_one_block_at_a_time_is_in_memory(
 
 
 def test_less_than_no_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="memory_gib=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="memory_gib=-1: must be at least 0"):
         ExportConfig(memory_gib=-1)
 
 

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from recipes.runtime import environment, memory
+from recipes.runtime import environment
+from recipes.runtime import machine_memory as memory
 from recipes.runtime.environment import (
     Finding,
     check_communication,

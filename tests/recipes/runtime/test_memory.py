@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipes.runtime.memory import peak_resident_bytes
+from recipes.runtime.machine_memory import peak_resident_bytes
 
-_PRINT = "from recipes.runtime.memory import peak_resident_bytes as p; print(p())"
+_PRINT = "from recipes.runtime.machine_memory import peak_resident_bytes as p; print(p())"
 _MIB = 2**20
 
 

@@ -1,6 +1,6 @@
-"""What is timed of a router: its forward and backward pass in training, as a callable; and transport solvers.
+"""Forward and backward passes of routers in training, and of transport solvers, ready to be timed.
 
-Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence.
+Letters: T tokens, D model width, E experts, B sequences, S tokens per sequence.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from moe.routers import Router, RouterConfig, router_class
 from moe.routing.newton_sparse import NewtonRule, sinkhorn_newton
 from moe.routing.transport import SinkhornRule, sinkhorn
 from moe.types import LayerContext, RouterContext, Routing
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.studies.option_lists import split_list
 
 # Sequences of the batch that tokens are of, where they divide into such.
 _SEQUENCE = 1024
@@ -36,13 +37,13 @@ _INIT_STD, _OFFSET = 0.02, 1.5
 
 @dataclass(frozen=True)
 class Shape:
-    """What a router routes.
+    """Tokens and experts of a router.
 
     Attributes:
         tokens: T.
         experts: E.
         width: D.
-        skewed: Whether tokens are such that the logits of a fresh linear router look like those of a trained
+        skewed: If True, tokens give a fresh linear router logits like those of a trained
             one without balance: N(0, 1), and an offset of 1.5 N(0, 1) for each expert. Else tokens have unit
             variance, as behind a norm, and logits are near 0: training as it starts.
     """
@@ -54,18 +55,18 @@ class Shape:
 
     @property
     def batch_shape(self) -> tuple[int, int]:
-        """B and S: sequences of 1024 tokens, one where T is no multiple of that."""
+        """B and S: sequences of 1024 tokens, or one sequence if T is not a multiple of that."""
         T = self.tokens
         return (T // _SEQUENCE, _SEQUENCE) if T and T % _SEQUENCE == 0 else (1, T)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A rival at a shape, ready to run.
+    """Pass of a router or solver at a shape, ready to run.
 
     Attributes:
-        run: Does it once; returns what there is to say about it, as numbers.
-        known: The tensors that are there before it runs.
+        run: Runs it once and returns notes as numbers.
+        known: The tensors that exist before it runs.
     """
 
     run: Callable[[], Mapping[str, float]]
@@ -73,11 +74,11 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Candidate:
     """One row of the benchmark.
 
     Attributes:
-        label: As the user wrote it.
+        label: Text of the user.
         config: The router's; None for a solver.
         prepare: Makes the pass at a shape.
     """
@@ -87,19 +88,15 @@ class Rival:
     prepare: Callable[[Shape, torch.device], Pass]
 
     def unsupported_reason(self, num_experts: int) -> str | None:
-        """Why it cannot be had with E experts, in the router's own words."""
+        """Returns the router's reason to reject E experts; None if it accepts them."""
         if self.config is None:
             return None
-        return router_class(self.config.name).check(self.config, num_experts)
+        found = router_class(self.config.name).check(self.config, num_experts)
+        return None if found is None else f"{found.rule}. {found.remedy}"
 
 
-def router_choices() -> list[str]:
-    """Every choice of ``conf/router``."""
-    return sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
-
-
-def read_rivals(labels: Sequence[str]) -> list[Rival]:
-    """The rivals that these labels name.
+def read_candidates(labels: Sequence[str]) -> list[Candidate]:
+    """Reads the rows of the benchmark from their labels.
 
     Args:
         labels: ``NAME`` or ``NAME[OPTION=VALUE,...]`` with a choice of ``conf/router`` and options of it,
@@ -108,28 +105,28 @@ def read_rivals(labels: Sequence[str]) -> list[Rival]:
     Raises:
         ConfigError: Labels that cannot be read, that name nothing, or whose options are wrong; all at once.
     """
-    rivals, mistakes = [], list[Mistake]()
+    candidates, mistakes = [], list[Mistake]()
     for label in labels:
         if label in SOLVERS:
-            rivals.append(Rival(label, None, SOLVERS[label]))
+            candidates.append(Candidate(label, None, SOLVERS[label]))
             continue
         try:
-            rivals.append(_router_rival(label))
+            candidates.append(_router_candidate(label))
         except ConfigError as error:
             mistakes += [dataclasses.replace(m, path=f"--routers {label}: {m.path}") for m in error.mistakes]
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     mistakes += [Mistake("--routers", label, "it stands there twice", "Name it once.") for label in repeated]
     if mistakes:
         raise ConfigError(mistakes)
-    return rivals
+    return candidates
 
 
-def _router_rival(label: str) -> Rival:
+def _router_candidate(label: str) -> Candidate:
     parts = re.fullmatch(r"(\w+)(?:\[(.+)\])?", label)
     if parts is None:
         remedy = "Write NAME or 'NAME[OPTION=VALUE,...]', in quotes for the shell's sake."
         raise ConfigError.one("router", label, "it cannot be read", remedy)
-    name, options = parts[1], _options(parts[2] or "")
+    name, options = parts[1], split_list(parts[2] or "")
     run = ["+recipe=upcycle", f"router={name}"]
     if options:
         _refuse_unknown(options, compose_config(run)["router"])
@@ -138,11 +135,11 @@ def _router_rival(label: str) -> Rival:
     def prepare(shape: Shape, device: torch.device) -> Pass:
         return router_pass(config, shape, device)
 
-    return Rival(label, config, prepare)
+    return Candidate(label, config, prepare)
 
 
 def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
-    """By this router's options: those of the default one are what `compose_config` would suggest from."""
+    """Rejects unknown options of a router; `compose_config` would suggest those of the default one."""
     given = [option.partition("=")[0] for option in options]
     known = ", ".join(router)
     rule, remedy = "the router has no such option", f"It has: {known}."
@@ -151,33 +148,21 @@ def _refuse_unknown(options: Sequence[str], router: Mapping[str, Any]) -> None:
         raise ConfigError([Mistake(f"router.{path}", path, rule, remedy) for path in unknown])
 
 
-def _options(text: str) -> list[str]:
-    """``a=1,b=[2,3]`` at the commas that no bracket holds."""
-    options, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            options.append("")
-        else:
-            options[-1] += letter
-    return [option.strip() for option in options if option.strip()]
-
-
 def make_router(config: RouterConfig, shape: Shape, device: torch.device) -> Router[Any]:
-    """A router as training starts with it: the same weights for every router that draws alike."""
+    """Makes a router as at the start of training, with the same weights for all that draw alike."""
     router = router_class(config.name)(config, shape.width, shape.experts)
     router.reset_parameters(torch.Generator().manual_seed(0))
     return router.train().to(device)
 
 
 def batch_context(config: RouterConfig, ids_BS: Tensor, num_experts: int) -> RouterContext:
-    """All that a host and a caller may tell of a batch: token ids, and an expert for each token."""
+    """Returns the context of a batch: token ids, and an expert for each token."""
     keys = {getattr(config, "key", "modality"): ids_BS % num_experts}
     return RouterContext(token_ids=ids_BS, keys=keys)
 
 
 def router_pass(config: RouterConfig, shape: Shape, device: torch.device) -> Pass:
-    """Forward and backward of a router in training, its losses included.
+    """Makes the forward and backward pass of a router in training, with its losses.
 
     The gradient goes to the tokens and to the router's parameters, from whatever carries it into the layer:
     combine weights, losses, and what a routing of the router's own kind holds besides.
@@ -200,13 +185,13 @@ def router_pass(config: RouterConfig, shape: Shape, device: torch.device) -> Pas
             parameter.grad = None
         return _Notes(routing)
 
-    told = (ctx.run.token_ids, *ctx.run.keys.values())
-    known = (*trained, *router.buffers(), *experts.parameters(), *(t for t in told if t is not None))
+    given = (ctx.run.token_ids, *ctx.run.keys.values())
+    known = (*trained, *router.buffers(), *experts.parameters(), *(t for t in given if t is not None))
     return Pass(run, known)
 
 
 class _Notes(Mapping[str, float]):
-    """Slots a token and the router's own metrics, brought to the host only when they are read."""
+    """Slots per token and the router's own metrics, copied to the host only when they are read."""
 
     def __init__(self, routing: Routing) -> None:
         self._slots = routing.expert_ids_TK.shape[1]
@@ -238,7 +223,7 @@ def _tokens(shape: Shape, device: torch.device) -> Tensor:
 
 
 def _few_rows(shape: Shape) -> ExpertBank:
-    """Experts that differ, for routers that read their weights."""
+    """Returns experts that differ, for routers that read their weights."""
     generator = torch.Generator().manual_seed(3)
     E, D, F = shape.experts, shape.width, _EXPERT_WIDTH
     w_up_EUD = torch.randn(E, 2 * F, D, generator=generator) * D**-0.5

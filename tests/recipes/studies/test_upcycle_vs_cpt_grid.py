@@ -13,11 +13,11 @@ from moe.errors import ConfigError
 from moe.scaling_laws.columns import parse_runs
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.studies.sweep import run_trials
 from recipes.studies.upcycle_vs_cpt.arms_page import cost_rows, loss_rows, run_table, text_tables, write_page
-from recipes.studies.upcycle_vs_cpt.arms_trials import Trial, keep_options, options_of, plan_trials
+from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial, keep_options, options_of, plan_trials
 from recipes.studies.upcycle_vs_cpt.collect_arms import READINGS, collect
-from recipes.studies.upcycle_vs_cpt.run_trials import run_trials
-from tests.recipes.studies.made_up import LENGTHS, finish_all, grid
+from tests.recipes.studies.invented_runs import LENGTHS, finish_all, grid
 from tools.upcycle_vs_cpt import main, split_options
 
 
@@ -149,7 +149,7 @@ def test_runs_start_alone_until_the_cache_is_filled(tmp_path: Path) -> None:
     said: list[str] = []
     alive: list[subprocess.Popen[bytes]] = []
 
-    def launch(trial: Trial) -> subprocess.Popen[bytes]:
+    def launch(trial: ArmsTrial) -> subprocess.Popen[bytes]:
         started.append([other.folder.name for other in trials if other.prepared])
         assert sum(process.poll() is None for process in alive) < 2
         code = "import sys, pathlib\np = pathlib.Path(sys.argv[1])\np.mkdir(parents=True)\n"
@@ -167,7 +167,7 @@ def test_an_interrupt_asks_the_runs_to_save(tmp_path: Path) -> None:
     trials = plan_trials(tmp_path, LENGTHS, 1)
     started: list[subprocess.Popen[bytes]] = []
 
-    def launch(trial: Trial) -> subprocess.Popen[bytes]:
+    def launch(trial: ArmsTrial) -> subprocess.Popen[bytes]:
         if started:
             raise KeyboardInterrupt
         trial.folder.mkdir(parents=True)
@@ -195,7 +195,7 @@ def test_options() -> None:
         (["train.steps=0"], "nothing to compare"),
         (["upcycle=cmoe"], "upcycle_vs_cpt.arms=continued"),
         (["dense=/nowhere"], "one checkpoint for 2 lengths"),
-        (["--parallel", "0"], "at least 1"),
+        (["--parallel", "0"], "1 or more"),
         (["train.stepz=3"], "no such option"),
         (["upcycle_vs_cpt.batches=[]"], "Give"),
     ],
@@ -205,7 +205,7 @@ def test_mistakes_come_before_the_first_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "recipes.studies.upcycle_vs_cpt.run_trials.run_trials",
+        "recipes.studies.sweep.run_trials",
         lambda *given: pytest.fail("a run was started"),
     )
     with pytest.raises(ConfigError, match=message):

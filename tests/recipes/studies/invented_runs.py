@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.studies.upcycle_vs_cpt.arms_trials import Trial, plan_trials
+from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial, plan_trials
 
 # A step is 10 tokens; a token of the dense model costs 2 FLOPs, of the mixture 3.
 STEP, DENSE, MOE = 10, 2.0, 3.0
@@ -28,7 +28,7 @@ SERVING = {
 
 
 def row(model: str, loss: float, steps: int, flops: float) -> dict[str, Any]:
-    """Of ``summary.json``."""
+    """Returns a row of ``summary.json``."""
     params = {"total_params": 100, "active_params": 100} if flops == DENSE else {}
     return {
         "model": model,
@@ -40,7 +40,7 @@ def row(model: str, loss: float, steps: int, flops: float) -> dict[str, Any]:
     } | params
 
 
-def finish(trial: Trial, rows: list[dict[str, Any]]) -> None:
+def finish(trial: ArmsTrial, rows: list[dict[str, Any]]) -> None:
     """Writes what a run that came to its end leaves; losses fall from 9 in a straight line."""
     trial.folder.mkdir(parents=True)
     summary: Mapping[str, Any] = {
@@ -63,7 +63,7 @@ def finish(trial: Trial, rows: list[dict[str, Any]]) -> None:
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def finish_all(trials: list[Trial]) -> None:
+def finish_all(trials: list[ArmsTrial]) -> None:
     """Losses that are known by hand: seed s adds s, the longer dense model takes 1 off."""
     for trial in trials:
         if trial.arms == "scratch":
@@ -84,7 +84,7 @@ def finish_all(trials: list[Trial]) -> None:
         finish(trial, rows)
 
 
-def grid(folder: Path, seeds: int = 2) -> list[Trial]:
+def grid(folder: Path, seeds: int = 2) -> list[ArmsTrial]:
     """A finished grid."""
     trials = plan_trials(folder, LENGTHS, seeds)
     finish_all(trials)

@@ -1,10 +1,9 @@
-"""What each rank holds while a mixture is made: ``python -m tools.bench_online --help``."""
+"""Measures the memory of each rank while an MoE is made: ``python -m tools.bench_sharded --help``."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,17 +12,25 @@ from typing import Any
 import yaml
 
 from moe.errors import Mistake, UserError
-from tools.command import check_json_target, run_command, write_json
+from tools.command import (
+    check_existing_folder,
+    check_json_target,
+    machine_figures,
+    read_numbers,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 _CLEAR = Path("/proc/self/clear_refs")
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_online",
-        description="Makes mixtures of random Llamas (bf16 files, fp32 weights), each rank its own part, and "
-        "prints the most memory of any rank, beyond libraries, against its part, what the engine keeps "
-        "besides (buffers of gradients) and one layer.",
+    parser = tool_parser(
+        "bench_sharded",
+        "Makes MoEs from random Llamas (bf16 files, fp32 weights), each rank its own shard, and "
+        "prints the most memory of any rank, beyond libraries, against its shard, what the engine keeps "
+        "besides (gradient buffers) and one layer.",
     )
     add = parser.add_argument
     add("--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary one)")
@@ -46,17 +53,13 @@ def _parse() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="of the engine, as zero_stage=3 or tensor_parallel=2; may be repeated",
     )
-    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
     mistakes = check_json_target(arguments.json)
-    if arguments.folder is not None and not Path(arguments.folder).is_dir():
-        mistakes.append(Mistake("--folder", arguments.folder, "there is no such folder", "Create it."))
-    if not all(number.isdigit() and int(number) for number in arguments.ranks.split(",")):
-        rule = "numbers of ranks are whole and positive"
-        mistakes.append(Mistake("--ranks", arguments.ranks, rule, "Give them as in 1,2,4."))
+    mistakes += check_existing_folder("--folder", arguments.folder)
+    mistakes += read_numbers("--ranks", arguments.ranks)[1]
     mistakes += _engine_mistakes(arguments)
     if not os.access(_CLEAR, os.W_OK):
         rule = "the peak of a process is measured by Linux alone"
@@ -65,7 +68,7 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
 
 def _engine_mistakes(arguments: argparse.Namespace) -> list[Mistake]:
-    """The engine must be there, and take the options."""
+    """Checks that the engine exists and takes the options."""
     from recipes.engines import engine_classes
 
     classes = engine_classes()
@@ -73,34 +76,25 @@ def _engine_mistakes(arguments: argparse.Namespace) -> list[Mistake]:
         rule, remedy = "no engine has this name", f"Choose one of {', '.join(classes)}."
         return [Mistake("--engine", arguments.engine, rule, remedy)]
     names = {field.name for field in fields(classes[arguments.engine].config_class)}
-    rule = f"an option of the engine {arguments.engine} and a value are wanted"
+    rule = f"it must be an option of the engine {arguments.engine} with a value"
     remedy = f"Give KEY=VALUE, the key one of {', '.join(sorted(names - {'name', 'expert_parallel'}))}."
-    told = [
-        option for option in arguments.option if option.partition("=")[0] not in names or "=" not in option
-    ]
-    return [Mistake("--option", option, rule, remedy) for option in told]
+    wrong = [o for o in arguments.option if o.partition("=")[0] not in names or "=" not in o]
+    return [Mistake("--option", option, rule, remedy) for option in wrong]
 
 
 def _layouts(arguments: argparse.Namespace) -> list[Any]:
-    """Those of the ranks and experts that the engine can be laid out in."""
+    """Returns the layouts of ranks and experts that the engine supports."""
     from recipes.engines import engine_classes
     from recipes.studies.benchmarks.shard_memory import Layout
 
-    kind, options = engine_classes()[arguments.engine], []
-    for option in arguments.option:
-        key, _, value = option.partition("=")
-        options.append((key, yaml.safe_load(value)))
+    kind, parts = engine_classes()[arguments.engine], [o.partition("=") for o in arguments.option]
+    given = {"engine": arguments.engine, "options": tuple((key, yaml.safe_load(v)) for key, _, v in parts)}
     found = []
-    for ranks in (int(number) for number in arguments.ranks.split(",")):
-        spread = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
-        told = {"engine": arguments.engine, "options": tuple(options)}
-        every = [Layout(ranks, **told), *(Layout(ranks, ep, **told) for ep in spread)]
-        every = [
-            one
-            for one in every
-            if kind.dims_unsupported_reason(kind.config_class(**one.fields), ranks) is None
-        ]
-        found += [*every, Layout(ranks, whole=True, **told)] if every else []
+    for ranks in read_numbers("--ranks", arguments.ranks)[0]:
+        widths = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
+        every = [Layout(ranks, ep, **given) for ep in (1, *widths)]
+        every = [one for one in every if kind.check_dims(kind.config_class(**one.fields), ranks) is None]
+        found += [*every, Layout(ranks, whole=True, **given)] if every else []
     return found
 
 
@@ -126,14 +120,13 @@ def main() -> int:
                 found = measure_layout(dense, tiny, layout, arguments.method, arguments.experts)
                 rows.append(asdict(layout) | {"by_rank": [asdict(rank) for rank in found]})
                 print(_line(rows[-1]), flush=True)
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    write_json(arguments.json, machine | {"method": arguments.method, "rows": rows})
+    write_json(arguments.json, machine_figures() | {"method": arguments.method, "rows": rows})
     return 0
 
 
 _HEAD = (
     f"{'dense':>7}{'moe':>9}{'layer':>7}{'ranks':>7}{'EP':>4}{'shard':>8}{'besides':>9}{'+layer':>8}"
-    f"{'making':>8}{'gate':>8}{'read':>8}"
+    f"{'making':>8}{'check':>8}{'read':>8}"
 )
 
 
@@ -147,10 +140,10 @@ def _line(row: dict[str, Any]) -> str:
 
     parts = ("shard", "besides", "layer")
     bound = max(sum(rank[part] for part in parts) for rank in row["by_rank"]) / 2**20
-    spread = "-" if row["whole"] else str(row["expert_parallel"])
+    ep = "-" if row["whole"] else str(row["expert_parallel"])
     line = f"{shown(most('dense'), 7)}{shown(most('moe'), 9)}{shown(most('layer'), 7)}{row['ranks']:>7}"
-    line += f"{spread:>4}{shown(most('shard'), 8)}{shown(most('besides'), 9)}{bound:8.0f}"
-    line += "".join(shown(most(key), 8) for key in ("making", "gate", "read"))
+    line += f"{ep:>4}{shown(most('shard'), 8)}{shown(most('besides'), 9)}{bound:8.0f}"
+    line += "".join(shown(most(key), 8) for key in ("making", "check", "read"))
     return line + ("  whole on each rank first" if row["whole"] else "")
 
 
