@@ -13,8 +13,7 @@ import numpy as np
 from moe.errors import DataError
 from recipes.data.chat_build import load_chat
 from recipes.data.config import DataConfig
-from recipes.data.content import content_hash
-from recipes.data.indexed import IndexedDataset
+from recipes.data.indexed import IndexedDataset, content_hash
 from recipes.data.packing import ORDER_VERSION, OrderedDataset, PackedDataset, split_documents
 from recipes.data.samples import Samples
 from recipes.data.tokenise import ensure_tokenised, read_counts

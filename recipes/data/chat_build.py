@@ -15,7 +15,7 @@ from moe.errors import DataError
 from recipes.data.chat_samples import CHAT_ORDER_VERSION, ChatSamples, Cut, cut
 from recipes.data.chat_tokens import ChatTokens, ensure_chat_tokens
 from recipes.data.config import DataConfig
-from recipes.data.content import content_hash
+from recipes.data.indexed import content_hash
 from recipes.data.packing import split_documents
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import struct
 import uuid
@@ -35,6 +36,10 @@ TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 SCAN_BLOCKS = 256
 SCAN_BLOCK_TOKENS = 1 << 18
 """Largest file, in blocks, that is scanned whole (64 Mi tokens); in larger ones this many are sampled."""
+
+SAMPLED_BLOCKS = 64
+SAMPLED_TOKENS = 4096
+"""Number and length of the evenly spaced blocks of tokens that are hashed."""
 
 _REMEDY = "Tokenise again (python -m tools.tokenize), or name a pair written by Megatron's preprocess_data."
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -280,3 +285,15 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
         raise _wrong(path, "has sequences that do not lie one after another")
     return dtype, offsets[bounds]
+
+
+def content_hash(indexed: IndexedDataset) -> str:
+    """Computes a hex sha256 of the index and of sampled tokens, which copies of the files share."""
+    total = hashlib.sha256()
+    with idx_path(indexed.prefix).open("rb") as stream:
+        while block := stream.read(1 << 24):
+            total.update(block)
+    last = max(indexed.num_tokens - SAMPLED_TOKENS, 0)
+    for start in np.unique(np.linspace(0, last, SAMPLED_BLOCKS).astype(np.int64)).tolist():
+        total.update(indexed.tokens(start, min(start + SAMPLED_TOKENS, indexed.num_tokens)).tobytes())
+    return total.hexdigest()

@@ -21,8 +21,8 @@ from recipes.runtime.heartbeat import Heartbeat
 from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.ranks import Ranks
 from recipes.runtime.relaunch import Launch
+from recipes.runtime.rendezvous import group_store, launch_store
 from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.runtime.stores import group_store, launch_store
 from recipes.runtime.watchdog import Watchdog
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.run_meters import RunMeters

@@ -12,13 +12,16 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from moe.errors import GraftError
 
 _WAIT_S = 600.0
 _POLL_S = 0.01
+_CONNECT_S = 300.0
 
 
 def join(backend: str) -> None:
@@ -85,3 +88,20 @@ def _ask(store: dist.Store, rank: int, wait_s: float) -> str:
     attempt = store.get(answer).decode()
     store.set(f"graft/joined/{attempt}/{rank}", "1")
     return attempt
+
+
+def launch_store() -> Store | None:
+    """Connects to torchrun's store, before there is a process group; None if torchrun holds none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
+    # It outlives the processes that torchrun replaces, whose keys do not belong to this attempt.
+    attempt = agree_on_attempt(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return PrefixStore(f"graft/{attempt}", store)
+
+
+def group_store() -> Store:
+    """Returns the process group's store, or one of this process alone if there is no group."""
+    group = dist.group.WORLD
+    return HashStore() if group is None else group.get_group_store().clone()

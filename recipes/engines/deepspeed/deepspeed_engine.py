@@ -44,8 +44,7 @@ from recipes.models.hf.deferred_init import (
     persistent_buffers,
     stand_in,
 )
-from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.skeleton import empty_copy
+from recipes.models.hf.hf_model import HFModel, empty_copy
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedEngine", "DeepSpeedTrainModule"]
 

@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from moe.upcycle.layer_plan import Matrix
-from recipes.models.export.carried import (
-    COMMON_KEYS,
-    carried_values,
-    reason_not_softmax,
-    reason_unlike_llama,
-    with_old_rope_keys,
-)
-from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
+from recipes.models.export.qwen3_moe import qwen_values
 from recipes.models.export.spec import ModelSpec, MoESpec
 
 # Width of a shared expert of zeros: quantisers and tensor parallelism want a multiple of 256.
@@ -32,43 +26,25 @@ class Qwen2MoEExporter(NativeExporter):
 
     name = "qwen2_moe"
     title = "Qwen2-MoE"
+    family = "Qwen2Moe"
     models = ("qwen2",)
+    config_keys = tuple(key for key in COMMON_KEYS if key != "head_dim")
     shared_module = "shared_expert"
 
-    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Rejects all but softmax routers, renormalised or not."""
+    def model_reason(self, spec: ModelSpec) -> str | None:
+        """Rejects windows in some of the layers, and heads that do not divide the hidden size."""
         config = spec.config
         if "sliding_attention" in (config.layer_types or ()):
             return "Qwen2-MoE counts layers with windows differently, and the model has such layers"
         head_dim = getattr(config, "head_dim", None)
         if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
             return "Qwen2-MoE's heads divide the hidden size, and the model's do not"
-        return reason_unlike_llama("Qwen2-MoE", spec) or reason_not_softmax(
-            "Qwen2-MoE", spec, must_sum_to_one=False
-        )
+        return None
 
-    def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Builds the config, always with the flag for renormalisation, since readers' defaults differ."""
-        from transformers import Qwen2MoeConfig
-
-        moe, source = spec.moe_blocks[0], spec.config
-        keys = tuple(key for key in COMMON_KEYS if key != "head_dim")
-        config = Qwen2MoeConfig(
-            **carried_values(source, keys),
-            intermediate_size=source.intermediate_size,
-            moe_intermediate_size=moe.expert.width,
-            shared_expert_intermediate_size=moe.shared_width or _IDLE_WIDTH,
-            num_experts=moe.num_experts,
-            num_experts_per_tok=moe.router.top_k,
-            norm_topk_prob=moe.router.weights_sum_to_one,
-            router_aux_loss_coef=moe.router.config.balance_coef,
-            decoder_sparse_step=1,
-            mlp_only_layers=spec.dense_layers,
-            use_sliding_window=False,
-            qkv_bias=True,
-        )
-        config.architectures = ["Qwen2MoeForCausalLM"]
-        return with_old_rope_keys(config.to_dict())
+    def config_values(self, spec: ModelSpec) -> dict[str, Any]:
+        """See `NativeExporter.config_values`."""
+        width = spec.moe_blocks[0].shared_width or _IDLE_WIDTH
+        return qwen_values(spec) | {"shared_expert_intermediate_size": width, "qkv_bias": True}
 
     def factor(self, moe: MoESpec, expert: int | None, matrix: Matrix) -> float:
         """Returns the factor that undoes the gate of 1/2."""

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.models.export.carried import (
-    COMMON_KEYS,
-    carried_values,
-    reason_not_softmax,
-    reason_unlike_llama,
-    with_old_rope_keys,
-)
-from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
 from recipes.models.export.spec import ModelSpec
 
 
@@ -20,39 +13,24 @@ class Qwen3MoEExporter(NativeExporter):
 
     name = "qwen3_moe"
     title = "Qwen3-MoE"
+    family = "Qwen3Moe"
     models = ("qwen3",)
+    config_keys = (*COMMON_KEYS, "attention_bias")
 
-    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Rejects all but softmax routers, renormalised or not, without a shared expert."""
-        config = spec.config
-        if "sliding_attention" in (config.layer_types or ()):
+    def model_reason(self, spec: ModelSpec) -> str | None:
+        """Rejects windows in some of the layers."""
+        if "sliding_attention" in (spec.config.layer_types or ()):
             return "Qwen3-MoE has one attention for all layers, and the model has windows in some"
-        if spec.moe_blocks[0].shared_width:
-            return "Qwen3-MoE has no shared expert, and this model has"
-        return reason_unlike_llama("Qwen3-MoE", spec) or reason_not_softmax(
-            "Qwen3-MoE", spec, must_sum_to_one=False
-        )
+        return None
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         """Builds the config, with the number of experts under both names that readers look for."""
-        from transformers import Qwen3MoeConfig
+        names = ("num_experts", "num_local_experts")
+        return super().config(spec) | dict.fromkeys(names, spec.moe_blocks[0].num_experts)
 
-        moe, source = spec.moe_blocks[0], spec.config
-        config = Qwen3MoeConfig(
-            **carried_values(source, (*COMMON_KEYS, "attention_bias")),
-            intermediate_size=source.intermediate_size,
-            moe_intermediate_size=moe.expert.width,
-            num_experts=moe.num_experts,
-            num_experts_per_tok=moe.router.top_k,
-            norm_topk_prob=moe.router.weights_sum_to_one,
-            router_aux_loss_coef=moe.router.config.balance_coef,
-            decoder_sparse_step=1,
-            mlp_only_layers=spec.dense_layers,
-            use_sliding_window=False,
-        )
-        config.architectures = ["Qwen3MoeForCausalLM"]
-        content = with_old_rope_keys(config.to_dict())
-        return content | dict.fromkeys(("num_experts", "num_local_experts"), moe.num_experts)
+    def config_values(self, spec: ModelSpec) -> dict[str, Any]:
+        """See `NativeExporter.config_values`."""
+        return qwen_values(spec)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
         """Excludes llama.cpp where it differs: it always renormalises and has no dense layers."""
@@ -60,3 +38,21 @@ class Qwen3MoEExporter(NativeExporter):
         if spec.moe_blocks[0].router.weights_sum_to_one and not spec.dense_layers:
             found.append("llama.cpp")
         return found
+
+
+def qwen_values(spec: ModelSpec) -> dict[str, Any]:
+    """Returns the config values that Qwen2-MoE and Qwen3-MoE share.
+
+    The flag for renormalisation is always written, since readers' defaults differ.
+    """
+    moe = spec.moe_blocks[0]
+    return {
+        "intermediate_size": spec.config.intermediate_size,
+        "moe_intermediate_size": moe.expert.width,
+        "num_experts": moe.num_experts,
+        "norm_topk_prob": moe.router.weights_sum_to_one,
+        "router_aux_loss_coef": moe.router.config.balance_coef,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": spec.dense_layers,
+        "use_sliding_window": False,
+    }

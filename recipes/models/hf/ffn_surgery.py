@@ -31,7 +31,6 @@ from recipes.models.hf.branches import average, require_same
 from recipes.models.hf.ffn_blocks import FFNSite, dense_ffn, find_ffns
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.load_entropy import load_entropies
-from recipes.models.hf.method_fit import method_mistakes
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ def make_layer(
     method = surgery.method
     router = surgery.make_router(ffns[0].model_width, method.config.num_experts)
     router.reset_parameters(seeded_generator(surgery.seed, "router", layer))
-    if mistakes := method_mistakes(method, router.config, ffn_shape(ffns[0])):
+    if mistakes := method.check(router.config, ffn_shape(ffns[0])):
         raise ConfigError(mistakes)
     missing = set(method.statistics) - set(statistics or {})
-    assert not missing, f"nobody has gathered {sorted(missing)} of layer {layer} for {method.name}"
+    assert not missing, f"no pass has gathered {sorted(missing)} of layer {layer} for {method.name}"
     built = method.for_router(router.config).build(ffns, Draws(surgery.seed, layer), statistics)
     start_rows(router, built.router)
     take_given_rows(router, statistics or {})

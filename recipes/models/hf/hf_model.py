@@ -5,6 +5,7 @@ Attention, norms, embeddings and generation stay transformers' own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,3 +124,16 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     model.config.use_cache = False
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return HFModel(module=model, folder=folder, source_dtype=dtype)
+
+
+def empty_copy(model: HFModel) -> HFModel:
+    """Returns a copy of a model whose tensors have shapes but no memory."""
+    memo: dict[int, Any] = {
+        id(param): nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
+        for param in model.module.parameters()
+    }
+    if model.weights is not None:
+        # A skeleton is never filled.
+        memo[id(model.weights)] = None
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.module.buffers()}
+    return copy.deepcopy(model, memo)

@@ -1,4 +1,4 @@
-"""Progress of training: a live bar on a terminal, plain lines elsewhere."""
+"""Progress on the console: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
