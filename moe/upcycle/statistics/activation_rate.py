@@ -1,4 +1,4 @@
-"""How often each neuron is among the most active ones.
+"""Rate at which each neuron is among the most active ones.
 
 Letters: F width of the dense network.
 """
@@ -12,27 +12,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.experts.weights import FFNWeights
-from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics.base import LayerBatch
 from moe.upcycle.statistics.normalised import MarkingStatistic
 
 
 class ActivationRate(MarkingStatistic):
-    """``[F]`` share of tokens that mark a neuron; it sums to ``top_k``."""
+    """Share of tokens that mark each neuron, ``[F]``; it sums to ``top_k``."""
 
     name = "activation_rate_F"
     defaults: ClassVar[Mapping[str, int]] = MappingProxyType({"top_k": 10})
 
-    def __init__(
-        self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
-    ) -> None:
-        super().__init__(ffn, options, earlier, draws)
-        device = ffn.up_FD.device
-        self.sums = {
-            "marks": torch.zeros(ffn.width, dtype=torch.int64, device=device),
-            "tokens": torch.zeros((), dtype=torch.int64, device=device),
-        }
+    def start(self) -> None:
+        """See `Statistic.start`."""
+        self.sums = self.zeros_per_token("marks", self.ffn.width, dtype=torch.int64)
 
     def update(self, batch: LayerBatch) -> None:
         """Counts marks."""
@@ -40,5 +32,5 @@ class ActivationRate(MarkingStatistic):
         self.sums["tokens"] += len(batch.x_TD)
 
     def result(self) -> Tensor:
-        """``[F]`` fp64."""
+        """Returns ``[F]`` fp64."""
         return (self.sums["marks"].double() / self.sums["tokens"].clamp_min(1)).cpu()

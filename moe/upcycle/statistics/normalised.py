@@ -1,6 +1,6 @@
-"""Activations of a network whose inputs and rows have length 1, as CMoE looks at them.
+"""Activations of a network whose inputs and rows have length 1, as CMoE uses them.
 
-Letters: T tokens, D model width, F width of the dense network, K neurons marked of a token.
+Letters: T tokens, D model width, F width of the dense network, K marked neurons of a token.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from moe.upcycle.statistics.base import Statistic, hidden_of
 
 
 class MarkingStatistic(Statistic):
-    """Marks the ``top_k`` neurons of largest normalised activation of each token (arXiv 2502.04416).
+    """Statistic of marks on each token's ``top_k`` most active normalised neurons (arXiv 2502.04416).
 
-    ``h~ = act(x^ . gate^) * (x^ . up^)`` with the hat for length 1, without biases: the norms of rows say
-    nothing about which token a neuron is for.
+    ``h~ = act(x^ . gate^) * (x^ . up^)`` with the hat for length 1, without biases: the norm of a row does
+    not tell for which tokens the neuron is.
     """
 
     @cached_property
@@ -30,7 +30,7 @@ class MarkingStatistic(Statistic):
         return replace(ffn, up_FD=up_FD, gate_FD=gate_FD, b_up_F=None, b_gate_F=None)
 
     def marks(self, x_TD: Tensor) -> Tensor:
-        """``[T, K]`` int64 neurons of each token."""
+        """Returns the ``[T, K]`` int64 marked neurons of each token."""
         hidden_TF = hidden_of(self._unit_ffn, normalize(x_TD.float(), dim=1))
         count = min(self.options["top_k"], self.ffn.width)
         return hidden_TF.abs().topk(count, dim=1).indices

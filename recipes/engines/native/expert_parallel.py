@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.errors import Mistake, ModelError
+from moe.experts.expert_slices import keep_slice
 from moe.experts.experts import Experts
 from moe.routers import RouterConfig, router_class
 from recipes.engines.optim.muon import local_part
@@ -87,7 +88,7 @@ def apply_ep(model: HFModel, grid: ExpertMeshes, policy: MixedPrecisionPolicy) -
     spread = []
     for _, layer in model.moe_layers():
         dim = cut_dim(layer.experts, grid.cutters, grid.ranks.size())
-        layer.experts.spread(grid.ranks)
+        keep_slice(layer.experts, grid.ranks)
         layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, grid.ranks.get_group()))
         fully_shard(
             layer.experts,
