@@ -1,4 +1,4 @@
-"""The layer that replaces a dense feed-forward network: route, dispatch, compute, combine.
+"""MoE layer in the place of a dense feed-forward network: route, dispatch, compute, combine.
 
 Letters: T tokens, D model width.
 """
@@ -19,12 +19,12 @@ from moe.types import LayerContext
 
 
 class MoELayer(nn.Module):
-    """A mixture of experts, ``[..., D] -> [..., D]``. It only orders its parts.
+    """Mixture-of-experts layer, ``[..., D] -> [..., D]``, which only sequences its parts.
 
     Attributes:
-        shared: The expert that every token uses besides; None for none.
-        context: The run as this layer sees it; the host fills it.
-        stats: What was routed where in the current step.
+        shared: The expert that every token uses in addition; None without one.
+        context: This layer's view of the run; the model fills it.
+        stats: Routing statistics of the current step.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MoELayer(nn.Module):
         self.context = context
 
     def set_dispatcher(self, dispatcher: Dispatcher) -> None:
-        """Lets another dispatcher bring the tokens to the experts, as when these move to several ranks."""
+        """Sets the dispatcher, e.g. to all-to-all when experts are sharded over ranks."""
         self.stats.readers = dispatcher.group
         self.dispatcher = self.router.wrap_dispatcher(dispatcher)
 
@@ -54,12 +54,12 @@ class MoELayer(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, self.context)
         handle = self.dispatcher.start(x_TD, routing)
-        # While the tokens travel: what needs no expert.
+        # Computation that needs no expert overlaps with the transfer.
         shared_TD = None if self.shared is None else self.shared(x_TD)
         run = self.context.run
         if self.training:
             self.stats.record(run.micro_batch, routing, self.context.token_mask_T(len(x_TD)))
-        sent = handle()
+        sent = handle.wait()
         out_TD = self.dispatcher.combine(self.experts(sent), sent)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
@@ -70,5 +70,5 @@ class MoELayer(nn.Module):
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
-    """Every MoE layer of a model with its module name, in order."""
+    """Returns every MoE layer of a model with its module name, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]

@@ -1,4 +1,4 @@
-"""What the routers did, kept per micro-batch, summed over ranks, turned into figures people know.
+"""Routing statistics, kept per micro-batch, summed over ranks, and turned into familiar figures.
 
 Statistics of a (micro-batch, layer) are *written*, not added: activation recomputation runs the forward
 pass twice and overwrites the same entry.
@@ -18,23 +18,23 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from moe.types import Routing
 
-# Entries of a layer's packed vector behind its E counts and E sums of probabilities: tokens, slots, unused
+# Entries of a layer's packed vector after its E counts and E sums of probabilities: tokens, slots, unused
 # slots, entropy sum.
 _NUM_SUMS = 4
-# What `_distinct` gives, behind these and the means of the losses.
+# Entries from `_distinct`, after these and the means of the losses.
 _NUM_DISTINCT = 4
 
 
 @dataclass
 class LayerStats:
-    """The statistics of one layer in the current step.
+    """Statistics of one layer in the current step.
 
     Attributes:
-        sums: Micro-batch to ``[2 E + 4]`` vector that adds up over micro-batches and ranks.
+        sums: Micro-batch to ``[2 E + 4]`` vector, additive over micro-batches and ranks.
         logit_max: Micro-batch to the largest absolute router logit.
         losses: Micro-batch to named losses and metrics, averaged over micro-batches and ranks.
-        readers: Ranks over which the experts are spread in equal slices: one reads an expert once for the
-            tokens of all of them. None where every rank reads those of its own tokens.
+        readers: Ranks over which the experts are sharded in equal slices, so that an expert is read once for
+            the tokens of all of them. None if every rank reads the experts of its own tokens.
     """
 
     sums: dict[int, Tensor] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class LayerStats:
 
 
 def _probability_sums(scores_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of the normalised scores of each expert, and of their entropy in units of ln E."""
+    """Returns the sums over tokens of each expert's normalised scores, and of their entropy over ln E."""
     E = scores_TE.shape[1]
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
     entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(max(E, 2))
@@ -83,25 +83,25 @@ def _probability_sums(scores_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The step's routing, layer by layer, over all ranks.
+    """Report on a step's routing, layer by layer, over all ranks.
 
     Attributes:
-        layers: Index of each MoE layer in the host.
-        load: Layer by expert, the share of routed slots; a layer's shares sum to 1.
-        per_layer: Figure to one value a layer: ``maxvio`` (largest load over the mean, minus 1;
-            arXiv 2408.15664), ``load_cv`` (standard deviation over mean), ``importance_cv`` (the same of the
-            experts' summed probabilities; 0 where a router has none), ``entropy`` (of a token's router
+        layers: Index of each MoE layer in the model.
+        load: Share of routed slots, by layer and expert; a layer's shares sum to 1.
+        per_layer: Figure to one value per layer: ``maxvio`` (largest load over the mean, minus 1;
+            arXiv 2408.15664), ``load_cv`` (standard deviation over mean), ``importance_cv`` (the same for the
+            experts' summed probabilities; 0 without probabilities), ``entropy`` (entropy of a token's router
             distribution, in units of ln E), ``dead_experts`` (experts without a token),
-            ``experts_per_token`` (slots that were used, over tokens), ``dropped_fraction`` (slots that were
-            not used), ``logit_max`` (largest absolute logit), and ``<name>_loss`` for each loss, with its
-            coefficient, and the router's own metrics.
-        distinct: Of each layer, different experts that a micro-batch used: of a rank, or of all ranks over
-            which the experts are spread together; mean over all micro-batches. It depends on how the step is
-            cut into them.
-        distinct_in_step: The same of all micro-batches together; mean over the ranks.
-        busiest: Of each layer, the most of these experts that one rank read; as `distinct` where every rank
-            reads those of its own tokens.
-        busiest_in_step: The same of all micro-batches together.
+            ``experts_per_token`` (used slots over tokens), ``dropped_fraction`` (share of unused slots),
+            ``logit_max`` (largest absolute logit), ``<name>_loss`` for each loss times its coefficient, and
+            the router's own metrics.
+        distinct: Different experts that a micro-batch used, per layer: of one rank, or of all ranks over
+            which the experts are sharded; mean over micro-batches. It depends on the split into
+            micro-batches.
+        distinct_in_step: The same for all micro-batches together; mean over the ranks.
+        busiest: Largest number of these experts that one rank read, per layer; equals `distinct` if every
+            rank reads the experts of its own tokens.
+        busiest_in_step: The same for all micro-batches together.
     """
 
     layers: tuple[int, ...]
@@ -113,21 +113,21 @@ class LoadReport:
     busiest_in_step: tuple[float, ...] = ()
 
     def means(self) -> dict[str, float]:
-        """Each figure averaged over the layers."""
+        """Returns each figure averaged over the layers."""
         return {name: sum(values) / len(values) for name, values in self.per_layer.items()}
 
 
 def report_load(
     stats: Sequence[tuple[int, LayerStats]], group: ProcessGroup | None = None
 ) -> LoadReport | None:
-    """Sums the layers' statistics over micro-batches and ranks and clears them.
+    """Sums the layers' statistics over micro-batches and ranks, and clears them.
 
     Args:
         stats: Layer index and statistics of each MoE layer, the same on every rank.
         group: The ranks to sum over; None for this rank alone.
 
     Returns:
-        The report, or None where no layer has recorded anything.
+        The report; None if any layer has recorded nothing.
     """
     if not stats or any(not layer.sums for _, layer in stats):
         return None
@@ -163,7 +163,7 @@ def _pack(stats: Sequence[tuple[int, LayerStats]], names: Sequence[str]) -> tupl
 
 
 def _used_by_readers(layers: Sequence[LayerStats]) -> list[Tensor]:
-    """Of each layer ``[M, E]``, bool: experts with a token, of all ranks that read them together."""
+    """Returns per layer ``[M, E]`` bool: experts with a token, over all ranks that read them together."""
     stacked = [torch.stack(list(layer.sums.values())) for layer in layers]
     used_LME = [sums_M[:, : (sums_M.shape[1] - _NUM_SUMS) // 2] > 0 for sums_M in stacked]
     for group in {id(layer.readers): layer.readers for layer in layers}.values():
@@ -179,7 +179,7 @@ def _used_by_readers(layers: Sequence[LayerStats]) -> list[Tensor]:
 
 
 def _distinct(used_ME: Tensor, readers: ProcessGroup | None) -> Tensor:
-    """The four counts of a `LoadReport`, of one layer, on the device and unread."""
+    """Returns the four counts of a `LoadReport` for one layer, on the device."""
     ranks = 1 if readers is None else readers.size()
     once_E = used_ME.any(0)
     slices_MP = used_ME.view(len(used_ME), ranks, -1).sum(-1)

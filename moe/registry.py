@@ -1,4 +1,4 @@
-"""Finds the classes of a package by what they derive from: adding one means adding a file."""
+"""Discovery of the classes of a package by their base class: adding one means adding a file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def discover(package: str, base: Any, module: str = "{name}") -> dict[str, Any]:
-    """Concrete subclasses of `base` in the modules of a package, by their ``name`` attribute.
+    """Returns the concrete subclasses of `base` in the modules of a package, by their ``name`` attribute.
 
     Args:
         package: Dotted name of an imported package; its direct modules are imported.
-        base: The (abstract) class they derive from; callers annotate what they get.
-        module: Where to look for the entry ``{name}`` of the package, e.g. ``{name}.{name}_engine`` where
-            each is a package of its own; entries without such a module are passed over.
+        base: The (abstract) class that they derive from; callers annotate the result.
+        module: Place of the module for the entry ``{name}`` of the package, e.g. ``{name}.{name}_engine`` if
+            each entry is a package; entries without such a module are skipped.
 
     Returns:
         Name to class, in alphabetical order.

@@ -1,4 +1,4 @@
-"""The types that travel between router, balance losses, dispatch, experts and layer.
+"""Types that router, balance losses, dispatch, experts and layer exchange.
 
 Letters, the same in every file: T tokens, D model width, E experts, K slots a token, R routed rows
 (one for each kept token-expert pair), F expert width, L layers.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Config:
-    """Base of every config dataclass. Unknown keys are refused when a config file is read into it.
+    """Base of every config dataclass. Unknown keys in a config file are rejected.
 
     ``__pydantic_config__`` is read by pydantic, which this library does not import.
     """
@@ -25,25 +25,25 @@ class Config:
 
 @dataclass
 class RouterContext:
-    """What routers may know about the run. One object, owned by the host, shared by all layers.
+    """State of the run that routers may read. One object, owned by the model, shared by all layers.
 
-    A forward pre-hook of the host fills the batch fields; the training loop fills the step fields.
+    A forward pre-hook of the model fills the batch fields; the training loop fills the step fields.
     Layers read it through `LayerContext`; nothing is global.
 
     Attributes:
         step: Optimizer steps done so far.
         micro_batch: Index of the micro-batch within the step; statistics are kept per micro-batch, so
             that activation recomputation overwrites them instead of counting twice.
-        num_micro_batches: Micro-batches a step (gradient accumulation).
-        loss_scale: What the main loss of a micro-batch is multiplied by before backward. Balance
-            losses are scaled alike, so that their coefficient means the same under accumulation.
-        group: Process group over which expert load is counted; None counts this rank alone.
+        num_micro_batches: Micro-batches per step (gradient accumulation).
+        loss_scale: Factor on a micro-batch's main loss before backward. Balance losses get the same factor,
+            so that accumulation does not change the meaning of their coefficient.
+        group: Process group over which expert load is counted; None for this rank alone.
         token_ids: ``[B, S]`` ids of the batch, or None.
         padding_mask: ``[B, S]`` bool, True where a token is real, or None when all are.
-        keys: What else the caller knows of every token, by name (modality, class, timestep): ``[B, S]``.
-            The caller sets it before each forward pass; routers by key read it.
-        top_k: Layer index to experts a token, where that is another number than the router's own at this step
-            (`moe.routing.top_k_schedule`). Set before each forward pass; read by `LayerContext.top_k`.
+        keys: Further properties of every token, by name (modality, class, timestep): ``[B, S]``. The caller
+            sets them before each forward pass, for routers by key.
+        top_k: Layer index to experts per token, where a schedule (`moe.routing.top_k_schedule`) overrides the
+            router's own number at this step. Set before each forward pass; read by `LayerContext.top_k`.
     """
 
     step: int = 0
@@ -59,22 +59,22 @@ class RouterContext:
 
 @dataclass(frozen=True)
 class LayerContext:
-    """The view one MoE layer has of the run: the shared context and its own index."""
+    """View that one MoE layer has of the run: the shared context and its own index."""
 
     run: RouterContext
     layer_index: int
 
     def top_k(self, own: int) -> int:
-        """Experts a token of this layer at this step: ``own``, the router's, unless a schedule differs."""
+        """Returns the experts per token at this step: the schedule's, else ``own``, the router's."""
         return self.run.top_k.get(self.layer_index, own)
 
     def num_sequences(self, num_tokens: int) -> int:
-        """Sequences that the T tokens are of, all of one length; 1 when the batch is not known or empty."""
+        """Returns the number of (equally long) sequences of T tokens; 1 if the batch is unknown or empty."""
         ids = self.run.token_ids
         return ids.shape[0] if ids is not None and ids.dim() == 2 and ids.numel() == num_tokens > 0 else 1
 
     def token_mask_T(self, num_tokens: int) -> Tensor | None:
-        """``[T]`` bool, True for real tokens; None when no mask is set or it is of another batch."""
+        """Returns ``[T]`` bool, True for real tokens; None without a mask or with another batch's."""
         mask = self.run.padding_mask
         if mask is None or mask.numel() != num_tokens:
             return None
@@ -83,17 +83,16 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided for T tokens. May hold a different number of experts for each token.
+    """Decision of a router for T tokens, with the same or a varying number of experts per token.
 
     Attributes:
-        expert_ids_TK: ``[T, K]`` int64 expert of each slot; the value in an unused slot is ignored.
+        expert_ids_TK: ``[T, K]`` int64 expert of each slot; values in unused slots are ignored.
         weights_TK: ``[T, K]`` combine weights, at least fp32; they carry the gradient to the router.
         num_experts: E.
-        slot_mask_TK: ``[T, K]`` bool, False where a slot is unused; None when all are used.
-        scores_TE: ``[T, E]`` fp32 dense scores (probabilities) when the router has them.
-        logits_TE: ``[T, E]`` fp32 router logits when the router has them.
-        losses: Named scalar losses, already multiplied by their coefficient; the layer attaches
-            their gradient.
+        slot_mask_TK: ``[T, K]`` bool, False where a slot is unused; None if all are used.
+        scores_TE: ``[T, E]`` fp32 dense scores (probabilities), if the router has them.
+        logits_TE: ``[T, E]`` fp32 router logits, if the router has them.
+        losses: Named scalar losses times their coefficients; the layer attaches their gradient.
         metrics: Named detached scalars for the dashboard.
     """
 

@@ -122,7 +122,7 @@ def _published(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str
 def _plan(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
     from moe.accounting.memory import ElementBytes
     from moe.accounting.shape import shape_from_config
-    from moe.planning.advice import refuse_these, refuse_to_fit
+    from moe.planning.advice import fixed_axes_error, no_fit_error
     from moe.planning.assumptions import Assumptions, with_settings
     from moe.planning.blocks import model_of
     from moe.planning.layout import Job, Layout, enumerate_layouts
@@ -140,7 +140,7 @@ def _plan(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any
     plans = [make_plan(one, job, cluster, assumed, sizes, model) for one in layouts]
     fitting = fastest(plans)
     if not fitting:
-        raise refuse_these(plans, args.only) if only else refuse_to_fit(job, cluster, assumed, sizes)
+        raise fixed_axes_error(plans, args.only) if only else no_fit_error(job, cluster, assumed, sizes)
     for line in plan_lines(fitting[: args.top], len(fitting), len(layouts)):
         log(line)
     return {

@@ -1,8 +1,8 @@
-"""Attention whose key-value heads are experts, as far as its cost depends on it.
+"""Cost of attention whose key-value heads are experts.
 
-Which keys a query meets depends on the text: in an expert it sees the earlier tokens that went there too.
-Counted is what is expected when tokens choose independently and every expert equally often; with K = E it is
-the dense attention exactly. Matrices, and what the cache holds of a token, are exact.
+The keys that a query sees depend on the text: in an expert it sees the earlier tokens that went there too.
+Counts are expectations for tokens that choose independently and uniformly; with K = E they equal the dense
+attention. Matrices and cache entries per token are exact.
 
 Letters: E experts, K experts a token, H head width.
 """
@@ -17,15 +17,15 @@ from moe.accounting.mixers import AttentionShape, Mixer
 
 @dataclass(frozen=True)
 class AttentionExpertsShape(Mixer):
-    """A grouped-query attention cut into its key-value heads, and a router over them.
+    """Shape of a grouped-query attention cut into its key-value heads, with a router over them.
 
     Source: Qu et al. 2024 (arXiv 2411.15708), attention MoE; see `moe.attention.routed_attention`.
 
     Attributes:
-        dense: The attention that was cut: E is its key-value heads.
+        dense: The attention that was cut; E is its key-value heads.
         top_k: K.
         router_matrix: Elements of the router's matrices.
-        router_vector: Its other elements.
+        router_vector: Other elements of the router.
     """
 
     dense: AttentionShape
@@ -43,35 +43,35 @@ class AttentionExpertsShape(Mixer):
         return self.top_k / self.num_experts
 
     def expert_matrix_parameters(self, hidden_size: int) -> int:
-        """Elements of an expert's four projections."""
+        """Returns the elements of an expert's four projections."""
         return self.dense.matrix_parameters(hidden_size) // self.num_experts
 
     def expert_vector_parameters(self, hidden_size: int) -> int:
-        """Elements of an expert's biases; that of the output belongs to none."""
+        """Returns the elements of an expert's biases; the output bias belongs to none."""
         all_biases = self.dense.bias_parameters(hidden_size) - self.dense.output_bias * hidden_size
         return all_biases // self.num_experts
 
     def always_vector_parameters(self, hidden_size: int) -> int:
-        """Elements of what every token passes: norms of the heads, output bias, the router's vectors."""
+        """Returns the elements that every token uses: norms of heads, output bias, the router's vectors."""
         experts = self.num_experts * self.expert_vector_parameters(hidden_size)
         return self.dense.vector_parameters(hidden_size) - experts + self.router_vector
 
     def matrix_parameters(self, hidden_size: int) -> int:
-        """Elements of the router and of K experts."""
+        """Returns the elements of the router's and K experts' matrices."""
         return self.router_matrix + self.top_k * self.expert_matrix_parameters(hidden_size)
 
     def vector_parameters(self, hidden_size: int) -> int:
-        """All other elements that a token meets."""
+        """Returns all other elements that a token uses."""
         experts = self.top_k * self.expert_vector_parameters(hidden_size)
         return self.always_vector_parameters(hidden_size) + experts
 
     def bias_parameters(self, hidden_size: int) -> int:
-        """Elements of the biases of K experts and of the output."""
+        """Returns the elements of the biases of K experts and of the output."""
         experts = self.top_k * self.expert_vector_parameters(hidden_size)
         return experts + self.dense.output_bias * hidden_size
 
     def idle_parameters(self, hidden_size: int) -> int:
-        """Elements of the experts that a token does not use."""
+        """Returns the elements of the experts that a token does not use."""
         expert = self.expert_matrix_parameters(hidden_size) + self.expert_vector_parameters(hidden_size)
         return (self.num_experts - self.top_k) * expert
 
@@ -82,32 +82,32 @@ class AttentionExpertsShape(Mixer):
 
     @property
     def cache_width(self) -> int:
-        """Key and value channels of K experts: a token is remembered where it was sent alone."""
+        """Key and value channels of K experts: only a token's own experts remember it."""
         return 2 * self.top_k * self.dense.head_dim
 
     def keys_at(self, position: int) -> float:
-        """Expected: itself, and of those before it the share that went to the same expert."""
+        """Returns the expected number: itself, and the share of earlier tokens in the same expert."""
         return 1 + (self.dense.keys_at(position) - 1) * self._share
 
     def keys_read(self, length: int, new: int) -> float:
-        """Expected: the experts that new tokens touch between them, each with its share of the past."""
+        """Returns the expected number over the experts that new tokens use, with their share of the past."""
         past = self.dense.keys_at(length - new + 1) - 1
         return past * (1 - (1 - self._share) ** new) + new
 
     def mean_keys(self, seq_len: int) -> float:
-        """The mean of `keys_at`."""
+        """Returns the mean of `keys_at`."""
         return 1 + (self.dense.mean_keys(seq_len) - 1) * self._share
 
     def most_keys(self, seq_len: int) -> int:
-        """All that went to the same expert can be all there are."""
+        """Returns the dense number, as all tokens may go to one expert."""
         return self.dense.most_keys(seq_len)
 
 
 def attention_moe_blocks(shape: ModelShape) -> tuple[AttentionExpertsShape, ...]:
-    """The attention layers of a model whose heads are experts, in order."""
+    """Returns the attention layers of a model whose heads are experts, in order."""
     return tuple(mixer for mixer in shape.attention if isinstance(mixer, AttentionExpertsShape))
 
 
 def moe_blocks(shape: ModelShape) -> tuple[MoEShape | AttentionExpertsShape, ...]:
-    """All that routes: networks in order, then attention in order, as `moe.metrics.report_load` has them."""
+    """Returns all routed blocks: networks in order, then attention, as in `moe.metrics.report_load`."""
     return (*shape.moe, *attention_moe_blocks(shape))

@@ -1,7 +1,7 @@
 """Bytes that a forward pass moves: weights that it touches, and the cache.
 
-Tensors are sorted into classes, each with its own bits an element, since quantised checkpoints quantise
-some classes only. Activations are not counted.
+Tensors are sorted into classes with separate bits per element, since quantised checkpoints quantise only some
+classes. Activations are not counted.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from moe.accounting.passes import Batch
 
 @dataclass(frozen=True)
 class BitWidths:
-    """Bits an element takes in memory, scales included, by class of tensor.
+    """Bits per element in memory, scales included, by class of tensor.
 
     Attributes:
         attention: Matrices of the mixers.
         dense: Matrices of dense feed-forward networks.
         shared: Matrices of shared experts.
         expert: Matrices of routed experts.
-        expert_vector: Biases of routed experts; None for as many as ``expert``.
+        expert_vector: Biases of routed experts; None for the bits of ``expert``.
         router: Routers and gates of shared experts.
         vector: Norms, and biases outside routed experts.
-        embedding: The embedding, where it is not tied to the head.
+        embedding: The embedding, if it is not tied to the head.
         head: The head.
         kv: Keys and values, or latents.
         state: State-space models' state.
@@ -51,14 +51,14 @@ CLASSES = tuple(field.name for field in fields(BitWidths))
 
 
 def uniform_bits(weights: float, cache: float | None = None) -> BitWidths:
-    """All weights alike, and the cache as well where it is not given."""
+    """Returns equal bits for all weights, and for the cache unless it is given."""
     cache = weights if cache is None else cache
     return BitWidths(**{name: cache if name in ("kv", "state") else weights for name in CLASSES})
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of one forward pass, by what they are of.
+    """Bytes of one forward pass, by part.
 
     Attributes:
         attention: Projections of the mixers with their biases.
@@ -66,10 +66,10 @@ class StepBytes:
         shared: Shared experts.
         experts: Routed experts that the batch touches.
         router: Routers and gates of shared experts.
-        norms: Norms, sinks and what else mixers hold.
+        norms: Norms, sinks and other elements of mixers.
         head: The head, once.
-        embedding: One row a new token.
-        kv_read: Cache of what the new tokens see, themselves included.
+        embedding: One row per new token.
+        kv_read: Cache entries that the new tokens see, themselves included.
         kv_written: Cache of the new tokens.
         state: State-space models' state, read and written.
     """
@@ -94,37 +94,37 @@ class StepBytes:
     def strict(self) -> float:
         """Equation 4 of MoE-CAP to the letter: attention, experts, and the cache read.
 
-        Dense networks and shared experts are experts that every token uses. There is no router, norm,
-        embedding or head in it.
+        Dense networks and shared experts are experts that every token uses. Router, norms, embedding and head
+        are left out.
         """
         return self.attention + self.dense + self.shared + self.experts + self.kv_read
 
     @property
     def weights(self) -> float:
-        """All weights touched."""
+        """All touched weights."""
         layers = self.attention + self.dense + self.shared + self.experts + self.router + self.norms
         return layers + self.head + self.embedding
 
     @property
     def complete(self) -> float:
-        """Everything listed here."""
+        """Sum of all parts."""
         return self.weights + self.kv_read + self.kv_written + self.state
 
 
 def step_bytes(
     shape: ModelShape, batch: Batch, distinct: Sequence[float], bits: BitWidths | None = None
 ) -> StepBytes:
-    """Bytes of a forward pass of a batch, decode or prefill.
+    """Computes the bytes of a forward pass of a batch, decode or prefill.
 
     Args:
-        shape: Of the model.
-        batch: Of the pass.
-        distinct: Different routed experts of every one of `moe.accounting.attention_experts.moe_blocks`, see
-            `moe.accounting.distinct`.
-        bits: By class; 16 each by default.
+        shape: Shape of the model.
+        batch: Batch of the pass.
+        distinct: Number of distinct routed experts of each of `moe.accounting.attention_experts.moe_blocks`,
+            see `moe.accounting.distinct`.
+        bits: Bits by class; 16 each by default.
 
     Raises:
-        ValueError: There is not one number for every mixture, or one is not in 0 to E.
+        ValueError: There is not one number per MoE block, or one is not in 0 to E.
 
     Source: Y. Jiang et al., "MoE-CAP", arXiv:2412.07067, section 4.1.
     """
@@ -133,7 +133,7 @@ def step_bytes(
     used = tuple(distinct)
     if len(used) != len(limits) or any(not 0 <= n <= most for n, most in zip(used, limits, strict=True)):
         raise ValueError(
-            f"distinct={used} must hold a number from 0 to E for mixtures of E={limits} experts."
+            f"distinct={used} must hold a number from 0 to E for MoE blocks of E={limits} experts."
         )
     networks, attention = iter(used[: len(shape.moe)]), iter(used[len(shape.moe) :])
     width, total = shape.hidden_size, _model_bytes(shape, batch, bits)
@@ -146,12 +146,12 @@ def step_bytes(
 
 
 def full_step_bytes(shape: ModelShape, batch: Batch, bits: BitWidths | None = None) -> StepBytes:
-    """What MBU takes a pass for: every expert is read. Of the input embedding only the rows are."""
+    """Computes the bytes under MBU's assumption that every expert is read, with embedding rows only."""
     return step_bytes(shape, batch, all_distinct(shape), bits)
 
 
 def weight_bytes(shape: ModelShape, bits: BitWidths | None = None) -> float:
-    """Bytes of all weights in memory."""
+    """Returns the bytes of all weights in memory."""
     bits = bits or BitWidths()
     one = Batch((1,))
     step = full_step_bytes(shape, one, bits)
@@ -160,12 +160,12 @@ def weight_bytes(shape: ModelShape, bits: BitWidths | None = None) -> float:
 
 
 def kv_bytes_per_token(shape: ModelShape, bits: float = 16) -> float:
-    """Bytes of cache that a token adds while no window is full."""
+    """Returns the bytes of cache that a token adds while no window is full."""
     return sum(mixer.cache_width for mixer in shape.attention) * bits / 8
 
 
 def cache_bytes(shape: ModelShape, lengths: Iterable[int], bits: BitWidths | None = None) -> float:
-    """Bytes of cache and state of sequences of these lengths; a window keeps no more than it sees."""
+    """Returns the bytes of cache and state of sequences of these lengths; windows limit what is kept."""
     bits = bits or BitWidths()
     total = 0.0
     for length in lengths:

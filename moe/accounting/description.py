@@ -1,4 +1,4 @@
-"""All figures of a model in one mapping, and the same in lines to read."""
+"""Figures of a model in one mapping, and as lines to read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from moe.accounting.bytes import BitWidths, StepBytes, full_step_bytes, kv_bytes_per_token, step_bytes
 from moe.accounting.distinct import estimated_distinct, touched_share
-from moe.accounting.families.reading import LayerConfig, refuse
+from moe.accounting.families.reading import LayerConfig, reject
 from moe.accounting.flops import CONVENTIONS, COUNTED, Flops, flops_from_shape, forward_flops_per_token
 from moe.accounting.layers import DenseFFNShape, ModelShape, MoEShape
 from moe.accounting.memory import ElementBytes, serving_memory, training_memory
@@ -25,14 +25,14 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What the figures are for.
+    """Settings of the figures.
 
     Attributes:
         seq_len: Tokens of a sequence.
         batch_size: Sequences at once.
-        kv_dtype: Of the cache.
-        bits: ``class=bits`` of tensors, over what the config says.
-        tiers: Memories in serving, see `moe.accounting.tiers.read_tiers`; none for one memory.
+        kv_dtype: Dtype of the cache.
+        bits: ``class=bits`` of tensors, which override the config.
+        tiers: Memories in serving, see `moe.accounting.tiers.read_tiers`; empty for one memory.
     """
 
     seq_len: int = 4096
@@ -43,11 +43,11 @@ class Request:
 
 
 def describe_model(config: LayerConfig, request: Request) -> Figures:
-    """The figures of a model whose family is in the table.
+    """Computes the figures of a model whose family is in the table.
 
     Args:
         config: The content of its ``config.json``.
-        request: What they are for.
+        request: Settings.
 
     Raises:
         ConfigError: The family, the quantisation or a dtype is not known, or a key is missing.
@@ -74,13 +74,13 @@ def describe_model(config: LayerConfig, request: Request) -> Figures:
 def describe_counted(
     config: LayerConfig, count: ParameterCount, attention: Sequence[Mixer] | None, request: Request
 ) -> Figures:
-    """The figures of a model whose module was counted; None stands for what its config does not say.
+    """Computes the figures of a model whose module was counted; None for unknown ones.
 
     Args:
         config: The content of its ``config.json``.
-        count: Of the module.
-        attention: Of every layer, or None where it is not known.
-        request: What they are for.
+        count: Count of the module.
+        attention: Attention of every layer; None if unknown.
+        request: Settings.
 
     Raises:
         ConfigError: The dtype of the cache is not known.
@@ -112,7 +112,7 @@ def describe_counted(
 def _kv_bits(name: str) -> float:
     bits = dtype_bits(name)
     if bits is None:
-        refuse("--kv-dtype", name, "no accounting knows this dtype", f"Known are {', '.join(DTYPE_BITS)}.")
+        reject("--kv-dtype", name, "no accounting knows this dtype", f"Known are {', '.join(DTYPE_BITS)}.")
     return bits
 
 
@@ -141,7 +141,7 @@ def _both(flops: Flops) -> Figures:
 
 
 def _layers(shape: ModelShape) -> list[Figures]:
-    """Every kind of layer and how many there are of it, in the order in which they come up."""
+    """Returns every kind of layer with its count, in order of appearance."""
     return [
         {
             "layers": times,
@@ -200,7 +200,7 @@ def _whole(value: float) -> float | int:
 
 
 def lines_of(figures: Mapping[str, Any]) -> Iterator[str]:
-    """The figures to read, from `describe_model` or `describe_counted`."""
+    """Yields the figures from `describe_model` or `describe_counted` as lines."""
     yield f"{figures['model_type']} ({figures['part']})"
     yield from _layer_lines(figures)
     yield "\nparameters"
@@ -224,11 +224,11 @@ def _layer_lines(figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _words(kind: Mapping[str, Any]) -> str:
-    """The kind and what is set in it."""
+    """Returns the kind and its non-default settings."""
     name = str(kind["kind"]).removesuffix("Shape")
     plain = (None, False, "none", 0)
-    told = [f"{key} {value}" for key, value in kind.items() if key != "kind" and value not in plain]
-    return f"{name}: {', '.join(told)}"
+    shown = [f"{key} {value}" for key, value in kind.items() if key != "kind" and value not in plain]
+    return f"{name}: {', '.join(shown)}"
 
 
 def _training_lines(figures: Mapping[str, Any]) -> Iterator[str]:

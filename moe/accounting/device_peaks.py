@@ -1,4 +1,4 @@
-"""The most floating-point operations a device does in a second: from data sheets, else measured."""
+"""Peak floating-point rates of devices: from data sheets, else measured."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ TABLE_DATE = "2026-11"
 
 @dataclass(frozen=True)
 class Peak:
-    """A device's peak in one number format.
+    """Peak of a device in one number format.
 
     Attributes:
-        value: FLOP/s of one device. Measured: the best of the sweep.
+        value: FLOP/s of one device; if measured, the best of the sweep.
         source: ``datasheet-dense`` (without sparsity), ``measured``, or ``user``.
         device: The device's name.
-        dtype: The format, such as ``bfloat16``; ``tf32`` where fp32 products run in it.
-        detail: Where the number is from, for the report.
-        median: Measured: the median at the best size; far below ``value`` on a busy machine. Else ``value``.
+        dtype: The format, such as ``bfloat16``; ``tf32`` if fp32 products run in it.
+        detail: Origin of the number, for the report.
+        median: If measured, the median at the best size, far below ``value`` on a busy machine; else
+            ``value``.
     """
 
     value: float
@@ -39,14 +40,14 @@ class Peak:
 
     @property
     def noisy(self) -> bool:
-        """The median of the measurement is more than a quarter below its best."""
+        """True if the median of the measurement is more than a quarter below its best."""
         return self.median < 0.75 * self.value
 
 
 # TFLOP/s of one device, dense (sparse marketing numbers are twice these), accumulating in fp32. ``fp32`` is
-# without tensor cores, ``tf32`` with. Keys match the whole of torch.cuda.get_device_name(): a laptop or MIG
-# variant has another name and is measured. bf16 is as stas00/ml-engineering and torchtitan list it, fp32 and
-# tf32 as the makers' data sheets do. What is not certain is left out.
+# without tensor cores, ``tf32`` with. Keys match the full torch.cuda.get_device_name(): a laptop or MIG
+# variant has another name and is measured. bf16 follows stas00/ml-engineering and torchtitan, fp32 and tf32
+# the makers' data sheets. Uncertain values are left out.
 TABLE: Mapping[str, Mapping[MathMode, float]] = {
     r"NVIDIA A100-(SXM4|PCIE|PCIe)-(40|80)GB|NVIDIA A100 80GB PCIe": {"bf16": 312, "fp32": 19.5, "tf32": 156},
     r"NVIDIA H100 PCIe": {"bf16": 756, "fp32": 51, "tf32": 378},
@@ -66,13 +67,13 @@ TABLE: Mapping[str, Mapping[MathMode, float]] = {
     r"AMD Instinct MI300X( OAM)?": {"bf16": 1307, "fp32": 163.4},
 }
 
-# Square products of growing size; the sweep stops at the first that would not fit into its time.
+# Sizes of square products; the sweep stops at the first that would exceed its time.
 SIZES = tuple(2**power for power in range(8, 15))
 BATCHES = 5
 
 
 def math_mode(device: torch.device, dtype: torch.dtype) -> MathMode | None:
-    """Which column of the table products of this dtype use; None when the table has none for it."""
+    """Returns the table's column for products of this dtype; None without one."""
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16"
     if dtype is torch.float32:
@@ -82,7 +83,7 @@ def math_mode(device: torch.device, dtype: torch.dtype) -> MathMode | None:
 
 
 def table_peak(name: str, mode: MathMode) -> float | None:
-    """FLOP/s of the device with this name, or None when the table does not know it."""
+    """Returns the FLOP/s of the device with this name; None if the table lacks it."""
     for pattern, columns in TABLE.items():
         if re.fullmatch(pattern, name) and mode in columns:
             return columns[mode] * 1e12
@@ -90,7 +91,7 @@ def table_peak(name: str, mode: MathMode) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that torch has for an accelerator; for the CPU, its threads and vector width."""
+    """Returns torch's name of an accelerator; for the CPU, its threads and vector width."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     if device.type == "cpu":
@@ -99,9 +100,9 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_for(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of a device: from the table when it knows the device, else measured now (about 0.3 s).
+    """Returns the peak of a device: from the table if listed, else measured now (about 0.3 s).
 
-    Which of the two it was stands in ``source`` and belongs into every report.
+    ``source`` tells which, and belongs in every report.
     """
     name, mode = device_name(device), math_mode(device, dtype)
     listed = None if mode is None else table_peak(name, mode)
@@ -114,15 +115,15 @@ def peak_for(device: torch.device, dtype: torch.dtype) -> Peak:
 
 @torch.no_grad()
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Peak:
-    """Multiplies square matrices of growing size and takes the fastest.
+    """Measures the peak as the fastest product of square matrices of growing size.
 
-    It is what this machine attains now, with as many threads as torch has: below the theoretical peak (on
-    GPUs by 15 to 30 %), so a utilisation against it is higher than one against a data sheet.
+    This is what the machine attains now, with torch's threads: below the theoretical peak (on GPUs by 15 to
+    30 %), so that a utilisation against it exceeds one against a data sheet.
 
     Args:
-        device: Where.
-        dtype: Of the operands.
-        seconds: Time for the sweep, about; a first product at a size may take longer.
+        device: The device.
+        dtype: Dtype of the operands.
+        seconds: Approximate time for the sweep; a first product of a size may take longer.
 
     Raises:
         ValueError: ``seconds`` is not above 0.
@@ -144,7 +145,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
 
 
 def _rates_at(size: int, device: torch.device, dtype: torch.dtype, batch_seconds: float) -> list[float]:
-    """FLOP/s of several batches of products of one size; each batch lasts about ``batch_seconds``."""
+    """Measures the FLOP/s of several batches of products of one size, about ``batch_seconds`` each."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     torch.mm(a, b, out=out)

@@ -1,7 +1,7 @@
-"""FLOPs of a token under a named convention.
+"""FLOPs per token under a named convention.
 
-One multiplication with its addition is two FLOPs. What a number counts is decided by its convention, and
-the same model at the same speed has another utilisation under another: always name it.
+A multiplication with its addition is two FLOPs. A number depends on its convention, and so does the
+utilisation of the same model at the same speed: always name the convention.
 
 =================  ===================  ===================  ===================  ===================
                    ``exact``            ``palm``             ``torchtitan``       ``megatron``
@@ -20,7 +20,7 @@ layers for         no                   no                   no                 
 further tokens
 =================  ===================  ===================  ===================  ===================
 
-None counts softmax, rotary embeddings, top-k or recomputation. Training is three forward passes.
+None counts softmax, rotary embeddings, top-k or recomputation. Training counts as three forward passes.
 
 ``palm`` is ``6N + 12 L H Q T`` for training (A. Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B),
 with N the active parameters, L layers, H heads, Q their width, T the sequence length. ``torchtitan`` is
@@ -68,13 +68,13 @@ TRAINING_FORWARDS = 3
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs a token, on average over the positions of a sequence."""
+    """FLOPs per token, averaged over the positions of a sequence."""
 
     forward: float
 
     @property
     def training(self) -> float:
-        """Forward and backward, without recomputation."""
+        """FLOPs of forward and backward, without recomputation."""
         return TRAINING_FORWARDS * self.forward
 
 
@@ -84,14 +84,14 @@ def forward_flops_per_token(
     seq_len: int,
     convention: Convention = "exact",
 ) -> float:
-    """FLOPs of a token's forward pass, on average over the positions of a sequence.
+    """Computes the FLOPs of a token's forward pass, averaged over the positions of a sequence.
 
-    Layers that only predict further tokens are not known here: see `flops_from_shape`.
+    Layers that only predict further tokens are not included: see `flops_from_shape`.
 
     Args:
-        count: From a live module or a shape.
-        attention: Of every layer; see `moe.accounting.shape.attention_from_config`.
-        seq_len: Tokens of a sequence. Documents packed into one count as one, as they do in the products.
+        count: Count of a live module or a shape.
+        attention: Attention of every layer; see `moe.accounting.shape.attention_from_config`.
+        seq_len: Tokens of a sequence. Documents packed into one count as one, as in the products.
         convention: See the module.
 
     Raises:
@@ -119,16 +119,17 @@ def training_flops_per_token(
     seq_len: int,
     convention: Convention = "exact",
 ) -> float:
-    """FLOPs of a token's forward and backward pass: three forward passes. See `forward_flops_per_token`.
+    """Computes the FLOPs of a token's forward and backward pass, i.e. three forward passes.
 
-    The product that makes the gradient of a frozen matrix is left out, under every convention.
+    The product for the gradient of a frozen matrix is left out, under every convention. See
+    `forward_flops_per_token`.
     """
     forward = forward_flops_per_token(count, attention, seq_len, convention)
     return TRAINING_FORWARDS * forward - 2 * count.frozen
 
 
 def flops_from_shape(shape: ModelShape, seq_len: int, convention: Convention = "exact") -> Flops:
-    """FLOPs of a token, from the shape alone. See `forward_flops_per_token`."""
+    """Computes the FLOPs of a token from the shape alone. See `forward_flops_per_token`."""
     count, further = count_from_shape(shape), 0.0
     if convention == "megatron" and shape.next_token_layers:
         further = shape.next_token_layers * _further_layer(shape, seq_len)
@@ -136,14 +137,14 @@ def flops_from_shape(shape: ModelShape, seq_len: int, convention: Convention = "
 
 
 def _further_layer(shape: ModelShape, seq_len: int) -> float:
-    """A layer like the last, two hidden states joined into one before it, and the head once more."""
+    """Computes the FLOPs of a layer like the last, after a projection of two hidden states, and the head."""
     alone = replace(shape, layers=shape.layers[-1:])
     one = forward_flops_per_token(count_from_shape(alone), alone.attention, seq_len, "megatron")
     return one + 2 * 2 * shape.hidden_size**2
 
 
 def all_experts(shape: ModelShape) -> ModelShape:
-    """The same model when every token uses every expert: what MFU and MBU of dense models take it for."""
+    """Returns the model with every token using every expert, as MFU and MBU of dense models assume."""
     layers: list[LayerShape] = []
     for layer in shape.layers:
         ffn, mixer = layer.ffn, layer.attention
@@ -156,5 +157,5 @@ def all_experts(shape: ModelShape) -> ModelShape:
 
 
 def _scores(mixer: Mixer, keys: float) -> float:
-    """Scores and weighted values over ``keys`` keys: two products of two FLOPs."""
+    """Computes the FLOPs of scores and weighted values over ``keys`` keys: two products."""
     return 2 * mixer.score_width * keys

@@ -1,4 +1,4 @@
-"""A FLOP formula for grouped products, which torch's counter does not know and takes for nothing.
+"""FLOP formula for grouped products, which torch's counter does not know and counts as 0.
 
 Usage: ``FlopCounterMode(custom_mapping=grouped_formulas())``.
 
@@ -14,13 +14,13 @@ import torch
 
 
 def grouped_product_flops(left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of ``F.grouped_mm`` from the shapes of its operands; every row, whatever its group.
+    """Computes the FLOPs of ``F.grouped_mm`` from the shapes of its operands, for all rows.
 
-    ``[R, D] x [E, D, F]`` is one product of every row, ``[D, R] x [R, F]`` (gradients of the weights) sums
-    over rows of every group, ``[E, R, D] x [E, D, F]`` is a product for every expert.
+    ``[R, D] x [E, D, F]`` is one product per row, ``[D, R] x [R, F]`` (gradients of the weights) sums over
+    the rows of every group, ``[E, R, D] x [E, D, F]`` is one product per expert.
 
     Raises:
-        ValueError: These are no shapes of a grouped product.
+        ValueError: The shapes are not those of a grouped product.
     """
     shapes = (len(left), len(right))
     if shapes not in ((2, 3), (3, 2), (2, 2), (3, 3)) or left[-1] != right[-2]:
@@ -30,5 +30,5 @@ def grouped_product_flops(left: Sequence[int], right: Sequence[int], *args: Any,
 
 
 def grouped_formulas() -> Mapping[Any, Callable[..., int]]:
-    """What `torch.utils.flop_counter.FlopCounterMode` takes as ``custom_mapping``."""
+    """Returns the ``custom_mapping`` for `torch.utils.flop_counter.FlopCounterMode`."""
     return {torch.ops.aten._grouped_mm: grouped_product_flops}

@@ -1,7 +1,7 @@
-"""Memory that training and serving need.
+"""Memory for training and serving.
 
-Weights, gradients and optimizer states are exact for the bytes an element given. Activations are rough: what
-autograd keeps depends on kernels, and workspaces and fragmentation are not in it.
+Weights, gradients and optimizer states are exact for the given bytes per element. Activations are rough: what
+autograd keeps depends on kernels, and workspaces and fragmentation are left out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from moe.accounting.params import count_from_shape
 
 @dataclass(frozen=True)
 class ElementBytes:
-    """Bytes an element in training. The defaults are fp32 master weights and AdamW, autocast to 16 bits.
+    """Bytes per element in training. The defaults are fp32 master weights and AdamW, autocast to 16 bits.
 
     Attributes:
         weights: Master weights.
-        gradients: Of the weights.
+        gradients: Gradients of the weights.
         optimizer: Both moments of AdamW.
-        activations: Of what is kept for backward.
+        activations: Activations kept for backward.
     """
 
     weights: int = 4
@@ -40,8 +40,8 @@ class TrainingMemory:
         weights: Exact.
         gradients: Exact.
         optimizer: Exact.
-        activations: Rough, of one micro-batch, nothing recomputed, attention without its square.
-        activations_recomputed: Rough, when every block is recomputed.
+        activations: Rough; of one micro-batch, nothing recomputed, attention without its square matrix.
+        activations_recomputed: Rough; with every block recomputed.
     """
 
     weights: int
@@ -56,8 +56,8 @@ class ServingMemory:
     """Bytes in serving.
 
     Attributes:
-        weights: All experts.
-        cache: Of all sequences at full length.
+        weights: Weights, with all experts.
+        cache: Cache of all sequences at full length.
     """
 
     weights: float
@@ -67,7 +67,7 @@ class ServingMemory:
 def training_memory(
     shape: ModelShape, seq_len: int, micro_batch: int = 1, sizes: ElementBytes | None = None
 ) -> TrainingMemory:
-    """See `TrainingMemory`; ``micro_batch`` sequences of ``seq_len`` tokens."""
+    """Computes the training memory for ``micro_batch`` sequences of ``seq_len`` tokens."""
     sizes = sizes or ElementBytes()
     total = count_from_shape(shape).total
     tokens = seq_len * micro_batch
@@ -87,12 +87,12 @@ def training_memory(
 def serving_memory(
     shape: ModelShape, seq_len: int, sequences: int, bits: BitWidths | None = None
 ) -> ServingMemory:
-    """See `ServingMemory`; ``sequences`` of ``seq_len`` tokens at once."""
+    """Computes the serving memory for ``sequences`` of ``seq_len`` tokens at once."""
     return ServingMemory(weight_bytes(shape, bits), cache_bytes(shape, (seq_len,) * sequences, bits))
 
 
 def _kept_elements(layer: LayerShape, width: int) -> float:
-    """Elements a token that backward needs: the inputs of norms, products and activation functions."""
+    """Returns the elements per token kept for backward: inputs of norms, products and activations."""
     mixer, ffn = layer.attention, layer.ffn
     if isinstance(mixer, AttentionExpertsShape):
         heads = mixer.dense.num_heads // mixer.num_experts
@@ -118,5 +118,5 @@ def _kept_elements(layer: LayerShape, width: int) -> float:
 
 
 def _inner(ffn: DenseFFNShape) -> int:
-    """Gate, up and their product; or up and what the activation function makes of it."""
+    """Returns the width of gate, up and their product; or of up and its activation."""
     return (3 if ffn.gated else 2) * ffn.width

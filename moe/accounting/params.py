@@ -1,4 +1,4 @@
-"""Exact parameter counts: of a live module, and of a shape.
+"""Exact parameter counts of a live module or of a shape.
 
 Letters: E experts of a layer, K experts a token uses.
 """
@@ -16,28 +16,29 @@ from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.layers import DenseFFNShape, ModelShape
 from moe.attention.routed_attention import AttentionExperts
 
-# Parameters with two axes that no token is multiplied by as by a matrix: the decay of a state-space model.
+# Parameters with two axes that are no matrices: the decay of a state-space model.
 ELEMENTWISE = frozenset({"A_log"})
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, each shared tensor counted once.
+    """Counts of a model's parameters, each shared tensor counted once.
 
     Attributes:
-        total: All.
-        active: Those a token uses: of the routed experts K in E, and all others. Embeddings and head are
-            included; published counts differ in this (Mixtral counts both, DeepSeek and gpt-oss only one).
-        embedding: Input embeddings, of which a token uses one row. A tied one serves as the head as well.
-        matmul: Those a token is multiplied by: active weights with two or more axes, without an embedding
-            that is only looked up. Two FLOPs each.
-        routed: All routed experts together, those of attention among them.
-        per_expert: One routed expert of the first network that is a mixture; 0 where there is none.
+        total: All parameters.
+        active: Parameters that a token uses: K in E of the routed experts, and all others. Embeddings and
+            head are included; published counts differ in this (Mixtral counts both, DeepSeek and gpt-oss only
+            one).
+        embedding: Input embeddings, of which a token uses one row. A tied one also serves as the head.
+        matmul: Parameters that a token is multiplied by: active weights with two or more axes, without an
+            embedding that is only looked up. Two FLOPs each.
+        routed: All routed experts together, those of attention included.
+        per_expert: One routed expert of the first MoE network; 0 without one.
         router: Matrices of the routers.
-        looked_up: Embeddings that are only looked up: 0 where the one embedding is tied to the head.
-        frozen: Of ``matmul``, those of parameters that have no gradient.
-        head: The head, with its bias; only the bias where it is tied. None where a module does not say
-            which of its parts that is.
+        looked_up: Embeddings that are only looked up: 0 if the one embedding is tied to the head.
+        frozen: Part of ``matmul`` without gradient.
+        head: The head, with its bias; only the bias if it is tied. None if a module does not tell which part
+            the head is.
     """
 
     total: int
@@ -53,7 +54,7 @@ class ParameterCount:
 
     @property
     def active_without_input_embedding(self) -> int:
-        """What a decode step reads whole for one token; a tied table is, as the head.
+        """Parameters that a decode step reads in full for one token, including a tied table as the head.
 
         DeepSeek and gpt-oss publish this; Mixtral, Qwen and OLMoE publish ``active``.
         """
@@ -61,20 +62,20 @@ class ParameterCount:
 
     @property
     def active_without_embeddings(self) -> int | None:
-        """Active parameters of the layers and the last norm; None where the head is not known."""
+        """Active parameters of the layers and the last norm; None if the head is unknown."""
         return None if self.head is None else self.active - self.embedding - self.head
 
 
 @dataclass(frozen=True)
 class ExpertModule:
-    """The routed experts of one layer.
+    """Routed experts of one layer.
 
     Attributes:
         name: Name of ``experts`` in the model.
-        experts: Holds parameters stacked ``[E, ...]``, or is a `torch.nn.ModuleList` of E like modules.
+        experts: Module with parameters stacked ``[E, ...]``, or a `torch.nn.ModuleList` of E equal modules.
         num_experts: E.
-        top_k: K, as a mean where it varies from token to token.
-        router: Chooses them; None where the layer has no child of that name.
+        top_k: K; the mean, where it varies from token to token.
+        router: The router; None if the layer has no child of that name.
     """
 
     name: str
@@ -85,13 +86,13 @@ class ExpertModule:
 
 
 def expert_modules(model: nn.Module) -> Iterator[ExpertModule]:
-    """Finds the routed experts of a model by what their layers look like.
+    """Finds the routed experts of a model by the structure of their layers.
 
-    A mixture of experts is a module with a child ``experts`` and a child ``router`` (in transformers:
-    ``gate``). ``num_experts`` and ``top_k`` are looked for on the router, then the module, then ``experts``.
+    An MoE block is a module with a child ``experts`` and a child ``router`` (in transformers: ``gate``).
+    ``num_experts`` and ``top_k`` are read from the router, else the module, else ``experts``.
 
     Raises:
-        ValueError: A module has ``experts`` but says not how many of them a token uses.
+        ValueError: A module has ``experts`` but does not tell how many of them a token uses.
     """
     for name, module in model.named_modules():
         experts = getattr(module, "experts", None)
@@ -117,15 +118,15 @@ def _first_int(places: tuple[object, ...], key: str) -> int | None:
 def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -> ParameterCount:
     """Counts the parameters of a live module, on any device (meta too), sharded or not.
 
-    A DTensor counts in full. Experts that are spread over ranks without DTensor must be counted before.
+    A DTensor counts in full. Experts that are sharded without DTensor must be counted before.
 
     Args:
         model: The module.
-        top_k: Experts a token by `ExpertModule.name`, where that is another number than the router says.
+        top_k: Experts per token by `ExpertModule.name`, where it differs from the router's number.
 
     Raises:
-        ValueError: The experts of a layer cannot be told apart: see `expert_modules`, or a parameter of them
-            is not stacked over all E.
+        ValueError: The experts of a layer cannot be separated: see `expert_modules`, or one of their
+            parameters is not stacked over all E.
     """
     looked_up = _embeddings_only_looked_up(model)
     embeddings = _embeddings(model)
@@ -157,7 +158,7 @@ def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -
 
 
 def _head(model: nn.Module, embeddings: set[int]) -> int | None:
-    """Elements of the head beside an embedding it is tied to, of models that can say which it is."""
+    """Returns the elements of the head beside a tied embedding, for models that tell which part it is."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if not isinstance(head, nn.Module):
@@ -170,7 +171,7 @@ def _embeddings(model: nn.Module) -> set[int]:
 
 
 def _embeddings_only_looked_up(model: nn.Module) -> set[int]:
-    """Embeddings that no module but embeddings holds: what is tied to a head is multiplied as well."""
+    """Returns the embeddings that only embeddings hold; those tied to a head are multiplied, too."""
     holders: dict[int, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         for param in module.parameters(recurse=False):
@@ -179,7 +180,7 @@ def _embeddings_only_looked_up(model: nn.Module) -> set[int]:
 
 
 class _Share(NamedTuple):
-    """A token uses ``used`` in ``of`` of a parameter, which is or is not ``stacked`` over experts."""
+    """Share ``used`` / ``of`` of a parameter that a token uses; ``stacked`` if it has an axis of experts."""
 
     used: int = 1
     of: int = 1
@@ -187,16 +188,16 @@ class _Share(NamedTuple):
 
 
 def _shares(found: ExpertModule) -> dict[int, _Share]:
-    """By the ``id`` of each of a layer's expert parameters."""
+    """Returns the share of each of a layer's expert parameters by ``id``."""
     E, K = found.num_experts, found.top_k
     if isinstance(found.experts, nn.ModuleList):
         sizes = {sum(p.numel() for p in expert.parameters()) for expert in found.experts}
         if len(found.experts) != E or len(sizes) != 1:
             raise ValueError(
                 f"{found.name} holds {len(found.experts)} experts of {len(sizes)} sizes, its router knows "
-                f"{E}. Count the model before its experts are spread over ranks."
+                f"{E}. Count the model before its experts are sharded over ranks."
             )
-        # all are alike, so that any K of them will do
+        # all are equal, so that any K of them will do
         return {
             id(param): _Share(used=index < K)
             for index, expert in enumerate(found.experts)
@@ -206,13 +207,13 @@ def _shares(found: ExpertModule) -> dict[int, _Share]:
         if param.ndim == 0 or param.shape[0] != E:
             raise ValueError(
                 f"{found.name} has a parameter of shape {tuple(param.shape)}, which is not stacked over its "
-                f"router's {E} experts. Count the model before its experts are spread over ranks."
+                f"router's {E} experts. Count the model before its experts are sharded over ranks."
             )
     return {id(param): _Share(K, E, stacked=True) for param in found.experts.parameters()}
 
 
 def count_from_shape(shape: ModelShape) -> ParameterCount:
-    """Counts what `count_parameters` counts, from the shape alone."""
+    """Computes the result of `count_parameters` from the shape alone."""
     width = shape.hidden_size
     head_bias = shape.head_bias * shape.vocab_size
     vectors = shape.final_norms * width + head_bias

@@ -1,4 +1,4 @@
-"""One forward pass of a batch, and the FLOPs it needs."""
+"""Forward pass of a batch, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from moe.accounting.params import count_from_shape
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one forward pass.
+    """Sequences of one forward pass.
 
     Attributes:
-        lengths: Tokens of every sequence after the pass, those before it included.
-        new_tokens: Of these, computed in the pass; None for one of each, a decode step.
+        lengths: Tokens of every sequence after the pass, earlier ones included.
+        new_tokens: Tokens of each that the pass computes; None for one each, a decode step.
 
     Raises:
-        ValueError: There is no sequence, or one has fewer tokens than are computed, or none.
+        ValueError: There is no sequence, or one has no new token or more new tokens than its length.
     """
 
     lengths: tuple[int, ...]
@@ -45,31 +45,31 @@ class Batch:
         return sum(self.new)
 
     def positions(self) -> Iterator[int]:
-        """Position (from 1) of every new token."""
+        """Yields the position (from 1) of every new token."""
         for length, new in zip(self.lengths, self.new, strict=True):
             yield from range(length - new + 1, length + 1)
 
 
 def decode_batch(sequences: int, length: int) -> Batch:
-    """A decode step of sequences of one length, the new token included."""
+    """Returns a decode step of sequences of one length, the new token included."""
     return Batch((length,) * sequences)
 
 
 def prefill_batch(sequences: int, length: int) -> Batch:
-    """A prefill of sequences of one length."""
+    """Returns a prefill of sequences of one length."""
     return Batch((length,) * sequences, (length,) * sequences)
 
 
 def pass_flops(shape: ModelShape, batch: Batch, *, strict: bool = False) -> float:
-    """FLOPs of a forward pass: tokens times S-F of MoE-CAP, independent of which experts are chosen.
+    """Computes the FLOPs of a forward pass: tokens times S-F of MoE-CAP, for any choice of experts.
 
-    The head is counted for one token a sequence: serving needs the logits of the last.
+    The head counts for one token per sequence, as serving needs the logits of the last.
 
     Args:
-        shape: Of the model. With `moe.accounting.flops.all_experts` it is what MFU counts.
-        batch: Of the pass.
-        strict: Equation 5 to the letter: attention, router and used experts (shared ones and dense networks
-            among them), without the head.
+        shape: Shape of the model; with `moe.accounting.flops.all_experts` the result is that of MFU.
+        batch: Batch of the pass.
+        strict: Applies equation 5 to the letter: attention, router and used experts (shared ones and dense
+            networks included), without the head.
 
     Source: Y. Jiang et al., "MoE-CAP", arXiv:2412.07067, section 4.2. Attention counts the keys that each
         token sees, not those of the whole batch.

@@ -1,4 +1,4 @@
-"""Bits an element takes, as a config says: from its ``quantization_config``, not from its ``dtype``."""
+"""Bits per element by a config's ``quantization_config``, which overrides its ``dtype``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe.accounting.bytes import CLASSES, BitWidths, uniform_bits
-from moe.accounting.families.reading import LayerConfig, refuse
+from moe.accounting.families.reading import LayerConfig, reject
 from moe.errors import ConfigError, Mistake
 
 DTYPE_BITS: Mapping[str, float] = {
@@ -28,24 +28,24 @@ SHORT_NAMES: Mapping[str, str] = {
     "half": "float16",
     "fp8": "float8",
 }
-# What quantisation leaves alone unless it is told otherwise: its makers' code does.
+# Classes that quantisation applies to by default, as in its makers' code.
 _LINEAR = ("attention", "dense", "shared", "expert")
 
 
 def dtype_bits(name: str) -> float | None:
-    """Bits of a dtype by its name, ``torch.`` before it or not; None where it is not known."""
+    """Returns the bits of a dtype by its name, with or without ``torch.``; None if unknown."""
     plain = name.removeprefix("torch.")
     return DTYPE_BITS.get(SHORT_NAMES.get(plain, plain))
 
 
 def bits_from_config(config: LayerConfig) -> tuple[BitWidths, str]:
-    """Bits by class of tensor, and in words where they are from.
+    """Returns the bits by class of tensor, and their origin in words.
 
     Args:
         config: The content of a ``config.json``.
 
     Raises:
-        ConfigError: The dtype, or the method of quantisation, is not known, or it differs between layers.
+        ConfigError: The dtype or the method of quantisation is unknown, or it differs between layers.
     """
     inner = config.get("text_config") or config.get("dense_config") or {}
     named = _first(
@@ -53,7 +53,7 @@ def bits_from_config(config: LayerConfig) -> tuple[BitWidths, str]:
     )
     base = 16.0 if named is None else dtype_bits(str(named))
     if base is None:
-        refuse("dtype", named, "no accounting knows this dtype", f"Known are {', '.join(DTYPE_BITS)}.")
+        reject("dtype", named, "no accounting knows this dtype", f"Known are {', '.join(DTYPE_BITS)}.")
     bits = uniform_bits(base)
     words = "bfloat16, assumed: the config names no dtype" if named is None else str(named)
     quantised: Mapping[str, Any] | None = _first(
@@ -65,7 +65,7 @@ def bits_from_config(config: LayerConfig) -> tuple[BitWidths, str]:
     if not isinstance(method, str) or method not in METHODS:
         known = ", ".join(METHODS)
         rule = "no accounting knows this method of quantisation"
-        refuse("quantization_config.quant_method", method, rule, f"Known are {known}. Give bits by class.")
+        reject("quantization_config.quant_method", method, rule, f"Known are {known}. Give bits by class.")
     low, classes = METHODS[method](quantised)
     spared = {_class_of(name) for name in quantised.get("modules_to_not_convert") or ()}
     taken = [name for name in classes if name not in spared]
@@ -76,10 +76,10 @@ def bits_from_config(config: LayerConfig) -> tuple[BitWidths, str]:
 
 
 def override_bits(bits: BitWidths, changes: Sequence[str]) -> BitWidths:
-    """Bits with some classes changed, each as ``class=bits``.
+    """Changes the bits of some classes, each given as ``class=bits``.
 
     Raises:
-        ConfigError: All that are not of this form.
+        ConfigError: Some are not of this form; carries all of them.
     """
     mistakes, values = [], {}
     for change in changes:
@@ -99,22 +99,22 @@ def _first(*values: Any) -> Any:
 
 
 def _mxfp4(quantised: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
-    """Blocks of 32 values of 4 bits with a scale of 8; of routed experts only, as gpt-oss is published."""
+    """Returns the bits of MXFP4: blocks of 32 4-bit values with an 8-bit scale; routed experts only."""
     return 4 + 8 / 32, ("expert",)
 
 
 def _fp8(quantised: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
-    """8 bits, and a 32-bit scale for every block; without blocks, scales are not worth counting."""
+    """Returns 8 bits plus a 32-bit scale per block; without blocks, scales are negligible."""
     block = quantised.get("weight_block_size")
     return 8 + (32 / (block[0] * block[1]) if block else 0.0), _LINEAR
 
 
 def _grouped(quantised: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
-    """GPTQ and AWQ: every group has a 16-bit scale and a zero point of as many bits as a value."""
+    """Returns the bits of GPTQ and AWQ: each group has a 16-bit scale and a zero point as wide as a value."""
     bits = _first(quantised.get("bits"), quantised.get("w_bit"))
     group = _first(quantised.get("group_size"), quantised.get("q_group_size"))
     if not isinstance(bits, int) or not isinstance(group, int):
-        refuse("quantization_config", dict(quantised), "it lacks bits or group_size", "Give both.")
+        reject("quantization_config", dict(quantised), "it lacks bits or group_size", "Give both.")
     return bits + ((16 + bits) / group if group > 0 else 0.0), _LINEAR
 
 
@@ -127,16 +127,16 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], tuple[float, tuple[str, ...]
 
 
 def _class_of(name: str) -> str:
-    """The class of tensors that an entry of ``modules_to_not_convert`` spares.
+    """Returns the class of tensors that an entry of ``modules_to_not_convert`` exempts.
 
-    Entries that name one layer spare that layer alone, which classes cannot express: they are refused where
-    other layers' tensors of the class are quantised.
+    Entries that name one layer exempt that layer alone, which classes cannot express: they are rejected for
+    classes that are quantised in other layers.
     """
     found = next((found for pattern, found in _PATTERNS.items() if re.search(pattern, name)), "")
     single = re.search(r"\.\d+\.", name) is not None and found in _LINEAR
     if not found or single:
-        rule = "which tensors it spares cannot be told by their class"
-        refuse("quantization_config.modules_to_not_convert", name, rule, "Give bits by class.")
+        rule = "the tensors that it exempts form no class"
+        reject("quantization_config.modules_to_not_convert", name, rule, "Give bits by class.")
     return found
 
 

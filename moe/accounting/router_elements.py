@@ -1,4 +1,4 @@
-"""What a router holds, in the accounts' two kinds."""
+"""Elements of a router, by matrices and others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import nn
 
 
 def router_elements(router: nn.Module) -> tuple[int, int]:
-    """Elements of the matrices that a token is multiplied by, and all others; those of meta tensors, too."""
+    """Returns the elements of the matrices that a token is multiplied by, and of all others."""
     matrix = sum(param.numel() for param in router.parameters() if param.ndim >= 2)
     return matrix, sum(param.numel() for param in router.parameters()) - matrix

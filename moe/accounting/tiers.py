@@ -1,8 +1,8 @@
-"""Several memories, as when experts are offloaded: bytes, utilisation and the least time of each.
+"""Memory tiers, e.g. for offloaded experts: bytes, utilisation and the least time of each.
 
-One bandwidth says nothing of a model that lies in two memories: experts behind PCIe bound a step that the
-device's own memory would do in a tenth of the time. MoE-CAP (arXiv:2412.07067) divides by a single peak; this
-divides what is read of each memory by its own.
+A single bandwidth does not describe a model in two memories: experts behind PCIe limit a step that the
+device's own memory would allow in a tenth of the time. MoE-CAP (arXiv:2412.07067) divides by a single peak;
+here the bytes of each memory are divided by its own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _FORM = "NAME=GB/S, or NAME=GB/S:PART=SHARE,..."
 
 @dataclass(frozen=True)
 class Tier:
-    """A memory.
+    """Memory tier.
 
     Attributes:
-        name: Such as ``hbm`` or ``pcie``.
-        bytes_per_s: Its bandwidth, of all devices together.
-        shares: By part of `StepBytes`, the share of its bytes that is read from here. The first tier is
-            given none: it has what the others leave.
+        name: Its name, such as ``hbm`` or ``pcie``.
+        bytes_per_s: Its bandwidth, over all devices together.
+        shares: Share of the bytes of each part of `StepBytes` that is read from here. The first tier gets
+            none: it holds what the others leave.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Tier:
 
 @dataclass(frozen=True)
 class TierUse:
-    """What a step asks of one memory.
+    """Use of one memory tier by a step.
 
     Attributes:
-        name: Of the tier.
-        bytes: Read from it and written.
-        least_s: Seconds that takes at its bandwidth.
-        utilisation: Share of its bandwidth over the measured time; None where there is none.
+        name: Name of the tier.
+        bytes: Bytes read from it and written to it.
+        least_s: Seconds that these take at its bandwidth.
+        utilisation: Share of its bandwidth over the measured time; None without one.
     """
 
     name: str
@@ -51,10 +51,10 @@ class TierUse:
 
 
 def read_tiers(texts: Sequence[str], flag: str = "--tier") -> tuple[Tier, ...]:
-    """Reads ``hbm=3350`` and ``pcie=55:experts=0.75,kv_read=0.5``; bandwidths in 10^9 bytes a second.
+    """Parses ``hbm=3350`` and ``pcie=55:experts=0.75,kv_read=0.5``; bandwidths in 10^9 bytes per second.
 
     Raises:
-        ConfigError: A text is not of this form, a part is unknown, or more than all of it is placed.
+        ConfigError: A text is not of this form, a part is unknown, or its shares exceed 1.
     """
     tiers, mistakes = [], []
     for text in texts:
@@ -106,12 +106,12 @@ def _number(text: str, what: str) -> float:
 
 
 def tier_uses(step: StepBytes, tiers: Sequence[Tier], seconds: float | None = None) -> tuple[TierUse, ...]:
-    """What a step, or several added up, asks of each tier.
+    """Computes the use of each tier by a step, or by the sum of several.
 
     Args:
-        step: Its bytes.
-        tiers: The first holds what the others leave.
-        seconds: How long it took; None where that was not measured.
+        step: Bytes of the step.
+        tiers: The tiers; the first holds what the others leave.
+        seconds: Measured time of the step; None if unknown.
     """
     elsewhere = {part: min(1.0, sum(tier.shares.get(part, 0.0) for tier in tiers[1:])) for part in PARTS}
     uses = []
@@ -124,6 +124,6 @@ def tier_uses(step: StepBytes, tiers: Sequence[Tier], seconds: float | None = No
 
 
 def least_seconds(uses: Sequence[TierUse]) -> tuple[float, float]:
-    """The least time of a step when the tiers work at once, and when one waits for the other."""
+    """Returns the least time of a step if the tiers work concurrently, and if they work in turn."""
     times = [use.least_s for use in uses]
     return max(times), sum(times)

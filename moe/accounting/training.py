@@ -1,15 +1,16 @@
-"""What a training step computes and moves, from the experts that it really used.
+"""FLOPs and bytes of a training step, based on the experts that it really used.
 
-MoE-CAP (arXiv:2412.07067) defines its sparsity-aware shares for serving alone and leaves training for later.
-What is here is therefore Graft's own definition:
+MoE-CAP (arXiv:2412.07067) defines its sparsity-aware utilisations for serving alone. The definition for
+training is therefore Graft's own:
 
-- FLOPs used: those of `moe.accounting.flops.training_flops_per_token`, with the experts a token that were
-  measured in the place of K.
-- Bytes: what every implementation must move at least. Of every micro-batch of every rank, the weights that it
-  touches, once forward and once backward; their gradients, written by a rank's first micro-batch and read and
-  written by each that follows; and in the update, gradients read, weights and optimizer state read and
+- FLOPs used: those of `moe.accounting.flops.training_flops_per_token`, with the measured experts per token
+  instead of K.
+- Bytes: the minimum that every implementation must move. For every micro-batch of every rank, the weights
+that
+  it touches, once forward and once backward; their gradients, written by a rank's first micro-batch and read
+  and written by each later one; and in the update, gradients read, weights and optimizer state read and
   written. Activations, casts, recomputation, exchange between ranks, and the gradient of embeddings that are
-  only looked up are left out: the share is a lower bound of the traffic that there was.
+  only looked up are left out: the share is a lower bound of the real traffic.
 
 Letters: E experts, K experts a token.
 """
@@ -23,16 +24,16 @@ from moe.accounting.flops import TRAINING_FORWARDS
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """The routed experts of one layer, as far as a step's cost depends on them.
+class MoEBlock:
+    """Routed experts of one layer, with the properties that determine a step's cost.
 
     Attributes:
         num_experts: E.
-        top_k: K that the router is set to.
+        top_k: K of the router's config.
         matrix: Elements of one expert's matrices: two FLOPs each.
         elements: All elements of one expert.
-        trained: Of these, those that have a gradient.
-        frozen: Of ``matrix``, those that have none, whose gradient is no product.
+        trained: Elements with a gradient.
+        frozen: Elements of ``matrix`` without one, which need no product for their gradient.
     """
 
     num_experts: int
@@ -45,38 +46,37 @@ class Mixture:
 
 @dataclass(frozen=True)
 class StepModel:
-    """A model as a training step sees it.
+    """Model as a training step sees it.
 
     Attributes:
         always: Elements of weights that every micro-batch reads: all but routed experts and embeddings that
             are only looked up.
-        always_trained: Of these, those that have a gradient.
+        always_trained: Elements of ``always`` with a gradient.
         row: Elements that a token looks up.
-        moe_blocks: In the order of the layers.
-        update_bytes: Of the update, all ranks together: what their shards or replicas hold. See
-            `update_bytes`.
+        moe_blocks: MoE blocks, in the order of the layers.
+        update_bytes: Bytes of the update over all ranks, by their shards or replicas. See `update_bytes`.
     """
 
     always: int
     always_trained: int
     row: int
-    moe_blocks: tuple[Mixture, ...]
+    moe_blocks: tuple[MoEBlock, ...]
     update_bytes: float
 
 
 @dataclass(frozen=True)
 class StepTouched:
-    """What the micro-batches of one step touched.
+    """Ranks, tokens and experts that the micro-batches of one step touched.
 
     Attributes:
-        ranks: That computed gradients of their own.
-        micro_batches: Of all ranks together.
-        tokens: Of all ranks together.
-        distinct: Of every mixture, different experts of a micro-batch; mean over all of them.
-        distinct_in_step: The same of all micro-batches of a rank together; mean over the ranks.
-        readers: Of every mixture, ranks that read its experts together: each is read once for the tokens of
-            all of them, and ``distinct`` is of a micro-batch of each at once. Empty where every rank reads
-            those of its own tokens.
+        ranks: Ranks that computed gradients of their own.
+        micro_batches: Micro-batches of all ranks together.
+        tokens: Tokens of all ranks together.
+        distinct: Distinct experts of a micro-batch, per MoE block; mean over all micro-batches.
+        distinct_in_step: The same for all micro-batches of a rank together; mean over the ranks.
+        readers: Ranks that read the experts together, per MoE block: an expert is read once for the tokens of
+            all of them, and ``distinct`` covers a micro-batch of each at once. Empty if every rank reads the
+            experts of its own tokens.
     """
 
     ranks: int
@@ -89,12 +89,12 @@ class StepTouched:
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes that a step must move at least, all ranks together.
+    """Minimum bytes that a step must move, over all ranks together.
 
     Attributes:
-        weights: Read forward and backward.
-        gradients: Written and accumulated.
-        update: Gradients, weights and optimizer state.
+        weights: Weights, read forward and backward.
+        gradients: Gradients, written and accumulated.
+        update: Gradients, weights and optimizer state in the update.
     """
 
     weights: float
@@ -103,28 +103,27 @@ class TrainingBytes:
 
     @property
     def total(self) -> float:
-        """All of them: what S-MBU of a training step is of."""
+        """Sum of all parts, on which S-MBU of a training step is based."""
         return self.weights + self.gradients + self.update
 
 
 def used_flops_per_token(
-    flops_per_token: float, moe_blocks: Sequence[Mixture], experts_per_token: Sequence[float]
+    flops_per_token: float, moe_blocks: Sequence[MoEBlock], experts_per_token: Sequence[float]
 ) -> float:
-    """FLOPs of a token's forward and backward pass with the experts that were used: what S-MFU is of.
+    """Computes the FLOPs of a token's forward and backward pass with the used experts, for S-MFU.
 
-    MFU of training counts K experts a token, the number that the router is set to (not all E, as MFU of
-    serving does: `moe.accounting.utilisation.Utilisations`). S-MFU counts the slots whose expert computed, as
-    measured: capacity that drops slots lowers it, a router whose K varies moves it either way. Nothing else
-    differs (convention, attention, head, padding), so that with a router that drops nothing and has a fixed
-    K both are equal.
+    MFU of training counts the configured K experts per token (not all E, as MFU of serving does:
+    `moe.accounting.utilisation.Utilisations`). S-MFU counts the slots whose expert computed, as measured:
+    dropped slots lower it, a varying K moves it either way. Nothing else differs (convention, attention,
+    head, padding), so that both are equal for a fixed K without drops.
 
     Args:
-        flops_per_token: With K of every mixture, see `moe.accounting.flops.training_flops_per_token`.
-        moe_blocks: Of the model, with the same K.
-        experts_per_token: Of every mixture: slots that were used, over tokens.
+        flops_per_token: FLOPs with K experts, see `moe.accounting.flops.training_flops_per_token`.
+        moe_blocks: MoE blocks of the model, with the same K.
+        experts_per_token: Used slots over tokens, per MoE block.
 
     Raises:
-        ValueError: There is not one number for every mixture.
+        ValueError: There is not one number per MoE block.
     """
     pairs = zip(moe_blocks, experts_per_token, strict=True)
     more = sum((used - moe.top_k) * (TRAINING_FORWARDS * moe.matrix - moe.frozen) for moe, used in pairs)
@@ -134,16 +133,16 @@ def used_flops_per_token(
 def training_step_bytes(
     model: StepModel, touched: StepTouched, weight_size: int, gradient_size: int = 4
 ) -> TrainingBytes:
-    """Bytes of a step; see the module for what is counted.
+    """Computes the bytes of a step as defined in the module.
 
     Args:
         model: The model.
-        touched: What the step touched.
-        weight_size: Bytes an element of weights as products read them.
-        gradient_size: Bytes an element of gradients as they accumulate.
+        touched: Experts and tokens of the step.
+        weight_size: Bytes per element of weights that products read.
+        gradient_size: Bytes per element of accumulated gradients.
 
     Raises:
-        ValueError: A mixture has no number of touched experts, or one beyond 0 to E.
+        ValueError: An MoE block has no number of touched experts, or one outside 0 to E.
     """
     counts = (touched.distinct, touched.distinct_in_step)
     wrong = [
@@ -151,7 +150,7 @@ def training_step_bytes(
     ]
     if wrong:
         limits = tuple(moe.num_experts for moe in model.moe_blocks)
-        raise ValueError(f"distinct={wrong[0]} must hold a number from 0 to E for mixtures of E={limits}.")
+        raise ValueError(f"distinct={wrong[0]} must hold a number from 0 to E for MoE blocks of E={limits}.")
     passes, ranks = touched.micro_batches, touched.ranks
     read = float(passes * model.always)
     moved = float((2 * passes - ranks) * model.always_trained)
@@ -168,18 +167,18 @@ def training_step_bytes(
 
 
 def update_bytes(weights: int, state: int, gradients: int) -> float:
-    """Bytes of an update: gradients read, weights and optimizer state read and written.
+    """Computes the bytes of an update: gradients read, weights and optimizer state read and written.
 
-    All trained parameters are counted: an expert without a token has a gradient of zeros, by which AdamW
-    still decays its moments.
+    All trained parameters count: an expert without tokens has a gradient of zeros, with which AdamW still
+    decays its moments.
 
     Args:
-        weights: Bytes of the master weights that are trained.
+        weights: Bytes of the trained master weights.
         state: Bytes of the optimizer's state.
         gradients: Bytes of the gradients.
     """
     return float(2 * weights + 2 * state + gradients)
 
 
-def _fits(count: Sequence[float], moe_blocks: Sequence[Mixture]) -> bool:
+def _fits(count: Sequence[float], moe_blocks: Sequence[MoEBlock]) -> bool:
     return all(0 <= used <= moe.num_experts for used, moe in zip(count, moe_blocks, strict=True))

@@ -1,7 +1,7 @@
-"""How much of the hardware a run uses.
+"""Utilisation of the hardware by a run.
 
-What was not measured is None, never 0. Several passes are one ratio of sums: the mean of their ratios would
-give short passes the weight of long ones.
+Unmeasured values are None, never 0. Several passes give one ratio of sums: the mean of their ratios would
+weigh short passes like long ones.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ CAUSES: dict[Metric, str] = {
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float, world_size: int = 1) -> float:
-    """Model FLOPs utilisation: FLOPs that the model needs, over those the devices could do in that time.
+    """Computes the model FLOPs utilisation: FLOPs of the model over those of the devices in that time.
 
     Source: A. Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B. Recomputation is not work done.
 
     Args:
-        flops_per_token: In training, `moe.accounting.flops.training_flops_per_token`, whose convention the
-            result has.
-        tokens_per_s: Of all devices together.
-        peak_flops: Of one device in FLOP/s, see `moe.accounting.device_peaks.peak_for`.
-        world_size: Devices.
+        flops_per_token: In training, `moe.accounting.flops.training_flops_per_token`, whose convention
+            carries over to the result.
+        tokens_per_s: Tokens per second of all devices together.
+        peak_flops: FLOP/s of one device, see `moe.accounting.device_peaks.peak_for`.
+        world_size: Number of devices.
 
     Returns:
-        A share, normally in [0, 1]. Above 1 it warns, with what is then usually wrong.
+        A share, normally in [0, 1]. Above 1 it warns, with the usual causes.
 
     Raises:
         ValueError: A peak or number of devices that is not above 0, or a negative rate.
@@ -67,10 +67,10 @@ def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float, world_si
 
 
 def share_of_peak(work: float, seconds: float, peak: float | None, devices: int = 1) -> float | None:
-    """Work over what the devices could do in that time, for a caller that warns on its own, once.
+    """Computes work over the devices' capacity in that time, for callers that warn by themselves.
 
     Returns:
-        None where the peak is not known, never 0. Above 1 see `above_one`.
+        The share; None if the peak is unknown, never 0. Above 1 see `above_one`.
 
     Raises:
         ValueError: Work is negative, or time, peak or devices are not above 0.
@@ -84,7 +84,7 @@ def share_of_peak(work: float, seconds: float, peak: float | None, devices: int 
 
 
 def above_one(metric: Metric, share: float) -> str | None:
-    """What to warn of, with the likely cause; None for a share that can be."""
+    """Returns a warning with the likely cause for a share above 1; else None."""
     return f"{metric} is {share:.2f}, above 1: {CAUSES[metric]}" if share > 1 else None
 
 
@@ -95,18 +95,18 @@ def utilisation(
     peak: float | None,
     devices: int = 1,
 ) -> float | None:
-    """Work of all passes over what the devices could do in their time: equation 6 of MoE-CAP.
+    """Computes the work of all passes over the devices' capacity in their time: equation 6 of MoE-CAP.
 
     Args:
-        metric: What is computed, for the warning.
+        metric: The metric, for the warning.
         work: Bytes or FLOPs of every pass.
         seconds: Time of every pass.
-        peak: Bytes/s or FLOP/s of one device; None where it is not known.
-        devices: How many.
+        peak: Bytes/s or FLOP/s of one device; None if unknown.
+        devices: Number of devices.
 
     Returns:
-        A share, normally in [0, 1]; above 1 it warns with the likely causes. None when there is no pass, the
-        peak is not known, or a pass was not measured in full.
+        A share, normally in [0, 1]; above 1 it warns with the likely causes. None without passes, with an
+        unknown peak, or if a pass was not fully measured.
 
     Raises:
         ValueError: The numbers of passes differ, work is negative, or time, peak or devices are not above 0.
@@ -125,7 +125,7 @@ def utilisation(
 
 
 def practical_peak(work: float, seconds: float, share: float) -> float:
-    """The data-sheet rate that a device needs to do this work in this time at a utilisation.
+    """Computes the data-sheet rate that a device needs to do this work in this time at a utilisation.
 
     Source: Y. Jiang et al., "MoE-CAP", arXiv:2412.07067, equations 7 and 8.
 
@@ -139,12 +139,12 @@ def practical_peak(work: float, seconds: float, share: float) -> float:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass as it ran.
+    """Measured forward pass.
 
     Attributes:
         batch: Its sequences.
-        seconds: How long it took; None where that was not measured.
-        distinct: Experts that it touched; None where that is not known.
+        seconds: Its time; None if not measured.
+        distinct: Distinct experts that it used; None if unknown.
     """
 
     batch: Batch
@@ -154,16 +154,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Utilisations:
-    """Shares of the devices' peaks; None for what was not measured.
+    """Shares of the devices' peaks; None if not measured.
 
     Attributes:
-        s_mbu: Bandwidth, all weights touched and the cache, read and written.
+        s_mbu: Bandwidth of all touched weights and of the cache, read and written.
         s_mbu_strict: Bandwidth by equation 4 to the letter: no router, norms, embedding or head.
-        mbu: Bandwidth as if every expert was read.
-        s_mfu: Compute, of what tokens use, with the head.
+        mbu: Bandwidth as if every expert were read.
+        s_mfu: Compute that tokens use, with the head.
         s_mfu_strict: Compute by equation 5 to the letter: no head.
         mfu: Compute as if every token used every expert.
-        distinct_source: Where the experts are from; None where passes differ in it or it is not known.
+        distinct_source: Origin of the distinct experts; None if unknown or different between passes.
     """
 
     s_mbu: float | None
@@ -177,13 +177,13 @@ class Utilisations:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the passes ran on.
+    """Machine that the passes ran on.
 
     Attributes:
-        bytes_per_s: Peak memory bandwidth of one device; None where it is not known.
-        flops: Peak FLOP/s of one device, dense, in the dtype used; None where it is not known.
-        devices: How many.
-        tiers: Where weights and cache lie, when that is not one memory.
+        bytes_per_s: Peak memory bandwidth of one device; None if unknown.
+        flops: Peak dense FLOP/s of one device in the used dtype; None if unknown.
+        devices: Number of devices.
+        tiers: Memories of weights and cache, if several.
     """
 
     bytes_per_s: float | None
@@ -195,7 +195,7 @@ class Machine:
 def utilisations(
     shape: ModelShape, passes: Iterable[Pass], machine: Machine, bits: BitWidths | None = None
 ) -> Utilisations:
-    """All utilisations of a run of passes; each a ratio of sums, see `utilisation`."""
+    """Computes all utilisations of a run of passes, each a ratio of sums, see `utilisation`."""
     ran = tuple(passes)
     seconds = [one.seconds for one in ran]
     touched = [

@@ -1,4 +1,4 @@
-"""What a user says of attention experts, what does not fit, and what their weights are multiplied by.
+"""Config of attention experts, its checks, and the factor on their weights.
 
 Letters: E experts (key-value heads), K experts a token.
 """
@@ -17,7 +17,7 @@ from moe.types import Config, LayerContext, RouterContext
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_choice import LayerChoice, parse_layers
 
-# Of a token's weight times the constant, where all experts together are to be the dense attention.
+# Tolerance of weight times factor, where all experts together equal the dense attention.
 _TOLERANCE = 1e-6
 
 
@@ -26,13 +26,13 @@ class AttentionConfig(Config):
     """Config of `moe.attention.routed_attention.AttentionMoE` in the layers of a dense model."""
 
     router: RouterConfig
-    """Over the key-value heads; ``router.top_k`` of them attend for each token."""
+    """Router over the key-value heads, of which ``router.top_k`` attend for each token."""
     name: Literal["moe"] = "moe"
     layers: str | list[int] = "all"
-    """Which layers' attention is cut into experts; the forms of ``upcycle.layers``."""
+    """Layers whose attention is cut into experts, in the forms of ``upcycle.layers``."""
     scale_factor: float | None = None
-    """What the router's weights are multiplied by. None: so that an expert counts 1 on average, as in the
-    dense attention; K where weights sum to 1, and 1 where each is 1."""
+    """Factor on the router's weights. None makes an expert weigh 1 on average, as in the dense attention: K
+    if weights sum to 1, and 1 if each is 1."""
 
     def __post_init__(self) -> None:
         require(
@@ -53,10 +53,10 @@ class AttentionConfig(Config):
 
 
 def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts: int) -> list[Mistake]:
-    """Why a router cannot choose among so many key-value heads; empty when it can.
+    """Returns why a router cannot choose among the key-value heads; empty if it can.
 
     Args:
-        config: Of the attention.
+        config: Config of the attention.
         cls: Class of its router.
         num_experts: E.
     """
@@ -72,28 +72,28 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
     if found is not None:
         return [found.under("attention.router")]
     if config.scale_factor is None and _balanced_scale(observe(config.router, num_experts)) is None:
-        rule = "what this router's weights sum to is not known, and so not what heads must be multiplied by"
+        rule = "the sum of this router's weights is unknown, and so is the factor for the heads"
         return [Mistake("attention.scale_factor", None, rule, "Set it, or choose another router.")]
     return []
 
 
 def _kind_unsupported_reason(config: RouterConfig, cls: type[Router[Any]]) -> str | None:
-    """Why attention has no place for a kind of router."""
+    """Returns why attention cannot use a kind of router; None if it can."""
     if not cls.is_causal:
         return "a token's heads would depend on later tokens"
     if cls.wrap_dispatcher is not Router.wrap_dispatcher or cls.attach is not Router.attach:
-        return "it reads or mixes what feed-forward experts are given"
+        return "it reads feed-forward experts or averages their inputs"
     if cls.needed_keys(config):
-        return "it needs to be told more of a token than a run knows"
+        return "it needs properties of a token that the run does not know"
     return None
 
 
 def attention_scale(config: AttentionConfig, num_experts: int) -> float:
-    """What the weights of a router that `router_mistakes` has accepted are multiplied by."""
+    """Returns the factor on the weights of a router that `router_mistakes` has accepted."""
     if config.scale_factor is not None:
         return config.scale_factor
     scale = _balanced_scale(observe(config.router, num_experts))
-    assert scale is not None, f"router_mistakes refuses {config.router.name}"
+    assert scale is not None, f"router_mistakes rejects {config.router.name}"
     return scale
 
 
@@ -105,11 +105,11 @@ def _balanced_scale(gates: Gates) -> float | None:
 
 @torch.no_grad()
 def counts_all_once(router: Router[Any], scale: float) -> bool:
-    """Whether every token uses every expert and each counts 1: it is the dense attention then.
+    """Returns True if every token uses every expert at weight 1, which equals the dense attention.
 
     Args:
-        router: As it begins.
-        scale: What its weights are multiplied by.
+        router: The router, untrained.
+        scale: Factor on its weights.
     """
     if router.top_k < router.num_experts:
         return False

@@ -1,7 +1,7 @@
-"""The keys and values that attention experts remember: of each expert, those of the tokens it was given.
+"""Keys and values that attention experts remember: each expert those of its own tokens.
 
 Letters: B sequences, S positions of a pass, E experts, H head width, R rows of an expert (a token each), N
-most new rows of a sequence, M most remembered rows of a sequence.
+largest number of new rows of a sequence, M largest number of remembered rows of a sequence.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """The tokens of one pass that one expert was given, by sequence and then by position.
+    """Tokens of one pass that went to one expert, by sequence and then by position.
 
     Attributes:
         token_R: int64 index among all tokens of the pass.
-        sequence_R: int64 its sequence.
-        position_R: int64 its position in the pass, from 0.
-        slot_R: int64 how many rows of the same sequence stand before it.
+        sequence_R: int64 sequence of the token.
+        position_R: int64 position of the token in the pass, from 0.
+        slot_R: int64 number of earlier rows of the same sequence.
         count_B: int64 rows of each sequence.
         longest: N, the largest of these counts.
     """
@@ -34,20 +34,20 @@ class ExpertRows:
     longest: int
 
     def padded(self, values: Tensor) -> Tensor:
-        """``[R, ...]`` to ``[B, N, ...]``, 0 where a sequence has fewer rows."""
+        """Converts ``[R, ...]`` to ``[B, N, ...]``, 0 where a sequence has fewer rows."""
         out = values.new_zeros((len(self.count_B), self.longest, *values.shape[1:]))
         return out.index_put((self.sequence_R, self.slot_R), values)
 
     def unpadded(self, values: Tensor) -> Tensor:
-        """``[B, N, ...]`` to ``[R, ...]``."""
+        """Converts ``[B, N, ...]`` to ``[R, ...]``."""
         return values[self.sequence_R, self.slot_R]
 
 
 def rows_by_expert(chosen_BSE: Tensor) -> list[ExpertRows]:
-    """What every expert is given. The host waits for the device three times, whatever E is.
+    """Returns the rows of every expert. The host waits for the device three times, for any E.
 
     Args:
-        chosen_BSE: bool, which experts each token uses.
+        chosen_BSE: bool, True where a token uses an expert.
     """
     S = chosen_BSE.shape[1]
     counts_EB = chosen_BSE.sum(1).t().contiguous()
@@ -67,10 +67,10 @@ def rows_by_expert(chosen_BSE: Tensor) -> list[ExpertRows]:
 
 @dataclass(frozen=True)
 class Remembered:
-    """The keys and values of one expert, a sequence's first rows, then padding.
+    """Keys and values of one expert: a sequence's rows first, then padding.
 
     Attributes:
-        keys_BMH: Keys, as they are compared with queries.
+        keys_BMH: Keys, normalised and rotated.
         values_BMH: Values.
         position_BM: int64 position in the sequence, over all passes; undefined in padding.
         count_B: int64 rows of each sequence.
@@ -83,14 +83,14 @@ class Remembered:
 
     @property
     def real_BM(self) -> Tensor:
-        """bool, False in padding."""
+        """Mask ``[B, M]``, bool, False in padding."""
         return torch.arange(self.position_BM.shape[1], device=self.count_B.device) < self.count_B[:, None]
 
     def with_rows(self, rows: ExpertRows, keys_RH: Tensor, values_RH: Tensor, past: int) -> Remembered:
-        """The same with the rows of a pass behind.
+        """Returns the memory with the rows of a pass appended.
 
         Args:
-            rows: Which tokens they are of.
+            rows: Tokens of the rows.
             keys_RH: Their keys.
             values_RH: Their values.
             past: Tokens of a sequence before this pass.
@@ -111,7 +111,7 @@ class Remembered:
         )
 
     def only(self, kept_BM: Tensor) -> Remembered:
-        """Without the rows that are not kept, in order; memory shrinks to the longest sequence."""
+        """Returns the kept rows, in order; the memory shrinks to the longest sequence."""
         kept_BM = kept_BM & self.real_BM
         count_B = kept_BM.sum(1)
         order_BM = (~kept_BM).long().argsort(dim=1, stable=True)[:, : int(count_B.max())]
@@ -119,23 +119,23 @@ class Remembered:
         return replace(self.changed(lambda tensor: tensor[at_B1, order_BM]), count_B=count_B)
 
     def of_sequences(self, index_B: Tensor) -> Remembered:
-        """Of other sequences, by their number; a sequence may be taken more than once."""
+        """Returns the memory of other sequences, by number; a sequence may repeat."""
         taken = self.changed(lambda tensor: tensor[index_B.to(tensor.device)])
         return replace(taken, count_B=self.count_B[index_B.to(self.count_B.device)])
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Remembered:
-        """With keys, values and positions changed alike."""
+        """Applies the same change to keys, values and positions."""
         keys_BMH, values_BMH = change(self.keys_BMH), change(self.values_BMH)
         return Remembered(keys_BMH, values_BMH, change(self.position_BM), self.count_B)
 
 
 class KeyMemory:
-    """What the experts of one layer remember of the tokens before, while text is generated.
+    """Keys and values that one layer's experts remember during generation.
 
     Attributes:
-        num_tokens: Positions of a sequence that it has seen, whichever experts they went to.
-        window: Positions that a query sees, itself included: older rows are forgotten. None for all.
-        experts: By the expert's number; an expert that nothing was sent to has none.
+        num_tokens: Positions of a sequence so far, whichever experts they went to.
+        window: Positions that a query sees, itself included; older rows are dropped. None for all.
+        experts: Memory by the expert's number; an expert without tokens has none.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -145,11 +145,11 @@ class KeyMemory:
 
     @property
     def num_rows(self) -> int:
-        """Keys that take memory, over sequences and experts, padding included."""
+        """Keys in memory, over sequences and experts, padding included."""
         return sum(found.position_BM.numel() for found in self.experts.values())
 
     def extend(self, expert: int, rows: ExpertRows, keys_RH: Tensor, values_RH: Tensor) -> Remembered:
-        """Adds the rows of a pass to an expert's and returns all that it remembers."""
+        """Appends the rows of a pass to an expert's memory, and returns it."""
         before = self.experts.get(expert)
         if before is None:
             before = nothing(len(rows.count_B), keys_RH, values_RH)
@@ -157,20 +157,20 @@ class KeyMemory:
         return self.experts[expert]
 
     def advance(self, num_positions: int) -> None:
-        """Ends a pass over so many positions and forgets what no later query sees."""
+        """Ends a pass over a number of positions and drops rows that no later query sees."""
         self.num_tokens += num_positions
         if self.window is not None and self.num_tokens >= self.window:
             oldest = self.num_tokens - self.window + 1
             self._keep(lambda found: found.position_BM >= oldest)
 
     def crop(self, num_tokens: int) -> None:
-        """Goes back to so many positions."""
+        """Truncates the memory to the first positions."""
         assert num_tokens <= self.num_tokens, (num_tokens, self.num_tokens)
         self._keep(lambda found: found.position_BM < num_tokens)
         self.num_tokens = num_tokens
 
     def take(self, index_B: Tensor) -> None:
-        """Goes on with other sequences, by their number."""
+        """Continues with other sequences, by number."""
         self.experts = {e: found.of_sequences(index_B) for e, found in self.experts.items()}
 
     def _keep(self, chosen: Callable[[Remembered], Tensor]) -> None:
@@ -178,12 +178,12 @@ class KeyMemory:
 
 
 def nothing(num_sequences: int, keys_RH: Tensor, values_RH: Tensor) -> Remembered:
-    """What an expert remembers at the beginning.
+    """Returns the empty memory of an expert.
 
     Args:
         num_sequences: B.
-        keys_RH: Of some token, for width, dtype and device.
-        values_RH: The same.
+        keys_RH: Any keys, for width, dtype and device.
+        values_RH: Any values, likewise.
     """
     ids = torch.zeros(num_sequences, dtype=torch.int64, device=keys_RH.device)
     return Remembered(

@@ -1,16 +1,16 @@
 """Attention whose key-value heads are experts: a router sends each token to some of them.
 
 Expert e is key-value head e of a grouped-query attention with the query heads that share it and the columns
-of the output projection that these feed. A token has queries, keys and values in its own experts only: in
-expert e it sees the earlier tokens that were sent to e as well. The layer's output is the sum of the experts,
-weighted by the router and multiplied by a constant; where all experts are used and each counts 1, it is the
-dense attention.
+of the output projection that these feed. A token has queries, keys and values only in its own experts: in
+expert e it sees the earlier tokens that also went to e. The layer's output is the sum of the experts,
+weighted by the router and multiplied by a constant; if all experts are used at weight 1, it equals the dense
+attention.
 
 Source: Qu et al. 2024 (arXiv 2411.15708), attention MoE.
 
 Letters: B sequences, S positions, T = B S tokens, D model width, E experts, K slots a token, G query heads of
-an expert, H head width, Q = G H, R rows of an expert, N most new rows of a sequence, M most remembered rows
-of a sequence, C columns of a mask.
+an expert, H head width, Q = G H, R rows of an expert, N largest number of new rows of a sequence, M largest
+number of remembered rows of a sequence, C columns of a mask.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from moe.types import LayerContext, Routing
 
 @dataclass(frozen=True)
 class AttentionContext(LayerContext):
-    """What an attention layer sees of the run: a schedule of K is of the feed-forward experts, not of it."""
+    """View that an attention layer has of the run; schedules of K apply to feed-forward experts only."""
 
     def top_k(self, own: int) -> int:
-        """Always the router's own."""
+        """Returns the router's own K."""
         return own
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """A grouped-query attention cut into its key-value heads.
+    """Weights of a grouped-query attention, cut into its key-value heads.
 
     Attributes:
         w_q_EQD: Query projections.
@@ -48,9 +48,9 @@ class AttentionWeights:
         w_v_EHD: Value projections.
         w_o_EDQ: Columns of the output projection.
         b_q_EQ: Bias of the queries, or None.
-        b_k_EH: Of the keys.
-        b_v_EH: Of the values.
-        b_o_D: Of the output: it belongs to no expert.
+        b_k_EH: Bias of the keys, or None.
+        b_v_EH: Bias of the values, or None.
+        b_o_D: Bias of the output, which belongs to no expert, or None.
     """
 
     w_q_EQD: Tensor
@@ -66,12 +66,12 @@ class AttentionWeights:
     def cut(
         cls, num_experts: int, weights: tuple[Tensor, Tensor, Tensor, Tensor], *biases: Tensor | None
     ) -> AttentionWeights:
-        """Cuts the dense projections; the query heads of a key-value head are neighbours.
+        """Cuts the dense projections; the query heads of a key-value head are adjacent.
 
         Args:
             num_experts: E, the key-value heads.
-            weights: Of query, key, value and output, each ``[out, in]``.
-            biases: Of the same four.
+            weights: Weights of query, key, value and output, each ``[out, in]``.
+            biases: Biases of the same four.
         """
         query, key, value, output = weights
         b_query, b_key, b_value, b_output = biases
@@ -93,7 +93,7 @@ class AttentionWeights:
 
 
 class AttentionExperts(nn.Module):
-    """The weights of E attention experts, stacked as those of other experts are."""
+    """Module with the weights of E attention experts, stacked like those of other experts."""
 
     parameter_role: ClassVar[str] = "expert"
 
@@ -118,7 +118,7 @@ class AttentionExperts(nn.Module):
         return self.w_k_EHD.shape[1]
 
     def project(self, expert: int, x_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[R, G, H]`` queries, ``[R, 1, H]`` keys and ``[R, 1, H]`` values of an expert's rows."""
+        """Computes ``[R, G, H]`` queries, ``[R, 1, H]`` keys and ``[R, 1, H]`` values of an expert's rows."""
         biases = (_row(self.b_q_EQ, expert), _row(self.b_k_EH, expert), _row(self.b_v_EH, expert))
         stacks = (self.w_q_EQD, self.w_k_EHD, self.w_v_EHD)
         query, key, value = (
@@ -128,7 +128,7 @@ class AttentionExperts(nn.Module):
         return query, key, value
 
     def output(self, expert: int, attended_RGH: Tensor) -> Tensor:
-        """``[R, D]``."""
+        """Applies an expert's columns of the output projection, to ``[R, D]``."""
         return F.linear(attended_RGH.flatten(1), self.w_o_EDQ[expert])
 
 
@@ -144,13 +144,13 @@ class AttentionMoE(nn.Module):
     """Attention with a router over its key-value heads, ``[B, S, D] -> [B, S, D]``.
 
     Attributes:
-        scale: What the router's weights are multiplied by.
+        scale: Factor on the router's weights.
         b_o_D: Bias of the output projection, which every token gets; or None.
-        q_norm: What queries pass before their rotation, over the last axis; None for nothing.
+        q_norm: Norm of queries before their rotation, over the last axis; None without one.
         k_norm: The same for keys.
-        dropout: Of attention probabilities, in training.
-        context: The run as this layer sees it; the host fills it.
-        stats: What was routed where in the current step.
+        dropout: Dropout of attention probabilities, in training.
+        context: This layer's view of the run; the model fills it.
+        stats: Routing statistics of the current step.
     """
 
     def __init__(
@@ -183,11 +183,11 @@ class AttentionMoE(nn.Module):
         """Routes the tokens and attends.
 
         Args:
-            x_BSD: Tokens, a pass behind what is remembered.
-            rotary: ``[B or 1, S, H]`` cosines and sines of the rotary embedding; None for none.
-            mask: ``[B or 1, 1, S, C]`` of the last C positions: bool, True where a query may see, or what is
-                added to the logits. None: a query sees every position up to its own.
-            memory: What is remembered of earlier passes; it is extended.
+            x_BSD: Tokens that follow the remembered ones.
+            rotary: ``[B or 1, S, H]`` cosines and sines of the rotary embedding; None without one.
+            mask: ``[B or 1, 1, S, C]`` over the last C positions: bool, True where a query may see, or a term
+                that is added to the logits. None: a query sees every position up to its own.
+            memory: Memory of earlier passes, which is extended.
         """
         T = x_BSD.shape[0] * x_BSD.shape[1]
         x_TD = x_BSD.reshape(T, -1)
@@ -195,7 +195,7 @@ class AttentionMoE(nn.Module):
         weights_TE, chosen_TE = by_expert(routing)
         real_T = self.context.token_mask_T(T)
         if real_T is not None:
-            # Padding goes to no expert: nothing is remembered of it.
+            # Padding goes to no expert, so that it is not remembered.
             chosen_TE = chosen_TE & real_T[:, None]
         out_BSD = self.attend(x_BSD, weights_TE, chosen_TE, rotary, mask, memory)
         if self.training:
@@ -213,12 +213,12 @@ class AttentionMoE(nn.Module):
         mask: Tensor | None = None,
         memory: KeyMemory | None = None,
     ) -> Tensor:
-        """The same for tokens that are routed already.
+        """Attends for tokens that are already routed.
 
         Args:
             x_BSD: Tokens.
             weights_TE: Combine weights, without `scale`.
-            chosen_TE: bool, which experts each token uses.
+            chosen_TE: bool, True where a token uses an expert.
             rotary: As in `forward`.
             mask: As in `forward`.
             memory: As in `forward`.
@@ -248,7 +248,7 @@ class AttentionMoE(nn.Module):
         mask: Tensor | None,
         memory: KeyMemory | None,
     ) -> Tensor:
-        """``[R, G, H]`` what the rows of an expert gather from those that it has."""
+        """Computes ``[R, G, H]``: the attention of an expert's rows over all its remembered rows."""
         q_RGH, k_R1H, v_R1H = self.experts.project(expert, x_RD)
         q_RGH = q_RGH if self.q_norm is None else self.q_norm(q_RGH)
         k_R1H = k_R1H if self.k_norm is None else self.k_norm(k_R1H)
@@ -261,7 +261,7 @@ class AttentionMoE(nn.Module):
         else:
             found = memory.extend(expert, rows, k_RH, v_RH)
         q_BGNH = rows.padded(q_RGH).transpose(1, 2)
-        # Without mask and past, rows stand in their order: what is behind a row is also what it may not see.
+        # Without mask and past, rows are in order, so that plain causal attention applies.
         alone = mask is None and past == 0
         out_BGNH = F.scaled_dot_product_attention(
             q_BGNH,
@@ -275,7 +275,7 @@ class AttentionMoE(nn.Module):
 
 
 def by_expert(routing: Routing) -> tuple[Tensor, Tensor]:
-    """``[T, E]`` weights and ``[T, E]`` bool choice of a routing."""
+    """Returns ``[T, E]`` weights and ``[T, E]`` bool choice of a routing."""
     ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
     used_TK = torch.ones_like(ids_TK, dtype=torch.bool)
     if routing.slot_mask_TK is not None:
@@ -288,7 +288,7 @@ def by_expert(routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(vectors: Tensor, rotary: tuple[Tensor, Tensor], rows: ExpertRows) -> Tensor:
-    """Rotary embedding of ``[R, heads, H]``: channel i turns with channel i + H/2."""
+    """Applies the rotary embedding to ``[R, heads, H]``: channel i rotates with channel i + H/2."""
     cos, sin = (
         table.expand(len(rows.count_B), -1, -1)[rows.sequence_R, rows.position_R][:, None] for table in rotary
     )
@@ -297,22 +297,22 @@ def _rotated(vectors: Tensor, rotary: tuple[Tensor, Tensor], rows: ExpertRows) -
 
 
 def _for_heads(values_BMH: Tensor, like_BGNH: Tensor) -> Tensor:
-    """``[B, G, M, H]``: the query heads of an expert share them."""
+    """Returns ``[B, G, M, H]``: the query heads of an expert share keys and values."""
     return values_BMH[:, None].expand(-1, like_BGNH.shape[1], -1, -1)
 
 
 def _row_mask(
     rows: ExpertRows, found: Remembered, mask: Tensor | None, past: int, dtype: torch.dtype
 ) -> Tensor:
-    """``[B, 1, N, M]``: the host's mask at an expert's rows, or causality where there is none.
+    """Returns ``[B, 1, N, M]``: the model's mask at an expert's rows, or a causal mask without one.
 
     Args:
         rows: The queries.
         found: The keys.
         mask: As in `AttentionMoE.forward`.
         past: Positions before this pass.
-        dtype: Of a mask that is added; its smallest number is as good as minus infinity, and no NaN where a
-            query sees nothing.
+        dtype: Dtype of an additive mask, whose smallest number replaces minus infinity, so that a query that
+            sees nothing does not give NaN.
     """
     real_B1M, position_B1M = found.real_BM[:, None], found.position_BM[:, None]
     query_BN = rows.padded(rows.position_R)
@@ -320,7 +320,7 @@ def _row_mask(
         seen_BNM = (position_B1M <= query_BN[..., None] + past) & real_B1M
         return _never_blind(seen_BNM)[:, None]
     B, (S, C) = len(rows.count_B), mask.shape[2:]
-    # The mask's columns are the last C positions: of a window, the first of them is not 0.
+    # The mask's columns are the last C positions: under a window they do not start at 0.
     column_B1M = position_B1M - (past + S - C)
     real_B1M = real_B1M & (column_B1M >= 0)
     at_B11 = torch.arange(B, device=mask.device)[:, None, None]
@@ -332,10 +332,10 @@ def _row_mask(
 
 
 def _never_blind(seen_BNM: Tensor) -> Tensor:
-    """Queries that see nothing are padding: they see everything instead, since nothing is not a number."""
+    """Lets queries that see nothing, i.e. padding, see everything, as nothing would give NaN."""
     return seen_BNM | ~seen_BNM.any(-1, keepdim=True)
 
 
 def attention_layers(model: nn.Module) -> list[tuple[str, AttentionMoE]]:
-    """Every layer of attention experts of a model with its module name, in order."""
+    """Returns every layer of attention experts of a model with its module name, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionMoE)]

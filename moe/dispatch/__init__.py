@@ -1,4 +1,4 @@
-"""Dispatchers, found by being in a module of this package."""
+"""Dispatchers between tokens and experts; every module of this package is searched for them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["DispatchHandle", "Dispatched", "Dispatcher", "dispatcher_classes"]
 
 
 def dispatcher_classes() -> dict[str, type[Dispatcher]]:
-    """Every dispatcher class by its name."""
+    """Returns every dispatcher class by its name."""
     return discover(__name__, Dispatcher)

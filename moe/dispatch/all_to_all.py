@@ -1,12 +1,11 @@
-"""Dispatch where every rank holds a slice of the experts: rows travel to theirs by all-to-all, and back.
+"""Dispatch where every rank holds a slice of the experts: rows travel there and back by all-to-all.
 
-A token is sent once to each rank that holds at least one of its experts, however many of them are there, and
-comes back as one weighted sum: at most ``min(K, P)`` rows of a token are on the wire, never K.
+A token is sent once to each rank that holds any of its experts, however many, and comes back as one weighted
+sum: at most ``min(K, P)`` rows of a token are sent.
 
-The way there does not block: what is computed between `AllToAllDispatcher.start` and the arrival runs beside
-it. In backward the rows' gradients are sent when the arrival's turn comes and waited for at the start's: what
-was computed in between has its turn before that, since autograd takes what was computed last first. The way
-back is waited for at once.
+The way there does not block: computation between `AllToAllDispatcher.start` and the arrival overlaps with it.
+In backward the rows' gradients are sent at the arrival's turn and awaited at the start's; the computation in
+between overlaps again, since autograd runs in reverse order. The way back blocks.
 
 Letters: T tokens, D model width, E experts, K slots a token, P ranks; N rows that this rank sends, M rows
 that arrive at it.
@@ -14,7 +13,6 @@ that arrive at it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +30,10 @@ from moe.types import Routing
 
 
 def experts_of_a_rank(num_experts: int, ranks: int) -> int:
-    """Experts that each of so many ranks holds.
+    """Returns the number of experts that each rank holds.
 
     Raises:
-        ConfigError: They do not divide.
+        ConfigError: The experts do not divide over the ranks.
     """
     if num_experts % ranks:
         rule = f"the ranks of a group hold equally many experts, and {num_experts} do not divide over {ranks}"
@@ -46,7 +44,7 @@ def experts_of_a_rank(num_experts: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of one exchange, by rank of the group.
+    """Numbers of rows in one exchange, by rank of the group.
 
     Attributes:
         sent: Rows that go from here to each rank.
@@ -58,18 +56,18 @@ class Splits:
 
     @property
     def back(self) -> Splits:
-        """The same rows on their way home."""
+        """The splits of the same rows on their way back."""
         return Splits(self.received, self.sent)
 
 
 @dataclass(frozen=True)
 class TravelledDispatched(Dispatched):
-    """Rows that came from all ranks of the group, and where this rank's own ones return to.
+    """Rows that arrived from all ranks, with the tokens that this rank's own rows return to.
 
     Attributes:
         token_N: ``[N]`` int64 token of each row that was sent from here.
         num_tokens: T.
-        splits: Of the way here.
+        splits: Splits of the exchange that brought the rows.
     """
 
     token_N: Tensor
@@ -78,21 +76,21 @@ class TravelledDispatched(Dispatched):
 
 
 class AllToAllDispatcher(Dispatcher):
-    """Rank r of a group of P holds the experts ``r * E/P ... (r + 1) * E/P - 1``; rows go where theirs are.
+    """Dispatcher by all-to-all; rank r of P holds the experts ``r * E/P ... (r + 1) * E/P - 1``.
 
-    Every rank of the group must call it equally often, with any number of tokens, none included: no path
-    depends on how many there are. The host waits for the device once, to learn the split sizes and
-    how many used slots come. With a group of one rank nothing is sent.
+    Every rank of the group must call it equally often, with any number of tokens, zero included. The host
+    waits for the device once, to learn the split sizes and the number of used slots that arrive. With one
+    rank nothing is sent.
     """
 
     name = "all_to_all"
 
     def __init__(self, num_experts: int, group: ProcessGroup | None = None) -> None:
-        """Takes its place in a group.
+        """Joins a group.
 
         Args:
-            num_experts: E, of all ranks together.
-            group: The ranks that hold a copy of all experts between them; None is this process alone.
+            num_experts: E, over all ranks together.
+            group: The ranks that together hold all experts once; None for this process alone.
 
         Raises:
             ConfigError: The experts do not divide over the ranks.
@@ -103,7 +101,7 @@ class AllToAllDispatcher(Dispatcher):
         self.num_local = experts_of_a_rank(num_experts, self.ranks)
 
     def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
-        """Sends each token to the ranks of its experts, with its weights there."""
+        """Starts sending each token, with its weights, to the ranks of its experts."""
         assert routing.num_experts == self.num_experts, (routing.num_experts, self.num_experts)
         rank_TK = self._rank_of_slots(routing)
         wanted_TP = torch.zeros(len(x_TD), self.ranks + 1, dtype=torch.bool, device=x_TD.device)
@@ -118,42 +116,30 @@ class AllToAllDispatcher(Dispatcher):
         ids_NK = routing.expert_ids_TK.index_select(0, token_N) - to_N[:, None] * self.num_local
         ids_NK = ids_NK.masked_fill(elsewhere_NK, self.num_local).int()
         weights_NK = routing.weights_TK.index_select(0, token_N).masked_fill(elsewhere_NK, 0.0)
-        # Routers with a varying number of experts a token may use more slots on one rank than on another.
+        # Where the number of experts varies, one rank may use more slots than another.
         spare = (0, most_slots - rank_TK.shape[1])
         ids = self._send(F.pad(ids_NK, spare, value=self.num_local), splits)
         rows = self._send(x_TD.index_select(0, token_N), splits)
         weights = self._send(F.pad(weights_NK, spare), splits)
-
-        def arrive() -> Dispatched:
-            ids_MK = ids().long()
-            return TravelledDispatched(
-                rows_ND=rows(),
-                weights_NK=weights(),
-                plan=make_plan(ids_MK, self.num_local, ids_MK < self.num_local, arriving),
-                token_N=token_N,
-                num_tokens=len(x_TD),
-                splits=splits,
-            )
-
-        return arrive
+        return _Travelling(ids, rows, weights, token_N, len(x_TD), splits, self.num_local, arriving)
 
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
-        """Brings the sums home, and adds up, in at least fp32, what the ranks have made of each token."""
+        """Brings the sums back and adds up each token's sums of all ranks, in at least fp32."""
         assert isinstance(sent, TravelledDispatched), type(sent)
-        home_ND = self._send(y_ND, sent.splits.back)()
+        home_ND = self._send(y_ND, sent.splits.back).wait()
         dtype = torch.promote_types(y_ND.dtype, torch.float32)
         out_TD = torch.zeros(sent.num_tokens, y_ND.shape[1], dtype=dtype, device=y_ND.device)
         return out_TD.index_add(0, sent.token_N, home_ND.to(dtype)).to(y_ND.dtype)
 
     def _rank_of_slots(self, routing: Routing) -> Tensor:
-        """``[T, K]`` rank of each slot's expert; P where the slot is unused."""
+        """Returns the ``[T, K]`` rank of each slot's expert; P where the slot is unused."""
         rank_TK = torch.div(routing.expert_ids_TK, self.num_local, rounding_mode="floor")
         if routing.slot_mask_TK is None:
             return rank_TK
         return rank_TK.masked_fill(~routing.slot_mask_TK, self.ranks)
 
     def _exchange_counts(self, sent_P: Tensor, used_P: Tensor, slots: int) -> tuple[Splits, int, int]:
-        """How many rows come from each rank, the largest K of all ranks, and how many used slots come."""
+        """Returns the splits, the largest K of all ranks, and the number of used slots that arrive."""
         sent_P3 = torch.stack([sent_P, used_P, torch.full_like(sent_P, slots)], 1)
         received_P3 = sent_P3
         if self.ranks > 1:
@@ -162,31 +148,80 @@ class AllToAllDispatcher(Dispatcher):
         sent, received, used, widths = torch.stack([sent_P, *received_P3.unbind(1)]).tolist()
         return Splits(tuple(sent), tuple(received)), max(widths), sum(used)
 
-    def _send(self, rows_ND: Tensor, splits: Splits) -> Callable[[], Tensor]:
-        """Sends rows on their way; what is returned waits for those that come here."""
+    def _send(self, rows_ND: Tensor, splits: Splits) -> _Shipment:
+        """Starts sending rows; the shipment waits for the rows that arrive here."""
         if self.ranks == 1:
-            return lambda: rows_ND
+            return _Shipment(rows_ND, None)
         trip = _Trip(splits, self.group)
         moving_MD: Tensor = _Depart.apply(rows_ND, trip)  # type: ignore[no-untyped-call]
+        return _Shipment(moving_MD, trip)
 
-        def wait() -> Tensor:
-            arrived_MD: Tensor = _Arrive.apply(moving_MD, trip)  # type: ignore[no-untyped-call]
-            return arrived_MD
 
-        return wait
+@dataclass(frozen=True)
+class _Shipment:
+    """Rows under way.
+
+    Attributes:
+        moving_MD: The rows that arrive here, not yet filled.
+        trip: The exchange; None if nothing is sent.
+    """
+
+    moving_MD: Tensor
+    trip: _Trip | None
+
+    def wait(self) -> Tensor:
+        """Waits for the rows."""
+        if self.trip is None:
+            return self.moving_MD
+        arrived_MD: Tensor = _Arrive.apply(self.moving_MD, self.trip)  # type: ignore[no-untyped-call]
+        return arrived_MD
+
+
+@dataclass(frozen=True)
+class _Travelling(DispatchHandle):
+    """Ids, rows and weights on their way.
+
+    Attributes:
+        token_N: See `TravelledDispatched`.
+        num_tokens: T.
+        splits: Splits of the exchange.
+        num_local: Experts that this rank holds.
+        arriving: Used slots that arrive here.
+    """
+
+    ids: _Shipment
+    rows: _Shipment
+    weights: _Shipment
+    token_N: Tensor
+    num_tokens: int
+    splits: Splits
+    num_local: int
+    arriving: int
+
+    def wait(self) -> Dispatched:
+        """See `DispatchHandle.wait`."""
+        ids_MK = self.ids.wait().long()
+        return TravelledDispatched(
+            rows_ND=self.rows.wait(),
+            weights_NK=self.weights.wait(),
+            plan=make_plan(ids_MK, self.num_local, ids_MK < self.num_local, self.arriving),
+            token_N=self.token_N,
+            num_tokens=self.num_tokens,
+            splits=self.splits,
+        )
 
 
 class _Trip:
-    """Rows on their way to their ranks, and later their gradients on the same way back."""
+    """Exchange of rows, and later of their gradients in the opposite direction."""
 
     def __init__(self, splits: Splits, group: ProcessGroup | None) -> None:
         self._splits, self._group = splits, group
-        # The exchange, what it reads and what it writes: all must live until it is over.
+        # The exchange, its input and its output: all must live until it is over.
         self._moving: tuple[Any, Tensor, Tensor] | None = None
 
     def begin(self, rows_ND: Tensor, *, back: bool = False) -> Tensor:
-        """Sends rows; what is returned is filled by the time that `end` returns."""
-        assert self._moving is None, "one exchange of a trip is under way at a time"
+        """Starts sending rows; the returned tensor is filled once `end` returns."""
+        assert self._moving is None, "an exchange of this trip is already under way"
         splits = self._splits.back if back else self._splits
         rows_ND = rows_ND.contiguous()
         out_MD = rows_ND.new_empty(sum(splits.received), *rows_ND.shape[1:])
@@ -196,7 +231,7 @@ class _Trip:
         return out_MD
 
     def end(self) -> Tensor:
-        """Waits for the rows that come here."""
+        """Waits for the rows that arrive here."""
         assert self._moving is not None, "nothing is under way"
         work, _, out_MD = self._moving
         work.wait()
@@ -205,7 +240,7 @@ class _Trip:
 
 
 class _Depart(torch.autograd.Function):
-    """Sends rows to their ranks; in backward waits for their gradients, which `_Arrive` has sent back."""
+    """Autograd function that sends rows; backward waits for the gradients that `_Arrive` sends back."""
 
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, trip: _Trip) -> Tensor:
@@ -219,7 +254,7 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for the rows that come here; in backward sends their gradients back, and does not wait."""
+    """Autograd function that waits for rows; backward starts sending their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, moving_MD: Tensor, trip: _Trip) -> Tensor:
@@ -231,5 +266,5 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         ctx.trip.begin(grad_MD, back=True)
-        # Nobody reads it: the gradients travel past autograd. It has the shape that autograd expects.
+        # Never read: the gradients bypass autograd, which only checks the shape.
         return grad_MD.new_zeros(()).expand(grad_MD.shape), None

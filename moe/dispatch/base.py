@@ -1,4 +1,4 @@
-"""What moves tokens to their experts and back.
+"""Base of the dispatchers, which move tokens to their experts and back.
 
 Letters: T tokens, D model width, K slots a token; N rows that arrive where the experts are.
 """
@@ -6,9 +6,8 @@ Letters: T tokens, D model width, K slots a token; N rows that arrive where the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,10 +18,10 @@ from moe.types import Routing
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What arrived at the experts. Combine must be given it back: nothing is parked in between.
+    """Tokens that arrived at the experts. `Dispatcher.combine` needs it back: dispatchers hold no state.
 
     Attributes:
-        rows_ND: ``[N, D]`` token rows; an expert's rows are gathered by the plan's index, not copied here.
+        rows_ND: ``[N, D]`` token rows. The plan's index gathers an expert's rows; they are not copied here.
         weights_NK: ``[N, K]`` combine weights of the rows' slots.
         plan: Order of the routed rows by local expert.
     """
@@ -32,29 +31,33 @@ class Dispatched:
     plan: RowPlan
 
 
-DispatchHandle: TypeAlias = Callable[[], Dispatched]
-"""Waits until tokens that are under way have arrived. To be called once."""
+class DispatchHandle(ABC):
+    """Tokens on their way to their experts."""
+
+    @abstractmethod
+    def wait(self) -> Dispatched:
+        """Waits until the tokens have arrived; call it once."""
 
 
 class Dispatcher(ABC):
-    """Brings tokens to the ranks of their experts, and results home."""
+    """Moves tokens to the ranks of their experts, and results back."""
 
     name: ClassVar[str]
     group: ProcessGroup | None = None
-    """The ranks that hold a copy of all experts between them; None is this process alone."""
+    """The ranks that together hold all experts once; None for this process alone."""
 
     @abstractmethod
     def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
-        """Sends ``[T, D]`` tokens on their way to where their experts are, and does not wait for them.
+        """Starts sending ``[T, D]`` tokens to their experts, without waiting for them.
 
-        What is computed between this call and that of the result runs while they travel; in backward, while
-        their gradients do.
+        Computation between this call and `DispatchHandle.wait` overlaps with the transfer; in backward, with
+        that of the gradients.
         """
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """Sends ``[T, D]`` tokens to where their experts are."""
-        return self.start(x_TD, routing)()
+        """Sends ``[T, D]`` tokens to their experts and waits for them."""
+        return self.start(x_TD, routing).wait()
 
     @abstractmethod
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
-        """Brings ``[N, D]`` weighted sums home and adds them up: ``[T, D]``."""
+        """Returns the ``[N, D]`` weighted sums to their tokens and adds them up: ``[T, D]``."""

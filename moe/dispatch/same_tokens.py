@@ -1,6 +1,6 @@
-"""Dispatch where ranks hold the same tokens: each sends an equal share of them, and all get all results.
+"""Dispatch where ranks hold the same tokens: each sends an equal share, and all receive all results.
 
-Without it every one of these ranks would have the experts compute all of its tokens: the same, several times.
+Without it the experts would compute the same tokens once for each of these ranks.
 
 Letters: T tokens, D model width, K slots a token, P ranks; N rows.
 """
@@ -22,10 +22,10 @@ from moe.types import Routing
 
 @dataclass(frozen=True)
 class SharedDispatched(Dispatched):
-    """What another dispatcher has brought of this rank's share.
+    """Tokens of this rank's share that another dispatcher delivered.
 
     Attributes:
-        inner: It.
+        inner: Result of the other dispatcher.
         num_tokens: T.
     """
 
@@ -33,29 +33,47 @@ class SharedDispatched(Dispatched):
     num_tokens: int
 
 
-class SameTokensDispatcher(Dispatcher):
-    """Sends this rank's share of the tokens by another dispatcher.
+@dataclass(frozen=True)
+class _ShareHandle(DispatchHandle):
+    """A share on its way.
 
-    Every rank has the same tokens and the same routing. Gradients of tokens and combine weights are whole on
-    every rank, as the results are; those of the experts are of the rank's share alone, and add up over the
+    Attributes:
+        inner: Handle of the other dispatcher.
+        num_tokens: T.
+    """
+
+    inner: DispatchHandle
+    num_tokens: int
+
+    def wait(self) -> Dispatched:
+        """See `DispatchHandle.wait`."""
+        inner = self.inner.wait()
+        return SharedDispatched(inner.rows_ND, inner.weights_NK, inner.plan, inner, self.num_tokens)
+
+
+class SameTokensDispatcher(Dispatcher):
+    """Dispatcher that sends this rank's share of the tokens through another dispatcher.
+
+    Every rank has the same tokens and the same routing. Results and the gradients of tokens and combine
+    weights are complete on every rank; gradients of the experts cover the rank's share alone, and add up over
     ranks.
     """
 
     name = "same_tokens"
 
     def __init__(self, inner: Dispatcher, same: ProcessGroup | None = None) -> None:
-        """Takes its share.
+        """Wraps a dispatcher.
 
         Args:
-            inner: What sends it.
-            same: The ranks that hold the same tokens; None is this process alone.
+            inner: Dispatcher that sends the share.
+            same: The ranks that hold the same tokens; None for this process alone.
         """
         self.inner = inner
         self.group = inner.group
         self._same = same
 
     def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
-        """Sends the share on its way."""
+        """Starts sending this rank's share."""
         mask_TK, mine = routing.slot_mask_TK, _share(len(x_TD), self._same)
         share = Routing(
             routing.expert_ids_TK[mine],
@@ -63,16 +81,10 @@ class SameTokensDispatcher(Dispatcher):
             routing.num_experts,
             None if mask_TK is None else mask_TK[mine],
         )
-        handle = self.inner.start(_take(x_TD, self._same), share)
-
-        def arrive() -> Dispatched:
-            inner = handle()
-            return SharedDispatched(inner.rows_ND, inner.weights_NK, inner.plan, inner, len(x_TD))
-
-        return arrive
+        return _ShareHandle(self.inner.start(_take(x_TD, self._same), share), len(x_TD))
 
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
-        """Brings the share home, and puts the shares of all ranks together."""
+        """Brings the share back and joins the shares of all ranks."""
         assert isinstance(sent, SharedDispatched), type(sent)
         share_ND = self.inner.combine(y_ND, sent.inner)
         if self._same is None:
@@ -82,7 +94,7 @@ class SameTokensDispatcher(Dispatcher):
 
 
 def _share(tokens: int, same: ProcessGroup | None) -> slice:
-    """Which tokens are this rank's: the next T / P, rounded up, as long as there are any."""
+    """Returns this rank's tokens: the next T / P, rounded up, as long as any are left."""
     if same is None:
         return slice(0, tokens)
     most = -(-tokens // same.size())
@@ -97,7 +109,7 @@ def _take(x_TD: Tensor, same: ProcessGroup | None) -> Tensor:
 
 
 def _join(share_ND: Tensor, tokens: int, same: ProcessGroup) -> Tensor:
-    """The shares of all ranks, in order."""
+    """Gathers the shares of all ranks, in order."""
     most = -(-tokens // same.size())
     padded_ND = share_ND.new_zeros(most, share_ND.shape[1])
     padded_ND[: len(share_ND)] = share_ND
@@ -107,7 +119,7 @@ def _join(share_ND: Tensor, tokens: int, same: ProcessGroup) -> Tensor:
 
 
 class _Take(torch.autograd.Function):
-    """This rank's share of rows that all have; in backward the shares of their gradients are put together."""
+    """Autograd function that takes this rank's share of common rows; backward joins the gradients' shares."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, same: ProcessGroup) -> Tensor:
@@ -121,7 +133,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """The shares of all ranks; in backward this rank's share of their gradients, which all have."""
+    """Autograd function that joins the shares of all ranks; backward takes this rank's share of gradients."""
 
     @staticmethod
     def forward(ctx: Any, share_ND: Tensor, tokens: int, same: ProcessGroup) -> Tensor:

@@ -1,8 +1,8 @@
-"""What sets an expert apart from the base that all experts of a layer share, in few bytes.
+"""Codecs that hold an expert's difference from the base of its layer in few bytes.
 
-DeRS (arXiv 2503.01359): experts that were upcycled from one network stay close to it, so that a base and
-small differences hold them: nine of ten differences dropped at random, or two bits for each. A difference of
-0, as of copies before training, is held exactly.
+DeRS (arXiv 2503.01359): experts upcycled from one network stay close to it, so a base and small differences
+suffice: nine of ten differences dropped at random, or two bits for each. A difference of 0, as for copies
+before training, is held exactly.
 
 Letters: M rows, N columns of a matrix, B elements of a block.
 """
@@ -17,48 +17,47 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe.routing.draws import hashed_uniform
-from moe.routing.noise import mix32
+from moe.routing.draws import hashed_uniform, mix32
 
 _BITS32 = 0xFFFFFFFF
-# Steps of the uniform quantiser with least squared error for a Gaussian of deviation 1, by bits: minimised
-# numerically; to 4 bits they are those of Max 1960, "Quantizing for minimum distortion".
+# Step of the uniform quantiser with least squared error for a Gaussian of deviation 1, by bits: minimised
+# numerically; up to 4 bits they equal those of Max 1960, "Quantizing for minimum distortion".
 _STEPS = {1: 1.5956, 2: 0.9957, 4: 0.3352, 8: 0.03076}
 Shape = tuple[int, ...]
 
 
 class DeltaCodec(ABC):
-    """A way to hold differences."""
+    """Codec for differences."""
 
     @abstractmethod
     def parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
-        """What `encode` gives for a matrix of that shape and dtype: dtype and shape by name."""
+        """Returns dtype and shape, by name, of the tensors that `encode` makes of such a matrix."""
 
     @abstractmethod
     def encode(self, delta: Tensor, key: str) -> dict[str, Tensor]:
-        """Holds a difference.
+        """Encodes a difference.
 
         Args:
-            delta: Any shape, fp32.
-            key: Names the matrix; the same for `decode`.
+            delta: Difference of any shape, fp32.
+            key: Name of the matrix; the same for `decode`.
         """
 
     @abstractmethod
     def decode(self, parts: Mapping[str, Tensor], shape: Shape, key: str) -> Tensor:
-        """The difference, about: fp32, of that shape."""
+        """Returns the approximate difference in fp32."""
 
 
 @dataclass(frozen=True)
 class SparseDelta(DeltaCodec):
-    """Keeps one element of every block of ``one_of``, at a place that a hash chooses.
+    """Codec that keeps one element of every block of ``one_of``, at a place chosen by a hash.
 
-    The paper drops at random; one of each block is as random, and needs no index: the places follow from seed
+    The paper drops at random; one per block is as random and needs no index, as the places follow from seed
     and key.
 
     Attributes:
         one_of: B.
-        rescale: Whether what is kept is multiplied by B, so that the difference is right in the mean.
-        seed: Of the places.
+        rescale: Multiplies kept elements by B, so that the difference is unbiased.
+        seed: Seed of the places.
     """
 
     one_of: int = 10
@@ -66,7 +65,7 @@ class SparseDelta(DeltaCodec):
     seed: int = 0
 
     def parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
-        """The kept values, in the matrix's dtype."""
+        """Returns the kept values, in the matrix's dtype."""
         return {"values": (dtype, (-(-torch.Size(shape).numel() // self.one_of),))}
 
     def encode(self, delta: Tensor, key: str) -> dict[str, Tensor]:
@@ -91,7 +90,7 @@ class SparseDelta(DeltaCodec):
 
 @dataclass(frozen=True)
 class QuantisedDelta(DeltaCodec):
-    """So many bits for each element, and a step for each row.
+    """Codec with a few bits per element, and a step per row.
 
     Attributes:
         bits: 1, 2, 4 or 8.
@@ -100,7 +99,7 @@ class QuantisedDelta(DeltaCodec):
     bits: int = 2
 
     def parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
-        """Levels, packed along the rows, and steps in fp32."""
+        """Returns the levels, packed along the rows, and the steps in fp32."""
         *rows, width = shape
         packed = -(-width * self.bits // 8)
         return {"packed": (torch.uint8, (*rows, packed)), "step": (torch.float32, (*rows, 1))}
@@ -109,7 +108,7 @@ class QuantisedDelta(DeltaCodec):
         """See `DeltaCodec.encode`."""
         step_M1 = _STEPS[self.bits] * delta.square().mean(-1, keepdim=True).sqrt()
         half, per_byte = 1 << (self.bits - 1), 8 // self.bits
-        # Rows of zeros have step 0, and any level of theirs is 0.
+        # A row of zeros has step 0, so that any level decodes to 0.
         level = torch.floor(delta / step_M1.clamp_min(torch.finfo(torch.float32).tiny)) + half
         level = level.clamp(0, 2 * half - 1).to(torch.uint8)
         level = pad(level, (0, -level.shape[-1] % per_byte))

@@ -1,39 +1,36 @@
-"""The experts of a layer: stacked weights and the call into the kernels' one seam.
+"""Experts of a layer: stacked weights and the call into the kernels.
 
 Letters: N rows, D model width, E experts, K slots a row, F expert width, U = 2F when gated, else F.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
-from kernels.expert_mlp import BACKENDS, Choice, choose_backend, expert_mlp, few_products
-from kernels.plan.row_plan import RowPlan
+from kernels.expert_mlp import BACKENDS, Choice, expert_mlp
 from moe.dispatch.base import Dispatched
 from moe.errors import require
+from moe.experts.backend_selector import BackendSelector
+from moe.experts.expert_slices import local_tensor
 from moe.experts.lora import FACTORS, LoraConfig, factor_shapes
 from moe.experts.weights import ExpertBank
 from moe.types import Config
 
-_LOG = logging.getLogger("graft.experts")
-
 
 @dataclass(frozen=True)
 class ExpertsConfig(Config):
-    """How the experts are computed."""
+    """Config of the experts' computation and training."""
 
     backend: str = "auto"
-    """A back end of `kernels.expert_mlp`, or ``auto``: by device, dtype and shape, on a CPU by rows too."""
+    """A back end of `kernels.expert_mlp`, or ``auto``: chosen by device, dtype and shape, on a CPU also by
+    rows."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Low-rank factors that train in the place of the experts' weights."""
+    """Low-rank factors that train instead of the experts' weights."""
 
     def __post_init__(self) -> None:
         require(
@@ -48,25 +45,26 @@ class ExpertsConfig(Config):
 
 
 class Experts(nn.Module):
-    """E feed-forward networks of one shape, their weights stacked ``[E, out, in]``.
+    """Module of E feed-forward networks of one shape, with weights stacked ``[E, out, in]``.
 
     Attributes:
         w_up_EUD: Gate rows first, then up rows, when gated.
         w_down_EDF: Down projection.
         b_up_EU: Bias of the up projection, or None.
         b_down_ED: Bias of the down projection, or None.
-        lora: Of the low-rank factors, which are parameters by the names of `moe.experts.lora.FACTORS`; rank
-            0: there are none.
-        shape: (E, D, F) of all ranks.
-        adds_to_main_grads: Whether the weights' gradients are added to the fp32 buffers that an engine has
-            hung on them as ``main_grad`` (Megatron's convention), where the back end can, and not returned.
-        ranks: Over how many ranks the experts are spread, each of which holds a slice of them.
+        lora: Config of the low-rank factors, which are parameters with the names of
+            `moe.experts.lora.FACTORS`; rank 0: none.
+        shape: (E, D, F) over all ranks.
+        backends: Selector of the back end.
+        adds_to_main_grads: Adds the weights' gradients, where the back end can, to the fp32 buffers that an
+            engine attaches as ``main_grad`` (Megatron's convention), instead of returning them.
+        ranks: Expert-parallel ranks, each of which holds a slice of the experts.
     """
 
     parameter_role: ClassVar[str] = "expert"
 
     def __init__(self, bank: ExpertBank, backend: str = "auto") -> None:
-        """Takes over the tensors of a bank.
+        """Adopts the tensors of a bank.
 
         Args:
             bank: The initial weights.
@@ -75,30 +73,27 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = bank.activation
         self.gated = bank.gated
-        self.backend = backend
+        self.backends = BackendSelector(backend)
         self.ranks = 1
         self.adds_to_main_grads = False
-        # Of all ranks: what an engine leaves of the weights between passes may be empty.
+        # Kept, as engines may free the weights between passes.
         self.shape = tuple(bank.w_down_EDF.shape)
         self.w_up_EUD = nn.Parameter(bank.w_up_EUD)
         self.w_down_EDF = nn.Parameter(bank.w_down_EDF)
         self.b_up_EU = None if bank.b_up_EU is None else nn.Parameter(bank.b_up_EU)
         self.b_down_ED = None if bank.b_down_ED is None else nn.Parameter(bank.b_down_ED)
         self.lora = LoraConfig()
-        # Which of our matrices holds several, one above the other: what orthogonalises takes them apart.
+        # Matrices stacked in one parameter; optimizers that orthogonalise split them.
         self.fused_rows = {"w_up_EUD": 2} if bank.gated else {}
-        self._choices: dict[tuple[torch.device, torch.dtype, bool], Choice] = {}
-        self._ran: Choice | None = None
-        self._adding: dict[tuple[torch.device, torch.dtype], bool] = {}
 
     @torch.no_grad()
     def add_low_rank(self, lora: LoraConfig) -> None:
-        """Freezes the weights and biases, and puts factors of zeros beside the weights.
+        """Freezes weights and biases, and adds factors of zeros.
 
-        To be called before the experts are spread over ranks. Weights without memory get such factors.
+        Call it before the experts are sharded. Weights on the meta device get factors there.
 
         Args:
-            lora: Of a rank above 0.
+            lora: Config with a rank above 0.
         """
         assert lora.rank > 0 and not self.lora.rank, (lora, self.lora)
         for parameter in self.parameters():
@@ -110,22 +105,25 @@ class Experts(nn.Module):
         self.lora = lora
 
     def forward(self, sent: Dispatched) -> Tensor:
-        """Runs every row through its experts and sums over its slots, weighted: ``[N, D]``."""
+        """Runs every row through its experts and returns the weighted sums over slots, ``[N, D]``."""
         device = sent.rows_ND.device
         dtype = sent.rows_ND.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        choice = self._choice(device, dtype, None if self._for_all_batches() else sent.plan)
+        work = self._workload(device, dtype)
+        # Graphs, and gradients that are added to buffers, need one back end for every number of rows.
+        fixed = torch.compiler.is_compiling() or self.adds_to_main_grads
+        choice = self.backends.choose(work if fixed else work.with_rows(sent.plan))
         with torch.autocast(device.type, enabled=False):
             tensors = ExpertTensors(
-                w_up_EUD=_held(self.w_up_EUD).to(dtype),
-                w_down_EDF=_held(self.w_down_EDF).to(dtype),
+                w_up_EUD=local_tensor(self.w_up_EUD).to(dtype),
+                w_down_EDF=local_tensor(self.w_down_EDF).to(dtype),
                 activation=self.activation,
                 gated=self.gated,
-                b_up_EU=None if self.b_up_EU is None else _held(self.b_up_EU).to(dtype),
-                b_down_ED=None if self.b_down_ED is None else _held(self.b_down_ED).to(dtype),
+                b_up_EU=None if self.b_up_EU is None else local_tensor(self.b_up_EU).to(dtype),
+                b_down_ED=None if self.b_down_ED is None else local_tensor(self.b_down_ED).to(dtype),
                 low_rank=self._low_rank(dtype),
-                main_grads=self._main_grads(device, dtype),
+                main_grads=self._main_grads(work),
             )
             return expert_mlp(sent.rows_ND.to(dtype), sent.weights_NK, sent.plan, tensors, choice.backend)
 
@@ -133,92 +131,38 @@ class Experts(nn.Module):
         if not self.lora.rank:
             return None
         (a_up, b_up), (a_down, b_down) = (
-            [_held(getattr(self, name)).to(dtype) for name in FACTORS[weight]]
+            [local_tensor(getattr(self, name)).to(dtype) for name in FACTORS[weight]]
             for weight in ("w_up_EUD", "w_down_EDF")
         )
         return LowRank(a_up, b_up, a_down, b_down, self.lora.scale)
 
-    def _main_grads(self, device: torch.device, dtype: torch.dtype) -> MainGrads | None:
-        """The buffers that backward is to add to; None where gradients are returned."""
+    def _main_grads(self, work: Workload) -> MainGrads | None:
+        """Returns the buffers that backward adds to; None if gradients are returned."""
         if not (self.adds_to_main_grads and torch.is_grad_enabled()):
             return None
         weights = (self.w_up_EUD, self.w_down_EDF)
         buffers = [getattr(weight, "main_grad", None) for weight in weights if weight.requires_grad]
         fits = [buffer is not None and buffer.dtype == torch.float32 for buffer in buffers]
-        if len(fits) < 2 or not all(fits) or not self._adds(device, dtype):
+        if len(fits) < 2 or not all(fits) or not self.backends.accumulates(work):
             return None
         for weight in weights:
-            # Whoever else would add what autograd returns is told that there is nothing to add.
+            # Tells engines that there is no returned gradient to add.
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         up, down = buffers
         assert up is not None and down is not None
         return MainGrads(up, down)
 
-    def _adds(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the back end that runs can add to buffers: it is not chosen by that."""
-        key = (device, dtype)
-        if key not in self._adding:
-            work = replace(self._workload(device, dtype), accumulates=True)
-            unsupported_reason = self._choice(device, dtype).backend.unsupported_reason(work)
-            self._adding[key] = unsupported_reason is None
-            if unsupported_reason is not None:
-                _LOG.debug("gradients of experts are returned, not added in fp32: %s", unsupported_reason)
-        return self._adding[key]
-
-    @torch.no_grad()
-    def spread(self, mesh: DeviceMesh) -> None:
-        """Keeps this rank's slice of the experts alone; names and shapes stay those of all of them.
-
-        Args:
-            mesh: One axis of ranks that hold the same weights so far. Their number divides E.
-        """
-        count, ranks = len(self.w_down_EDF), mesh.size()
-        self.ranks = ranks
-        assert mesh.ndim == 1 and count % ranks == 0, (mesh, count)
-        mine = slice(count // ranks * mesh.get_local_rank(), count // ranks * (mesh.get_local_rank() + 1))
-        for name, whole in list(self.named_parameters()):
-            # A copy: a view would keep the other ranks' experts in memory.
-            # What has no memory yet gets it later, for the slice alone.
-            part = whole[mine].clone() if whole.is_meta else whole[mine].to(mesh.device_type, copy=True)
-            shard = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-            setattr(self, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
-
-    def _for_all_batches(self) -> bool:
-        """Whether who computes must not depend on how many rows there are."""
-        # What adds gradients to buffers is not to be left for what cannot.
-        return torch.compiler.is_compiling() or self.adds_to_main_grads
-
-    def _choice(self, device: torch.device, dtype: torch.dtype, plan: RowPlan | None = None) -> Choice:
-        work = self._workload(device, dtype)
-        if plan is not None:
-            work = work.with_rows(plan)
-        key = (device, dtype, few_products(work))
-        if key not in self._choices:
-            self._choices[key] = choose_backend(work, self.backend)
-            # At debug level: the run logs the choice of its first layer once, at info level.
-            if not torch.compiler.is_compiling():
-                _LOG.debug(
-                    "experts run on %s: %s", self._choices[key].backend.name, self._choices[key].reason
-                )
-        self._ran = self._choices[key]
-        return self._ran
-
     def _workload(self, device: torch.device, dtype: torch.dtype) -> Workload:
-        E, D, F = _held(self.w_down_EDF).shape
+        E, D, F = local_tensor(self.w_down_EDF).shape
         has_bias = self.b_up_EU is not None or self.b_down_ED is not None
         rank, gated = self.lora.rank, self.gated
         return Workload(device, dtype, E, D, F, self.activation, has_bias, rank, gated=gated)
 
     def backend_choice(self) -> Choice | None:
-        """The back end that ran last, with the reason; None before the first forward pass."""
-        return self._ran
+        """Returns the back end that ran last, with the reason; None before the first forward pass."""
+        return self.backends.last
 
     def extra_repr(self) -> str:
-        """Shape, for printing the model."""
+        """Describes the shape when the model is printed."""
         E, D, F = self.shape
         return f"experts={E}, model_width={D}, expert_width={F}, {self.activation}, gated={self.gated}"
-
-
-def _held(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight: a slice of the experts where they are spread over ranks."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight

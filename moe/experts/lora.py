@@ -1,7 +1,7 @@
-"""Low-rank factors beside the experts' weights: LoRA (E. Hu et al., arXiv 2106.09685), for each expert.
+"""Low-rank factors of the experts' weights: LoRA (E. Hu et al., arXiv 2106.09685), for each expert.
 
-``W x + (alpha / r) B (A x)``: W stays as it is, A and B train. A is drawn and B is zero, so that the mixture
-computes at first what it computes without them.
+``W x + (alpha / r) B (A x)``: W is frozen, A and B train. A is drawn and B is zero, so that the MoE at first
+computes the same as without them.
 
 Letters: E experts, D model width, F expert width, U = 2F when gated, else F; r rank; I, O width in and out.
 """
@@ -23,19 +23,19 @@ FACTORS: Mapping[str, tuple[str, str]] = {
     "w_up_EUD": ("lora_a_up_ErD", "lora_b_up_EUr"),
     "w_down_EDF": ("lora_a_down_ErF", "lora_b_down_EDr"),
 }
-#: Those that are drawn; the others begin as zeros.
+#: Factors that are drawn; the others begin as zeros.
 DRAWN = frozenset(a for a, _ in FACTORS.values())
 FACTOR_NAMES = frozenset(name for pair in FACTORS.values() for name in pair)
 
 
 @dataclass(frozen=True)
 class LoraConfig(Config):
-    """Low-rank factors of the experts."""
+    """Config of the experts' low-rank factors."""
 
     rank: int = 0
     """r; 0 trains the experts' weights themselves."""
     alpha: float = 16.0
-    """The product of the factors is multiplied by alpha / r."""
+    """Scale: the product of the factors is multiplied by alpha / r."""
 
     def __post_init__(self) -> None:
         require(
@@ -51,7 +51,7 @@ class LoraConfig(Config):
 
 
 def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, tuple[int, int, int]]:
-    """The shape of every factor by its name."""
+    """Returns the shape of every factor by name."""
     found: dict[str, tuple[int, int, int]] = {}
     for name, weight in (("w_up_EUD", w_up_EUD), ("w_down_EDF", w_down_EDF)):
         count, out, width = weight.shape
@@ -61,25 +61,23 @@ def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, 
 
 
 def rank_unsupported_reason(rank: int, model_width: int, expert_width: int) -> str | None:
-    """Why experts of such widths cannot have factors of this rank, as a clause; None when they can."""
+    """Returns why experts of these widths cannot have factors of this rank, as a clause; None if they can."""
     least = min(model_width, expert_width)
     if rank <= least:
         return None
-    return (
-        f"the experts' matrices have widths of {model_width} and {expert_width}: no matrix of theirs has a "
-        f"rank above {least}"
-    )
+    widths = f"{model_width} and {expert_width}"
+    return f"the experts' matrices have widths of {widths}: their rank is at most {least}"
 
 
 def drawn_factor(seed: int, layer: int, name: str, expert: int, shape: tuple[int, int]) -> Tensor:
-    """One expert's A, the same on every rank that holds it.
+    """Draws one expert's A, the same on every rank that holds it.
 
-    Normal of variance 1 / I, so that ``A x`` is as large as x.
+    It is normal with variance 1 / I, so that ``A x`` has the magnitude of x.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         layer: Index of the block.
-        name: Of the factor, one of `DRAWN`.
+        name: Name of the factor, one of `DRAWN`.
         expert: Index among all experts of the layer.
         shape: ``(r, I)``.
     """
@@ -89,6 +87,6 @@ def drawn_factor(seed: int, layer: int, name: str, expert: int, shape: tuple[int
 
 
 def merged(weight_EOI: Tensor, a_ErI: Tensor, b_EOr: Tensor, scale: float) -> Tensor:
-    """``W + scale * B A`` in at least fp32: weights that compute alone what they do with their factors."""
+    """Returns ``W + scale * B A`` in at least fp32, which computes the same as W with its factors."""
     wide = torch.promote_types(weight_EOI.dtype, torch.float32)
     return torch.baddbmm(weight_EOI.to(wide), b_EOr.to(wide), a_ErI.to(wide), alpha=scale)

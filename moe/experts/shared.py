@@ -1,4 +1,4 @@
-"""The expert that every token uses, beside the routed ones.
+"""Shared expert, which every token uses in addition to the routed ones.
 
 Letters: D model width, F its width, U = 2F when gated, else F.
 """
@@ -14,7 +14,7 @@ from moe.experts.weights import FFNWeights
 
 
 class SharedExpert(nn.Module):
-    """A feed-forward network whose output is added to that of the routed experts.
+    """Feed-forward network whose output is added to that of the routed experts.
 
     Attributes:
         w_up_UD: Gate rows first, then up rows, when gated.
@@ -36,17 +36,17 @@ class SharedExpert(nn.Module):
         self.w_down_DF = nn.Parameter(weights.down_DF.contiguous())
         self.b_up_U = None if b_up_U is None else nn.Parameter(b_up_U.contiguous())
         self.b_down_D = None if weights.b_down_D is None else nn.Parameter(weights.b_down_D.contiguous())
-        # Which of our matrices holds several, one above the other: what orthogonalises takes them apart.
+        # Matrices stacked in one parameter; optimizers that orthogonalise split them.
         self.fused_rows = {"w_up_UD": 2} if self.gated else {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., D]``."""
+        """Computes ``[..., D] -> [..., D]``."""
         hidden = functional.linear(x, self.w_up_UD, self.b_up_U)
         act = ACTIVATIONS[self.activation]
         hidden = act.hidden(*hidden.chunk(2, dim=-1)) if self.gated else act.forward(hidden)
         return functional.linear(hidden, self.w_down_DF, self.b_down_D)
 
     def extra_repr(self) -> str:
-        """Shape, for printing the model."""
+        """Describes the shape when the model is printed."""
         D, F = self.w_down_DF.shape
         return f"model_width={D}, width={F}, {self.activation}, gated={self.gated}"

@@ -1,4 +1,4 @@
-"""What upcycling starts from and what it makes: tensor in, tensor out.
+"""Weights of a dense feed-forward network and of a layer's experts, which upcycling turns into each other.
 
 Letters: D model width, E experts, F width of the dense network or of an expert, U = 2F when gated, else F.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """The weights of one dense feed-forward network.
+    """Weights of one dense feed-forward network.
 
     Attributes:
         up_FD: ``[F, D]`` up projection.
@@ -52,13 +52,13 @@ class FFNWeights:
 
 @dataclass(frozen=True)
 class ExpertBank:
-    """The stacked weights of a layer's experts.
+    """Stacked weights of a layer's experts.
 
     Attributes:
         w_up_EUD: ``[E, U, D]``; gate rows first, then up rows, when gated.
         w_down_EDF: ``[E, D, F]``.
         activation: A key of `kernels.activations.ACTIVATIONS`.
-        gated: Whether the experts are gated.
+        gated: True if the experts are gated.
         b_up_EU: ``[E, U]`` or None.
         b_down_ED: ``[E, D]`` or None.
     """

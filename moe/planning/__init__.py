@@ -1,1 +1,1 @@
-"""Which layouts of a training job fit a cluster, and how long a step takes in each: docs/plan.md."""
+"""Planning of training jobs: layouts that fit a cluster, and the time of a step in each (docs/plan.md)."""

@@ -1,4 +1,4 @@
-"""What a person is told when no layout of a job fits."""
+"""Errors with advice for jobs of which no layout fits."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _TIMES = (2, 4, 8, 16, 32)
 
 
 def least_memory(job: Job, cluster: Cluster, assumed: Assumptions, sizes: ElementBytes) -> Plan | None:
-    """The plan with the least memory of all layouts; None where the job cannot be laid out at all."""
+    """Returns the plan with the least memory of all layouts; None if the job has no layout."""
     model = model_of(job.shape, job.seq_len)
     plans = (make_plan(layout, job, cluster, assumed, sizes, model) for layout in _small(job, cluster))
     return min(plans, key=lambda plan: plan.memory.total, default=None)
 
 
 def _small(job: Job, cluster: Cluster) -> Iterator[Layout]:
-    """Layouts that a layout with the least memory is among: one sequence at a time, everything recomputed."""
+    """Yields candidates for the layout with the least memory: one sequence at a time, full recomputation."""
     for layout in enumerate_layouts(job, cluster, recompute=("full",), micro_batches=(1,)):
         if layout.chunks == 1:
             yield layout
 
 
-def refuse_to_fit(job: Job, cluster: Cluster, assumed: Assumptions, sizes: ElementBytes) -> ConfigError:
-    """The error for a job of which no layout fits: by how much, of what, and what would help."""
+def no_fit_error(job: Job, cluster: Cluster, assumed: Assumptions, sizes: ElementBytes) -> ConfigError:
+    """Returns the error for a job of which no layout fits: the excess, its parts, and remedies."""
     best = least_memory(job, cluster, assumed, sizes)
     if best is None:
         rule = f"{job.global_batch} sequences cannot be laid out over {cluster.gpus} GPUs in any way"
@@ -48,11 +48,11 @@ def refuse_to_fit(job: Job, cluster: Cluster, assumed: Assumptions, sizes: Eleme
     return ConfigError.one("--gpus", cluster.gpus, rule, _remedy(job, cluster, assumed, sizes))
 
 
-def refuse_these(plans: Sequence[Plan], fixed: Sequence[str]) -> ConfigError:
-    """The error for a job of which no layout with some fixed axes fits; others may."""
+def fixed_axes_error(plans: Sequence[Plan], fixed: Sequence[str]) -> ConfigError:
+    """Returns the error for a job of which no layout with the fixed axes fits; others may."""
     shown, remedy = " ".join(fixed), "Change it, or leave it out to try every layout."
     if not plans:
-        return ConfigError.one("--only", shown, "the job cannot be laid out so over these GPUs", remedy)
+        return ConfigError.one("--only", shown, "the job has no such layout over these GPUs", remedy)
     best = min(plans, key=lambda plan: plan.memory.total)
     rule = (
         f"none of the {len(plans)} layouts with it fits: the smallest, {best.layout.label}, needs "
@@ -82,8 +82,8 @@ def _remedy(job: Job, cluster: Cluster, assumed: Assumptions, sizes: ElementByte
     if job.seq_len > 1024 and _fits(replace(job, seq_len=job.seq_len // 2), cluster, assumed, sizes):
         found.append(f"--sequence-length {job.seq_len // 2}")
     if not found:
-        return f"Not even {_TIMES[-1]} times the GPUs would do: choose a smaller model."
-    return f"Each of these would do: {'; '.join(found)}."
+        return f"Not even {_TIMES[-1]} times the GPUs would suffice: choose a smaller model."
+    return f"Each of these would suffice: {'; '.join(found)}."
 
 
 def _by_memory(item: tuple[str, object]) -> float:

@@ -1,7 +1,7 @@
-"""The parameters of the model of time and memory: few, named, the same for every model and cluster.
+"""Parameters of the model of time and memory: few, named, the same for every model and cluster.
 
-docs/plan.md says what each stands for. Those in `FITTED` were fitted to the published rows of
-`moe.planning.published` by ``python -m tools.plan --fit``; the others were set beforehand.
+docs/plan.md explains each. Those in `FITTED` were fitted to the published rows of `moe.planning.published` by
+``python -m tools.plan --fit``; the others were set beforehand.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Assumptions:
         products_4: The same of 4-bit products.
         attention: Share of the bf16 peak that attention reaches.
         rows_half: Rows at which a product reaches half of its share.
-        power: By which power of its watts a GPU's speed rises.
-        traffic: How often what a layer keeps for backward crosses the memory's bus in a training step.
-        casts: How often operands of products cross it besides, where they have fewer than 16 bits.
-        launch_s: Seconds that a layer of experts waits for the host in a micro-batch, unless the step is one
+        power: Exponent with which a GPU's speed rises with its watts.
+        traffic: Number of times that activations kept for backward cross the memory bus in a training step.
+        casts: Additional crossings by operands of products with fewer than 16 bits.
+        launch_s: Seconds that an expert layer waits for the host in a micro-batch, unless the step is one
             graph.
-        exchange_hidden: Share of the exchange that runs beside products where the layout overlaps it.
-        exposed: Share of the time of tensor, context and stage communication that nothing hides.
-        links: Share of the links that communication reaches.
+        exchange_hidden: Share of the exchange that overlaps with products, if the layout overlaps it.
+        exposed: Share of the time of tensor, context and stage communication that is not hidden.
+        links: Share of the links' bandwidth that communication reaches.
         reduce_hidden: Share of a micro-batch that hides the reduction of gradients and gathering of weights.
-        imbalance: Rows of the fullest rank over the mean, from routing.
-        logit_bytes: Bytes that head and loss keep of a logit: 16 bits and fp32, less where they are fused.
-        reserved: Bytes that contexts, libraries and fragments take.
+        imbalance: Rows of the fullest rank over the mean, due to routing.
+        logit_bytes: Bytes that head and loss keep per logit: 16 bits and fp32, fewer if they are fused.
+        reserved: Bytes that contexts, libraries and fragmentation take.
     """
 
     products_16: float = 0.415

@@ -1,6 +1,6 @@
-"""The parts that a model is cut into over stages, and what one token costs in each.
+"""Blocks that a model is cut into over stages, and the cost of one token in each.
 
-A block is a layer, the embedding, or the head. Layers that predict further tokens stand before the head.
+A block is a layer, the embedding, or the head. Layers that predict further tokens come before the head.
 
 Letters: E experts, K experts a token, D model width, F expert width.
 """
@@ -14,32 +14,32 @@ from dataclasses import dataclass, replace
 from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
 from moe.accounting.mixers import AttentionShape, LatentAttentionShape, MambaShape, Mixer
 
-# Channels of query and value, together, below which exponentials and not products bound attention.
+# Channels of query and value, together, below which exponentials instead of products limit attention.
 _FULL_HEAD = 256
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a model; everything is of one token unless it says otherwise.
+    """Part of a model; figures are per token unless stated otherwise.
 
     Attributes:
         parameters: Elements outside routed experts, of the whole block.
         expert_parameters: Elements of all routed experts.
-        matrices: Elements of matrices that a token meets outside routed experts.
-        again: Of these, the ones that selective recomputation multiplies once more.
+        matrices: Elements of matrices that a token uses outside routed experts.
+        again: Those of ``matrices`` that selective recomputation multiplies once more.
         expert_matrices: Elements of matrices of one routed expert.
         scores: FLOPs of scores and weighted values in forward.
         keys: Channels of keys and values, which ranks that share a sequence exchange.
-        residual: Elements of 16 bits kept where ``full`` recomputation begins.
-        wide: Elements of 16 bits kept for backward: of attention, norms and activation functions.
+        residual: 16-bit elements kept as the input of ``full`` recomputation.
+        wide: 16-bit elements kept for backward: of attention, norms and activation functions.
         narrow: Elements kept as operands of products, in their precision.
-        wide_again: Of ``wide``, what selective recomputation drops.
-        narrow_again: Of ``narrow``, what it drops.
-        expert_wide: Elements of 16 bits kept of one row of one expert.
-        expert_narrow: Elements kept of it as operands of products.
-        expert_narrow_again: Of these, what selective recomputation drops.
+        wide_again: Elements of ``wide`` that selective recomputation drops.
+        narrow_again: Elements of ``narrow`` that it drops.
+        expert_wide: 16-bit elements kept for one row of one expert.
+        expert_narrow: Elements kept for that row as operands of products.
+        expert_narrow_again: Elements of ``expert_narrow`` that selective recomputation drops.
         logits: Elements of the head's output.
-        experts: Of the mixture; None in other blocks.
+        experts: Shape of the experts; None in other blocks.
         width: D.
         gathers: Times that tensor parallelism gathers or scatters D channels in forward.
     """
@@ -66,7 +66,7 @@ class Block:
 
     @property
     def is_layer(self) -> bool:
-        """It is neither embedding nor head."""
+        """True if it is neither embedding nor head."""
         return self.gathers > 1
 
     @property
@@ -75,30 +75,30 @@ class Block:
         return 0 if self.experts is None else self.experts.top_k
 
 
-#: Blocks of a rank or a stage, each with how many there are of it.
+#: Blocks of a rank or a stage, each with its count.
 Blocks = tuple[tuple[Block, int], ...]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as blocks.
+    """Model as blocks.
 
     Attributes:
         kinds: Its different blocks.
-        order: Embedding, layers, layers for further tokens, head: the kind of each.
+        order: Kind of the embedding, of each layer, of each layer for further tokens, and of the head.
     """
 
     kinds: tuple[Block, ...]
     order: tuple[int, ...]
 
     def part(self, items: Iterable[int]) -> Blocks:
-        """The blocks at these places, counted by kind."""
+        """Returns the blocks at these places, counted by kind."""
         counts = Counter(self.order[item] for item in items)
         return tuple((self.kinds[kind], count) for kind, count in counts.items())
 
 
 def model_of(shape: ModelShape, seq_len: int) -> Model:
-    """A model's blocks, of sequences of ``seq_len`` tokens."""
+    """Returns a model's blocks, for sequences of ``seq_len`` tokens."""
     blocks = _blocks(shape, seq_len)
     kinds = tuple(dict.fromkeys(blocks))
     places = {block: place for place, block in enumerate(kinds)}
@@ -126,7 +126,7 @@ def _blocks(shape: ModelShape, seq_len: int) -> tuple[Block, ...]:
 
 
 def _further(layer: Block, shape: ModelShape) -> Block:
-    """A layer, two hidden states joined into one before it, and the head's product once more."""
+    """Returns a layer that also joins two hidden states into one and applies the head."""
     join = 2 * shape.hidden_size**2
     return replace(
         layer,
@@ -182,14 +182,14 @@ def _with_experts(block: Block, ffn: MoEShape, width: int) -> Block:
 
 
 def _score_width(mixer: Mixer) -> int:
-    """Channels of scores and values; of narrow heads as many as their exponentials take the time of."""
+    """Returns the channels of scores and values; for narrow heads the equivalent of their exponentials."""
     if isinstance(mixer, AttentionShape):
         return max(mixer.score_width, mixer.num_heads * _FULL_HEAD)
     return mixer.score_width
 
 
 def _mixed(mixer: Mixer) -> tuple[int, int]:
-    """Channels of latents, and of queries, keys, values and attention's output."""
+    """Returns the channels of latents, and of queries, keys, values and attention's output."""
     if isinstance(mixer, AttentionShape):
         return 0, 2 * (mixer.num_heads + mixer.num_kv_heads) * mixer.head_dim
     if isinstance(mixer, LatentAttentionShape):
@@ -201,7 +201,7 @@ def _mixed(mixer: Mixer) -> tuple[int, int]:
 
 
 def _out(mixer: Mixer) -> int:
-    """Channels of attention's output."""
+    """Returns the channels of attention's output."""
     if isinstance(mixer, AttentionShape):
         return mixer.num_heads * mixer.head_dim
     if isinstance(mixer, LatentAttentionShape):
@@ -217,7 +217,7 @@ def _keys(mixer: Mixer) -> int:
 
 
 def _up_matrices(mixer: Mixer) -> int:
-    """Elements of the projections up from the latents."""
+    """Returns the elements of the projections up from the latents."""
     if not isinstance(mixer, LatentAttentionShape):
         return 0
     queries = (mixer.query_rank or 0) * mixer.num_heads * (mixer.nope_dim + mixer.rope_dim)

@@ -1,4 +1,4 @@
-"""A cluster, as far as memory and time of a training step depend on it."""
+"""Properties of a cluster that determine memory and time of a training step."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from moe.errors import ConfigError
 Precision = Literal["bf16", "fp8", "mxfp8", "nvfp4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# Watts for a FLOP/s of bf16 of A100, H100 and GB200, by how many narrower kinds of products there are.
+# Watts per FLOP/s of bf16 of A100, H100 and GB200, by the number of narrower kinds of products.
 _FIRST_WATTS: Mapping[int, float] = {0: 400 / 312e12, 1: 700 / 989e12, 2: 1200 / 2500e12}
 _TERA, _GIGA, _GIBI = 1e12, 1e9, 2**30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and the links it comes with.
+    """One GPU with its links.
 
     Attributes:
-        name: As torch calls it, the key of `moe.accounting.device_peaks.TABLE`.
+        name: Its name in torch, the key of `moe.accounting.device_peaks.TABLE`.
         memory: Bytes.
         memory_bandwidth: Bytes/s of its memory.
         nvlink: Bytes/s to the other GPUs of its domain, in one direction.
         network: Bytes/s of its share of the network, in one direction.
-        domain: GPUs of a domain.
-        bf16: FLOP/s of dense products of 16 bits, of the table.
-        low: FLOP/s of dense products by number of bits: 8 and 4 where there are units for them.
-        power: Watts that it may draw for a FLOP/s of its peak, over those of the first of its generation:
-            room for its clock under load.
+        domain: GPUs of an NVLink domain.
+        bf16: FLOP/s of dense 16-bit products, from the table.
+        low: FLOP/s of dense products by number of bits: 8 and 4, if the GPU has units for them.
+        power: Watts that it may draw per FLOP/s of its peak, relative to the first GPU of its generation: the
+            headroom of its clock under load.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Gpu:
     power: float
 
     def peak(self, precision: Precision) -> float:
-        """FLOP/s of dense products.
+        """Returns the FLOP/s of dense products.
 
         Raises:
             ConfigError: The GPU has no units for them.
@@ -60,7 +60,7 @@ class Gpu:
 
 
 def bits_of(precision: Precision) -> int:
-    """Bits of the operands of products."""
+    """Returns the bits of the operands of products."""
     return {"bf16": 16, "fp8": 8, "mxfp8": 8, "nvfp4": 4}[precision]
 
 
@@ -83,9 +83,9 @@ def _gpu(
     )
 
 
-# Memory, GB/s, GB/s in one direction, of the makers' data sheets; dense TFLOP/s (marketing has twice these).
-# The sheets' GB of memory are taken for 2^30 bytes. Of networks it is what the makers' reference systems have
-# for each GPU. Another cluster is a flag away.
+# Memory, GB/s, GB/s in one direction, from the makers' data sheets; dense TFLOP/s (half of the sparse
+# marketing numbers). The sheets' GB of memory are taken as 2^30 bytes. Network rates are those of the makers'
+# reference systems, per GPU. Flags describe other clusters.
 GPUS: Mapping[str, Gpu] = {
     "a100": _gpu("NVIDIA A100-SXM4-80GB", 80, 2039, (300, 25, 8), watts=400),
     "h100": _gpu("NVIDIA H100 80GB HBM3", 80, 3350, (450, 50, 8), watts=700, low8=1979),
@@ -102,18 +102,18 @@ class Cluster:
     """GPUs of one kind.
 
     Attributes:
-        gpu: Of every one.
-        gpus: How many.
+        gpu: Properties of every GPU.
+        gpus: Number of GPUs.
     """
 
     gpu: Gpu
     gpus: int
 
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Bytes/s that a GPU moves, in one direction, in a ring over a group of every ``stride``-th rank.
+        """Returns the bytes/s per GPU and direction in a ring over a group of every ``stride``-th rank.
 
-        Inside a domain it is NVLink. Beyond it, as many rings run side by side as the group has members in
-        a domain, each over a network link of its own.
+        Inside a domain it is NVLink. Beyond it, as many parallel rings run as the group has members in a
+        domain, each over its own network link.
         """
         members = max(1, self.gpu.domain // stride)
         if ranks <= members:

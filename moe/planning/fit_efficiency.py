@@ -1,7 +1,7 @@
-"""Fits the few parameters of `moe.planning.assumptions.FITTED` to published rows, all rows at once.
+"""Fit of the parameters in `moe.planning.assumptions.FITTED` to all published rows at once.
 
-Minimised is the sum over rows of a robust loss of ``log(predicted / published)`` tokens a second: large
-errors count by their size, not by its square, so that one model that is off does not bend the others.
+The fit minimises the sum over rows of a robust loss of ``log(predicted / published)`` tokens per second:
+large errors count linearly instead of quadratically, so that one outlying model does not distort the others.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from scipy.optimize import least_squares
 
 from moe.planning.assumptions import FITTED, Assumptions
 from moe.planning.blocks import Blocks, Model, model_of
-from moe.planning.layout import Job
+from moe.planning.layout import Job, Setting
 from moe.planning.plan_layouts import Plan, make_plan, timed
 from moe.planning.published import Row
-from moe.planning.time import Setting, block_time, step_time
+from moe.planning.time import block_time, step_time
 
 Point = NDArray[np.float64]
 
-#: Where each fitted parameter may lie.
+#: Bounds of each fitted parameter.
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "products_16": (0.2, 0.9),
     "products_8": (0.2, 0.9),
@@ -35,19 +35,19 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "launch_s": (0.0, 5e-3),
     "exchange_hidden": (0.0, 1.0),
 }
-# Errors of about this size start to count less than their square.
+# Size of errors from which they count less than their square.
 _LARGE = 0.1
-# Relative change of the parameters at which a fit ends.
+# Relative change of the parameters at which a fit stops.
 _NEAR = 1e-4
 
 
 @dataclass(frozen=True)
 class Check:
-    """A published row against the model.
+    """Comparison of a published row with the model.
 
     Attributes:
         row: The row.
-        plan: What the model says of it.
+        plan: The model's prediction.
         left_out: Error after a fit to all other rows.
         family_out: Error after a fit to the rows of all other models.
     """
@@ -59,13 +59,13 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Predicted over published tokens a second, less 1."""
+        """Predicted over published tokens per second, minus 1."""
         return self.plan.tokens_per_gpu / self.row.tokens - 1
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """A row's model taken apart, and its stages."""
+    """Model of a row as blocks, with its stages."""
 
     job: Job
     model: Model
@@ -73,7 +73,7 @@ class _Taken:
 
 
 class Fit:
-    """Rows, each with its model taken apart and cut into stages once: what is fitted is then smooth."""
+    """Fit to rows whose models are cut into stages only once, which makes the objective smooth."""
 
     def __init__(self, rows: Sequence[Row], base: Assumptions) -> None:
         self.rows = tuple(rows)
@@ -87,12 +87,12 @@ class Fit:
             self._taken[id(row)] = _Taken(job, models[key], timed(setting, row.sizes, models[key])[0])
 
     def plan(self, row: Row) -> Plan:
-        """What the model says of a row."""
+        """Returns the model's prediction for a row."""
         taken = self._taken[id(row)]
         return make_plan(row.layout, taken.job, row.cluster, self.base, row.sizes, taken.model)
 
     def error(self, row: Row, assumed: Assumptions) -> float:
-        """Predicted over published tokens a second, less 1, with the stages that the base was cut into."""
+        """Returns predicted over published tokens per second, minus 1, with the stages of the base."""
         taken = self._taken[id(row)]
         setting = Setting(row.layout, taken.job, row.cluster, assumed)
         times = {id(block): block_time(block, setting) for block in taken.model.kinds}
@@ -100,7 +100,7 @@ class Fit:
         return row.global_batch * row.seq_len / seconds / row.gpus / row.tokens - 1
 
     def fit(self, rows: Sequence[Row]) -> Assumptions:
-        """Parameters that fit these rows best."""
+        """Returns the parameters that fit these rows best."""
         low, high = (np.array([BOUNDS[name][side] for name in FITTED]) for side in (0, 1))
 
         def assumed(x: Point) -> Assumptions:
@@ -116,11 +116,11 @@ class Fit:
         found = least_squares(residuals, start, bounds=(0, 1), loss="soft_l1", f_scale=_LARGE, xtol=_NEAR)
         return assumed(found.x)
 
-    def check(self, tell: Callable[[str], None] = lambda line: None) -> list[Check]:
-        """Every row under the parameters as they are, and after fits without it and without its model.
+    def check(self, log: Callable[[str], None] = lambda line: None) -> list[Check]:
+        """Checks every row under the present parameters, and after fits without it and without its model.
 
         Args:
-            tell: Hears of progress.
+            log: Receives lines on progress.
         """
         families: dict[str, Assumptions] = {}
         done = []
@@ -132,18 +132,18 @@ class Fit:
             alone = self.fit([other for other in self.rows if other is not row])
             errors = self.error(row, alone), self.error(row, families[family])
             done.append(Check(row, self.plan(row), *errors))
-            tell(f"{number + 1} of {len(self.rows)} rows")
+            log(f"{number + 1} of {len(self.rows)} rows")
         return done
 
 
 def refit(rows: Sequence[Row], base: Assumptions, rounds: int = 3) -> Assumptions:
-    """Fits to all rows, and again with the stages that the fit before leads to."""
+    """Fits to all rows repeatedly, each time with the stages that follow from the previous fit."""
     for _ in range(rounds):
         base = Fit(rows, base).fit(rows)
     return base
 
 
 def spread(errors: Sequence[float]) -> dict[str, float]:
-    """Median, mean and worst size of errors."""
+    """Returns median, mean and worst size of errors."""
     sizes = [abs(error) for error in errors]
     return {"median": statistics.median(sizes), "mean": statistics.fmean(sizes), "worst": max(sizes)}

@@ -1,4 +1,4 @@
-"""How a job is laid out over a cluster, and which layouts there are.
+"""Layouts of a job over a cluster, and their enumeration.
 
 Letters: E experts.
 """
@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from moe.accounting.layers import ModelShape
 from moe.accounting.mixers import AttentionShape, LatentAttentionShape
 from moe.errors import Mistake
+from moe.planning.assumptions import Assumptions
 from moe.planning.cluster import Cluster, Precision
 
 Recompute = Literal["none", "selective", "full"]
@@ -20,19 +21,19 @@ Sharding = Literal["none", "optimizer", "full"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 SHARDING: tuple[Sharding, ...] = get_args(Sharding)
 
-# Sequences shorter than this are not cut over ranks.
+# Shorter sequences are not cut over ranks.
 LONG = 16384
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained.
+    """Training job.
 
     Attributes:
-        shape: Of the model.
+        shape: Shape of the model.
         seq_len: Tokens of a sequence.
         global_batch: Sequences of a step.
-        precision: Of the products.
+        precision: Precision of the products.
     """
 
     shape: ModelShape
@@ -43,24 +44,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share the work. Ranks count through ``tensor``, ``context``, data, then ``pipeline``.
+    """Division of the work over ranks, which count through ``tensor``, ``context``, data, then ``pipeline``.
 
-    Experts are spread over neighbouring ranks of a pipeline stage, whole (never cut by ``tensor``).
+    Whole experts (never cut by ``tensor``) are distributed over neighbouring ranks of a pipeline stage.
 
     Attributes:
-        tensor: Ranks that cut every matrix but those of routed experts, sequence parallel.
-        context: Ranks that cut every sequence.
+        tensor: Ranks over which every matrix outside routed experts is cut, sequence parallel.
+        context: Ranks over which every sequence is cut.
         pipeline: Stages.
-        chunks: Parts of a stage that take turns (interleaved schedule); 1 for none.
-        expert: Ranks that hold the experts of a layer between them.
-        micro_batch: Sequences.
-        recompute: ``selective`` computes norms, activation functions and the up-projections of latent
-            attention once more in backward, ``full`` every block.
-        sharding: What is cut over data-parallel ranks: nothing, master weights and optimizer states, or
-            ``full``: weights and gradients too, gathered layer by layer.
-        overlap: The exchange of experts runs beside another micro-batch's products.
-        graphed: The whole step is one graph on the device: the host launches nothing in between.
-        offloaded: Layers of a rank whose activations wait in the memory of the host.
+        chunks: Parts of a stage that take turns (interleaved schedule); 1 for a plain schedule.
+        expert: Ranks that together hold the experts of a layer.
+        micro_batch: Sequences of a micro-batch.
+        recompute: ``selective`` recomputes norms, activation functions and the up-projections of latent
+            attention in backward, ``full`` every block.
+        sharding: State cut over data-parallel ranks: none, master weights and optimizer states
+            (``optimizer``), or also weights and gradients, gathered layer by layer (``full``).
+        overlap: Overlaps the exchange of experts with another micro-batch's products.
+        graphed: Runs the whole step as one graph on the device, without launches by the host.
+        offloaded: Layers of a rank whose activations are offloaded to the host's memory.
     """
 
     tensor: int = 1
@@ -76,24 +77,24 @@ class Layout:
     offloaded: int = 0
 
     def data(self, gpus: int) -> int:
-        """Data-parallel replicas."""
+        """Returns the data-parallel replicas."""
         return gpus // (self.tensor * self.context * self.pipeline)
 
     def replicas(self, gpus: int) -> int:
-        """Ranks that hold the same weights outside routed experts."""
+        """Returns the ranks that hold the same weights outside routed experts."""
         return self.data(gpus) * self.context
 
     def expert_replicas(self, gpus: int) -> int:
-        """Ranks that hold the same experts."""
+        """Returns the ranks that hold the same experts."""
         return gpus // (self.pipeline * self.expert)
 
     def accumulation(self, job: Job, gpus: int) -> int:
-        """Micro-batches of a replica in a step."""
+        """Returns the micro-batches of a replica in a step."""
         return job.global_batch // (self.micro_batch * self.data(gpus))
 
     @property
     def label(self) -> str:
-        """As in tables."""
+        """Label in tables."""
         parts = [f"EP{self.expert}", f"TP{self.tensor}", f"PP{self.pipeline}"]
         if self.chunks > 1:
             parts.append(f"VP{self.chunks}")
@@ -102,8 +103,18 @@ class Layout:
         return " ".join(parts)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Layout of a job over a cluster, with the parameters of the model of time and memory."""
+
+    layout: Layout
+    job: Job
+    cluster: Cluster
+    assumed: Assumptions
+
+
 def layout_mistakes(layout: Layout, job: Job, cluster: Cluster) -> list[Mistake]:
-    """Why the job cannot be laid out so, whatever its memory."""
+    """Lists why the job cannot have this layout, whatever its memory."""
     found: list[Mistake] = []
 
     def add(path: str, value: object, rule: str, remedy: str) -> None:
@@ -115,7 +126,7 @@ def layout_mistakes(layout: Layout, job: Job, cluster: Cluster) -> list[Mistake]
         return found
     stage = gpus // layout.pipeline
     if stage % layout.expert:
-        rule = f"the {stage} GPUs of a stage do not divide over so many ranks of experts"
+        rule = f"the {stage} GPUs of a stage do not divide by it"
         add("expert", layout.expert, rule, f"Choose a divisor of {stage}.")
     for experts in sorted({ffn.num_experts for ffn in job.shape.moe} or {1}):
         if experts % layout.expert:
@@ -128,13 +139,13 @@ def layout_mistakes(layout: Layout, job: Job, cluster: Cluster) -> list[Mistake]
         rule = "interleaved stages need a multiple of PP micro-batches"
         add("chunks", layout.chunks, rule, "Choose 1, or a larger global batch.")
     if layout.chunks > 1 and layout.pipeline == 1:
-        add("chunks", layout.chunks, "one stage has no turns to take", "Choose 1.")
+        add("chunks", layout.chunks, "a single stage has no turns", "Choose 1.")
     blocks = len(job.shape.layers) + job.shape.next_token_layers + 2
     if layout.pipeline * layout.chunks > blocks:
         rule = f"there are only {blocks} parts: layers, embedding and head"
         add("pipeline", layout.pipeline * layout.chunks, rule, "Choose fewer stages.")
     if layout.sharding == "full" and layout.pipeline > 1:
-        rule = "weights that are gathered for every micro-batch do not go with stages"
+        rule = "weights that are gathered for every micro-batch cannot be combined with stages"
         add("sharding", "full", rule, "Choose sharding=optimizer, or one stage.")
     if not _heads_divide(job.shape, layout.tensor):
         add("tensor", layout.tensor, "heads do not divide by it", "Choose a divisor of the heads.")
@@ -156,7 +167,7 @@ def _heads_divide(shape: ModelShape, ranks: int) -> bool:
 
 
 def divisors(number: int, most: int | None = None) -> list[int]:
-    """In order, at most ``most``."""
+    """Returns the divisors in order, up to ``most``."""
     limit = number if most is None else min(most, number)
     return [value for value in range(1, limit + 1) if number % value == 0]
 
@@ -168,17 +179,17 @@ def enumerate_layouts(
     micro_batches: Sequence[int] = (1, 2, 4, 8),
     base: Layout | None = None,
 ) -> Iterator[Layout]:
-    """Every layout that the job can have, whatever its memory.
+    """Yields every layout that the job can have, whatever its memory.
 
-    Tensor parallelism is by powers of two up to 16 inside a domain; sequences are cut only from 16384 tokens
-    on; stages take 1, 2, 4 or 8 turns. Data-parallel ranks share the optimizer's states at least.
+    Tensor parallelism is a power of two up to 16 inside a domain; only sequences of 16384 tokens and more are
+    cut; stages take 1, 2, 4 or 8 turns. Data-parallel ranks share at least the optimizer's states.
 
     Args:
-        job: What is trained.
-        cluster: Where.
-        recompute: What may be recomputed.
-        micro_batches: Sequences of a micro-batch.
-        base: Of it ``overlap`` and ``graphed``.
+        job: The job.
+        cluster: The cluster.
+        recompute: Kinds of recomputation to try.
+        micro_batches: Sizes of micro-batches to try.
+        base: Layout that gives ``overlap`` and ``graphed``.
     """
     base, gpus, domain = base or Layout(), cluster.gpus, cluster.gpu.domain
     experts = [ffn.num_experts for ffn in job.shape.moe]

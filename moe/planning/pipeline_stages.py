@@ -1,4 +1,4 @@
-"""How blocks are cut into stages: contiguous parts whose dearest is as cheap as can be."""
+"""Division of blocks into stages: contiguous parts whose largest cost is minimal."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import accumulate
 
 from moe.planning.blocks import Blocks, Model
 
-# Halvings of the interval in which the dearest part's cost lies.
+# Halvings of the interval that contains the largest cost of a part.
 _HALVINGS = 16
 
 
 def cut_evenly(costs: Sequence[float], parts: int) -> list[range]:
-    """Cuts a sequence into contiguous, non-empty parts; the dearest part is as cheap as possible.
+    """Cuts a sequence into contiguous, non-empty parts with a minimal largest cost.
 
     Args:
-        costs: Of the items, none negative.
-        parts: How many; at most as many as items.
+        costs: Costs of the items, none negative.
+        parts: Number of parts, at most the number of items.
 
     Returns:
         The items of each part, in order.
@@ -25,8 +25,8 @@ def cut_evenly(costs: Sequence[float], parts: int) -> list[range]:
     assert 1 <= parts <= len(costs), (parts, len(costs))
     if parts == 1:
         return [range(len(costs))]
-    # a limit that the sum stays under, however it is rounded
-    # Filled from the end: what is left over lightens the first parts, which keep the most micro-batches.
+    # The upper limit exceeds the sum however it is rounded.
+    # Filled from the end: the remainder relieves the first parts, which keep the most micro-batches.
     sums = [0.0, *accumulate(reversed(costs))]
     low, high = max(costs), sums[-1] * (1 + 1e-9)
     for _ in range(_HALVINGS):
@@ -41,7 +41,7 @@ def cut_evenly(costs: Sequence[float], parts: int) -> list[range]:
 
 
 def _greedy(sums: Sequence[float], limit: float) -> list[range]:
-    """Parts as long as the limit lets them be; ``sums`` are of the first 0, 1, ... items."""
+    """Returns parts as long as the limit allows; ``sums`` are those of the first 0, 1, ... items."""
     found: list[range] = []
     start, items = 0, len(sums) - 1
     while start < items:
@@ -53,7 +53,7 @@ def _greedy(sums: Sequence[float], limit: float) -> list[range]:
 
 
 def _split_to(cut: list[range], parts: int) -> list[range]:
-    """Splits the longest parts until there are enough: none becomes dearer."""
+    """Splits the longest parts until there are enough; no part becomes more expensive."""
     while len(cut) < parts:
         at = max(range(len(cut)), key=lambda index: len(cut[index]))
         whole = cut[at]
@@ -63,11 +63,11 @@ def _split_to(cut: list[range], parts: int) -> list[range]:
 
 
 def stages_of(model: Model, costs: Sequence[float], pipeline: int, chunks: int) -> list[Blocks]:
-    """The blocks of every stage: part p of ``pipeline * chunks`` is of stage ``p mod pipeline``.
+    """Returns the blocks of every stage: part p of ``pipeline * chunks`` belongs to stage ``p mod pipeline``.
 
     Args:
-        model: Its blocks in order.
-        costs: Of each kind of block.
+        model: The model's blocks in order.
+        costs: Cost of each kind of block.
         pipeline: Stages.
         chunks: Parts of a stage.
     """

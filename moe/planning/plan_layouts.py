@@ -1,4 +1,4 @@
-"""One layout's memory and time, and the layouts of a job that fit, fastest first."""
+"""Plans: a layout with its memory and time, and the fitting layouts of a job, fastest first."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moe.accounting.memory import ElementBytes
 from moe.planning.assumptions import Assumptions
 from moe.planning.blocks import Blocks, Model, model_of
 from moe.planning.cluster import Cluster
-from moe.planning.layout import Job, Layout
+from moe.planning.layout import Job, Layout, Setting
 from moe.planning.layout_memory import Memory, rank_memory
 from moe.planning.pipeline_stages import stages_of
-from moe.planning.time import Setting, StepTime, block_time, step_time
+from moe.planning.time import StepTime, block_time, step_time
 
 #: fp32 master weights, gradients and AdamW's moments.
 PLAIN_SIZES = ElementBytes()
@@ -21,14 +21,14 @@ PLAIN_SIZES = ElementBytes()
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout with what it costs.
+    """Layout with its costs.
 
     Attributes:
-        layout: Over ranks.
-        memory: Of the fullest rank.
-        time: Of a step.
-        job: What is trained.
-        cluster: Where.
+        layout: Layout over ranks.
+        memory: Memory of the fullest rank.
+        time: Time of a step.
+        job: The job.
+        cluster: The cluster.
     """
 
     layout: Layout
@@ -39,12 +39,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Its memory is there."""
+        """True if a GPU has its memory."""
         return self.memory.total <= self.cluster.gpu.memory
 
     @property
     def tokens_per_gpu(self) -> float:
-        """Tokens a second and GPU."""
+        """Tokens per second and GPU."""
         return self.job.global_batch * self.job.seq_len / self.time.total / self.cluster.gpus
 
     @property
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """The same as a share of the peak at the job's precision."""
+        """Share of the peak at the job's precision."""
         return self.flops_per_gpu / self.cluster.gpu.peak(self.job.precision)
 
 
@@ -66,28 +66,28 @@ def make_plan(
     sizes: ElementBytes = PLAIN_SIZES,
     model: Model | None = None,
 ) -> Plan:
-    """Memory and time of one layout, whether or not it fits.
+    """Computes memory and time of one layout, fitting or not.
 
-    Stages are cut for speed; where that does not fit, and equally many blocks a stage would, those are.
+    Stages are cut for speed; if that does not fit but equally many blocks per stage do, these are used.
 
     Args:
-        layout: One without `moe.planning.layout.layout_mistakes`.
-        job: What is trained.
-        cluster: Where.
-        assumed: Parameters; the defaults where they are not given.
-        sizes: Bytes an element of master weights, gradients and optimizer states.
-        model: The job's model as blocks, where many layouts share it.
+        layout: A layout without `moe.planning.layout.layout_mistakes`.
+        job: The job.
+        cluster: The cluster.
+        assumed: Parameters; the defaults if None.
+        sizes: Bytes per element of master weights, gradients and optimizer states.
+        model: The job's model as blocks, if many layouts share it.
     """
     assumed = assumed or Assumptions()
     setting = Setting(layout, job, cluster, assumed)
     model = model or model_of(job.shape, job.seq_len)
     stages, seconds = timed(setting, sizes, model)
-    memory = rank_memory(stages, layout, job, cluster.gpus, sizes, assumed)
+    memory = rank_memory(stages, setting, sizes)
     plan = Plan(layout, memory, seconds, job, cluster)
     if plan.fits or layout.pipeline == 1:
         return plan
     stages, seconds = timed(setting, sizes, model, alike=True)
-    memory = rank_memory(stages, layout, job, cluster.gpus, sizes, assumed)
+    memory = rank_memory(stages, setting, sizes)
     other = Plan(layout, memory, seconds, job, cluster)
     return other if other.fits else plan
 
@@ -95,14 +95,14 @@ def make_plan(
 def timed(
     setting: Setting, sizes: ElementBytes, model: Model, *, alike: bool = False
 ) -> tuple[list[Blocks], StepTime]:
-    """The blocks of each stage, and the time of a step.
+    """Computes the blocks of each stage, and the time of a step.
 
     Args:
         setting: Layout, job, cluster and parameters.
-        sizes: Bytes an element of master weights, gradients and optimizer states.
-        model: As blocks.
-        alike: Cut so that stages have equally many blocks, embedding and head among them; else so that the
-            dearest stage is as cheap as can be.
+        sizes: Bytes per element of master weights, gradients and optimizer states.
+        model: The model as blocks.
+        alike: Gives stages equally many blocks, embedding and head included; else minimises the largest cost
+            of a stage.
     """
     layout = setting.layout
     times = {id(block): block_time(block, setting) for block in model.kinds}
@@ -112,6 +112,6 @@ def timed(
 
 
 def fastest(plans: Iterable[Plan], most: int | None = None) -> list[Plan]:
-    """Those that fit, fastest first; equal ones with the least memory first."""
+    """Returns the plans that fit, fastest first, ties by memory."""
     fitting = [plan for plan in plans if plan.fits]
     return sorted(fitting, key=lambda plan: (plan.time.total, plan.memory.total))[:most]

@@ -1,4 +1,4 @@
-"""Plans and checks as figures for programs and as tables for people."""
+"""Plans and checks as figures for programs and as tables for readers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TIMES = ("products", "memory", "launch", "exchange", "tensor", "pipeline", "bub
 
 
 def figures_of(plan: Plan) -> dict[str, Any]:
-    """A plan for programs: bytes, seconds, and rates."""
+    """Returns a plan's figures for programs: bytes, seconds, and rates."""
     layout, gpus = plan.layout, plan.cluster.gpus
     return {
         "layout": vars(layout)
@@ -35,7 +35,7 @@ def figures_of(plan: Plan) -> dict[str, Any]:
 
 
 def job_figures(job: Job, plan: Plan) -> dict[str, Any]:
-    """What was asked for."""
+    """Returns the figures of the job and the GPU."""
     gpu = plan.cluster.gpu
     return {
         "sequence_length": job.seq_len,
@@ -47,12 +47,12 @@ def job_figures(job: Job, plan: Plan) -> dict[str, Any]:
 
 
 def plan_lines(plans: Sequence[Plan], found: int, tried: int) -> Iterator[str]:
-    """The fastest plans.
+    """Yields the table of the fastest plans.
 
     Args:
-        plans: To show, fastest first; one at least.
-        found: Layouts that fit.
-        tried: All layouts.
+        plans: Plans to show, fastest first; at least one.
+        found: Number of layouts that fit.
+        tried: Number of all layouts.
     """
     gpu = plans[0].cluster.gpu
     yield f"{found} of {tried} layouts fit in {gpu.memory / _GIB:.1f} GiB of {gpu.name}"
@@ -85,7 +85,7 @@ def plan_lines(plans: Sequence[Plan], found: int, tried: int) -> Iterator[str]:
 
 
 def check_figures(checks: Sequence[Check], assumed: Assumptions) -> dict[str, Any]:
-    """The published rows for programs."""
+    """Returns the figures of the published rows for programs."""
     return {
         "rows": [
             {
@@ -123,7 +123,7 @@ def _errors(checks: Sequence[Check]) -> dict[str, dict[str, float]]:
 
 
 def check_lines(checks: Sequence[Check], assumed: Assumptions) -> Iterator[str]:
-    """The published rows for people."""
+    """Yields the table of the published rows."""
     yield (
         f"{'':8} {'':38}{'':27}{'tokens/s/GPU':^18}{'TFLOP/s/GPU':^14}{'error in %, fitted to':^24}"
         f"{'GiB of':>16}"
@@ -147,7 +147,7 @@ def check_lines(checks: Sequence[Check], assumed: Assumptions) -> Iterator[str]:
             shown = ", ".join(f"{key} {100 * size:.1f} %" for key, size in sizes.items())
             yield f"{title + ', ' + name.replace('_', ' '):38} {shown}"
     missing = [check.row.name for check in checks if not check.plan.fits]
-    yield f"layouts said not to fit: {', '.join(missing) or 'none'}"
+    yield f"layouts predicted not to fit: {', '.join(missing) or 'none'}"
     yield "fitted, few parameters for all rows: " + ", ".join(
         f"{name} {getattr(assumed, name):.3g}" for name in FITTED
     )

@@ -1,9 +1,9 @@
-"""Published speeds of training, and the layouts they were reached with.
+"""Published training speeds, with their layouts.
 
-The tables of NVIDIA's Megatron-Bridge: ``docs/performance-summary.md`` (26.08, page of 2026-08-11) and
-``docs/performance-summary-archive.md`` of github.com/NVIDIA-NeMo/Megatron-Bridge at v0.6.0 (2026-08-19).
-What the tables do not say (recomputation, graphs, overlap, offloading, bytes of states) is from the recipes
-of the same releases: v0.2.0 for 25.11, v0.4.2 for 26.04.01, v0.5.0 for 26.06, v0.6.0 for 26.08.
+Source: the tables of NVIDIA's Megatron-Bridge, ``docs/performance-summary.md`` (26.08, page of 2026-08-11)
+and ``docs/performance-summary-archive.md`` of github.com/NVIDIA-NeMo/Megatron-Bridge at v0.6.0 (2026-08-19).
+Settings missing there (recomputation, graphs, overlap, offloading, bytes of states) are from the recipes of
+the same releases: v0.2.0 for 25.11, v0.4.2 for 26.04.01, v0.5.0 for 26.06, v0.6.0 for 26.08.
 
 Every pre-training row of 26.08 whose model `moe.accounting.shape` can express is here, and of 26.06, 26.04.01
 and 25.11 those with a setting (model, GPU, precision, layout, graphs) that no later release repeats.
@@ -21,7 +21,7 @@ from moe.planning.assumptions import Assumptions
 from moe.planning.cluster import GPUS, Cluster, Precision
 from moe.planning.layout import Job, Layout
 
-# What the recipes train with: gradients of 16 bits. Kimi K2 ran under Muon, with one state an element.
+# The recipes use 16-bit gradients. Kimi K2 ran under Muon, with one state per element.
 _ADAM = ElementBytes(gradients=2)
 _MUON = ElementBytes(gradients=2, optimizer=4)
 
@@ -101,18 +101,18 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A published row.
+    """Published row.
 
     Attributes:
-        release: Of the container.
+        release: Release of the container.
         model: Key of `CONFIGS`.
         gpu: Key of `moe.planning.cluster.GPUS`.
-        gpus: How many.
-        precision: Of products.
+        gpus: Number of GPUs.
+        precision: Precision of products.
         seq_len: Tokens of a sequence.
         global_batch: Sequences of a step.
-        layout: Over the GPUs.
-        tokens: Published tokens a second and GPU.
+        layout: Layout over the GPUs.
+        tokens: Published tokens per second and GPU.
         tflops: Published model TFLOP/s of a GPU.
     """
 
@@ -129,29 +129,29 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As in tables."""
+        """Label in tables."""
         return f"{self.model} {self.gpu} x{self.gpus} {self.precision}"
 
     @property
     def job(self) -> Job:
-        """What was trained."""
+        """The job that ran."""
         shape = shape_from_config(CONFIGS[self.model])
         return Job(shape, self.seq_len, self.global_batch, self.precision)
 
     @property
     def cluster(self) -> Cluster:
-        """Where."""
+        """The cluster that it ran on."""
         return Cluster(GPUS[self.gpu], self.gpus)
 
     @property
     def sizes(self) -> ElementBytes:
-        """Bytes an element of master weights, gradients and states."""
+        """Bytes per element of master weights, gradients and states."""
         return _MUON if self.model == "Kimi-K2" else _ADAM
 
 
 # Columns: release, model, GPU, GPUs, precision, tokens of a sequence, sequences of a step, of a micro-batch,
-# TP PP CP VP EP, tokens/s/GPU, TFLOP/s/GPU, and letters: s selective recomputation, g the whole step a graph,
-# o overlapped exchange, f weights sharded in full, h20 activations of 20 layers of a rank on the host.
+# TP PP CP VP EP, tokens/s/GPU, TFLOP/s/GPU, and letters: s selective recomputation, g the whole step as one
+# graph, o overlapped exchange, f fully sharded weights, h20 activations of 20 layers of a rank on the host.
 _TABLE = """
 26.08    DeepSeek-V3     gb300 256 mxfp8 4096 4096 1  1 2 1 8 32   6288 1635  go
 26.08    DeepSeek-V3     gb200 256 mxfp8 4096 4096 1  1 4 1 4 64   4912 1276  sgo
@@ -213,12 +213,12 @@ _TABLE = """
 
 
 def as_measured(assumed: Assumptions) -> Assumptions:
-    """The parameters with what all recipes share: the loss is fused, and keeps logits and their gradient."""
+    """Returns the parameters for all recipes: their loss is fused, and keeps logits and their gradient."""
     return replace(assumed, logit_bytes=4.0)
 
 
 def published_rows() -> tuple[Row, ...]:
-    """All rows, newest release first."""
+    """Returns all rows, newest release first."""
     return tuple(_row(line.split()) for line in _TABLE.strip().splitlines())
 
 

@@ -1,4 +1,4 @@
-"""Time of a training step, by what it goes to. docs/plan.md has the formulas.
+"""Time of a training step by part. docs/plan.md has the formulas.
 
 Letters: D model width, E experts, K experts a token, P ranks of a group.
 """
@@ -12,31 +12,30 @@ from math import comb
 from operator import add
 
 from moe.accounting.memory import ElementBytes
-from moe.planning.assumptions import Assumptions
 from moe.planning.blocks import Block, Blocks
-from moe.planning.cluster import Cluster, bits_of
-from moe.planning.layout import Job, Layout
+from moe.planning.cluster import bits_of
+from moe.planning.layout import Setting
 from moe.planning.layout_memory import rank_parameters, rank_tokens, weight_bytes
 
-# Attention's backward computes five products where forward computes two.
+# Attention's backward computes five products, its forward two.
 _ATTENTION_BACKWARD = 2.5
-# Weights' gradients are added up in fp32: read and written.
+# Weights' gradients are accumulated in fp32: read and written.
 _GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, on the rank of the dearest stage.
+    """Seconds of a step, on a rank of the most expensive stage.
 
     Attributes:
         products: Matrix products and attention.
-        memory: What moves between a GPU and its memory beside them.
-        launch: What the host adds.
-        exchange: Rows on their way to experts and back, as far as nothing hides it.
-        tensor: Tensor and context parallelism, likewise.
-        pipeline: Activations between stages, likewise.
-        bubble: Stages that wait.
-        data: Gradients and weights between replicas, as far as nothing hides it.
+        memory: Other traffic between a GPU and its memory.
+        launch: Overhead of the host.
+        exchange: Rows to experts and back, where not hidden.
+        tensor: Communication of tensor and context parallelism, where not hidden.
+        pipeline: Activations between stages, where not hidden.
+        bubble: Waiting of stages.
+        data: Gradients and weights between replicas, where not hidden.
         optimizer: The update.
     """
 
@@ -54,7 +53,7 @@ class StepTime:
         return StepTime(*map(add, vars(self).values(), vars(other).values()))
 
     def times(self, factor: float) -> StepTime:
-        """All parts, so many times."""
+        """Multiplies all parts by a factor."""
         return StepTime(*(factor * part for part in vars(self).values()))
 
     @property
@@ -63,18 +62,8 @@ class StepTime:
         return float(sum(vars(self).values()))
 
 
-@dataclass(frozen=True)
-class Setting:
-    """All that the time of a block depends on beside the block."""
-
-    layout: Layout
-    job: Job
-    cluster: Cluster
-    assumed: Assumptions
-
-
 def block_time(block: Block, setting: Setting) -> StepTime:
-    """Forward and backward of one micro-batch through a block, on one rank."""
+    """Computes the time of one micro-batch's forward and backward through a block, on one rank."""
     layout, job, assumed = setting.layout, setting.job, setting.assumed
     tokens = rank_tokens(layout, job)
     return StepTime(
@@ -94,12 +83,12 @@ def _products(block: Block, tokens: float, setting: Setting) -> float:
     peak = gpu.peak(job.precision) * share * sustained
     passes = 4 if layout.recompute == "full" else 3
     again = block.again if layout.recompute == "selective" else 0
-    # a matrix is cut over tensor ranks, which all see the tokens that the others hold
+    # a matrix is cut over tensor ranks, each of which sees the tokens of all
     whole = tokens * layout.tensor
     heads = block.logits * block.width
     flops = 2 * tokens * (passes * (block.matrices - heads) + again)
     seconds = flops / peak * (1 + assumed.rows_half / whole)
-    # the head is computed in 16 bits, and never once more
+    # the head is computed in 16 bits and never recomputed
     plain = gpu.bf16 * sustained * assumed.products_16
     seconds += 2 * 3 * tokens * heads / plain * (1 + assumed.rows_half / whole)
     if block.experts is not None:
@@ -111,7 +100,7 @@ def _products(block: Block, tokens: float, setting: Setting) -> float:
 
 
 def _memory(block: Block, tokens: float, setting: Setting) -> float:
-    """What a layer keeps crosses the bus some times, and operands of few bits are made; then the weights."""
+    """Computes the time of memory traffic: kept activations, casts of low-bit operands, and weights."""
     layout, job, assumed = setting.layout, setting.job, setting.assumed
     casts = 0.0 if bits_of(job.precision) == 16 else assumed.casts
     row = assumed.traffic * (block.expert_wide + block.expert_narrow) + casts * block.expert_narrow
@@ -129,22 +118,22 @@ def _memory(block: Block, tokens: float, setting: Setting) -> float:
 
 @lru_cache(maxsize=4096)
 def distinct_groups(experts: int, top_k: int, groups: int) -> float:
-    """Of so many equal groups of experts, those that hold at least one of K, expected under fair choice."""
+    """Returns the expected number of equal groups of experts that hold any of K, under uniform choice."""
     missed = comb(experts - experts // groups, top_k) / comb(experts, top_k)
     return groups * (1 - missed)
 
 
 def exchange_rows(experts: int, top_k: int, ranks: int, near: int) -> tuple[float, float]:
-    """Rows that a token is sent as, one way: between ranks of a domain, and between domains.
+    """Returns the rows sent per token, one way: between ranks of a domain, and between domains.
 
     A row goes to each other rank of the domain that holds one of the token's experts, and once to each other
-    domain that does, where it is passed on to the ranks that hold them.
+    such domain, which passes it on to the ranks concerned.
 
     Args:
         experts: E.
         top_k: K.
-        ranks: P that hold the experts between them.
-        near: Of these, as many as a domain holds; a divisor of them.
+        ranks: P, the ranks that together hold the experts.
+        near: Ranks of the group per domain; a divisor of P.
     """
     domains = ranks // near
     within = distinct_groups(experts, top_k, ranks) * (near - 1) / near
@@ -152,7 +141,7 @@ def exchange_rows(experts: int, top_k: int, ranks: int, near: int) -> tuple[floa
 
 
 def ranks_nearby(ranks: int, domain: int) -> int:
-    """How many of a group of neighbouring ranks share a domain: equally many in each."""
+    """Returns the number of neighbouring ranks of a group that share a domain, equal for all domains."""
     return max(near for near in range(1, min(ranks, domain) + 1) if ranks % near == 0)
 
 
@@ -162,7 +151,7 @@ def _exchange(block: Block, tokens: float, setting: Setting) -> float:
         return 0.0
     near = ranks_nearby(layout.expert, gpu.domain)
     within, beyond = exchange_rows(block.experts.num_experts, block.top_k, layout.expert, near)
-    # there and back, and the same for gradients; 16 bits
+    # there and back, for activations and gradients, in 16 bits
     passes = 6 if layout.recompute == "full" else 4
     row = 2.0 * block.width * tokens * assumed.imbalance
     seconds = row * (within / gpu.nvlink + beyond / gpu.network) / assumed.links
@@ -175,7 +164,7 @@ def _tensor(block: Block, tokens: float, setting: Setting) -> float:
     seconds = 0.0
     forward_again = 1 if layout.recompute == "full" else 0
     if layout.tensor > 1 and block.gathers:
-        # backward repeats forward's, and gathers half of them once more for the gradients of weights
+        # backward repeats those of forward, and gathers half of them again for the gradients of weights
         count = block.gathers * (2.5 + forward_again)
         moved = 2.0 * block.width * tokens * (layout.tensor - 1)
         seconds += count * moved / setting.cluster.bandwidth(layout.tensor, 1)
@@ -187,20 +176,20 @@ def _tensor(block: Block, tokens: float, setting: Setting) -> float:
 
 
 def stage_time(blocks: Blocks, times: Mapping[int, StepTime]) -> StepTime:
-    """Forward and backward of one micro-batch through these blocks, from the times by ``id`` of a block."""
+    """Returns the time of one micro-batch through these blocks, from the times by ``id`` of a block."""
     return sum((times[id(block)].times(count) for block, count in blocks), StepTime())
 
 
 def step_time(
     stages: Sequence[Blocks], times: Mapping[int, StepTime], setting: Setting, sizes: ElementBytes
 ) -> StepTime:
-    """Of a whole step.
+    """Computes the time of a whole step.
 
     Args:
-        stages: The blocks of each.
-        times: See `block_time`, by ``id`` of a block.
+        stages: The blocks of each stage.
+        times: Result of `block_time` by ``id`` of a block.
         setting: Layout, job, cluster and parameters.
-        sizes: Bytes an element of master weights, gradients and optimizer states.
+        sizes: Bytes per element of master weights, gradients and optimizer states.
     """
     sums = [stage_time(stage, times) for stage in stages]
     number = max(range(len(sums)), key=lambda index: sums[index].total)
@@ -216,7 +205,7 @@ def step_time(
 
 
 def _between_stages(width: int, setting: Setting) -> float:
-    """Activations there and gradients back, at every turn."""
+    """Computes the time of sending activations there and gradients back, at every turn."""
     layout, assumed = setting.layout, setting.assumed
     if layout.pipeline == 1:
         return 0.0
@@ -238,7 +227,7 @@ def _data(blocks: Blocks, many: int, micro_batch: float, setting: Setting, sizes
             continue
         cut = held * (ranks - 1) / ranks / (cluster.bandwidth(ranks, stride) * assumed.links)
         if layout.sharding == "full":
-            # gathered for forward and for backward, gradients cut at once
+            # gathered for forward and for backward; gradients are scattered at once
             seconds += many * cut * (2 * weight_bytes(setting.job.precision) + sizes.gradients)
         elif layout.sharding == "optimizer":
             seconds += cut * (weight_bytes(setting.job.precision) + sizes.gradients)
@@ -249,7 +238,7 @@ def _data(blocks: Blocks, many: int, micro_batch: float, setting: Setting, sizes
 
 
 def _update(blocks: Blocks, setting: Setting, sizes: ElementBytes) -> float:
-    """Gradients read, master weights and states read and written, weights written."""
+    """Computes the time to read gradients, read and write master weights and states, and write weights."""
     layout, gpus = setting.layout, setting.cluster.gpus
     dense, routed = rank_parameters(blocks, layout)
     if layout.sharding != "none":

@@ -1,4 +1,4 @@
-"""Every router of the field behind one contract. A router is found by being in a module of this package."""
+"""Routers behind one contract; every module of this package is searched for them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["Router", "RouterConfig", "router_class", "router_classes"]
 
 
 def router_classes() -> dict[str, type[Router[Any]]]:
-    """Every router class by its name."""
+    """Returns every router class by its name."""
     return discover(__name__, Router)
 
 
 def router_class(name: str) -> type[Router[Any]]:
-    """The router class of a name.
+    """Returns the router class with a name.
 
     Raises:
-        KeyError: No router has this name; the message lists those there are.
+        KeyError: No router has this name; the message lists the known ones.
     """
     classes = router_classes()
     if name not in classes:

@@ -1,4 +1,4 @@
-"""CMoE's router: an expert's score is what one neuron that stands for it would do.
+"""CMoE's router: an expert's score is the activation of one neuron that represents it.
 
 Source: CMoE, arXiv 2502.04416. The upcycling method ``cmoe`` sets the rows to those of the dense network's
 representative neurons, scaled to length 1.
@@ -30,28 +30,28 @@ class AnalyticalConfig(UnitGateConfig):
 
 
 class AnalyticalRouter(UnitGateRouter[AnalyticalConfig]):
-    """Scores ``|act(x gate^T) * (x up^T)|`` with the experts' own activation.
+    """Router that scores experts by ``|act(x gate^T) * (x up^T)|`` with their own activation.
 
     Attributes:
         gate_ED: ``[E, D]`` gate rows of the representative neurons.
-        up_ED: ``[E, D]`` their up rows.
+        up_ED: ``[E, D]`` up rows of the representative neurons.
     """
 
     name = "analytical"
     config_class = AnalyticalConfig
 
-    def __init__(self, config: AnalyticalConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.gate_ED = nn.Parameter(torch.empty(num_experts, model_width))
-        self.up_ED = nn.Parameter(torch.empty(num_experts, model_width))
+    def create_parameters(self) -> None:
+        """Registers gains, bias and the rows of the representative neurons."""
+        super().create_parameters()
+        self.gate_ED = nn.Parameter(torch.empty(self.num_experts, self.model_width))
+        self.up_ED = nn.Parameter(torch.empty(self.num_experts, self.model_width))
         self._activation = "silu"
-        self.reset_parameters()
 
     def attach(self, experts: Experts) -> None:
-        """Takes over the experts' activation."""
+        """Adopts the experts' activation."""
         self._activation = experts.activation
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        """See the class."""
+        """Computes the activations of the representative neurons."""
         gate_TE, up_TE = linear_logits(x_TD, self.gate_ED), linear_logits(x_TD, self.up_ED)
         return ACTIVATIONS[self._activation].hidden(gate_TE, up_TE).abs()

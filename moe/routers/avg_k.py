@@ -1,11 +1,11 @@
-"""Avg-K: an expert's gate is the mean of its own keys, so that routing needs no parameters and no loss.
+"""Avg-K: an expert's gate is the mean of its own keys; routing needs no parameters and no loss.
 
 Source: Liu et al., "Towards A Unified View of Sparse Feed-Forward Network in Pretraining Large Language
 Model" (arXiv 2305.13999), Section 4. Reconstructed: that the dot product is raw, and that a gated expert's
 keys are its gate rows.
 
-Identical experts have identical gates: after plain copying it cannot tell the copies apart, and every token
-would go to the same ones for ever. It warns, and refuses to train.
+Identical experts have identical gates: after plain copying the router cannot tell the copies apart, and every
+token would go to the same ones for ever. The router warns, and refuses to train.
 
 Letters: T tokens, D model width, E experts, K experts a token, F expert width, U = 2F when gated, else F.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,62 +40,57 @@ class AvgKConfig(RouterConfig):
 
     name: Literal["avg_k"] = "avg_k"
     top_k: int = 2
-    """Experts a token."""
+    """Experts per token."""
     weights: Literal["one", "softmax"] = "one"
-    """Sum the chosen experts as they are (the paper), or weigh them by the softmax over their logits."""
+    """Sum the chosen experts unweighted (the paper), or weigh them by the softmax over their logits."""
     normalise: bool = False
-    """Compare directions alone: divide every mean key by its length."""
+    """Divide every mean key by its length, so that directions alone are compared."""
 
     def __post_init__(self) -> None:
         require(self, (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."))
 
 
 class AvgKRouter(Router[AvgKConfig]):
-    """Chooses the K experts with the largest ``x . mean of keys``. The keys learn in their experts alone."""
+    """Router to the K experts with the largest ``x . mean of keys``; only the experts train the keys."""
 
     name = "avg_k"
     config_class = AvgKConfig
-    host_syncs: ClassVar[str | None] = "once, before the first training pass: whether the experts differ"
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "its first training pass asks whether the experts differ. Run one before compiling"
+    host_syncs = "once, before the first training pass, to learn whether the experts differ"
+    compile_unsupported_reason = (
+        "its first training pass reads whether the experts differ. Run one before compiling"
     )
 
-    def __init__(self, config: AvgKConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        # In a tuple: as an attribute they would be part of this module, and be saved and trained twice.
+    def create_parameters(self) -> None:
+        """Registers nothing: the experts' weights are the gates."""
+        # A plain attribute would make the experts a submodule, which is saved and trained twice.
         self._attached: tuple[Experts, ...] = ()
         self._differ = False
 
     @classmethod
     def reads_experts(cls, config: AvgKConfig) -> bool:
-        """Their mean keys are its gates."""
+        """Returns True: mean keys are the gates."""
         return True
 
     @property
-    def top_k(self) -> int:
-        """K."""
-        return self.config.top_k
-
-    @property
     def weights_sum_to_one(self) -> bool:
-        """Whether weights are a softmax, or the one expert weighs 1."""
+        """True if weights are a softmax, or the only expert weighs 1."""
         return self.config.weights == "softmax" or self.top_k == 1
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """There are none."""
+        """Does nothing: there are no parameters."""
         return
 
     def attach(self, experts: Experts) -> None:
-        """Takes the experts whose keys it reads; warns where they are all the same."""
+        """Keeps the experts whose keys it reads; warns if they are all the same."""
         self._attached, self._differ = (experts,), False
-        # Experts whose weights are yet to come: the first training pass asks.
+        # Experts with deferred weights are compared in the first training pass.
         if not experts.w_up_EUD.is_meta and self._are_same(self.mean_keys()):
             _LOG.warning("router=%s: %s. Training will be refused. %s", self.name, _RULE, _REMEDY)
 
     @torch.no_grad()
     def mean_keys(self) -> Tensor:
-        """``[E, D]`` mean of each expert's gate rows (of its up projection's rows, when it is not gated)."""
-        assert len(self._attached) == 1, "attach() comes before routing: the experts' weights are the gates"
+        """Returns ``[E, D]``: the mean of each expert's gate rows (of its up rows, if it is not gated)."""
+        assert len(self._attached) == 1, "call attach() before routing: the experts' weights are the gates"
         (experts,) = self._attached
         w_up_EUD = experts.w_up_EUD
         keys_EFD = w_up_EUD.chunk(2, dim=1)[0] if experts.gated else w_up_EUD
@@ -103,10 +98,10 @@ class AvgKRouter(Router[AvgKConfig]):
         return F.normalize(keys_ED, dim=-1) if self.config.normalise else keys_ED
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes by the keys as they are now.
+        """Routes by the present keys.
 
         Raises:
-            ConfigError: It is to be trained over experts that are all the same.
+            ConfigError: Training would begin with experts that are all the same.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             keys_ED = self.mean_keys()
@@ -117,11 +112,7 @@ class AvgKRouter(Router[AvgKConfig]):
             top_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
             weights_TK = top_TK.softmax(-1) if self.config.weights == "softmax" else torch.ones_like(top_TK)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            scores_TE=logits_TE.softmax(-1),
-            logits_TE=logits_TE,
+            ids_TK, weights_TK, self.num_experts, scores_TE=logits_TE.softmax(-1), logits_TE=logits_TE
         )
 
     def _are_same(self, keys_ED: Tensor) -> bool:
@@ -130,5 +121,5 @@ class AvgKRouter(Router[AvgKConfig]):
     def _refuse_same(self, keys_ED: Tensor) -> None:
         if self._are_same(keys_ED):
             raise ConfigError.one("router.name", self.name, _RULE, _REMEDY)
-        # Experts that differ stay different: asked once, since the answer makes the host wait.
+        # Experts that differ stay different. The host waits for the answer, so it is read once.
         self._differ = True

@@ -1,4 +1,4 @@
-"""What every router is.
+"""Contract of the routers, and the config that each begins with.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -17,7 +17,7 @@ from moe.types import Config, LayerContext, Routing
 
 @dataclass(frozen=True)
 class RouterConfig(Config):
-    """What every router's config holds: its name, which picks the class."""
+    """Config that every router has: its name, which picks the class."""
 
     name: str
     """The router's name, as in ``conf/router/NAME.yaml``."""
@@ -30,23 +30,37 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound=RouterConfig)
 
 
-class Router(nn.Module, ABC, Generic[ConfigT]):
-    """Decides for each token which experts it goes to and with what weight.
+#: `Router.host_syncs` of routers whose tokens use different numbers of experts.
+COUNTS_SLOTS = "K, the number of slots, is the largest number of experts of any token: read once a pass"
+#: `Router.compile_unsupported_reason` of routers that keep statistics of a step.
+FILED_BY_STEP = (
+    "statistics are filed by step and micro-batch, which a graph treats as constants: every new pair "
+    "compiles again. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
+)
+#: `Router.compile_unsupported_reason` of routers that draw noise.
+NOISE_KEY_ON_HOST = (
+    "the key of the noise is a hash of seed, step, micro-batch and layer, which the host computes in every "
+    "pass. Compile the experts alone"
+)
 
-    A subclass sets `name` and `config_class` and is found by being a module of `moe.routers`.
+
+class Router(nn.Module, ABC, Generic[ConfigT]):
+    """Module that decides for each token which experts it goes to and with what weight.
+
+    A subclass sets `name` and `config_class`; `moe.routers` finds it in whichever of its modules it stands.
 
     Attributes:
         name: The value of ``router.name`` that picks this class.
-        config_class: The typed config it is built from.
-        parameter_role: Tells the optimizer which parameter group these parameters are in.
-        is_causal: Whether in evaluation no token's routing depends on a later token. What is not causal
-            cannot generate the text that it was trained on: use it for encoders and diffusion.
-        varies_top_k: Whether K may change between steps: whether it routes by `LayerContext.top_k`.
-        mixes_tokens: Whether experts see mixtures of tokens: what a routing says of tokens is then not how
-            much the experts compute.
-        host_syncs: Why the host waits for a GPU in a training pass, and how often; None where it never does.
+        config_class: The typed config that it is built from.
+        parameter_role: The optimizer's parameter group for these parameters.
+        is_causal: True if, in evaluation, no token's routing depends on a later token. A router that is not
+            causal cannot generate text: use it for encoders and diffusion.
+        varies_top_k: True if K may change between steps, i.e. if it routes by `LayerContext.top_k`.
+        mixes_tokens: True if experts see linear combinations of tokens; the number of routed tokens then
+            does not tell how much the experts compute.
+        host_syncs: Why, and how often, the host waits for a GPU in a training pass; None if it never does.
         compile_unsupported_reason: Why ``torch.compile(router, fullgraph=True)`` cannot hold the training
-            passes of all steps in one graph, and what to do; None where it can.
+            passes of all steps in one graph, and the remedy; None if it can.
     """
 
     name: ClassVar[str]
@@ -59,18 +73,27 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     compile_unsupported_reason: ClassVar[str | None] = None
 
     def __init__(self, config: ConfigT, model_width: int, num_experts: int) -> None:
+        """Creates the parameters and draws them.
+
+        Args:
+            config: The router's options.
+            model_width: D.
+            num_experts: E.
+        """
         super().__init__()
         self.config = config
         self.model_width = model_width
         self.num_experts = num_experts
+        self.create_parameters()
+        self.reset_parameters()
 
     @classmethod
     def check(cls, config: ConfigT, num_experts: int) -> Mistake | None:
-        """Returns the mistake that keeps this config from routing over E experts; None when it can.
+        """Returns the mistake that keeps this config from routing over E experts; None if it can.
 
         The path is relative to the router's config.
         """
-        top_k = getattr(config, "top_k", 0)
+        top_k = _top_k(config)
         if top_k <= num_experts:
             return None
         rule = f"a token cannot use more experts than the {num_experts} of upcycle.num_experts"
@@ -79,52 +102,62 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
 
     @classmethod
     def needed_keys(cls, config: ConfigT) -> frozenset[str]:
-        """The keys of `RouterContext.keys` that it cannot route without."""
+        """Returns the keys of `RouterContext.keys` that it cannot route without."""
         return frozenset()
 
     @classmethod
     def reads_experts(cls, config: ConfigT) -> bool:
-        """Whether it routes by the weights of all experts, which then must all be on every rank."""
+        """Returns True if it routes by the experts' weights, which then must all be on every rank."""
         return False
 
     @property
-    @abstractmethod
     def top_k(self) -> int:
-        """Experts that a token uses (the mean, where it varies): what active parameters are counted by.
+        """Experts per token (the mean, where it varies), by which active parameters are counted.
 
-        With a schedule of K (`moe.routing.top_k_schedule`) those that it uses in the end.
+        Under a schedule of K (`moe.routing.top_k_schedule`) the final number.
         """
+        return _top_k(self.config)
 
     @property
     @abstractmethod
     def weights_sum_to_one(self) -> bool:
-        """Whether the combine weights of every token sum to 1, so that copied experts are exact."""
+        """True if the combine weights of every token sum to 1, so that copied experts are exact."""
 
     @property
     def weighs_one(self) -> bool:
-        """Whether every chosen expert weighs exactly 1, as long as training has not changed the router."""
+        """True if every chosen expert weighs exactly 1 until training changes the router."""
         return False
+
+    def create_parameters(self) -> None:
+        """Registers parameters, buffers and submodules; `reset_parameters` gives them their values."""
+        return
 
     @abstractmethod
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Draws the initial parameters, from the generator when there is one."""
+        """Draws the initial parameters, from the generator if one is given."""
 
     @abstractmethod
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes T tokens of width D."""
 
     def attach(self, experts: Experts) -> None:
-        """Told once which experts it routes to; for routers that read the experts' own weights."""
+        """Receives the experts that it routes to, once; for routers that read the experts' weights."""
         return
 
     def rows_ED(self) -> Tensor | None:
-        """The parameter with one row for each expert, which upcycling may set; None when there is none."""
+        """Returns the parameter with one row per expert, which upcycling may set; None without one."""
         return None
 
     def wrap_dispatcher(self, dispatcher: Dispatcher) -> Dispatcher:
-        """The dispatcher of its layer; for routers whose experts see something else than single tokens."""
+        """Returns the layer's dispatcher; routers whose experts do not see single tokens wrap it."""
         return dispatcher
 
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Changes what changes between steps (biases, temperatures); never done in forward."""
+        """Updates state that moves between steps (biases, temperatures); forward never does."""
         return
+
+
+def _top_k(config: RouterConfig) -> int:
+    """Returns the option ``top_k``; 1 for routers without it."""
+    top_k: int = getattr(config, "top_k", 1)
+    return top_k

@@ -1,4 +1,4 @@
-"""BASE layers: in training every expert gets the same number of tokens, by an assignment.
+"""BASE layers: in training an assignment gives every expert the same number of tokens.
 
 Source: Lewis et al. 2021 (arXiv 2103.16716) and its release in fairseq (``modules/base_layer.py``).
 
@@ -8,7 +8,7 @@ Letters: T tokens, D model width, E experts; N real tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,7 +17,7 @@ from moe.errors import require
 from moe.routers.base import Router, RouterConfig
 from moe.routers.projection import linear_logits
 from moe.routing.auction import balanced_assignment
-from moe.routing.token_mean import figure_mean
+from moe.routing.balance import figure_mean
 from moe.types import LayerContext, Routing
 
 
@@ -29,7 +29,7 @@ class BaseLayersConfig(RouterConfig):
     init_gain: float = 0.1
     """Gain of the orthogonal initial expert embeddings."""
     max_rounds: int = 100
-    """Rounds of bidding, after which the remaining tokens are placed greedily."""
+    """Upper bound on rounds of bidding, after which the remaining tokens are placed greedily."""
 
     def __post_init__(self) -> None:
         require(
@@ -45,9 +45,9 @@ class BaseLayersConfig(RouterConfig):
 
 
 class BaseLayersRouter(Router[BaseLayersConfig]):
-    """Training: one expert a token, by balanced assignment of this rank's tokens. Inference: the best.
+    """Router to one expert a token: by balanced assignment of this rank's tokens in training, else the best.
 
-    The weight is the sigmoid of the raw logit, the only path of the gradient to the router.
+    The weight is the sigmoid of the raw logit, the gradient's only path to the router.
 
     Attributes:
         weight_ED: ``[E, D]`` expert embeddings (centroids).
@@ -55,31 +55,23 @@ class BaseLayersRouter(Router[BaseLayersConfig]):
 
     name = "base_layers"
     config_class = BaseLayersConfig
-    host_syncs: ClassVar[str | None] = (
-        "the auction asks once a round of bidding whether every token is held, and places the rest by index"
-    )
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "the auction lasts as many rounds as the tokens need. Compile the experts alone"
+    host_syncs = "the auction checks once a round whether every token has an owner, and places the rest"
+    compile_unsupported_reason = (
+        "the number of the auction's rounds depends on the tokens. Compile the experts alone"
     )
 
-    def __init__(self, config: BaseLayersConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, model_width))
-        self.reset_parameters()
-
-    @property
-    def top_k(self) -> int:
-        """1."""
-        return 1
+    def create_parameters(self) -> None:
+        """Registers the embeddings."""
+        self.weight_ED = nn.Parameter(torch.empty(self.num_experts, self.model_width))
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """Never: the weight is a sigmoid."""
+        """False: the weight is a sigmoid."""
         return False
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Orthogonal with ``init_gain``."""
-        # In fp32 on the CPU, whose generator it is; other types lack the decomposition.
+        """Draws orthogonal embeddings with ``init_gain``."""
+        # In fp32 on the CPU, where the generator lives; other dtypes lack the decomposition.
         drawn_ED = torch.empty(self.num_experts, self.model_width, device="cpu")
         nn.init.orthogonal_(drawn_ED, gain=self.config.init_gain, generator=generator)
         with torch.no_grad():
@@ -96,9 +88,9 @@ class BaseLayersRouter(Router[BaseLayersConfig]):
                 chosen_T, metrics = self._balanced(logits_TE.detach(), chosen_T, ctx)
         ids_T1 = chosen_T[:, None]
         return Routing(
-            expert_ids_TK=ids_T1,
-            weights_TK=scores_TE.gather(-1, ids_T1),
-            num_experts=self.num_experts,
+            ids_T1,
+            scores_TE.gather(-1, ids_T1),
+            self.num_experts,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
             metrics=metrics,
@@ -107,7 +99,7 @@ class BaseLayersRouter(Router[BaseLayersConfig]):
     def _balanced(
         self, logits_TE: Tensor, best_T: Tensor, ctx: LayerContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The assignment of real tokens; padding goes where it likes and takes no one's place."""
+        """Assigns the real tokens; padding goes to its best expert and takes no place."""
         mask_T = ctx.token_mask_T(len(logits_TE))
         real_NE = logits_TE if mask_T is None else logits_TE[mask_T]
         found = balanced_assignment(real_NE, max_rounds=self.config.max_rounds)

@@ -1,4 +1,4 @@
-"""COMET: k decision trees choose among the experts; cost falls by itself as the trees harden.
+"""COMET: k decision trees choose among the experts; the cost falls as the trees harden.
 
 Source: Ibrahim et al., "COMET: Learning Cardinality Constrained Mixture of Experts with Trees and Local
 Search" (KDD 2023, arXiv 2306.02824). Its local search is `moe.routers.permuted`.
@@ -9,17 +9,16 @@ Letters: T tokens, D model width, E experts, K slots a token, J trees, N = E - 1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from moe.errors import require
-from moe.routers.base import Router, RouterConfig
-from moe.routing.dense_gates import slots_of_gates
+from moe.routers.base import COUNTS_SLOTS, Router, RouterConfig
+from moe.routing.balance import loss_mean, soft_balance_loss
+from moe.routing.slots import hardening_routing
 from moe.routing.smooth_step import log_smooth_step
-from moe.routing.soft_balance import soft_balance_loss
-from moe.routing.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
 
 #: Half-width of the leaves' uniform initial weights, and of the nodes' as a share of gamma.
@@ -32,13 +31,13 @@ class CometConfig(RouterConfig):
 
     name: Literal["comet"] = "comet"
     top_k: int = 2
-    """Trees: experts that a token uses at most once its nodes are hard. Before that it uses up to all."""
+    """Trees: the most experts that a token uses once its nodes are hard. Before that it uses up to all."""
     gamma: float = 1.0
-    """Width of the band in which a node sends a token both ways; the wider, the later trees harden."""
+    """Width of the band in which a node sends a token both ways; with a wider band trees harden later."""
     entropy_coef: float = 0.1
     """Coefficient of the entropy of each tree's leaves, which drives nodes to 0 or 1; 0 leaves it out."""
     balance_coef: float = 0.0
-    """Coefficient of the Switch balance loss, load counted in weight; 0 leaves it out. The paper has none;
+    """Coefficient of the Switch balance loss, load measured in weight; 0 leaves it out. The paper has none;
     without it all tokens of a language model harden towards the same experts."""
 
     def __post_init__(self) -> None:
@@ -54,7 +53,7 @@ class CometConfig(RouterConfig):
 
 
 class CometRouter(Router[CometConfig]):
-    """J trees of one topology: a heap of E - 1 inner nodes and E leaves, for every E.
+    """Router by J trees of one topology: a heap of E - 1 inner nodes and E leaves, for every E.
 
     Node q has the children 2q + 1 and 2q + 2 and is a leaf iff q >= E - 1; expert e is the e-th leaf from the
     left. Leaves stand at depth floor(log2 E) or one below, and each can be reached.
@@ -68,31 +67,23 @@ class CometRouter(Router[CometConfig]):
 
     name = "comet"
     config_class = CometConfig
-    host_syncs: ClassVar[str | None] = (
-        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
-    )
+    host_syncs = COUNTS_SLOTS
 
-    def __init__(self, config: CometConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        nodes, trees = num_experts - 1, config.top_k
-        self.node_weight_NJD = nn.Parameter(torch.empty(nodes, trees, model_width))
-        self.node_bias_NJ = nn.Parameter(torch.empty(nodes, trees))
-        self.leaf_weight_EJD = nn.Parameter(torch.empty(num_experts, trees, model_width))
-        self.leaf_bias_EJ = nn.Parameter(torch.empty(num_experts, trees))
-        self.reset_parameters()
-
-    @property
-    def top_k(self) -> int:
-        """Trees: the most experts that a token uses when its nodes are hard; up to E before."""
-        return self.config.top_k
+    def create_parameters(self) -> None:
+        """Registers weights and biases of nodes and leaves."""
+        leaves, trees, width = self.num_experts, self.config.top_k, self.model_width
+        self.node_weight_NJD = nn.Parameter(torch.empty(leaves - 1, trees, width))
+        self.node_bias_NJ = nn.Parameter(torch.empty(leaves - 1, trees))
+        self.leaf_weight_EJD = nn.Parameter(torch.empty(leaves, trees, width))
+        self.leaf_bias_EJ = nn.Parameter(torch.empty(leaves, trees))
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """They do: one softmax over all leaves of all trees."""
+        """True: one softmax runs over all leaves of all trees."""
         return True
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Nodes uniform in +-gamma/100, so that every token reaches every leaf; leaves in +-0.05."""
+        """Draws nodes from +-gamma/100, so that every token reaches every leaf, and leaves from +-0.05."""
         node = _NODE_INIT * self.config.gamma
         for parameter in (self.node_weight_NJD, self.node_bias_NJ):
             nn.init.uniform_(parameter, -node, node, generator=generator)
@@ -100,7 +91,7 @@ class CometRouter(Router[CometConfig]):
             nn.init.uniform_(parameter, -_LEAF_INIT, _LEAF_INIT, generator=generator)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes each token to the experts whose leaves it reaches in some tree."""
+        """Routes each token to the experts whose leaves it reaches in any tree."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             log_left_TNJ, log_right_TNJ = log_smooth_step(
@@ -112,20 +103,8 @@ class CometRouter(Router[CometConfig]):
             gates_TE = shares_TEJ.sum(-1)
             gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True)
             losses = self._losses(log_p_TEJ, gates_TE, ctx) if self.training else {}
-        ids_TK, weights_TK, used_TK = slots_of_gates(gates_TE)
-        hard_TNJ = (log_left_TNJ.isinf() | log_right_TNJ.isinf()).to(weights_TK.dtype)
-        hard_T = hard_TNJ.mean((1, 2)) if hard_TNJ.shape[1] else hard_TNJ.new_ones(len(x_TD))
-        return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            slot_mask_TK=used_TK,
-            scores_TE=gates_TE,
-            losses=losses,
-            metrics={
-                "hard_nodes": figure_mean(hard_T, ctx),
-                "active_experts": figure_mean(used_TK.sum(-1).to(weights_TK.dtype), ctx),
-            },
+        return hardening_routing(
+            gates_TE, log_left_TNJ.isinf() | log_right_TNJ.isinf(), "hard_nodes", losses, ctx
         )
 
     def _losses(self, log_p_TEJ: Tensor, gates_TE: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
@@ -138,14 +117,14 @@ class CometRouter(Router[CometConfig]):
 
 
 def leaf_log_probs(log_left_TNJ: Tensor, log_right_TNJ: Tensor) -> Tensor:
-    """``[T, E, J]`` log probability of each leaf from the left: the sum of the logs on its path.
+    """Returns ``[T, E, J]``: the log probability of each leaf, the sum of the logs along its path.
 
-    Level by level: the nodes of depth d are the heap's 2^d - 1 ... 2^(d+1) - 2. On the last full level the
-    first E - 2^d nodes are inner ones, whose leaves come before the leaves that are nodes of this level.
+    The heap is walked level by level: nodes of depth d have the indices 2^d - 1 ... 2^(d+1) - 2. On the last
+    full level the first E - 2^d nodes are inner ones; their leaves precede the leaves of this level.
 
     Args:
         log_left_TNJ: ``[T, E - 1, J]`` log of the share that each node sends left; -inf for none.
-        log_right_TNJ: To the right.
+        log_right_TNJ: The same to the right.
     """
     T, N, J = log_left_TNJ.shape
     level_TnJ = log_left_TNJ.new_zeros(T, 1, J)
@@ -160,12 +139,12 @@ def leaf_log_probs(log_left_TNJ: Tensor, log_right_TNJ: Tensor) -> Tensor:
 
 
 def _affine(x_TD: Tensor, weight_NJD: Tensor, bias_NJ: Tensor) -> Tensor:
-    """``[T, N, J]``."""
+    """Returns ``x W^T + b``, ``[T, N, J]``."""
     out = x_TD @ weight_NJD.flatten(0, 1).to(x_TD.dtype).t() + bias_NJ.flatten().to(x_TD.dtype)
     return out.view(len(x_TD), *bias_NJ.shape)
 
 
 def _entropy_T(log_p_TEJ: Tensor) -> Tensor:
-    """Sum over trees of the entropy of a token's leaves, in nats; leaves of probability 0 add 0."""
+    """Returns the entropy of each token's leaves, summed over trees, in nats; probability 0 adds 0."""
     finite_TEJ = log_p_TEJ.masked_fill(log_p_TEJ.isinf(), 0)
     return -(log_p_TEJ.exp() * finite_TEJ).sum((1, 2))

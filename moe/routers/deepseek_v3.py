@@ -14,45 +14,46 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from moe.errors import Mistake, require
+from moe.routers.base import FILED_BY_STEP
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.projection import normalise_scores, score_logits
 from moe.routing.balance import BalanceScope, count_load
-from moe.routing.fp32_buffers import Fp32Buffers
-from moe.routing.step_sums import StepSums
+from moe.routing.step_state import Fp32Buffers, StepSums
 from moe.types import LayerContext, Routing
 
 
 @dataclass(frozen=True)
 class DeepSeekV3Config(LinearRouterConfig):
-    """Config of `DeepSeekV3Router`; of V2 with softmax scores, groups by their best, and no bias."""
+    """Config of `DeepSeekV3Router`. V2's: softmax scores, groups chosen by their best expert, no bias."""
 
     name: Literal["deepseek_v3"] = "deepseek_v3"
     balance_coef: float = 1e-4
     """Coefficient of the balance loss that complements the bias; 0 leaves it out."""
     balance_scope: BalanceScope = "sequence"
-    """Over which tokens that loss counts load."""
+    """Tokens over which that loss counts load."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """Score function over the logits."""
     renormalise: bool = True
     """Divide the selected scores by their sum."""
     routed_scaling: float = 1.0
-    """What the weights are multiplied by: 2.5 in V3, 16 in V2. Copied experts are exact only at 1."""
+    """Factor on the weights: 2.5 in V3, 16 in V2. Copied experts are exact only at 1."""
     num_groups: int = 1
-    """Groups of neighbouring experts, one for each node that holds some: 8 in DeepSeek-V3."""
+    """Groups of neighbouring experts, one for each node that holds experts: 8 in DeepSeek-V3."""
     top_groups: int = 1
     """Groups that the experts of a token are chosen from: 4 in DeepSeek-V3."""
     group_score: Literal["top2_sum", "max"] = "top2_sum"
-    """What a group is chosen by: the sum of its two best scores (V3) or the best (V2)."""
+    """Score of a group: the sum of its two best scores (V3) or the best (V2)."""
     bias_rate: float = 1e-3
-    """Size of a bias step; 0 leaves the bias at 0. A spread of the bias of 1 or more (metric ``bias_alarm``)
-    means that some choices do not depend on the token any more; it takes at least 1 / (2 bias_rate) steps."""
+    """Step size of the bias; 0 leaves it at 0. A spread of the bias of 1 or more (metric ``bias_alarm``)
+    means that some choices no longer depend on the token; it takes at least 1 / (2 bias_rate) steps."""
     bias_update: Literal["sign", "proportional"] = "sign"
     """Step by the sign of mean load - load, or by (mean load - load) / mean load."""
     bias_stop_step: int | None = None
-    """Optimizer step after which the bias stays; null: never. DeepSeek-V3 froze it for its last 3 percent."""
+    """Optimizer step after which the bias is frozen; null: never. DeepSeek-V3 froze it for its last 3
+    percent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +90,7 @@ class DeepSeekV3Config(LinearRouterConfig):
 
 
 class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
-    """Selects by score plus bias within the best groups of experts; weighs by the score alone.
+    """Router that selects by score plus bias within the best groups, and weighs by the score alone.
 
     Attributes:
         bias_E: ``[E]`` fp32, saved with the model; it has no gradient and moves after optimizer steps only.
@@ -97,22 +98,20 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
 
     name = "deepseek_v3"
     config_class = DeepSeekV3Config
-    varies_top_k: ClassVar[bool] = True
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
-        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
-    )
+    varies_top_k = True
+    compile_unsupported_reason = FILED_BY_STEP
     fp32_buffers: ClassVar[tuple[str, ...]] = ("bias_E",)
     bias_E: Tensor
 
-    def __init__(self, config: DeepSeekV3Config, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+    def create_parameters(self) -> None:
+        """Registers projection and bias."""
+        super().create_parameters()
+        self.register_buffer("bias_E", torch.zeros(self.num_experts, dtype=torch.float32))
         self._slots = StepSums()
 
     @classmethod
     def check(cls, config: DeepSeekV3Config, num_experts: int) -> Mistake | None:
-        """The groups are of one size, and those that are chosen hold K experts."""
+        """Requires groups of one size, of which the chosen ones hold K experts."""
         if found := super().check(config, num_experts):
             return found
         if num_experts % config.num_groups:
@@ -137,29 +136,30 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
         return self.config.renormalise and self.config.routed_scaling == 1.0
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal weights; a bias of 0."""
+        """Draws normal weights; sets the bias to 0."""
         super().reset_parameters(generator)
-        if "bias_E" in self._buffers:
-            self.bias_E.zero_()
+        self.bias_E.zero_()
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to the K experts of highest biased score in its best groups."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
-            scores_TE = logits_TE.sigmoid() if self.config.score == "sigmoid" else logits_TE.softmax(-1)
+            scores_TE = score_logits(logits_TE, self.config.score)
             ids_TK = self._select(scores_TE.detach() + self.bias_E, ctx.top_k(self.top_k))
             weights_TK = self._weights(logits_TE, scores_TE, ids_TK)
-            probs_TE = scores_TE if self.config.score == "softmax" else self._shares(logits_TE)
+            probs_TE = scores_TE
+            if self.config.score == "sigmoid":
+                probs_TE = normalise_scores(logits_TE, "sigmoid")
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
         if self.training and self.config.bias_rate:
-            # This rank's own: the ranks add up once a step instead of once a micro-batch.
+            # This rank's own counts: ranks are summed once a step instead of once a micro-batch.
             self._slots.write(
                 ctx.run, count_load(ids_TK, self.num_experts, ctx.token_mask_T(len(ids_TK))).counts_E
             )
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
             losses=losses,
@@ -167,7 +167,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
         )
 
     def _select(self, choice_TE: Tensor, top_k: int) -> Tensor:
-        """``[T, K]`` experts by the scores that they are chosen by."""
+        """Returns the ``[T, K]`` experts with the highest selection scores."""
         config, T = self.config, len(choice_TE)
         if config.num_groups > 1:
             size = self.num_experts // config.num_groups
@@ -182,14 +182,10 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         if self.config.renormalise:
-            weights_TK = self._shares(logits_TE.gather(-1, ids_TK))
+            weights_TK = normalise_scores(logits_TE.gather(-1, ids_TK), self.config.score)
         else:
             weights_TK = scores_TE.gather(-1, ids_TK)
         return weights_TK if self.config.routed_scaling == 1.0 else weights_TK * self.config.routed_scaling
-
-    def _shares(self, logits_TN: Tensor) -> Tensor:
-        """The scores divided by their sum; in log space, where scores that round to zero still compare."""
-        return (F.logsigmoid(logits_TN) if self.config.score == "sigmoid" else logits_TN).softmax(-1)
 
     def _bias_metrics(self) -> dict[str, Tensor]:
         if not self.config.bias_rate:
@@ -199,7 +195,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
 
     @torch.no_grad()
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Moves the bias of every expert towards even load over the whole batch of the step, of all ranks."""
+        """Moves every expert's bias towards even load over the step's whole batch on all ranks."""
         config, run = self.config, ctx.run
         taken_E = self._slots.take()
         stopped = config.bias_stop_step is not None and run.step > config.bias_stop_step

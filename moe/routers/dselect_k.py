@@ -1,4 +1,4 @@
-"""DSelect-k: k selectors spell the binary code of an expert each, bit by bit, with exact zeros and ones.
+"""DSelect-k: k selectors each spell an expert's binary code, bit by bit, with exact zeros and ones.
 
 Source: Hazimeh et al., "DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to
 Multi-Task Learning" (NeurIPS 2021, arXiv 2106.03760).
@@ -9,20 +9,19 @@ Letters: T tokens, D model width, E experts, K slots a token, J selectors, M = c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from moe.errors import require
-from moe.routers.base import Router, RouterConfig
-from moe.routing.dense_gates import slots_of_gates
+from moe.routers.base import COUNTS_SLOTS, Router, RouterConfig
+from moe.routing.balance import loss_mean, soft_balance_loss
+from moe.routing.slots import hardening_routing
 from moe.routing.smooth_step import smooth_step
-from moe.routing.soft_balance import soft_balance_loss
-from moe.routing.token_mean import figure_mean, loss_mean
 from moe.types import LayerContext, Routing
 
-#: Half-width of the initial mixing weights, of the bits' as a share of gamma, and the floor in the penalty.
+#: Half-width of the initial mixing weights; half-width of the bits as a share of gamma; floor in the penalty.
 _MIX_INIT, _BIT_INIT, _PENALTY_FLOOR = 0.05, 0.01, 1e-6
 
 
@@ -32,21 +31,21 @@ class DSelectKConfig(RouterConfig):
 
     name: Literal["dselect_k"] = "dselect_k"
     top_k: int = 2
-    """Selectors: experts that a token uses at most once its bits are hard. Before that up to all."""
+    """Selectors: the most experts that a token uses once its bits are hard. Before that it uses up to all."""
     gate: Literal["per_example", "static"] = "per_example"
-    """Whether the gates depend on the token, or are one vector for all tokens (as for a task)."""
+    """Gates that depend on the token, or one vector for all tokens (e.g. of a task)."""
     gamma: float = 1.0
     """Width of the band in which a bit is neither 0 nor 1."""
     entropy_coef: float = 0.1
     """Coefficient of the entropy of each selector, mean over tokens; 0 leaves it out. The paper's code
     sums over the batch: its coefficient is this one divided by the batch."""
     balance_coef: float = 0.0
-    """Coefficient of the Switch balance loss, load counted in weight; 0 leaves it out. The paper has none;
+    """Coefficient of the Switch balance loss, load measured in weight; 0 leaves it out. The paper has none;
     without it all tokens of a language model harden towards the same experts."""
     unreachable: Literal["renormalise", "penalise"] = "renormalise"
-    """What becomes of codes without an expert, where E is no power of 2. ``renormalise``: at each bit, the
-    half that holds none gets nothing, so that weights sum to 1. ``penalise``: the paper's loss pushes mass
-    away from them, and weights may sum to less than 1."""
+    """Treatment of codes without an expert, where E is no power of 2. ``renormalise``: at each bit, a half
+    without experts gets nothing, so that weights sum to 1. ``penalise``: the paper's loss pushes mass away
+    from such codes, and weights may sum to less than 1."""
     penalty_coef: float = 1.0
     """Coefficient of that loss; without effect under ``renormalise`` or where E is a power of 2."""
 
@@ -63,39 +62,31 @@ class DSelectKConfig(RouterConfig):
 
 
 class DSelectKRouter(Router[DSelectKConfig]):
-    """J selectors, mixed by a softmax: ``g = sum_j softmax(mix)_j r^j``.
+    """Router by J selectors, mixed by a softmax: ``g = sum_j softmax(mix)_j r^j``.
 
     Attributes:
         bit_weight_JMD: ``[J, M, D]``, None for a static gate.
-        bit_bias_JM: ``[J, M]``: the bias of a per-example gate, or all there is of a static one.
+        bit_bias_JM: ``[J, M]``: the bias of a per-example gate; a static gate has nothing else.
         mix_weight_JD: ``[J, D]``, None for a static gate.
         mix_bias_J: ``[J]``.
     """
 
     name = "dselect_k"
     config_class = DSelectKConfig
-    host_syncs: ClassVar[str | None] = (
-        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
-    )
+    host_syncs = COUNTS_SLOTS
 
-    def __init__(self, config: DSelectKConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        J, M = config.top_k, code_length(num_experts)
-        reads = config.gate == "per_example"
-        self.bit_weight_JMD = nn.Parameter(torch.empty(J, M, model_width)) if reads else None
+    def create_parameters(self) -> None:
+        """Registers weights and biases of bits and mixing; a static gate has no weights."""
+        J, M, D = self.config.top_k, code_length(self.num_experts), self.model_width
+        reads = self.config.gate == "per_example"
+        self.bit_weight_JMD = nn.Parameter(torch.empty(J, M, D)) if reads else None
         self.bit_bias_JM = nn.Parameter(torch.empty(J, M))
-        self.mix_weight_JD = nn.Parameter(torch.empty(J, model_width)) if reads else None
+        self.mix_weight_JD = nn.Parameter(torch.empty(J, D)) if reads else None
         self.mix_bias_J = nn.Parameter(torch.empty(J))
-        self.reset_parameters()
-
-    @property
-    def top_k(self) -> int:
-        """Selectors: the most experts that a token uses when its bits are hard; up to E before."""
-        return self.config.top_k
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """They do, unless codes without an expert may hold some of the mass."""
+        """True unless codes without an expert may hold some of the mass."""
         return self.config.unreachable == "renormalise" or not self._has_unreachable
 
     @property
@@ -103,7 +94,7 @@ class DSelectKRouter(Router[DSelectKConfig]):
         return self.num_experts != 1 << code_length(self.num_experts)
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Bits uniform in +-gamma/100, so that every code is reached; mixing weights in +-0.05."""
+        """Draws bits from +-gamma/100, so that every code is reached, and mixing weights from +-0.05."""
         bit = _BIT_INIT * self.config.gamma
         bounds = {self.bit_weight_JMD: bit, self.bit_bias_JM: bit}
         bounds |= {self.mix_weight_JD: _MIX_INIT, self.mix_bias_J: _MIX_INIT}
@@ -123,24 +114,10 @@ class DSelectKRouter(Router[DSelectKConfig]):
             if self.weights_sum_to_one:
                 gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True)
             losses = self._losses(chosen_TJE, gates_TE, ctx) if self.training else {}
-        ids_TK, weights_TK, used_TK = slots_of_gates(gates_TE)
-        hard_TJM = ((one_TJM == 0) | (zero_TJM == 0)).to(weights_TK.dtype)
-        hard_T = hard_TJM.mean((1, 2)) if hard_TJM.shape[2] else hard_TJM.new_ones(len(x_TD))
-        return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            slot_mask_TK=used_TK,
-            scores_TE=gates_TE,
-            losses=losses,
-            metrics={
-                "hard_bits": figure_mean(hard_T, ctx),
-                "active_experts": figure_mean(used_TK.sum(-1).to(weights_TK.dtype), ctx),
-            },
-        )
+        return hardening_routing(gates_TE, (one_TJM == 0) | (zero_TJM == 0), "hard_bits", losses, ctx)
 
     def _affine(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, J, M]`` arguments of the bits and ``[T, J]`` logits of the mixture."""
+        """Returns ``[T, J, M]`` arguments of the bits and ``[T, J]`` logits of the mixing weights."""
         T, dtype = len(x_TD), x_TD.dtype
         bits_JM, mix_J = self.bit_bias_JM.to(dtype), self.mix_bias_J.to(dtype)
         if self.bit_weight_JMD is None or self.mix_weight_JD is None:
@@ -151,7 +128,7 @@ class DSelectKRouter(Router[DSelectKConfig]):
     def _losses(self, chosen_TJE: Tensor, gates_TE: Tensor, ctx: LayerContext) -> dict[str, Tensor]:
         losses = {}
         if self.config.entropy_coef:
-            # A probability of 0 adds 0; its own gradient is cut, as its bits are flat there.
+            # A probability of 0 adds 0 and has no gradient, as its bits are flat there.
             safe_TJE = torch.where(chosen_TJE > 0, chosen_TJE, 1.0)
             entropy_T = -(safe_TJE * safe_TJE.log()).sum((1, 2))
             losses["entropy"] = self.config.entropy_coef * loss_mean(entropy_T, ctx)
@@ -164,23 +141,23 @@ class DSelectKRouter(Router[DSelectKConfig]):
 
 
 def code_length(num_experts: int) -> int:
-    """M, the bits that tell E experts apart: ceil(log2 E), 0 for one expert."""
+    """Returns M, the bits that tell E experts apart: ceil(log2 E), 0 for one expert."""
     return max(num_experts - 1, 0).bit_length()
 
 
 def selector_probs(one_TJM: Tensor, zero_TJM: Tensor, num_experts: int, *, renormalise: bool) -> Tensor:
-    """``[T, J, E]``: the product over the bits of an expert's code, most significant first.
+    """Returns ``[T, J, E]``: the product over the bits of an expert's code, most significant first.
 
-    Codes of E and more belong to no expert. Those with a common start stand at the end, so that each bit
-    only cuts the children off that no expert descends from. Where a start has one child left,
-    ``renormalise`` gives it all of its parent's mass. Dividing the whole product by its sum instead would be
-    0/0 for a selector that stands on a code without expert; this has nothing to divide by.
+    Codes of E and above belong to no expert. They come last among codes of a common prefix, so that each bit
+    merely cuts off the children without experts. If a prefix has one child left, ``renormalise`` gives it all
+    of its parent's mass. Dividing the whole product by its sum instead would be 0/0 for a selector that sits
+    on a code without an expert; here nothing is divided.
 
     Args:
         one_TJM: ``[T, J, M]`` probability that a bit is 1.
-        zero_TJM: That it is 0.
+        zero_TJM: Probability that a bit is 0.
         num_experts: E.
-        renormalise: Whether probabilities sum to 1 where E is no power of 2; else they sum to at most 1.
+        renormalise: Makes probabilities sum to 1 where E is no power of 2; else they sum to at most 1.
     """
     T, J, M = one_TJM.shape
     starts_TJn = one_TJM.new_ones(T, J, 1)

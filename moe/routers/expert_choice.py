@@ -1,10 +1,10 @@
-"""Expert choice: every expert takes its best tokens, so that load is perfect and no loss is needed.
+"""Expert choice: every expert takes its best tokens; load is perfectly even and no loss is needed.
 
 Source: Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing" (arXiv 2202.09368, Section 3.2:
 scores S = softmax(X W), then the top k = n c / e tokens of each column).
 
-Which tokens an expert takes depends on all tokens, later ones too: a language model that is trained this
-way sees the future, and generates from another distribution. Use it for encoders, diffusion and vision.
+An expert's choice depends on all tokens, later ones included: a language model trained this way sees the
+future, and generates from another distribution. Use it for encoders, diffusion and vision.
 
 Letters: T tokens, D model width, E experts, K slots a token, B sequences, S tokens a sequence.
 """
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.routing.chosen import (
+from moe.routers.base import COUNTS_SLOTS
+from moe.routers.projection import ProjectionConfig, ProjectionRouter, log_scores, score_logits
+from moe.routing.slots import (
     coverage_metrics,
     sequence_shape,
     shares_of_chosen,
@@ -36,48 +36,40 @@ class ExpertChoiceConfig(ProjectionConfig):
 
     name: Literal["expert_choice"] = "expert_choice"
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score function over the logits; softmax is over the experts of a token."""
+    """Score function over the logits; softmax runs over the experts of a token."""
     scope: Literal["micro_batch", "sequence"] = "micro_batch"
-    """Whether an expert takes its tokens from the whole micro-batch of a rank or from each sequence."""
+    """Tokens that an expert chooses from: a rank's whole micro-batch, or each sequence by itself."""
     renormalise: bool = False
-    """Divide a token's scores by their sum over the experts that took it. The paper does not."""
+    """Divide a token's scores by their sum over the experts that took it; the paper does not."""
 
 
 class ExpertChoiceRouter(ProjectionRouter[ExpertChoiceConfig]):
-    """Each expert takes the tokens that score highest for it; a token is taken by none, some or all."""
+    """Router in which each expert takes its highest-scoring tokens; none, some or all may take a token."""
 
     name = "expert_choice"
     config_class = ExpertChoiceConfig
-    host_syncs: ClassVar[str | None] = (
-        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
-    )
+    host_syncs = COUNTS_SLOTS
     is_causal = False
-
-    def __init__(self, config: ExpertChoiceConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.reset_parameters()
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """False: tokens that no expert takes have no weight at all."""
+        """False: tokens that no expert takes have no weight."""
         return False
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes by column: also in evaluation, and a single token goes to every expert."""
+        """Routes by column, in evaluation as well, where a single token goes to every expert."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
-            scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+            scores_TE = score_logits(logits_TE, self.config.score)
             chosen_TE = self._choose(scores_TE.detach(), ctx)
             weights_TE = scores_TE
             if self.config.renormalise:
-                # In log space, where scores that round to zero still compare.
-                logs_TE = logits_TE if self.config.score == "softmax" else F.logsigmoid(logits_TE)
-                weights_TE = shares_of_chosen(logs_TE, chosen_TE)
+                weights_TE = shares_of_chosen(log_scores(logits_TE, self.config.score), chosen_TE)
             ids_TK, weights_TK, used_TK = slots_of_mask(chosen_TE, weights_TE)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             slot_mask_TK=used_TK,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
@@ -85,7 +77,7 @@ class ExpertChoiceRouter(ProjectionRouter[ExpertChoiceConfig]):
         )
 
     def _choose(self, scores_TE: Tensor, ctx: LayerContext) -> Tensor:
-        """``[T, E]`` bool: whether the expert takes the token."""
+        """Returns ``[T, E]`` bool, True where the expert takes the token."""
         T, E = scores_TE.shape
         B, S = sequence_shape(T, ctx) if self.config.scope == "sequence" else (1, T)
         mask_T = ctx.token_mask_T(T)

@@ -1,7 +1,7 @@
-"""Round-robin routing for benchmarks and debugging: load is even whatever the tokens are. Nothing is learned.
+"""Round-robin routing for benchmarks and debugging: load is even for any tokens. Nothing is learned.
 
-Source: none; the same purpose as Megatron-core's ``moe_router_force_load_balancing``, which draws random
-logits in place of counting.
+Source: none. Megatron-core's ``moe_router_force_load_balancing`` has the same purpose, but draws random
+logits instead of counting.
 
 Letters: T tokens, E experts, K experts a token.
 """
@@ -9,13 +9,13 @@ Letters: T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe.routing.noise import token_positions
+from moe.routing.draws import token_positions
 from moe.types import LayerContext, Routing
 
 
@@ -25,28 +25,28 @@ class ForcedConfig(LinearRouterConfig):
 
     name: Literal["forced"] = "forced"
     balance_coef: float = 0.0
-    """Coefficient of the Switch balance loss, for its cost; its value is nearly constant here."""
+    """Coefficient of the Switch balance loss, to measure its cost; its value is nearly constant here."""
 
 
 class ForcedRouter(LinearRouter[ForcedConfig]):
-    """Real token t goes to experts K*t + layer, K*t + layer + 1, ... modulo E, each weighed 1/K.
+    """Router of real token t to experts K*t + layer, K*t + layer + 1, ... modulo E, each weighed 1/K.
 
-    The router's matrix product and its gradient are computed all the same, so that a step costs what it costs
-    under a learned router: the weights carry the gradient of the softmax over the chosen logits
-    (straight-through). With K = 1 that gradient is zero.
+    The router's matrix product and its gradient are still computed, so that a step costs what it costs under
+    a learned router: weights carry the gradient of the softmax over the chosen logits (straight-through).
+    With K = 1 that gradient is zero.
     """
 
     name = "forced"
     config_class = ForcedConfig
-    varies_top_k: ClassVar[bool] = True
+    varies_top_k = True
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """K times 1/K."""
+        """True: K times 1/K."""
         return True
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Deals the tokens out in turn."""
+        """Deals the tokens out to the experts in turn."""
         T, K, E = len(x_TD), ctx.top_k(self.top_k), self.num_experts
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
@@ -57,11 +57,4 @@ class ForcedRouter(LinearRouter[ForcedConfig]):
             weights_TK = 1.0 / K + (shares_TK - shares_TK.detach())
             probs_TE = logits_TE.softmax(-1)
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
-        return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=E,
-            scores_TE=probs_TE,
-            logits_TE=logits_TE,
-            losses=losses,
-        )
+        return Routing(ids_TK, weights_TK, E, scores_TE=probs_TE, logits_TE=logits_TE, losses=losses)

@@ -1,8 +1,8 @@
-"""GShard's top-2 routing: the second expert is asked by chance, the more it weighs the more often.
+"""GShard's top-2 routing: the second expert is used at random, more often the more it weighs.
 
 Sources: GShard (arXiv 2006.16668, Algorithm 1); Mesh TensorFlow's ``moe.py`` (threshold 0.2, that is 5 g2)
 and fairseq's top-2 gate (the second expert sampled by Gumbel noise) for the variants. All three normalise
-the two gates to a sum of 1 first. Their capacity, which drops tokens, is left out: experts take what comes.
+the two gates to a sum of 1 first. Their capacity, which drops tokens, is left out: experts take all tokens.
 
 Letters: T tokens, E experts, K = 2 experts a token.
 """
@@ -10,14 +10,15 @@ Letters: T tokens, E experts, K = 2 experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.errors import require
+from moe.routers.base import NOISE_KEY_ON_HOST
 from moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe.routing.noise import gumbel_noise, uniform_noise
+from moe.routing.draws import gumbel_noise, uniform_noise
 from moe.types import LayerContext, Routing
 
 
@@ -27,9 +28,9 @@ class GShardConfig(LinearRouterConfig):
 
     name: Literal["gshard"] = "gshard"
     second: Literal["paper", "mesh_tf", "sampled", "always"] = "paper"
-    """When a token goes to its second expert in training: with probability 2 g2 (``paper``) or
-    min(1, 5 g2) (``mesh_tf``); always, to one sampled from the softmax without the first (``sampled``,
-    fairseq); always, to the second best (``always``). Evaluation always takes the two best."""
+    """Rule for the second expert in training: the second best with probability 2 g2 (``paper``) or
+    min(1, 5 g2) (``mesh_tf``); always one sampled from the softmax without the first (``sampled``, fairseq);
+    always the second best (``always``). Evaluation always takes the two best."""
     noise_seed: int = 0
     """Seed of the draws; conf/router follows the run's seed."""
 
@@ -47,21 +48,18 @@ class GShardConfig(LinearRouterConfig):
 
 
 class GShardRouter(LinearRouter[GShardConfig]):
-    """Two experts a token, weighed by their renormalised probabilities; the second may be left out.
+    """Router to two experts a token, weighed by renormalised probabilities; the second may be left out.
 
-    The first keeps its weight when the second is left out, as in the sources: such a token counts less.
+    The first keeps its weight if the second is left out, as in the sources; such a token counts less.
     """
 
     name = "gshard"
     config_class = GShardConfig
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host in each pass. "
-        "Compile the experts alone"
-    )
+    compile_unsupported_reason = NOISE_KEY_ON_HOST
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """Not where training leaves out second experts; in evaluation they always do."""
+        """False where training leaves out second experts; in evaluation weights always sum to 1."""
         return self.config.second in ("sampled", "always")
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
@@ -73,9 +71,9 @@ class GShardRouter(LinearRouter[GShardConfig]):
             weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK[:, :1], ctx)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             slot_mask_TK=self._kept(weights_TK, ctx),
             scores_TE=probs_TE,
             logits_TE=logits_TE,
@@ -83,7 +81,7 @@ class GShardRouter(LinearRouter[GShardConfig]):
         )
 
     def _choose(self, logits_TE: Tensor, ctx: LayerContext) -> Tensor:
-        """``[T, 2]``, the first choice in the first column."""
+        """Returns ``[T, 2]`` experts, the first choice in the first column."""
         if not (self.training and self.config.second == "sampled"):
             return logits_TE.topk(2, dim=-1).indices
         first_T1 = logits_TE.argmax(-1, keepdim=True)
@@ -94,7 +92,7 @@ class GShardRouter(LinearRouter[GShardConfig]):
         return torch.cat([first_T1, second_T1], dim=1)
 
     def _kept(self, weights_TK: Tensor, ctx: LayerContext) -> Tensor | None:
-        """``[T, 2]`` bool, or None where every slot is used."""
+        """Returns ``[T, 2]`` bool, True for used slots; None if all are used."""
         factor = {"paper": 2.0, "mesh_tf": 5.0}.get(self.config.second)
         if not self.training or factor is None:
             return None

@@ -1,9 +1,8 @@
-"""Hash layers: a fixed table sends every token id to its experts. Nothing is learned, and nothing can
-collapse.
+"""Hash layers: a fixed table sends every token id to its experts. Nothing is learned; nothing can collapse.
 
 Source: Roller et al., "Hash Layers For Large Sparse Models" (arXiv 2106.04426): random and balanced tables,
-weight 1, several hashes. Reconstructed: what the weight of several experts is (1/K), and the frequencies
-that a balanced table starts from.
+weight 1, several hashes. Reconstructed: the weight of several experts (1/K), and the frequencies that a
+balanced table starts from.
 
 Letters: T tokens, E experts, K experts a token, V token ids.
 """
@@ -28,11 +27,11 @@ class HashConfig(RouterConfig):
 
     name: Literal["hash"] = "hash"
     top_k: int = 1
-    """Hashes: different experts a token."""
+    """Hashes: different experts per token."""
     table: Literal["random", "balanced", "modulo"] = "random"
-    """How ids get experts: drawn; the most frequent first, to the least loaded expert; or id modulo E."""
+    """Assignment of ids: drawn; the most frequent first, to the least loaded expert; or id modulo E."""
     table_size: int = 131072
-    """Entries of the table. Ids beyond it share the entries of id modulo this."""
+    """Entries of the table. Larger ids share the entry of id modulo this."""
 
     def __post_init__(self) -> None:
         require(
@@ -48,7 +47,7 @@ class HashConfig(RouterConfig):
 
 
 class HashRouter(Router[HashConfig]):
-    """Routes by the id of a token alone. Has no parameters and gives no gradient.
+    """Router by token id alone, without parameters or gradient.
 
     Attributes:
         table_VK: ``[V, K]`` int32 experts of each id, all different; saved with the model.
@@ -58,16 +57,10 @@ class HashRouter(Router[HashConfig]):
     config_class = HashConfig
     table_VK: Tensor
 
-    def __init__(self, config: HashConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        shape = (config.table_size, config.top_k)
+    def create_parameters(self) -> None:
+        """Registers the table."""
+        shape = (self.config.table_size, self.config.top_k)
         self.register_buffer("table_VK", torch.zeros(shape, dtype=torch.int32))
-        self.reset_parameters()
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return self.config.top_k
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -78,8 +71,8 @@ class HashRouter(Router[HashConfig]):
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """Fills the table.
 
-        A balanced one is made for ids whose frequency falls as 1 / (id + 1), roughly as in tokenizers that
-        merge the most frequent pair first; `balance` makes it for counted frequencies.
+        A balanced table assumes that the frequency of an id falls as 1 / (id + 1), roughly as in tokenizers
+        that merge the most frequent pair first; `balance` takes counted frequencies instead.
         """
         V, K = self.table_VK.shape
         if self.config.table == "random":
@@ -93,29 +86,29 @@ class HashRouter(Router[HashConfig]):
 
     @torch.no_grad()
     def balance(self, frequencies_V: Tensor, generator: Generator | None = None) -> None:
-        """Fills the table so that ids of these frequencies load all experts alike.
+        """Fills the table so that ids of these frequencies load all experts evenly.
 
         Args:
-            frequencies_V: ``[V]`` how often each id occurs, on any scale.
-            generator: Names the experts, so that layers differ.
+            frequencies_V: ``[V]`` frequency of each id, on any scale.
+            generator: Permutes the experts, so that layers differ.
         """
         assert frequencies_V.shape == self.table_VK.shape[:1], (frequencies_V.shape, self.table_VK.shape)
         table_VK = balanced_table(frequencies_V, self.top_k, self.num_experts)
         self.table_VK.copy_(torch.randperm(self.num_experts, generator=generator)[table_VK])
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Looks the tokens up.
+        """Looks the tokens' experts up.
 
         Raises:
-            ConfigError: The host did not tell the ids of these tokens.
+            ConfigError: The model did not pass the ids of these tokens.
         """
         ids = ctx.run.token_ids
         if ids is None or ids.numel() != len(x_TD):
-            told = "no token ids" if ids is None else f"{ids.numel()} token ids for {len(x_TD)} tokens"
+            given = "no token ids" if ids is None else f"{ids.numel()} token ids for {len(x_TD)} tokens"
             raise ConfigError.one(
                 "router.name",
                 self.name,
-                f"it routes by token id, and the host told it {told}",
+                f"it routes by token id, and the model passed {given}",
                 "Call the model with input_ids and not with inputs_embeds, or choose another router.",
             )
         row_T = ids.reshape(-1).to(self.table_VK.device) % self.config.table_size
@@ -126,10 +119,10 @@ class HashRouter(Router[HashConfig]):
 
 
 def random_table(rows: int, top_k: int, num_experts: int, generator: Generator | None = None) -> Tensor:
-    """``[V, K]`` int64: for each row K different experts, all choices alike in probability."""
+    """Returns ``[V, K]`` int64: for each row K different experts, all choices equally likely."""
     columns: list[Tensor] = []
     for k in range(top_k):
-        # One of the experts that are left, counted without those taken: from the lowest taken one upwards.
+        # An index among the experts not yet taken, shifted past each taken one, the lowest first.
         drawn_V = torch.randint(num_experts - k, (rows,), generator=generator)
         if columns:
             for taken_V in torch.stack(columns).sort(dim=0).values:
@@ -139,7 +132,7 @@ def random_table(rows: int, top_k: int, num_experts: int, generator: Generator |
 
 
 def balanced_table(frequencies_V: Tensor, top_k: int, num_experts: int) -> Tensor:
-    """``[V, K]`` int64: ids in the order of their frequency, each to the K least loaded experts."""
+    """Returns ``[V, K]`` int64: ids in order of frequency, each assigned to the K least loaded experts."""
     loads = [(0.0, expert) for expert in range(num_experts)]
     table_VK = torch.zeros(len(frequencies_V), top_k, dtype=torch.int64)
     order = frequencies_V.argsort(descending=True, stable=True).tolist()

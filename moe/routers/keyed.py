@@ -1,18 +1,18 @@
-"""Routing by what is known of a token: its modality, class, or timestep. Nothing is learned.
+"""Routing by a known property of each token: its modality, class, or timestep. Nothing is learned.
 
 Sources: Mixture-of-Transformers (arXiv 2411.04996: one feed-forward network for each modality, positions
-gathered by masks that partition the sequence), and mixtures that split a sample space by label or diffusion
+gathered by masks that partition the sequence), and MoEs that split a sample space by label or diffusion
 timestep.
 
-With ``key: token_ids`` the ids of the batch are the key, and ranges of ids the modalities: early-fusion
-models, whose vocabulary has a range of image tokens, say by the id alone what a token is, in training and
+With ``key: token_ids`` the ids of the batch are the key, and ranges of ids the modalities. In early-fusion
+models, whose vocabulary has a range of image tokens, the id alone tells a token's modality, in training and
 in generation. For any other key the caller sets ``RouterContext.keys[name]`` before each forward pass, to one
 of
 
 - ``[B, S]`` integers: the expert of each token;
 - ``[B]``: the same for all tokens of a sequence;
 - ``[E, B, S]`` bool: a mask for each expert, which together hold every token once;
-- ``[B, S]`` or ``[B]`` numbers, with ``edges``: token goes to the first expert whose upper edge is above
+- ``[B, S]`` or ``[B]`` numbers, with ``edges``: a token goes to the first expert whose upper edge is above
   its number.
 
 Letters: T tokens, E experts, B sequences, S tokens a sequence.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -40,13 +40,13 @@ class KeyedConfig(RouterConfig):
 
     name: Literal["keyed"] = "keyed"
     key: str = "modality"
-    """Which of the caller's keys routes; ``token_ids``: the ids of the batch."""
+    """Name of the caller's key that routes; ``token_ids``: the ids of the batch."""
     edges: list[float] = field(default_factory=list)
-    """Edges between ranges of a number, ascending; none where the key is the expert itself. A number on an
-    edge belongs to the range above it: an edge is the first id of its range."""
+    """Edges between ranges of a number, ascending; none if the key is the expert itself. A number on an edge
+    belongs to the range above it: an edge is the first id of its range."""
     experts: list[int] = field(default_factory=list)
-    """The expert of each range; none: range n has expert n. With edges [4, 8196] and experts [0, 1, 0] ids
-    from 4 to 8195 go to expert 1, those below and above to expert 0."""
+    """The expert of each range; none: range n has expert n. With edges [4, 8196] and experts [0, 1, 0] the
+    ids from 4 to 8195 go to expert 1, those below and above to expert 0."""
 
     def __post_init__(self) -> None:
         ranges = len(self.edges) + 1
@@ -74,18 +74,18 @@ class KeyedConfig(RouterConfig):
 
 
 class KeyedRouter(Router[KeyedConfig]):
-    """One expert a token, of weight 1, as the caller says. Has no parameters and gives no gradient."""
+    """Router to the one expert that the caller's key names, with weight 1, without parameters or gradient."""
 
     name = "keyed"
     config_class = KeyedConfig
-    host_syncs: ClassVar[str | None] = "asks once a pass whether every key names an expert"
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "asks whether every key names an expert, and then raises an error. Compile the experts alone"
+    host_syncs = "once a pass, to learn whether every key names an expert"
+    compile_unsupported_reason = (
+        "the host raises an error if a key names no expert. Compile the experts alone"
     )
 
     @classmethod
     def check(cls, config: KeyedConfig, num_experts: int) -> Mistake | None:
-        """Every range of numbers has its expert, and every expert a range."""
+        """Requires that every range has an expert, and every expert a range."""
         if not config.edges:
             return None
         experts = set(config.experts or range(len(config.edges) + 1))
@@ -104,25 +104,20 @@ class KeyedRouter(Router[KeyedConfig]):
 
     @classmethod
     def needed_keys(cls, config: KeyedConfig) -> frozenset[str]:
-        """The key, unless the batch itself has it."""
+        """Returns the key, unless the batch itself has it."""
         return frozenset({config.key} - {TOKEN_IDS})
 
     @property
-    def top_k(self) -> int:
-        """1."""
-        return 1
-
-    @property
     def weights_sum_to_one(self) -> bool:
-        """True: there is one, and it is 1."""
+        """True: the one weight is 1."""
         return True
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """There are none."""
+        """Does nothing: there are no parameters."""
         return
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Looks the tokens' keys up.
+        """Looks the tokens' experts up.
 
         Raises:
             ConfigError: The caller gave no such key, one of another batch, or one that names no expert.
@@ -145,7 +140,7 @@ class KeyedRouter(Router[KeyedConfig]):
         name, keys = self.config.key, ctx.run.keys
         if name == TOKEN_IDS:
             if ctx.run.token_ids is None:
-                raise self._error("the host was given embeddings, and no ids", "Call it with input_ids.")
+                raise self._error("the model was given embeddings, and no ids", "Call it with input_ids.")
             return ctx.run.token_ids
         if name not in keys:
             given = ", ".join(sorted(keys)) or "none"
@@ -153,7 +148,7 @@ class KeyedRouter(Router[KeyedConfig]):
         return keys[name]
 
     def _experts(self, key: Tensor, num_tokens: int, mask_T: Tensor | None) -> Tensor:
-        """``[T]`` int64 expert of each token."""
+        """Returns the ``[T]`` int64 expert of each token."""
         shape, is_mask = tuple(key.shape), key.dtype == torch.bool
         if is_mask:
             if shape[0] != self.num_experts or key[0].numel() != num_tokens:

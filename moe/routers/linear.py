@@ -1,4 +1,4 @@
-"""What routers with one linear map from tokens to logits have in common: config, weights, balance losses.
+"""Base of the linear routers that train with balance losses: Switch, importance and z-loss.
 
 Letters: T tokens, D model width, E experts, K experts a token, N of either.
 """
@@ -14,18 +14,18 @@ from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import BalanceScope, balance_loss, count_load, z_loss
 from moe.routing.load_importance import importance_loss
-from moe.routing.step_sums import StepSums
+from moe.routing.step_state import StepSums
 from moe.types import LayerContext
 
 
 @dataclass(frozen=True)
 class LinearRouterConfig(ProjectionConfig):
-    """Config that every linear router has."""
+    """Config that every linear router with balance losses has."""
 
     balance_coef: float = 0.01
     """Coefficient of the Switch balance loss; 0 leaves it out."""
     balance_scope: BalanceScope = "micro_batch"
-    """Over which tokens load and importance are counted: the micro-batch of all ranks, each sequence by
+    """Tokens over which load and importance are counted: the micro-batch of all ranks, each sequence by
     itself, or all micro-batches of the step so far."""
     importance_coef: float = 0.0
     """Coefficient of the squared coefficient of variation of the experts' summed probabilities; 0 leaves it
@@ -48,13 +48,13 @@ LinearConfigT = TypeVar("LinearConfigT", bound=LinearRouterConfig)
 
 
 class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
-    """A router whose logits are ``x W^T``, with the Switch, importance and z-losses."""
+    """Router whose logits are ``x W^T``, with the Switch, importance and z-losses."""
 
-    def __init__(self, config: LinearConfigT, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
+    def create_parameters(self) -> None:
+        """Registers the projection and the sums over a step."""
+        super().create_parameters()
         self._load_history = StepSums()
         self._importance_history = StepSums()
-        self.reset_parameters()
 
     def balance_losses(
         self,
@@ -64,14 +64,14 @@ class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
         ctx: LayerContext,
         gates_TE: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The losses that the config asks for, with their coefficients; none in evaluation.
+        """Computes the losses that the config asks for, times their coefficients; none in evaluation.
 
         Args:
-            logits_TE: For the z-loss.
+            logits_TE: Logits, for the z-loss.
             probs_TE: Probabilities that sum to 1 over E; they carry the gradient of the balance loss.
             ids_TK: The chosen experts.
-            ctx: For padding, ranks, and the shape of the batch.
-            gates_TE: What importance is summed of; the probabilities when None.
+            ctx: Padding, ranks, and the shape of the batch.
+            gates_TE: Gates whose sum is the importance; the probabilities if None.
         """
         if not self.training:
             return {}

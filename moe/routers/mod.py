@@ -1,13 +1,12 @@
-"""Mixture of Depths around the feed-forward network: only some tokens of each sequence use experts at all.
+"""Mixture of Depths around the feed-forward network: only some tokens of each sequence use experts.
 
 Source: Raposo et al., "Mixture-of-Depths" (arXiv 2404.02258, Eq. 1 for the gate, Section 3.5 for a
 predictor of membership); with experts inside it is their integrated form. There whole blocks are skipped,
 attention included, in every second layer (``upcycle.layers=every:2``); here attention always runs.
 Reconstructed: all constants but the capacity of 12.5 percent, and that the predictor is linear.
 
-Training takes the best tokens of a sequence, which depends on later ones. Evaluation asks a predictor that
-sees one token alone and has learned to tell membership, and so it is causal; it holds the capacity in the
-mean only.
+Training takes the best tokens of a sequence, which depends on later ones. Evaluation asks a predictor of
+membership that sees one token alone, and so is causal; it meets the capacity only in the mean.
 
 Letters: T tokens, D model width, E experts, K experts a token that is taken, B sequences, S tokens a
 sequence.
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +24,22 @@ from torch import Generator, Tensor, nn
 
 from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.routing.balance import count_load, switch_loss
-from moe.routing.chosen import sequence_shape, top_of_sequences
-from moe.routing.token_mean import figure_mean, loss_mean
+from moe.routing.balance import count_load, figure_mean, loss_mean, switch_loss
+from moe.routing.slots import sequence_shape, top_of_sequences
 from moe.types import LayerContext, Routing
 
 
 @dataclass(frozen=True)
 class MoDConfig(ProjectionConfig):
-    """Config of `MoDRouter`. ``top_k`` is of the tokens that are taken; the others use no expert."""
+    """Config of `MoDRouter`. ``top_k`` holds for the tokens taken; the others use no expert."""
 
     name: Literal["mod"] = "mod"
     top_k: int = 1
-    """Experts of a token that is taken."""
+    """Experts per token that is taken."""
     capacity: float = 0.125
     """Share of each sequence's tokens that is taken."""
     gate: Literal["linear", "sigmoid"] = "linear"
-    """What the experts' output is multiplied by: the score of taking the token (paper), or its sigmoid."""
+    """Factor on the experts' output: the score of taking the token (paper), or its sigmoid."""
     balance_coef: float = 0.01
     """Coefficient of the Switch balance loss over the tokens taken; 0 leaves it out."""
     predictor_coef: float = 0.01
@@ -68,7 +66,7 @@ class MoDConfig(ProjectionConfig):
 
 
 class MoDRouter(ProjectionRouter[MoDConfig]):
-    """Takes the best tokens of each sequence to their K experts; the rest pass by, on the residual alone.
+    """Router that takes the best tokens of each sequence to K experts; the rest stay on the residual alone.
 
     Attributes:
         take_D: ``[D]`` weight of the score r of taking a token.
@@ -78,29 +76,29 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
 
     name = "mod"
     config_class = MoDConfig
-    varies_top_k: ClassVar[bool] = True
+    varies_top_k = True
 
-    def __init__(self, config: MoDConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.take_D = nn.Parameter(torch.empty(model_width))
-        self.predictor_D = nn.Parameter(torch.empty(model_width))
+    def create_parameters(self) -> None:
+        """Registers projection, score and predictor."""
+        super().create_parameters()
+        self.take_D = nn.Parameter(torch.empty(self.model_width))
+        self.predictor_D = nn.Parameter(torch.empty(self.model_width))
         self.predictor_bias = nn.Parameter(torch.empty(1))
-        self.reset_parameters()
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """False: most tokens have no weight at all."""
+        """False: most tokens have no weight."""
         return False
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal with ``init_std``; the predictor's bias 0."""
+        """Draws weights, normal with ``init_std``; sets the predictor's bias to 0."""
         super().reset_parameters(generator)
         for weight in (self.take_D, self.predictor_D):
             nn.init.normal_(weight, std=self.config.init_std, generator=generator)
         nn.init.zeros_(self.predictor_bias)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Takes by rank within the sequence in training, by the predictor in evaluation."""
+        """Takes tokens by rank within the sequence in training, by the predictor in evaluation."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             score_T = x_TD @ self.take_D.to(x_TD.dtype)
@@ -113,9 +111,9 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
             weights_TK = gate_T[:, None] * probs_TE.gather(-1, ids_TK)
             losses = self._losses(guess_T, taken_T, probs_TE, ids_TK, ctx) if self.training else {}
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             slot_mask_TK=taken_T[:, None].expand_as(ids_TK),
             scores_TE=probs_TE,
             logits_TE=logits_TE,
@@ -124,7 +122,7 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
         )
 
     def _best(self, score_T: Tensor, ctx: LayerContext) -> Tensor:
-        """``[T]`` bool: the best tokens of each sequence."""
+        """Returns ``[T]`` bool, True for the best tokens of each sequence."""
         B, S = sequence_shape(len(score_T), ctx)
         mask_T = ctx.token_mask_T(len(score_T))
         real_BS = None if mask_T is None else mask_T.view(B, S)
@@ -142,7 +140,7 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
             )
             losses["predictor"] = config.predictor_coef * loss_mean(values_T, ctx)
         if config.balance_coef:
-            # Tokens that are taken are real, so that their mask holds both.
+            # Only real tokens are taken, so this mask covers padding as well.
             load = count_load(ids_TK, self.num_experts, taken_T, ctx.run.group)
             losses["balance"] = config.balance_coef * switch_loss(load, probs_TE, taken_T)
         return losses

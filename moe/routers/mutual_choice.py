@@ -1,10 +1,9 @@
-"""Mutual choice: the K T best pairs of token and expert of a batch, whoever they belong to.
+"""Mutual choice: the K T best pairs of token and expert of a batch, whichever tokens and experts they join.
 
 Source: Ayonrinde 2024, "Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders"
-(arXiv 2411.02124), where the features of an autoencoder stand in for experts; the same as BatchTopK there.
-Reconstructed for mixtures: the scores, the guard for tokens without an expert, and the threshold that
-replaces the batch in evaluation. It balances nothing: hard tokens get more experts, and popular experts
-more tokens.
+(arXiv 2411.02124), where the features of an autoencoder take the place of experts; BatchTopK is the same.
+Reconstructed for MoEs: the scores, the guard for tokens without an expert, and the threshold that replaces
+the batch in evaluation. It balances nothing: hard tokens get more experts, and popular experts more tokens.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -12,17 +11,18 @@ Letters: T tokens, D model width, E experts, K slots a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from moe.errors import require
+from moe.routers.base import COUNTS_SLOTS, FILED_BY_STEP
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import Load, switch_loss
-from moe.routing.chosen import chosen_load, coverage_metrics, slots_of_mask
-from moe.routing.moving_threshold import MovingThreshold
 from moe.routing.quantiles import top_thresholds
+from moe.routing.slots import chosen_load, coverage_metrics, slots_of_mask
+from moe.routing.step_state import MovingThreshold
 from moe.types import LayerContext, Routing
 
 
@@ -32,13 +32,13 @@ class MutualChoiceConfig(ProjectionConfig):
 
     name: Literal["mutual_choice"] = "mutual_choice"
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score function over the logits: by it pairs are chosen and weighed."""
+    """Score function over the logits, by which pairs are chosen and weighed."""
     at_least_one: bool = True
-    """Give a token without an expert its best one, beyond the budget."""
+    """Give a token without an expert its best one, on top of the budget."""
     balance_coef: float = 0.01
     """Coefficient of the Switch balance loss; 0 leaves it out."""
     decay: float = 0.99
-    """What share of the threshold a step keeps. Only evaluation uses it."""
+    """Share of the old threshold that a step keeps. Only evaluation uses the threshold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +55,7 @@ class MutualChoiceConfig(ProjectionConfig):
 
 
 class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
-    """One threshold for all pairs: that of the micro-batch in training, that of the past in evaluation.
+    """Router with one threshold for all pairs: the micro-batch's in training, the past's in evaluation.
 
     Attributes:
         threshold: The one threshold; it moves after optimizer steps only and is saved with the model.
@@ -63,31 +63,26 @@ class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
 
     name = "mutual_choice"
     config_class = MutualChoiceConfig
-    host_syncs: ClassVar[str | None] = (
-        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
-    )
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
-        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
-    )
+    host_syncs = COUNTS_SLOTS
+    compile_unsupported_reason = FILED_BY_STEP
 
-    def __init__(self, config: MutualChoiceConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.threshold = MovingThreshold(1, config.decay)
-        self.reset_parameters()
+    def create_parameters(self) -> None:
+        """Registers projection and threshold."""
+        super().create_parameters()
+        self.threshold = MovingThreshold(1, self.config.decay)
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """False: the number of experts varies and their scores are not divided by their sum."""
+        """False: the number of experts varies, and scores are not renormalised."""
         return False
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal weights; a threshold that nothing has set."""
+        """Draws normal weights; clears the threshold."""
         super().reset_parameters(generator)
         self.threshold.reset()
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes the best pairs; in evaluation those above the threshold, or top-k while none is set."""
+        """Routes the best pairs; in evaluation those above the threshold, or top-k before the first step."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             probs_TE = logits_TE.softmax(-1)
@@ -101,9 +96,9 @@ class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
                 chosen_TE = self._above_threshold(scores_TE)
             ids_TK, weights_TK, used_TK = slots_of_mask(chosen_TE, scores_TE)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             slot_mask_TK=used_TK,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
@@ -124,7 +119,7 @@ class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
         tokens = torch.full((), T, device=scores_TE.device) if mask_T is None else mask_T.sum()
         real_TE = scores_TE if mask_T is None else scores_TE.masked_fill(~mask_T[:, None], -torch.inf)
         flat_N = real_TE.reshape(-1)
-        # By place and not by threshold: scores may tie, and the budget is kept.
+        # Chosen by place, not by threshold: scores may tie, and the budget must hold.
         order_M = flat_N.topk(self.top_k * T).indices
         within_M = torch.arange(len(order_M), device=flat_N.device) < self.top_k * tokens
         chosen_TE = torch.zeros_like(flat_N, dtype=torch.bool).scatter_(0, order_M, within_M).view(T, E)
@@ -143,5 +138,5 @@ class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):
         return self.config.balance_coef * switch_loss(load, probs_TE, ctx.token_mask_T(len(probs_TE)))
 
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Moves the threshold towards those of the micro-batches of the step, on all ranks."""
+        """Moves the threshold towards those of the step's micro-batches on all ranks."""
         self.threshold.move(ctx.run)

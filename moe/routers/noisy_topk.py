@@ -1,8 +1,8 @@
-"""Noisy top-k gating: noise on the logits lets every expert be tried, two losses keep them busy.
+"""Noisy top-k gating: noise on the logits tries every expert, and two losses keep all of them busy.
 
 Sources: Shazeer et al. 2017 (arXiv 1701.06538, Eq. 3-5 for the gate, Eq. 6-7 for importance, appendix A for
-load); V-MoE (arXiv 2106.05974, sections 2.1 and appendix A). The 0.01 that the learned noise does not fall
-below is that of Tensor2Tensor's code; the paper has none.
+load); V-MoE (arXiv 2106.05974, section 2.1 and appendix A). The floor of 0.01 on the learned noise is that of
+Tensor2Tensor's code; the paper has none.
 
 Letters: T tokens, D model width, E experts, K experts a token.
 """
@@ -10,16 +10,17 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from moe.errors import require
+from moe.routers.base import NOISE_KEY_ON_HOST
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routing.draws import normal_noise
 from moe.routing.load_importance import importance_loss
-from moe.routing.noise import normal_noise
 from moe.types import LayerContext, Routing
 
 _NOISE_FLOOR = 0.01
@@ -40,7 +41,8 @@ class NoisyTopKConfig(LinearRouterConfig):
     importance_coef: float = 0.1
     """Coefficient of the squared coefficient of variation of the experts' summed gates."""
     load_coef: float = 0.1
-    """Coefficient of the same of the expected number of tokens of each expert, were the noise redrawn."""
+    """Coefficient of the squared coefficient of variation of each expert's expected tokens, were the noise
+    redrawn."""
     noise_seed: int = 0
     """Seed of the draws; conf/router follows the run's seed."""
 
@@ -68,23 +70,21 @@ class NoisyTopKConfig(LinearRouterConfig):
 
 
 class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
-    """Top-k of logits plus Gaussian noise in training, of the logits in evaluation.
+    """Router by top-k of logits plus Gaussian noise in training, of the logits in evaluation.
 
     Attributes:
-        noise_weight_ED: ``[E, D]``, what the learned noise is made of; None with ``form=vmoe``.
+        noise_weight_ED: ``[E, D]`` weights of the learned noise; None with ``form=vmoe``.
     """
 
     name = "noisy_topk"
     config_class = NoisyTopKConfig
-    varies_top_k: ClassVar[bool] = True
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host. Compile the "
-        "experts alone"
-    )
+    varies_top_k = True
+    compile_unsupported_reason = NOISE_KEY_ON_HOST
 
-    def __init__(self, config: NoisyTopKConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        learned = torch.zeros(num_experts, model_width)
+    def create_parameters(self) -> None:
+        """Registers projection and noise weights."""
+        super().create_parameters()
+        learned = torch.zeros(self.num_experts, self.model_width)
         self.noise_weight_ED = nn.Parameter(learned) if self._learns_noise else None
 
     @property
@@ -97,11 +97,10 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
         return self.config.form == "shazeer"
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal gate weights; noise weights of 0, that is noise of standard deviation ln 2."""
+        """Draws normal gate weights; zeroes the noise weights, i.e. noise has standard deviation ln 2."""
         super().reset_parameters(generator)
-        noise_weight_ED = self._parameters.get("noise_weight_ED")
-        if noise_weight_ED is not None:
-            nn.init.zeros_(noise_weight_ED)
+        if self.noise_weight_ED is not None:
+            nn.init.zeros_(self.noise_weight_ED)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to the K experts of highest noisy logit."""
@@ -121,16 +120,11 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx, gates_TE)
             losses |= self._load_loss(logits_TE, noisy_TE, std_TE, ctx)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            scores_TE=probs_TE,
-            logits_TE=logits_TE,
-            losses=losses,
+            ids_TK, weights_TK, self.num_experts, scores_TE=probs_TE, logits_TE=logits_TE, losses=losses
         )
 
     def _noise_std(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor | None:
-        """``[T, E]`` standard deviation of the noise, or None where there is none."""
+        """Returns the ``[T, E]`` standard deviation of the noise; None without noise."""
         if not self.training or self.config.noise_scale == 0:
             return None
         if self.noise_weight_ED is None:
@@ -146,7 +140,7 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
     def _load_loss(
         self, logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor | None, ctx: LayerContext
     ) -> dict[str, Tensor]:
-        # With K = E every expert gets every token whatever the noise.
+        # With K = E every expert gets every token whatever the noise is.
         top_k = ctx.top_k(self.top_k)
         if not self.config.load_coef or std_TE is None or top_k == self.num_experts:
             return {}
@@ -155,21 +149,21 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
 
 
 def chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
-    """``[T, E]`` probability that an expert is among the K best if its own noise were drawn again.
+    """Computes the ``[T, E]`` probability that an expert is among the K best if its noise were redrawn.
 
     Shazeer et al., appendix A, Eq. 8-9: the expert must beat the K-th highest noisy logit of the others.
 
     Args:
-        logits_TE: Without noise.
-        noisy_TE: With it.
+        logits_TE: Logits without noise.
+        noisy_TE: Logits with noise.
         std_TE: Standard deviation of the noise, above 0.
         top_k: K, below E.
     """
     best_TK = noisy_TE.topk(top_k + 1, dim=-1).values
     kth_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
-    # An expert at or above the K-th has K - 1 others above it, so that the next below is its bar.
+    # An expert at or above the K-th has K - 1 others above it, so the next one below is its bar.
     bar_TE = torch.where(noisy_TE >= kth_T1, next_T1, kth_T1)
-    # Bounded, so that an expert at -infinity has a probability of 0 and no gradient in place of NaN.
+    # Clamped, so that an expert at -infinity has probability 0 and no gradient instead of NaN.
     margin_TE = (logits_TE - bar_TE).clamp(-1e30, 1e30)
     chance_TE: Tensor = torch.special.ndtr(margin_TE / std_TE)
     return chance_TE

@@ -1,8 +1,8 @@
-"""Weights of ``1 + logit`` out of a router of zeros: experts begin as a plain sum, and the gradient flows.
+"""Weights of ``1 + logit`` from a router of zeros: experts begin as a plain sum, and the gradient flows.
 
-Source: He et al. 2025 (arXiv 2512.02351, sparsity in unified multimodal models). There, all tokens take the
-first K experts until the router has moved, since zeros tie; here ties fall by a fixed random projection of
-the token, too small to matter beside a logit that was learned.
+Source: He et al. 2025 (arXiv 2512.02351, sparsity in unified multimodal models). There, zeros tie, so that
+all tokens take the first K experts until the router moves; here a fixed random projection of the token breaks
+ties, too small to matter beside a learned logit.
 
 Letters: T tokens, D model width, E experts, K experts a token.
 """
@@ -26,24 +26,24 @@ class OnePlusConfig(LinearRouterConfig):
 
     name: Literal["one_plus"] = "one_plus"
     init_std: float = 1e-3
-    """Standard deviation of the projection that ties fall by; the router's own weights begin at 0."""
+    """Standard deviation of the projection that breaks ties; the router's own weights begin at 0."""
 
 
 class OnePlusRouter(LinearRouter[OnePlusConfig]):
-    """Top-k on raw logits, weights ``1 + logit``.
+    """Router by top-k of raw logits, with weights ``1 + logit``.
 
     Attributes:
-        tie_ED: ``[E, D]`` what ties fall by: fixed, saved with the model.
+        tie_ED: ``[E, D]`` projection that breaks ties: fixed, saved with the model.
     """
 
     name = "one_plus"
     config_class = OnePlusConfig
     tie_ED: Tensor
 
-    def __init__(self, config: OnePlusConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.register_buffer("tie_ED", torch.zeros(num_experts, model_width))
-        self.reset_parameters()
+    def create_parameters(self) -> None:
+        """Registers projection and tie breaker."""
+        super().create_parameters()
+        self.register_buffer("tie_ED", torch.zeros(self.num_experts, self.model_width))
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -52,15 +52,14 @@ class OnePlusRouter(LinearRouter[OnePlusConfig]):
 
     @property
     def weighs_one(self) -> bool:
-        """Until the weights move."""
+        """True until the weights move."""
         return not bool(self.weight_ED.any())
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Weights of 0; what ties fall by is drawn."""
+        """Zeroes the weights; draws the tie breaker."""
         self.weight_ED.zero_()
-        if "tie_ED" in self._buffers:
-            self.tie_ED.normal_(std=self.config.init_std, generator=generator)
+        self.tie_ED.normal_(std=self.config.init_std, generator=generator)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to its K best experts."""
@@ -71,9 +70,9 @@ class OnePlusRouter(LinearRouter[OnePlusConfig]):
             weights_TK = 1 + logits_TE.gather(-1, ids_TK)
             losses = self.balance_losses(logits_TE, logits_TE.softmax(-1), ids_TK, ctx)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             scores_TE=logits_TE.softmax(-1),
             logits_TE=logits_TE,
             losses=losses,

@@ -1,4 +1,4 @@
-"""Any router, with a learned permutation between what it chooses and the experts (COMET's local search).
+"""Any router, with a learned permutation between its choices and the experts (COMET's local search).
 
 Source: Ibrahim et al., COMET (KDD 2023, arXiv 2306.02824); COMET+ is this around `comet`.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -21,17 +21,17 @@ from moe.experts.experts import Experts
 from moe.routers import router_class, router_classes
 from moe.routers.base import Router, RouterConfig
 from moe.routers.topk import TopKConfig
-from moe.routing.dense_gates import gates_of_slots, slots_of_gates
+from moe.routing.balance import figure_mean
 from moe.routing.permutation import PermutationConfig, PermutationSearch
-from moe.routing.token_mean import figure_mean
+from moe.routing.slots import gates_of_slots, slots_of_gates
 from moe.types import LayerContext, Routing
 
 
 class _ByName:
-    """Tells pydantic, which this library does not import, that a config's class is what its name picks."""
+    """Marker that tells pydantic (which this library does not import) that the name picks the class."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
-        # Tags enter the path of an error; in brackets they are told from the names of options.
+        # Tags enter the path of an error; brackets set them apart from the names of options.
         choices = {f"[{name}]": handler.generate_schema(_wrappable(name)) for name in _wrappable_names()}
         union = {
             "type": "tagged-union",
@@ -71,10 +71,10 @@ class PermutedConfig(RouterConfig):
 
     name: Literal["permuted"] = "permuted"
     inner: Annotated[RouterConfig, _ByName()] = field(default_factory=_plain)
-    """Config of the router that chooses; its name picks the class. A mapping is read into that class.
+    """Config of the router that chooses. Its name picks the class, into which a mapping is read.
     The default is top-k routing without losses."""
     search: PermutationConfig = field(default_factory=PermutationConfig)
-    """How the permutation is learned. How long depends on the run, so that the default does not search."""
+    """Options of the search. Its length depends on the run, so the default does not search."""
 
     def __post_init__(self) -> None:
         # A config that was written as json comes back as mappings.
@@ -86,30 +86,29 @@ class PermutedConfig(RouterConfig):
 
 
 class PermutedRouter(Router[PermutedConfig]):
-    """Weights ``g' = g P``: P is soft in training until the search ends, a relabelling of ids otherwise.
+    """Router with weights ``g' = g P``: P is soft in training until the search ends, then relabels ids.
 
     Attributes:
         inner: The router that chooses.
-        search: The permutation; None where there is no search, and ids stay what they are.
+        search: The permutation; None without a search, which leaves ids unchanged.
     """
 
     name = "permuted"
     config_class = PermutedConfig
-    host_syncs: ClassVar[str | None] = (
-        "while it searches: once whether the permutation is frozen, and once how many slots a token has. "
-        "After that as the inner router"
+    host_syncs = (
+        "while it searches: twice a pass, for the end of the search and the number of slots. After that like "
+        "the inner router"
     )
 
-    def __init__(self, config: PermutedConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.inner: Router[Any] = router_class(config.inner.name)(config.inner, model_width, num_experts)
-        self.search = PermutationSearch(config.search, num_experts) if config.search.steps else None
-        if self.search is not None:
-            self.search.reset_parameters()
+    def create_parameters(self) -> None:
+        """Creates the inner router and the search."""
+        inner, search, num_experts = self.config.inner, self.config.search, self.num_experts
+        self.inner: Router[Any] = router_class(inner.name)(inner, self.model_width, num_experts)
+        self.search = PermutationSearch(search, num_experts) if search.steps else None
 
     @classmethod
     def check(cls, config: PermutedConfig, num_experts: int) -> Mistake | None:
-        """The inner router's own rules; and its experts must see single tokens."""
+        """Applies the inner router's rules, and requires that experts see single tokens."""
         inner = router_class(config.inner.name)
         if inner.wrap_dispatcher is not Router.wrap_dispatcher:
             rule = (
@@ -121,40 +120,40 @@ class PermutedRouter(Router[PermutedConfig]):
 
     @classmethod
     def needed_keys(cls, config: PermutedConfig) -> frozenset[str]:
-        """The inner router's."""
+        """Returns the inner router's keys."""
         return router_class(config.inner.name).needed_keys(config.inner)
 
     @classmethod
     def reads_experts(cls, config: PermutedConfig) -> bool:
-        """As the inner router."""
+        """Returns the inner router's answer."""
         return router_class(config.inner.name).reads_experts(config.inner)
 
     @property
     def top_k(self) -> int:
-        """The inner router's; up to E during the search."""
+        """The inner router's K; a token uses up to E during the search."""
         return self.inner.top_k
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """As the inner router's: rows of the permutation sum to 1."""
+        """True if it is for the inner router: rows of the permutation sum to 1."""
         return self.inner.weights_sum_to_one
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """The inner router's own, then the permutation's."""
+        """Draws the inner router's parameters, then the permutation's."""
         self.inner.reset_parameters(generator)
         if self.search is not None:
             self.search.reset_parameters(generator)
 
     def attach(self, experts: Experts) -> None:
-        """Passed on."""
+        """Passes the experts on."""
         self.inner.attach(experts)
 
     def wrap_dispatcher(self, dispatcher: Dispatcher) -> Dispatcher:
-        """Passed on."""
+        """Returns the inner router's dispatcher."""
         return self.inner.wrap_dispatcher(dispatcher)
 
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Passed on; then the hardened permutation is renewed."""
+        """Updates the inner router, then the hardened permutation."""
         self.inner.after_optimizer_step(ctx)
         if self.search is not None:
             self.search.advance(ctx.run.step)
@@ -170,13 +169,13 @@ class PermutedRouter(Router[PermutedConfig]):
         return self._hard(routing, self.search)
 
     def _hard(self, routing: Routing, search: PermutationSearch) -> Routing:
-        """Relabelled ids; nothing else is computed."""
+        """Relabels the ids; nothing else is computed."""
         column_E = search.column_E
         ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
         if routing.slot_mask_TK is not None:
             ids_TK = ids_TK.masked_fill(~routing.slot_mask_TK, 0)
         if self.training:
-            # Engines that wait for the gradient of every parameter get one, of zeros.
+            # Engines wait for the gradient of every parameter; this one is zero.
             weights_TK = weights_TK + 0 * search.scores_EE.sum().to(weights_TK.dtype)
         row_E = column_E.argsort()
         return dataclasses.replace(
@@ -188,7 +187,7 @@ class PermutedRouter(Router[PermutedConfig]):
         )
 
     def _soft(self, routing: Routing, search: PermutationSearch, ctx: LayerContext) -> Routing:
-        """Every expert that P still gives some of a used weight to; logits have no meaning behind it."""
+        """Routes to every expert that P gives some used weight; logits have no meaning after that."""
         soft = search.soft(ctx.run.step)
         matrix_EE = soft.matrix_EE.to(routing.weights_TK.dtype)
         gates_TE = gates_of_slots(routing) @ matrix_EE

@@ -1,9 +1,8 @@
-"""Quantile balancing: thresholds of the experts follow the quantiles of their scores; causal and without a
-loss.
+"""Quantile balancing: thresholds follow the quantiles of the experts' scores; causal, without a loss.
 
 Source: Su, "MoE Odyssey" (kexue.fm 11619: K experts for every token; 11626: a token uses every expert whose
 threshold it exceeds), known to us from notes. Reconstructed: the guard for tokens without an expert, the
-cap, and selection by plain top-k until the first step has set the thresholds.
+cap, and plain top-k until the first step has set the thresholds.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -11,17 +10,17 @@ Letters: T tokens, D model width, E experts, K slots a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from moe.errors import require
-from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.routing.chosen import coverage_metrics, shares_of_chosen, slots_of_mask
-from moe.routing.moving_threshold import MovingThreshold
+from moe.routers.base import COUNTS_SLOTS, FILED_BY_STEP
+from moe.routers.projection import ProjectionConfig, ProjectionRouter, log_scores, score_logits
 from moe.routing.quantiles import quantile_biases, quantile_thresholds
+from moe.routing.slots import coverage_metrics, shares_of_chosen, slots_of_mask
+from moe.routing.step_state import MovingThreshold
 from moe.types import LayerContext, Routing
 
 
@@ -31,9 +30,9 @@ class QuantileConfig(ProjectionConfig):
 
     name: Literal["quantile"] = "quantile"
     mode: Literal["fixed", "dynamic"] = "fixed"
-    """K experts for every token, or every expert whose threshold the token exceeds, K in the mean."""
+    """K experts for every token, or every expert whose threshold the token exceeds (K in the mean)."""
     select_by: Literal["logits", "scores"] = "logits"
-    """What is compared with the thresholds."""
+    """Quantity that is compared with the thresholds."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Score function over the logits, for the weights."""
     renormalise: bool = True
@@ -41,9 +40,9 @@ class QuantileConfig(ProjectionConfig):
     iterations: int = 5
     """Iterations of quantile balancing a micro-batch, when fixed."""
     decay: float = 0.9
-    """What share of a threshold a step keeps."""
+    """Share of the old threshold that a step keeps."""
     max_experts: int | None = None
-    """Most experts that a token uses, when dynamic: its best by margin. null: no limit."""
+    """Upper bound on a token's experts, when dynamic: its best by margin. null: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +71,7 @@ class QuantileConfig(ProjectionConfig):
 
 
 class QuantileRouter(ProjectionRouter[QuantileConfig]):
-    """Selects by score minus threshold; weighs by the score alone.
+    """Router that selects by score minus threshold and weighs by the score alone.
 
     Attributes:
         threshold: ``[E]`` thresholds beta; they have no gradient, move after optimizer steps only, and are
@@ -81,18 +80,13 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
 
     name = "quantile"
     config_class = QuantileConfig
-    host_syncs: ClassVar[str | None] = (
-        "when dynamic only: K, the slots of a token, is the most experts that any token uses: asked once"
-    )
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
-        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
-    )
+    host_syncs = f"only when dynamic: {COUNTS_SLOTS}"
+    compile_unsupported_reason = FILED_BY_STEP
 
-    def __init__(self, config: QuantileConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.threshold = MovingThreshold(num_experts, config.decay)
-        self.reset_parameters()
+    def create_parameters(self) -> None:
+        """Registers projection and thresholds."""
+        super().create_parameters()
+        self.threshold = MovingThreshold(self.num_experts, self.config.decay)
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -100,21 +94,19 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
         return self.config.renormalise
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal weights; thresholds that nothing has set."""
+        """Draws normal weights; clears the thresholds."""
         super().reset_parameters(generator)
         self.threshold.reset()
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes by the thresholds of the steps before; the present tokens move those of the next."""
+        """Routes by the thresholds of earlier steps; the present tokens move those of the next."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
-            softmax = self.config.score == "softmax"
-            scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
+            scores_TE = score_logits(logits_TE, self.config.score)
             choice_TE = (logits_TE if self.config.select_by == "logits" else scores_TE).detach()
             if self.training:
                 self._measure(choice_TE, ctx)
-            # In log space, where scores that round to zero still compare.
-            logs_TE = logits_TE if softmax or not self.config.renormalise else F.logsigmoid(logits_TE)
+            logs_TE = log_scores(logits_TE, self.config.score)
             used_TK: Tensor | None = None
             if self.config.mode == "fixed":
                 ids_TK, weights_TK, chosen_TE = self._fixed(choice_TE, scores_TE, logs_TE)
@@ -123,9 +115,9 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
                 weights_TE = shares_of_chosen(logs_TE, chosen_TE) if self.config.renormalise else scores_TE
                 ids_TK, weights_TK, used_TK = slots_of_mask(chosen_TE, weights_TE)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             slot_mask_TK=used_TK,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
@@ -133,13 +125,13 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
         )
 
     def _margins(self, choice_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, E]`` scores minus thresholds, and each token's experts by falling margin."""
+        """Returns ``[T, E]`` scores minus thresholds, and each token's experts by falling margin."""
         is_set = self.threshold.steps > 0
         margin_TE = choice_TE - torch.where(is_set, self.threshold.value_N, 0)
         return margin_TE, margin_TE.argsort(dim=-1, descending=True, stable=True)
 
     def _fixed(self, choice_TE: Tensor, scores_TE: Tensor, logs_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and weights of the K best, and their mask; K is known, so that no one waits for the device."""
+        """Returns ids, weights and mask of the K best; K is known, so the host does not wait."""
         _, order_TE = self._margins(choice_TE)
         ids_TK = order_TE[:, : self.top_k].sort(-1).values
         weights_TK = (logs_TE if self.config.renormalise else scores_TE).gather(-1, ids_TK)
@@ -147,7 +139,7 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
         return ids_TK, weights_TK.softmax(-1) if self.config.renormalise else weights_TK, chosen_TE
 
     def _above(self, choice_TE: Tensor) -> Tensor:
-        """``[T, E]`` bool: above the thresholds; the K best as long as no step has set any."""
+        """Returns ``[T, E]`` bool: above the thresholds, or the K best before the first step."""
         margin_TE, order_TE = self._margins(choice_TE)
         # The place of each expert in its token's order: 0 is the largest margin.
         place_TE = order_TE.argsort(dim=-1)
@@ -168,5 +160,5 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
         self.threshold.measure(ctx.run, found_E, tokens)
 
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Moves the thresholds towards what the micro-batches of the step, on all ranks, have measured."""
+        """Moves the thresholds towards those measured in the step's micro-batches on all ranks."""
         self.threshold.move(ctx.run)

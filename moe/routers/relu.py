@@ -1,9 +1,9 @@
-"""ReMoE: the gates are ReLUs, so that routing is differentiable and the number of experts a token varies.
+"""ReMoE: the gates are ReLUs, so that routing is differentiable and the number of experts per token varies.
 
 Source: Wang, Zhu and Chen, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing" (arXiv
 2412.14711, Eq. 5 for the gate, 7-9 for the penalty and its controller); thu-ml/ReMoE for the constants.
-There one penalty serves all layers and follows their mean sparsity; here every layer has its own, so that
-each settles at K.
+There one penalty serves all layers and follows their mean sparsity; here every layer has its own and settles
+at K.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -17,21 +17,20 @@ import torch
 from torch import Generator, Tensor
 
 from moe.errors import require
+from moe.routers.base import COUNTS_SLOTS, FILED_BY_STEP
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import Load
-from moe.routing.chosen import chosen_load, coverage_metrics
-from moe.routing.dense_gates import slots_of_gates
-from moe.routing.fp32_buffers import Fp32Buffers
-from moe.routing.step_sums import StepSums
+from moe.routing.slots import chosen_load, coverage_metrics, slots_of_gates
+from moe.routing.step_state import Fp32Buffers, StepSums
 from moe.types import LayerContext, Routing
 
-#: Keeps the penalty off 0, from where no factor brings it back, and off infinity.
+#: Keeps the penalty away from 0, from which no factor recovers it, and from infinity.
 _PENALTY_RANGE = (1e-15, 1e15)
 
 
 @dataclass(frozen=True)
 class ReLUConfig(ProjectionConfig):
-    """Config of `ReLURouter`. ``top_k`` is the mean number of experts a token that the penalty steers to."""
+    """Config of `ReLURouter`. The penalty steers the mean number of experts per token to ``top_k``."""
 
     name: Literal["relu"] = "relu"
     init_std: float = 0.01
@@ -39,9 +38,9 @@ class ReLUConfig(ProjectionConfig):
     penalty_init: float = 1e-8
     """Coefficient of the L1 penalty on the gates before the first step (lambda)."""
     penalty_factor: float = 1.2
-    """What the penalty is multiplied by after a step with too many experts a token, else divided by."""
+    """Factor on the penalty after a step with too many experts per token; divisor after any other step."""
     penalty_by_load: bool = True
-    """Weigh each expert's penalty by its load, which balances; else all alike."""
+    """Weigh each expert's penalty by its load, which balances; else penalise all equally."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +65,7 @@ class ReLUConfig(ProjectionConfig):
 
 
 class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):
-    """Experts with a positive logit, weighed by it. Starts with half of the experts for every token.
+    """Router to the experts with a positive logit, weighed by it; tokens start with half of the experts.
 
     Attributes:
         penalty: fp32 scalar, lambda; it moves after optimizer steps only and is saved with the model.
@@ -74,43 +73,38 @@ class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):
 
     name = "relu"
     config_class = ReLUConfig
-    host_syncs: ClassVar[str | None] = (
-        "K, the slots of a token, is the most experts that any token of the batch uses: asked once a pass"
-    )
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
-        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
-    )
+    host_syncs = COUNTS_SLOTS
+    compile_unsupported_reason = FILED_BY_STEP
     fp32_buffers: ClassVar[tuple[str, ...]] = ("penalty",)
     penalty: Tensor
 
-    def __init__(self, config: ReLUConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.register_buffer("penalty", torch.tensor(config.penalty_init))
+    def create_parameters(self) -> None:
+        """Registers projection and penalty."""
+        super().create_parameters()
+        self.register_buffer("penalty", torch.tensor(self.config.penalty_init))
         self._sums = StepSums()
-        self.reset_parameters()
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """False: a ReLU may be anything from 0 up."""
+        """False: a ReLU takes any value from 0 up."""
         return False
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal weights; the penalty of the config."""
+        """Draws normal weights; sets the penalty to the config's."""
         super().reset_parameters(generator)
         self.penalty.fill_(self.config.penalty_init)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Routes each token to the experts whose gate is open, be it none or all."""
+        """Routes each token to the experts whose gate is open, possibly none or all."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             gates_TE = logits_TE.relu()
             ids_TK, weights_TK, used_TK = slots_of_gates(gates_TE)
             losses, metrics = self._regularise(gates_TE, ctx) if self.training else ({}, {})
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             slot_mask_TK=used_TK,
             scores_TE=gates_TE,
             logits_TE=logits_TE,
@@ -135,13 +129,13 @@ class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):
 
     @torch.no_grad()
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Raises the penalty when the tokens of the step, of all ranks, used more than K experts each."""
+        """Raises the penalty if the step's tokens on all ranks used more than K experts on average."""
         sums = self._sums.take()
         if sums is None:
             return
         used, tokens = sums
         factor = self.config.penalty_factor
-        # Sparsity below 1 - K/E is the same as more than K experts a token.
+        # Sparsity below 1 - K/E is the same as more than K experts per token.
         moved = torch.where(used > self.top_k * tokens, self.penalty * factor, self.penalty / factor)
         moved = torch.where(tokens > 0, moved, self.penalty)
         self.penalty.copy_(moved.clamp(*_PENALTY_RANGE))
@@ -150,13 +144,13 @@ class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):
 def relu_penalty(
     gates_TE: Tensor, load: Load, tokens: Tensor, top_k: int | None, mask_T: Tensor | None = None
 ) -> Tensor:
-    """``E / (K T^2) sum_e count_e sum_t g_te`` (Eq. 9), or the mean over tokens of ``sum_e g_te`` (Eq. 7).
+    """Computes ``E / (K T^2) sum_e count_e sum_t g_te`` (Eq. 9), or the token mean of ``sum_e g_te`` (Eq. 7).
 
     Args:
         gates_TE: ``[T, E]`` gates; they carry the gradient.
-        load: Open gates of each expert over all ranks.
+        load: Number of open gates of each expert over all ranks.
         tokens: Real tokens over all ranks.
-        top_k: K; None leaves the load out.
+        top_k: K; None for Eq. 7, which leaves the load out.
         mask_T: ``[T]`` bool, True for real tokens.
 
     Returns:

@@ -9,14 +9,14 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
-from moe.routing.balance_top1 import top1_loss
+from moe.routing.balance import top1_loss
 from moe.types import LayerContext, Routing
 
 
@@ -26,11 +26,11 @@ class SigmaConfig(ProjectionConfig):
 
     name: Literal["sigma"] = "sigma"
     top_k: int = 1
-    """Experts a token."""
+    """Experts per token."""
     top1_coef: float = 0.01
     """Coefficient of the Top-1 balance loss; 0 leaves it out."""
     temperature: float = 0.1
-    """What the logits are divided by for the loss. At 1 it asks for sharper gates than tasks may want."""
+    """Divisor of the logits in the loss. At 1 the loss asks for sharper gates than tasks may want."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,19 +42,15 @@ class SigmaConfig(ProjectionConfig):
 
 
 class SigmaRouter(ProjectionRouter[SigmaConfig]):
-    """Top-k by softmax probability, not renormalised, with the Top-1 balance loss over all ranks."""
+    """Router by top-k softmax probability, not renormalised, with the Top-1 balance loss over all ranks."""
 
     name = "sigma"
     config_class = SigmaConfig
-    varies_top_k: ClassVar[bool] = True
-
-    def __init__(self, config: SigmaConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.reset_parameters()
+    varies_top_k = True
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """False: a weight is a probability, so that one expert has a gradient as well."""
+        """False: a weight is a probability, so that a single expert has a gradient, too."""
         return False
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
@@ -69,9 +65,9 @@ class SigmaRouter(ProjectionRouter[SigmaConfig]):
                 value = top1_loss(sharp_TE, ids_TK, ctx.token_mask_T(len(ids_TK)), ctx.run.group)
                 losses["top1"] = self.config.top1_coef * value
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=scores_TE.gather(-1, ids_TK),
-            num_experts=self.num_experts,
+            ids_TK,
+            scores_TE.gather(-1, ids_TK),
+            self.num_experts,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
             losses=losses,

@@ -1,8 +1,8 @@
-"""Skywork-MoE's routing: normalised logits, and a balance coefficient that follows each layer's imbalance.
+"""Skywork-MoE's routing: normalised logits, and a balance coefficient that tracks each layer's imbalance.
 
 Source: Skywork-MoE (arXiv 2406.06563, sections on gating logit normalisation and adaptive auxiliary loss
-coefficients); constants from notes of it. Ours where its text was not at hand: the standard deviation is that
-of the population, the weights are renormalised, and the drop rate is computed as if experts had a capacity.
+coefficients); constants from notes of it. Our choices, as its text was not at hand: the standard deviation is
+the population's, weights are renormalised, and the drop rate is computed as if experts had a capacity.
 
 Letters: T tokens, E experts, K experts a token.
 """
@@ -16,19 +16,20 @@ import torch
 from torch import Generator, Tensor
 
 from moe.errors import Mistake, require
+from moe.routers.base import FILED_BY_STEP
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.projection import select_top_k
 from moe.routing.balance import count_load
-from moe.routing.fp32_buffers import Fp32Buffers
-from moe.routing.step_sums import StepSums
+from moe.routing.step_state import Fp32Buffers, StepSums
 from moe.types import LayerContext, Routing
 
-# Below logits of standard deviation 0.001 the normalisation fades: noise is not blown up into a decision.
+# Below a standard deviation of 0.001 the normalisation fades, so that noise is not amplified into a decision.
 _VARIANCE_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class SkyworkConfig(LinearRouterConfig):
-    """Config of `SkyworkRouter`. ``balance_coef`` is what the coefficient starts from; 0: no loss."""
+    """Config of `SkyworkRouter`. ``balance_coef`` is the coefficient's initial value; 0: no loss."""
 
     name: Literal["skywork"] = "skywork"
     logit_scale: float = 1.0
@@ -36,15 +37,15 @@ class SkyworkConfig(LinearRouterConfig):
     renormalise: bool = True
     """Divide the selected probabilities by their sum."""
     adaptive: bool = True
-    """Whether the balance coefficient follows the drop rate, layer by layer."""
+    """Let the balance coefficient follow the drop rate, layer by layer."""
     sensitivity: float = 0.2
-    """Xi: the coefficient that the moving average strives for, per unit of drop rate."""
+    """Xi: the target of the coefficient per unit of drop rate."""
     momentum: float = 0.99
     """Beta: share of the old coefficient that a step keeps."""
     balance_coef_max: float = 0.01
-    """Upper bound of the coefficient that it strives for."""
+    """Upper bound on the target."""
     capacity_factor: float = 1.0
-    """Capacity, in units of even load, above which a slot counts as dropped. No slot is."""
+    """Capacity, in units of even load, above which a slot counts as dropped; no slot really is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +75,7 @@ class SkyworkConfig(LinearRouterConfig):
 
 
 class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
-    """Top-k of ``softmax(lambda (z - mean) / std)``, with mean and std over a token's logits.
+    """Router by top-k of ``softmax(lambda (z - mean) / std)``, with mean and std over a token's logits.
 
     Attributes:
         balance_alpha: ``[1]`` fp32, the present balance coefficient; saved with the model.
@@ -82,22 +83,23 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
 
     name = "skywork"
     config_class = SkyworkConfig
-    varies_top_k: ClassVar[bool] = True
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
-        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
-    )
+    varies_top_k = True
+    compile_unsupported_reason = FILED_BY_STEP
     fp32_buffers: ClassVar[tuple[str, ...]] = ("balance_alpha",)
     balance_alpha: Tensor
 
-    def __init__(self, config: SkyworkConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.register_buffer("balance_alpha", torch.full((1,), config.balance_coef, dtype=torch.float32))
+    def create_parameters(self) -> None:
+        """Registers projection and balance coefficient."""
+        super().create_parameters()
+        alpha = torch.full((1,), self.config.balance_coef, dtype=torch.float32)
+        self.register_buffer("balance_alpha", alpha)
         self._slots = StepSums()
 
     @classmethod
     def check(cls, config: SkyworkConfig, num_experts: int) -> Mistake | None:
-        """Two normalised logits are +lambda and -lambda whatever the token is."""
+        """Rejects E = 2: two normalised logits are +lambda and -lambda whatever the token is."""
+        if found := super().check(config, num_experts):
+            return found
         if num_experts == 2:
             rule = (
                 "two normalised logits are always +logit_scale and -logit_scale, so that the router's "
@@ -113,10 +115,9 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
         return self.config.renormalise
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal weights; the balance coefficient of the config."""
+        """Draws normal weights; sets the balance coefficient to the config's."""
         super().reset_parameters(generator)
-        if "balance_alpha" in self._buffers:
-            self.balance_alpha.fill_(self.config.balance_coef)
+        self.balance_alpha.fill_(self.config.balance_coef)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to its K best experts."""
@@ -124,8 +125,9 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
             logits_TE = self.logits(x_TD)
             normalised_TE = normalise_logits(logits_TE, self.config.logit_scale)
             probs_TE = normalised_TE.softmax(-1)
-            top_TK, ids_TK = normalised_TE.topk(ctx.top_k(self.top_k), dim=-1, sorted=False)
-            weights_TK = top_TK.softmax(-1) if self.config.renormalise else probs_TE.gather(-1, ids_TK)
+            ids_TK, weights_TK = select_top_k(
+                normalised_TE, probs_TE, ctx.top_k(self.top_k), renormalise=self.config.renormalise
+            )
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
             if "balance" in losses:
                 factor = self.balance_alpha[0].to(probs_TE.dtype) / self.config.balance_coef
@@ -134,13 +136,13 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
             counts_E = count_load(ids_TK, self.num_experts, ctx.token_mask_T(len(ids_TK))).counts_E
             self._slots.write(ctx.run, counts_E)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            ids_TK,
+            weights_TK,
+            self.num_experts,
             scores_TE=probs_TE,
             logits_TE=logits_TE,
             losses=losses,
-            # A copy: what is reported of a step is not what comes after it.
+            # A copy, as the buffer moves after the step that is reported.
             metrics={"balance_alpha": self.balance_alpha[0].clone()} if self._adapts else {},
         )
 
@@ -150,7 +152,7 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
 
     @torch.no_grad()
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """``alpha = beta alpha + (1 - beta) min(xi d, alpha_max)`` with d the step's drop rate."""
+        """Sets ``alpha = beta alpha + (1 - beta) min(xi d, alpha_max)`` with d the step's drop rate."""
         config, group = self.config, ctx.run.group
         if not self._adapts:
             return
@@ -161,13 +163,13 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
             torch.distributed.all_reduce(counts_E, group=group)
         dropped = drop_rate(counts_E, config.capacity_factor)
         target = (config.sensitivity * dropped).clamp_max(config.balance_coef_max)
-        # Without a token there is nothing to follow.
+        # A step without tokens leaves the coefficient unchanged.
         moved = self.balance_alpha.lerp(target, 1 - config.momentum)
         self.balance_alpha.copy_(torch.where(counts_E.sum() > 0, moved, self.balance_alpha))
 
 
 def normalise_logits(logits_TE: Tensor, scale: float) -> Tensor:
-    """``scale (z - mean) / std`` of each token over its finite logits; experts at -infinity stay there.
+    """Computes ``scale (z - mean) / std`` over each token's finite logits; -infinity stays.
 
     Args:
         logits_TE: ``[T, E]``.
@@ -183,6 +185,6 @@ def normalise_logits(logits_TE: Tensor, scale: float) -> Tensor:
 
 
 def drop_rate(counts_E: Tensor, capacity_factor: float) -> Tensor:
-    """Share of the slots above a capacity of ``capacity_factor`` times the even load; 0 without slots."""
+    """Computes the share of slots above ``capacity_factor`` times the even load; 0 without slots."""
     over_E = (counts_E - capacity_factor * counts_E.mean()).clamp_min(0)
     return over_E.sum() / counts_E.sum().clamp_min(1)

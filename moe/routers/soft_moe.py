@@ -1,10 +1,10 @@
-"""Soft MoE: experts see mixtures of all tokens, and tokens get mixtures of all experts' outputs.
+"""Soft MoE: experts see averages of all tokens, and tokens get averages of all experts' outputs.
 
 Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts" (arXiv 2308.00951, Eq. 1-3, Section 2.3
-for the normalisation); V-MoE's code for the constants. Mixtures are of one sequence (there: image) each.
+for the normalisation); V-MoE's code for the constants. Each average stays within one sequence (there: image).
 
-Every slot mixes tokens from the whole sequence: not causal, never for language models that generate. Copied
-experts are not exact either, since they see mixtures.
+Every slot mixes tokens from the whole sequence, so it is not causal: never use it for language models that
+generate. Copied experts are not exact either, since they see averages.
 
 Letters: T tokens, D model width, E experts, B sequences, S tokens a sequence, P slots an expert, N = E P
 slots.
@@ -22,8 +22,8 @@ from torch import Generator, Tensor, nn
 from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
 from moe.errors import require
 from moe.routers.base import Router, RouterConfig
-from moe.routing.chosen import sequence_shape
-from moe.routing.token_mean import figure_mean
+from moe.routing.balance import figure_mean
+from moe.routing.slots import sequence_shape
 from moe.types import LayerContext, Routing
 
 _EPS = 1e-6
@@ -35,7 +35,7 @@ class SoftMoEConfig(RouterConfig):
 
     name: Literal["soft_moe"] = "soft_moe"
     slots_per_expert: int = 16
-    """Mixtures that each expert sees of a sequence. With S / E of them it costs one expert a token."""
+    """Averages of a sequence that each expert sees. With S / E of them it costs one expert per token."""
 
     def __post_init__(self) -> None:
         require(
@@ -51,11 +51,11 @@ class SoftMoEConfig(RouterConfig):
 
 @dataclass(frozen=True)
 class SoftRouting(Routing):
-    """A routing whose slots are mixtures. As a `Routing` it says what each token gets of each expert.
+    """Routing whose slots are averages of tokens; as a `Routing` it holds each expert's share in each token.
 
     Attributes:
-        dispatch_BSN: Shares of the tokens in each slot: they sum to 1 over the real tokens of a sequence.
-        combine_BSN: Shares of the slots in each token: they sum to 1 over the slots.
+        dispatch_BSN: Shares of the tokens in each slot; they sum to 1 over the real tokens of a sequence.
+        combine_BSN: Shares of the slots in each token; they sum to 1 over the slots.
     """
 
     dispatch_BSN: Tensor | None = None
@@ -64,10 +64,10 @@ class SoftRouting(Routing):
 
 @dataclass(frozen=True)
 class SoftDispatched(Dispatched):
-    """Slots on their way, and how to get back to tokens.
+    """Slots that arrived at the experts, with the shares that turn them back into tokens.
 
     Attributes:
-        inner: What the dispatcher below has sent.
+        inner: Result of the wrapped dispatcher.
         combine_BSN: See `SoftRouting`.
     """
 
@@ -76,11 +76,13 @@ class SoftDispatched(Dispatched):
 
 
 class SoftMoERouter(Router[SoftMoEConfig]):
-    """Softmax over tokens for what goes into a slot, softmax over slots for what comes back.
+    """Router by softmax over tokens into slots, and by softmax over slots back into tokens.
+
+    K is 1: a token costs one expert if there are as many slots as tokens, though it uses all experts.
 
     Attributes:
         phi_EPD: ``[E, P, D]`` directions of the slots.
-        scale: ``[1]`` that the cosines are multiplied by.
+        scale: ``[1]`` factor on the cosines.
     """
 
     name = "soft_moe"
@@ -88,33 +90,28 @@ class SoftMoERouter(Router[SoftMoEConfig]):
     is_causal = False
     mixes_tokens = True
 
-    def __init__(self, config: SoftMoEConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.phi_EPD = nn.Parameter(torch.empty(num_experts, config.slots_per_expert, model_width))
+    def create_parameters(self) -> None:
+        """Registers directions and scale."""
+        shape = (self.num_experts, self.config.slots_per_expert, self.model_width)
+        self.phi_EPD = nn.Parameter(torch.empty(shape))
         self.scale = nn.Parameter(torch.empty(1))
-        self.reset_parameters()
-
-    @property
-    def top_k(self) -> int:
-        """1: what a token costs where there are as many slots as tokens. Every token gets of all experts."""
-        return 1
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """False: they do, but copies are not exact, since they see mixtures of tokens."""
+        """False, although they do: copies are not exact, since they see averages of tokens."""
         return False
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Normal with variance 1 / D; a scale of 1."""
+        """Draws directions, normal with variance 1 / D; sets the scale to 1."""
         nn.init.normal_(self.phi_EPD, std=self.model_width**-0.5, generator=generator)
         nn.init.ones_(self.scale)
 
     def wrap_dispatcher(self, dispatcher: Dispatcher) -> Dispatcher:
-        """Mixes before and after it."""
+        """Wraps the dispatcher, to average before and after it."""
         return SoftDispatcher(dispatcher)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
-        """Shares of tokens in slots and of slots in tokens."""
+        """Computes the shares of tokens in slots and of slots in tokens."""
         T, E = len(x_TD), self.num_experts
         B, S = sequence_shape(T, ctx)
         mask_T = ctx.token_mask_T(T)
@@ -134,9 +131,9 @@ class SoftMoERouter(Router[SoftMoEConfig]):
             shares_TE = combine_BSN.reshape(T, E, self.config.slots_per_expert).sum(-1)
         ids_TE = torch.arange(E, device=x_TD.device).expand(T, E)
         return SoftRouting(
-            expert_ids_TK=ids_TE,
-            weights_TK=shares_TE,
-            num_experts=E,
+            ids_TE,
+            shares_TE,
+            E,
             slot_mask_TK=torch.ones_like(ids_TE, dtype=torch.bool),
             scores_TE=shares_TE,
             metrics=self._metrics(dispatch_BSN, combine_BSN, ctx) if self.training else {},
@@ -154,8 +151,26 @@ class SoftMoERouter(Router[SoftMoEConfig]):
         }
 
 
+@dataclass(frozen=True)
+class _SoftHandle(DispatchHandle):
+    """Slots on their way.
+
+    Attributes:
+        inner: Handle of the wrapped dispatcher.
+        combine_BSN: See `SoftRouting`.
+    """
+
+    inner: DispatchHandle
+    combine_BSN: Tensor
+
+    def wait(self) -> Dispatched:
+        """See `DispatchHandle.wait`."""
+        inner = self.inner.wait()
+        return SoftDispatched(inner.rows_ND, inner.weights_NK, inner.plan, inner, self.combine_BSN)
+
+
 class SoftDispatcher(Dispatcher):
-    """Sends mixtures in the place of tokens, by another dispatcher, each slot to its one expert."""
+    """Dispatcher that averages tokens into slots and sends those through another dispatcher."""
 
     name = "soft"
 
@@ -163,7 +178,7 @@ class SoftDispatcher(Dispatcher):
         self.inner = inner
 
     def start(self, x_TD: Tensor, routing: Routing) -> DispatchHandle:
-        """Mixes the tokens of each sequence into slots and sends those."""
+        """Averages the tokens of each sequence into slots and sends those."""
         assert isinstance(routing, SoftRouting), type(routing)
         dispatch_BSN, combine_BSN = routing.dispatch_BSN, routing.combine_BSN
         assert dispatch_BSN is not None and combine_BSN is not None, "a soft routing has both shares"
@@ -174,18 +189,11 @@ class SoftDispatcher(Dispatcher):
             slots_MD = (dispatch_BSN.transpose(1, 2) @ x_BSD).reshape(B * N, D).to(x_TD.dtype)
         expert_N = torch.arange(E, device=x_TD.device).repeat_interleave(N // E)
         ones_M1 = torch.ones(B * N, 1, dtype=dispatch_BSN.dtype, device=x_TD.device)
-        handle = self.inner.start(slots_MD, Routing(expert_N.repeat(B)[:, None], ones_M1, E))
-
-        def arrive() -> Dispatched:
-            inner = handle()
-            return SoftDispatched(
-                inner.rows_ND, inner.weights_NK, inner.plan, inner=inner, combine_BSN=combine_BSN
-            )
-
-        return arrive
+        slots = Routing(expert_N.repeat(B)[:, None], ones_M1, E)
+        return _SoftHandle(self.inner.start(slots_MD, slots), combine_BSN)
 
     def combine(self, y_ND: Tensor, sent: Dispatched) -> Tensor:
-        """Brings the slots home and mixes them into tokens."""
+        """Brings the slots home and averages them into tokens."""
         assert isinstance(sent, SoftDispatched), type(sent)
         y_MD, combine_BSN = self.inner.combine(y_ND, sent.inner), sent.combine_BSN
         B, _, N = combine_BSN.shape

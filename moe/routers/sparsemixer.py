@@ -1,4 +1,4 @@
-"""SparseMixer: experts are sampled, and the gradient of the choice itself is estimated.
+"""SparseMixer: experts are sampled, and the gradient of the choice is estimated.
 
 Sources: SparseMixer (arXiv 2310.00811, the mid-point estimate) and its released module for v1;
 SparseMixer-v2 in GRIN (arXiv 2409.12136, Heun's third-order estimate) and the function of Phi-3.5-MoE for
@@ -15,14 +15,15 @@ Letters: T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from moe.errors import require
+from moe.routers.base import NOISE_KEY_ON_HOST
 from moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe.routing.noise import gumbel_noise, uniform_noise
+from moe.routing.draws import gumbel_noise, uniform_noise
 from moe.types import LayerContext, Routing
 
 
@@ -61,22 +62,19 @@ class SparseMixerConfig(LinearRouterConfig):
 
 
 class SparseMixerRouter(LinearRouter[SparseMixerConfig]):
-    """Experts by Gumbel-max sampling in training and by argmax in evaluation, weighed by their probability.
+    """Router by Gumbel-max sampling in training and by argmax in evaluation, weighed by probability.
 
-    The second expert is sampled from those left, and weighed by its probability among them: the two weights
-    do not sum to 1.
+    The second expert is sampled from the remaining ones and weighed by its probability among them: the two
+    weights do not sum to 1.
     """
 
     name = "sparsemixer"
     config_class = SparseMixerConfig
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "the key of its noise is a hash of seed, step, micro-batch and layer, made by the host in each pass. "
-        "Compile the experts alone"
-    )
+    compile_unsupported_reason = NOISE_KEY_ON_HOST
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """Never: each weight is a probability among the experts that were within reach."""
+        """False: each weight is a probability among the experts within reach."""
         return False
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
@@ -93,20 +91,20 @@ class SparseMixerRouter(LinearRouter[SparseMixerConfig]):
                 left_TE = left_TE.scatter(1, ids_T1, -torch.inf)
                 first_probs_TE = probs_TE if slot == 0 else first_probs_TE
             ids_TK = torch.cat(ids, 1)
-            # v1's module balances the masked probabilities; Phi-3.5-MoE those of all experts.
+            # v1's module balances the masked probabilities; Phi-3.5-MoE balances those of all experts.
             balanced_TE = first_probs_TE if self.config.version == "v1" else logits_TE.softmax(-1)
             losses = self.balance_losses(logits_TE, balanced_TE, ids_TK, ctx)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=torch.cat(weights, 1),
-            num_experts=self.num_experts,
+            ids_TK,
+            torch.cat(weights, 1),
+            self.num_experts,
             scores_TE=first_probs_TE,
             logits_TE=logits_TE,
             losses=losses,
         )
 
     def _pick(self, probs_TE: Tensor, slot: int, ctx: LayerContext) -> tuple[Tensor, Tensor]:
-        """``[T, 1]`` expert and weight of one slot."""
+        """Returns the ``[T, 1]`` experts and weights of one slot."""
         best_T1 = probs_TE.argmax(-1, keepdim=True)
         if not self.training:
             return best_T1, probs_TE.gather(1, best_T1)
@@ -118,14 +116,15 @@ class SparseMixerRouter(LinearRouter[SparseMixerConfig]):
 
 
 def mask_out_of_reach(logits_TE: Tensor, left_TE: Tensor, jitter: float) -> Tensor:
-    """A copy of the logits, -infinity where an expert would not be sampled.
+    """Returns the logits, -infinity where an expert would not be sampled.
 
-    Out of reach: ``max - z > 2 jitter max(|z|, max)``, the maximum taken over the experts that are left.
+    An expert is out of reach if ``max - z > 2 jitter max(|z|, max)``, with the maximum over remaining
+    experts.
 
     Args:
-        logits_TE: Of all experts.
+        logits_TE: Logits of all experts.
         left_TE: The same, -infinity where an expert has been taken.
-        jitter: Half of the share of the magnitude that a logit may be lower by.
+        jitter: Half of the relative distance below the maximum that is still within reach.
     """
     with torch.no_grad():
         best_T1 = left_TE.amax(-1, keepdim=True)
@@ -135,7 +134,7 @@ def mask_out_of_reach(logits_TE: Tensor, left_TE: Tensor, jitter: float) -> Tens
 
 
 class _ScaledForward(torch.autograd.Function):
-    """Forward: the weight times a factor. Backward: the gradient times a constant, whatever the factor."""
+    """Autograd function that scales the weight by a factor and its gradient by an independent constant."""
 
     @staticmethod
     def forward(ctx: Any, weights_T1: Tensor, factor_T1: Tensor, gain: float) -> Tensor:
@@ -150,18 +149,18 @@ class _ScaledForward(torch.autograd.Function):
 def estimate(
     weights_T1: Tensor, is_best_T1: Tensor, chance_T1: Tensor, version: Literal["v1", "v2"]
 ) -> Tensor:
-    """The weights of sampled experts with the gradient estimate of SparseMixer.
+    """Returns the weights of sampled experts with SparseMixer's gradient estimate.
 
-    v1: with probability 1/2 half the weight, else the weight; twice the gradient always, as released: the
-    sum of the mid-point and the end-point estimate. v2: with probability 3/4 a third of the weight, else the
-    weight: Heun's rule from its far end, exact for losses that are cubic in the weight. The best expert
-    always keeps its weight, so that evaluation computes what training most often does.
+    v1: with probability 1/2 half the weight, else the weight; always twice the gradient, as released: the sum
+    of the mid-point and the end-point estimate. v2: with probability 3/4 a third of the weight, else the
+    weight, which is Heun's rule from its far end, exact for losses that are cubic in the weight. The best
+    expert always keeps its weight, so that evaluation computes what training computes most often.
 
     Args:
         weights_T1: Probabilities of the sampled experts.
-        is_best_T1: Whether the sample is the argmax.
+        is_best_T1: True where the sample is the argmax.
         chance_T1: Uniform draws.
-        version: Which rule.
+        version: ``v1`` or ``v2``.
     """
     share, factor, gain = (0.5, 0.5, 2.0) if version == "v1" else (0.75, 1 / 3, 1.0)
     whole_T1 = is_best_T1 | (chance_T1 > share)

@@ -1,8 +1,8 @@
-"""Selective Sinkhorn Routing: top-k softmax, with a balanced transport plan in its place on a few steps.
+"""Selective Sinkhorn Routing: top-k softmax, replaced by a balanced transport plan on a few steps.
 
-Source: Nguyen, Ta, Le Duc, Nguyen, Tran 2025 (arXiv 2511.08972). Its algorithm reached us through two
-secondary accounts that agree on the objective, the gate and the selection; where they differ (cost, noise
-site, gradient, draw) each choice is an option here, see docs/routers/transport.md.
+Source: Nguyen, Ta, Le Duc, Nguyen, Tran 2025 (arXiv 2511.08972), known to us from two secondary accounts.
+They agree on the objective, the gate and the selection; where they differ (cost, noise site, gradient, draw)
+each choice is an option here, see docs/routers/transport.md.
 
 Letters: T tokens, D model width, E experts, K experts a token.
 """
@@ -10,28 +10,24 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.errors import require
-from moe.routers.assigned import AssignedConfig, AssignedRouter
-from moe.routing.draws import hashed_uniform
-from moe.routing.noise import normal_noise
+from moe.routers.projection import ProjectionConfig, ProjectionRouter, select_top_k
+from moe.routing.draws import hashed_uniform, normal_noise
 from moe.routing.transport import SinkhornRule, sinkhorn
 from moe.types import LayerContext, Routing
 
 
 @dataclass(frozen=True)
-class SSRConfig(AssignedConfig):
-    """Config of `SSRRouter`."""
+class TransportConfig(ProjectionConfig):
+    """Options of the transport plan that routes a step."""
 
-    name: Literal["ssr"] = "ssr"
-    probability: float = 0.001
-    """Probability that a (step, layer) is routed by the transport plan; 0.001 to 0.01 is published."""
     cost: Literal["softmax", "linear"] = "softmax"
-    """What the plan transports by: the softmax of the logits (SSR-S) or the logits (SSR-L)."""
+    """Cost that the plan transports by: the softmax of the logits (SSR-S) or the logits (SSR-L)."""
     xi: float = 0.05
     """Entropy weight: the plan's temperature. About 0.05 for softmax cost, 0.5 to 1 for linear cost."""
     max_iterations: int = 100
@@ -39,18 +35,27 @@ class SSRConfig(AssignedConfig):
     tolerance: float = 1e-4
     """L2 norm of the error of the plan's column sums, in tokens, at which Sinkhorn stops."""
     check_every: int = 10
-    """Iterations between two looks of the host at the tolerance; the result does not depend on it."""
-    gate_noise: float = 0.0
-    """Standard deviation of Gaussian noise on the logits of ordinary training steps."""
+    """Iterations between two reads of the tolerance by the host; the result does not depend on it."""
     transport_noise: float = 0.0
     """Standard deviation of Gaussian noise on the cost of transport steps."""
     gradient: Literal["potentials_detached", "unrolled", "none"] = "potentials_detached"
-    """Of a transport step: through the softmax of cost/xi + bias with the bias constant, through Sinkhorn's
-    iterations as well, or none."""
+    """Gradient of a transport step: through the softmax of cost/xi + bias with the bias constant, through
+    Sinkhorn's iterations as well, or none."""
+
+
+@dataclass(frozen=True)
+class SSRConfig(TransportConfig):
+    """Config of `SSRRouter`."""
+
+    name: Literal["ssr"] = "ssr"
+    probability: float = 0.001
+    """Probability that a (step, layer) is routed by the transport plan; 0.001 to 0.01 is published."""
+    gate_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the logits of ordinary training steps."""
     draw_per: Literal["step", "micro_batch"] = "step"
-    """Whether the micro-batches of a step share one draw (a layer draws by itself in any case)."""
+    """Draw once per step, or once per micro-batch; layers always draw independently."""
     seed: int = 0
-    """Of the draws and the noise."""
+    """Seed of the draws and the noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,30 +78,30 @@ class SSRConfig(AssignedConfig):
                 for noise in ("gate_noise", "transport_noise")
             ),
         )
-        # Refuses its own fields by name.
+        # Rejects invalid fields by name.
         SinkhornRule(self.max_iterations, self.tolerance, check_every=self.check_every)
 
 
-class SSRRouter(AssignedRouter[SSRConfig]):
-    """Top-k softmax routing; on a step drawn with a small probability, top-k of a balanced transport plan.
+class SSRRouter(ProjectionRouter[SSRConfig]):
+    """Top-k softmax router that, on a few randomly drawn steps, routes by a balanced transport plan.
 
-    The plan only acts in training. As u cancels in a row, a transport step is top-k softmax of
-    ``cost / xi + v`` with a bias v for each expert that is made for this batch.
+    The plan acts only in training. As u cancels within a row, a transport step is top-k softmax of
+    ``cost / xi + v`` with a bias v for each expert that is computed for this batch.
     """
 
     name = "ssr"
     config_class = SSRConfig
-    host_syncs: ClassVar[str | None] = (
-        "only on steps that transport: every check_every iterations, whether Sinkhorn has converged"
+    host_syncs = (
+        "only on steps that transport: every check_every iterations, to learn whether Sinkhorn has converged"
     )
-    compile_unsupported_reason: ClassVar[str | None] = (
+    compile_unsupported_reason = (
         "whether a step transports is a hash of seed, step and layer, which the host computes in every pass. "
         "Compile the experts alone"
     )
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """Always for two experts and more; a single weight is not renormalised, or it would be constant."""
+        """True for two or more experts; a single weight is not renormalised, or it would be constant."""
         return self.config.top_k > 1
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
@@ -108,22 +113,22 @@ class SSRRouter(AssignedRouter[SSRConfig]):
             else:
                 ids_TK, weights_TK = self._by_softmax(logits_TE, ctx)
                 metrics = _metrics(logits_TE, 0.0)
+            scores_TE = logits_TE.softmax(-1)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            scores_TE=logits_TE.softmax(-1),
+            ids_TK,
+            weights_TK,
+            self.num_experts,
+            scores_TE=scores_TE,
             logits_TE=logits_TE,
             metrics=metrics if self.training else {},
         )
 
     def transports(self, ctx: LayerContext) -> bool:
-        """Whether this (step, layer), or micro-batch of it, is one of those drawn: the same on every rank."""
-        return hashed_uniform(self.config.seed, "ssr", *self._where(ctx)) < self.config.probability
-
-    def _where(self, ctx: LayerContext) -> tuple[int, ...]:
-        where = (ctx.run.step, ctx.layer_index)
-        return where if self.config.draw_per == "step" else (*where, ctx.run.micro_batch)
+        """Returns True if this (step, layer), or micro-batch of it, was drawn: the same on every rank."""
+        place: tuple[int, ...] = (ctx.run.step, ctx.layer_index)
+        if self.config.draw_per == "micro_batch":
+            place = (*place, ctx.run.micro_batch)
+        return hashed_uniform(self.config.seed, "ssr", *place) < self.config.probability
 
     def _by_softmax(self, logits_TE: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         if self.training and self.config.gate_noise:
@@ -139,10 +144,9 @@ class SSRRouter(AssignedRouter[SSRConfig]):
         if config.transport_noise:
             cost_TE = cost_TE + config.transport_noise * self._noise(cost_TE, ctx)
         kernel_TE = cost_TE / config.xi
-        rule = SinkhornRule(config.max_iterations, config.tolerance, check_every=config.check_every)
         found = sinkhorn(
             kernel_TE if config.gradient == "unrolled" else kernel_TE.detach(),
-            rule,
+            SinkhornRule(config.max_iterations, config.tolerance, check_every=config.check_every),
             mask_T=ctx.token_mask_T(len(kernel_TE)),
             group=ctx.run.group,
         )
@@ -154,14 +158,12 @@ class SSRRouter(AssignedRouter[SSRConfig]):
         metrics = _metrics(logits_TE, 1.0, found.iterations, found.residual)
         return ids_TK, weights_TK, metrics
 
-    def _top(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-        top_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1, sorted=False)
-        if self.top_k == 1:
-            return ids_TK, scores_TE.softmax(-1).gather(-1, ids_TK)
-        return ids_TK, top_TK.softmax(-1)
+    def _top(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        scores_TE = logits_TE if self.weights_sum_to_one else logits_TE.softmax(-1)
+        return select_top_k(logits_TE, scores_TE, self.top_k, renormalise=self.weights_sum_to_one)
 
     def _noise(self, like_TE: Tensor, ctx: LayerContext) -> Tensor:
-        """Standard normal; the same when the micro-batch is recomputed."""
+        """Draws standard normal noise; the same when the micro-batch is recomputed."""
         T, E = like_TE.shape
         return normal_noise(self.config.seed, "ssr", T, E, ctx, like_TE.device).to(like_TE.dtype)
 
@@ -169,7 +171,7 @@ class SSRRouter(AssignedRouter[SSRConfig]):
 def _metrics(
     like: Tensor, transported: float, iterations: Tensor | None = None, residual: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The same names on every step, so that every rank and layer reports alike."""
+    """Returns the same names on every step, so that all ranks and layers report alike."""
     zero = like.new_zeros(())
     return {
         "transported": zero + transported,

@@ -1,4 +1,4 @@
-"""Top-k routing by a linear router: softmax before or after the selection, or sigmoid scores.
+"""Top-k routing by a linear map: softmax before or after the selection, or sigmoid scores.
 
 Sources: Shazeer et al. 2017 (arXiv 1701.06538, softmax after top-k), Switch Transformers (arXiv 2101.03961,
 softmax before, Eq. 4-6 for the balance loss), ST-MoE (arXiv 2202.08906, Eq. 5 for the z-loss), DeepSeek-V3
@@ -10,14 +10,14 @@ Letters: T tokens, D model width, E experts, K experts a token, N of either.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.projection import normalise_scores, score_logits, select_top_k
 from moe.types import LayerContext, Routing
 
 
@@ -29,8 +29,8 @@ class TopKConfig(LinearRouterConfig):
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Score function over the logits."""
     order: Literal["score_then_topk", "topk_then_score"] = "score_then_topk"
-    """Whether scores are taken over all experts and then selected (Mixtral's and Switch's code), or over
-    the selected logits alone (Shazeer)."""
+    """Score all experts and then select (Mixtral's and Switch's code), or score the selected logits alone
+    (Shazeer)."""
     renormalise: bool = True
     """Divide the selected scores by their sum. Copied experts are exact only when weights sum to 1."""
 
@@ -48,16 +48,16 @@ class TopKConfig(LinearRouterConfig):
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the weights of a token sum to 1."""
+        """True if the weights of a token sum to 1."""
         return self.renormalise or (self.score == "softmax" and self.order == "topk_then_score")
 
 
 class TopKRouter(LinearRouter[TopKConfig]):
-    """Linear router with top-k selection."""
+    """Linear router to the K experts with the largest logits."""
 
     name = "topk"
     config_class = TopKConfig
-    varies_top_k: ClassVar[bool] = True
+    varies_top_k = True
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -66,34 +66,17 @@ class TopKRouter(LinearRouter[TopKConfig]):
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to its K best experts."""
+        config = self.config
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
-            scores_TE = self._scores(logits_TE)
-            ids_TK, weights_TK = self._select(logits_TE, scores_TE, ctx.top_k(self.top_k))
-            probs_TE = scores_TE if self.config.score == "softmax" else self._shares(logits_TE)
+            scores_TE = score_logits(logits_TE, config.score)
+            ids_TK, weights_TK = select_top_k(
+                logits_TE, scores_TE, ctx.top_k(self.top_k), config.score, renormalise=config.sums_to_one
+            )
+            if config.order == "topk_then_score" and not config.sums_to_one:
+                weights_TK = logits_TE.gather(-1, ids_TK).sigmoid()
+            probs_TE = scores_TE if config.score == "softmax" else normalise_scores(logits_TE, config.score)
             losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            scores_TE=scores_TE,
-            logits_TE=logits_TE,
-            losses=losses,
+            ids_TK, weights_TK, self.num_experts, scores_TE=scores_TE, logits_TE=logits_TE, losses=losses
         )
-
-    def _scores(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
-
-    def _shares(self, logits_TN: Tensor) -> Tensor:
-        """The scores divided by their sum; in log space, where scores that round to zero still compare."""
-        log_scores_TN = logits_TN if self.config.score == "softmax" else F.logsigmoid(logits_TN)
-        return log_scores_TN.softmax(-1)
-
-    def _select(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        # Selection is by logits: both score functions are monotonic, and logits tie less often.
-        top_TK, ids_TK = logits_TE.topk(top_k, dim=-1, sorted=False)
-        if self.config.renormalise:
-            return ids_TK, self._shares(top_TK)
-        if self.config.order == "topk_then_score":
-            return ids_TK, self._scores(top_TK)
-        return ids_TK, scores_TE.gather(-1, ids_TK)

@@ -1,7 +1,7 @@
-"""What routers for experts that divide a dense network have in common: chosen experts begin at weight 1.
+"""Base of the routers for experts that divide a dense network: chosen experts begin at weight 1.
 
 Divided experts are summed, not averaged. The weight is ``1 + u_e p_e`` with p the softmax of the scores and u
-learned from 0, so that a mixture begins as the sum of the neurons that are chosen (CMoE, arXiv 2502.04416).
+learned from 0, so that the MoE begins as the sum of the chosen neurons (CMoE, arXiv 2502.04416).
 
 Letters: T tokens, D model width, E experts, K experts a token.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from moe.errors import require
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import FILED_BY_STEP, Router, RouterConfig
 from moe.routing.balance import count_load, switch_loss
 from moe.routing.load_bias import LoadBias
 from moe.types import LayerContext, Routing
@@ -24,16 +24,17 @@ from moe.types import LayerContext, Routing
 
 @dataclass(frozen=True)
 class UnitGateConfig(RouterConfig):
-    """Config that these routers share."""
+    """Config that every unit-gate router has."""
 
     top_k: int = 2
-    """Experts a token."""
+    """Experts per token."""
     init_std: float = 0.02
     """Standard deviation of the rows where no upcycling method sets them."""
     bias_rate: float = 1e-3
-    """Size of a step of the bias that evens out load; 0 leaves it at 0."""
+    """Step size of the bias that evens out load; 0 leaves the bias at 0."""
     balance_coef: float = 1e-4
-    """Coefficient of the Switch balance loss. Until u has moved it alone trains the rows; 0 leaves it out."""
+    """Coefficient of the Switch balance loss, the only loss that trains the rows while u is 0; 0 leaves it
+    out."""
 
     def __post_init__(self) -> None:
         require(
@@ -56,27 +57,19 @@ UnitGateConfigT = TypeVar("UnitGateConfigT", bound=UnitGateConfig)
 
 
 class UnitGateRouter(Router[UnitGateConfigT], Generic[UnitGateConfigT]):
-    """Chooses by probability plus bias; weighs by ``1 + u p``.
+    """Router that chooses by probability plus bias and weighs by ``1 + u p``.
 
     Attributes:
-        gain_E: u.
-        load_bias: Moves towards even load.
+        gain_E: ``[E]`` u.
+        load_bias: Bias on the choice, which moves towards even load.
     """
 
-    compile_unsupported_reason: ClassVar[str | None] = (
-        "what it keeps of a step is filed by step and micro-batch, numbers that a graph holds fixed: each is "
-        "compiled anew. Set torch._dynamo.config.allow_unspec_int_on_nn_module, or compile the experts alone"
-    )
+    compile_unsupported_reason = FILED_BY_STEP
 
-    def __init__(self, config: UnitGateConfigT, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.gain_E = nn.Parameter(torch.zeros(num_experts))
-        self.load_bias = LoadBias(num_experts, config.bias_rate)
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return self.config.top_k
+    def create_parameters(self) -> None:
+        """Registers gains and bias."""
+        self.gain_E = nn.Parameter(torch.zeros(self.num_experts))
+        self.load_bias = LoadBias(self.num_experts, self.config.bias_rate)
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -85,12 +78,12 @@ class UnitGateRouter(Router[UnitGateConfigT], Generic[UnitGateConfigT]):
 
     @property
     def weighs_one(self) -> bool:
-        """Until u moves."""
+        """True until u moves."""
         return not bool(self.gain_E.any())
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Draws the rows; u and bias are 0."""
+        """Draws the rows; sets u and bias to 0."""
         for name, parameter in self.named_parameters():
             if name == "gain_E":
                 parameter.zero_()
@@ -100,7 +93,7 @@ class UnitGateRouter(Router[UnitGateConfigT], Generic[UnitGateConfigT]):
 
     @abstractmethod
     def scores(self, x_TD: Tensor) -> Tensor:
-        """``[T, E]`` in at least fp32."""
+        """Computes the ``[T, E]`` scores in at least fp32."""
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
         """Routes each token to the K experts of highest probability plus bias."""
@@ -120,14 +113,9 @@ class UnitGateRouter(Router[UnitGateConfigT], Generic[UnitGateConfigT]):
         if self.training:
             self.load_bias.count(ids_TK, ctx)
         return Routing(
-            expert_ids_TK=ids_TK,
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
-            scores_TE=probs_TE,
-            logits_TE=scores_TE,
-            losses=losses,
+            ids_TK, weights_TK, self.num_experts, scores_TE=probs_TE, logits_TE=scores_TE, losses=losses
         )
 
     def after_optimizer_step(self, ctx: LayerContext) -> None:
-        """Moves the bias."""
+        """Moves the bias towards even load."""
         self.load_bias.move(ctx)

@@ -1,4 +1,4 @@
-"""A linear router for experts that divide a dense network: chosen by a dot product, at weight 1 at first.
+"""Linear router for experts that divide a dense network: chosen by a dot product, at weight 1 at first.
 
 MoEfication (arXiv 2110.01786) chooses experts by the similarity of the token to their mean row and sums them;
 its trained selector, a small network, is not here. The learned share of the weight is CMoE's.
@@ -26,7 +26,7 @@ class UnitLinearConfig(UnitGateConfig):
 
 
 class UnitLinearRouter(UnitGateRouter[UnitLinearConfig]):
-    """Scores ``x W^T``.
+    """Router that scores experts by ``x W^T``.
 
     Attributes:
         weight_ED: ``[E, D]``.
@@ -35,15 +35,15 @@ class UnitLinearRouter(UnitGateRouter[UnitLinearConfig]):
     name = "unit_linear"
     config_class = UnitLinearConfig
 
-    def __init__(self, config: UnitLinearConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts)
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, model_width))
-        self.reset_parameters()
+    def create_parameters(self) -> None:
+        """Registers gains, bias and projection."""
+        super().create_parameters()
+        self.weight_ED = nn.Parameter(torch.empty(self.num_experts, self.model_width))
 
     def rows_ED(self) -> Tensor | None:
-        """The projection."""
+        """Returns the projection."""
         return self.weight_ED
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        """See the class."""
+        """Computes ``x W^T``."""
         return linear_logits(x_TD, self.weight_ED)

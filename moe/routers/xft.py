@@ -1,4 +1,4 @@
-"""A gate that learns how much to leave the dense path: the first expert is always used, the others share.
+"""XFT's gate, which learns how much to leave the dense path: the first expert always runs, the others share.
 
 With p the softmax over the other experts and m its largest value, the first expert weighs 1 - m, and the
 K - 1 best of the others m times the softmax of their p. Weights sum to 1: copies are exact.
@@ -12,7 +12,7 @@ Letters: T tokens, D model width, E experts, K experts a token, O = E - 1 others
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class XFTConfig(LinearRouterConfig):
 
     name: Literal["xft"] = "xft"
     top_k: int = 2
-    """Experts a token, the first one among them."""
+    """Experts per token, the first one included."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +44,7 @@ class XFTConfig(LinearRouterConfig):
 
 
 class XFTRouter(LinearRouter[XFTConfig]):
-    """Expert 0 and the best of the others.
+    """Router to expert 0 and the best of the others.
 
     Attributes:
         weight_ED: ``[E - 1, D]``: expert 0 is not chosen by a row.
@@ -52,15 +52,16 @@ class XFTRouter(LinearRouter[XFTConfig]):
 
     name = "xft"
     config_class = XFTConfig
-    varies_top_k: ClassVar[bool] = True
+    varies_top_k = True
 
-    def __init__(self, config: XFTConfig, model_width: int, num_experts: int) -> None:
-        super().__init__(config, model_width, num_experts - 1)
-        self.num_experts = num_experts
+    @property
+    def num_rows(self) -> int:
+        """E - 1: expert 0 has no row."""
+        return self.num_experts - 1
 
     @property
     def weights_sum_to_one(self) -> bool:
-        """True: 1 - m and m."""
+        """True: they are 1 - m and shares of m."""
         return True
 
     def rows_ED(self) -> Tensor | None:
@@ -72,7 +73,7 @@ class XFTRouter(LinearRouter[XFTConfig]):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TO = self.logits(x_TD)
             probs_TO = logits_TO.softmax(-1)
-            # By logits: they tie less often, in the same order.
+            # Logits tie less often than probabilities.
             ids_TK = logits_TO.topk(ctx.top_k(self.top_k) - 1, dim=-1).indices
             best_TK = probs_TO.gather(-1, ids_TK)
             most_T1 = best_TK[:, :1]
@@ -81,9 +82,9 @@ class XFTRouter(LinearRouter[XFTConfig]):
             losses = self.balance_losses(logits_TO, probs_TO, ids_TK, ctx)
         first_T1 = torch.zeros_like(ids_TK[:, :1])
         return Routing(
-            expert_ids_TK=torch.cat([first_T1, ids_TK + 1], -1),
-            weights_TK=weights_TK,
-            num_experts=self.num_experts,
+            torch.cat([first_T1, ids_TK + 1], -1),
+            weights_TK,
+            self.num_experts,
             scores_TE=scores_TE,
             logits_TE=torch.cat([logits_TO.new_zeros(len(logits_TO), 1), logits_TO], -1),
             losses=losses,

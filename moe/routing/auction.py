@@ -3,7 +3,7 @@
 Source: Lewis et al. 2021 (BASE layers, arXiv 2103.16716), whose experts bid for tokens in Bertsekas's auction
 (1992); the price step, the value of what is held and the 100 rounds are those of its release in fairseq.
 
-Letters: T tokens, E experts, N the tokens an expert looks at.
+Letters: T tokens, E experts, N tokens that an expert considers.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The release's: the price step is this share of the range of affinities, and not below this.
+# As in the release: range of affinities over the price step, and the smallest price step.
 _STEPS_IN_RANGE = 50
 _SMALLEST_STEP = 1e-4
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who got what.
+    """Result of an auction.
 
     Attributes:
         expert_T: ``[T]`` int64 expert of each token.
@@ -32,9 +32,9 @@ class Assignment:
 
 
 def fair_capacities(affinity_TE: Tensor) -> Tensor:
-    """``[E]`` int64 tokens of each expert: T/E, or both numbers next to it where E does not divide T.
+    """Returns the ``[E]`` int64 tokens of each expert: T/E, rounded down or up if E does not divide T.
 
-    The experts that tokens want most (by the sum of the softmax of affinities) get the larger number.
+    The experts in highest demand (by the sum of the softmax of affinities) get the larger number.
     """
     T, E = affinity_TE.shape
     capacity_E = torch.full((E,), T // E, dtype=torch.int64, device=affinity_TE.device)
@@ -47,19 +47,19 @@ def fair_capacities(affinity_TE: Tensor) -> Tensor:
 def balanced_assignment(
     affinity_TE: Tensor, capacity_E: Tensor | None = None, max_rounds: int = 100
 ) -> Assignment:
-    """Gives every expert exactly its number of tokens, with a large sum of affinities.
+    """Assigns every expert exactly its number of tokens, with a large sum of affinities.
 
-    In a round every expert bids for as many tokens as it has room for: those it holds, and those of the
-    highest affinity minus price. It bids what the token is worth to it above the best one left out, plus a
-    step; the highest bid holds the token and raises its price. When every token is held, every expert is
-    full. Tokens without an owner after `max_rounds` go to the expert of highest affinity that has room, best
-    first (the release bids on with other values there).
+    In a round every expert bids for as many tokens as it has room for: those it holds, and those with the
+    highest affinity minus price. It bids the token's surplus over the best one left out, plus a step; the
+    highest bidder holds the token, and the bid raises its price. Once every token is held, every expert is
+    full. Tokens without an owner after `max_rounds` go to the expert of highest affinity with room, best
+    first (the release continues bidding with other values).
 
-    The host looks at the device once a round.
+    The host reads from the device once a round.
 
     Args:
-        affinity_TE: ``[T, E]`` scores; those that are not finite count as the smallest finite one.
-        capacity_E: ``[E]`` int64 tokens of each expert, of sum T; `fair_capacities` by default.
+        affinity_TE: ``[T, E]`` scores; non-finite ones count as the smallest finite one.
+        capacity_E: ``[E]`` int64 tokens of each expert, with sum T; `fair_capacities` by default.
         max_rounds: Upper bound on rounds of bidding.
     """
     T, E = affinity_TE.shape
@@ -68,7 +68,7 @@ def balanced_assignment(
     affinity_TE = _finite(affinity_TE)
     capacity_E = fair_capacities(affinity_TE) if capacity_E is None else capacity_E
     assert int(capacity_E.sum()) == T, (capacity_E, T)
-    # From zero, so that prices are not lost in the rounding of large affinities.
+    # Shifted to start at zero, so that prices are not lost in the rounding of large affinities.
     affinity_ET = (affinity_TE - affinity_TE.min()).t().contiguous()
     step = (affinity_ET.max() / _STEPS_IN_RANGE).clamp_min(_SMALLEST_STEP)
     price_T = affinity_ET.new_zeros(T)
@@ -95,9 +95,9 @@ def _finite(affinity_TE: Tensor) -> Tensor:
 def _bids(
     affinity_ET: Tensor, price_T: Tensor, held_ET: Tensor, capacity_E: Tensor, looked_at: int, step: Tensor
 ) -> Tensor:
-    """``[E, T]`` bids, zero where there is none; each expert makes exactly as many as it has room for."""
+    """Returns ``[E, T]`` bids, zero for none; each expert makes exactly as many as it has room for."""
     value_ET = affinity_ET - price_T
-    # What an expert holds comes first whatever its price, and is worth the highest affinity to it.
+    # Tokens that an expert holds come first whatever their price, and count as the highest affinity.
     order_EN = value_ET.masked_fill(held_ET, torch.inf).topk(looked_at, dim=1).indices
     value_EN = torch.where(held_ET, affinity_ET.max(), value_ET).gather(1, order_EN)
     left_out_E1 = value_EN.gather(1, capacity_E.clamp_max(looked_at - 1)[:, None])
@@ -107,14 +107,14 @@ def _bids(
 
 
 def _place_the_rest(affinity_TE: Tensor, owner_T: Tensor, capacity_E: Tensor) -> Tensor:
-    """Gives tokens without an owner to experts with room; an expert takes those of highest affinity first."""
+    """Assigns tokens without an owner to experts with room, those of highest affinity first."""
     E = affinity_TE.shape[1]
     owner_T = owner_T.clone()
     while bool((owner_T < 0).any()):
         left_N = (owner_T < 0).nonzero().squeeze(1)
         room_E = capacity_E - torch.bincount(owner_T[owner_T >= 0], minlength=E)
         best_N, expert_N = affinity_TE[left_N].masked_fill(room_E <= 0, -torch.inf).max(1)
-        # By expert, and within an expert by falling affinity.
+        # Sorted by expert, and within an expert by falling affinity.
         order_N = best_N.argsort(descending=True, stable=True)
         order_N = order_N[expert_N[order_N].argsort(stable=True)]
         expert_N = expert_N[order_N]

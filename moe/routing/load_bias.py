@@ -1,4 +1,4 @@
-"""A bias on the choice of experts that moves towards even load between optimizer steps, without a loss.
+"""Bias on the choice of experts that moves towards even load between optimizer steps, without a loss.
 
 Source: Wang et al. 2024 (arXiv 2408.15664).
 
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from moe.routing.balance import count_load
-from moe.routing.fp32_buffers import Fp32Buffers
-from moe.routing.step_sums import StepSums
+from moe.routing.step_state import Fp32Buffers, StepSums
 from moe.types import LayerContext
 
 
 class LoadBias(Fp32Buffers):
-    """A part of routers that choose by score plus bias.
+    """Bias of routers that choose by score plus bias.
 
     Attributes:
         bias_E: ``[E]`` fp32, saved with the model; it has no gradient.
@@ -29,11 +28,11 @@ class LoadBias(Fp32Buffers):
     bias_E: Tensor
 
     def __init__(self, num_experts: int, rate: float) -> None:
-        """Starts at 0.
+        """Registers a bias of 0.
 
         Args:
             num_experts: E.
-            rate: Size of a step; 0 leaves the bias where it is.
+            rate: Step size; 0 leaves the bias unchanged.
         """
         super().__init__()
         self.rate = rate
@@ -41,14 +40,14 @@ class LoadBias(Fp32Buffers):
         self._slots = StepSums()
 
     def count(self, ids_TK: Tensor, ctx: LayerContext) -> None:
-        """Counts what this rank's real tokens chose in training."""
+        """Counts the experts that this rank's real tokens chose in training."""
         if self.rate:
             load = count_load(ids_TK, len(self.bias_E), ctx.token_mask_T(len(ids_TK)))
             self._slots.write(ctx.run, load.counts_E)
 
     @torch.no_grad()
     def move(self, ctx: LayerContext) -> None:
-        """After an optimizer step: towards even load over the whole batch of the step, of all ranks."""
+        """Moves the bias, after an optimizer step, towards even load over the step's batch on all ranks."""
         taken_E = self._slots.take()
         if self.rate == 0:
             return

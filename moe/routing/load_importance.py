@@ -1,8 +1,8 @@
-"""Importance: how much of all gates an expert gets, and the loss that evens it out among the experts.
+"""Importance, an expert's share of all gates, and the loss that evens it out.
 
 Sources: Shazeer et al. 2017 (arXiv 1701.06538, Eq. 6-7: the squared coefficient of variation of the gates'
-sums over a batch), V-MoE (arXiv 2106.05974, appendix A: of the softmax over all experts). Unlike the Switch
-loss it looks at gates alone, and not at which experts were chosen.
+sums over a batch), V-MoE (arXiv 2106.05974, appendix A: sums of the softmax over all experts). Unlike the
+Switch loss it depends on gates alone, not on which experts were chosen.
 
 Letters: T tokens, E experts, B sequences.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moe.routing.balance import BalanceScope
-from moe.routing.step_sums import StepSums
+from moe.routing.step_state import StepSums
 from moe.types import LayerContext
 
 
 def cv_squared(sums_E: Tensor) -> Tensor:
-    """Variance over the squared mean of the experts' sums (Shazeer et al., Eq. 7); 0 when all are 0.
+    """Computes the variance of the experts' sums over their squared mean (Shazeer et al., Eq. 7); 0 for 0/0.
 
     Args:
         sums_E: ``[..., E]``.
@@ -30,22 +30,19 @@ def cv_squared(sums_E: Tensor) -> Tensor:
 def importance_loss(
     scope: BalanceScope, gates_TE: Tensor, ctx: LayerContext, history: StepSums | None = None
 ) -> Tensor:
-    """The squared coefficient of variation of importance: 0 when even, E - 1 when one expert has all.
+    """Computes the squared coefficient of variation of importance: 0 if even, E - 1 if one expert has all.
 
-    It has no divisor but the mean importance of an expert, so that its value does not depend on the number of
-    tokens, nor on whether gates sum to 1.
+    Its only divisor is the mean importance of an expert, so that its value depends neither on the number of
+    tokens nor on the gates' sum.
 
     Args:
-        scope: The tokens that importance is summed over. ``micro_batch``: those of all ranks;
-            ``global_batch``: of the micro-batches of the step up to this one, of all ranks; ``sequence``: of
-            each sequence by itself, then the mean over sequences. As `moe.routing.balance.balance_loss` has
-            it.
+        scope: The tokens that importance is summed over, as in `moe.routing.balance.balance_loss`.
         gates_TE: ``[T, E]``, at least 0; they carry the gradient.
         ctx: Padding, ranks, and the shape of the batch.
-        history: The layer's; needed by ``global_batch``.
+        history: The layer's sums over the step, for ``global_batch``.
 
     Returns:
-        A scalar, without coefficient. Averaged over ranks its gradient is that of one rank with all tokens.
+        A scalar, without coefficient. Its gradient averaged over ranks is that of one rank with all tokens.
     """
     mask_T = ctx.token_mask_T(len(gates_TE))
     if mask_T is not None:
@@ -54,7 +51,7 @@ def importance_loss(
         gates_BSE = gates_TE.view(ctx.num_sequences(len(gates_TE)), -1, gates_TE.shape[1])
         sums_BE = gates_BSE.sum(1, dtype=torch.float64)
         return cv_squared(sums_BE).mean().to(gates_TE.dtype)
-    # The variance is a small difference of sums: in fp32 their order would show in the sixth digit.
+    # In fp64: the variance is a small difference, whose sixth digit depends on the order of sums in fp32.
     local_E = gates_TE.sum(0, dtype=torch.float64)
     sums_E = sum_over_ranks(local_E, ctx.run.group)
     if scope == "global_batch":
@@ -65,7 +62,7 @@ def importance_loss(
 
 
 def sum_over_ranks(local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over ranks; its gradient is this rank's part times the ranks, since gradients are averaged."""
+    """Sums over ranks; the gradient is this rank's part times the ranks, since gradients are averaged."""
     if group is None:
         return local
     total = local.detach().clone()

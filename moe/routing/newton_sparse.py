@@ -1,10 +1,10 @@
-"""Sinkhorn-Newton-Sparse: entropic optimal transport to machine precision where Sinkhorn alone crawls.
+"""Sinkhorn-Newton-Sparse: entropic optimal transport to machine precision where Sinkhorn alone is slow.
 
 Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao, Ying, ICLR 2024 (arXiv 2401.12253), after
-notes of it. The dual of ``max <K, P> - sum P log P`` with row sums r and column sums c is the concave
-``f(u, v) = r.u + c.v - sum exp(K + u + v)``; its gradient is what the sums lack, and minus its Hessian is
-``[[diag(P 1), P], [P^T, diag(P^T 1)]]``. A few Sinkhorn updates come near, where P is almost sparse, and
-Newton steps with the largest entries of P finish in a handful. When one side is small (E experts),
+notes of it. The dual of ``max <K, P> - sum P log P`` with row sums r and column sums c is the concave ``f(u,
+v) = r.u + c.v - sum exp(K + u + v)``; its gradient is the deficit of the sums, and its negative Hessian is
+``[[diag(P 1), P], [P^T, diag(P^T 1)]]``. A few Sinkhorn updates come close to the solution, where P is almost
+sparse, and a handful of Newton steps with the largest entries of P finish. If one side is small (E experts),
 eliminating the other leaves an E x E system that needs neither sparsity nor conjugate gradients.
 
 With the paper's cost C and sharpness eta, K is ``-eta C``, and its potentials are ``x = (u + 1) / eta`` and
@@ -28,26 +28,26 @@ from moe.routing.transport import SinkhornRule, sinkhorn
 # Sufficient increase of the line search (Armijo), and the shortest step it tries.
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 2.0**-30
-# Sharpness of a stage over that of the one before, and the tolerance of all but the last.
+# Sharpness of a stage relative to the one before, and the tolerance of all but the last.
 _STAGE_RATIO = 4.0
 _STAGE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class NewtonRule:
-    """How far Sinkhorn goes, how Newton steps are found, and when they stop.
+    """Numbers of Sinkhorn and Newton steps, their solver and tolerances.
 
     Attributes:
         sinkhorn_iterations: Sinkhorn iterations before the first Newton step.
         max_newton_steps: Upper bound on Newton steps.
-        tolerance: Stop when the L1 norm of both marginals' errors over the total mass is at most this.
+        tolerance: Stops once the L1 norm of both marginals' errors over the total mass is at most this.
         solver: ``sparse_cg``: conjugate gradients on the sparsified Hessian, the paper's. ``schur``: a direct
-            solve of the E x E Schur complement of the full Hessian; cost T*E^2, for small E.
-        kept_per_row: ``sparse_cg`` keeps this many times ``max(T, E)`` entries of P.
+            solve with the E x E Schur complement of the full Hessian, at cost T*E^2, for small E.
+        kept_per_row: Entries of P that ``sparse_cg`` keeps, in units of ``max(T, E)``.
         cg_tolerance: Relative residual at which conjugate gradients stop.
-        stages: Kernels solved in a row, each four times as sharp as the one before and started from its
-            potentials; the last is the wanted one. 1 is the paper's method. Plans close to a permutation
-            (a kernel that ranges over thousands, few columns) need about 6: Newton has no way in from afar.
+        stages: Kernels solved in sequence, each four times as sharp as the one before and started from its
+            potentials; the last is the wanted one. 1 is the paper's method. Plans close to a permutation (few
+            columns and a kernel that ranges over thousands) need about 6: Newton fails from a distant start.
     """
 
     sinkhorn_iterations: int = 20
@@ -61,14 +61,14 @@ class NewtonRule:
 
 @dataclass(frozen=True)
 class NewtonResult:
-    """Potentials, and how they were reached.
+    """Potentials, with the steps and the error of the solution.
 
     Attributes:
         row_T: ``[T]`` u.
         column_E: ``[E]`` v.
         newton_steps: Newton steps taken.
         error: L1 norm of both marginals' errors over the total mass.
-        converged: Whether the tolerance was reached.
+        converged: True if the tolerance was reached.
     """
 
     row_T: Tensor
@@ -78,7 +78,7 @@ class NewtonResult:
     converged: bool
 
     def plan(self, kernel_TE: Tensor) -> Tensor:
-        """``[T, E]`` plan ``exp(K + u + v)``."""
+        """Returns the ``[T, E]`` plan ``exp(K + u + v)``."""
         return (kernel_TE + self.row_T[:, None] + self.column_E).exp()
 
 
@@ -89,12 +89,12 @@ def sinkhorn_newton(
     column_mass_E: Tensor | None = None,
     rule: NewtonRule | None = None,
 ) -> NewtonResult:
-    """Finds the potentials of the transport plan to (nearly) machine precision; one process, fp64.
+    """Computes the potentials of the transport plan to (nearly) machine precision; one process, fp64.
 
     Args:
         kernel_TE: ``[T, E]`` scores over temperature (``-eta C``), T and E at least 1.
         row_mass_T: ``[T]`` positive row sums; 1 each by default.
-        column_mass_E: ``[E]`` positive column sums of the same total; equal shares by default.
+        column_mass_E: ``[E]`` positive column sums with the same total; equal shares by default.
         rule: Stages, solver and tolerances.
     """
     rule = NewtonRule() if rule is None else rule
@@ -107,7 +107,7 @@ def sinkhorn_newton(
     state = _State(kernel_TE.new_zeros(T), kernel_TE.new_zeros(E), (mass_T, mass_E), rule)
     for stage in reversed(range(rule.stages)):
         sharpness = _STAGE_RATIO**-stage
-        # The potentials of a kernel that is sharper by some factor are larger by about the same.
+        # The potentials of a kernel that is sharper by some factor are larger by about that factor.
         warmth = 1.0 if stage == rule.stages - 1 else _STAGE_RATIO
         state.row_T, state.column_E = warmth * state.row_T, warmth * state.column_E
         state.solve(sharpness * kernel_TE, rule.tolerance if stage == 0 else _STAGE_TOLERANCE)
@@ -116,7 +116,7 @@ def sinkhorn_newton(
 
 
 class _State:
-    """The potentials on their way."""
+    """Potentials between iterations."""
 
     def __init__(
         self, row_T: Tensor, column_E: Tensor, masses: tuple[Tensor, Tensor], rule: NewtonRule
@@ -128,7 +128,7 @@ class _State:
         self.error = math.inf
 
     def solve(self, kernel_TE: Tensor, tolerance: float) -> None:
-        """Sinkhorn, then Newton steps until the tolerance, the bound on steps, or no step that helps."""
+        """Runs Sinkhorn, then Newton steps until the tolerance, the bound, or a step that does not help."""
         rule, total = self.rule, float(self.mass_T.sum())
         start = SinkhornRule(rule.sinkhorn_iterations, tolerance=None)
         near_TE = kernel_TE + self.row_T[:, None] + self.column_E
@@ -153,10 +153,10 @@ class _State:
 def _line_search(
     plan_TE: Tensor, step_T: Tensor, step_E: Tensor, masses: tuple[Tensor, Tensor], slope: float
 ) -> float:
-    """The largest of 1, 1/2, 1/4, ... that increases f enough; 0 when none does."""
+    """Returns the largest of 1, 1/2, 1/4, ... that increases f enough; 0 if none does."""
     exponent_TE = step_T[:, None] + step_E
     linear = float(masses[0] @ step_T + masses[1] @ step_E)
-    # Close to the maximum the increase is below the rounding of the sums that it is the difference of.
+    # Close to the maximum the increase is smaller than the rounding error of the sums it is computed from.
     noise = 8 * torch.finfo(plan_TE.dtype).eps * (float(masses[0].sum()) + abs(linear))
     size = 1.0
     while size >= _SHORTEST_STEP:
@@ -170,11 +170,11 @@ def _line_search(
 def _schur_direction(
     plan_TE: Tensor, lack_T: Tensor, lack_E: Tensor, rule: NewtonRule
 ) -> tuple[Tensor, Tensor]:
-    """Newton's direction with the full Hessian, by elimination of the rows.
+    """Computes Newton's direction with the full Hessian, by elimination of the rows.
 
-    ``(diag(P^T 1) - P^T diag(P 1)^-1 P) dv = lack_E - P^T diag(P 1)^-1 lack_T``. The matrix is the Laplacian
-    of a graph of experts; its diagonal is taken as the sum of the other entries of the row, which is exact
-    where the difference would cancel (plans close to a permutation). Constants are its null space.
+    It solves ``(diag(P^T 1) - P^T diag(P 1)^-1 P) dv = lack_E - P^T diag(P 1)^-1 lack_T``. The matrix is the
+    Laplacian of a graph of experts; its diagonal is computed as the sum of the row's other entries, which is
+    exact where the difference would cancel (plans close to a permutation). Constants are its null space.
     """
     E = plan_TE.shape[1]
     row_T = plan_TE.sum(1)
@@ -183,7 +183,7 @@ def _schur_direction(
     flow_EE.fill_diagonal_(0)
     weight_E = flow_EE.sum(1)
     right_E = lack_E - shares_TE.t() @ lack_T
-    # Scaled to a unit diagonal, so that experts that hardly anything flows to are solved for as well.
+    # Scaled to a unit diagonal, so that experts with hardly any mass are solved for as well.
     scale_E = weight_E.clamp_min(torch.finfo(plan_TE.dtype).tiny).rsqrt()
     laplacian_EE = torch.diag(weight_E) - flow_EE
     scaled_EE = scale_E[:, None] * laplacian_EE * scale_E
@@ -197,7 +197,7 @@ def _schur_direction(
 def _sparse_direction(
     plan_TE: Tensor, lack_T: Tensor, lack_E: Tensor, rule: NewtonRule
 ) -> tuple[Tensor, Tensor]:
-    """Newton's direction with the largest entries of P, by conjugate gradients with Jacobi's scaling."""
+    """Computes Newton's direction with the largest entries of P, by Jacobi-scaled conjugate gradients."""
     T, E = plan_TE.shape
     kept = min(rule.kept_per_row * max(T, E), T * E)
     value_N, flat_N = plan_TE.reshape(-1).topk(kept, sorted=False)
@@ -205,7 +205,7 @@ def _sparse_direction(
     diagonal = torch.cat([plan_TE.sum(1), plan_TE.sum(0)])
     scale = diagonal.clamp_min(torch.finfo(plan_TE.dtype).tiny).rsqrt()
     value_N = value_N * scale[row_N] * scale[T + column_N]
-    # The kept block and its mirror image; scaled, the diagonal is 1.
+    # The kept block and its mirror image; after scaling the diagonal is 1.
     to_N, from_N = torch.cat([row_N, T + column_N]), torch.cat([T + column_N, row_N])
     value_N = value_N.repeat(2)
 

@@ -1,11 +1,11 @@
-"""A learned permutation of the experts: COMET's local search, for a router of any kind.
+"""Learned permutation of the experts: COMET's local search, for any router.
 
-A hard gate has no gradient towards experts it does not use. Relabelling the experts it leads to is a step
-that it can take all the same; a soft permutation, hardened on a schedule, learns which.
+A hard gate has no gradient towards experts that it does not use, but relabelling its experts is still
+possible; a soft permutation, hardened on a schedule, learns the labels.
 
 Source: Ibrahim et al., COMET (KDD 2023, arXiv 2306.02824), section on local search and released settings.
 
-Letters: E experts; rows are what the router chose, columns the experts it is led to.
+Letters: E experts; rows are the router's choices, columns the experts that they lead to.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TIE_BREAK = 1e-6
 
 @dataclass(frozen=True)
 class PermutationConfig(Config):
-    """How long the permutation is learned, and how it hardens meanwhile."""
+    """Config of the search: its length, and how the permutation hardens."""
 
     steps: int = 0
-    """Optimizer steps of the search, from the first on; 1% to 10% of the run is usual. 0: none, each
+    """Optimizer steps of the search, from the first on; 1% to 10% of the run is usual. 0: no search, each
     expert keeps its place."""
     entropy_coef: float = 1e-4
     """Coefficient of the entropy of rows and columns."""
@@ -55,20 +55,20 @@ class PermutationConfig(Config):
         )
 
     def temperature(self, step: int) -> float:
-        """tau after so many steps."""
+        """Returns tau after a number of steps."""
         share = min(step / self.steps, 1.0) if self.steps else 1.0
         return float(10 ** (self.log10_tau_start + share * (self.log10_tau_end - self.log10_tau_start)))
 
     def iterations(self, step: int) -> int:
-        """Sinkhorn iterations after so many steps."""
+        """Returns the Sinkhorn iterations after a number of steps."""
         share = min(step / self.steps, 1.0) if self.steps else 1.0
         return round(self.iterations_start + share * (self.iterations_end - self.iterations_start))
 
 
 def log_sinkhorn(scores_EE: Tensor, tau: float, iterations: int) -> Tensor:
-    """``[E, E]`` log of scores/tau, scaled to rows and then columns of sum 1, so many times.
+    """Returns the ``[E, E]`` log of exp(scores/tau), scaled to row and then column sums of 1 repeatedly.
 
-    In fp64: scores of 0.05 at tau 1e-7 are 5e5, which fp32 holds to 0.03 only.
+    Computed in fp64: scores of 0.05 at tau 1e-7 are 5e5, which fp32 resolves only to 0.03.
     """
     log_p_EE = scores_EE.double() / tau
     for _ in range(iterations):
@@ -79,10 +79,10 @@ def log_sinkhorn(scores_EE: Tensor, tau: float, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def harden(log_p_EE: Tensor, scores_EE: Tensor) -> Tensor:
-    """``[E]`` int64: the column of each row in the permutation that holds most of ``exp(log_p_EE)``.
+    """Returns ``[E]`` int64: each row's column in the permutation that holds most of ``exp(log_p_EE)``.
 
-    By the Hungarian algorithm. At low temperatures Sinkhorn leaves rows whose entries all round to 0; the
-    scores, weighed 1e-6, decide between what is then equal.
+    It uses the Hungarian algorithm. At low temperatures Sinkhorn leaves rows whose entries all round to 0;
+    scores weighed 1e-6 break these ties.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -95,10 +95,10 @@ def harden(log_p_EE: Tensor, scores_EE: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SoftPermutation:
-    """A permutation that is still being learned.
+    """Permutation that is still being learned.
 
     Attributes:
-        matrix_EE: ``[E, E]`` fp64, rows of sum 1; columns as well where Sinkhorn has converged.
+        matrix_EE: ``[E, E]`` fp64 with row sums of 1; also column sums, if Sinkhorn has converged.
         entropy: Mean over columns of their entropy, plus mean over rows of theirs, in nats.
     """
 
@@ -107,12 +107,12 @@ class SoftPermutation:
 
 
 class PermutationSearch(nn.Module):
-    """The learned scores, and the permutation they stand for at present.
+    """Learned scores and the permutation that they currently represent.
 
     Attributes:
         scores_EE: ``[E, E]`` parameter.
-        column_E: ``[E]`` int64 buffer: the hardened permutation, renewed after each step of the search.
-        is_frozen: bool buffer: whether the search is over, whatever step another run is at.
+        column_E: ``[E]`` int64 buffer: the hardened permutation, updated after each step of the search.
+        is_frozen: bool buffer: True once the search is over, whatever the step of a later run is.
     """
 
     scores_EE: nn.Parameter
@@ -128,18 +128,18 @@ class PermutationSearch(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Scores uniform in +-0.05; the search begins anew."""
+        """Draws scores from +-0.05 and restarts the search."""
         nn.init.uniform_(self.scores_EE, -_INIT, _INIT, generator=generator)
         self.is_frozen.fill_(False)
         self._renew(0)
 
     def is_searching(self, step: int) -> bool:
-        """Whether a training step of this number uses the soft permutation."""
-        # The buffer is asked only where it matters: reading it makes the host wait for the device.
+        """Returns True if the training step with this number uses the soft permutation."""
+        # The buffer is read only where it matters, as reading makes the host wait for the device.
         return step < self.config.steps and not bool(self.is_frozen)
 
     def soft(self, step: int) -> SoftPermutation:
-        """The soft permutation of a step, with its gradient."""
+        """Returns the soft permutation of a step, with its gradient."""
         log_p_EE = log_sinkhorn(self.scores_EE, self.config.temperature(step), self.config.iterations(step))
         log_rows_EE = log_p_EE.log_softmax(1)
         matrix_EE = log_rows_EE.exp()
@@ -148,7 +148,7 @@ class PermutationSearch(nn.Module):
 
     @torch.no_grad()
     def advance(self, step: int) -> None:
-        """After a step: renews the hardened permutation, and freezes it after the last step of the search."""
+        """Updates the hardened permutation after a step, and freezes it after the last step of the search."""
         if bool(self.is_frozen):
             return
         self._renew(step)

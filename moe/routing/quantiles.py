@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def top_thresholds(scores_TE: Tensor, counts: Tensor, most: int, mask_T: Tensor | None = None) -> Tensor:
-    """``[E]`` values that ``counts`` of each column's real tokens exceed: halfway to the next one.
+    """Returns ``[E]`` values that ``counts`` of each column's real tokens exceed, halfway to the next token.
 
     Args:
         scores_TE: ``[T, E]``.
-        counts: Integer scalar; how many are to exceed it. Below 1 it counts as 1, so that no column is shut;
-            where it is all real tokens the value is 1 below the smallest.
-        most: What `counts` is at most, known to the host.
+        counts: Integer scalar: the number of tokens above the value. Below 1 it counts as 1, so that no
+            column is shut; if it is all real tokens, the value is 1 below the smallest.
+        most: Upper bound on `counts`, known to the host.
         mask_T: ``[T]`` bool, True for real tokens.
     """
     T, E = scores_TE.shape
@@ -28,20 +28,20 @@ def top_thresholds(scores_TE: Tensor, counts: Tensor, most: int, mask_T: Tensor 
         scores_TE = scores_TE.masked_fill(~mask_T[:, None], -torch.inf)
     top_NE = scores_TE.topk(min(most + 1, T), dim=0).values
     last = (counts.clamp_min(1) - 1).clamp_max(len(top_NE) - 1)
-    # Not by top_NE[last], for which the host would wait.
+    # Indexing by top_NE[last] would make the host wait.
     inside_E = top_NE.index_select(0, last.view(1))[0]
     outside_E = top_NE.index_select(0, (last + 1).clamp_max(len(top_NE) - 1).view(1))[0]
     none_left_E = ~outside_E.isfinite() | (last + 1 >= len(top_NE))
-    # Halves are added: the sum of two huge numbers may be infinite.
+    # Halves are added, as the sum of two huge numbers may be infinite.
     middle_E = torch.where(none_left_E, inside_E - 1, inside_E / 2 + outside_E / 2)
     return torch.where(inside_E.isfinite(), middle_E, 0)
 
 
 def quantile_thresholds(scores_TE: Tensor, top_k: int, mask_T: Tensor | None = None) -> Tensor:
-    """``[E]`` (1 - K/E) quantiles of the columns: about ``K T / E`` real tokens exceed each."""
+    """Returns the ``[E]`` (1 - K/E) quantiles of the columns: about ``K T / E`` real tokens exceed each."""
     T, E = scores_TE.shape
     real = torch.full((), T, device=scores_TE.device) if mask_T is None else mask_T.sum()
-    # To the nearest integer, ties up.
+    # Rounded to the nearest integer, ties up.
     counts = (2 * top_k * real + E) // (2 * E)
     return top_thresholds(scores_TE, counts, (2 * top_k * T + E) // (2 * E), mask_T)
 
@@ -50,16 +50,16 @@ def quantile_thresholds(scores_TE: Tensor, top_k: int, mask_T: Tensor | None = N
 def quantile_biases(
     scores_TE: Tensor, top_k: int, iterations: int, bias_E: Tensor, mask_T: Tensor | None = None
 ) -> Tensor:
-    """``[E]`` biases to subtract from the scores so that top-K counts even out, their mean 0.
+    """Returns ``[E]`` biases of mean 0 that even out top-K counts when subtracted from the scores.
 
-    An iteration: alpha_t is the (K+1)-th largest of row ``s - beta``, then beta_e the (1 - K/E) quantile of
-    column ``s - alpha``. It is coordinate descent on the dual of the balanced assignment problem.
+    In an iteration, alpha_t is the (K+1)-th largest of row ``s - beta``, then beta_e the (1 - K/E) quantile
+    of column ``s - alpha``: coordinate descent on the dual of the balanced assignment problem.
 
     Args:
         scores_TE: ``[T, E]``.
-        top_k: K < E; with all experts chosen there is nothing to balance and the biases stay.
-        iterations: How many.
-        bias_E: Where to start.
+        top_k: K < E; if all experts are chosen, there is nothing to balance and the biases stay.
+        iterations: Number of iterations.
+        bias_E: Initial biases.
         mask_T: ``[T]`` bool, True for real tokens.
     """
     if top_k >= scores_TE.shape[1] or not len(scores_TE):

@@ -1,4 +1,4 @@
-"""The smooth step: a sigmoid that is exactly 0 and 1 outside a band, so that what it gates can be skipped.
+"""Smooth step: a sigmoid that is exactly 0 and 1 outside a band, so that gated computation can be skipped.
 
 Source: Hazimeh et al., "The Tree Ensemble Layer" (arXiv 2002.07772, Eq. 4); used by DSelect-k (arXiv
 2106.03760) and COMET (arXiv 2306.02824). With ``u = t / gamma + 1/2`` the cubic is ``S = u^2 (3 - 2u)`` and
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 def _sides(t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """``u`` and ``v``, clamped to [0, 1]; at least one of them is positive."""
+    """Returns ``u`` and ``v``, clamped to [0, 1]; at least one of them is positive."""
     scaled = t / gamma
     return (0.5 + scaled).clamp(0, 1), (0.5 - scaled).clamp(0, 1)
 
 
 def smooth_step(t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """``(S(t), 1 - S(t))``: 0 for ``t <= -gamma/2``, 1 for ``t >= gamma/2``, a cubic between them.
+    """Computes ``(S(t), 1 - S(t))``: S is 0 for ``t <= -gamma/2``, 1 for ``t >= gamma/2``, a cubic between.
 
     The gradient is ``6 u (1 - u) / gamma`` inside the band and exactly 0 outside and on its edges.
 
     Args:
-        t: Any shape.
+        t: Tensor of any shape.
         gamma: Width of the band, above 0.
     """
     u, v = _sides(t, gamma)
@@ -31,10 +31,10 @@ def smooth_step(t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
 
 def log_smooth_step(t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """``(log S(t), log(1 - S(t)))``: exactly -inf, with gradient 0, where the value is 0.
+    """Computes ``(log S(t), log(1 - S(t)))``: exactly -inf, with gradient 0, where the value is 0.
 
-    ``u`` is at least one rounding step of 1/2 where it is not 0, so that ``2/u``, the largest part of the
-    gradient, never overflows, and a product of many steps underflows in no logarithm.
+    A positive ``u`` is at least one rounding step of 1/2, so that ``2/u``, the largest part of the gradient,
+    never overflows; in logarithms a product of many steps does not underflow.
     """
     u, v = _sides(t, gamma)
     return _log_cubic(u), _log_cubic(v)

@@ -1,13 +1,13 @@
-"""Progressive sparsification: more experts a token in the lower layers at first, fewer later.
+"""Progressive sparsification: more experts per token in the lower layers at first, fewer later.
 
 Source: Sigma-MoE-Tiny (arXiv 2512.16248) and its project page: lower layers, which balance worst at one
-expert a token, activate more experts for most of the pre-training, and are then brought to the target in one
-step. The page does not give the numbers of each layer; a secondary source has the switch near 90 percent of
-the tokens.
+expert per token, use more experts for most of the pre-training, and then switch to the target in one step.
+The page does not give the numbers of each layer; a secondary source puts the switch near 90 percent of the
+tokens.
 
-What K is at a step follows from the step alone, so that a run that goes on needs nothing saved.
+K follows from the step alone, so that a resumed run needs no saved state.
 
-Letters: K experts a token, L mixture layers, from the lowest to the highest.
+Letters: K experts a token, L MoE layers, from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from moe.types import Config
 
 @dataclass(frozen=True)
 class SparsePhase(Config):
-    """A stretch of a run in which some layers use more experts a token than the router's ``top_k``."""
+    """Stretch of a run in which some layers use more experts per token than the router's ``top_k``."""
 
     until: float
-    """Where it ends: below 1 a share of the run's tokens, above 1 a number of tokens. Shares follow the
-    length of the run; the step in which the end falls still belongs to the phase."""
+    """End of the phase: below 1 a share of the run's tokens, above 1 a number of tokens. Shares follow the
+    length of the run; the step that contains the end still belongs to the phase."""
     top_k: int | list[int]
-    """Experts a token: of the layers that ``layers`` says, or one number for each of the lowest layers. The
-    others use the router's ``top_k``, as all layers do behind the last phase."""
+    """Experts per token: for the layers given by ``layers``, or one number for each of the lowest layers. The
+    others use the router's ``top_k``, as all layers do after the last phase."""
     layers: int | None = None
-    """How many of the lowest mixture layers one number is of; null: all of them."""
+    """Number of lowest MoE layers that a single number applies to; null: all of them."""
 
     def __post_init__(self) -> None:
         numbers = [self.top_k] if isinstance(self.top_k, int) else self.top_k
@@ -67,23 +67,23 @@ class SparsePhase(Config):
 
     @property
     def num_listed(self) -> int:
-        """How many of the lowest layers it names, 0 where it is of all."""
+        """Number of lowest layers that it names; 0 if it applies to all."""
         return (self.layers or 0) if isinstance(self.top_k, int) else len(self.top_k)
 
     def experts(self, position: int, otherwise: int) -> int:
-        """K of the mixture layer at a position from below; ``otherwise`` where the phase does not name it."""
+        """Returns K of the MoE layer at a position from below; ``otherwise`` for layers not named."""
         if isinstance(self.top_k, int):
             return self.top_k if self.layers is None or position < self.layers else otherwise
         return self.top_k[position] if position < len(self.top_k) else otherwise
 
     def end(self, steps: int, tokens_per_step: int) -> int:
-        """The first step that is not of the phase any more.
+        """Returns the first step after the phase.
 
         Args:
-            steps: Of the whole run.
-            tokens_per_step: Over all ranks and micro-batches.
+            steps: Steps of the whole run.
+            tokens_per_step: Tokens over all ranks and micro-batches.
         """
-        # A fraction of the number as it is written: 0.07 * 100 is above 7, and would be rounded up to 8.
+        # A fraction of the number as written: 0.07 * 100 is above 7 and would round up to 8.
         written = Fraction(str(self.until))
         return math.ceil(written * steps if self.until < 1 else written / tokens_per_step)
 
@@ -94,7 +94,7 @@ class TopKSchedule:
 
     Attributes:
         starts: The steps at which K changes, ascending; the first is 0.
-        top_k: From each of them on, layer index to K, of every mixture layer.
+        top_k: Layer index to K of every MoE layer, from each of these steps on.
     """
 
     starts: tuple[int, ...]
@@ -105,21 +105,21 @@ class TopKSchedule:
         assert self.starts[:1] == (0,) and ascends and len(self.starts) == len(self.top_k), self.starts
 
     def at(self, step: int) -> Mapping[int, int]:
-        """Layer index to K of a step, which has so many steps before it."""
+        """Returns layer index to K at a step, counted from 0."""
         return self.top_k[bisect_right(self.starts, step) - 1]
 
 
 def make_schedule(
     phases: Sequence[SparsePhase], layers: Sequence[int], top_k: int, steps: int, tokens_per_step: int
 ) -> TopKSchedule:
-    """Lays the phases out over a run.
+    """Lays out the phases over a run.
 
     Args:
         phases: In order; their ends ascend.
-        layers: Indices of the mixture layers in the host, ascending.
-        top_k: The router's own, of layers that a phase does not name and behind the last phase.
-        steps: Of the whole run.
-        tokens_per_step: Over all ranks and micro-batches.
+        layers: Indices of the MoE layers in the model, ascending.
+        top_k: The router's own K, for layers that a phase does not name and after the last phase.
+        steps: Steps of the whole run.
+        tokens_per_step: Tokens over all ranks and micro-batches.
     """
     starts = (0, *(phase.end(steps, tokens_per_step) for phase in phases))
     numbers = [

@@ -1,8 +1,8 @@
 """Entropic optimal transport between tokens and experts: Sinkhorn's iteration in the log domain.
 
-The plan ``P_te = exp(K_te + u_t + v_e)`` of a kernel K (scores over a temperature) is the one with the wanted
-row and column sums that is closest to ``exp(K)`` (Cuturi 2013, arXiv 1306.0895). Only sums over tokens cross
-ranks, so N ranks that hold a share of the tokens each find the potentials that one rank would.
+The plan ``P_te = exp(K_te + u_t + v_e)`` of a kernel K (scores over a temperature) has the wanted row and
+column sums and is closest to ``exp(K)`` (Cuturi 2013, arXiv 1306.0895). Only sums over tokens cross ranks, so
+N ranks that share the tokens find the same potentials as one rank.
 
 Letters: T tokens, E experts.
 """
@@ -23,18 +23,18 @@ Residual = Literal["column_sums", "column_potentials"]
 
 @dataclass(frozen=True)
 class SinkhornRule:
-    """When the iteration starts and stops.
+    """Order and stop of the iteration.
 
     Attributes:
-        max_iterations: Upper bound; an iteration updates rows and columns once each.
-        tolerance: Stop when the residual is at most this; None never stops early and never synchronises.
-        residual: ``column_sums``: L2 norm over experts of the plan's column sums minus the wanted ones (the
-            row sums are exact when it is taken). ``column_potentials``: mean absolute change of ``exp(v)``
-            over an iteration, which is Megatron-core's rule.
-        rows_last: Columns are updated first and rows last, so that every token's row sums to its mass
-            exactly; False is the other way round, as in Megatron-core.
-        check_every: Iterations between two looks of the host at the residual. The result does not depend on
-            it: what has converged stays as it is on the device.
+        max_iterations: Upper bound on iterations, each of which updates rows and columns once.
+        tolerance: Stops once the residual is at most this; None never stops early and never synchronises.
+        residual: ``column_sums``: L2 norm over experts of the plan's column sums minus the wanted ones (row
+            sums are exact at that point). ``column_potentials``: mean absolute change of ``exp(v)`` over an
+            iteration, which is Megatron-core's rule.
+        rows_last: Updates columns first and rows last, so that every token's row sums exactly to its mass;
+            False is the reverse, as in Megatron-core.
+        check_every: Iterations between two reads of the residual by the host. The result does not depend on
+            it: converged potentials stay unchanged on the device.
     """
 
     max_iterations: int = 100
@@ -61,13 +61,13 @@ class SinkhornRule:
 
 @dataclass(frozen=True)
 class Potentials:
-    """What Sinkhorn's iteration found.
+    """Result of Sinkhorn's iteration.
 
     Attributes:
         row_T: ``[T]`` u, logarithm of the row scaling; -inf for padding.
         column_E: ``[E]`` v, logarithm of the column scaling; the same on every rank.
         iterations: int64 scalar on the device: iterations until the rule was met.
-        residual: Scalar on the device: the residual when it stopped.
+        residual: Scalar on the device: the final residual.
     """
 
     row_T: Tensor
@@ -76,12 +76,12 @@ class Potentials:
     residual: Tensor
 
     def plan(self, kernel_TE: Tensor) -> Tensor:
-        """``[T, E]`` plan ``exp(K + u + v)``; rows of padding are zero."""
+        """Returns the ``[T, E]`` plan ``exp(K + u + v)``; rows of padding are zero."""
         return (kernel_TE + self.row_T[:, None] + self.column_E).exp()
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group; its gradient is the sum over the group as well."""
+    """Autograd function that sums over a group, in backward as well."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: ProcessGroup) -> Tensor:
@@ -98,7 +98,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(value: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over the ranks of a group (None: the value itself), differentiable.
+    """Sums over the ranks of a group (None: the value itself), differentiably.
 
     The gradient is that of the sum of all ranks' losses, which data parallelism averages.
     """
@@ -109,9 +109,9 @@ def sum_over_ranks(value: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def column_logsumexp(value_TE: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """``[E]`` logarithm of the sum of exponentials over the tokens of all ranks of a group.
+    """Returns the ``[E]`` logarithm of the sum of exponentials over the tokens of all ranks of a group.
 
-    Where there is no token, or all have -inf, the result is a large negative number and not -inf.
+    Without tokens, or if all have -inf, the result is a large negative number instead of -inf.
     """
     E = value_TE.shape[1]
     floor = torch.finfo(value_TE.dtype).min / 4
@@ -124,7 +124,7 @@ def column_logsumexp(value_TE: Tensor, group: ProcessGroup | None = None) -> Ten
 
 
 class _Problem:
-    """The two half steps of a problem, and the residual."""
+    """Transport problem with its two half steps and the residual."""
 
     def __init__(
         self,
@@ -141,14 +141,14 @@ class _Problem:
         if column_mass_E is None:
             with torch.no_grad():
                 total = sum_over_ranks(mass_T.sum(), group)
-            # A batch of padding alone has no mass; any will do, as long as its logarithm is finite.
+            # A batch of padding alone has no mass; any value with a finite logarithm will do.
             column_mass_E = torch.where(total > 0, total, 1).expand(E) / E
         self.kernel_TE = kernel_TE
         self.group = group
         self.log_rows_T = mass_T.log()
         self.mass_E = column_mass_E.to(kernel_TE)
         self.log_columns_E = self.mass_E.log()
-        # Before the first update every scaling is 1; tokens without mass are left out of every sum.
+        # Every scaling starts at 1; tokens without mass are left out of every sum.
         self.start_T = torch.zeros_like(mass_T).masked_fill(mass_T == 0, -torch.inf)
 
     def rows(self, column_E: Tensor) -> Tensor:
@@ -158,12 +158,12 @@ class _Problem:
         return self.log_columns_E - column_logsumexp(self.kernel_TE + row_T[:, None], self.group)
 
     def residual(self, kind: Residual, old_E: Tensor, new_E: Tensor) -> Tensor:
-        # Not by a decorator, which torch.compile does not follow here.
+        # Detached here, as torch.compile does not trace a no_grad decorator.
         old_E, new_E = old_E.detach(), new_E.detach()
-        # With rows exact, the column sums are c * exp(old - new): the next update brings them to c.
+        # With exact rows, the column sums are c * exp(old - new): the next update brings them to c.
         if kind == "column_sums":
             return (self.mass_E * torch.expm1(old_E - new_E)).square().sum().sqrt()
-        # Scalings too large for the dtype differ by nan.
+        # Scalings that overflow the dtype differ by nan.
         return (old_E.exp() - new_E.exp()).abs().mean().nan_to_num(nan=torch.inf)
 
 
@@ -176,19 +176,19 @@ def sinkhorn(
     column_mass_E: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Potentials:
-    """Finds potentials u, v such that ``exp(K + u + v)`` has the wanted row and column sums.
+    """Computes potentials u, v such that ``exp(K + u + v)`` has the wanted row and column sums.
 
-    Differentiable through the iterations when the kernel requires a gradient; call it under ``no_grad`` where
-    that is not wanted. Arithmetic is that of the kernel's dtype: in fp32 a column sum of mass m cannot be met
-    better than about ``max|K| * m * 1e-7``, so pass fp64 for a tight tolerance or a sharp kernel.
+    It is differentiable through the iterations if the kernel requires a gradient; use ``no_grad`` otherwise.
+    It computes in the kernel's dtype: in fp32 a column sum of mass m is met to about ``max|K| * m * 1e-7`` at
+    best, so pass fp64 for a tight tolerance or a sharp kernel.
 
     Args:
-        kernel_TE: ``[T, E]`` finite scores divided by the temperature, this rank's tokens.
+        kernel_TE: ``[T, E]`` finite scores of this rank's tokens, divided by the temperature.
         rule: Order, stop and bound; ``SinkhornRule()`` by default.
         mask_T: ``[T]`` bool, True for real tokens; padding has no mass.
         row_mass_T: ``[T]`` row sums of this rank's tokens; 1 for each by default.
         column_mass_E: ``[E]`` positive column sums over all ranks; the mass of all rows over E by default.
-        group: The ranks whose tokens belong together; all must call. None for this rank alone.
+        group: The ranks whose tokens belong together, all of which must call; None for this rank alone.
     """
     rule = SinkhornRule() if rule is None else rule
     problem = _Problem(kernel_TE, mask_T, row_mass_T, column_mass_E, group)
@@ -204,7 +204,7 @@ def sinkhorn(
         iterations = iterations + ~done
         residual = torch.where(done, residual, problem.residual(rule.residual, column_E, new_E))
         met = done if rule.tolerance is None else done | (residual <= rule.tolerance)
-        # With rows last, the columns that the last rows belong to are kept.
+        # With rows last, keep the columns from which the last rows were computed.
         keep = met | (number == rule.max_iterations) if rule.rows_last else done
         column_E = torch.where(keep, column_E, new_E)
         done = met

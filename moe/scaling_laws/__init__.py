@@ -1,7 +1,7 @@
-"""Scaling laws, how they are fitted to runs, and what they say about upcycling. No files are touched here.
+"""Scaling laws, their fits to runs, and their predictions for upcycling; this package touches no files.
 
-A law is found by being a class in a module of this package. Plain arithmetic on few numbers: numpy, scipy and
-torch in fp64, on the CPU.
+Every module of this package is searched for laws. The arithmetic on few numbers uses numpy, scipy and torch
+in fp64, on the CPU.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ __all__ = ["law_named", "laws"]
 
 
 def laws() -> dict[str, Law]:
-    """Every law by its name."""
+    """Returns every law by its name."""
     from moe.scaling_laws.base import Law
 
     return {name: law() for name, law in discover(__name__, Law).items()}
 
 
 def law_named(name: str) -> Law:
-    """The law of a name.
+    """Returns the law with a name.
 
     Raises:
-        KeyError: No law has this name; the message lists those there are.
+        KeyError: No law has this name; the message lists the known ones.
     """
     known = laws()
     if name not in known:

@@ -1,4 +1,4 @@
-"""Apple's law of parameters against FLOPs, Abnar et al. (arXiv 2501.12370, eq. 6)."""
+"""Apple's scaling law of parameters against FLOPs, Abnar et al. (arXiv 2501.12370, eq. 6)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe.scaling_laws.base import Law, Parameter, Preset, log_sum
 
 
 class Apple(Law):
-    """Chinchilla's form in all parameters, with two terms in which sparsity helps and hurts."""
+    """Law of Chinchilla's form in all parameters, with two terms in which sparsity helps and hurts."""
 
     name = "apple"
     source = "Abnar et al., Parameters vs FLOPs, arXiv 2501.12370, eq. 6 and table 3"

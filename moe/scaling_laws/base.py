@@ -1,6 +1,6 @@
-"""What every scaling law is: inputs, coefficients with their domains, a stable log-loss, published values.
+"""Contract of the scaling laws: inputs, coefficients with domains, a stable log-loss, published values.
 
-Letters: R runs, P parameters of a law (its coefficients), S sets of coefficients side by side.
+Letters: R runs, P parameters of a law (its coefficients), S sets of coefficients.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from moe.scaling_laws.columns import COLUMNS
 
 Array = NDArray[np.float64]
 
-# Coefficients are searched in coordinates of the whole line (see `Parameter.above`), inside this box: a lower
-# bound is missed by 1e-6 at least, and nothing exceeds 1e20.
+# Coefficients are searched in unbounded coordinates (see `Parameter.above`) inside this box: they stay at
+# least 1e-6 above a lower bound, and below 1e20.
 BOX_ABOVE = (-14.0, 46.0)
 BOX_REAL = (-100.0, 100.0)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A coefficient of a law.
+    """Coefficient of a law.
 
     Attributes:
-        name: As the paper writes it.
-        meaning: In a few words.
-        start: Range that starting points are drawn from evenly; where there is a lower bound, range of the
-            distance to it, drawn evenly in its logarithm.
-        above: Lower bound: a number, the name of an earlier parameter, or None for any real number. The
-            coordinate that is searched is then the logarithm of the distance to the bound.
+        name: Its symbol in the paper.
+        meaning: Its meaning in a few words.
+        start: Range of the uniform starting points; with a lower bound, the range of the distance to it,
+            drawn uniformly in its logarithm.
+        above: Lower bound: a number, the name of an earlier parameter, or None for any real number. With a
+            bound, the searched coordinate is the logarithm of the distance to it.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Parameter:
 
     @property
     def box(self) -> tuple[float, float]:
-        """Least and greatest value of the coordinate that is searched."""
+        """Smallest and largest value of the searched coordinate."""
         return BOX_REAL if self.above is None else BOX_ABOVE
 
 
@@ -54,13 +54,12 @@ class Preset:
     """Published coefficients of a law.
 
     Attributes:
-        name: To ask for it.
-        source: Paper, table.
-        coefficients: By parameter name, as printed.
-        ranges: Least and greatest value in the paper's runs, by standard column, inputs or not, where it is
-            known.
-        holds_for: What was fixed in those runs: data, architecture, how parameters are counted.
-        caution: What else to know before relying on it.
+        name: Name of the preset.
+        source: Paper and table.
+        coefficients: Values by parameter name, as printed.
+        ranges: Smallest and largest value in the paper's runs, by standard column (inputs or not), if known.
+        holds_for: Settings of those runs: data, architecture, the way of counting parameters.
+        caution: Further caveats.
     """
 
     name: str
@@ -72,14 +71,14 @@ class Preset:
 
 
 class Law(ABC):
-    """Loss as a function of a run's sizes. A subclass is found by being in a module of `moe.scaling_laws`.
+    """Loss as a function of a run's sizes. Subclasses are found in any module of `moe.scaling_laws`.
 
     Attributes:
-        name: What it is asked for by.
+        name: Name of the law.
         source: Paper and equation.
-        formula: One line, ASCII.
-        inputs: Names of the columns it reads, with what they mean for this law where that is narrower than
-            `moe.scaling_laws.columns.COLUMNS`.
+        formula: The formula in one line of ASCII.
+        inputs: Names of the columns that it reads, with their meaning for this law where it is narrower than
+            in `moe.scaling_laws.columns.COLUMNS`.
         parameters: Its coefficients, in the order of every array of coefficients.
         presets: Published values.
     """
@@ -93,10 +92,10 @@ class Law(ABC):
 
     @abstractmethod
     def log_loss(self, p: Mapping[str, Tensor], x: Mapping[str, Tensor]) -> Tensor:
-        """Natural logarithm of the loss.
+        """Computes the natural logarithm of the loss.
 
         Args:
-            p: Coefficients by name, fp64: ``[S, 1]``, or ``[S, R]`` of their own for every run.
+            p: Coefficients by name, fp64: ``[S, 1]``, or ``[S, R]`` with separate ones for every run.
             x: Inputs by name, ``[R]`` fp64.
 
         Returns:
@@ -109,10 +108,10 @@ class Law(ABC):
         return tuple(parameter.name for parameter in self.parameters)
 
     def preset(self, name: str) -> Preset:
-        """Published values by name.
+        """Returns published values by name.
 
         Raises:
-            KeyError: There are none of this name; the message lists those there are.
+            KeyError: No preset has this name; the message lists the known ones.
         """
         for preset in self.presets:
             if preset.name == name:
@@ -121,18 +120,18 @@ class Law(ABC):
         raise KeyError(f"{self.name} has no preset {name!r}; there are: {known}")
 
     def vector(self, coefficients: Mapping[str, float]) -> Array:
-        """Coefficients by name as ``[P]``."""
+        """Returns coefficients by name as ``[P]``."""
         return np.array([coefficients[name] for name in self.names], dtype=np.float64)
 
     def predict(self, coefficients: Mapping[str, float] | Array, columns: Mapping[str, object]) -> Array:
-        """Losses of runs.
+        """Predicts the losses of runs.
 
         Args:
-            coefficients: By name; or ``[P]``, or ``[S, P]`` for several sets at once.
-            columns: Numbers or arrays by input name, broadcast against each other; others are not looked at.
+            coefficients: Values by name; or ``[P]``, or ``[S, P]`` for several sets at once.
+            columns: Numbers or arrays by input name, broadcast against each other; others are ignored.
 
         Returns:
-            The broadcast shape of the columns, after ``[S]`` if there are several sets.
+            Losses in the broadcast shape of the columns, preceded by ``[S]`` for several sets.
         """
         values = self.vector(coefficients) if isinstance(coefficients, Mapping) else coefficients
         arrays = np.broadcast_arrays(*(np.asarray(columns[name], dtype=np.float64) for name in self.inputs))
@@ -141,16 +140,16 @@ class Law(ABC):
             name: torch.from_numpy(array.ravel().copy())
             for name, array in zip(self.inputs, arrays, strict=True)
         }
-        # Overflow to infinity is the answer far outside of a law's range.
+        # Far outside of a law's range, overflow to infinity is the right answer.
         loss = self.log_loss(self.by_name(torch.from_numpy(np.atleast_2d(values))), x).exp().numpy()
         return np.asarray(loss.reshape(shape if values.ndim == 1 else (len(values), *shape)))
 
     def by_name(self, values_SP: Tensor) -> dict[str, Tensor]:
-        """Coefficients ``[S, P]`` as `log_loss` takes them."""
+        """Converts coefficients ``[S, P]`` to the form that `log_loss` takes."""
         return {name: values_SP[:, i : i + 1] for i, name in enumerate(self.names)}
 
     def constrain(self, theta_SP: Tensor) -> Tensor:
-        """Coefficients ``[S, P]`` of the coordinates that are searched, kept inside the box."""
+        """Converts searched coordinates, clamped to the box, to coefficients ``[S, P]``."""
         values: dict[str, Tensor] = {}
         for i, parameter in enumerate(self.parameters):
             theta_S = theta_SP[:, i].clamp(*parameter.box)
@@ -163,7 +162,7 @@ class Law(ABC):
         return torch.stack(list(values.values()), dim=1)
 
     def unconstrain(self, values_SP: Array) -> Array:
-        """Inverse of `constrain`, of coefficients inside their domains."""
+        """Inverts `constrain`, for coefficients inside their domains."""
         theta_SP = np.array(values_SP, dtype=np.float64)
         for i, parameter in enumerate(self.parameters):
             if parameter.above is None:
@@ -174,12 +173,12 @@ class Law(ABC):
         return theta_SP
 
     def box(self) -> tuple[Array, Array]:
-        """Least and greatest coordinates ``[P]``."""
+        """Returns the smallest and largest coordinates ``[P]``."""
         lows, highs = zip(*(parameter.box for parameter in self.parameters), strict=True)
         return np.array(lows), np.array(highs)
 
     def start_box(self) -> tuple[Array, Array]:
-        """Coordinates ``[P]`` between which starting points lie."""
+        """Returns the coordinates ``[P]`` between which starting points lie."""
         ends = [
             parameter.start if parameter.above is None else tuple(np.log(np.array(parameter.start)))
             for parameter in self.parameters
@@ -189,13 +188,13 @@ class Law(ABC):
 
 
 def log_sum(terms: Sequence[Tensor]) -> Tensor:
-    """Logarithm of a sum of terms given by their logarithms, without overflow."""
+    """Computes the logarithm of a sum of terms given by their logarithms, without overflow."""
     shape = torch.broadcast_shapes(*(term.shape for term in terms))  # type: ignore[no-untyped-call]
     return torch.logsumexp(torch.stack([term.expand(shape) for term in terms]), dim=0)
 
 
 def effective_experts(experts: Tensor, start: Tensor, most: Tensor) -> Tensor:
-    """The saturating count of experts of Clark et al.: ``start`` at one expert, at most ``most``.
+    """Computes the saturating count of experts of Clark et al.: ``start`` at one expert, at most ``most``.
 
     ``1 / Ehat = 1 / (E - 1 + 1 / (1/start - 1/most)) + 1 / most`` (arXiv 2202.01169; 2502.05172, eq. 5).
     """
@@ -205,13 +204,13 @@ def effective_experts(experts: Tensor, start: Tensor, most: Tensor) -> Tensor:
 
 
 def outside(ranges: Mapping[str, tuple[float, float]], columns: Mapping[str, object]) -> list[str]:
-    """Says which inputs lie outside of the range that a law was fitted on, one sentence each."""
+    """Lists the inputs outside of the range that a law was fitted on, one sentence each."""
     found = []
     for name, (low, high) in ranges.items():
         if name not in columns:
             continue
         values = np.atleast_1d(np.asarray(columns[name], dtype=np.float64))
-        # What is printed is rounded: half a per cent is no extrapolation.
+        # Printed ranges are rounded: half a per cent is no extrapolation.
         if values.min() < low * 0.995 or values.max() > high * 1.005:
             least, most = values.min(), values.max()
             given = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
@@ -221,7 +220,7 @@ def outside(ranges: Mapping[str, tuple[float, float]], columns: Mapping[str, obj
 
 
 def check_law(law: Law) -> list[str]:
-    """What is wrong with the declarations of a law; nothing for those of this package (a test sees to it)."""
+    """Lists mistakes in the declarations of a law; a test requires none for the laws of this package."""
     wrong = [f"input {name} is no standard column" for name in law.inputs if name not in COLUMNS]
     for preset in law.presets:
         wrong += _differences(f"preset {preset.name}", preset.coefficients, law.names)

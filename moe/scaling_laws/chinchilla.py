@@ -1,4 +1,4 @@
-"""The law of Hoffmann et al. (arXiv 2203.15556, eq. 10), also the form of later ones at fixed sparsity."""
+"""Scaling law of Hoffmann et al. (arXiv 2203.15556, eq. 10), also of later papers at fixed sparsity."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _JOINT_TABLE_4 = {
     32: (16.5424, -0.1557, 234.6726, -0.2652),
 }
 _JOINT_RANGES = {"params": (79e6, 2.7e9), "tokens": (5e8, 8e10)}
-# Sizes and tokens of the runs are not in what we could read: an order of magnitude, from the released 1B
-# model (74e9 tokens, then 37e9 upcycled) and the abstract.
+# The parts that we could read do not give sizes and tokens of the runs: these are orders of magnitude, from
+# the released 1B model (74e9 tokens, then 37e9 upcycled) and the abstract.
 _LIEW_RANGES = {"params": (1e7, 1e9), "tokens": (1e9, 1e11)}
 _LIEW_MOE_RANGES = {**_LIEW_RANGES, "num_experts": (8.0, 8.0), "top_k": (2.0, 2.0)}
 _LIEW = "2502.03009 (Liew et al., ICML 2025), table 2"
@@ -37,20 +37,20 @@ def _joint_presets() -> tuple[Preset, ...]:
             f"2502.05172 (Ludziejewski et al.), table 4, E = {experts}",
             _coefficients(m, -mu, n, -nu, 1.3637),
             _JOINT_RANGES,
-            "top-1 mixtures on FineWeb-Edu; params are the active ones, both embeddings included",
+            "top-1 MoEs on FineWeb-Edu; params are the active ones, both embeddings included",
         )
         for experts, (m, mu, n, nu) in _JOINT_TABLE_4.items()
     )
 
 
 class Chinchilla(Law):
-    """Two power laws and a floor: of a dense model, or of mixtures that differ in size and tokens only."""
+    """Law of two power laws and a floor, for dense models or MoEs that differ only in size and tokens."""
 
     name = "chinchilla"
     source = "Hoffmann et al., Training Compute-Optimal Large Language Models, arXiv 2203.15556, eq. 10"
     formula = "L = A / N^alpha + B / D^beta + E"
     inputs = {
-        "params": "N; of mixtures the size that you will plan by, the same for all runs",
+        "params": "N; for MoEs the kind of size that you will plan by, the same for all runs",
         "tokens": "D",
     }
     parameters = (

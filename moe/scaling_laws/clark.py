@@ -1,4 +1,4 @@
-"""The law of Clark et al. (arXiv 2202.01169): loss by size and number of experts, at a fixed token count."""
+"""Scaling law of Clark et al. (arXiv 2202.01169): loss by size and experts, at a fixed token count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.scaling_laws.base import Law, Parameter, Preset, effective_experts
 
-# A power of ten in natural logarithms: the paper's logarithms are to base 10.
+# Converts the paper's logarithms, which are to base 10.
 _LN10 = math.log(10.0)
 _RANGES = {"active_params": (15e6, 1.3e9), "num_experts": (1.0, 512.0)}
 
@@ -27,7 +27,7 @@ def _preset(name: str, values: tuple[float, float, float, float, float, float]) 
 
 
 class Clark(Law):
-    """Bilinear in the logarithms of size and of experts, whose number saturates at both ends."""
+    """Law that is bilinear in the logarithms of size and of experts, whose number saturates at both ends."""
 
     name = "clark"
     source = "Clark et al., Unified Scaling Laws for Routed Language Models, arXiv 2202.01169, eq. 1 and 7"

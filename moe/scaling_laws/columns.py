@@ -1,6 +1,6 @@
-"""The columns of a table of runs: standard names, what they mean and may hold; and reading such a table.
+"""Standard columns of a table of runs, with their meanings and bounds, and the parser of such tables.
 
-Pure text in, arrays out: whoever calls reads the file.
+The parser takes text and returns arrays; callers read the file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Column:
-    """A standard column.
+    """Standard column.
 
     Attributes:
-        meaning: With the unit.
-        least: Smallest value, itself allowed if `closed`.
-        below: Values are less than this.
-        closed: Whether `least` is allowed.
+        meaning: Meaning, with the unit.
+        least: Lower bound.
+        below: Upper bound, itself not allowed.
+        closed: Allows `least` itself.
     """
 
     meaning: str
@@ -36,7 +36,7 @@ class Column:
     closed: bool = False
 
     def rule_broken(self, value: float) -> str | None:
-        """Which rule a value breaks, or None."""
+        """Returns the rule that a value breaks, or None."""
         if not math.isfinite(value):
             return "it must be a finite number"
         if value < self.least or (value == self.least and not self.closed):
@@ -60,10 +60,10 @@ COLUMNS: Mapping[str, Column] = {
 
 @dataclass(frozen=True)
 class Runs:
-    """A table of runs.
+    """Table of runs.
 
     Attributes:
-        path: Where it came from, for messages.
+        path: Origin of the table, for messages.
         columns: The standard columns, ``[R]`` fp64 each.
         ignored: Names of the other columns.
     """
@@ -74,7 +74,7 @@ class Runs:
 
     @property
     def count(self) -> int:
-        """How many runs there are."""
+        """Number of runs."""
         return len(next(iter(self.columns.values())))
 
 
@@ -82,12 +82,12 @@ def parse_runs(text: str, path: str) -> Runs:
     """Reads a comma-separated table with a header.
 
     Args:
-        text: Its content. Empty lines and lines that start with ``#`` are skipped.
-        path: For messages.
+        text: Content of the table. Empty lines and lines that start with ``#`` are skipped.
+        path: Origin of the table, for messages.
 
     Raises:
-        DataError: Duplicate or no header, a row of another length, or a value that a standard column may not
-            hold (every mistake, up to 20).
+        DataError: Duplicate or missing header, a row of another length, or a value that a standard column may
+            not hold (all mistakes, up to 20).
     """
     lines = [(n, line) for n, line in enumerate(text.lstrip("\ufeff").splitlines(), 1)]
     lines = [(n, line) for n, line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -118,7 +118,7 @@ def parse_runs(text: str, path: str) -> Runs:
 
 
 def with_sparsity(columns: Mapping[str, Array]) -> dict[str, Array]:
-    """Columns with ``sparsity`` made from ``num_experts`` and ``top_k`` where it is missing."""
+    """Returns the columns, with a missing ``sparsity`` computed from ``num_experts`` and ``top_k``."""
     found = dict(columns)
     if "sparsity" not in found and {"num_experts", "top_k"} <= found.keys():
         found["sparsity"] = 1 - found["top_k"] / found["num_experts"]
@@ -137,7 +137,7 @@ def _header_mistakes(header: Sequence[str], path: str) -> list[Mistake]:
 
 
 def _read(cell: str, name: str, where: str) -> tuple[float, Mistake | None]:
-    """The value of a cell; empty is NaN, which `select` refuses for the columns that a law reads."""
+    """Returns the value of a cell; empty is NaN, which `select` rejects in the columns that a law reads."""
     given: Any = cell
     if not cell:
         return math.nan, None

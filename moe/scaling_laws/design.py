@@ -1,4 +1,4 @@
-"""What runs can tell about a law before they are made, and what a law says is best.
+"""Information that planned runs give about a law, and optima that a law predicts.
 
 Letters: R runs, P parameters of a law.
 """
@@ -24,24 +24,24 @@ FLOPS_PER_PARAMETER = 6  # of a token's forward and backward pass, as all of the
 def standard_errors(
     law: Law, coefficients: Mapping[str, float], columns: Mapping[str, Array]
 ) -> dict[str, float]:
-    """Relative standard error of each coefficient per unit of noise, to first order.
+    """Computes the relative standard error of each coefficient per unit of noise, to first order.
 
     With noise s of the logarithm of the loss (its standard deviation, 1e-3 for 0.1 %), a fit to these runs
     has errors of about s times these, by the inverse of the Gauss-Newton matrix.
 
     Args:
         law: The law.
-        coefficients: Where it is expected to be.
-        columns: Its inputs in the runs that are thought of, ``[R]`` each.
+        coefficients: Its expected coefficients.
+        columns: Its inputs in the planned runs, ``[R]`` each.
 
     Returns:
-        By parameter name; infinite for all where the runs cannot tell them apart.
+        Errors by parameter name; infinite for all if the runs cannot separate them.
     """
     values_P = law.vector(coefficients)
     losses = law.predict(coefficients, columns)
     theta_P = law.unconstrain(values_P[None])[0]
     jacobian_RP = Objective.of(law, {name: columns[name] for name in law.inputs}, losses, 1.0).row(theta_P)[1]
-    # From the searched coordinates to relative changes of the coefficients themselves.
+    # Converts changes of the searched coordinates to relative changes of the coefficients.
     change_PP = _derivatives(law, theta_P) / values_P[:, None]
     scale_P = np.linalg.norm(jacobian_RP, axis=0)
     if not scale_P.all():
@@ -54,7 +54,7 @@ def standard_errors(
 
 
 def compute_optimum(coefficients: Mapping[str, float], flops: float) -> tuple[float, float]:
-    """The best size and token count of the law `chinchilla` for ``flops = 6 N D``.
+    """Computes the best size and token count under the law `chinchilla` for ``flops = 6 N D``.
 
     ``N = G (F/6)^(beta / (alpha+beta))``, ``G = (alpha A / (beta B))^(1 / (alpha+beta))`` (arXiv 2203.15556,
     eq. 4; 2502.05172, section 5).
@@ -69,9 +69,9 @@ def compute_optimum(coefficients: Mapping[str, float], flops: float) -> tuple[fl
 
 
 def at_fixed_experts(coefficients: Mapping[str, float], num_experts: float) -> dict[str, float]:
-    """The law `joint_moe` at one number of experts, as coefficients of `chinchilla` in active parameters.
+    """Converts the law `joint_moe` at one number of experts to `chinchilla` in active parameters.
 
-    (arXiv 2502.05172, table 4.)
+    Source: arXiv 2502.05172, table 4.
     """
     p = coefficients
     gap = p["E_start"] * p["E_max"] / (p["E_max"] - p["E_start"])
@@ -88,14 +88,14 @@ def at_fixed_experts(coefficients: Mapping[str, float], num_experts: float) -> d
 
 
 def best_sparsity(law: Law, coefficients: Mapping[str, float], params: float, flops: float) -> float:
-    """The sparsity of least loss by the law `apple` at a total size and FLOPs ``F = 6 N (1 - S) D``."""
+    """Computes the sparsity of least loss under the law `apple`, at a size and ``F = 6 N (1 - S) D``."""
 
     def loss(active_log: float) -> float:
         share = float(np.exp(active_log))
         tokens = flops / (FLOPS_PER_PARAMETER * params * share)
         return float(law.predict(coefficients, {"params": params, "tokens": tokens, "sparsity": 1 - share}))
 
-    # In the logarithm of the active share, from one in a hundred thousand.
+    # Searched in the logarithm of the active share, from one in a hundred thousand.
     grid = np.linspace(np.log(1e-5), 0.0, 200)
     least = int(np.argmin([loss(float(point)) for point in grid]))
     low, high = grid[max(least - 1, 0)], grid[min(least + 1, len(grid) - 1)]
@@ -106,7 +106,7 @@ def best_sparsity(law: Law, coefficients: Mapping[str, float], params: float, fl
 def best_size(
     law: Law, coefficients: Mapping[str, float], sparsity: float, flops: float
 ) -> tuple[float, float]:
-    """The total size of least loss by the law `apple` at a sparsity and compute, and the loss there."""
+    """Computes the total size of least loss under the law `apple` at a sparsity and compute, and the loss."""
 
     def loss(size_log: float) -> float:
         params = float(np.exp(size_log))
@@ -119,7 +119,7 @@ def best_size(
 
 
 def _derivatives(law: Law, theta_P: Array) -> Array:
-    """Of the coefficients by the searched coordinates, ``[P, P]``."""
+    """Returns the derivatives of the coefficients by the searched coordinates, ``[P, P]``."""
     point = torch.from_numpy(theta_P.copy())
     found: Tensor = torch.func.jacrev(lambda theta: law.constrain(theta[None])[0])(point)
     return np.asarray(found.numpy())

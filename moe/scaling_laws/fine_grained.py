@@ -1,4 +1,4 @@
-"""The law of fine-grained mixtures, Krajewski, Ludziejewski et al. (arXiv 2402.07871)."""
+"""Scaling law of fine-grained MoEs, Krajewski, Ludziejewski et al. (arXiv 2402.07871)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe.scaling_laws.base import Law, Parameter, Preset, log_sum
 
 
 class FineGrained(Law):
-    """Chinchilla's form with a size term that falls with granularity, at a fixed expansion rate."""
+    """Law of Chinchilla's form with a size term that falls with granularity, at a fixed expansion rate."""
 
     name = "fine_grained"
     source = "Krajewski, Ludziejewski et al., Scaling Laws for Fine-Grained MoE, arXiv 2402.07871, eq. 9"

@@ -1,4 +1,4 @@
-"""Fits a law to a table of runs: Huber loss on the logarithm, many starts, L-BFGS, bootstrap.
+"""Fit of a law to a table of runs: Huber loss on the logarithm, many starts, L-BFGS, bootstrap.
 
 Letters: R runs, P parameters of a law, S starts, B bootstrap draws.
 """
@@ -21,28 +21,28 @@ from moe.scaling_laws.objective import Objective, one_thread, solve_many
 
 Array = NDArray[np.float64]
 
-SPARE_RUNS = 2  # more runs than coefficients, at least
+SPARE_RUNS = 2  # smallest excess of runs over coefficients
 HELD_OUT = 0.2
-# A direction in which the runs say this much less than in the best one is not determined by them.
+# Singular values below this share of the largest belong to directions that the runs do not determine.
 _NULL = 1e-9
-# A bootstrap interval that spans more than this factor says next to nothing.
+# A bootstrap interval that spans more than this factor tells next to nothing.
 _HUGE = 10.0
-# And so does a coefficient on which equally good fits differ by this factor.
+# A coefficient is undetermined if equally good fits differ by this factor.
 _APART = 2.0
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a fit is made.
+    """Options of a fit.
 
     Attributes:
         delta: Residual of the logarithm beyond which a run's weight stops growing (1e-3 in arXiv 2203.15556).
-        starts: Starting points, a Sobol sequence in the box of the law; a power of two is spread most evenly.
-        finish: How many of the best different ones L-BFGS finishes.
+        starts: Starting points, a Sobol sequence in the box of the law; a power of two covers it most evenly.
+        finish: Number of best distinct starts that L-BFGS finishes.
         bootstrap: Resamplings of the runs; 0 for none.
-        level: Probability that an interval is to hold.
-        seed: Of the starts and the resamplings.
-        hold_out: Whether to fit without the runs of lowest loss too, and to measure the error on them.
+        level: Coverage probability of intervals.
+        seed: Seed of starts and resamplings.
+        hold_out: Also fits without the runs of lowest loss, and measures the error on them.
     """
 
     delta: float = 1e-3
@@ -56,23 +56,23 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law fitted to runs.
+    """Law fitted to runs.
 
     Attributes:
         law: The law.
-        coefficients: By parameter name.
-        intervals: Percentile interval of each, or None without a bootstrap.
+        coefficients: Values by parameter name.
+        intervals: Percentile interval of each coefficient; None without a bootstrap.
         draws: The bootstrap's coefficients, ``[B, P]``; ``[0, P]`` without one.
         level: Probability of the intervals.
-        ranges: Least and greatest value of each input in the runs.
-        count: How many runs.
+        ranges: Smallest and largest value of each input in the runs.
+        count: Number of runs.
         rmse: Root mean square error of the logarithm of the loss.
-        held_out_rmse: The same on the runs of lowest loss, fitted without them; None: not measured.
-        objective: Huber loss at the answer in units of delta^2.
-        agreeing_starts: Share of the starts taken to the end that agree on the objective, to 1 %.
+        held_out_rmse: The same on the runs of lowest loss, fitted without them; None if not measured.
+        objective: Huber loss at the optimum, in units of delta^2.
+        agreeing_starts: Share of the finished starts that agree on the objective to 1 %.
         residuals: ``ln predicted - ln measured``, ``[R]``.
-        undetermined: By parameter name, why its value is not to be relied on.
-        notes: What else to know, one sentence each.
+        undetermined: Parameter name to the reason why its value is unreliable.
+        notes: Further remarks, one sentence each.
     """
 
     law: Law
@@ -92,10 +92,10 @@ class Fit:
 
 
 def select(law: Law, runs: Runs) -> tuple[dict[str, Array], Array]:
-    """The inputs of a law and the losses, if they can be fitted.
+    """Returns the inputs of a law and the losses, if they can be fitted.
 
     Raises:
-        DataError: A column is missing, empty in places or the same in all runs; too few runs (all at once).
+        DataError: A column is missing, partly empty or constant, or there are too few runs (all mistakes).
     """
     mistakes = []
     for name in ("loss", *law.inputs):
@@ -108,7 +108,7 @@ def select(law: Law, runs: Runs) -> tuple[dict[str, Array], Array]:
             mistakes.append(Mistake(runs.path, name, rule, "Fill it in, or remove these runs."))
         elif name != "loss" and np.ptp(runs.columns[name]) == 0:
             value = f"{runs.columns[name][0]:g}"
-            rule = f"{name} is {value} in every run, so that nothing can be learnt about it"
+            rule = f"{name} is {value} in every run, so that nothing can be learned about it"
             remedy = f"Add runs that differ in it, or fit a law without {name}."
             mistakes.append(Mistake(runs.path, name, rule, remedy))
     wanted = len(law.parameters) + SPARE_RUNS
@@ -123,12 +123,12 @@ def select(law: Law, runs: Runs) -> tuple[dict[str, Array], Array]:
 
 
 def fit_law(law: Law, runs: Runs, options: FitOptions | None = None) -> Fit:
-    """Fits a law.
+    """Fits a law to runs.
 
     Args:
         law: The law.
-        runs: The runs; ``sparsity`` is made where it can be.
-        options: How.
+        runs: The runs; ``sparsity`` is computed where possible.
+        options: Options of the fit.
 
     Raises:
         DataError: The runs cannot be fitted; see `select`.
@@ -147,7 +147,7 @@ def _fit(law: Law, runs: Runs, options: FitOptions) -> Fit:
     intervals = _intervals(law, draws_BP, options.level) if len(draws_BP) else None
     held_out, note = _held_out(law, columns, losses, options) if options.hold_out else (None, "")
     values_P = _constrained(law, theta_P[None])[0]
-    # What is said twice is said by the later one.
+    # Later reasons override earlier ones.
     undetermined = _wide(law, values_P, intervals) | _rivals(law, values_P, _constrained(law, rivals_SP))
     undetermined |= _null_directions(law, jacobian_RP) | _at_bounds(law, theta_P)
     return Fit(
@@ -169,31 +169,31 @@ def _fit(law: Law, runs: Runs, options: FitOptions) -> Fit:
 
 
 def _best(objective: Objective, options: FitOptions) -> tuple[Array, float, Array, float]:
-    """The best point, the objective there, points that are as good, and the share of starts that agree."""
+    """Returns the best point, its objective, equally good points, and the share of starts that agree."""
     low_P, high_P = objective.law.start_box()
     sobol = qmc.Sobol(len(low_P), rng=np.random.default_rng(options.seed))
     starts_SP = low_P + (high_P - low_P) * sobol.random(options.starts)
     theta_SP, value_S = solve_many(objective, starts_SP)
     order = [int(i) for i in np.argsort(value_S, kind="stable") if np.isfinite(value_S[i])]
     assert order, f"no start of {objective.law.name} gave a finite objective"
-    # The best, and then the best of those that ended elsewhere.
+    # The best, then the best of those that ended elsewhere.
     chosen = [order[0]]
     for i in order[1:]:
         if len(chosen) < options.finish and value_S[i] > value_S[chosen[-1]] * 1.01:
             chosen.append(i)
     found = [_lbfgs(objective, theta_SP[i]) for i in chosen]
     theta_P, value = min(found, key=lambda pair: pair[1])
-    # At a noiseless optimum the objective is rounding error, equal or not.
+    # At a noiseless optimum the objective is mere rounding error.
     agreeing = float(np.mean(value_S <= value * 1.01 + 1e-6))
-    # To a likelihood ratio of about .05, were the residuals normal: twice its logarithm is 4.
+    # For normal residuals, a likelihood ratio of about .05, whose doubled logarithm is 4.
     as_good_S = value_S <= value * (1 + 4 / len(objective.log_losses))
     return theta_P, value, theta_SP[as_good_S], agreeing
 
 
 def _lbfgs(objective: Objective, theta_P: Array) -> tuple[Array, float]:
-    """Minimises by L-BFGS in coordinates in which the runs say equally much about every direction.
+    """Minimises by L-BFGS in coordinates in which the runs inform equally about every direction.
 
-    In a law's own coordinates a weight and its exponent nearly make up for each other, and L-BFGS crawls.
+    In a law's own coordinates a weight and its exponent nearly compensate, and L-BFGS is slow.
     """
     value = objective.value_and_gradient(theta_P)[0]
     for _ in range(2):
@@ -219,7 +219,7 @@ def _whitening(jacobian_RP: Array) -> Array:
 
 
 def _bootstrap(objective: Objective, theta_P: Array, options: FitOptions) -> Array:
-    """Coefficients ``[B, P]`` fitted to runs drawn with replacement, from the answer for all runs."""
+    """Fits coefficients ``[B, P]`` to runs drawn with replacement, starting from the fit to all runs."""
     runs, draws = len(objective.log_losses), options.bootstrap
     if not draws:
         return np.empty((0, len(theta_P)))
@@ -243,7 +243,7 @@ def _intervals(law: Law, draws_BP: Array, level: float) -> dict[str, tuple[float
 def _held_out(
     law: Law, columns: Mapping[str, Array], losses: Array, options: FitOptions
 ) -> tuple[float | None, str]:
-    """Error on the fifth of the runs of lowest loss, fitted without them; or why it was not measured."""
+    """Returns the error on the fifth of runs with lowest loss, fitted without them; or why it is missing."""
     count = max(1, round(HELD_OUT * len(losses)))
     order = np.argsort(losses, kind="stable")
     tested, kept = order[:count], order[count:]
@@ -263,7 +263,7 @@ def _held_out(
 
 
 def _null_directions(law: Law, jacobian_RP: Array) -> dict[str, str]:
-    """Parameters whose changes make up for each other on these runs."""
+    """Returns the parameters whose changes compensate each other on these runs, with the reason."""
     scale_P = np.linalg.norm(jacobian_RP, axis=0)
     found = {law.names[i]: "no run's loss depends on it" for i in np.flatnonzero(scale_P == 0)}
     scale_P[scale_P == 0] = 1.0
@@ -274,7 +274,7 @@ def _null_directions(law: Law, jacobian_RP: Array) -> dict[str, str]:
         together = [law.names[i] for i in np.flatnonzero(np.abs(row_P) > 0.1) if law.names[i] not in found]
         for name in together:
             others = ", ".join(other for other in together if other != name)
-            found[name] = f"a change of {others or name} makes up for any change of it on these runs"
+            found[name] = f"a change of {others or name} compensates any change of it on these runs"
     return found
 
 
@@ -290,13 +290,13 @@ def _at_bounds(law: Law, theta_P: Array) -> dict[str, str]:
 
 
 def _rivals(law: Law, values_P: Array, rivals_SP: Array) -> dict[str, str]:
-    """Parameters on which fits that are as good as the best do not agree."""
+    """Returns the parameters on which equally good fits disagree, with the reason."""
     found = {}
     for i, parameter in enumerate(law.parameters if len(rivals_SP) else ()):
         low, high = float(rivals_SP[:, i].min()), float(rivals_SP[:, i].max())
         bound = _bound(law, parameter, values_P)
         if high - low > abs(values_P[i]) if bound is None else high - bound > _APART * (low - bound):
-            found[parameter.name] = f"fits from other starts that are as good have {low:.3g} to {high:.3g}"
+            found[parameter.name] = f"equally good fits from other starts have {low:.3g} to {high:.3g}"
     return found
 
 
@@ -306,7 +306,7 @@ def _bound(law: Law, parameter: Parameter, values_P: Array) -> float | None:
 
 
 def _wide(law: Law, values_P: Array, intervals: Mapping[str, tuple[float, float]] | None) -> dict[str, str]:
-    """Parameters whose interval is so wide that the runs hardly say anything about them."""
+    """Returns the parameters whose interval is too wide to be informative, with the reason."""
     found = {}
     for i, parameter in enumerate(law.parameters if intervals is not None else ()):
         assert intervals is not None

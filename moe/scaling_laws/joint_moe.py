@@ -1,4 +1,4 @@
-"""The joint law of dense models and mixtures, Ludziejewski et al. (arXiv 2502.05172, eq. 6)."""
+"""Joint scaling law of dense models and MoEs, Ludziejewski et al. (arXiv 2502.05172, eq. 6)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moe.scaling_laws.base import Law, Parameter, Preset, effective_experts, log
 
 
 class JointMoe(Law):
-    """Chinchilla's form whose weights and exponents all move with the number of experts.
+    """Law of Chinchilla's form whose weights and exponents all depend on the number of experts.
 
-    The Greek letters are the exponents themselves, negative where loss falls: with the signs turned round, as
+    The Greek letters are the exponents themselves, negative where the loss falls: with opposite signs, as
     some secondary sources print them, the loss would rise with experts.
     """
 
@@ -60,7 +60,7 @@ class JointMoe(Law):
                 "num_experts": (1.0, 32.0),
                 "top_k": (1.0, 1.0),
             },
-            "one expert a token (Switch), every layer a mixture, FineWeb-Edu, 280 runs",
+            "one expert a token (Switch), every layer an MoE layer, FineWeb-Edu, 280 runs",
             "the paper's table 4 follows from E_start 2.0832, not from the 2.0732 printed in its table 3; "
             "losses differ by less than 0.1 %",
         ),

@@ -1,4 +1,4 @@
-"""The law of upcycling, Liew et al. (arXiv 2502.03009, eq. 12)."""
+"""Scaling law of upcycling, Liew et al. (arXiv 2502.03009, eq. 12)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moe.scaling_laws.base import Law, Parameter, Preset, log_sum
 
 
 class Liew(Law):
-    """A product of powers of both token counts, whose exponents work against each other, and a size term.
+    """Law with a product of powers of both token counts, whose exponents interact, and a size term.
 
     The more tokens the dense model has seen, the less the tokens after the conversion are worth. The form has
-    no limit as these go to zero: there the loss of the dense model is not what it gives.
+    no limit as these go to zero: it does not give the loss of the dense model there.
     """
 
     name = "liew"

@@ -1,6 +1,6 @@
-"""The Huber loss of a law's residuals, its gradient, and a solver that works on many starts at once.
+"""Huber loss of a law's residuals, its gradient, and a solver for many starts at once.
 
-Letters: R runs, P parameters of a law, S starts (or bootstrap draws) side by side.
+Letters: R runs, P parameters of a law, S starts (or bootstrap draws).
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from moe.scaling_laws.base import Law
 
 Array = NDArray[np.float64]
 
-# Delta of the first steps of `solve_many`: far from the answer every residual would count by its sign alone.
+# Delta of the first steps of `solve_many`: far from the optimum every residual would count by its sign alone.
 _WIDE_DELTA = 0.1
 _WIDE_STEPS = 25
-# After these, one start in so many goes on: the best.
+# After these steps, only the best start in this many continues.
 _ONE_IN = 4
-# Damping of the Gauss-Newton steps: at first, its factor after a good and after a bad step, and when to rest.
+# Damping of the Gauss-Newton steps: its initial value, its factors after a good and a bad step, and its
+# limit.
 _DAMPING, _GENTLER, _HARSHER, _MOST = 1e-2, 0.3, 5.0, 1e6
-# A step that gains less than this share of the objective is the last one.
+# A step that gains less than this share of the objective is the last.
 _REST = 1e-7
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Sum over runs of the Huber loss of ``ln predicted - ln measured``, in units of ``delta^2``.
+    """Objective: the sum over runs of the Huber loss of ``ln predicted - ln measured``, over ``delta^2``.
 
-    The unit matters: with residuals of 1e-3 the plain sum is near 1e-6, and an optimiser whose tolerance is
-    absolute stops before it starts (what went wrong in arXiv 2203.15556, found by 2404.10102).
+    The unit matters: with residuals of 1e-3 the plain sum is near 1e-6, and an optimiser with an absolute
+    tolerance stops at once (the error in arXiv 2203.15556 that 2404.10102 found).
 
     Attributes:
-        law: What is fitted.
+        law: The fitted law.
         columns: Its inputs, ``[R]`` each.
-        log_losses: Measured, ``[R]``.
-        delta: Where a residual's weight stops growing.
+        log_losses: Logarithms of measured losses, ``[R]``.
+        delta: Residual beyond which a run's weight stops growing.
     """
 
     law: Law
@@ -50,21 +51,21 @@ class Objective:
 
     @classmethod
     def of(cls, law: Law, columns: Mapping[str, Array], losses: Array, delta: float) -> Objective:
-        """From arrays; ``losses`` are not logarithms yet."""
+        """Creates the objective from arrays; ``losses`` are not yet logarithms."""
         tensors = {name: torch.from_numpy(columns[name].copy()) for name in law.inputs}
         return cls(law, tensors, torch.from_numpy(np.log(losses)), delta)
 
     def residuals(self, theta_SP: Tensor) -> Tensor:
-        """``ln predicted - ln measured``, ``[S, R]``."""
+        """Computes ``ln predicted - ln measured``, ``[S, R]``."""
         p = self.law.by_name(self.law.constrain(theta_SP))
         return self.law.log_loss(p, self.columns) - self.log_losses
 
     def jacobian(self, theta_SP: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals ``[S, R]`` and their derivatives by the coordinates, ``[S, R, P]``."""
+        """Computes residuals ``[S, R]`` and their derivatives by the coordinates, ``[S, R, P]``."""
         S, P = theta_SP.shape
         R = len(self.log_losses)
-        # A run's residual depends on its start's coordinates alone: with a copy of these for every run, one
-        # reverse pass of the sum gives all derivatives.
+        # A run's residual depends only on its start's coordinates: with a copy of these for every run, one
+        # reverse pass over the sum gives all derivatives.
         copies = theta_SP[:, None].expand(S, R, P).reshape(S * R, P).requires_grad_()
         values_SRP = self.law.constrain(copies).view(S, R, P)
         p = {name: values_SRP[:, :, i] for i, name in enumerate(self.law.names)}
@@ -73,7 +74,7 @@ class Objective:
         return residuals_SR.detach(), slopes.view(S, R, P)
 
     def value(self, theta_SP: Tensor, weights_SR: Tensor | None = None) -> Tensor:
-        """The objective of every start, ``[S]``; infinite where the law overflows."""
+        """Computes the objective of every start, ``[S]``; infinite where the law overflows."""
         size_SR = self.residuals(theta_SP).abs() / self.delta
         loss_SR = torch.where(size_SR <= 1, 0.5 * size_SR.square(), size_SR - 0.5)
         if weights_SR is not None:
@@ -81,23 +82,23 @@ class Objective:
         return loss_SR.sum(1).nan_to_num(torch.inf, torch.inf)
 
     def value_and_gradient(self, theta_P: Array) -> tuple[float, Array]:
-        """Of one start, by reverse mode, for scipy."""
+        """Computes value and gradient of one start, for scipy."""
         leaf = torch.from_numpy(theta_P.copy()).requires_grad_()
         value = self.value(leaf[None])[0]
         (gradient,) = torch.autograd.grad(value, leaf)
         if not (torch.isfinite(value) and torch.isfinite(gradient).all()):
-            return 1e30, np.zeros_like(theta_P)  # a line search steps back from it
+            return 1e30, np.zeros_like(theta_P)  # makes a line search step back
         return float(value.detach()), gradient.numpy()
 
     def row(self, theta_P: Array) -> tuple[Array, Array]:
-        """Residuals ``[R]`` and Jacobian ``[R, P]`` at one point."""
+        """Computes residuals ``[R]`` and Jacobian ``[R, P]`` at one point."""
         residuals_SR, jacobian_SRP = self.jacobian(torch.from_numpy(theta_P[None].copy()))
         return residuals_SR[0].numpy(), jacobian_SRP[0].numpy()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps torch to one thread: on arrays this small, threads wait for each other most of the time."""
+    """Limits torch to one thread: on arrays this small, threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -116,14 +117,14 @@ def solve_many(
     """Minimises from many starts at once by damped Gauss-Newton steps with Huber's weights.
 
     Args:
-        objective: What to minimise.
+        objective: The objective to minimise.
         theta_SP: Starts.
-        weights_SR: How often each run counts (a bootstrap draw a row); None is once.
-        steps: At most so many.
-        near: The starts are near the answer: all go on, and the wide first steps are left out.
+        weights_SR: Count of each run (one bootstrap draw per row); None for 1.
+        steps: Upper bound on steps.
+        near: True if the starts are near the optimum: all continue, and the wide first steps are skipped.
 
     Returns:
-        The points reached from the best quarter of the starts (from all if `near`), and the objective there.
+        The points reached from the best quarter of the starts (from all if `near`), and their objectives.
     """
     theta, weights = torch.from_numpy(theta_SP.copy()), None
     if weights_SR is not None:
@@ -140,7 +141,7 @@ def solve_many(
 def _descend(
     objective: Objective, theta_SP: Tensor, weights_SR: Tensor | None, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Steps with the damping of Levenberg and Marquardt; starts that have come to rest are left alone."""
+    """Takes Levenberg-Marquardt steps; starts that have converged stay put."""
     low_P, high_P = (torch.from_numpy(side) for side in objective.law.box())
     theta_SP, value_S = theta_SP.clone(), objective.value(theta_SP, weights_SR)
     damping_S = torch.full_like(value_S, _DAMPING)
@@ -154,7 +155,7 @@ def _descend(
         theta_SP[moving] = torch.where(better[:, None], trial_SP, here_SP)
         value_S[moving] = torch.where(better, trial, value)
         damping_S[moving] = (damping * torch.where(better, _GENTLER, _HARSHER)).clamp_min(1e-12)
-        # A gain from infinity is no number, and goes on.
+        # A gain from infinity is NaN, so that the start continues.
         at_rest = torch.where(better, value - trial <= _REST * value, damping > _MOST)
         moving = moving[~at_rest]
         if not len(moving):
@@ -163,7 +164,7 @@ def _descend(
 
 
 def _trial(objective: Objective, theta_SP: Tensor, damping_S: Tensor, weights_SR: Tensor | None) -> Tensor:
-    """Where a damped Gauss-Newton step from every start leads."""
+    """Returns the points after one damped Gauss-Newton step from every start."""
     residuals_SR, jacobian_SRP = objective.jacobian(theta_SP)
     size_SR = residuals_SR.abs()
     delta = objective.delta

@@ -1,4 +1,4 @@
-"""Whether to upcycle a dense checkpoint, train the mixture from scratch, or go on training the dense model.
+"""Comparison of upcycling a dense checkpoint, training an MoE from scratch, and continued dense training.
 
 Letters: B bootstrap draws, P parameters of a law.
 """
@@ -28,24 +28,24 @@ from moe.scaling_laws.ways import (
 
 Array = NDArray[np.float64]
 
-# Losses closer than this, relatively, are no difference: the joint law misses its own runs by .0062.
+# Relative differences below this are insignificant: the joint law misses its own runs by .0062.
 CLOSE = 0.01
-# Where a break-even is looked for.
+# Range of the search for a break-even.
 TOKENS = (1e7, 1e15)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way leads to. None is unknown, never zero.
+    """Prediction for one way. None means unknown, never zero.
 
     Attributes:
-        way: Which.
-        tokens: It trains on, after what is there already.
-        flops: It costs; None where the size of the mixture is not known.
-        loss: Predicted; None where no law was given.
-        interval: Of the loss, by bootstrap draws; None for published coefficients.
-        law: Name and source; "" where there is none.
-        assumption: What was taken for granted.
+        way: The way.
+        tokens: Tokens of further training.
+        flops: Its cost; None if the size of the MoE is unknown.
+        loss: Predicted loss; None without a law.
+        interval: Interval of the loss from bootstrap draws; None for published coefficients.
+        law: Name and source of the law; "" without one.
+        assumption: Assumption behind the prediction.
         warnings: Extrapolations and cautions.
     """
 
@@ -61,13 +61,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Tokens from which on one way is better than another.
+    """Number of tokens above which one way is better than another.
 
     Attributes:
-        tokens: D2* of the mixture; None where the curves do not cross between `TOKENS`.
-        interval: By bootstrap draws of both laws; None where one has none. An end is 0 where the other way is
-            better from the start, infinite where it never is.
-        says: The sentence.
+        tokens: D2* of the MoE; None if the curves do not cross between `TOKENS`.
+        interval: Interval from bootstrap draws of both laws; None if one has none. An end is 0 if the other
+            way is better from the start, infinite if it never is.
+        says: The result as a sentence.
     """
 
     tokens: float | None
@@ -77,16 +77,16 @@ class BreakEven:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer.
+    """Result of the comparison.
 
     Attributes:
         outcomes: The three ways.
         best: The way of least predicted loss.
-        chance: Share of the bootstrap draws in which it is the best; None without draws of every law.
-        is_close: Whether another way is within `CLOSE` of it, or the draws disagree.
-        upcycle_against_scratch: D2*, up to which upcycling beats training from scratch.
-        continue_against_upcycle: D2 from which on upcycling beats going on with the dense model.
-        recommendation: In a sentence or two.
+        chance: Share of the bootstrap draws in which it is best; None without draws of every law.
+        is_close: True if another way is within `CLOSE` of it, or the draws disagree.
+        upcycle_against_scratch: D2* up to which upcycling beats training from scratch.
+        continue_against_upcycle: D2 above which upcycling beats continued dense training.
+        recommendation: Recommendation in a sentence or two.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -102,8 +102,8 @@ def plan(question: Question, curves: Mapping[Way, Curve]) -> Plan:
     """Compares the three ways.
 
     Args:
-        question: What is there and what may be spent.
-        curves: The law of each way, of one data set and tokenizer; ways without one are left open.
+        question: The dense checkpoint, the MoE and the budget.
+        curves: The law of each way, for one data set and tokenizer; ways without one are left open.
 
     Raises:
         UserError: The question is incomplete or impossible, or no two ways have a law.
@@ -157,7 +157,7 @@ def _interval(values: Array, level: float) -> tuple[float, float]:
 def _chance(
     question: Question, curves: Mapping[Way, Curve], best: Way, tokens: Mapping[Way, float]
 ) -> float | None:
-    """Share of the draws in which the best way is the best. Draws of separate fits pair up by number."""
+    """Returns the share of draws in which the best way is best. Draws of separate fits pair by number."""
     if any(curve.draws is None for curve in curves.values()):
         return None
     drawn = {way: loss_at(question, way, curve, tokens[way], draws=True) for way, curve in curves.items()}
@@ -167,7 +167,7 @@ def _chance(
 
 
 def _break_even(question: Question, curves: Mapping[Way, Curve], until: Way, then: Way) -> BreakEven:
-    """D2 from which on ``then`` is better, and ``until`` before."""
+    """Computes D2 above which ``then`` is better, and below which ``until`` is."""
     pair = (curves[until], curves[then])
     grid = np.geomspace(*TOKENS, 1601)
     tokens = float(crossings(grid, _gaps(question, curves, (until, then), grid, draws=False))[0])
@@ -177,17 +177,17 @@ def _break_even(question: Question, curves: Mapping[Way, Curve], until: Way, the
         interval = _interval(drawn, min(curve.level for curve in pair))
     if tokens in (0.0, np.inf):
         leader = until if tokens else then
-        return BreakEven(None, interval, f"{leader} is better at every token count looked at")
+        return BreakEven(None, interval, f"{leader} is better at every token count considered")
     says = f"up to about {tokens:.2g} tokens {until} is better, from there on {then}"
     if any(outside(curve.ranges, {"tokens": tokens}) for curve in pair):
-        says += "; that is outside of the range of the fit, an order of magnitude at best"
+        says += "; that is outside of the range of the fit, so an order of magnitude at best"
     return BreakEven(tokens, interval, says)
 
 
 def _gaps(
     question: Question, curves: Mapping[Way, Curve], pair: tuple[Way, Way], grid: Array, *, draws: bool
 ) -> Array:
-    """By how much the second way's loss exceeds the first's, ``[B, X]``, by the mixture's tokens."""
+    """Returns the excess of the second way's loss over the first's, ``[B, X]``, by the MoE's tokens."""
     losses = []
     for way in pair:
         tokens = paid_by(question, way, grid)
@@ -197,14 +197,14 @@ def _gaps(
 
 
 def crossings(grid: Array, gaps: Array) -> Array:
-    """The first place where each row falls through zero, interpolated in the logarithm of the grid.
+    """Finds where each row first falls through zero, interpolated in the logarithm of the grid.
 
     Args:
-        grid: Rising, ``[X]``.
+        grid: Increasing, ``[X]``.
         gaps: ``[B, X]``.
 
     Returns:
-        ``[B]``: 0 where a row is at or below zero from the start, infinite where it never is.
+        ``[B]``: 0 if a row is at or below zero from the start, infinite if it never is.
     """
     place = np.log(grid)
     found = np.empty(len(gaps))
@@ -226,19 +226,19 @@ def _recommend(
 ) -> str:
     names = {
         "upcycle": "upcycle",
-        "scratch": "train the mixture from scratch",
-        "continue": "go on with the dense model",
+        "scratch": "train the MoE from scratch",
+        "continue": "continue with the dense model",
     }
     chosen = next(outcome for outcome in outcomes if outcome.way == best)
     assert chosen.loss is not None
     text = f"{names[best]}: predicted loss {chosen.loss:.3f}, {second - chosen.loss:.3f} below the next best"
     open_ways = [outcome.way for outcome in outcomes if outcome.loss is None]
     if open_ways:
-        text += f"; no law says what {' and '.join(open_ways)} would give"
+        text += f"; no law predicts {' and '.join(open_ways)}"
     if chance is not None:
         text += f"; it is the best in {100 * chance:.0f} % of the bootstrap draws"
     else:
-        text += "; how sure this is, is unknown: these coefficients come without draws"
+        text += "; its certainty is unknown, as these coefficients come without draws"
     if is_close:
         text += ". Too close to call: train a small pilot of both before deciding"
     if chosen.warnings:

@@ -1,4 +1,4 @@
-"""A fit as plain values that JSON can hold, and back."""
+"""Conversion of a fit to plain values for JSON, and back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moe.scaling_laws.ways import Curve, fitted_curve
 
 
 def fit_record(fit: Fit, source: str) -> dict[str, Any]:
-    """Everything about a fit but the residuals.
+    """Converts a fit, except its residuals, to plain values.
 
     Args:
         fit: The fit.
-        source: Where its runs came from.
+        source: Origin of its runs.
     """
     return {
         "law": fit.law.name,
@@ -40,14 +40,14 @@ def fit_record(fit: Fit, source: str) -> dict[str, Any]:
 
 
 def curve_from_record(record: Any, path: str) -> Curve:
-    """The curve of a record that `fit_record` made.
+    """Reads the curve from a record made by `fit_record`.
 
     Args:
-        record: What was read.
-        path: Where, for messages.
+        record: The parsed record.
+        path: Its origin, for messages.
 
     Raises:
-        DataError: It is no such record, or is damaged.
+        DataError: The value is no such record, or is damaged.
     """
     remedy = "Make it with python -m tools.fit_laws RUNS.csv --law NAME --json PATH."
     if not isinstance(record, Mapping) or record.get("law") not in (known := laws()):
@@ -93,7 +93,7 @@ def curve_from_record(record: Any, path: str) -> Curve:
 
 
 def _is_table(value: Any, names: set[str]) -> bool:
-    """Whether it maps these names, and no others, to finite numbers or lists of them."""
+    """Returns True if it maps exactly these names to finite numbers or lists of them."""
     if not isinstance(value, Mapping) or set(value) != names:
         return False
     try:

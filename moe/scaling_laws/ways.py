@@ -1,4 +1,4 @@
-"""The three ways from a dense checkpoint, the law of each, and what a law is asked for each of them.
+"""Three ways to go on from a dense checkpoint, with the law of each and the law's inputs.
 
 Letters: B bootstrap draws, P parameters of a law.
 """
@@ -22,20 +22,20 @@ Array = NDArray[np.float64]
 
 Way = Literal["upcycle", "scratch", "continue"]
 WAYS: tuple[Way, ...] = get_args(Way)
-# Presets of one paper each, whose losses may be compared with each other.
+# Names of papers whose presets give comparable losses.
 FAMILIES: tuple[str, ...] = ("liew", "joint_moe")
 
 ASSUMPTIONS: Mapping[Way, str] = {
-    "upcycle": "the law of upcycling at D1 dense tokens and D2 tokens after the conversion, for mixtures "
-    "like those it was fitted to",
-    "scratch": "a law of mixtures from scratch at D2 tokens, for mixtures like those it was fitted to (in "
-    "the form chinchilla, N is the size of the dense model)",
-    "continue": "the dense law at D1 + D2 tokens, as if trained in one run: optimistic, for a second warm-up "
-    "costs, and a well-trained model gains less from more tokens (arXiv 2510.06548)",
+    "upcycle": "the law of upcycling at D1 dense tokens and D2 tokens after the conversion, for MoEs like "
+    "those it was fitted to",
+    "scratch": "a law of MoEs from scratch at D2 tokens, for MoEs like those it was fitted to (in the form "
+    "chinchilla, N is the size of the dense model)",
+    "continue": "the dense law at D1 + D2 tokens, as if trained in one run: optimistic, since a second "
+    "warm-up costs, and a well-trained model gains less from more tokens (arXiv 2510.06548)",
 }
 _REMEDIES: Mapping[Way, str] = {
     "upcycle": "Fit liew to upcycled runs.",
-    "scratch": "Fit chinchilla, joint_moe, fine_grained or apple to mixtures trained from scratch.",
+    "scratch": "Fit chinchilla, joint_moe, fine_grained or apple to MoEs trained from scratch.",
     "continue": "Fit chinchilla, or joint_moe with dense runs among them.",
 }
 _COUNTS = (
@@ -48,23 +48,23 @@ _COUNTS = (
     "granularity",
 )
 _SIZES: Mapping[str, str] = {
-    "active_params": "Give the parameters of the mixture that a token meets.",
-    "total_params": "Give the parameters of the whole mixture.",
+    "active_params": "Give the active parameters of the MoE, i.e. those that a token uses.",
+    "total_params": "Give all parameters of the MoE.",
 }
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A law with coefficients, published or fitted.
+    """Law with coefficients, published or fitted.
 
     Attributes:
         law: The law.
         coefficients: ``[P]``.
-        source: Where they are from.
-        ranges: What they were fitted on, by input.
-        draws: Bootstrap coefficients, ``[B, P]``; None where there are none.
-        level: Probability of the intervals that are made of the draws.
-        caution: What to know before relying on them.
+        source: Origin of the coefficients.
+        ranges: Ranges that they were fitted on, by input.
+        draws: Bootstrap coefficients, ``[B, P]``; None without a bootstrap.
+        level: Coverage probability of intervals made from the draws.
+        caution: Caveats.
     """
 
     law: Law
@@ -78,17 +78,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Question:
-    """What is there and what may be spent. Exactly one of the two budgets is given.
+    """Dense checkpoint, intended MoE and budget; exactly one of the two budgets is given.
 
     Attributes:
-        dense_params: N1, of the dense checkpoint.
-        dense_tokens: D1, that it was trained on.
+        dense_params: N1, parameters of the dense checkpoint.
+        dense_tokens: D1, tokens that it was trained on.
         budget_tokens: D2, tokens to train on, the same for all three ways.
-        budget_flops: FLOPs to spend, 6 a token and active parameter: each way gets the tokens it can pay.
-        active_params: Of the mixture.
-        total_params: Of the mixture.
-        num_experts: Of the mixture, a layer.
-        top_k: Experts a token.
+        budget_flops: FLOPs to spend, 6 per token and active parameter: each way gets the tokens it can
+            afford.
+        active_params: Active parameters of the MoE.
+        total_params: All parameters of the MoE.
+        num_experts: Experts of an MoE layer.
+        top_k: Experts per token.
         granularity: Dense FFN width over expert width.
     """
 
@@ -104,7 +105,7 @@ class Question:
 
 
 def preset_curve(law_name: str, preset_name: str) -> Curve:
-    """Published coefficients."""
+    """Returns the curve of published coefficients."""
     law = law_named(law_name)
     preset = law.preset(preset_name)
     source = f"{law.name}, preset {preset.name}: {preset.source}; {preset.holds_for}"
@@ -112,7 +113,7 @@ def preset_curve(law_name: str, preset_name: str) -> Curve:
 
 
 def fitted_curve(fit: Fit, source: str) -> Curve:
-    """A law that was fitted to runs, with its uncertainty."""
+    """Returns the curve of a fit, with its uncertainty."""
     caution = "; ".join(f"{name}: {why}" for name, why in fit.undetermined.items())
     draws = fit.draws if len(fit.draws) else None
     values = fit.law.vector(fit.coefficients)
@@ -122,7 +123,7 @@ def fitted_curve(fit: Fit, source: str) -> Curve:
 
 
 def family(name: str) -> dict[Way, Curve]:
-    """The laws of one paper, whose losses may be compared with each other.
+    """Returns the laws of one paper, whose losses are comparable.
 
     Args:
         name: ``liew`` (all three ways) or ``joint_moe`` (nothing about upcycling).
@@ -138,10 +139,10 @@ def family(name: str) -> dict[Way, Curve]:
 
 
 def check_question(question: Question, curves: Mapping[Way, Curve]) -> None:
-    """Sees that a question can be answered by these laws.
+    """Verifies that these laws can answer a question.
 
     Raises:
-        UserError: It cannot; every mistake at once.
+        UserError: They cannot; carries all mistakes.
     """
     mistakes = []
     for name in _COUNTS:
@@ -157,10 +158,10 @@ def check_question(question: Question, curves: Mapping[Way, Curve]) -> None:
         rule = "the budget is either tokens or FLOPs"
         mistakes.append(Mistake("budget", both, rule, "Give exactly one of the two."))
     if question.budget_flops is not None and question.active_params is None:
-        rule = "a budget in FLOPs needs the size of the mixture"
+        rule = "a budget in FLOPs needs the size of the MoE"
         mistakes.append(Mistake("active_params", None, rule, _SIZES["active_params"]))
     if len(curves) < 2:
-        rule = "a comparison needs the laws of two ways at least"
+        rule = "a comparison needs the laws of at least two ways"
         mistakes.append(Mistake("laws", sorted(curves), rule, "Give another fit, or a preset family."))
     for way, curve in curves.items() if is_shape else ():
         mistakes += _law_mistakes(question, way, curve.law)
@@ -169,9 +170,9 @@ def check_question(question: Question, curves: Mapping[Way, Curve]) -> None:
 
 
 def _law_mistakes(question: Question, way: Way, law: Law) -> list[Mistake]:
-    """Why a law cannot say what a way leads to."""
+    """Returns why a law cannot predict a way."""
     if "tokens" not in law.inputs or (way == "upcycle") != (law.name == "liew"):
-        return [Mistake(way, law.name, "this law does not say what it leads to", _REMEDIES[way])]
+        return [Mistake(way, law.name, "this law does not predict this way", _REMEDIES[way])]
     lacking = [name for name in law.inputs if name not in columns_of(question, way, law, 1.0)]
     wanted = {"params": "total_params"}
     return [
@@ -181,14 +182,14 @@ def _law_mistakes(question: Question, way: Way, law: Law) -> list[Mistake]:
 
 
 def loss_at(question: Question, way: Way, curve: Curve, tokens: object, draws: bool = False) -> Array:
-    """Predicted loss of a way at numbers of tokens D2; with `draws` of every bootstrap draw, ``[B, ...]``."""
+    """Predicts a way's loss at numbers of tokens D2; with `draws` for every bootstrap draw, ``[B, ...]``."""
     coefficients = curve.draws if draws else curve.coefficients
     assert coefficients is not None, f"{curve.source} has no draws"
     return curve.law.predict(coefficients, columns_of(question, way, curve.law, tokens))
 
 
 def columns_of(question: Question, way: Way, law: Law, tokens: object) -> dict[str, object]:
-    """What is known of a run of one of the ways, by standard column, as a law is asked about it."""
+    """Returns the known columns of a run of one way, as inputs of a law."""
     trained = np.asarray(tokens, dtype=np.float64)
     if way == "continue":
         size, experts, top_k, granularity = question.dense_params, 1, 1, 1.0
@@ -213,7 +214,7 @@ def columns_of(question: Question, way: Way, law: Law, tokens: object) -> dict[s
 
 
 def paid_by(question: Question, way: Way, tokens: Array) -> Array:
-    """The tokens that a way trains on while the mixture trains on ``tokens``, by the kind of the budget."""
+    """Returns a way's tokens while the MoE trains on ``tokens``, by the kind of budget."""
     if way != "continue" or question.budget_flops is None:
         return tokens
     assert question.active_params is not None, question
@@ -221,7 +222,7 @@ def paid_by(question: Question, way: Way, tokens: Array) -> Array:
 
 
 def tokens_of(question: Question, way: Way) -> float:
-    """The tokens D2 that the budget pays for."""
+    """Returns the tokens D2 that the budget pays for."""
     if question.budget_tokens is not None:
         return question.budget_tokens
     size = question.dense_params if way == "continue" else question.active_params

@@ -1,4 +1,4 @@
-"""Dense to MoE: every method is found by being in a module of this package."""
+"""Methods that upcycle dense networks to MoEs; every module of this package is searched for them."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ __all__ = ["ExpertBank", "FFNWeights", "UpcycleConfig", "UpcycleMethod", "upcycl
 
 
 def upcycle_methods() -> dict[str, type[UpcycleMethod[Any]]]:
-    """Every upcycling method by its name."""
+    """Returns every upcycling method by its name."""
     return discover(__name__, UpcycleMethod)

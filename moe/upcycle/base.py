@@ -1,4 +1,4 @@
-"""What every upcycling method is: from a dense feed-forward network to the plan of a layer of experts."""
+"""Contract of the upcycling methods: from a dense feed-forward network to the plan of a layer of experts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 
 @dataclass(frozen=True)
 class UpcycleConfig(Config):
-    """What every method's config holds."""
+    """Config that every method has."""
 
     name: str
     """The method's name, as in ``conf/upcycle/NAME.yaml``."""
     num_experts: int = 8
     """Routed experts of each MoE layer."""
     layers: str | list[int] = "all"
-    """Which layers become mixtures: ``all``, ``every:N`` or ``every:N:OFFSET``, ``last:N``, ``inner:N`` (all
+    """Layers that become MoE layers: ``all``, ``every:N`` or ``every:N:OFFSET``, ``last:N``, ``inner:N`` (all
     but N at either end), or a list of indices."""
 
     def __post_init__(self) -> None:
@@ -54,14 +54,14 @@ ConfigT = TypeVar("ConfigT", bound=UpcycleConfig)
 
 
 class UpcycleMethod(ABC, Generic[ConfigT]):
-    """Plans a layer's experts out of its dense feed-forward network.
+    """Method that plans a layer's experts out of its dense feed-forward network.
 
-    A subclass sets `name` and `config_class` and is found by being a module of `moe.upcycle`.
+    A subclass sets `name` and `config_class`; `moe.upcycle` finds it in whichever of its modules it stands.
 
     Attributes:
         name: The value of ``upcycle.name`` that picks this class.
-        config_class: The typed config it is built from.
-        starts_router: Whether it sets the router's rows, which others then must not.
+        config_class: The typed config that it is built from.
+        starts_router: True if it sets the router's rows, which nothing else may set then.
     """
 
     name: ClassVar[str]
@@ -73,74 +73,74 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
         self._router: RouterConfig | None = None
 
     def for_router(self, router: RouterConfig) -> Self:
-        """The same method, told of the router that it plans for; `check` has found nothing.
+        """Returns this method bound to the router that it plans for, which `check` has accepted.
 
         Args:
             router: The router's config.
         """
-        told = copy.copy(self)
-        told._router = router
-        return told
+        bound = copy.copy(self)
+        bound._router = router
+        return bound
 
     @property
     def gates(self) -> Gates:
-        """What the experts of a token weigh, for methods whose plan depends on it."""
-        assert self._router is not None, f"{self.name} plans for a router: take for_router(config) of it"
+        """Combine weights of a token's experts, for methods whose plan depends on them."""
+        assert self._router is not None, f"{self.name} plans for a router: call for_router(config) first"
         return observe(self._router, self.config.num_experts)
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Names of what it must be told of each layer's activations on real text (`moe.upcycle.statistics`).
+        """Names of the statistics of real activations that it needs of each layer (`moe.upcycle.statistics`).
 
-        None for a method that looks at weights alone.
+        Empty for a method that reads weights alone.
         """
         return ()
 
     @property
     def statistic_options(self) -> Mapping[str, Mapping[str, int]]:
-        """Options of statistics, by their names; also of those that are only needed on the way to others."""
+        """Options of statistics by name, intermediate statistics included."""
         return {}
 
     @property
     def aligns_outputs(self) -> bool:
-        """Whether the layers' outputs are given the spread of the dense network's, as real text shows it."""
+        """True if layers' outputs are rescaled to the deviation of the dense network's on real text."""
         return False
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Folders of dense checkpoints besides the one that is upcycled, all of one shape."""
+        """Folders of further dense checkpoints, of the same shape as the upcycled one."""
         return ()
 
     @property
     def num_sources(self) -> int:
-        """How many dense checkpoints there are: the one that is upcycled is number 0, then `sources`."""
+        """Number of dense checkpoints: number 0 is the upcycled one, then come `sources`."""
         return 1 + len(self.sources)
 
     @property
     def averaged(self) -> tuple[int, ...]:
-        """The dense checkpoints that all parameters outside the mixtures are the mean of."""
+        """Numbers of the dense checkpoints that are averaged outside the MoE layers."""
         return (0,)
 
     @abstractmethod
     def is_exact(self, router: Router[Any]) -> bool:
-        """Whether the mixture computes the same function as the dense network before training."""
+        """Returns True if the MoE computes the dense network's function before training."""
 
     @abstractmethod
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Plans one layer. Randomness comes from the draws alone.
 
         Args:
-            shape: Of the dense network.
+            shape: Shape of the dense network.
             draws: The layer's randomness.
             statistics: The layer's statistics by their name in `statistics`.
         """
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Why the method does not fit the router or the network; empty when it does.
+        """Returns why the method does not fit the router or the network; empty if it does.
 
         Args:
             router: The router's config.
-            shape: Of the dense network; None while it is not known.
+            shape: Shape of the dense network; None while unknown.
         """
         return []
 
@@ -150,7 +150,7 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
         draws: Draws,
         statistics: Mapping[str, Tensor] | None = None,
     ) -> BuiltLayer:
-        """Plans a layer and makes its weights in memory."""
+        """Plans a layer and builds its weights in memory."""
         networks = [ffns] if isinstance(ffns, FFNWeights) else list(ffns)
         plan = self.plan(ffn_shape(networks[0]), draws, statistics or {})
         return build_layer(plan, networks, draws)

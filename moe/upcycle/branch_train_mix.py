@@ -1,8 +1,8 @@
-"""Branch-Train-MiX: experts out of several dense models that began as one (arXiv 2403.07816).
+"""Branch-Train-MiX: experts out of several dense models with a common seed (arXiv 2403.07816).
 
-Each branch of a seed model was trained on a domain of its own. Their feed-forward networks become experts,
-all other parameters their mean, and the router is new. BAM (arXiv 2408.08274) and Nexus (arXiv 2408.15901)
-go further and are not here.
+Each branch of the seed model was trained on a domain of its own. Their feed-forward networks become experts,
+all other parameters are averaged, and the router is new. BAM (arXiv 2408.08274) and Nexus (arXiv 2408.15901)
+go further and are not implemented.
 
 Letters: E experts, F width, S dense models.
 """
@@ -27,13 +27,13 @@ class BranchTrainMixConfig(UpcycleConfig):
 
     name: Literal["branch_train_mix"] = "branch_train_mix"
     sources: list[str] = field(default_factory=list)
-    """Folders of the branches: dense checkpoints of the shape and tokenizer of ``dense``, the seed."""
+    """Folders of the branches: dense checkpoints with the shape and tokenizer of ``dense``, the seed."""
     keep_seed: bool = True
-    """Whether the seed is a source as well, of experts and of the mean."""
+    """Use the seed as a source of experts and of the mean, too."""
 
 
 class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
-    """``E / S`` copies of each dense model's network."""
+    """Method that takes ``E / S`` copies of each dense model's network."""
 
     name = "branch_train_mix"
     config_class = BranchTrainMixConfig
@@ -45,15 +45,15 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
 
     @property
     def averaged(self) -> tuple[int, ...]:
-        """All that give experts."""
+        """The models that give experts."""
         return tuple(range(0 if self.config.keep_seed else 1, self.num_sources))
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Never claimed: it is only where all models are the same."""
+        """Returns False: only equal models would make it exact."""
         return False
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """There must be branches, and equally many experts of each."""
+        """Requires branches, and equally many experts of each."""
         E, S = self.config.num_experts, len(self.averaged)
         if not self.config.sources:
             rule = "there is nothing to mix"
@@ -67,7 +67,7 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
         return []
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Expert e out of the model ``e S // E``."""
+        """Takes expert e from the model ``e S // E``."""
         E, whole = self.config.num_experts, slice(0, shape.width)
         models = self.averaged
         return LayerPlan(

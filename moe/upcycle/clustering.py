@@ -1,7 +1,7 @@
-"""Clusters of equal size: balanced assignment to given costs, and k-means with it.
+"""Clusters of equal size: balanced assignment for given costs, and k-means based on it.
 
-The assignment is optimal (a linear assignment over places) up to a size; beyond it places are given greedily
-and then exchanged until no exchange of two points makes the cost smaller.
+The assignment is optimal (a linear assignment over places) up to a size; beyond it places are assigned
+greedily and then exchanged until no exchange of two points lowers the cost.
 
 Letters: N points, D their width, K clusters, P points of a cluster.
 """
@@ -15,22 +15,22 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
-#: Points up to which assignments are optimal. The work grows with the third power.
+#: Points up to which assignments are optimal. The work grows with the cube.
 EXACT_POINTS = 512
 # Enough for every pair of clusters to settle.
 _MAX_SWEEPS = 50
-# Within k-means, whose next round goes on where this one stopped.
+# Within k-means, whose next round continues where this one stopped.
 _KMEANS_SWEEPS = 4
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """A partition of points.
+    """Partition of points.
 
     Attributes:
-        labels_N: ``[N]`` int64 cluster of each.
+        labels_N: ``[N]`` int64 cluster of each point.
         centroids_KD: ``[K, D]`` mean of each cluster's points.
-        inertia: Sum of squared distances to the own centroid.
+        inertia: Sum of squared distances to the points' own centroids.
         rounds: Rounds of k-means.
     """
 
@@ -41,7 +41,7 @@ class Clusters:
 
 
 def equal_capacities(num_points: int, num_clusters: int) -> Tensor:
-    """``[K]`` int64 sizes that differ by one at most, the larger first."""
+    """Returns ``[K]`` int64 sizes that differ by at most one, the larger first."""
     capacity_K = torch.full((num_clusters,), num_points // num_clusters, dtype=torch.int64)
     capacity_K[: num_points % num_clusters] += 1
     return capacity_K
@@ -54,13 +54,13 @@ def assign_balanced(
     start_N: Tensor | None = None,
     max_sweeps: int = _MAX_SWEEPS,
 ) -> Tensor:
-    """``[N]`` int64 cluster of each point, so that every cluster has its number of points at little cost.
+    """Returns the ``[N]`` int64 cluster of each point in a balanced assignment of low cost.
 
     Args:
         cost_NK: ``[N, K]`` finite cost of each point in each cluster.
-        capacity_K: ``[K]`` int64 sizes of sum N; `equal_capacities` by default.
-        exact_points: N up to which the cost is the smallest possible.
-        start_N: ``[N]`` balanced labels to start the exchanges from, where they are likely near.
+        capacity_K: ``[K]`` int64 sizes with sum N; `equal_capacities` by default.
+        exact_points: N up to which the cost is minimal.
+        start_N: ``[N]`` balanced labels from which exchanges start, if some are likely close to the result.
         max_sweeps: Upper bound on rounds of exchanges between all pairs of clusters.
     """
     N, K = cost_NK.shape
@@ -76,7 +76,7 @@ def assign_balanced(
 
 
 def _greedy(cost_NK: Tensor, capacity_K: Tensor) -> Tensor:
-    """Round by round, points go to their cheapest cluster that has room, those that would lose most first."""
+    """Assigns points, round by round, to their cheapest cluster with room, those with most to lose first."""
     N, K = cost_NK.shape
     label_N, room_K = torch.full((N,), -1), capacity_K.clone()
     while bool((label_N < 0).any()):
@@ -96,7 +96,7 @@ def _greedy(cost_NK: Tensor, capacity_K: Tensor) -> Tensor:
 
 
 def exchanged(cost_NK: Tensor, label_N: Tensor, max_sweeps: int = _MAX_SWEEPS) -> Tensor:
-    """The assignment after exchanging points of two clusters for as long as that lowers the cost."""
+    """Exchanges points of two clusters for as long as that lowers the cost; returns the labels."""
     K = cost_NK.shape[1]
     label_N = label_N.clone()
     slack = 1e-12 * float(cost_NK.abs().max().clamp_min(1e-30))
@@ -111,7 +111,7 @@ def exchanged(cost_NK: Tensor, label_N: Tensor, max_sweeps: int = _MAX_SWEEPS) -
 
 
 def _exchange(cost_NK: Tensor, label_N: Tensor, a: int, b: int, slack: float) -> bool:
-    """Exchanges the points of two clusters that gain most, pair by pair; returns whether any gained."""
+    """Exchanges the points of two clusters that gain most, pair by pair; returns True if any gained."""
     in_a_P, in_b_P = (label_N == a).nonzero().squeeze(1), (label_N == b).nonzero().squeeze(1)
     loss_a_P, order_a_P = (cost_NK[in_a_P, b] - cost_NK[in_a_P, a]).sort(stable=True)
     loss_b_P, order_b_P = (cost_NK[in_b_P, a] - cost_NK[in_b_P, b]).sort(stable=True)
@@ -124,7 +124,7 @@ def _exchange(cost_NK: Tensor, label_N: Tensor, a: int, b: int, slack: float) ->
 
 
 def squared_distances(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
-    """``[N, K]``."""
+    """Returns the ``[N, K]`` squared distances of points and centroids."""
     cross_NK = points_ND @ centroids_KD.t()
     norms_N1, norms_K = points_ND.square().sum(1, keepdim=True), centroids_KD.square().sum(1)
     return (norms_N1 - 2 * cross_NK + norms_K).clamp_min(0)
@@ -139,17 +139,17 @@ def balanced_kmeans(
     tolerance: float = 1e-4,
     exact_points: int = EXACT_POINTS,
 ) -> Clusters:
-    """k-means whose clusters are of one size (up to one point where K does not divide N).
+    """Runs k-means with clusters of one size (up to one point if K does not divide N).
 
-    Starts from k-means++ and alternates balanced assignment and means, until no point changes its cluster or
-    the sum of squared distances falls by less than a share.
+    It starts from k-means++ and alternates balanced assignment and means, until no point changes its cluster
+    or the sum of squared distances falls by less than a given share.
 
     Args:
         points_ND: ``[N, D]``, at least K of them.
         num_clusters: K.
         generator: Draws the start; on the CPU.
         max_rounds: Upper bound on rounds.
-        tolerance: That share.
+        tolerance: Smallest relative decrease.
         exact_points: As in `assign_balanced`.
     """
     assert len(points_ND) >= num_clusters, f"{len(points_ND)} points for {num_clusters} clusters"
@@ -174,23 +174,23 @@ def balanced_kmeans(
 
 
 def cluster_means(points_ND: Tensor, label_N: Tensor, num_clusters: int) -> Tensor:
-    """``[K, D]`` mean of each cluster's points."""
+    """Returns the ``[K, D]`` mean of each cluster's points."""
     sums_KD = points_ND.new_zeros(num_clusters, points_ND.shape[1]).index_add_(0, label_N, points_ND)
     return sums_KD / torch.bincount(label_N, minlength=num_clusters).clamp_min(1)[:, None]
 
 
 def _start(points_ND: Tensor, num_clusters: int, generator: Generator) -> Tensor:
-    """k-means++: each next centroid is a point, drawn by its squared distance to those there are."""
+    """Draws centroids by k-means++: each next one by its squared distance to those already drawn."""
     first = int(torch.randint(len(points_ND), (1,), generator=generator))
     chosen = [first]
     distance_N = (points_ND - points_ND[first]).square().sum(1)
     while len(chosen) < num_clusters:
-        # Points that coincide with centroids have distance 0; where all do, any is as good.
+        # Points that coincide with centroids have distance 0; if all do, any point will do.
         weight_N = distance_N if float(distance_N.sum()) > 0 else torch.ones_like(distance_N)
         weight_N = weight_N.scatter(0, torch.tensor(chosen), 0.0)
         if float(weight_N.sum()) == 0:
             weight_N = torch.ones_like(distance_N).scatter(0, torch.tensor(chosen), 0.0)
-        # By the cumulative sum: torch.multinomial takes no more than 2^24 points.
+        # Drawn by the cumulative sum, as torch.multinomial is limited to 2^24 points.
         sums_N = weight_N.cumsum(0)
         place = torch.rand(1, generator=generator, dtype=torch.float64) * sums_N[-1]
         following = int(torch.searchsorted(sums_N, place, right=True).clamp_max(len(sums_N) - 1))

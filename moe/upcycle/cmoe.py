@@ -1,10 +1,10 @@
-"""CMoE: neurons that are often among the most active are shared, the others grouped by who activates them.
+"""CMoE: neurons that are often among the most active are shared, the others grouped by the tokens they mark.
 
-Source: Pei et al. 2025 (arXiv 2502.04416). No training is needed to begin: the router is a neuron of each
-group (`moe.routers.analytical`), and every chosen expert weighs 1. The paper carves a layer after the layers
+Source: Pei et al. 2025 (arXiv 2502.04416). It works without training: the router is a neuron of each group
+(`moe.routers.analytical`), and every chosen expert weighs 1. The paper converts a layer after the layers
 below it; here all layers are measured in the dense model, in one pass.
 
-Letters: E routed experts, F width of the dense network or of an expert, S tokens sampled, K marks of each.
+Letters: E routed experts, F width of the dense network or of an expert, S sampled tokens, K marks of each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CMoEConfig(UpcycleConfig):
     activation_top_k: int = 10
     """Neurons that a token marks."""
     marker_tokens: int = 4096
-    """Tokens whose marks the groups are made by; rates are counted over the whole text."""
+    """Tokens whose marks form the groups; rates are counted over the whole text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class CMoEConfig(UpcycleConfig):
 
 
 class CMoE(UpcycleMethod[CMoEConfig]):
-    """A shared expert by activation rate, routed ones by marks."""
+    """Method that makes a shared expert by activation rate and routed ones by marks."""
 
     name = "cmoe"
     config_class = CMoEConfig
@@ -60,12 +60,12 @@ class CMoE(UpcycleMethod[CMoEConfig]):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Rates, and marks of a sample."""
+        """Activation rates, and the marks of a sample."""
         return ("activation_rate_F", "markers_TK")
 
     @property
     def statistic_options(self) -> Mapping[str, Mapping[str, int]]:
-        """Of both."""
+        """Options of both statistics."""
         top_k = self.config.activation_top_k
         return {
             "activation_rate_F": {"top_k": top_k},
@@ -73,11 +73,11 @@ class CMoE(UpcycleMethod[CMoEConfig]):
         }
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Where every token uses every expert, as long as the router has not been trained."""
+        """Returns True if every token uses every expert, while the router is untrained."""
         return router.weighs_one and router.top_k == router.num_experts
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Parts of one width, and CMoE's own router."""
+        """Requires parts of one width, and CMoE's own router."""
         config, found = self.config, []
         if router.name != _ROUTER:
             rule = "its experts are chosen by their own neurons, which no other router has"
@@ -90,7 +90,7 @@ class CMoE(UpcycleMethod[CMoEConfig]):
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Carves a layer."""
+        """Divides a layer's neurons."""
         config, rate_F = self.config, statistics["activation_rate_F"]
         width = shape.width // (config.num_experts + config.num_shared)
         order_F = rate_F.argsort(descending=True, stable=True)
@@ -107,5 +107,5 @@ class CMoE(UpcycleMethod[CMoEConfig]):
 
 
 def marks_of(markers_SK: Tensor, width: int) -> Tensor:
-    """``[S, F]`` fp32: 1 where a token marks a neuron, of the neurons that each marks."""
+    """Returns ``[S, F]`` fp32, 1 where a token marks a neuron, made from each token's marked neurons."""
     return torch.zeros(len(markers_SK), width).scatter_(1, markers_SK.long(), 1.0)

@@ -1,6 +1,6 @@
 """Sparse upcycling: every expert is a copy of the dense feed-forward network (arXiv 2212.05055).
 
-Exact at step 0 for any router whose combine weights sum to 1, since ``sum_k w_k f(x) = f(x)``.
+It is exact at step 0 for any router whose combine weights sum to 1, since ``sum_k w_k f(x) = f(x)``.
 
 Letters: F width.
 """
@@ -26,11 +26,11 @@ class CopyConfig(UpcycleConfig):
 
     name: Literal["copy"] = "copy"
     noise_std: float = 0.0
-    """Standard deviation of Gaussian noise on each copy, as a share of the standard deviation of the
-    weight matrix. 0 keeps the copies identical and the function exact."""
+    """Standard deviation of Gaussian noise on each copy, relative to the standard deviation of the weight
+    matrix. 0 keeps the copies identical and the function exact."""
     permute: bool = False
-    """Whether each copy has its neurons in an order of its own. The function stays; methods that
-    compare or merge experts neuron by neuron then see different experts."""
+    """Permute each copy's neurons. The function stays the same, but methods that compare or merge experts
+    neuron by neuron then see different experts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,17 +40,17 @@ class CopyConfig(UpcycleConfig):
 
 
 class Copy(UpcycleMethod[CopyConfig]):
-    """E copies of the dense network, optionally with noise or permuted neurons."""
+    """Method that takes E copies of the dense network, optionally with noise or permuted neurons."""
 
     name = "copy"
     config_class = CopyConfig
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Exact without noise, under weights that sum to 1."""
+        """Returns True without noise, if weights sum to 1."""
         return self.config.noise_std == 0 and router.weights_sum_to_one
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Every neuron in every expert."""
+        """Puts every neuron into every expert."""
         noise = Noise(self.config.noise_std) if self.config.noise_std else None
         return LayerPlan(
             tuple(

@@ -1,10 +1,10 @@
-"""Drop-Upcycling: copies part of whose neurons are drawn anew (arXiv 2502.19261).
+"""Drop-Upcycling: copies in which some neurons are drawn anew (arXiv 2502.19261).
 
-A share of each expert's neurons gets fresh weights out of a normal distribution with mean and deviation of
-the dense matrix, so that experts differ from the first step on. The paper draws one set of neurons for the
-three matrices of an expert. The released code (``conversions/drop_upcycling.py``) also permutes the
-neurons, draws a set for each matrix by itself, and takes mean and deviation of what it replaces: at a ratio
-of 0.5 an eighth of the neurons then stays whole, instead of half.
+A share of each expert's neurons gets fresh weights from a normal distribution with the dense matrix's mean
+and deviation, so that experts differ from the first step on. The paper draws one set of neurons for the three
+matrices of an expert. The released code (``conversions/drop_upcycling.py``) also permutes the neurons, draws
+a separate set for each matrix, and uses mean and deviation of the replaced weights: at a ratio of 0.5 an
+eighth of the neurons then stays whole, instead of half.
 
 Letters: F width.
 """
@@ -30,13 +30,13 @@ class DropConfig(UpcycleConfig):
 
     name: Literal["drop"] = "drop"
     ratio: float = 0.5
-    """Share of each expert's neurons that change. 0.5 was best in the paper; 1 loses what was learned."""
+    """Share of each expert's neurons that change. 0.5 was best in the paper; 1 loses all that was learned."""
     change: Literal["redraw", "noise"] = "redraw"
     """``redraw``: drawn anew. ``noise``: noise of `noise_std` is added, the paper's baseline."""
     noise_std: float = 0.02
-    """Standard deviation of that noise."""
+    """Standard deviation of the noise."""
     independent: bool = False
-    """Whether each matrix changes at neurons of its own, as in the released code."""
+    """Change each matrix at neurons of its own, as in the released code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,17 +48,17 @@ class DropConfig(UpcycleConfig):
 
 
 class Drop(UpcycleMethod[DropConfig]):
-    """Copies that differ in a share of their neurons."""
+    """Method that copies the network and changes a share of each copy's neurons."""
 
     name = "drop"
     config_class = DropConfig
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Only where nothing changes, as with copies."""
+        """Returns True only if nothing changes, as for copies."""
         return self.config.ratio == 0 and router.weights_sum_to_one
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """The ratio must amount to a neuron, or be 0."""
+        """Requires that the ratio amounts to at least one neuron, or is 0."""
         if shape is None or self.config.ratio == 0 or int(self.config.ratio * shape.width):
             return []
         rule = f"of {shape.width} neurons that is not one"
@@ -66,7 +66,7 @@ class Drop(UpcycleMethod[DropConfig]):
         return [Mistake("upcycle.ratio", self.config.ratio, rule, remedy)]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Every neuron in every expert; some of them change."""
+        """Puts every neuron into every expert, some of them changed."""
         return LayerPlan(tuple(self._expert(shape, draws, e) for e in range(self.config.num_experts)))
 
     def _expert(self, shape: FFNShape, draws: Draws, expert: int) -> ExpertPlan:

@@ -1,7 +1,7 @@
-"""The step-0 gate: does the mixture compute the function of the dense network it was made from?
+"""Equivalence check at step 0: compares an MoE with the dense network that it was made from.
 
-A method that claims to be exact is held to it, layer by layer and for the logits; of the others the drift
-is reported.
+A method that claims to be exact must match layer by layer and in the logits; for other methods the drift is
+reported.
 
 Letters: T tokens, D model width, V vocabulary.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from moe.errors import ExactnessError
 
-#: Largest difference allowed to an exact method, relative to the largest value, by dtype of the model.
-#: fp32: the bound of the step-0 gate; bf16: eight times its rounding step of 2^-8, as errors add up over
-#: the layers.
+#: Largest difference allowed for an exact method, relative to the largest value, by dtype of the model.
+#: fp32: the bound of the equivalence check; bf16: eight times its rounding step of 2^-8, as errors add up
+#: over the layers.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How one layer's mixture differs from its dense network on the same input.
+    """Difference between an MoE layer and its dense network on the same input.
 
     Attributes:
-        layer: Index of the layer in the host.
+        layer: Index of the layer in the model.
         relative_error: ``|moe - dense| / |dense|`` (L2 norms over all tokens).
-        cosine: Of the two outputs, flattened.
+        cosine: Cosine similarity of the two outputs, flattened.
         gain: ``|moe| / |dense|``.
         max_relative: Largest absolute difference over the largest absolute dense output.
     """
@@ -44,7 +44,7 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class LogitDrift:
-    """How the logits of the two models differ on real tokens.
+    """Difference between the logits of two models on real tokens.
 
     Attributes:
         max_diff: Largest absolute difference.
@@ -64,17 +64,17 @@ class LogitDrift:
         return self.max_diff / max(self.max_logit, 1e-30)
 
 
-#: Mean KL divergence in nats up to which models agree that compute in 16 bits. There, single tokens go to
-#: another expert for a rounding step in their logits, and the largest difference says nothing.
+#: Mean KL divergence in nats up to which 16-bit models agree. In 16 bits a rounding step in the router's
+#: logits can send single tokens to another expert, so that the largest difference means nothing.
 MAX_KL = 1e-3
 
 
 def agree(logits: LogitDrift, dtype: torch.dtype) -> bool:
-    """Whether two models compute the same function, as far as a dtype can tell.
+    """Returns True if two models compute the same function, within the precision of a dtype.
 
     Args:
         logits: Measured on real tokens.
-        dtype: The lower of the models' precisions. 16 bits: by `MAX_KL`; else by `TOLERANCES`.
+        dtype: The lower of the models' precisions. 16 bits are judged by `MAX_KL`, others by `TOLERANCES`.
     """
     if dtype in (torch.bfloat16, torch.float16):
         return logits.kl <= MAX_KL
@@ -111,13 +111,13 @@ def logit_drift(dense_TV: Tensor, moe_TV: Tensor) -> LogitDrift:
 
 
 def require_exact(method: str, logits: LogitDrift, layers: Sequence[LayerDrift], dtype: torch.dtype) -> None:
-    """Holds a method that claims to be exact to its claim.
+    """Verifies the claim of a method to be exact.
 
     Args:
-        method: Its name, for the message.
+        method: Name of the method, for the message.
         logits: Measured on real tokens.
-        layers: Measured on the input that each dense network saw.
-        dtype: Of the models that were compared.
+        layers: Measured on the input of each dense network.
+        dtype: Dtype of the compared models.
 
     Raises:
         ExactnessError: A layer or the logits differ by more than `TOLERANCES`; the message names the
@@ -133,5 +133,5 @@ def require_exact(method: str, logits: LogitDrift, layers: Sequence[LayerDrift],
         f"upcycling by {method!r} claims to keep the function and does not: logits differ by "
         f"{logits.max_diff:.3e}, {logits.relative:.2e} of the largest logit {logits.max_logit:.3f}, and at "
         f"most {tolerance:.1e} is allowed for {dtype}. "
-        + (f"Differing: {where}." if bad else "Every layer alone agrees; the host changed elsewhere.")
+        + (f"Differing: {where}." if bad else "Each single layer agrees; the model changed elsewhere.")
     )

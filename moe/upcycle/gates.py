@@ -1,6 +1,6 @@
-"""What a method may know of a router: what a token's experts weigh together, and whether ties hold.
+"""Combine weights of a router as a method sees them: their sum, and whether ties hold.
 
-It is observed on a small router of the same config, so that no method has to know the routers by name.
+They are observed on a small router of the same config, so that methods need not know routers by name.
 
 Letters: T tokens, D model width, E experts, G experts of a group.
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 from moe.routers import Router, RouterConfig, router_class
 from moe.types import LayerContext, RouterContext
 
-# Of the small router. Rows of deviation 1/sqrt(D) give logits of deviation 1: clear choices, no saturation.
+# Sizes of the small router. Rows with deviation 1/sqrt(D) give logits with deviation 1: clear choices without
+# saturation.
 _WIDTH = 16
 _TOKENS = 64
 _TOLERANCE = 1e-6
@@ -26,16 +27,16 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Gates:
-    """The weights that a router gives to the experts of a token.
+    """Weights that a router gives to the experts of a token.
 
     Attributes:
-        top_k: Experts a token, as a mean where it varies.
-        total: Their weights' sum: of every token where `constant`, else of a router of zeros. None where it
-            cannot be told, is 0, or differs from token to token even then.
-        constant: Whether the sum is the same whatever the token and the router's rows are.
-        has_rows: Whether the router has a row for each expert, which a method may set.
-        alike: The weight that every expert has that a token uses, where it is one and the same, at least
-            until training changes the router; else None.
+        top_k: Experts per token; the mean, where it varies.
+        total: Sum of their weights: every token's if `constant`, else that of a router of zeros. None if
+            unknown, 0, or different from token to token even then.
+        constant: True if the sum is the same for all tokens and router rows.
+        has_rows: True if the router has a row for each expert, which a method may set.
+        alike: The common weight of all used experts, at least until training changes the router; None if
+            their weights differ.
     """
 
     top_k: int
@@ -46,17 +47,17 @@ class Gates:
 
     @property
     def weight_sum(self) -> float:
-        """`total`, where a method's check has made sure of it."""
-        assert self.total is not None, "the method's check refuses routers whose sum cannot be told"
+        """`total`, once a method's check has ensured that it is known."""
+        assert self.total is not None, "the method's check rejects routers whose sum is unknown"
         return self.total
 
 
 @torch.no_grad()
 def observe(config: RouterConfig, num_experts: int) -> Gates:
-    """The gates of the routers of a config.
+    """Observes the gates of the routers of a config.
 
     Args:
-        config: Of the router; its own check has passed.
+        config: Config of the router, which has passed its own check.
         num_experts: E.
     """
     with _small_router(config, num_experts) as router:
@@ -76,7 +77,7 @@ def observe(config: RouterConfig, num_experts: int) -> Gates:
 
 
 def _total(router: Router[Any]) -> float | None:
-    """The sum of every token's weights, where it is one; also of tokens that are all alike."""
+    """Returns the sum of a token's weights if all tokens have the same, even equal tokens; else None."""
     tokens = _tokens()
     sums = [
         _weights(router, x_TD, training).sum(-1)
@@ -93,13 +94,13 @@ def _one_value(values: Tensor) -> float | None:
 
 @torch.no_grad()
 def keeps_groups(config: RouterConfig, num_experts: int, group_size: int, training: bool) -> bool:
-    """Whether every token uses groups of experts as wholes, where the rows of a group are equal.
+    """Returns True if every token uses whole groups of experts when the rows of a group are equal.
 
     Args:
-        config: Of a router with rows; its own check has passed.
+        config: Config of a router with rows, which has passed its own check.
         num_experts: E.
         group_size: G, a divisor of E.
-        training: Whether the router is in training, where some add noise or even out the load.
+        training: Puts the router into training mode, in which some add noise or even out the load.
     """
     with _small_router(config, num_experts) as router:
         rows_ED = router.rows_ED()
@@ -112,7 +113,7 @@ def keeps_groups(config: RouterConfig, num_experts: int, group_size: int, traini
 
 @contextmanager
 def _small_router(config: RouterConfig, num_experts: int) -> Iterator[Router[Any]]:
-    # Routers draw their parameters when they are made: the caller's random state is not theirs to change.
+    # Routers draw their parameters at construction, which must not change the caller's random state.
     with torch.random.fork_rng(devices=()), torch.device("cpu"):
         router = router_class(config.name)(config, _WIDTH, num_experts)
         router.reset_parameters(torch.Generator().manual_seed(0))
@@ -127,7 +128,7 @@ def _tokens() -> Tensor:
 
 
 def _weights(router: Router[Any], x_TD: Tensor, training: bool = False) -> Tensor:
-    """``[T, E]`` what every expert weighs for every token; 0 where it is not used."""
+    """Returns the ``[T, E]`` weight of every expert for every token; 0 where unused."""
     run = RouterContext(token_ids=torch.arange(len(x_TD))[None])
     routing = router.train(training)(x_TD, LayerContext(run, 0))
     weights_TK, ids_TK, used_TK = routing.weights_TK, routing.expert_ids_TK, routing.slot_mask_TK

@@ -1,4 +1,4 @@
-"""Which layers of a host become mixtures."""
+"""Choice of the layers of a model that become MoE layers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _FORMS = "Use all, every:N, every:N:OFFSET, last:N, inner:N, or a list of layer 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """A rule that picks layers, whatever their number.
+    """Rule that picks layers from any number of them.
 
     Attributes:
-        every: Take each ``every``-th layer.
+        every: Picks each ``every``-th layer.
         offset: The first of them.
-        last: Take only the last so many layers; None for no such limit.
-        ends: Leave so many layers out at either end.
-        listed: Take exactly these; None when the other fields rule.
-        given: The option's value, for errors.
+        last: Number of last layers to pick from; None for all.
+        ends: Number of layers left out at either end.
+        listed: Picks exactly these; None if the other fields rule.
+        given: Value of the option, for errors.
     """
 
     every: int = 1
@@ -31,11 +31,10 @@ class LayerChoice:
     given: str | list[int] = field(default="all", compare=False)
 
     def pick(self, num_layers: int) -> list[int]:
-        """The chosen indices, ascending.
+        """Returns the chosen indices, ascending.
 
         Raises:
-            FieldError: A listed layer does not exist, more layers are asked for than there are, or
-                none is left.
+            FieldError: A listed layer does not exist, more layers are asked for than exist, or none is left.
         """
         if self.listed is not None:
             outside = [i for i in self.listed if not 0 <= i < num_layers]
@@ -59,7 +58,7 @@ def parse_layers(layers: str | list[int]) -> LayerChoice:
     """Reads the config value ``upcycle.layers``.
 
     Raises:
-        FieldError: It has none of the forms; the message lists them.
+        FieldError: The value has none of the forms; the message lists them.
     """
     if not isinstance(layers, str):
         if not layers or len(set(layers)) != len(layers):

@@ -1,7 +1,7 @@
-"""What an upcycling method decides: for every expert, which dense neurons it takes and what is done to them.
+"""Plan of an upcycled layer: the dense neurons that every expert takes, and their changes.
 
-A plan holds no weights. Whoever carries it out (`moe.upcycle.build_experts`) sees one matrix at a time, so
-that one method serves a model in memory, a converter that streams files, and a rank that holds a few experts.
+A plan holds no weights. It is carried out (`moe.upcycle.expert_rows`) one matrix at a time, so that one
+method serves a model in memory, a converter that streams files, and a rank that holds a few experts.
 
 Letters: D model width, E experts, F width of the dense network or of an expert.
 """
@@ -22,14 +22,14 @@ Moments = Literal["matrix", "slice"]
 
 @dataclass(frozen=True)
 class FFNShape:
-    """What a method may know of a dense network before its weights are read.
+    """Shape of a dense network, known before its weights are read.
 
     Attributes:
         width: F.
         model_width: D.
-        gated: Whether there is a gate beside the up projection.
-        up_bias: Gate and up projection have biases.
-        down_bias: The down projection has one.
+        gated: True if there is a gate beside the up projection.
+        up_bias: True if gate and up projection have biases.
+        down_bias: True if the down projection has a bias.
         activation: A key of `kernels.activations.ACTIVATIONS`.
     """
 
@@ -42,18 +42,18 @@ class FFNShape:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Those that the network has."""
+        """The matrices of the network."""
         return ("gate", "up", "down") if self.gated else ("up", "down")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Neurons whose weights are drawn anew, from a normal distribution; their biases become 0.
+    """Neurons whose weights are drawn anew from a normal distribution; their biases become 0.
 
     Attributes:
-        positions: For each matrix, int64 positions among the expert's neurons; None draws all of them.
+        positions: For each matrix, int64 positions among the expert's neurons; None draws all.
         std: Standard deviation, around 0; None takes mean and deviation of the dense weights.
-        moments: Of which dense weights: the whole ``matrix``, or the ``slice`` that is replaced.
+        moments: Dense weights behind mean and deviation: the whole ``matrix``, or the replaced ``slice``.
     """
 
     positions: Mapping[Matrix, Tensor] | None = None
@@ -66,8 +66,8 @@ class Noise:
     """Normal noise added to weights.
 
     Attributes:
-        std: Its standard deviation; a share of the dense matrix' deviation when `relative`.
-        relative: See `std`.
+        std: Standard deviation of the noise.
+        relative: Measures `std` in units of the dense matrix's deviation.
         positions: As in `Drawn`.
     """
 
@@ -78,19 +78,19 @@ class Noise:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """How one expert, routed or shared, comes out of a dense network.
+    """Recipe for one expert, routed or shared, out of a dense network.
 
     Neuron i is row i of gate and up projection and column i of the down projection.
 
     Attributes:
         width: F of the expert.
-        neurons_F: Its neurons by their dense index: a slice, or ``[F]`` int64 in the expert's order. None
-            when no dense neuron is read, since all weights are drawn.
-        source: Which of the dense networks, for methods that have several.
-        scale: Factor of each matrix, 1 where not named. Biases of gate and up follow their matrix.
+        neurons_F: Dense indices of its neurons: a slice, or ``[F]`` int64 in the expert's order. None if all
+            weights are drawn, so that no dense neuron is read.
+        source: Number of the dense network, for methods with several.
+        scale: Factor on each matrix, 1 by default. Biases of gate and up follow their matrix.
         drawn: Weights that are drawn anew.
-        noise: Added to the others.
-        down_bias: Factor of the dense down bias.
+        noise: Noise added to the other weights.
+        down_bias: Factor on the dense down bias.
     """
 
     width: int
@@ -111,21 +111,21 @@ class ExpertPlan:
             assert self.neurons_F.shape == (self.width,), (self.neurons_F.shape, self.width)
 
     def keeps(self, matrix: Matrix) -> bool:
-        """Whether the expert's matrix is made of the dense weights as they are, in their order."""
+        """Returns True if the expert's matrix consists of unchanged dense weights in their order."""
         in_order = isinstance(self.neurons_F, slice)
         return in_order and self.scale.get(matrix, 1.0) == 1.0 and self.drawn is None and self.noise is None
 
 
 @dataclass(frozen=True)
 class NeuronRows:
-    """Rows of a router that come out of the dense network; who carries the plan out reads them.
+    """Rows of a router that are read from the dense network when the plan is carried out.
 
-    Row e is the mean of the rows of some neurons. Letters here: E experts, N neurons that one stands for.
+    Row e is the mean of the rows of some neurons. Letters here: E experts, N neurons averaged for each.
 
     Attributes:
         matrix: ``gate`` or ``up``, of dense network 0.
         neurons_EN: ``[E, N]`` int64.
-        normalised: Whether each of these rows is scaled to length 1 first.
+        normalised: Scales each of these rows to length 1 first.
     """
 
     matrix: Matrix
@@ -135,12 +135,12 @@ class NeuronRows:
 
 @dataclass(frozen=True)
 class RouterStart:
-    """How a router begins, for methods that care.
+    """Initial parameters of a router that a method prescribes.
 
     Attributes:
-        group_size: So many consecutive experts share a row. 1: every expert has its own.
-        rows_ED: ``[E, D]`` the rows themselves; None leaves them as the router draws them.
-        tensors: Other parameters of the router, by their name in it.
+        group_size: Number of consecutive experts that share a row. 1: every expert has its own.
+        rows_ED: ``[E, D]`` rows; None leaves them as the router draws them.
+        tensors: Other parameters, by their name in the router.
     """
 
     group_size: int = 1
@@ -156,12 +156,12 @@ class RouterStart:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a mixture.
+    """Plan of one MoE layer.
 
     Attributes:
         experts: The routed experts, E of one width.
-        shared: The expert that every token uses besides; None for none.
-        router: How its router begins.
+        shared: The expert that every token uses in addition; None without one.
+        router: Initial parameters of its router.
     """
 
     experts: tuple[ExpertPlan, ...]
@@ -180,15 +180,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of one layer: the same whoever draws, in whatever order."""
+    """Randomness of one layer, independent of who draws and in which order."""
 
     seed: int
     layer: int
 
     def generator(self, *what: object) -> Generator:
-        """A generator for one purpose in this layer."""
+        """Returns a generator for one purpose in this layer."""
         return seeded_generator(self.seed, "upcycle", self.layer, *what)
 
     def of_matrix(self, expert: int | None, matrix: Matrix) -> Generator:
-        """For the weights of one expert's matrix; None is the shared expert."""
+        """Returns the generator for one expert's matrix; None means the shared expert."""
         return self.generator("weights", "shared" if expert is None else expert, matrix)

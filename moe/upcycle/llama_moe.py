@@ -1,8 +1,8 @@
-"""LLaMA-MoE: experts divide the dense neurons by chance, weights, what fires together, or importance.
+"""LLaMA-MoE: experts divide the dense neurons at random, or by weights, coactivation or importance.
 
-Source: Zhu et al. 2024 (arXiv 2406.16554) and its release. The release counts importance on 16 clusters of
-texts, one for each expert; here the clusters are of the layer's inputs, as in v2. Of METIS stands a spectral
-partition refined by exchanges (`moe.upcycle.neuron_split.coactivation_groups`).
+Source: Zhu et al. 2024 (arXiv 2406.16554) and its release. The release measures importance on 16 clusters of
+texts, one for each expert; here the layer's inputs are clustered, as in v2. A spectral partition refined by
+exchanges (`moe.upcycle.neuron_split.coactivation_groups`) takes the place of METIS.
 
 Letters: E experts, F width of the dense network or of an expert, K experts a token.
 """
@@ -39,7 +39,7 @@ _STATISTIC = {
     "sharing_inner": "importance_EF",
     "sharing_inter": "importance_EF",
 }
-# Of the neurons of an activation that is never 0, so many percent count as active at once.
+# Percentage of neurons that count as active, for activations that are never 0.
 _ACTIVE_PERCENT = 10
 
 
@@ -49,17 +49,18 @@ class LlamaMoEConfig(UpcycleConfig):
 
     name: Literal["llama_moe"] = "llama_moe"
     split: Split = "random"
-    """``random``; ``cluster``: balanced k-means of the normalised up rows; ``coactivation``: a balanced
+    """``random``; ``cluster``: balanced k-means of the normalised up rows; ``coactivation``: balanced
     partition of the graph of neurons that are active together; ``gradient``: by importance for clusters of
-    tokens, each neuron once; ``sharing_inner``: every expert takes its most important neurons, some twice
-    and some never; ``sharing_inter``: what most experts would take is shared, the rest as ``gradient``."""
+    tokens, each neuron once; ``sharing_inner``: every expert takes its most important neurons, some twice and
+    some never; ``sharing_inter``: neurons that most experts would take are shared, the rest as
+    ``gradient``."""
     num_shared: int = 1
-    """With ``sharing_inter``, width of the shared expert in widths of a routed one."""
+    """Width of the shared expert in widths of a routed one, with ``sharing_inter``."""
     cluster_tokens: int = 8192
-    """Tokens that the clusters are of, where importance decides."""
+    """Tokens that are clustered, where importance decides."""
     scale_factor: float | None = None
-    """Factor on the routed experts' output, folded into their down projections; None takes ``E / K`` as the
-    release. Where weights sum to 1, each of K experts then weighs about E / K^2; K makes it 1."""
+    """Factor on the routed experts' output, folded into their down projections; None takes ``E / K`` like the
+    release. If weights sum to 1, each of K experts then weighs about E / K^2; a factor of K makes it 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,25 +88,25 @@ class LlamaMoEConfig(UpcycleConfig):
 
     @property
     def num_parts(self) -> int:
-        """Parts of one width that the dense neurons are cut into."""
+        """Equal parts that the dense neurons are cut into."""
         return self.num_experts + (self.num_shared if self.split == "sharing_inter" else 0)
 
 
 class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
-    """A division of the dense neurons, with the exceptions that `LlamaMoEConfig.split` tells."""
+    """Method that divides the dense neurons, with the exceptions listed at `LlamaMoEConfig.split`."""
 
     name = "llama_moe"
     config_class = LlamaMoEConfig
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """By the split."""
+        """The statistic that the split needs."""
         found = _STATISTIC.get(self.config.split)
         return () if found is None else (found,)
 
     @property
     def statistic_options(self) -> Mapping[str, Mapping[str, int]]:
-        """As many clusters as experts."""
+        """Asks for as many clusters as experts."""
         E = self.config.num_experts
         if self.config.split == "cluster":
             return {"row_clusters_F": {"num_clusters": E}}
@@ -117,13 +118,13 @@ class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
         return {}
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Only where each neuron is used once, by every token, at weight 1."""
+        """Returns True only if every token uses each neuron once, at weight 1."""
         gates = observe(router.config, router.num_experts)
         divides = self.config.split != "sharing_inner"
         return divides and is_whole(gates, router.num_experts, self._factor(gates))
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Parts of one width."""
+        """Requires parts of one width."""
         if shape is None or shape.width % self.config.num_parts == 0:
             return []
         rule = (
@@ -132,7 +133,7 @@ class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
         return [Mistake("upcycle.num_experts", self.config.num_experts, rule, "Set another number.")]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """By the split."""
+        """Divides the neurons by the split."""
         groups_EM, shared_F = self._divide(shape, draws, statistics)
         return parts_plan(list(groups_EM), self._factor(self.gates), self.gates, shared_F)
 
@@ -159,14 +160,14 @@ class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
 
 
 def share_and_divide(score_EF: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
-    """Shares what most experts find important, and divides the rest by importance.
+    """Shares the neurons that most experts find important, and divides the rest by importance.
 
     Args:
         score_EF: ``[E, F]`` importance of each neuron to each expert.
         num_shared: Width of the shared expert in widths of a routed one, at least 1.
 
     Returns:
-        ``[E, M]`` neurons of the routed experts, and those of the shared one.
+        ``[E, M]`` neurons of the routed experts, and the neurons of the shared one.
     """
     E, F = score_EF.shape
     width = F // (E + num_shared)

@@ -1,9 +1,9 @@
-"""LLaMA-MoE v2: a shared expert of what is important to all tokens, routed ones for clusters of them.
+"""LLaMA-MoE v2: a shared expert of neurons important to all tokens, routed experts for clusters of tokens.
 
-Source: Qu et al. 2024 (arXiv 2411.15708), MLP-MoE, and its release. The clusters are of the layer's inputs,
-and their centroids are the router's rows, so that a token goes where its neurons are. Its attention experts
-are `moe.attention.routed_attention`; of its alignment of output moments the deviation is here, and not the
-mean, which needs a bias that Mixtral lacks.
+Source: Qu et al. 2024 (arXiv 2411.15708), MLP-MoE, and its release. The layer's inputs are clustered, and the
+centroids become the router's rows, so that tokens go to the experts that hold their neurons. Its attention
+experts are in `moe.attention.routed_attention`. Of its alignment of output moments, the deviation is
+implemented; the mean is not, as it needs a bias that Mixtral lacks.
 
 Letters: D model width, E experts, F width of the dense network or of an expert, K experts a token.
 """
@@ -34,17 +34,18 @@ class LlamaMoEV2Config(UpcycleConfig):
     num_experts: int = 7
     """Routed experts."""
     layers: str | list[int] = "inner:1"
-    """Which layers become mixtures; the release leaves the first and the last dense."""
+    """Layers that become MoE layers; the release leaves the first and the last dense."""
     residual: bool = True
-    """A shared expert beside the routed ones, all by importance; false cuts the dense network into runs."""
+    """Make a shared expert beside the routed ones, all by importance; false cuts the dense network into runs
+    of neurons."""
     router_rows: Literal["centroids", "raw_centroids", "drawn"] = "centroids"
     """``centroids`` divided by their mean squared length, so that a logit is about 1 at its own centroid;
     ``raw_centroids`` as the release: the choice is the same, and its weights are nearly 0 and 1."""
     cluster_tokens: int = 8192
-    """Tokens that the clusters are of."""
+    """Tokens that are clustered."""
     align_outputs: bool = False
-    """Whether each layer's outputs are given the deviation of the dense network's, channel by channel, on the
-    tokens of the step-0 gate."""
+    """Rescale each layer's outputs to the deviation of the dense network's, channel by channel, on the tokens
+    of the equivalence check."""
     scale_factor: float | None = None
     """Factor on the routed experts' output, folded into their down projections. None takes K with a shared
     expert (1 for the release's top-1), so that experts weigh about 1, and E / K without."""
@@ -69,17 +70,17 @@ class LlamaMoEV2Config(UpcycleConfig):
 
     @property
     def num_parts(self) -> int:
-        """Parts of one width that the dense neurons are cut into."""
+        """Equal parts that the dense neurons are cut into."""
         return self.num_experts + int(self.residual)
 
     @property
     def sets_rows(self) -> bool:
-        """Whether the router begins at centroids."""
+        """True if the router begins at centroids."""
         return self.residual and self.router_rows != "drawn"
 
 
 class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
-    """One shared expert and a division of the other neurons."""
+    """Method that makes one shared expert and divides the other neurons."""
 
     name = "llama_moe_v2"
     config_class = LlamaMoEV2Config
@@ -97,7 +98,7 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
 
     @property
     def statistic_options(self) -> Mapping[str, Mapping[str, int]]:
-        """As many clusters as experts."""
+        """Asks for as many clusters as experts."""
         if not self.config.residual:
             return {}
         return {
@@ -106,12 +107,12 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
         }
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Only where every token uses every expert, and each counts 1."""
+        """Returns True only if every token uses every expert, at weight 1."""
         gates = observe(router.config, router.num_experts)
         return is_whole(gates, router.num_experts, self._factor(gates))
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Parts of one width, and rows that centroids can be."""
+        """Requires parts of one width, and a router whose rows can be centroids."""
         config, found = self.config, []
         if shape is not None and shape.width % config.num_parts:
             rule = (
@@ -125,7 +126,7 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """By importance, or runs."""
+        """Divides the neurons by importance, or into runs."""
         factor = self._factor(self.gates)
         if not self.config.residual:
             return parts_plan(torch.arange(shape.width).chunk(self.config.num_experts), factor, self.gates)
@@ -135,7 +136,7 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
             return plan
         rows_ED = statistics["centroids_ED"]
         if self.config.router_rows == "centroids":
-            # One factor for all rows: the order of the logits stays.
+            # One factor for all rows, which keeps the order of the logits.
             rows_ED = rows_ED / rows_ED.square().sum(1).mean().clamp_min(1e-30)
         return replace(plan, router=RouterStart(rows_ED=rows_ED))
 

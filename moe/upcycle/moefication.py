@@ -1,8 +1,8 @@
-"""MoEfication: neurons of a ReLU network that have similar rows, or fire together, become experts.
+"""MoEfication: neurons of a ReLU network with similar rows, or that fire together, form experts.
 
 Source: Zhang et al. 2022 (arXiv 2110.01786). Few of a ReLU network's neurons are active for a token, so that
 a fifth of the experts can carry most of its output. Experts are chosen by the similarity of the token to
-their mean row and summed; the selector that the paper trains for better choices is not here.
+their mean row and summed; the selector that the paper trains for better choices is not implemented.
 
 Letters: E experts, F width of the dense network.
 """
@@ -34,11 +34,11 @@ class MoEficationConfig(UpcycleConfig):
     name: Literal["moefication"] = "moefication"
     split: Literal["cluster", "coactivation"] = "coactivation"
     """Balanced k-means of the normalised up rows, or a balanced partition of the graph of neurons that are
-    active in the same tokens."""
+    active for the same tokens."""
 
 
 class MoEfication(UpcycleMethod[MoEficationConfig]):
-    """A division of a ReLU network with mean rows for a router."""
+    """Method that divides a ReLU network, with mean rows as the router."""
 
     name = "moefication"
     config_class = MoEficationConfig
@@ -46,22 +46,22 @@ class MoEfication(UpcycleMethod[MoEficationConfig]):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """By the split."""
+        """The statistic that the split needs."""
         return ("row_clusters_F" if self.config.split == "cluster" else "coactivation_FF",)
 
     @property
     def statistic_options(self) -> Mapping[str, Mapping[str, int]]:
-        """As many clusters as experts."""
+        """Asks for as many clusters as experts."""
         if self.config.split == "coactivation":
             return {}
         return {"row_clusters_F": {"num_clusters": self.config.num_experts}}
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Where every token uses every expert, as long as the router has not been trained."""
+        """Returns True if every token uses every expert, while the router is untrained."""
         return router.weighs_one and router.top_k == router.num_experts
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """A ReLU network, parts of one width, and a linear router under which experts are summed."""
+        """Requires a ReLU network, parts of one width, and a linear router that sums its experts."""
         E, found = self.config.num_experts, unit_faults(router, self.config.num_experts)
         if not found and not observe(router, E).has_rows:
             rule = "it has no row for each expert that could begin at the mean row of its neurons"
@@ -70,12 +70,12 @@ class MoEfication(UpcycleMethod[MoEficationConfig]):
             return found
         if shape.activation not in _SPARSE:
             rule = f"it is for networks with ReLU, and the dense one has {shape.activation!r}: no neuron is 0"
-            remedy = "Choose cmoe or llama_moe, which do without zeros."
+            remedy = "Choose cmoe or llama_moe, which need no zeros."
             found.append(Mistake("upcycle.name", self.config.name, rule, remedy))
         return found + division_faults(E, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """By the split."""
+        """Divides the neurons by the split."""
         E, found = self.config.num_experts, statistics[self.statistics[0]]
         if self.config.split == "cluster":
             groups_EM = groups_of(found, E)

@@ -1,7 +1,7 @@
-"""Which neurons of a dense network go to which expert.
+"""Assignment of a dense network's neurons to experts.
 
-Letters: E experts, F width of the dense network, M neurons of an expert, S neurons of the shared expert, or
-sampled tokens, N of some.
+Letters: E experts, F width of the dense network, M neurons of an expert, S neurons of the shared expert or
+sampled tokens, N candidates.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from moe.upcycle.clustering import assign_balanced, balanced_kmeans
 # Neurons up to which the spectrum is computed in full.
 _FULL_SPECTRUM = 2048
 _MAX_SWEEPS = 20
-# Neurons of a group that are looked at for an exchange.
+# Neurons of a group that are considered for an exchange.
 _CANDIDATES = 32
 
 
 def groups_of(label_F: Tensor, num_experts: int) -> Tensor:
-    """``[E, M]`` int64 neurons of each expert, ascending, of labels whose groups are of one size."""
+    """Returns the ``[E, M]`` int64 neurons of each expert, ascending, for labels of equally large groups."""
     sizes_E = torch.bincount(label_F, minlength=num_experts)
     assert len(set(sizes_E.tolist())) == 1, f"groups of sizes {sizes_E.tolist()}"
     return label_F.argsort(stable=True).view(num_experts, -1)
 
 
 def random_groups(width: int, num_experts: int, generator: Generator) -> Tensor:
-    """``[E, M]``: a shuffled partition."""
+    """Returns ``[E, M]``: a random partition."""
     order_F = torch.randperm(width, generator=generator)
     return order_F.view(num_experts, -1).sort(dim=1).values
 
 
 def snake_groups(score_F: Tensor, num_experts: int) -> Tensor:
-    """``[E, M]``: neurons dealt out by falling score, there and back, so that sums of scores are near.
+    """Returns ``[E, M]``: neurons dealt out by falling score, back and forth, so that sums are close.
 
-    (arXiv 2512.02351: rows of E, every other one reversed; column e is expert e.) Ids in `score_F`.
+    Source: arXiv 2512.02351 (rows of E, every other one reversed; column e is expert e). Ids refer to
+    `score_F`.
     """
     rows_ME = score_F.argsort(descending=True, stable=True).view(-1, num_experts).clone()
     rows_ME[1::2] = rows_ME[1::2].flip(1)
@@ -42,9 +43,9 @@ def snake_groups(score_F: Tensor, num_experts: int) -> Tensor:
 
 
 def greedy_groups(score_EF: Tensor) -> Tensor:
-    """``[E, M]``: again and again, the highest score whose neuron is free and whose expert has room.
+    """Returns ``[E, M]``: repeatedly the highest score whose neuron is free and whose expert has room.
 
-    (LLaMA-MoE's gradient split without sharing; ties go to the lower expert, then the lower neuron.)
+    This is LLaMA-MoE's gradient split without sharing; ties go to the lower expert, then the lower neuron.
     """
     E, F = score_EF.shape
     assert F % E == 0, (F, E)
@@ -60,14 +61,14 @@ def greedy_groups(score_EF: Tensor) -> Tensor:
 
 
 def top_groups(score_EF: Tensor, width: int) -> Tensor:
-    """``[E, M]``: every expert its own highest scores; neurons may be in several experts, or in none."""
+    """Returns ``[E, M]``: each expert's own highest scores; neurons may be in several experts, or in none."""
     return score_EF.argsort(dim=1, descending=True, stable=True)[:, :width].sort(dim=1).values
 
 
 def most_wanted(score_EF: Tensor, width: int, count: int) -> Tensor:
-    """``[S]`` neurons, ascending, that are in the highest `width` of the most experts.
+    """Returns the ``[S]`` neurons, ascending, that are among the highest `width` of the most experts.
 
-    Ties go to the higher sum of scores, each expert's scaled to a sum of 1, then to the lower neuron.
+    Ties go to the higher sum of scores (each expert's scores scaled to a sum of 1), then to the lower neuron.
     """
     E, F = score_EF.shape
     wanted_F = torch.bincount(top_groups(score_EF, width).flatten(), minlength=F)
@@ -78,13 +79,13 @@ def most_wanted(score_EF: Tensor, width: int, count: int) -> Tensor:
 
 
 def coactivation_groups(weight_FF: Tensor, num_experts: int, generator: Generator) -> Tensor:
-    """``[E, M]``: a balanced partition of a graph that keeps heavy edges within groups.
+    """Returns ``[E, M]``: a balanced partition of a graph that keeps heavy edges within groups.
 
-    Spectral start (balanced k-means of the eigenvectors of the normalised adjacency), then Kernighan-Lin
-    exchanges of pairs until none lowers the cut. The papers call METIS, which this stands in for.
+    It starts from a spectral partition (balanced k-means of the eigenvectors of the normalised adjacency) and
+    applies Kernighan-Lin exchanges of pairs until none lowers the cut. The papers use METIS instead.
 
     Args:
-        weight_FF: ``[F, F]`` symmetric weights of at least 0; the diagonal is not looked at.
+        weight_FF: ``[F, F]`` symmetric weights, at least 0; the diagonal is ignored.
         num_experts: E, a divisor of F.
         generator: Draws the starts.
     """
@@ -111,10 +112,10 @@ def _spectrum(weight_FF: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def _refined(weight_FF: Tensor, label_F: Tensor, num_experts: int) -> Tensor:
-    """Exchanges pairs of two groups while an exchange of each pair of groups lowers the cut."""
+    """Exchanges neurons of pairs of groups while an exchange lowers the cut."""
     label_F = label_F.clone()
     member_FE = torch.nn.functional.one_hot(label_F, num_experts)
-    # In doubles: sums of fp32 weights that are updated many times stay what they are.
+    # In fp64, so that many updates do not change the sums of fp32 weights.
     inside_FE = (weight_FF @ member_FE.float()).double()
     slack = 1e-6 * float(weight_FF.max().clamp_min(1e-30))
     for _ in range(_MAX_SWEEPS):
@@ -131,7 +132,7 @@ def _refined(weight_FF: Tensor, label_F: Tensor, num_experts: int) -> Tensor:
 def _exchange_best(
     weight_FF: Tensor, inside_FE: Tensor, label_F: Tensor, pair: tuple[int, int], slack: float
 ) -> bool:
-    """Of the neurons that gain most by moving alone, exchanges the two that gain most together."""
+    """Exchanges the two neurons that gain most together, among those that gain most alone."""
     a, b = pair
     gain_a_N, in_a_N = _keenest(inside_FE, label_F, a, b)
     gain_b_N, in_b_N = _keenest(inside_FE, label_F, b, a)
@@ -148,7 +149,7 @@ def _exchange_best(
 
 
 def _keenest(inside_FE: Tensor, label_F: Tensor, own: int, other: int) -> tuple[Tensor, Tensor]:
-    """What the neurons of a group gain by moving to another, the highest few, and which they are."""
+    """Returns the largest gains of a group's neurons by moving to another group, and these neurons."""
     in_own_M = (label_F == own).nonzero().squeeze(1)
     gain_M = inside_FE[in_own_M, other] - inside_FE[in_own_M, own]
     top = gain_M.topk(min(_CANDIDATES, len(gain_M)))
@@ -156,14 +157,15 @@ def _keenest(inside_FE: Tensor, label_F: Tensor, own: int, other: int) -> tuple[
 
 
 def marker_groups(mark_SF: Tensor, rate_F: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Groups of neurons that are marked by the same tokens, and the neuron that stands for each (CMoE).
+    """Groups neurons that are marked by the same tokens, with a representative neuron for each (CMoE).
 
-    The centroids are the marks of the E neurons of highest rate; one balanced assignment by L1 distance
-    (arXiv 2502.04416, with its ``max_iters`` of 1). The representative is nearest to its group's mean marks.
+    Centroids are the marks of the E neurons with the highest rate; one balanced assignment by L1 distance
+    follows (arXiv 2502.04416, with its ``max_iters`` of 1). The representative is nearest to its group's mean
+    marks.
 
     Args:
-        mark_SF: ``[S, F]`` of 0 and 1: which tokens mark which of the neurons that are to be grouped.
-        rate_F: ``[F]`` how often each is marked in the whole text.
+        mark_SF: ``[S, F]`` of 0 and 1: marks of the neurons to be grouped, by token.
+        rate_F: ``[F]`` rate at which each is marked in the whole text.
         num_experts: E, a divisor of F.
 
     Returns:
@@ -172,7 +174,7 @@ def marker_groups(mark_SF: Tensor, rate_F: Tensor, num_experts: int) -> tuple[Te
     mark_SF = mark_SF.float()
     centre_E = rate_F.argsort(descending=True, stable=True)[:num_experts]
     count_F = mark_SF.sum(0)
-    # Of columns of 0 and 1, |a - b| sums to a + b - 2 a b.
+    # For columns of 0 and 1, |a - b| sums to a + b - 2 a b.
     cost_FE = count_F[:, None] + count_F[centre_E] - 2 * (mark_SF.t() @ mark_SF[:, centre_E])
     groups_EM = groups_of(assign_balanced(cost_FE), num_experts)
     members = []

@@ -1,4 +1,4 @@
-"""Experts drawn anew: a mixture from scratch, the baseline of every upcycling method."""
+"""Experts drawn anew: an MoE from scratch, the baseline of every upcycling method."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class RandomConfig(UpcycleConfig):
 
 
 class Random(UpcycleMethod[RandomConfig]):
-    """Independent normal weights and zero biases; only shape and activation come from the dense network."""
+    """Method with independent normal weights and zero biases; shape and activation are the dense ones."""
 
     name = "random"
     config_class = RandomConfig
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Never: it is another function."""
+        """Returns False: it is another function."""
         return False
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Experts that read no dense neuron."""
+        """Plans experts that read no dense neuron."""
         width = self.config.expert_width or shape.width
         expert = ExpertPlan(width, None, drawn=Drawn(std=self.config.init_std), down_bias=0.0)
         return LayerPlan((expert,) * self.config.num_experts)

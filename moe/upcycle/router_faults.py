@@ -1,6 +1,6 @@
-"""What a router may lack that a method needs of it, told as a user's mistake.
+"""Checks for properties of a router that methods need, reported as a user's mistakes.
 
-Virtual groups (arXiv 2410.07524) are experts with equal router rows, that a token uses as a whole.
+A virtual group (arXiv 2410.07524) consists of experts with equal router rows, which a token uses together.
 
 Letters: E experts, G experts of a group, K experts a token.
 """
@@ -13,16 +13,16 @@ from moe.errors import Mistake
 from moe.routers import RouterConfig
 from moe.upcycle.gates import Gates, keeps_groups, observe
 
-# Options that can part experts with equal rows, with the value at which they do not.
+# Options that can separate experts with equal rows, with the value at which they do not.
 _CALM: dict[str, object] = {"noise_scale": 0, "jitter": 0, "second": "always", "num_groups": 1}
-_REMEDY = "Choose a router that picks by the logits of a linear map alone, such as topk."
+_REMEDY = "Choose a router that selects by the logits of a linear map alone, such as topk."
 
 
 def group_faults(router: RouterConfig, num_experts: int, group_size: int) -> list[Mistake]:
-    """Why a router cannot use groups as wholes; empty when it does, in training as well.
+    """Returns why a router cannot use whole groups; empty if it does, also in training.
 
     Args:
-        router: The router's config; its own check has passed.
+        router: The router's config, which has passed its own check.
         num_experts: E.
         group_size: G, above 0.
     """
@@ -49,7 +49,7 @@ def _parting_faults(router: RouterConfig, num_experts: int, group_size: int) -> 
     kept = [keeps_groups(router, num_experts, group_size, training) for training in (False, True)]
     if all(kept):
         return
-    rule = "it parts the experts of a virtual group, whose rows are equal"
+    rule = "it separates the experts of a virtual group, whose rows are equal"
     if kept[0]:
         rule = f"in training {rule}"
     causes = [name for name, calm in _CALM.items() if getattr(router, name, calm) != calm]
@@ -61,15 +61,15 @@ def _parting_faults(router: RouterConfig, num_experts: int, group_size: int) -> 
 
 
 def sum_faults(router: RouterConfig, gates: Gates, otherwise: str) -> list[Mistake]:
-    """Why a factor cannot make up for the weights of a router; empty when it can.
+    """Returns why no factor can compensate for the weights of a router; empty if one can.
 
     Args:
         router: The router's config.
-        gates: Observed of it.
-        otherwise: The setting that does without the factor.
+        gates: Observed gates of the router.
+        otherwise: The setting that needs no factor.
     """
     if gates.total is not None:
         return []
-    rule = "what its weights sum to differs from token to token, so that no factor makes up for it"
+    rule = "the sum of its weights differs from token to token, so that no factor compensates for it"
     remedy = f"Choose a router whose weights sum to 1, such as topk, or set {otherwise}."
     return [Mistake("router.name", router.name, rule, remedy)]

@@ -1,7 +1,7 @@
-"""The dense network stays as an expert that every token uses; routed experts beside it begin at zero.
+"""Dense network as an expert that every token uses; the routed experts begin at zero.
 
-Exact at step 0 for any router and whatever its weights sum to: the routed experts' down projections are 0.
-In the first step only these get a gradient; router and up projections follow when they have moved.
+It is exact at step 0 for any router and any sum of weights: the routed experts' down projections are 0. In
+the first step only these get a gradient; router and up projections follow once they have moved.
 
 Letters: E experts, F width of the dense network or of an expert.
 """
@@ -29,11 +29,11 @@ class SharedDenseConfig(UpcycleConfig):
     name: Literal["shared_dense"] = "shared_dense"
     routed: Literal["copies", "drawn"] = "copies"
     """Gate and up projections of the routed experts: dense neurons (all of them, or a random choice for each
-    expert where it is narrower), or drawn with `init_std`."""
+    narrower expert), or drawn with `init_std`."""
     expert_width: int | None = None
-    """F of a routed expert, at most the dense network's; None takes that."""
+    """F of a routed expert, at most the dense network's, which None takes."""
     init_std: float = 0.02
-    """Standard deviation of weights that are drawn."""
+    """Standard deviation of drawn weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,21 +50,21 @@ class SharedDenseConfig(UpcycleConfig):
 
 
 class SharedDense(UpcycleMethod[SharedDenseConfig]):
-    """The dense network as shared expert, routed experts whose output is 0."""
+    """Method with the dense network as shared expert, and routed experts whose output is 0."""
 
     name = "shared_dense"
     config_class = SharedDenseConfig
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Always: nothing is added to the dense network's output."""
+        """Returns True: nothing is added to the dense network's output."""
         return True
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Routed experts no wider than the dense network."""
+        """Requires routed experts no wider than the dense network."""
         return [] if shape is None else width_faults(self.config.expert_width, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Dense weights in the shared expert, down projections of 0 in the routed ones."""
+        """Plans dense weights in the shared expert, and down projections of 0 in the routed ones."""
         experts = tuple(self._routed(shape, draws, e) for e in range(self.config.num_experts))
         return LayerPlan(experts, shared=ExpertPlan(shape.width, slice(0, shape.width)))
 

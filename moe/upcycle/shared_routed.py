@@ -1,11 +1,10 @@
-"""Shared and fine-grained routed experts as in DeepSeekMoE (arXiv 2401.06066), exact out of a dense network.
+"""Shared and fine-grained routed experts as in DeepSeekMoE (arXiv 2401.06066), exact from a dense network.
 
-The dense neurons are cut into G shards. S of them become one expert that every token uses; the other
-``G - S`` are copied into virtual groups (`moe.upcycle.virtual_group`), whose factor is ``G - S`` where
-weights sum to 1. Which neurons are shared is open: the first, or those that are active most often, as in
-CMoE (arXiv 2502.04416).
+The dense neurons are cut into G shards. S of them become one expert that every token uses; the other ``G -
+S`` are copied into virtual groups (`moe.upcycle.virtual_group`), whose factor is ``G - S`` if weights sum to
+1. The shared neurons are the first, or those that are active most often, as in CMoE (arXiv 2502.04416).
 
-The construction is ours, out of these sources.
+The construction is ours, based on these sources.
 
 Letters: E experts, F width, G shards, S shared ones, K experts a token.
 """
@@ -35,12 +34,12 @@ class SharedRoutedConfig(UpcycleConfig):
 
     name: Literal["shared_routed"] = "shared_routed"
     granularity: int = 4
-    """G, shards that the dense network is cut into: experts are as many times narrower."""
+    """G, shards that the dense network is cut into: experts are G times narrower."""
     num_shared: int = 2
-    """S, shards that every token uses. The other G - S are the experts of a virtual group."""
+    """S, shards that every token uses. The other G - S form the experts of a virtual group."""
     order: Literal["contiguous", "activation_rate"] = "contiguous"
-    """Which neurons are shared: the first in the dense network, or those that are among the most active
-    of a token most often, as measured on the run's text."""
+    """Shared neurons: the first in the dense network, or those most often among a token's most active ones,
+    as measured on the run's text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +60,7 @@ class SharedRoutedConfig(UpcycleConfig):
 
 
 class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
-    """Some shards for every token, virtual groups of the others."""
+    """Method with some shards for every token, and virtual groups of the others."""
 
     name = "shared_routed"
     config_class = SharedRoutedConfig
@@ -69,16 +68,16 @@ class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Activation rates where they decide."""
+        """Activation rates, if they decide."""
         return (_RATE,) if self.config.order == "activation_rate" else ()
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Under weights of one sum and a router that keeps ties."""
+        """Returns True if weights have a constant sum and the router keeps ties."""
         faults = group_faults(router.config, router.num_experts, self.config.group_size)
         return not faults and observe(router.config, router.num_experts).constant
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Shards of one width, whole groups for every token, and a factor that can be told."""
+        """Requires shards of one width, whole groups for every token, and a known factor."""
         G = self.config.granularity
         found = group_faults(router, self.config.num_experts, self.config.group_size)
         if shape is not None and shape.width % G:
@@ -88,10 +87,10 @@ class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
         return found + sum_faults(router, gates, "upcycle=shared_dense")
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """The shared shards side by side in one expert, the others one after the other in groups."""
+        """Joins the shared shards in one expert, and deals the others into groups."""
         size, width = self.config.group_size, shape.width // self.config.granularity
         shared_F, routed_F = self._cut(shape.width, self.config.num_shared * width, statistics)
-        # The dense bias stands with the shared expert, whose weight is 1 whatever the router does.
+        # The dense bias goes to the shared expert, whose weight is always 1.
         scale: dict[Matrix, float] = {"down": size / self.gates.weight_sum}
         shards = [
             ExpertPlan(width, routed_F[g * width : (g + 1) * width], scale=scale, down_bias=0.0)
@@ -104,7 +103,7 @@ class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
         )
 
     def _cut(self, width: int, count: int, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Shared and routed neurons, each in the order of the dense network."""
+        """Returns shared and routed neurons, each in the order of the dense network."""
         if self.config.order == "contiguous":
             return torch.arange(count), torch.arange(count, width)
         order_F = statistics[_RATE].argsort(descending=True, stable=True).cpu()

@@ -1,10 +1,10 @@
 """Replicate, shuffle, slice, reinitialise: Qwen's fine-grained experts (Qwen2 report, arXiv 2407.10671).
 
-The dense network is replicated until there are enough neurons, each replica is shuffled, the row of all of
-them is cut into experts, and what is left over is discarded. Then half of each expert is drawn anew.
+The dense network is replicated until there are enough neurons, each replica is shuffled, their concatenation
+is cut into experts, and the remainder is discarded. Then half of each expert is drawn anew.
 
-Reconstructed, as the report does not say: which half (neurons, one set for the three matrices) and out of
-which distribution (normal, with mean and deviation of the dense matrix), both as in Drop-Upcycling.
+Reconstructed, as the report does not say: the half (one set of neurons for the three matrices) and the
+distribution (normal, with mean and deviation of the dense matrix), both as in Drop-Upcycling.
 
 Letters: E experts, F width of the dense network or of an expert, N neurons of all replicas.
 """
@@ -31,7 +31,7 @@ class ShuffleSliceConfig(UpcycleConfig):
 
     name: Literal["shuffle_slice"] = "shuffle_slice"
     expert_width: int | None = None
-    """F of an expert, at most the dense network's; None takes half of that."""
+    """F of an expert, at most the dense network's; None takes half of the dense network's."""
     ratio: float = 0.5
     """Share of each expert's neurons that are drawn anew."""
 
@@ -50,21 +50,21 @@ class ShuffleSliceConfig(UpcycleConfig):
 
 
 class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
-    """Slices of shuffled replicas, part of them drawn anew."""
+    """Method that slices shuffled replicas and draws a part of them anew."""
 
     name = "shuffle_slice"
     config_class = ShuffleSliceConfig
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Never: a token sees some neurons twice, others not at all, and drawn ones."""
+        """Returns False: a token sees some neurons twice, others not at all, and drawn ones."""
         return False
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Experts no wider than the dense network."""
+        """Requires experts no wider than the dense network."""
         return [] if shape is None else width_faults(self.config.expert_width, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Expert e is the e-th run of the replicas' neurons."""
+        """Takes expert e from the e-th run of the replicas' neurons."""
         F = self.config.expert_width or max(1, shape.width // 2)
         replicas = math.ceil(self.config.num_experts * F / shape.width)
         shuffled = [
@@ -82,7 +82,7 @@ class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
 
 
 def width_faults(expert_width: int | None, shape: FFNShape) -> list[Mistake]:
-    """Experts that are cut out of a dense network are no wider than it."""
+    """Requires experts no wider than the dense network that they are cut from."""
     if expert_width is None or expert_width <= shape.width:
         return []
     rule = f"the dense network has {shape.width} neurons, and an expert takes some of them"

@@ -1,7 +1,7 @@
-"""Experts of equal importance, dealt out there and back, under weights of ``1 + logit``.
+"""Experts of equal importance, dealt out back and forth, under weights of ``1 + logit``.
 
 Source: He et al. 2025 (arXiv 2512.02351, sparsity in unified multimodal models). The released code treats one
-part of one model, and its shared expert has a learned weight of ``1 + gate(x)``; ours counts 1.
+part of one model, and its shared expert has a learned weight of ``1 + gate(x)``; ours weighs 1.
 
 Letters: E routed experts, F width of the dense network.
 """
@@ -29,9 +29,9 @@ class SnakeConfig(UpcycleConfig):
 
     name: Literal["snake"] = "snake"
     num_shared: int = 0
-    """Width of the shared expert, of the most important neurons, in widths of a routed one; 0 for none."""
+    """Width of the shared expert of the most important neurons, in widths of a routed one; 0 for none."""
     importance: Literal["output", "gradient"] = "output"
-    """``output``: mean of ``|h_i * mean_d W2[d, i]|``, as the source. ``gradient``: of ``|h * dL/dh|``."""
+    """``output``: mean of ``|h_i * mean_d W2[d, i]|``, like the source. ``gradient``: of ``|h * dL/dh|``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,22 +39,22 @@ class SnakeConfig(UpcycleConfig):
 
 
 class Snake(UpcycleMethod[SnakeConfig]):
-    """A division in which every expert has as much importance as the others."""
+    """Method that divides the neurons so that every expert has the same importance."""
 
     name = "snake"
     config_class = SnakeConfig
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Importance."""
+        """The importance of neurons."""
         return ("output_importance_F" if self.config.importance == "output" else "importance_F",)
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """Where every token uses every expert, as long as the router has not been trained."""
+        """Returns True if every token uses every expert, while the router is untrained."""
         return router.weighs_one and router.top_k == router.num_experts
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Parts of one width, and a router under which experts are summed."""
+        """Requires parts of one width, and a router that sums its experts."""
         config, found = self.config, unit_faults(router, self.config.num_experts)
         parts = config.num_experts + config.num_shared
         if shape is not None and shape.width % parts:
@@ -64,7 +64,7 @@ class Snake(UpcycleMethod[SnakeConfig]):
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """The most important neurons are shared, the others dealt out."""
+        """Shares the most important neurons and deals out the others."""
         config, score_F = self.config, statistics[self.statistics[0]]
         order_F = score_F.argsort(descending=True, stable=True)
         count = config.num_shared * (shape.width // (config.num_experts + config.num_shared))
@@ -74,7 +74,7 @@ class Snake(UpcycleMethod[SnakeConfig]):
 
 
 def unit_faults(router: RouterConfig, num_experts: int) -> list[Mistake]:
-    """A router under which chosen experts do not begin at weight 1 each."""
+    """Requires a router whose chosen experts begin at weight 1 each."""
     if router_class(router.name)(router, 8, num_experts).weighs_one:
         return []
     rule = "its experts do not begin at weight 1 each, and those of this method are summed"

@@ -1,9 +1,9 @@
-"""Fine-grained experts by virtual groups: exact at step 0, however narrow the experts are (arXiv 2410.07524).
+"""Fine-grained experts in virtual groups, exact at step 0 however narrow they are (arXiv 2410.07524).
 
 The dense neurons are cut into G shards; ``E / G`` groups hold one copy of every shard each, and the experts
-of a group share one router row. Their logits tie, so that a token uses whole groups, that is whole copies:
-with K experts it uses ``K / G`` of them. What K experts weigh together is then spread over G shards of
-which each should count once, and a factor makes up for it: G where weights sum to 1.
+of a group share one router row. Their logits tie, so that a token uses whole groups, i.e. whole copies: with
+K experts it uses ``K / G`` of them. The total weight of K experts is then spread over G shards, each of which
+should count once; a factor compensates: G if weights sum to 1.
 
 Letters: E experts, F width, G shards of a copy, K experts a token.
 """
@@ -23,7 +23,7 @@ from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
 from moe.upcycle.router_faults import group_faults, sum_faults
 
-# Its factor counts twice on the input, once on the output, as with a gate.
+# Activation in which a factor on the input counts twice, as with a gate.
 _QUADRATIC = "relu2"
 
 
@@ -33,12 +33,12 @@ class VirtualGroupConfig(UpcycleConfig):
 
     name: Literal["virtual_group"] = "virtual_group"
     granularity: int = 2
-    """G, shards that each copy of the dense network is cut into: experts are as many times narrower, and
-    a token uses as many times more of them for the same arithmetic. 1 makes copies with a factor."""
+    """G, shards that each copy of the dense network is cut into: experts are G times narrower, and a token
+    uses G times more of them for the same arithmetic. 1 makes copies with a factor."""
     scale: Literal["down", "cube_root", "none"] = "down"
-    """Where the factor goes: onto the down projection, which is exact; its cube root onto all three matrices
-    (its square root onto both of a network without a gate), which trained better in the paper and is not
-    exact; or nowhere."""
+    """Place of the factor: the down projection, which is exact; its cube root on all three matrices (its
+    square root on both matrices without a gate), which trained better in the paper but is not exact; or
+    none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,14 +49,14 @@ class VirtualGroupConfig(UpcycleConfig):
 
 
 class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
-    """Copies cut into shards; the experts of a copy share a router row."""
+    """Method that cuts copies into shards; the experts of a copy share a router row."""
 
     name = "virtual_group"
     config_class = VirtualGroupConfig
     starts_router = True
 
     def is_exact(self, router: Router[Any]) -> bool:
-        """With the factor on the down projection, under weights of one sum and a router that keeps ties."""
+        """Returns True with the factor on the down projection, a constant sum of weights and kept ties."""
         gates = observe(router.config, router.num_experts)
         return (
             gates.constant
@@ -65,7 +65,7 @@ class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
         )
 
     def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Shards of one width, whole groups for every token, and a factor that can be told."""
+        """Requires shards of one width, whole groups for every token, and a known factor."""
         G = self.config.granularity
         found = group_faults(router, self.config.num_experts, G)
         if shape is not None and shape.width % G:
@@ -76,7 +76,7 @@ class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
-        """Expert n holds shard ``n % G`` of copy ``n // G``."""
+        """Gives expert n shard ``n % G`` of copy ``n // G``."""
         G = self.config.granularity
         width = shape.width // G
         scale = {} if self.config.scale == "none" else self._scale(shape, G / self.gates.weight_sum)

@@ -14,7 +14,7 @@ from moe.accounting.mixers import AttentionShape, Mixer
 from moe.accounting.params import ExpertModule, count_parameters, expert_modules
 from moe.accounting.router_elements import router_elements
 from moe.accounting.shape import attention_from_config
-from moe.accounting.training import Mixture, StepModel, update_bytes
+from moe.accounting.training import MoEBlock, StepModel, update_bytes
 from moe.attention.routed_attention import attention_layers
 from moe.errors import ConfigError
 from moe.layer import moe_layers
@@ -109,9 +109,9 @@ def step_model(model: HFModel) -> StepModel:
     )
 
 
-def _moe(found: ExpertModule) -> Mixture:
+def _moe(found: ExpertModule) -> MoEBlock:
     params, experts = list(found.experts.parameters()), found.num_experts
-    return Mixture(
+    return MoEBlock(
         num_experts=experts,
         top_k=found.top_k,
         matrix=sum(param.numel() for param in params if param.ndim >= 3) // experts,

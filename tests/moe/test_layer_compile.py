@@ -52,7 +52,7 @@ def test_a_layer_compiles_without_a_break(router: str) -> None:
     made, context = make_router(_config(router), D, E), make_context(**batch_fields(T, E))
     plain = MoELayer(made, LocalDispatcher(), Experts(bank, "cpu"), context)
     other = copy.deepcopy(plain)
-    other.experts.backend = "auto"  # which must not ask a graph how many rows there are
+    other.experts.backends.backend = "auto"  # which must not ask a graph how many rows there are
     expected, found = _run(plain, compiled=False), _run(other, compiled=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(*(next(iter(layer.stats.sums.values())) for layer in (plain, other)))

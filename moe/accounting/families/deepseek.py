@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (R1), with latent attention."""
+"""DeepSeek V2 and V3 (R1), with latent attention; GLM-4-MoE, with grouped-query attention."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from moe.accounting.families.reading import (
     LayerConfig,
     attention_bias,
     decoder_family,
-    refuse,
+    grouped_attention,
+    reject,
 )
 from moe.accounting.layers import DenseFFNShape, ModelShape, MoEShape
-from moe.accounting.mixers import LatentAttentionShape, Mixer
+from moe.accounting.mixers import LatentAttentionShape, Mixer, QKNorm
 
 
 def _latent(config: LayerConfig) -> LatentAttentionShape:
@@ -29,41 +30,55 @@ def _latent(config: LayerConfig) -> LatentAttentionShape:
 
 
 def _deepseek(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
-    """The first layers are dense. Several shared experts are one of their joint width."""
     if config.get("moe_layer_freq", 1) != 1:
-        refuse("moe_layer_freq", config["moe_layer_freq"], "only experts in every layer are known", "Use 1.")
-    bias = bool(config.get("mlp_bias", False))
+        reject("moe_layer_freq", config["moe_layer_freq"], "only experts in every layer are known", "Use 1.")
+    return _latent(config), _ffn(config, index, bias=bool(config.get("mlp_bias", False)))
+
+
+def _glm4_moe(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
+    norm: QKNorm = "head" if config.get("use_qk_norm") else "none"
+    return grouped_attention(config, bias=attention_bias(config), qk_norm=norm), _ffn(config, index)
+
+
+def _ffn(config: LayerConfig, index: int, *, bias: bool = False) -> FFN:
+    """Reads a network: the first ones are dense; several shared experts count as one of their joint width."""
     if index < config["first_k_dense_replace"]:
-        return _latent(config), DenseFFNShape(config["intermediate_size"], bias=bias)
+        return DenseFFNShape(config["intermediate_size"], bias=bias)
     width = config["moe_intermediate_size"]
-    experts = MoEShape(
+    return MoEShape(
         config["n_routed_experts"],
         config["num_experts_per_tok"],
         width,
         shared_width=width * (config["n_shared_experts"] or 0),
         shared_bias=bias,
     )
-    return _latent(config), experts
 
 
-def _read_v3(config: LayerConfig) -> ModelShape:
-    """The balancing bias of the router is a buffer, not a parameter, and not counted."""
-    return replace(_V2.read(config), next_token_layers=int(config.get("num_nextn_predict_layers") or 0))
+def _with_next_tokens(family: Family) -> Family:
+    """Adds the layers for further tokens. The router's balancing bias is a buffer and does not count."""
+
+    def read(config: LayerConfig) -> ModelShape:
+        layers = int(config.get("num_nextn_predict_layers") or 0)
+        return replace(family.read(config), next_token_layers=layers)
+
+    return replace(family, read=read)
 
 
-_KEYS = (
+_ROUTED = (
     "intermediate_size",
     "moe_intermediate_size",
     "n_routed_experts",
     "num_experts_per_tok",
     "first_k_dense_replace",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
 )
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _V2 = replace(
-    decoder_family(_deepseek, _KEYS, kv_heads_stated=False), states=("q_lora_rank", "n_shared_experts")
+    decoder_family(_deepseek, _ROUTED + _LATENT, kv_heads_stated=False),
+    states=("q_lora_rank", "n_shared_experts"),
 )
 
-FAMILIES: dict[str, Family] = {"deepseek_v2": _V2, "deepseek_v3": replace(_V2, read=_read_v3)}
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": _V2,
+    "deepseek_v3": _with_next_tokens(_V2),
+    "glm4_moe": _with_next_tokens(decoder_family(_glm4_moe, (*_ROUTED, "n_shared_experts"))),
+}

@@ -16,7 +16,7 @@ from moe.accounting.families.reading import (
 from moe.accounting.layers import DenseFFNShape
 from moe.accounting.mixers import Mixer
 
-# What Gemma3TextConfig takes: the text part of a published config leaves these out.
+# Defaults of Gemma3TextConfig, which the text part of a published config leaves out.
 _GEMMA3_DEFAULTS = {
     "vocab_size": 262208,
     "num_attention_heads": 8,

@@ -1,4 +1,4 @@
-"""Graft's own export: a dense config, and the mixtures that stand in its layers."""
+"""Graft's own export: a dense config with the MoE blocks of its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe.accounting.attention_experts import AttentionExpertsShape
-from moe.accounting.families.reading import LayerConfig, check_keys, refuse
+from moe.accounting.families.reading import LayerConfig, check_keys, reject
 from moe.accounting.layers import ModelShape, MoEShape
 from moe.accounting.mixers import AttentionShape, Mixer
 from moe.accounting.router_elements import router_elements
@@ -27,22 +27,22 @@ KNOWN_KEYS = {"index", "name", "router", "activation", "gated", "shapes", "share
 
 
 def with_moe_blocks(config: LayerConfig, dense: ModelShape) -> ModelShape:
-    """The dense model with its mixtures in place.
+    """Inserts the MoE blocks into the dense model.
 
-    Routers are built without memory, so that whatever they hold is counted.
+    Routers are built on the meta device, so that all of their elements are counted.
 
     Args:
         config: The content of an exported ``config.json``.
-        dense: Of its ``dense_config``.
+        dense: Shape of its ``dense_config``.
 
     Raises:
-        ConfigError: The format is another than the one known here.
+        ConfigError: The format is unknown.
     """
     version = config.get("format_version")
     known = (ATTENTION_VERSION,) if "attention_layers" in config else FORMAT_VERSIONS
     if version not in known:
         rule = f"only formats {known} are known here"
-        refuse("format_version", version, rule, "Use the version of Graft that wrote it.")
+        reject("format_version", version, rule, "Use the version of Graft that wrote it.")
     check_keys(config, MODEL_TYPE, ("moe_layers",))
     layers = list(dense.layers)
     for number, entry in enumerate(config["moe_layers"]):
@@ -50,14 +50,14 @@ def with_moe_blocks(config: LayerConfig, dense: ModelShape) -> ModelShape:
         check_keys(entry, f"{MODEL_TYPE} in {where}", LAYER_KEYS)
         unknown = {*(set(entry) - KNOWN_KEYS), *(set(entry["shapes"]) - KNOWN_SHAPES)}
         if unknown:
-            refuse(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
+            reject(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
         index = _index(entry, where, len(layers))
         layers[index] = replace(layers[index], ffn=_moe(entry, where))
     for number, entry in enumerate(config.get("attention_layers", ())):
         where = f"attention_layers[{number}]"
         check_keys(entry, f"{MODEL_TYPE} in {where}", ATTENTION_KEYS)
         if unknown := set(entry) - {*ATTENTION_KEYS, "name", "scale"}:
-            refuse(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
+            reject(where, sorted(unknown), "no accounting knows these parts of a layer", "Correct it.")
         index = _index(entry, where, len(layers))
         experts = _attention(entry, where, layers[index].attention, dense.hidden_size)
         layers[index] = replace(layers[index], attention=experts)
@@ -67,13 +67,13 @@ def with_moe_blocks(config: LayerConfig, dense: ModelShape) -> ModelShape:
 def _index(entry: Mapping[str, Any], where: str, num_layers: int) -> int:
     index: int = entry["index"]
     if not 0 <= index < num_layers:
-        refuse(f"{where}.index", index, f"the dense model has {num_layers} layers", "Correct it.")
+        reject(f"{where}.index", index, f"the dense model has {num_layers} layers", "Correct it.")
     return index
 
 
 def _attention(entry: Mapping[str, Any], where: str, dense: Mixer, hidden: int) -> AttentionExpertsShape:
     if not isinstance(dense, AttentionShape):
-        refuse(where, type(dense).__name__, "only plain attention can be cut into experts", "Correct it.")
+        reject(where, type(dense).__name__, "only plain attention can be cut into experts", "Correct it.")
     router, matrix, vector = _router(entry, where, hidden, dense.num_kv_heads)
     return AttentionExpertsShape(dense, router.top_k, matrix, vector)
 
@@ -83,7 +83,7 @@ def _moe(entry: Mapping[str, Any], where: str) -> MoEShape:
     experts, _, hidden = shapes["w_up_EUD"]
     biases = {name in shapes for name in ("b_up_EU", "b_down_ED")}
     if len(biases) == 2:
-        refuse(f"{where}.shapes", sorted(shapes), "one of two biases is known only with the other", "Add it.")
+        reject(f"{where}.shapes", sorted(shapes), "one of two biases is known only with the other", "Add it.")
     router, matrix, vector = _router(entry, where, hidden, experts)
     bias = biases == {True}
     return MoEShape(
@@ -100,16 +100,16 @@ def _moe(entry: Mapping[str, Any], where: str) -> MoEShape:
 
 
 def _router(entry: Mapping[str, Any], where: str, hidden: int, experts: int) -> tuple[Router[Any], int, int]:
-    """The router, built without memory, and the elements of its matrices and of what else it holds."""
+    """Returns the router, built on the meta device, and the elements of its matrices and of its rest."""
     name = entry["router"]["name"]
     try:
         cls = router_class(name)
     except KeyError as error:
-        refuse(f"{where}.router.name", name, "there is no such router", f"{error.args[0]}.")
+        reject(f"{where}.router.name", name, "there is no such router", f"{error.args[0]}.")
     try:
         options = cls.config_class(**entry["router"])
     except (TypeError, ValueError) as error:
-        refuse(f"{where}.router", entry["router"], f"it is no config of {name} ({error})", "Correct it.")
+        reject(f"{where}.router", entry["router"], f"it is no config of {name} ({error})", "Correct it.")
     with torch.device("meta"):
         router = cls(options, hidden, experts)
     return router, *router_elements(router)

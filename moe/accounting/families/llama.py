@@ -37,7 +37,7 @@ def _mixtral(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
 
 
 def _llama4(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
-    """Experts stand every so many layers, each with a shared one; the other layers have their own width.
+    """Reads a layer: experts at regular intervals, each with a shared one; dense layers have another width.
 
     The norm on queries and keys has no weights.
     """
@@ -55,9 +55,9 @@ def _llama4(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
 
 
 def _chunk(config: LayerConfig, index: int) -> int | None:
-    """Layers with rotary positions attend within chunks, the others to everything."""
+    """Returns the chunk of a layer: only those with rotary positions attend within chunks."""
     kinds: Sequence[str] | None = config.get("layer_types")
-    rotary: Sequence[int] | None = config.get("no_rope_layers")  # 1 where there is rotary
+    rotary: Sequence[int] | None = config.get("no_rope_layers")  # 1 for rotary positions
     if kinds is not None:
         known = ("chunked_attention", "full_attention")
         chunked = kind_of_layer(kinds, index, known) == "chunked_attention"

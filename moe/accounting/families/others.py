@@ -19,7 +19,7 @@ from moe.accounting.mixers import AttentionShape, MambaShape, Mixer
 
 
 def _gpt_oss(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
-    """Every projection has a bias, every head a sink, and every other layer a window."""
+    """Reads a layer: every projection has a bias, every head a sink, every other layer a window."""
     window = listed_window(config, index, otherwise=index % 2 == 0)
     bias = attention_bias(config, otherwise=True)
     attention = grouped_attention(config, window=window, head_dim=64, bias=bias, output_bias=bias)
@@ -34,7 +34,7 @@ def _gpt_oss(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
 
 
 def _read_dbrx(config: LayerConfig) -> ModelShape:
-    """Keys have names of their own. Norms have no biases."""
+    """Reads a model with its own names of keys; norms have no biases."""
     width, heads = config["d_model"], config["n_heads"]
     ffn = config["ffn_config"]
     attention = AttentionShape(heads, config["attn_config"]["kv_n_heads"], width // heads)
@@ -45,7 +45,7 @@ def _read_dbrx(config: LayerConfig) -> ModelShape:
 
 
 def _jamba(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
-    """Few layers attend, the others are state-space models; every other layer has experts."""
+    """Reads a layer: few attend, the others are state-space models; every other one has experts."""
     mixer: Mixer
     if index % config["attn_layer_period"] == config["attn_layer_offset"]:
         mixer = grouped_attention(config)

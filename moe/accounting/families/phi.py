@@ -38,7 +38,7 @@ def _phimoe(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
 
 
 def _read_phi(config: LayerConfig) -> ModelShape:
-    """Attention and feed-forward network stand side by side behind one norm; the head has a bias."""
+    """Reads a model whose attention and network run in parallel after one norm; the head has a bias."""
     return replace(_PHI.read(config), head_bias=True)
 
 

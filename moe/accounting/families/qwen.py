@@ -10,7 +10,7 @@ from moe.accounting.families.reading import (
     decoder_family,
     grouped_attention,
     listed_window,
-    refuse,
+    reject,
 )
 from moe.accounting.layers import DenseFFNShape, MoEShape
 from moe.accounting.mixers import Mixer
@@ -31,21 +31,21 @@ def _qwen3(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
 
 
 def _window(config: LayerConfig, index: int) -> int | None:
-    """Layers slide only when ``use_sliding_window``, and then from ``max_window_layers`` on."""
+    """Returns a layer's window: only with ``use_sliding_window``, from ``max_window_layers`` on."""
     if not config.get("use_sliding_window", False):
         return None
     return listed_window(config, index, index >= config.get("max_window_layers", 28))
 
 
 def _sparse(config: LayerConfig, index: int) -> bool:
-    """Whether a layer has experts: every n-th has, but for those listed as dense."""
+    """Returns True if a layer has experts: every n-th does, except those listed as dense."""
     step = config.get("decoder_sparse_step", 1)
     return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % step == 0
 
 
 def _qwen2_moe(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
     if config.get("use_sliding_window") and config.get("layer_types") is None:
-        refuse("layer_types", None, "which layers slide is not said", "List the kind of every layer.")
+        reject("layer_types", None, "the sliding layers are not given", "List the kind of every layer.")
     window = _window(config, index)
     attention = grouped_attention(config, window=window, bias=bool(config.get("qkv_bias", True)))
     if not _sparse(config, index):
@@ -69,7 +69,7 @@ def _qwen3_moe(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
     names = [key for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
     counts = {int(config[key]) for key in names}
     if len(counts) != 1:
-        refuse("num_experts", sorted(counts), "the number of experts must be given once", "Correct it.")
+        reject("num_experts", sorted(counts), "the number of experts must be given once", "Correct it.")
     experts = MoEShape(counts.pop(), config["num_experts_per_tok"], config["moe_intermediate_size"])
     return attention, experts
 

@@ -1,4 +1,4 @@
-"""What readers of configs share: the entry of the table, and the parts that many families have."""
+"""Common parts of the readers of configs: the table's entry, and the parts that many families have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LayerReader = Callable[[LayerConfig, int], tuple[Mixer, FFN]]
 
 DECODER_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 KV_HEADS = "num_key_value_heads"
-# Needed keys that hold something else than a count above 0.
+# Required keys whose values are not counts above 0.
 NO_COUNTS = frozenset(
     {"mamba_dt_rank", "moe_layers", "router", "gated", "shapes.w_up_EUD", "shapes.w_down_EDF"}
 )
@@ -33,14 +33,14 @@ MAY_BE_ZERO = frozenset(
 
 @dataclass(frozen=True)
 class Family:
-    """How the configs of one ``model_type`` are read.
+    """Reader of the configs of one ``model_type``.
 
     Attributes:
-        read: The reader; called when all keys are there.
+        read: The reader, called once all keys are present.
         needs: Keys that the config must give, not null.
-        states: Keys that the config must give, null or not: leaving them out means something else.
-        part: Key under which the config holds the mapping that is read, and what that part is called.
-        defaults: What transformers takes where a config is silent, of keys in ``needs``.
+        states: Keys that the config must give, null or not, as leaving them out has another meaning.
+        part: Key of the mapping that is read, and the name of that part.
+        defaults: Defaults of transformers for keys in ``needs``.
     """
 
     read: Callable[[LayerConfig], ModelShape]
@@ -59,16 +59,16 @@ def decoder_family(
     tied: bool = False,
     kv_heads_stated: bool = True,
 ) -> Family:
-    """The entry of a family whose keys have the usual names.
+    """Returns the entry of a family whose keys have the usual names.
 
     Args:
         layer_at: Reads mixer and feed-forward network of a layer.
         needs: Keys beside `DECODER_KEYS`.
-        num_norms: Norms a block. Without any there is none after the last layer either.
-        norm_bias: Norms have biases.
-        tied: Whether embeddings are tied where the config is silent.
-        kv_heads_stated: The number of key-value heads must be stated, since the default of transformers is
-            not the number of heads.
+        num_norms: Norms per block; 0 also means none after the last layer.
+        norm_bias: True if norms have biases.
+        tied: Default for tied embeddings.
+        kv_heads_stated: Requires the number of key-value heads, as the default of transformers is not the
+            number of heads.
     """
 
     def read(config: LayerConfig) -> ModelShape:
@@ -83,13 +83,13 @@ def decoder_family(
     return Family(read, DECODER_KEYS + needs, (KV_HEADS,) if kv_heads_stated else ())
 
 
-def refuse(path: str, value: object, rule: str, remedy: str) -> NoReturn:
+def reject(path: str, value: object, rule: str, remedy: str) -> NoReturn:
     """Raises the error of one mistake."""
     raise ConfigError.one(path, value, rule, remedy)
 
 
 def look_up(config: LayerConfig, path: str) -> Any:
-    """The value at a dotted path, or None."""
+    """Returns the value at a dotted path, or None."""
     value: Any = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -97,7 +97,7 @@ def look_up(config: LayerConfig, path: str) -> Any:
 
 
 def check_keys(config: LayerConfig, name: str, needs: Sequence[str], states: Sequence[str] = ()) -> None:
-    """Refuses a config that lacks keys or has other values than counts, all of them at once."""
+    """Rejects a config that lacks keys or has values that are no counts, with all mistakes at once."""
     remedy = "Give the complete config.json."
     mistakes = []
     for key in needs:
@@ -129,14 +129,14 @@ def grouped_attention(
     output_bias: bool = False,
     qk_norm: QKNorm = "none",
 ) -> AttentionShape:
-    """Attention under the usual keys.
+    """Reads attention under the usual keys.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         window: Sliding window.
-        head_dim: The family's default; without one it follows from the hidden size.
-        bias: The query, key and value projections have biases.
-        output_bias: The output projection has one.
+        head_dim: The family's default; if None it follows from the hidden size.
+        bias: True if the query, key and value projections have biases.
+        output_bias: True if the output projection has one.
         qk_norm: See `AttentionShape`.
     """
     heads = config["num_attention_heads"]
@@ -149,7 +149,7 @@ def grouped_attention(
 
 
 def listed_window(config: LayerConfig, index: int, otherwise: bool) -> int | None:
-    """The window of a layer as ``layer_types`` says; without that list ``otherwise`` says if it slides."""
+    """Returns a layer's window by ``layer_types``; without that list, ``otherwise`` tells if it slides."""
     kinds: Sequence[str] | None = config.get("layer_types")
     slides = otherwise
     if kinds is not None:
@@ -159,19 +159,19 @@ def listed_window(config: LayerConfig, index: int, otherwise: bool) -> int | Non
         return None
     window = config.get("sliding_window")
     if not window:
-        refuse("sliding_window", window, f"layer {index} slides and needs a window", "Give its positions.")
+        reject("sliding_window", window, f"layer {index} slides and needs a window", "Give its positions.")
     return int(window)
 
 
 def kind_of_layer(kinds: Sequence[str], index: int, known: Sequence[str]) -> str:
-    """The entry of ``layer_types`` for a layer, when it is a known one."""
+    """Returns the entry of ``layer_types`` for a layer, if it is a known one."""
     if index >= len(kinds):
-        refuse("layer_types", list(kinds), f"it does not say of what kind layer {index} is", "Correct it.")
+        reject("layer_types", list(kinds), f"it does not give the kind of layer {index}", "Correct it.")
     if kinds[index] not in known:
-        refuse(f"layer_types[{index}]", kinds[index], "no accounting knows this attention", "Correct it.")
+        reject(f"layer_types[{index}]", kinds[index], "no accounting knows this attention", "Correct it.")
     return kinds[index]
 
 
 def attention_bias(config: LayerConfig, otherwise: bool = False) -> bool:
-    """The key ``attention_bias``."""
+    """Returns the key ``attention_bias``."""
     return bool(config.get("attention_bias", otherwise))

@@ -1,4 +1,4 @@
-"""What methods may ask to know of a layer on real text: every statistic is found by being a module here."""
+"""Statistics of a layer on real text that methods can ask for; every module here is searched for them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["Statistic", "statistic_classes"]
 
 
 def statistic_classes() -> dict[str, type[Statistic]]:
-    """Every statistic by its name."""
+    """Returns every statistic by its name."""
     return discover(__name__, Statistic)

@@ -1,4 +1,4 @@
-"""What every statistic of a layer's activations is: an accumulator of tensors, without files or hooks.
+"""Contract of the statistics of a layer's activations: accumulators of tensors, without files or hooks.
 
 Letters: T tokens, D model width, F width of the dense network.
 """
@@ -23,7 +23,7 @@ from moe.upcycle.layer_plan import Draws, FFNShape
 
 
 def hidden_of(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
-    """``[T, F]``: what the down projection of a dense network reads."""
+    """Computes ``[T, F]``, the input of a dense network's down projection."""
     act = ACTIVATIONS[ffn.activation]
     up_TF = linear(x_TD, ffn.up_FD.to(x_TD.dtype), _as(ffn.b_up_F, x_TD))
     if ffn.gate_FD is None:
@@ -37,15 +37,14 @@ def _as(bias: Tensor | None, like: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class LayerBatch:
-    """What one layer's dense network saw and did, for real tokens alone.
+    """Input and gradient of one layer's dense network in a batch.
 
     Attributes:
-        ffn: Its weights.
+        ffn: Weights of the network.
         x_TD: Its input.
-        index_T: int64, the number of every token in the calibration text: it tells tokens apart whatever
-            the batches and ranks are.
-        grad_out_TD: Gradient of the summed loss with respect to its output; None where none was asked for.
-        mask_T: True for real tokens; None when all are.
+        index_T: int64 number of every token in the calibration text, independent of batches and ranks.
+        grad_out_TD: Gradient of the summed loss with respect to its output; None if not asked for.
+        mask_T: True for real tokens; None if all are.
     """
 
     ffn: FFNWeights
@@ -56,7 +55,7 @@ class LayerBatch:
 
     @cached_property
     def hidden_TF(self) -> Tensor:
-        """What the down projection reads."""
+        """Input of the down projection."""
         return hidden_of(self.ffn, self.x_TD)
 
     @cached_property
@@ -66,7 +65,7 @@ class LayerBatch:
         return self.grad_out_TD @ self.ffn.down_DF.to(self.grad_out_TD.dtype)
 
     def real(self) -> LayerBatch:
-        """Without padding."""
+        """Returns the batch without padding."""
         if self.mask_T is None:
             return self
         keep_T = self.mask_T
@@ -75,17 +74,17 @@ class LayerBatch:
 
 
 class Statistic(ABC):
-    """One statistic of one layer. Found by being in a module of `moe.upcycle.statistics`.
+    """Statistic of one layer, found in any module of `moe.upcycle.statistics`.
 
-    What it sums up is in `sums`, which simply add over batches and ranks; a statistic that keeps something
-    else overrides `state`, `load` and `merged`.
+    Its `sums` simply add over batches and ranks; a statistic with another state overrides `state`, `load` and
+    `merged`.
 
     Attributes:
-        name: What methods ask for it by; it ends in the letters of the axes of the result.
-        after: Statistics whose results it needs: those are gathered in an earlier pass over the text.
-        reads_text: Whether it needs a pass; else it follows from `after` and the weights.
-        needs_gradient: Whether it needs the gradient of the loss.
-        defaults: Its options.
+        name: Name by which methods ask for it; it ends in the letters of the result's axes.
+        after: Statistics whose results it needs, gathered in an earlier pass over the text.
+        reads_text: True if it needs a pass; else it follows from `after` and the weights.
+        needs_gradient: True if it needs the gradient of the loss.
+        defaults: Options with their defaults.
     """
 
     name: ClassVar[str]
@@ -97,13 +96,13 @@ class Statistic(ABC):
     def __init__(
         self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
     ) -> None:
-        """Starts at nothing.
+        """Starts without data.
 
         Args:
             ffn: The weights of the dense network.
-            options: Those that differ from `defaults`.
-            earlier: The results of `after`.
-            draws: Of the layer; randomness comes from it alone.
+            options: Options that differ from `defaults`.
+            earlier: Results of `after`.
+            draws: The layer's randomness, the only source of it.
         """
         unknown = options.keys() - self.defaults.keys()
         assert not unknown, f"{self.name} has no options {sorted(unknown)}"
@@ -112,27 +111,42 @@ class Statistic(ABC):
         self.earlier = earlier
         self.draws = draws
         self.sums: dict[str, Tensor] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Creates the empty sums."""
+        return
+
+    def zeros_per_token(
+        self, name: str, *shape: int, dtype: torch.dtype = torch.float64
+    ) -> dict[str, Tensor]:
+        """Returns empty sums of a quantity and of the tokens behind each of its rows."""
+        device = self.ffn.up_FD.device
+        return {
+            name: torch.zeros(shape, dtype=dtype, device=device),
+            "tokens": torch.zeros(shape[:-1], dtype=torch.int64, device=device),
+        }
 
     @classmethod
     def num_bytes(cls, shape: FFNShape, options: Mapping[str, int]) -> int:
-        """Memory of what it keeps of one layer, for options that are complete."""
+        """Returns the memory that it takes for one layer, with complete options."""
         return 8 * shape.width
 
     def update(self, batch: LayerBatch) -> None:
-        """Takes in a batch of real tokens."""
+        """Adds a batch of real tokens."""
         raise AssertionError(f"{self.name} reads no text")
 
     def state(self) -> dict[str, Tensor]:
-        """What it has so far."""
+        """Returns the present state."""
         return dict(self.sums)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `state` or `merged` gave."""
+        """Continues from a result of `state` or `merged`."""
         assert state.keys() == self.sums.keys(), (sorted(state), sorted(self.sums))
         self.sums = {name: value.to(self.sums[name]) for name, value in state.items()}
 
     def merged(self, group: ProcessGroup | None) -> dict[str, Tensor]:
-        """The state of all ranks of a group together; this rank's own stays as it is. Collective."""
+        """Returns the joint state of all ranks of a group; this rank's own is unchanged. Collective."""
         if group is None:
             return self.state()
         merged = {}
@@ -143,9 +157,9 @@ class Statistic(ABC):
 
     @abstractmethod
     def result(self) -> Tensor:
-        """The statistic, on the CPU."""
+        """Returns the statistic, on the CPU."""
 
     def merge(self, group: ProcessGroup | None) -> Self:
-        """Takes over the state of all ranks. Collective."""
+        """Adopts the joint state of all ranks. Collective."""
         self.load(self.merged(group))
         return self

@@ -1,6 +1,6 @@
-"""Which neurons fire together.
+"""Coactivation: counts of neurons that fire together.
 
-Letters: T tokens, F width of the dense network, K neurons active of a token.
+Letters: T tokens, F width of the dense network, K active neurons of a token.
 """
 
 from __future__ import annotations
@@ -12,35 +12,32 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.experts.weights import FFNWeights
-from moe.upcycle.layer_plan import Draws, FFNShape
+from moe.upcycle.layer_plan import FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 
-# Tokens whose marks are unfolded at once.
+# Tokens whose marks are expanded at once.
 _TOKENS_AT_ONCE = 512
 
 
 class Coactivation(Statistic):
-    """``[F, F]`` in how many tokens two neurons are active together, 0 on the diagonal.
+    """Number of tokens in which two neurons are active together, ``[F, F]``, 0 on the diagonal.
 
-    Active is ``h > 0`` with ``top_percent`` 0, for ReLU (MoEfication, arXiv 2110.01786); else the so many
-    percent of neurons of largest ``|h|``, for activations without zeros. The paper's code clamps sums over
-    batches of eight tokens, so that its counts depend on how the text is cut; these do not.
+    With ``top_percent`` 0 active means ``h > 0``, for ReLU (MoEfication, arXiv 2110.01786); else it means the
+    top percentage of neurons by ``|h|``, for activations without zeros. The paper's code clamps sums over
+    batches of eight tokens, so that its counts depend on the batches; these counts do not.
     """
 
     name = "coactivation_FF"
     defaults: ClassVar[Mapping[str, int]] = MappingProxyType({"top_percent": 0})
 
-    def __init__(
-        self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
-    ) -> None:
-        super().__init__(ffn, options, earlier, draws)
+    def start(self) -> None:
+        """See `Statistic.start`."""
         # fp32 counts exactly up to 2^24 tokens.
-        self.sums = {"pairs": torch.zeros(ffn.width, ffn.width, device=ffn.up_FD.device)}
+        self.sums = {"pairs": torch.zeros(self.ffn.width, self.ffn.width, device=self.ffn.up_FD.device)}
 
     @classmethod
     def num_bytes(cls, shape: FFNShape, options: Mapping[str, int]) -> int:
-        """One fp32 number a pair."""
+        """Returns the bytes of one fp32 number per pair."""
         return 4 * shape.width**2
 
     def update(self, batch: LayerBatch) -> None:
@@ -58,5 +55,5 @@ class Coactivation(Statistic):
         return torch.zeros_like(hidden_TF, dtype=torch.float32).scatter_(1, top_TK, 1.0)
 
     def result(self) -> Tensor:
-        """``[F, F]`` fp32."""
+        """Returns ``[F, F]`` fp32."""
         return self.sums["pairs"].cpu().clone().fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""How much the loss would change without a neuron, to first order: ``|h * dL/dh|``.
+"""Importance of neurons: the change of the loss without a neuron, to first order, ``|h * dL/dh|``.
 
 Source: LLaMA-MoE (arXiv 2406.16554, "feature change"), and v2 (arXiv 2411.15708) for clusters of tokens.
 
@@ -13,8 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.experts.weights import FFNWeights
-from moe.upcycle.layer_plan import Draws, FFNShape
+from moe.upcycle.layer_plan import FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 
 
@@ -23,20 +22,14 @@ def _importance(batch: LayerBatch) -> Tensor:
 
 
 class Importance(Statistic):
-    """``[F]`` mean over tokens of ``|h * dL/dh|``; L is the sum of the tokens' losses."""
+    """Mean over tokens of ``|h * dL/dh|``, ``[F]``; L is the sum of the tokens' losses."""
 
     name = "importance_F"
     needs_gradient = True
 
-    def __init__(
-        self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
-    ) -> None:
-        super().__init__(ffn, options, earlier, draws)
-        device = ffn.up_FD.device
-        self.sums = {
-            "change": torch.zeros(ffn.width, dtype=torch.float64, device=device),
-            "tokens": torch.zeros((), dtype=torch.int64, device=device),
-        }
+    def start(self) -> None:
+        """See `Statistic.start`."""
+        self.sums = self.zeros_per_token("change", self.ffn.width)
 
     def update(self, batch: LayerBatch) -> None:
         """Adds a batch."""
@@ -49,31 +42,25 @@ class Importance(Statistic):
 
 
 class ClusterImportance(Statistic):
-    """``[E, F]`` the same for the tokens of each cluster.
+    """Mean over the tokens of each cluster of ``|h * dL/dh|``, ``[E, F]``.
 
-    A token is of the cluster of highest ``centroid . x``, which is how a router of these rows chooses.
-    The mean is over a cluster's own tokens, so that a frequent cluster is no more important. A cluster
-    without tokens has zeros.
+    A token belongs to the cluster with the highest ``centroid . x``, as a router with these rows would
+    choose. The mean runs over a cluster's own tokens, so that frequent clusters are not more important. A
+    cluster without tokens has zeros.
     """
 
     name = "importance_EF"
     after: ClassVar[tuple[str, ...]] = ("centroids_ED",)
     needs_gradient = True
 
-    def __init__(
-        self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
-    ) -> None:
-        super().__init__(ffn, options, earlier, draws)
-        self._centroids_ED = earlier["centroids_ED"].to(ffn.up_FD.device)
-        E = len(self._centroids_ED)
-        self.sums = {
-            "change": torch.zeros(E, ffn.width, dtype=torch.float64, device=ffn.up_FD.device),
-            "tokens": torch.zeros(E, dtype=torch.int64, device=ffn.up_FD.device),
-        }
+    def start(self) -> None:
+        """See `Statistic.start`."""
+        self._centroids_ED = self.earlier["centroids_ED"].to(self.ffn.up_FD.device)
+        self.sums = self.zeros_per_token("change", len(self._centroids_ED), self.ffn.width)
 
     @classmethod
     def num_bytes(cls, shape: FFNShape, options: Mapping[str, int]) -> int:
-        """One row a cluster; how many there are is not known here, and 64 is many."""
+        """Returns the bytes of 64 rows, an ample guess of the number of clusters, which is unknown here."""
         return 64 * 8 * shape.width
 
     def update(self, batch: LayerBatch) -> None:
@@ -83,27 +70,21 @@ class ClusterImportance(Statistic):
         self.sums["tokens"] += torch.bincount(cluster_T, minlength=len(self._centroids_ED))
 
     def result(self) -> Tensor:
-        """``[E, F]`` fp64."""
+        """Returns ``[E, F]`` fp64."""
         return (self.sums["change"] / self.sums["tokens"].clamp_min(1)[:, None]).cpu()
 
 
 class OutputImportance(Statistic):
-    """``[F]`` mean over tokens of ``|h_i * mean_d W2[d, i]|``, without gradients (arXiv 2512.02351)."""
+    """Mean over tokens of ``|h_i * mean_d W2[d, i]|``, ``[F]``, without gradients (arXiv 2512.02351)."""
 
     name = "output_importance_F"
 
-    def __init__(
-        self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
-    ) -> None:
-        super().__init__(ffn, options, earlier, draws)
-        device = ffn.up_FD.device
-        self.sums = {
-            "magnitude": torch.zeros(ffn.width, dtype=torch.float64, device=device),
-            "tokens": torch.zeros((), dtype=torch.int64, device=device),
-        }
+    def start(self) -> None:
+        """See `Statistic.start`."""
+        self.sums = self.zeros_per_token("magnitude", self.ffn.width)
 
     def update(self, batch: LayerBatch) -> None:
-        """Adds a batch; the factor of the weights is the same for all tokens and comes in at the end."""
+        """Adds a batch; the weights' factor is the same for all tokens and is applied at the end."""
         self.sums["magnitude"] += batch.hidden_TF.abs().sum(0, dtype=torch.float64)
         self.sums["tokens"] += len(batch.x_TD)
 

@@ -1,4 +1,4 @@
-"""Inputs of the dense network, and where they cluster.
+"""Inputs of the dense network, and their clusters.
 
 Letters: T tokens, D model width, E clusters.
 """
@@ -12,28 +12,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.experts.weights import FFNWeights
 from moe.upcycle.clustering import balanced_kmeans
-from moe.upcycle.layer_plan import Draws, FFNShape
+from moe.upcycle.layer_plan import FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 from moe.upcycle.statistics.reservoir import ReservoirStatistic
 
 
 class Inputs(ReservoirStatistic):
-    """``[T, D]`` fp32 inputs of a bounded sample of tokens."""
+    """Inputs of a bounded sample of tokens, ``[T, D]`` fp32."""
 
     name = "inputs_TD"
     defaults: ClassVar[Mapping[str, int]] = MappingProxyType({"num_tokens": 8192})
 
-    def __init__(
-        self, ffn: FFNWeights, options: Mapping[str, int], earlier: Mapping[str, Tensor], draws: Draws
-    ) -> None:
-        super().__init__(ffn, options, earlier, draws)
-        self.start(ffn.model_width, torch.float32)
+    def start(self) -> None:
+        """See `Statistic.start`."""
+        self.empty(self.ffn.model_width, torch.float32)
 
     @classmethod
     def num_bytes(cls, shape: FFNShape, options: Mapping[str, int]) -> int:
-        """Rows of fp32 and the number of each token."""
+        """Returns the bytes of fp32 rows and token numbers."""
         return options["num_tokens"] * (4 * shape.model_width + 8)
 
     def update(self, batch: LayerBatch) -> None:
@@ -42,7 +39,7 @@ class Inputs(ReservoirStatistic):
 
 
 class Centroids(Statistic):
-    """``[E, D]`` fp32 centroids of a balanced k-means of the sampled inputs (LLaMA-MoE v2's router rows)."""
+    """Centroids of a balanced k-means of sampled inputs, ``[E, D]`` fp32 (LLaMA-MoE v2's router rows)."""
 
     name = "centroids_ED"
     after: ClassVar[tuple[str, ...]] = ("inputs_TD",)

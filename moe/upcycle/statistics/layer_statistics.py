@@ -1,4 +1,4 @@
-"""Gathers all statistics that a method asks for of one layer, in as many passes as they need."""
+"""Gathering of all statistics that a method needs of one layer, in as many passes as they take."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from moe.upcycle.statistics.base import LayerBatch, Statistic
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a method asks for.
+    """Statistics that a method asks for.
 
     Attributes:
-        names: Of the statistics.
-        options: By name, those that differ from a statistic's defaults; also of statistics that are only
-            needed on the way.
+        names: Names of the statistics.
+        options: Options by statistic that differ from its defaults, intermediate statistics included.
     """
 
     names: tuple[str, ...]
@@ -32,17 +31,17 @@ class Wanted:
         assert not unknown, f"there are no statistics called {sorted(unknown)}"
 
     def describe(self) -> dict[str, dict[str, int]]:
-        """Every statistic that is gathered, with all its options."""
+        """Returns every statistic that is gathered, with all its options."""
         classes = statistic_classes()
         names = [name for names in statistic_passes(self.names) for name in names]
         return {name: {**classes[name].defaults, **self.options.get(name, {})} for name in names}
 
 
 def statistic_passes(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """The statistics, and those that they need, in the order in which they are gathered.
+    """Returns the statistics, and those that they need, by pass and in the order of gathering.
 
-    Each pass is in an order in which every statistic comes after what it needs. One that reads text comes a
-    pass after what it needs; one that reads none follows at the end of the pass before.
+    Within a pass every statistic follows those that it needs. One that reads text comes a pass later than
+    those that it needs; one that reads none follows at the end of their pass.
     """
     classes = statistic_classes()
     level: dict[str, int] = {}
@@ -61,11 +60,11 @@ def statistic_passes(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
 
 
 class LayerStatistics:
-    """One layer's statistics: ``begin``, ``update`` with the whole text and ``finish``, for each pass.
+    """Statistics of one layer: ``begin``, ``update`` with the whole text and ``finish``, for each pass.
 
     Attributes:
         passes: Names by pass.
-        results: Of the passes that are finished, those asked for and those that they need.
+        results: Results of finished passes, intermediate ones included.
     """
 
     def __init__(self, ffn: FFNWeights, wanted: Wanted, draws: Draws) -> None:
@@ -87,32 +86,32 @@ class LayerStatistics:
         self._open = {name: self._make(name) for name in self.passes[number] if classes[name].reads_text}
 
     def update(self, batch: LayerBatch) -> None:
-        """Takes in a batch."""
+        """Adds a batch."""
         real = batch.real()
         for statistic in self._open.values():
             statistic.update(real)
 
     def finish(self, number: int, group: ProcessGroup | None = None) -> None:
-        """Closes a pass: `results` has its statistics, over all ranks of the group. Collective."""
+        """Closes a pass and puts its statistics, over all ranks of the group, into `results`. Collective."""
         for name in self.passes[number]:
             statistic = self._open[name].merge(group) if name in self._open else self._make(name)
             self.results[name] = statistic.result()
         self._open = {}
 
     def state(self, group: ProcessGroup | None = None) -> dict[str, Tensor]:
-        """Everything that `load` needs to go on within a pass, of all ranks together. Collective."""
+        """Returns all that `load` needs to continue within a pass, of all ranks together. Collective."""
         state = {f"done/{name}": value for name, value in self.results.items()}
         for name, statistic in self._open.items():
             state |= {f"open/{name}/{part}": value for part, value in statistic.merged(group).items()}
         return state
 
     def load(self, number: int, state: Mapping[str, Tensor], *, takes_sums: bool) -> None:
-        """Goes on within a pass.
+        """Continues within a pass.
 
         Args:
-            number: Of the pass.
-            state: Of `state`.
-            takes_sums: Whether this rank takes over what all ranks had; exactly one does.
+            number: Number of the pass.
+            state: Result of `state`.
+            takes_sums: True on the one rank that adopts the joint state of all ranks.
         """
         self.results = {
             key.removeprefix("done/"): value for key, value in state.items() if key.startswith("done/")
@@ -125,21 +124,21 @@ class LayerStatistics:
             )
 
     def asked_for(self) -> dict[str, Tensor]:
-        """The results, without those that were only needed on the way."""
+        """Returns the results without intermediate ones."""
         return {name: self.results[name] for name in self.wanted.names}
 
 
 def reads_text(names: Iterable[str]) -> bool:
-    """Whether any of the statistics needs a pass over the text."""
+    """Returns True if any of the statistics needs a pass over the text."""
     return any(statistic_classes()[name].reads_text for name in names)
 
 
 def needs_gradient(names: Iterable[str]) -> bool:
-    """Whether any of them needs a backward pass."""
+    """Returns True if any of the statistics needs a backward pass."""
     return any(statistic_classes()[name].needs_gradient for name in names)
 
 
 def statistic_bytes(shape: FFNShape, wanted: Wanted) -> dict[str, int]:
-    """Memory of each statistic of one layer, those that are needed on the way included."""
+    """Returns the memory of each statistic of one layer, intermediate ones included."""
     classes = statistic_classes()
     return {name: classes[name].num_bytes(shape, options) for name, options in wanted.describe().items()}

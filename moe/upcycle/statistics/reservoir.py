@@ -1,6 +1,6 @@
-"""A bounded sample of tokens that depends on the seed and the text alone, not on batches or ranks.
+"""Bounded sample of tokens that depends on the seed and the text alone, not on batches or ranks.
 
-Every token has a priority that is a hash of its number, and the highest are kept.
+A token's priority is a hash of its number; the highest priorities are kept.
 
 Letters: N tokens kept, T tokens of a batch, C columns.
 """
@@ -14,33 +14,32 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.routing.draws import hashed_uniform
-from moe.routing.noise import mix32
+from moe.routing.draws import hashed_uniform, mix32
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 
 _BITS32 = 0xFFFFFFFF
 
 
 class ReservoirStatistic(Statistic):
-    """Keeps one row for each of at most ``num_tokens`` tokens, in the order of the text."""
+    """Statistic that keeps one row for each of at most ``num_tokens`` tokens, in the order of the text."""
 
-    #: The option that bounds it.
+    #: Name of the option that bounds the sample.
     size_option = "num_tokens"
 
-    def start(self, columns: int, dtype: torch.dtype) -> None:
-        """Empties it; subclasses call it once."""
+    def empty(self, columns: int, dtype: torch.dtype) -> None:
+        """Empties the sample; `start` of a subclass calls it."""
         device = self.ffn.up_FD.device
         self.rows_NC = torch.zeros(0, columns, dtype=dtype, device=device)
         self.index_N = torch.zeros(0, dtype=torch.int64, device=device)
 
     @abstractmethod
     def update(self, batch: LayerBatch) -> None:
-        """Makes a row of every token and calls `keep`."""
+        """Makes a row for every token and calls `keep`."""
 
     def keep(self, rows_TC: Tensor, index_T: Tensor) -> None:
         """Offers the rows of a batch."""
         if len(self.index_N) == self.options[self.size_option]:
-            # Most tokens of a long text lose against those that are kept: only the others are copied.
+            # Most tokens of a long text lose against the kept ones: only the others are copied.
             wins_T = self._priority(index_T) >= self._priority(self.index_N).min()
             if not bool(wins_T.any()):
                 return
@@ -66,15 +65,15 @@ class ReservoirStatistic(Statistic):
         return mix32(mix32((index_N & _BITS32) ^ keys[0]) ^ high_N)
 
     def state(self) -> dict[str, Tensor]:
-        """The rows and the numbers of their tokens."""
+        """Returns the rows and the numbers of their tokens."""
         return {"rows": self.rows_NC, "index": self.index_N}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over rows and numbers."""
+        """Adopts rows and numbers."""
         self.rows_NC, self.index_N = state["rows"].to(self.rows_NC), state["index"].to(self.index_N)
 
     def merged(self, group: ProcessGroup | None) -> dict[str, Tensor]:
-        """The best of all ranks. Collective."""
+        """Returns the sample over all ranks. Collective."""
         if group is None:
             return self.state()
         own = self.state()
@@ -90,7 +89,7 @@ class ReservoirStatistic(Statistic):
         return merged
 
     def result(self) -> Tensor:
-        """``[N, C]``."""
+        """Returns ``[N, C]``."""
         return self.rows_NC.cpu()
 
 

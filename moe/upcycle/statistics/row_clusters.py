@@ -17,9 +17,9 @@ from moe.upcycle.statistics.base import Statistic
 
 
 class RowClusters(Statistic):
-    """``[F]`` int64 cluster of each neuron: balanced k-means of the normalised rows of the up projection.
+    """Cluster of each neuron, ``[F]`` int64, by balanced k-means of the normalised up rows.
 
-    It reads no text. MoEfication (arXiv 2110.01786) and LLaMA-MoE (arXiv 2406.16554) cut experts this way.
+    It reads no text. MoEfication (arXiv 2110.01786) and LLaMA-MoE (arXiv 2406.16554) form experts this way.
     """
 
     name = "row_clusters_F"

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.errors import Mistake, ModelError
+from moe.experts.expert_slices import keep_slice
 from moe.experts.experts import Experts
 from moe.routers import RouterConfig, router_class
 from recipes.engines.optim.muon import local_part
@@ -73,7 +74,7 @@ def apply_ep(model: HFModel, meshes: ExpertMeshes, policy: MixedPrecisionPolicy)
     sharded = []
     for _, layer in model.moe_layers():
         dim = shard_dim(layer.experts, meshes.dp.size(meshes.dp.ndim - 1), meshes.ep.size())
-        layer.experts.spread(meshes.ep)
+        keep_slice(layer.experts, meshes.ep)
         layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, meshes.ep.get_group()))
         fully_shard(
             layer.experts,

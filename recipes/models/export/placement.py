@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.upcycle.build_experts import expert_shape
+from moe.upcycle.expert_rows import expert_shape
 from moe.upcycle.layer_plan import ExpertPlan, Matrix
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.spec import ModelSpec, MoESpec

@@ -218,7 +218,7 @@ def exchange(
     """
     handle = dispatcher.start(x_TD, routing)
     early_TD = shared(x_TD) if shared is not None and beside else None
-    there = handle()
+    there = handle.wait()
     late_TD = shared(x_TD) if shared is not None and not beside else None
     summed_N1 = there.weights_NK.sum(1, keepdim=True)
     out_TD = dispatcher.combine((there.rows_ND * summed_N1).to(x_TD.dtype), there)

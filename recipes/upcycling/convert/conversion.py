@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe.errors import ConfigError
-from moe.upcycle.build_experts import DenseMatrix, expert_bias, expert_blocks
+from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_blocks
 from moe.upcycle.layer_plan import Draws, ExpertPlan
 from recipes.checkpoint import require_space
 from recipes.models.export.placement import ExpertTensorKey

@@ -19,7 +19,8 @@ from moe.routers.base import RouterConfig
 from moe.routing.draws import seeded_generator
 from moe.upcycle import UpcycleMethod, upcycle_methods
 from moe.upcycle.base import UpcycleConfig
-from moe.upcycle.build_experts import DenseMatrix, router_start
+from moe.upcycle.build_experts import router_start
+from moe.upcycle.expert_rows import DenseMatrix
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.router_start import start_rows, take_given_rows
 from recipes.models.export.spec import ModelSpec, MoESpec

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe.experts.weights import FFNWeights
-from moe.upcycle.build_experts import DenseMatrix, expert_bias, expert_rows
+from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_rows
 from moe.upcycle.layer_plan import Draws, ExpertPlan, Matrix
 from recipes.checkpoint.shard_layout import Box, Piece, Placed
 from recipes.models.hf.deferred_init import WeightSource

@@ -114,7 +114,7 @@ def test_a_dense_model_is_one_expert_that_is_always_used() -> None:
 
 @pytest.mark.parametrize("distinct", [[], [2, 2], [-1], [7]])
 def test_a_number_for_every_mixture_is_needed(distinct: list[float]) -> None:
-    with pytest.raises(ValueError, match="must hold a number from 0 to E for mixtures of E="):
+    with pytest.raises(ValueError, match="must hold a number from 0 to E for MoE blocks of E="):
         step_bytes(SHAPE, Batch((1,)), distinct)
 
 

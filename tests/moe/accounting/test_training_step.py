@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe.accounting.training import (
-    Mixture,
+    MoEBlock,
     StepModel,
     StepTouched,
     training_step_bytes,
@@ -15,8 +15,8 @@ from moe.accounting.training import (
 from moe.accounting.utilisation import above_one, share_of_peak
 
 # Two mixtures: of 4 experts of 10 weights and 2 biases, of 8 experts of 20 weights.
-FIRST = Mixture(num_experts=4, top_k=2, matrix=10, elements=12, trained=12)
-SECOND = Mixture(num_experts=8, top_k=1, matrix=20, elements=20, trained=20)
+FIRST = MoEBlock(num_experts=4, top_k=2, matrix=10, elements=12, trained=12)
+SECOND = MoEBlock(num_experts=8, top_k=1, matrix=20, elements=20, trained=20)
 MODEL = StepModel(
     always=100,
     always_trained=90,
@@ -59,7 +59,7 @@ def test_gradients_that_accumulate_are_read_again() -> None:
 
 
 def test_what_is_not_trained_has_no_gradient() -> None:
-    frozen = Mixture(4, 2, 10, 12, trained=0)
+    frozen = MoEBlock(4, 2, 10, 12, trained=0)
     model = StepModel(100, 0, 0, (frozen,), 0.0)
     assert training_step_bytes(model, StepTouched(1, 3, 5, (4,), (4,)), 2).gradients == 0
     dense = StepModel(100, 100, 0, (), 7.0)
@@ -70,7 +70,7 @@ def test_what_is_not_trained_has_no_gradient() -> None:
     ("each", "once"), [((3,), (3,)), ((5, 5), (4, 5)), ((3, 5), (3, 9)), ((3, -1), (3, 0))]
 )
 def test_numbers_that_cannot_be_are_refused(each: tuple[float, ...], once: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"from 0 to E for mixtures of E=\(4, 8\)"):
+    with pytest.raises(ValueError, match=r"from 0 to E for MoE blocks of E=\(4, 8\)"):
         training_step_bytes(MODEL, StepTouched(1, 1, 7, each, once), 2)
 
 

@@ -18,6 +18,7 @@ from moe.dispatch.all_to_all import AllToAllDispatcher, _Trip, experts_of_a_rank
 from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.same_tokens import SameTokensDispatcher
 from moe.errors import ConfigError
+from moe.experts.expert_slices import keep_slice
 from moe.routers import RouterConfig, router_class
 from moe.routers.topk import TopKConfig
 from moe.types import Routing
@@ -109,7 +110,7 @@ def _spread_out(rank: int, ranks: int) -> Outcome:
         found[name] = {}
         for size, mesh in groups.items():
             experts = make_experts(True, case.dtype)
-            experts.spread(mesh)
+            keep_slice(experts, mesh)
             assert [len(local(p)) for p in experts.parameters()] == [E // size] * 4
             assert [len(p) for p in experts.parameters()] == [E] * 4
             found[name][size] = run(MAKERS["all_to_all"](E, mesh), experts, case.batch(rank))
@@ -120,7 +121,7 @@ def _spread_out(rank: int, ranks: int) -> Outcome:
 
 def _same_tokens(case: DispatchCase, rank: int, pair: DeviceMesh, ranks: DeviceMesh) -> Found:
     experts = make_experts(True, case.dtype)
-    experts.spread(ranks)
+    keep_slice(experts, ranks)
     inner = AllToAllDispatcher(E, ranks.get_group())
     return run(SameTokensDispatcher(inner, pair.get_group()), experts, case.batch(rank // 2))
 
@@ -138,7 +139,7 @@ def _layer_error(config: RouterConfig, rank: int, mesh: DeviceMesh) -> float:
             # Experts that differ: otherwise it would not matter which token goes where.
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
         if spread:
-            layer.experts.spread(mesh)
+            keep_slice(layer.experts, mesh)
             layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
         torch.manual_seed(rank)
         x = x_BSD.clone().requires_grad_()
@@ -156,7 +157,7 @@ def _order(mesh: DeviceMesh) -> list[str]:
     """What a layer with a shared expert does, in turn: trips that begin and end, and the shared expert."""
     layer = make_layer(TopKConfig())
     layer.shared = make_shared()
-    layer.experts.spread(mesh)
+    keep_slice(layer.experts, mesh)
     layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, mesh.get_group()))
     done: list[str] = []
     layer.shared.register_forward_hook(lambda *_: done.append("shared"))

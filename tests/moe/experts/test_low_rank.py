@@ -7,7 +7,7 @@ import torch
 
 from kernels.plan.row_plan import make_plan
 from moe.accounting.params import count_parameters
-from moe.accounting.training import Mixture, used_flops_per_token
+from moe.accounting.training import MoEBlock, used_flops_per_token
 from moe.dispatch.base import Dispatched
 from moe.experts.experts import Experts
 from moe.experts.lora import DRAWN, FACTORS, LoraConfig, drawn_factor, merged, rank_unsupported_reason
@@ -103,7 +103,7 @@ def test_what_the_config_and_the_widths_refuse() -> None:
         LoraConfig(rank=-1, alpha=0)
     assert LoraConfig().scale == 0 and LORA.scale == 1.5
     assert rank_unsupported_reason(6, 6, 10) is None
-    assert "no matrix of theirs has a rank above 6" in str(rank_unsupported_reason(7, 6, 10))
+    assert "their rank is at most 6" in str(rank_unsupported_reason(7, 6, 10))
 
 
 def test_a_step_does_not_count_products_of_gradients_that_nobody_wants() -> None:
@@ -117,5 +117,5 @@ def test_a_step_does_not_count_products_of_gradients_that_nobody_wants() -> None
     assert after.matmul - before.matmul == K * factors
     assert after.total - before.total == E * factors
     # Three slots a token where two were counted: three products with the factors, two with what is frozen.
-    moe = Mixture(E, K, one + factors, one + factors, factors, frozen=one)
+    moe = MoEBlock(E, K, one + factors, one + factors, factors, frozen=one)
     assert used_flops_per_token(0.0, [moe], [3.0]) == 2 * (3 * factors + 2 * one)

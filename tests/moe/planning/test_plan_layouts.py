@@ -11,7 +11,7 @@ import pytest
 from moe.accounting.memory import ElementBytes
 from moe.accounting.shape import shape_from_config
 from moe.errors import ConfigError
-from moe.planning.advice import refuse_to_fit
+from moe.planning.advice import no_fit_error
 from moe.planning.assumptions import Assumptions, with_settings
 from moe.planning.cluster import GPUS, Cluster
 from moe.planning.layout import Job, Layout, divisors, enumerate_layouts, layout_mistakes
@@ -53,12 +53,12 @@ def test_long_sequences_are_cut_over_ranks() -> None:
     [
         (Layout(tensor=3), "4 GPUs do not divide by TP x CP x PP = 3"),
         (Layout(expert=3), "4 experts do not divide by it"),
-        (Layout(expert=4, pipeline=2), "the 2 GPUs of a stage do not divide over so many ranks"),
+        (Layout(expert=4, pipeline=2), "the 2 GPUs of a stage do not divide by it"),
         (Layout(micro_batch=16), "do not divide 8 sequences"),
         (Layout(pipeline=4, chunks=2), "there are only 4 parts"),
-        (Layout(chunks=2), "one stage has no turns to take"),
+        (Layout(chunks=2), "a single stage has no turns"),
         (Layout(pipeline=2, chunks=2, micro_batch=4), "a multiple of PP micro-batches"),
-        (Layout(pipeline=2, sharding="full"), "do not go with stages"),
+        (Layout(pipeline=2, sharding="full"), "cannot be combined with stages"),
         (Layout(tensor=4), "heads do not divide by it"),
     ],
 )
@@ -78,7 +78,7 @@ def test_the_fastest_that_fit_come_first() -> None:
 def test_when_nothing_fits_the_remedies_are_true() -> None:
     job, cluster = Job(shape_from_config(CONFIGS["Qwen3-30B-A3B"]), 4096, 64), Cluster(GPUS["h100"], 4)
     sizes = ElementBytes()
-    error = refuse_to_fit(job, cluster, Assumptions(), sizes).mistakes[0]
+    error = no_fit_error(job, cluster, Assumptions(), sizes).mistakes[0]
     assert "no layout fits in 80.0 GiB a GPU" in error.rule and "too many (weights" in error.rule
     assert "--gpus 8" in error.remedy and "--gpu h200" in error.remedy
 
@@ -94,7 +94,7 @@ def test_when_nothing_fits_the_remedies_are_true() -> None:
 def test_a_job_without_any_layout_says_so() -> None:
     # Two layers and a domain of two leave 16 replicas at least.
     job, cluster = small_job(global_batch=7), small_cluster(64)
-    error = refuse_to_fit(job, cluster, Assumptions(), ElementBytes())
+    error = no_fit_error(job, cluster, Assumptions(), ElementBytes())
     assert "7 sequences cannot be laid out over 64 GPUs" in str(error)
 
 

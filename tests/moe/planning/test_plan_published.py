@@ -80,7 +80,7 @@ def test_a_check_leaves_the_row_and_its_model_out() -> None:
     figures = check_figures(checks, Assumptions())
     assert json.loads(json.dumps(figures))["rows"][1]["published"]["tflops_per_gpu"] == 1276
     text = "\n".join(check_lines(checks, Assumptions()))
-    assert "1276" in text and "row left out" in text and "layouts said not to fit: none" in text
+    assert "1276" in text and "row left out" in text and "layouts predicted not to fit: none" in text
 
 
 def test_a_row_that_does_not_fit_is_named() -> None:
@@ -133,7 +133,7 @@ class TestCommand:
             main([])
         for fixed, said in (
             ("TP=1", "none of the 48 layouts with it fits"),
-            ("EP=3", "cannot be laid out so"),
+            ("EP=3", "has no such layout"),
         ):
             with pytest.raises(ConfigError, match=said):
                 main(["Qwen3-30B-A3B", "--gpus", "2", "--global-batch", "16", "--only", "PP=1", fixed])

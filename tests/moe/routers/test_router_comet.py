@@ -18,7 +18,7 @@ from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers.comet import CometConfig, CometRouter
-from moe.routing.token_mean import figure_mean, loss_mean
+from moe.routing.balance import figure_mean, loss_mean
 from moe.types import Routing
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_bank, make_context, make_router

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
-from moe.routing.chosen import top_of_sequences
+from moe.routing.slots import top_of_sequences
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context
 

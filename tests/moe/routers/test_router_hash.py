@@ -92,7 +92,7 @@ def test_random_tables_hold_all_choices_alike() -> None:
 def test_missing_ids_are_said(token_ids: Any, told: str) -> None:
     router = HashRouter(HashConfig(table_size=10), 3, 4)
     with pytest.raises(
-        ConfigError, match=rf"router.name='hash': .* the host told it {told}. Call the model with"
+        ConfigError, match=rf"router.name='hash': .* the model passed {told}. Call the model with"
     ):
         router(torch.randn(5, 3), make_context(token_ids=token_ids))
 

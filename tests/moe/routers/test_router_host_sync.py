@@ -198,7 +198,7 @@ def test_a_permutation_search_waits_as_it_says() -> None:
     from moe.routing.permutation import PermutationConfig
 
     culprits = {culprit for culprit, _ in _blamed(PermutedConfig(search=PermutationConfig(steps=5)))}
-    assert culprits == {"moe.routing.permutation.is_searching", "moe.routing.dense_gates.slots_of_gates"}
+    assert culprits == {"moe.routing.permutation.is_searching", "moe.routing.slots.slots_of_gates"}
 
 
 def test_routers_that_know_how_many_experts_a_token_uses_do_not_ask() -> None:

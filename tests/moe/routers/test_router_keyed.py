@@ -58,7 +58,7 @@ def test_ranges_of_token_ids() -> None:
     assert KeyedRouter.needed_keys(router.config) == frozenset()
     assert KeyedRouter.needed_keys(KeyedConfig()) == {"modality"}
     with pytest.raises(
-        ConfigError, match="the host was given embeddings, and no ids. Call it with input_ids"
+        ConfigError, match="the model was given embeddings, and no ids. Call it with input_ids"
     ):
         router(torch.randn(8, 4), make_context())
 

@@ -21,8 +21,8 @@ from moe.dispatch.base import Dispatcher
 from moe.routers.comet import CometConfig
 from moe.routers.permuted import PermutedConfig, PermutedRouter
 from moe.routers.topk import TopKConfig, TopKRouter
-from moe.routing.dense_gates import gates_of_slots, slots_of_gates
 from moe.routing.permutation import PermutationConfig
+from moe.routing.slots import gates_of_slots, slots_of_gates
 from moe.types import Routing
 from tests.moe.routers.routing_cases import label, make_context, make_layer
 

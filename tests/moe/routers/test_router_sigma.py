@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.routers.sigma import SigmaConfig, SigmaRouter
-from moe.routing.balance import count_load, switch_loss
-from moe.routing.balance_top1 import top1_loss
+from moe.routing.balance import count_load, switch_loss, top1_loss
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context
 

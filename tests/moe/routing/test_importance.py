@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.routers.topk import TopKConfig
 from moe.routing.balance import BalanceScope
 from moe.routing.load_importance import cv_squared, importance_loss
-from moe.routing.step_sums import StepSums
+from moe.routing.step_state import StepSums
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context, make_router
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routing.noise import gumbel_noise, normal_noise, token_positions, uniform_noise
+from moe.routing.draws import gumbel_noise, normal_noise, token_positions, uniform_noise
 from moe.types import LayerContext
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context

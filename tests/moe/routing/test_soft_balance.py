@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.routers.comet import CometConfig, CometRouter
 from moe.routers.dselect_k import DSelectKConfig, DSelectKRouter
-from moe.routing.soft_balance import soft_balance_loss
+from moe.routing.balance import soft_balance_loss
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context
 

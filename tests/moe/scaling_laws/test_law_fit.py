@@ -223,7 +223,7 @@ def test_mistakes_for_a_law_come_all_at_once() -> None:
         fit_law(LAWS["chinchilla"], runs, QUICK)
     said = [m.rule for m in caught.value.mistakes]
     assert said == [
-        "params is 1e+08 in every run, so that nothing can be learnt about it",
+        "params is 1e+08 in every run, so that nothing can be learned about it",
         "chinchilla needs this column",
         "chinchilla has 5 coefficients and needs 7 runs or more",
     ]

@@ -104,7 +104,7 @@ def test_the_joint_law_knows_two_of_the_ways() -> None:
     found = plan(question, family("joint_moe"))
     upcycle, scratch, dense = found.outcomes
     assert upcycle.loss is None and scratch.loss is not None and dense.loss is not None
-    assert found.upcycle_against_scratch is None and "no law says what upcycle" in found.recommendation
+    assert found.upcycle_against_scratch is None and "no law predicts upcycle" in found.recommendation
     law = LAWS["joint_moe"]
     p = law.presets[0].coefficients
     assert scratch.loss == law.predict(p, {"active_params": 1e9, "tokens": 5e10, "num_experts": 16})

@@ -129,11 +129,16 @@ def test_a_balancing_bias_moves_alike_within_a_group() -> None:
             "no multiple of the 2 experts of a virtual",
         ),
         (TopKConfig(top_k=3), {"granularity": 3, "num_experts": 9}, "upcycle.granularity", "the 16 neurons"),
-        (NoisyTopKConfig(), {}, "router.noise_scale", "in training it parts the experts of a virtual group"),
-        (GShardConfig(second="sampled"), {}, "router.second", "in training it parts"),
-        (MutualChoiceConfig(), {}, "router.name", "in training it parts"),
+        (
+            NoisyTopKConfig(),
+            {},
+            "router.noise_scale",
+            "in training it separates the experts",
+        ),
+        (GShardConfig(second="sampled"), {}, "router.second", "in training it separates"),
+        (MutualChoiceConfig(), {}, "router.name", "in training it separates"),
         # Two groups of three experts cut the second of three virtual groups of two.
-        (DeepSeekV3Config(num_groups=2), {"num_experts": 6}, "router.num_groups", "it parts the experts"),
+        (DeepSeekV3Config(num_groups=2), {"num_experts": 6}, "router.num_groups", "it separates the experts"),
         (HashConfig(top_k=2), {}, "router.name", "no row for each expert"),
         (ExpertChoiceConfig(), {}, "router.name", "differs from token to token"),
     ],
@@ -174,5 +179,5 @@ def test_no_shard_is_no_granularity() -> None:
 def test_a_plan_needs_the_router() -> None:
     from moe.upcycle.virtual_group import VirtualGroup
 
-    with pytest.raises(AssertionError, match=r"take for_router\(config\) of it"):
+    with pytest.raises(AssertionError, match=r"call for_router\(config\) first"):
         _ = VirtualGroup(VirtualGroupConfig()).gates

@@ -89,7 +89,7 @@ def test_only_the_eight_worst_are_named() -> None:
 @pytest.mark.parametrize("difference", [0.5, float("nan"), float("inf")])
 def test_logits_that_differ_under_layers_that_agree(difference: float) -> None:
     logits = LogitDrift(max_diff=difference, max_logit=10.0, kl=0.1, argmax_agreement=0.9)
-    with pytest.raises(ExactnessError, match="Every layer alone agrees; the host changed elsewhere"):
+    with pytest.raises(ExactnessError, match="Each single layer agrees; the model changed elsewhere"):
         require_exact("copy", logits, [_drift(0, 0.0)], torch.bfloat16)
 
 

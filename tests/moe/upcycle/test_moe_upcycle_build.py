@@ -11,11 +11,12 @@ from torch import Tensor
 
 from moe.routers.topk import TopKConfig
 from moe.upcycle import UpcycleConfig
-from moe.upcycle import build_experts as build_module
+from moe.upcycle import expert_rows as build_module
 from moe.upcycle.branch_train_mix import BranchTrainMixConfig
-from moe.upcycle.build_experts import DenseMatrix, expert_blocks, expert_shape, ffn_shape
+from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
+from moe.upcycle.expert_rows import DenseMatrix, expert_blocks, expert_shape
 from moe.upcycle.layer_plan import Draws, Matrix
 from moe.upcycle.partition import PartitionConfig
 from moe.upcycle.shared_dense import SharedDenseConfig

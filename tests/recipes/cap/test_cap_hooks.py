@@ -136,7 +136,7 @@ def eager(system: System) -> dict[str, nn.Parameter]:
     """Computes experts one by one; returns their stacked matrices."""
     if any(site.kind == "plan" for site in system.sites):
         for _, layer in moe_layers(system.model):
-            layer.experts.backend = "loop"
+            layer.experts.backends.backend = "loop"
     else:
         system.model.set_experts_implementation("eager")
     stacks = {}

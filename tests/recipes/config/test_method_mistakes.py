@@ -40,7 +40,7 @@ def test_the_defaults_fit_the_embedded_model(method: str) -> None:
         ),
         (
             ["upcycle=virtual_group", "router=noisy_topk"],
-            "router.noise_scale=1.0: in training it parts the experts of a virtual group, whose rows are "
+            "router.noise_scale=1.0: in training it separates the experts of a virtual group, whose rows are "
             "equal. Set router.noise_scale=0, or choose a router without it, such as topk.",
         ),
         (

@@ -214,7 +214,7 @@ def test_a_host_that_changes_elsewhere_is_refused() -> None:
     model = random_model("llama")
     calls = []
     model.lm_head.register_forward_hook(lambda module, args, out: calls.append(0) or out * len(calls))
-    with pytest.raises(ExactnessError, match="Every layer alone agrees; the host changed elsewhere"):
+    with pytest.raises(ExactnessError, match="Each single layer agrees; the model changed elsewhere"):
         upcycle(model_of(model), surgery_of(), some_tokens())
 
 

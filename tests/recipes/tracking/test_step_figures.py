@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from moe.accounting.training import Mixture, StepModel
+from moe.accounting.training import MoEBlock, StepModel
 from moe.metrics import LoadReport
 from recipes.tracking.step_costs import Costs, StepCosts
 from recipes.tracking.step_figures import StepFigures, StepWork
 
-MIXTURE = Mixture(num_experts=4, top_k=2, matrix=10, elements=12, trained=12)
+MIXTURE = MoEBlock(num_experts=4, top_k=2, matrix=10, elements=12, trained=12)
 STEPS = StepCosts(StepModel(100, 100, 0, (MIXTURE,), 40.0), weight_size=4, peak_bytes_per_s=1e5)
 COSTS = Costs(148, 124, 400.0, 1200.0, 1e6)
 
