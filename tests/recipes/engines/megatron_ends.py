@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PATIENCE_S = 30.0
+from tests.patience import patience
 
 
 class TroubleError(Exception):
@@ -17,9 +17,9 @@ class TroubleError(Exception):
 def classes(engine: Any, train_module: Any) -> list[str]:
     """Of a layer's experts, of their first matrices, of its dispatcher, and of what sends for that."""
     moe = train_module.chunk.module.decoder.layers[0].mlp
-    up = getattr(moe.experts.experts, "linear_fc1", None)
+    up = getattr(moe.experts, "linear_fc1", None)
     manager = getattr(moe.token_dispatcher, "_comm_manager", None)
-    return [type(part).__name__ for part in (moe.experts.experts, up, moe.token_dispatcher, manager)]
+    return [type(part).__name__ for part in (moe.experts, up, moe.token_dispatcher, manager)]
 
 
 def comes_late(engine: Any, train_module: Any, step: Callable[..., Any], sign: Path) -> bool:
@@ -46,7 +46,7 @@ def comes_never(engine: Any, train_module: Any, sign: Path) -> None:
     """One rank ends in trouble; the other does not come until it is gone."""
     sign.unlink(missing_ok=True)
     engine.barrier()
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience(30.0)
     while engine.rank == 1 and not sign.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     raise TroubleError(engine.rank == 0 or sign.exists())

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.patience import patience
 from tests.recipes.jobs import machines
 from tests.recipes.jobs.job_runs import ROOT, arguments, job, rows, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 # Sums in another order over some steps of AdamW, which divides small gradients by themselves.
 ADAPTED = 1e-4
-_SLURM = ROOT / "tests" / "jobs" / "slurm"
+_SLURM = Path(__file__).parent / "slurm"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def submit(workplace: Path, spread_options: dict[str, Any]) -> Callable[..., Pat
             "RANKS_PER_NODE": "2",
         }
         command = ["bash", str(ROOT / "docs" / "upcycle.sbatch"), *overrides]
-        done = machines.with_machines(command, 400, **slurm, **environment)
+        done = machines.with_machines(command, patience(400), **slurm, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return workplace / "outputs" / name
 

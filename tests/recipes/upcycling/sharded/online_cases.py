@@ -132,7 +132,7 @@ def compare(case: Case) -> list[str]:
     statistics = statistics_of(load_model(case.dense), case.method, case.router)
     plan, whole = plan_of(case, statistics), made_whole(case, statistics)
     model = moe_model(plan)
-    engine.hold(model)
+    engine.shard_for_eval(model)
     found = differences(model, whole)
     moved = moe_model(plan, weights=DonatedWeights(model.module))
     train_module = engine.prepare(moved, OptimConfig())
