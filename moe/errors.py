@@ -1,4 +1,4 @@
-"""Errors that people read: what was given, which rule it broke, and what to do about it.
+"""Errors for users: each names the option, its value, the rule it breaks and the remedy.
 
 This is the leaf module of the project: it imports nothing of ours, and everything may import it.
 """
@@ -6,19 +6,19 @@ This is the leaf module of the project: it imports nothing of ours, and everythi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing a user got wrong.
+    """A value that breaks a rule.
 
     Attributes:
-        path: Where it stands: a config path (``router.top_k``), a flag (``--dense``) or a file.
-        value: What was given there.
-        rule: The rule that it breaks, without a full stop.
-        remedy: What to do instead, as a sentence.
+        path: Config path (``router.top_k``), flag (``--dense``) or file.
+        value: The value given there.
+        rule: The broken rule, without a full stop.
+        remedy: The correction, as a sentence.
     """
 
     path: str
@@ -29,15 +29,19 @@ class Mistake:
     def __str__(self) -> str:
         return f"{self.path}={self.value!r}: {self.rule}. {self.remedy}"
 
+    def under(self, section: str) -> Mistake:
+        """Prefixes the path, e.g. ``top_k`` with ``router``; an empty section leaves it as it is."""
+        return replace(self, path=".".join(filter(None, (section, self.path))))
+
 
 class GraftError(Exception):
-    """Base of every error that Graft raises on purpose. ``exit_code`` is what a command exits with."""
+    """Base of every error that Graft raises on purpose. ``exit_code`` is the exit code of the command."""
 
     exit_code = 1
 
 
 class UserError(GraftError):
-    """Something the user gave cannot be used. Carries every mistake found, not only the first."""
+    """Error in the input of a user. Carries every mistake found, not only the first."""
 
     exit_code = 2
 
@@ -60,12 +64,44 @@ class ConfigError(UserError):
     """The configuration breaks a rule."""
 
 
+class FieldError(ConfigError, ValueError):
+    """Error of a config class whose fields break its rules. Paths are relative to the class.
+
+    It is a ValueError as well, so that pydantic collects it with the mistakes of the other sections.
+    """
+
+    def under(self, section: str) -> ConfigError:
+        """Returns the same mistakes with the section before their paths."""
+        return ConfigError([mistake.under(section) for mistake in self.mistakes])
+
+
+#: Does it hold, name of the field, rule, remedy.
+Rule = tuple[bool, str, str, str]
+
+
+def require(config: object, *rules: Rule) -> None:
+    """Checks the fields of a config.
+
+    Args:
+        config: The object that has the fields.
+        rules: Its rules.
+
+    Raises:
+        FieldError: Rules are broken; it carries all of them.
+    """
+    broken = [
+        Mistake(name, getattr(config, name), rule, remedy) for holds, name, rule, remedy in rules if not holds
+    ]
+    if broken:
+        raise FieldError(broken)
+
+
 class DataError(UserError):
     """Training data cannot be read or does not fit."""
 
 
 class ModelError(UserError):
-    """The dense checkpoint cannot be loaded, or cannot hold a mixture of experts."""
+    """The dense checkpoint cannot be loaded, or cannot become an MoE model."""
 
 
 class CheckpointError(UserError):

@@ -10,22 +10,38 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.paths import ROOT, TESTS
 from tests.patience import patience
 
 HOUSE = ("kernels", "moe", "recipes", "tools")
-# What each part may import of ours ...
-OURS = {
-    "kernels": {"kernels"},
-    "moe": {"kernels", "moe"},
-    "recipes": {"kernels", "moe", "recipes"},
-    "tools": {"kernels", "moe", "recipes", "tools"},
-    "train": {"recipes"},
-}
-# ... and of others', besides the standard library. The rest may import every pinned dependency.
+# The rooms, lowest first. A file imports from its own room and from those that come before it in this list:
+# imports inside functions and those for type checkers count as well. README's map is this list.
+ROOMS = (
+    *(
+        "kernels.activations",
+        "kernels.plan",
+        "kernels.backend",
+        "kernels.torch",
+        "kernels.cpu",
+        "kernels.triton",
+    ),
+    *("kernels.third_party", "kernels.expert_mlp", "kernels.aot", "kernels.bench", "kernels.tune"),
+    *("moe.errors", "moe.types", "moe.registry", "moe.routing", "moe.dispatch", "moe.experts", "moe.routers"),
+    *("moe.metrics", "moe.layer", "moe.upcycle", "moe.attention", "moe.accounting", "moe.planning"),
+    "moe.scaling_laws",
+    *("recipes.runtime", "recipes.checkpoint", "recipes.data", "recipes.models", "recipes.tracking"),
+    *("recipes.engines", "recipes.config", "recipes.upcycling", "recipes.training", "recipes.jobs"),
+    *("recipes.cap", "recipes.launch", "recipes.studies"),
+    *("tools", "train"),
+)
+MOST_ENTRIES = {"recipes": 13, "moe": 14, "kernels": 12}
+# A name says where a file is: each is used once, but for these.
+SHARED_NAMES = {"__init__.py", "__main__.py", "base.py", "config.py"}
+# The libraries that a part may import beside the standard one. The rest may import every pinned dependency.
 THEIRS = {"kernels": {"torch", "triton"}, "moe": {"torch", "numpy", "scipy"}, "train": set[str]()}
 HEAVY = {"transformers", "datasets", "megatron", "deepspeed", "wandb", "matplotlib"}
 # Adapter files: nothing imports them before their library is needed.
@@ -103,16 +119,88 @@ def at_import_time(tree: ast.Module) -> ast.Module:
     return Prune().visit(ast.parse(ast.unparse(tree)))
 
 
-@pytest.mark.parametrize("part", OURS)
-def test_imports_point_downwards(part: str) -> None:
+def room_of(module: str) -> int:
+    """Returns the place of a module's room in `ROOMS`."""
+    names = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
+    assert names, f"{module} is in no room: put it into one, or a new room into ROOMS"
+    return ROOMS.index(max(names, key=len))
+
+
+def imported_modules() -> Iterator[tuple[str, int, str]]:
+    """Yields path, line and the module of ours that is imported there, wherever in a file."""
+    modules = {module_of(path) for path in sources()}
+    for path, tree in sources().items():
+        for line, base, name in imports(tree, package_of(path)):
+            target = f"{base}.{name}" if f"{base}.{name}" in modules else base
+            if target.split(".")[0] in {*HOUSE, "train", "tests", "conf"}:
+                yield path, line, target
+
+
+def test_imports_go_to_lower_rooms_only() -> None:
+    packages = {*HOUSE}  # their __init__ files hold nothing
     wrong = [
-        f"{path}:{line} imports {name}"
-        for path, tree in sources().items()
-        if part_of(path) == part
-        for line, name, _ in imports(tree, package_of(path))
-        if name.split(".")[0] in {*HOUSE, "train", "tests", "conf"} - OURS[part]
+        f"{path}:{line} imports {target}"
+        for path, line, target in imported_modules()
+        if target not in packages and room_of(target) > room_of(module_of(path))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_of_rooms_sees_an_import_upwards() -> None:
+    assert room_of("moe.routers.topk") > room_of("moe.routing.balance") > room_of("kernels.expert_mlp")
+    with pytest.raises(AssertionError, match="in no room"):
+        room_of("recipes.loose_file")
+
+
+def test_only_tools_import_the_studies() -> None:
+    wrong = [
+        f"{path}:{line} imports {target}"
+        for path, line, target in imported_modules()
+        if target.startswith("recipes.studies") and not path.startswith(("tools/", "recipes/studies/"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", MOST_ENTRIES)
+def test_a_part_fits_on_one_screen(part: str) -> None:
+    entries = {path.split("/")[1] for path in sources() if path.startswith(f"{part}/")} - {"__init__.py"}
+    assert len(entries) <= MOST_ENTRIES[part], sorted(entries)
+
+
+def test_no_two_files_share_a_name() -> None:
+    paths: dict[str, list[str]] = {}
+    for path in sources():
+        paths.setdefault(Path(path).name, []).append(path)
+    assert not {name: found for name, found in paths.items() if len(found) > 1 and name not in SHARED_NAMES}
+
+
+def test_docstrings_begin_with_what_is_done() -> None:
+    wrong = [
+        f"{path}: {text.splitlines()[0]}"
+        for path, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if (text := ast.get_docstring(node)) and text.split()[0] in ("What", "Of")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tests_mirror_the_source() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")} - {
+        Path("kernels/interpreted")
+    }
+    missing = [
+        str(folder) for folder in folders if not (ROOT / folder).is_dir() and folder.name != "interpreted"
+    ]
+    assert not missing, f"tests of folders that are not there: {missing}"
+
+
+def test_the_map_in_the_readme_is_the_list_of_rooms() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Map of the code")[2]
+    places = [text.find(f"| `{room.replace('.', '/')}") for room in ROOMS if room.startswith("recipes.")]
+    assert -1 not in places and places == sorted(places), (
+        "the README's map has not the rooms of recipes/ in order"
+    )
 
 
 def test_others_libraries_are_where_they_belong() -> None:

@@ -1,27 +1,30 @@
-"""Weak scaling of the exchange between ranks: ``python -m tools.bench_dispatch --help``."""
+"""Measures the weak scaling of the exchange between ranks: ``python -m tools.bench_dispatch --help``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
-import sys
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING
 
-from tools.command import STDOUT, check_json_target, run_command, write_json
-
-if TYPE_CHECKING:
-    from moe.errors import Mistake
+from tools.command import (
+    check_json_target,
+    check_least,
+    log_beside,
+    machine_figures,
+    read_numbers,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_dispatch",
-        description="Sends tokens to the ranks of their experts and back by all-to-all, with the same number "
-        "of tokens on every rank, and counts what each rank really sends against the least there can be. The "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "bench_dispatch",
+        "Sends tokens to the ranks of their experts and back by all-to-all, with the same number "
+        "of tokens on every rank, and compares the bytes that each rank sends with the least possible. The "
         "ranks are processes of this machine that talk over gloo.",
     )
     add = parser.add_argument
@@ -29,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=4096, metavar="T", help="of a rank (default: %(default)s)")
     add("--width", type=int, default=1024, metavar="D", help="model width (default: %(default)s)")
     add("--experts", type=int, default=8, metavar="E", help="of all ranks together (default: %(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts a token (default: %(default)s)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--skewed", action="store_true", help="expert e is chosen by a share of 1/e, not equally often")
     add(
@@ -40,7 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the shared expert (default: %(default)s)",
     )
     add("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: %(default)s)")
-    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser
 
 
@@ -60,14 +62,13 @@ def main(argv: list[str] | None = None) -> int:
         args.tokens, args.width, args.experts, args.top_k, args.dtype, args.skewed, args.shared_width
     )
     machine = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 1,
+        **machine_figures(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "backend": "gloo",
         "threads_a_rank": 1,
     }
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
+    log = log_beside(args.json)
     log(", ".join(f"{name} {value}" for name, value in machine.items()))
     found = [measure(shape, ranks, args.rounds) for ranks in sizes]
     log(render(found, shape, os.cpu_count() or 1))
@@ -83,27 +84,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sizes(args: argparse.Namespace) -> list[int]:
-    """The numbers of ranks, when all flags are in order."""
+    """Returns the numbers of ranks once all flags are checked."""
     from moe.errors import ConfigError, Mistake
 
-    mistakes: list[Mistake] = check_json_target(args.json)
-    for flag in ("tokens", "width", "experts", "top-k", "shared-width", "rounds"):
-        if (value := getattr(args, flag.replace("-", "_"))) < 1:
-            mistakes.append(Mistake(f"--{flag}", value, "it must be 1 or more", "Raise it."))
+    mistakes = check_json_target(args.json)
+    mistakes += check_least(args, tokens=1, width=1, experts=1, top_k=1, shared_width=1, rounds=1)
     if args.top_k > args.experts:
         rule = f"a token cannot use more experts than the {args.experts} there are"
         mistakes.append(Mistake("--top-k", args.top_k, rule, "Lower it."))
     if args.top_k == args.width:
         rule = "rows and combine weights of one width cannot be told apart on the wire"
         mistakes.append(Mistake("--width", args.width, rule, "Choose another."))
-    sizes = []
-    for text in args.ranks.split(","):
-        ranks = int(text) if text.strip().isdigit() else 0
-        sizes.append(ranks)
-        if ranks < 1:
-            remedy = "Give numbers above 0 with commas between, such as 1,2,4."
-            mistakes.append(Mistake("--ranks", args.ranks, f"{text!r} is no number of ranks", remedy))
-        elif args.experts % ranks:
+    sizes, unread = read_numbers("--ranks", args.ranks)
+    mistakes += unread
+    for ranks in sizes:
+        if args.experts % ranks:
             rule = f"the {args.experts} experts of --experts do not divide over {ranks} ranks"
             mistakes.append(Mistake("--ranks", args.ranks, rule, "Choose divisors."))
     if mistakes:

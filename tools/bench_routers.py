@@ -7,7 +7,15 @@ import dataclasses
 import platform
 from typing import TYPE_CHECKING, Any
 
-from tools.command import check_json_target, run_command, write_json
+from tools.command import (
+    check_json_target,
+    check_least,
+    check_positive,
+    machine_figures,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
@@ -23,17 +31,17 @@ _STEP_DEFAULT = [
     "base_layers",
     "comet",
 ]
-#: What a step under SSR may cost: 2 % more than under plain top-k.
+#: A step under SSR may cost 2 % more than one under plain top-k.
 _BOUND = 1.02
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_routers",
-        description="What routers cost. Forward and backward of each alone, over tokens and experts; "
+    parser = tool_parser(
+        "bench_routers",
+        "Measures the cost of routers: forward and backward of each alone, over tokens and experts; "
         "with --step, a whole training step of a small MoE decoder in which only the router differs. "
-        "Same process, rivals interleaved in random order. What would take too long or too much memory is "
-        "reported with the estimate that kept it out.",
+        "All run in one process, interleaved in random order. Cases too long or too large are "
+        "reported with the estimate that excluded them.",
         epilog="Routers are choices of conf/router with options of their own: topk 'ssr[probability=0.001]' "
         "'sinkhorn[top_k=1,tolerance=1e-3]'; and solver:sinkhorn, solver:sns_cg, solver:sns_schur, the "
         "transport solvers alone.",
@@ -53,7 +61,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--memory-mib", type=float, help="of a pass, at most (default: half of what is free)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
@@ -64,39 +71,34 @@ def _mistakes(arguments: argparse.Namespace) -> list[Mistake]:
 
     mistakes = check_json_target(arguments.json)
     numbers = {"--tokens": arguments.tokens, "--experts": arguments.experts}
-    numbers |= {f"--{name}": [getattr(arguments, name)] for name in ("width", "rounds")}
-    numbers["--threads"] = [1 if arguments.threads is None else arguments.threads]
     for flag, values in numbers.items():
         mistakes += [Mistake(flag, v, "it must be 1 or more", "Raise it.") for v in values if v < 1]
-    limits = {"--seconds": arguments.seconds, "--memory-mib": arguments.memory_mib}
-    for flag, limit in limits.items():
-        if limit is not None and not limit > 0:
-            mistakes.append(Mistake(flag, limit, "it must be above 0", "Raise it."))
+    mistakes += check_least(arguments, width=1, rounds=1, threads=1)
+    mistakes += check_positive(arguments, "seconds", "memory_mib")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         mistakes.append(Mistake("--device", "cuda", "this torch sees no GPU", "Leave it out."))
     return mistakes
 
 
 def _default_labels(step: bool) -> list[str]:
-    from recipes.studies.benchmarks.router_rivals import SOLVERS, router_choices
+    from recipes.studies.benchmarks.router_candidates import SOLVERS
+    from recipes.studies.option_lists import conf_choices
 
     if step:
         return list(_STEP_DEFAULT)
-    choices = router_choices()
-    # The baseline first; then by name.
+    choices = conf_choices("router")
+    # The baseline comes first.
     choices.sort(key=lambda name: (name != "topk", name))
     return [*choices, "ssr[probability=1]", *SOLVERS]
 
 
 def _machine(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
-    import os
-
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = {"machine": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
-        "machine": name or platform.machine(),
-        "cores": os.cpu_count(),
+        **machine_figures(),
+        **name,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -105,12 +107,12 @@ def _machine(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     }
 
 
-def _measure_grid(arguments: argparse.Namespace, rivals: Any, device: Any) -> dict[str, Any]:
+def _measure_grid(arguments: argparse.Namespace, candidates: Any, device: Any) -> dict[str, Any]:
+    from recipes.studies.benchmarks.router_candidates import Shape
     from recipes.studies.benchmarks.router_grid import Grid, Limits, memory_allowance, render
-    from recipes.studies.benchmarks.router_rivals import Shape
 
     allowed = memory_allowance(device) if arguments.memory_mib is None else arguments.memory_mib * 2**20
-    grid = Grid(rivals, Limits(arguments.rounds, arguments.seconds, allowed), device)
+    grid = Grid(candidates, Limits(arguments.rounds, arguments.seconds, allowed), device)
     cells = []
     for experts in sorted(set(arguments.experts)):
         for tokens in sorted(set(arguments.tokens)):
@@ -127,7 +129,7 @@ def _measure_grid(arguments: argparse.Namespace, rivals: Any, device: Any) -> di
     }
 
 
-def _measure_steps(arguments: argparse.Namespace, rivals: Any, device: Any) -> dict[str, Any]:
+def _measure_steps(arguments: argparse.Namespace, candidates: Any, device: Any) -> dict[str, Any]:
     import transformers
 
     from recipes.studies.benchmarks.router_step import (
@@ -140,8 +142,8 @@ def _measure_steps(arguments: argparse.Namespace, rivals: Any, device: Any) -> d
     transformers.logging.set_verbosity_error()
     figures: dict[str, Any] = {"transformers": transformers.__version__, "bound": _BOUND, "shapes": {}}
     for shape in STEP_SHAPES:
-        steps = measure_steps(rivals, shape, arguments.rounds, device)
-        expected = expected_costs(rivals, steps)
+        steps = measure_steps(candidates, shape, arguments.rounds, device)
+        expected = expected_costs(candidates, steps)
         label = f"{shape.num_experts} experts, F={shape.expert_width}"
         batch = f"{shape.batch_size}x{shape.seq_len} tokens, {shape.num_layers} layers"
         print(f"\n{label}, {batch}, forward + backward + AdamW")
@@ -159,12 +161,12 @@ def main() -> int:
     import torch
 
     from moe.errors import ConfigError, UserError
-    from recipes.studies.benchmarks.router_rivals import read_rivals
+    from recipes.studies.benchmarks.router_candidates import read_candidates
 
     mistakes = _mistakes(arguments)
-    rivals = []
+    candidates = []
     try:
-        rivals = read_rivals(arguments.routers or _default_labels(arguments.step))
+        candidates = read_candidates(arguments.routers or _default_labels(arguments.step))
     except ConfigError as error:
         mistakes += error.mistakes
     if mistakes:
@@ -175,7 +177,7 @@ def main() -> int:
     figures = _machine(arguments, device)
     print(", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
     measure = _measure_steps if arguments.step else _measure_grid
-    figures |= measure(arguments, rivals, device)
+    figures |= measure(arguments, candidates, device)
     write_json(arguments.json, figures)
     return 0
 

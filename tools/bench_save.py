@@ -1,4 +1,4 @@
-"""What saving costs a training step: ``python -m tools.bench_save --help``."""
+"""Measures the cost of saving for a training step: ``python -m tools.bench_save --help``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, run_command, write_json
+from moe.errors import ConfigError
+from tools.command import (
+    check_existing_folder,
+    check_json_target,
+    check_positive,
+    log_beside,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 _WIDTHS = (9, 8, 8, 9, 10, 8, 9)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_save",
-        description="Time of a training step without saves, with saves that training waits for, and with "
-        "saves in the background. Same process, rivals interleaved in random order; what the checkpoints "
-        "hold is compared with what was saved.",
+    parser = tool_parser(
+        "bench_save",
+        "Time of a training step without saves, with saves that training waits for, and with "
+        "saves in the background. All run in one process, interleaved in random order; the checkpoints "
+        "are compared with what was saved.",
     )
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each rival (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round, with one save (default 20)")
     parser.add_argument("--width", type=int, default=1024, help="of the model's square layers (default 1024)")
     parser.add_argument("--layers", type=int, default=8, help="layers (default 8)")
@@ -28,24 +36,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
     parser.add_argument("--disk-mib-s", type=float, default=None, help="simulate a disk of so many MiB/s")
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: a temporary one)")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def _check(arguments: argparse.Namespace) -> None:
     mistakes = check_json_target(arguments.json)
-    for name in ("rounds", "steps", "width", "layers", "batch", "threads", "disk_mib_s"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            mistakes.append(Mistake(f"--{name.replace('_', '-')}", value, "must be above 0", "Raise it."))
-    if arguments.folder is not None and not Path(arguments.folder).is_dir():
-        mistakes.append(Mistake("--folder", arguments.folder, "there is no such folder", "Make it first."))
+    mistakes += check_positive(
+        arguments, "rounds", "steps", "width", "layers", "batch", "threads", "disk_mib_s"
+    )
+    mistakes += check_existing_folder("--folder", arguments.folder)
     if mistakes:
         raise ConfigError(mistakes)
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)
 
 
 def main() -> int:
@@ -54,8 +55,8 @@ def main() -> int:
     _check(arguments)
     import torch
 
-    from recipes.checkpoint.space import readable
-    from recipes.studies.benchmarks.saves import NONE, RIVALS, SaveShape, measure_saves
+    from recipes.checkpoint.inventory import readable
+    from recipes.studies.benchmarks.saves import NONE, WAYS, SaveShape, measure_saves
     from recipes.studies.chaos.slow_disk import slow_down
 
     if arguments.threads is not None:
@@ -64,8 +65,8 @@ def main() -> int:
         slow_down(arguments.disk_mib_s)
     shape = SaveShape(arguments.width, arguments.layers, arguments.batch, arguments.steps)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found, size = measure_saves(shape, arguments.rounds, Path(folder), _log)
-    rows: dict[str, Any] = {rival: found[rival].as_dict() for rival in RIVALS}
+        found, size = measure_saves(shape, arguments.rounds, Path(folder), log_beside(None))
+    rows: dict[str, Any] = {way: found[way].as_dict() for way in WAYS}
     disk = "the disk as it is"
     if arguments.disk_mib_s is not None:
         disk = f"a SIMULATED disk of {arguments.disk_mib_s:g} MiB/s"
@@ -75,11 +76,11 @@ def main() -> int:
     )
     names = ("step ms", "p10", "p90", "against", "stall ms", "most", "save ms")
     print(" " * 14 + "".join(f"{name:>{width}}" for name, width in zip(names, _WIDTHS, strict=True)))
-    for rival, row in rows.items():
+    for way, row in rows.items():
         steps = [1e3 * row[f"step{which}_s"] for which in ("", "_p10", "_p90")]
         share = row["step_s"] / rows[NONE]["step_s"]
         rest = f"{1e3 * row['stall_s']:10.1f}{1e3 * row['stall_max_s']:8.1f}{1e3 * row['save_s']:9.1f}"
-        print(f"{rival:14}{steps[0]:9.1f}{steps[1]:8.1f}{steps[2]:8.1f}{share:8.3f}x{rest}")
+        print(f"{way:14}{steps[0]:9.1f}{steps[1]:8.1f}{steps[2]:8.1f}{share:8.3f}x{rest}")
     write_json(
         arguments.json,
         {

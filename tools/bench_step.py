@@ -1,26 +1,31 @@
-"""Times a training step of a mixture against a dense one: ``python -m tools.bench_step --help``."""
+"""Times a training step of an MoE against a dense model: ``python -m tools.bench_step --help``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 from typing import Any
 
-from tools.command import check_json_target, run_command, write_json
+from tools.command import (
+    check_json_target,
+    check_least,
+    machine_figures,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_step",
-        description="The MoE tax: time of a training step of a mixture over that of a dense Llama with "
-        "the same active parameters. Same process, rivals interleaved in random order; "
+    parser = tool_parser(
+        "bench_step",
+        "The MoE tax: time of a training step of an MoE over that of a dense Llama with "
+        "the same active parameters. All run in one process, interleaved in random order; "
         "logits are compared first.",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each rival (default 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each (default 15)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
     parser.add_argument("--backend", default="auto", help="back end of our experts (default auto)")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
@@ -35,10 +40,7 @@ def main() -> int:
     from recipes.studies.benchmarks.moe_tax import GOALS, measure_step
 
     mistakes = check_json_target(arguments.json)
-    if arguments.rounds < 1:
-        mistakes.append(Mistake("--rounds", arguments.rounds, "it must be 1 or more", "Raise it."))
-    if arguments.threads is not None and arguments.threads < 1:
-        mistakes.append(Mistake("--threads", arguments.threads, "it must be 1 or more", "Raise it."))
+    mistakes += check_least(arguments, rounds=1, threads=1)
     if arguments.backend not in ("auto", *BACKENDS):
         remedy = f"Choose auto, {', '.join(BACKENDS)}."
         mistakes.append(Mistake("--backend", arguments.backend, "there is no such back end", remedy))
@@ -48,7 +50,7 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     figures: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine_figures()["machine"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
@@ -68,7 +70,7 @@ def main() -> int:
                 s, t = result.seconds, result.tax
                 error = "" if result.logit_error is None else f"{result.logit_error:.0e}"
                 print(
-                    f"  {result.rival:26}{1e3 * s.median:8.1f}{1e3 * s.p10:8.1f}{1e3 * s.p90:8.1f}"
+                    f"  {result.model:26}{1e3 * s.median:8.1f}{1e3 * s.p10:8.1f}{1e3 * s.p90:8.1f}"
                     f"{t.median:8.2f}{t.p10:8.2f}{t.p90:8.2f}{error:>10}"
                 )
             rows[what] = [dataclasses.asdict(result) for result in results]

@@ -1,24 +1,31 @@
-"""Times conversions against ``cp`` and shows their memory: ``python -m tools.bench_upcycle --help``."""
+"""Times conversions against ``cp`` and measures their memory: ``python -m tools.bench_upcycle --help``."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moe.errors import Mistake, UserError
-from tools.command import check_json_target, run_command, write_json
+from moe.errors import UserError
+from tools.command import (
+    check_existing_folder,
+    check_json_target,
+    check_least,
+    machine_figures,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_upcycle",
-        description="Converts random Llamas of three sizes (75, 300 and 880 million parameters, bf16) and "
+    parser = tool_parser(
+        "bench_upcycle",
+        "Converts random Llamas of three sizes (75, 300 and 880 million parameters, bf16) and "
         "copies each result with cp on the same disk, in turn; prints medians, draws memory against size.",
     )
     add = parser.add_argument
@@ -29,7 +36,6 @@ def _parse() -> argparse.Namespace:
     add("--experts", type=int, default=8, help="routed experts (default 8)")
     add("--rounds", type=int, default=3, help="conversions and copies of each size (default 3)")
     add("--figure", default=None, metavar="PNG", help="draw memory against size")
-    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
@@ -37,10 +43,7 @@ def main() -> int:
     """Measures every size and prints the table."""
     arguments = _parse()
     mistakes = check_json_target(arguments.json)
-    if arguments.rounds < 1:
-        mistakes.append(Mistake("--rounds", arguments.rounds, "it must be 1 or more", "Raise it."))
-    if arguments.folder is not None and not Path(arguments.folder).is_dir():
-        mistakes.append(Mistake("--folder", arguments.folder, "there is no such folder", "Create it."))
+    mistakes += check_least(arguments, rounds=1) + check_existing_folder("--folder", arguments.folder)
     if mistakes:
         raise UserError(mistakes)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -69,8 +72,7 @@ def main() -> int:
             print(_line(row), flush=True)
     if arguments.figure is not None:
         draw_memory(rows, Path(arguments.figure))
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    write_json(arguments.json, machine | {"method": arguments.method, "rows": rows})
+    write_json(arguments.json, machine_figures() | {"method": arguments.method, "rows": rows})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What models really use of the hardware: ``python -m tools.cap FOLDER [FOLDER ...]``."""
+"""Measures how models use the hardware: ``python -m tools.cap FOLDER [FOLDER ...]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, log_beside, read_numbers, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.cap.radar import Anchors
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.cap",
-        description="Prefill and greedy decoding of local checkpoints: time to the first token, time per "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "cap",
+        "Prefill and greedy decoding of local checkpoints: time to the first token, time per "
         "output token, memory, energy, and the sparsity-aware shares of bandwidth and compute of MoE-CAP "
-        "(arXiv 2412.07067), with the experts that every pass really touched. What cannot be measured is "
+        "(arXiv 2412.07067), with the experts that every pass touched. Figures that cannot be measured are "
         "null, with the reason.",
     )
     add = parser.add_argument
@@ -32,13 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
         "folders",
         nargs="*",
         metavar="[NAME=]FOLDER",
-        help="checkpoint of transformers, export of Graft, run of Graft (its mixture), RUN/dense, RUN/cpt",
+        help="checkpoint of transformers, export of Graft, run of Graft (its MoE), RUN/dense, RUN/cpt",
     )
     add("--compare", nargs="+", metavar="JSON", help="measure nothing; put these reports beside each other")
     work = parser.add_argument_group("what is run").add_argument
     work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="(default: %(default)s)")
     work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: %(default)s)")
-    work("--new", type=int, default=32, metavar="N", help="tokens written a sequence (default: %(default)s)")
+    work("--new", type=int, default=32, metavar="N", help="written per sequence (default: %(default)s)")
     work("--rounds", type=int, default=3, metavar="N", help="timed repetitions (default: %(default)s)")
     work("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
@@ -73,7 +73,7 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
     top = parser.add_argument_group("peaks").add_argument
     top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
-    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes a second")
+    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes per second")
     top("--peak-flops", type=float, metavar="GFLOP/S", help="your own, dense, of the dtype that is used")
     top(
         "--tier",
@@ -91,7 +91,6 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     cost("--busy", type=float, default=0.5, metavar="SHARE", help="of its life (default: %(default)s)")
     out = parser.add_argument_group("output").add_argument
     out("--out", metavar="DIR", help="write cap.json, cap.html, curves.png and radar.png there")
-    out("--json", metavar="PATH", help="write the figures to this file, or to stdout for -")
     out("--radar", choices=("fixed", "min-max"), default="fixed", help="ends of axes (default: %(default)s)")
     out("--radar-batch", type=int, metavar="B", help="(default: the largest that all systems reached)")
     out("--anchors", nargs="+", default=[], metavar="AXIS=WORSE:BETTER", help="such as tpot_s=1:0.001")
@@ -138,19 +137,13 @@ def _measured(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, An
 
 
 def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
-    """What is asked for, and the mistakes in what had to be read for it."""
+    """Returns the request, and the mistakes in the flags that it was read from."""
     from moe.accounting.tiers import Tier, read_tiers
     from recipes.cap.cost import Prices
     from recipes.cap.measure import Workload
     from recipes.cap.request import Accuracy, Request, name_systems
 
-    mistakes, sizes = [], []
-    for text in args.batch_sizes.split(","):
-        if text.strip().isdigit():
-            sizes.append(int(text))
-        else:
-            remedy = "Write numbers with commas: 1,4,16."
-            mistakes.append(Mistake("--batch-sizes", text, "it is no whole number", remedy))
+    sizes, mistakes = read_numbers("--batch-sizes", args.batch_sizes)
     accuracy = Accuracy(
         args.perplexity,
         args.perplexity_length,
@@ -193,7 +186,7 @@ def _path(text: str | None) -> Path | None:
 
 
 def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
-    """Where to ask; its flags without it are mistakes."""
+    """Returns the server; its other flags without ``--server`` are mistakes."""
     from recipes.cap.server import Server
 
     given = {"--model": args.model, "--server-device": args.server_device, "--server-key": args.server_key}
@@ -211,15 +204,15 @@ def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
 
 
 def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:
-    from recipes.cap.cap_table import aligned
     from recipes.cap.join_reports import RATIO_HEAD, differences, join_reports, ratio_rows, read_reports
+    from recipes.tracking.report.formats import aligned
 
     if mistakes:
         raise ConfigError(mistakes)
     paths = [Path(path).expanduser() for path in args.compare]
     reports = read_reports(paths)
     report = join_reports(reports, [path.stem for path in paths])
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = log_beside(args.json)
     for line in differences(reports):
         log(f"note: {line}")
     log(f"{aligned(RATIO_HEAD, ratio_rows(report))}\n")
@@ -227,11 +220,11 @@ def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, An
 
 
 def _show(args: argparse.Namespace, report: dict[str, Any], anchors: dict[str, Anchors]) -> None:
-    """The table, and the files that are asked for."""
+    """Prints the table and writes the requested files."""
     from recipes.cap.cap_table import text_of
     from recipes.cap.radar import make_radar
 
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = log_beside(args.json)
     log(text_of(report))
     write_json(args.json, report)
     if args.out is not None:

@@ -1,4 +1,4 @@
-"""Kills ranks of a training job: ``python -m tools.chaos --kills 50``."""
+"""Kills ranks of a training job and checks its recovery: ``python -m tools.chaos --kills 50``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, run_command, write_json
-
-_AIMS = ("mixed", "anywhere", "saves", "start")
+from recipes.studies.chaos.chaos_settings import AIMS, ChaosSettings
+from tools.command import check_json_target, check_least, check_positive, run_command, tool_parser, write_json
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.chaos",
-        description="Starts a small training job under torchrun --max-restarts, kills ranks with SIGKILL at "
-        "random moments, and compares what it has computed with the same job left in peace: every figure of "
+    parser = tool_parser(
+        "chaos",
+        "Starts a small training job under torchrun --max-restarts, kills ranks with SIGKILL at "
+        "random moments, and compares its results with an undisturbed run of the same job: every figure of "
         "every step, the load of every expert, the exported weights. Ends with 0 only when all kills were "
         "done, training went on from the newest complete checkpoint each time, and nothing differs.",
         epilog="Every other OPTION=VALUE goes to train.py: router=deepseek_v3, engine.expert_parallel=2, ...",
@@ -28,37 +27,27 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default 20)")
     parser.add_argument(
         "--aim",
-        choices=_AIMS,
+        choices=AIMS,
         default="mixed",
         help="anywhere: uniform over the steps; saves: while a checkpoint is written; start: while a restart "
         "starts up; mixed (default): half, a third and a sixth of them",
     )
     parser.add_argument("--sync-save", action="store_true", help="train.async_save=false")
     parser.add_argument(
-        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s a rank"
+        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s per rank"
     )
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
     parser.add_argument("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
     parser.add_argument("--folder", default="outputs/chaos", help="for everything (default outputs/chaos)")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_intermixed_args()
 
 
 def _check(arguments: argparse.Namespace) -> None:
     mistakes = check_json_target(arguments.json)
-    least = {"kills": 1, "ranks": 1, "steps": 2, "save_every": 1}
-    for name, minimum in least.items():
-        value = getattr(arguments, name)
-        if value < minimum:
-            mistakes.append(
-                Mistake(f"--{name.replace('_', '-')}", value, f"must be {minimum} or more", "Raise it.")
-            )
-    for name in ("disk_mib_s", "patience"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            mistakes.append(Mistake(f"--{name.replace('_', '-')}", value, "must be more than 0", "Raise it."))
+    mistakes += check_least(arguments, kills=1, ranks=1, steps=2, save_every=1)
+    mistakes += check_positive(arguments, "disk_mib_s", "patience")
     if arguments.save_every > arguments.steps:
-        rule = "no save would come before the last step"
+        rule = "there would be no save before the last step"
         mistakes.append(Mistake("--save-every", arguments.save_every, rule, "Lower it, or raise --steps."))
     for option in arguments.options:
         if "=" not in option:
@@ -78,7 +67,7 @@ def _table(found: dict[str, Any]) -> str:
     rows = {
         "job": f"{found['ranks']} ranks, {found['steps']} steps, a save every {found['save_every']}, "
         f"{'asynchronous' if found['async_save'] else 'synchronous'}"
-        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s a rank"),
+        + ("" if disk is None else f", simulated disk of {disk:g} MiB/s per rank"),
         "kills": f"{found['kills']} of {found['asked_kills']} ({aims}; {found['kills_during_a_save']} in a "
         "save)",
         "recoveries": f"{found['recoveries']} ({found['kills_before_recovery']} kills came before one)",
@@ -98,10 +87,9 @@ def _table(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Runs the experiment and prints its table; 1 when something is not as promised."""
+    """Runs the experiment and prints its table; returns 1 when a guarantee was broken."""
     arguments = _parse()
     _check(arguments)
-    from recipes.studies.chaos.chaos_settings import ChaosSettings
     from recipes.studies.chaos.experiment import passed, run_chaos
 
     settings = ChaosSettings(

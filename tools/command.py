@@ -1,17 +1,20 @@
-"""How a command ends: the exit code and the sentence, the same for every tool.
+"""Flags, checks, output and exit codes that all tools share.
 
-0: what was asked for was done. 1: it failed. 2: a user's mistake. 130: interrupted.
+Exit codes: 0 for success, 1 for failure, 2 for a user's mistake, 130 for an interruption.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from moe.errors import GraftError, Mistake, UserError
 
@@ -20,10 +23,10 @@ STDOUT = "-"
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Runs a command and exits. Errors to act on become lines on stderr; bugs keep their traceback.
+    """Runs a command and exits. Errors of the user become lines on stderr; bugs keep their traceback.
 
     Args:
-        main: The command; returns its exit code.
+        main: Runs the command and returns its exit code.
     """
     try:
         code = main()
@@ -49,15 +52,105 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def tool_parser(
+    name: str, description: str, epilog: str | None = None, *, json_flag: bool = True
+) -> argparse.ArgumentParser:
+    """Builds the parser of ``python -m tools.NAME``, with ``--json`` unless left out."""
+    parser = argparse.ArgumentParser(f"python -m tools.{name}", description=description, epilog=epilog)
+    if json_flag:
+        text = "write the figures as JSON to a file, or to stdout for -"
+        parser.add_argument("--json", metavar="PATH", help=text)
+    return parser
+
+
 def check_json_target(target: str | None) -> list[Mistake]:
-    """What is wrong with the value of a ``--json`` flag, found before the work whose figures go there."""
+    """Checks the value of ``--json`` before the work whose figures go there."""
     if target is None or not Path(target).is_dir():
         return []
     return [Mistake("--json", target, "is a folder", "Name a file in it, or give - for stdout.")]
 
 
+def check_least(arguments: argparse.Namespace, **least: float) -> list[Mistake]:
+    """Checks the minimum of numeric flags, by the names of their values; None passes."""
+    given = {name: getattr(arguments, name) for name in least}
+    return [
+        Mistake(_flag(name), value, f"it must be {least[name]:g} or more", "Raise it.")
+        for name, value in given.items()
+        if value is not None and value < least[name]
+    ]
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> list[Mistake]:
+    """Checks that numeric flags are finite and above 0, by the names of their values; None passes."""
+    given = {name: getattr(arguments, name) for name in names}
+    return [
+        Mistake(_flag(name), value, "it must be above 0", "Raise it.")
+        for name, value in given.items()
+        if value is not None and not 0 < value < float("inf")
+    ]
+
+
+def check_existing_folder(flag: str, folder: str | None) -> list[Mistake]:
+    """Checks that a folder exists where one is named."""
+    if folder is None or Path(folder).is_dir():
+        return []
+    return [Mistake(flag, folder, "there is no such folder", "Create it, or name another.")]
+
+
+def read_numbers(flag: str, text: str) -> tuple[list[int], list[Mistake]]:
+    """Reads numbers above 0 with commas between; returns them, and a mistake for each other part."""
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if not word.isdigit() or int(word) < 1]
+    remedy = "Write numbers with commas: 1,2,4."
+    mistakes = [Mistake(flag, text, f"{word!r} is not a whole number above 0", remedy) for word in wrong]
+    return [int(word) for word in words if word not in wrong], mistakes
+
+
+def read_config(given: str, remedy: str) -> tuple[dict[str, Any], list[Mistake]]:
+    """Reads a ``config.json``, or the one in a folder; returns its content, and the mistakes."""
+    path = Path(given).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        rule = f"it cannot be read ({error.strerror})"
+    except ValueError as error:
+        rule = f"it is not JSON ({error})"
+    else:
+        if isinstance(content, dict):
+            return content, []
+        rule = "it holds no mapping"
+    return {}, [Mistake("CONFIG", str(path), rule, remedy)]
+
+
+def check_format(target: str, formats: Mapping[str, Any]) -> list[Mistake]:
+    """Checks the value of ``--target``: a format of `recipes.models.export.exporters`, or ``auto``."""
+    if target in ("auto", *formats):
+        return []
+    return [Mistake("--target", target, "there is no such format", f"Choose auto, {', '.join(formats)}.")]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def stream_beside(target: str | None) -> TextIO:
+    """Returns the stream for people: stderr where the figures of ``--json`` go to stdout."""
+    return sys.stderr if target == STDOUT else sys.stdout
+
+
+def log_beside(target: str | None) -> Callable[..., None]:
+    """Returns a function that prints to `stream_beside` at once."""
+    return partial(print, file=stream_beside(target), flush=True)
+
+
+def machine_figures() -> dict[str, str | int | None]:
+    """Returns processor and number of cores, for figures that depend on them."""
+    return {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
 def write_json(target: str | None, figures: Mapping[str, Any]) -> None:
-    """Writes figures where a ``--json`` flag says: a file, replaced whole; stdout for ``-``; None is nowhere.
+    """Writes figures to the target of ``--json``: a file, replaced whole; stdout for ``-``; nowhere for None.
 
     Raises:
         DiskError: The file cannot be written.

@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.compose import CONF, compose_config
-from tools.command import run_command
+from recipes.config.compose import compose_config
+from tools.command import run_command, tool_parser
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare",
-        description="Trains the upcycling job under each router and seed, everything else equal, and "
+    parser = tool_parser(
+        "compare",
+        "Trains the upcycling job under each router and seed, everything else equal, and "
         "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
         "the others down.",
         epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
+        json_flag=False,
     )
     parser.add_argument(
         "options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's"
     )
     parser.add_argument("--name", default="routers", help="folder below outputs/compare (default routers)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
     parser.add_argument("--only-page", action="store_true", help="train nothing, draw what is there")
     arguments = parser.parse_intermixed_args()
     return arguments, arguments.options
 
 
 def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
-    """Routers, seeds, and what is train.py's."""
+    """Splits the options into routers, seeds, and overrides of train.py."""
+    from recipes.studies.option_lists import conf_choices
+
     own = dict(o.split("=", 1) for o in options if o.startswith(("routers=", "seeds=")))
     rest = [o for o in options if not o.startswith(("routers=", "seeds="))]
     routers = [r.strip() for r in own.get("routers", _DEFAULT_ROUTERS).strip("[]").split(",") if r.strip()]
-    known = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+    known = conf_choices("router")
     mistakes = [
         Mistake("routers", router, "there is no such router", f"Choose from: {', '.join(known)}.")
         for router in routers
@@ -53,34 +56,24 @@ def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
 
 
 def main() -> int:
-    """Runs what is missing, then writes the page; 1 when a run failed."""
+    """Runs the missing trials, then writes the page; returns 1 when a run failed."""
     arguments, options = _parse()
     routers, seeds, overrides = _split(options)
     for router in routers:
         compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
     from recipes.studies.comparison.collect_runs import collect
     from recipes.studies.comparison.comparison_page import text_table, write_page
-    from recipes.studies.comparison.router_trials import plan_trials, start
+    from recipes.studies.comparison.router_trials import plan_trials
+    from recipes.studies.sweep import launcher, run_trials
 
     folder = Path("outputs").absolute() / "compare" / arguments.name
     trials = plan_trials(folder, routers, seeds)
-    for number, trial in enumerate(trials, start=1):
-        if arguments.only_page or trial.done:
-            continue
-        began = time.perf_counter()
-        code = start(trial, overrides, arguments.ranks)
-        outcome = "done" if code == 0 else f"FAILED with exit code {code}, see {trial.log}"
-        seconds = time.perf_counter() - began
-        print(
-            f"{number}/{len(trials)} {trial.router} seed {trial.seed}: {outcome} ({seconds:.0f} s)",
-            flush=True,
-        )
+    if not arguments.only_page:
+        launch = launcher(overrides, arguments.ranks)
+        run_trials(trials, launch, arguments.parallel, lambda line: print(line, flush=True))
     results = collect(trials)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = (
-        f"{len(routers)} routers, {seeds} seeds; {' '.join(overrides) or 'the defaults of the main job'}"
-    )
-    page = write_page(folder, results, description)
+    options_text = " ".join(overrides) or "the defaults of the main job"
+    page = write_page(folder, results, f"{len(routers)} routers, {seeds} seeds; {options_text}")
     print(f"\n{text_table(results)}\n\npage: {page}")
     return 0 if all(trial.done for trial in trials) else 1
 

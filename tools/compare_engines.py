@@ -1,4 +1,4 @@
-"""Do the engines train the same? ``python -m tools.compare_engines [OPTION=VALUE ...]``."""
+"""Compares the losses of all engines: ``python -m tools.compare_engines [OPTION=VALUE ...]``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moe.errors import ConfigError, Mistake
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, check_least, run_command, stream_beside, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.studies.benchmarks.engine_losses import Series
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare_engines",
-        description="Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 "
+    parser = tool_parser(
+        "compare_engines",
+        "Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 "
         "and more ranks, and prints how far the losses are from those of native torch on one rank.",
         epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
     )
@@ -31,7 +31,6 @@ def _parse() -> argparse.Namespace:
     add("--steps", type=int, default=50, metavar="N", help="of each run (default: %(default)s)")
     add("--only", metavar="WORD", help="layouts whose name has it, besides the first")
     add("--keep", metavar="DIR", help="where the runs stay (default: they are deleted)")
-    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser.parse_intermixed_args()
 
 
@@ -39,8 +38,7 @@ def main() -> int:
     """Runs the layouts one after the other and prints the table."""
     arguments = _parse()
     mistakes = check_json_target(arguments.json)
-    if arguments.steps < 1:
-        mistakes.append(Mistake("--steps", arguments.steps, "it must be 1 or more", "Raise it."))
+    mistakes += check_least(arguments, steps=1)
     from recipes.studies.benchmarks.engine_losses import compared_layouts, run_layouts
 
     first, *others = compared_layouts()
@@ -56,7 +54,7 @@ def main() -> int:
     log = partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.keep).expanduser().absolute() if arguments.keep else Path(scratch)
-        out = sys.stderr if arguments.json == STDOUT else sys.stdout
+        out = stream_beside(arguments.json)
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", file=out)
         done = _print(run_layouts(chosen, overrides, folder, log), out)
     figures = [
@@ -74,9 +72,9 @@ def main() -> int:
 
 
 def _print(runs: Iterable[Series], out: TextIO) -> list[Series]:
-    """A line for each run as soon as it is over; returns them."""
+    """Prints a line for each run as soon as it has ended; returns all runs."""
     done: list[Series] = []
-    heads = ("largest difference", "last loss", "validation", "s a step")
+    heads = ("largest difference", "last loss", "validation", "s per step")
     print(f"{'layout':62}{heads[0]:>20}{heads[1]:>12}{heads[2]:>12}{heads[3]:>10}", file=out)
     for one in runs:
         done.append(one)

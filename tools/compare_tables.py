@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.command import check_json_target, run_command, write_json
+from tools.command import check_json_target, check_least, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.studies.tables.table_runs import Experiment
@@ -16,9 +16,9 @@ _LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare_tables",
-        description="Trains a two-task recommendation model on a generated table under each router, "
+    parser = tool_parser(
+        "compare_tables",
+        "Trains a two-task recommendation model on a generated table under each router, "
         "everything else equal, and prints test AUC over seeds beside its ceiling. Learning rates are tried "
         "on seed 0 and chosen by validation. What is done is kept; a failed run takes no other down.",
         epilog="A router is a choice of conf/router, with options if need be: comet:entropy_coef=1,gamma=5. "
@@ -32,31 +32,26 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=None, help="rows of the set (default 50,000)")
     parser.add_argument("--epochs", type=int, default=None, help="at most (default 20)")
     parser.add_argument("--experts", type=int, default=None, help="experts of the layer (default 16)")
-    parser.add_argument("--top-k", type=int, default=None, help="experts a row (default 2)")
+    parser.add_argument("--top-k", type=int, default=None, help="experts per row (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--only-page", action="store_true", help="train nothing, show what is there")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:
-    """What the flags ask for; all mistakes at once."""
+    """Reads the flags; raises all mistakes at once."""
     from moe.errors import Mistake, UserError
     from recipes.studies.tables.generate import SPLITS, TableConfig
     from recipes.studies.tables.table_model import ModelConfig
-    from recipes.studies.tables.table_routers import parse_mixtures
+    from recipes.studies.tables.table_routers import parse_moes
     from recipes.studies.tables.table_runs import Experiment
     from recipes.studies.tables.train_table import FitConfig
 
     mistakes = check_json_target(arguments.json)
-    minima = {"seeds": 1, "data_seed": 0, "rows": 1000, "epochs": 1, "experts": 1, "top_k": 1, "threads": 1}
-    for name, least in minima.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            flag = f"--{name.replace('_', '-')}"
-            mistakes.append(Mistake(flag, value, f"it must be {least} or more", "Raise it."))
+    mistakes += check_least(arguments, seeds=1, rows=1000, epochs=1, experts=1, top_k=1, threads=1)
+    mistakes += check_least(arguments, data_seed=0)
     if not all(lr > 0 for lr in arguments.lrs):
-        mistakes.append(Mistake("--lrs", arguments.lrs, "rates are above 0", "Give 0.001, say."))
+        mistakes.append(Mistake("--lrs", arguments.lrs, "rates must be above 0", "Give 0.001, say."))
     if arguments.name in ("", ".", "..") or "/" in arguments.name:
         mistakes.append(Mistake("--name", arguments.name, "it must be a plain name", "Leave out slashes."))
     if mistakes:
@@ -74,20 +69,20 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
         table=table,
         model=model,
         fit=fit,
-        mixtures=parse_mixtures(arguments.routers, model, steps),
+        moes=parse_moes(arguments.routers, model, steps),
         seeds=arguments.seeds,
         lrs=tuple(dict.fromkeys(arguments.lrs)),
     )
 
 
 def main() -> int:
-    """Runs what is missing, then shows the table; 1 when a run failed."""
+    """Runs the missing trials, then prints the table; returns 1 when a run failed."""
     arguments = _parse()
     experiment = _experiment(arguments)
     import torch
 
-    from recipes.studies.tables.generate import TASKS, generate
-    from recipes.studies.tables.table_page import collect, plain, text_table, write_figures, write_picture
+    from recipes.studies.tables.generate import generate
+    from recipes.studies.tables.table_page import ceiling_line, collect, plain, text_table, write_page
     from recipes.studies.tables.table_runs import check_kept, execute_missing, seed_by_seed, tuning_runs
 
     torch.set_num_threads(arguments.threads)
@@ -98,13 +93,9 @@ def main() -> int:
         for runs in (tuning_runs, seed_by_seed):
             execute_missing(runs(experiment), splits, lambda line: print(line, flush=True))
     results = collect(experiment)
-    shown = ", ".join(f"{task} {ceiling:.4f}" for task, ceiling in zip(TASKS, ceilings, strict=True))
-    print(f"\n{text_table(results)}\n\ntest AUC of the true probabilities (the ceiling): {shown}")
+    print(f"\n{text_table(results)}\n\n{ceiling_line(ceilings)}")
     figures = plain(results, ceilings, experiment)
-    print(write_figures(experiment.folder, figures))
-    picture = write_picture(experiment.folder, results, ceilings)
-    if picture is not None:
-        print(picture)
+    print(f"page: {write_page(experiment.folder, results, ceilings, figures)}")
     write_json(arguments.json, figures)
     return 0 if not any(result.missing for result in results) else 1
 

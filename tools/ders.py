@@ -1,41 +1,39 @@
-"""A mixture as base and deltas: ``python -m tools.ders compress MOE OUT``, ``... expand IN OUT``."""
+"""Stores an MoE as base and deltas: ``python -m tools.ders compress MOE OUT``, ``... expand IN OUT``."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError, Mistake
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, run_command, stream_beside, tool_parser, write_json
 
 if TYPE_CHECKING:
     from moe.experts.deltas import DeltaCodec
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.ders",
-        description="DeRS (arXiv 2503.01359): experts that came from one network are stored as their mean "
-        "and what sets each apart, in a few bits or as one of ten elements. Exact for copies before "
+    parser = tool_parser(
+        "ders",
+        "DeRS (arXiv 2503.01359): experts that came from one network are stored as their mean "
+        "and the differences from it, in a few bits or as one of ten elements. Exact for copies before "
         "training, lossy after it: compare the expanded folder by tools.verify before you delete anything.",
     )
     parser.add_argument("action", choices=("compress", "expand"))
-    parser.add_argument("source", metavar="SOURCE", help="a mixture; or, to expand, a compressed one")
+    parser.add_argument("source", metavar="SOURCE", help="an MoE; or, to expand, a compressed one")
     parser.add_argument("out", metavar="OUT", help="the result; must not exist")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--bits", type=int, help="1, 2, 4 or 8 bits for each difference (default 2)")
     kind.add_argument("--one-of", type=int, metavar="B", help="keep one of B differences, drawn at random")
     parser.add_argument("--rescale", action="store_true", help="with --one-of: multiply what is kept by B")
     parser.add_argument("--seed", type=int, default=0, help="with --one-of (default 0)")
-    parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Checks, then compresses or expands."""
+    """Checks the flags, then compresses or expands."""
     arguments = _parse()
     mistakes = _check(arguments)
     if mistakes:
@@ -45,20 +43,20 @@ def main() -> int:
     from recipes.models.ders.delta_store import compress, expand
 
     source, out = (Path(path).expanduser().absolute() for path in (arguments.source, arguments.out))
-    stream = sys.stderr if arguments.json == STDOUT else sys.stdout
+    stream = stream_beside(arguments.json)
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=arguments.action) as bar:
         if arguments.action == "expand":
             figures = {"bytes": expand(source, out, bar.update)}
-            said = f"wrote {figures['bytes'] / 2**20:.1f} MiB: {out}"
+            text = f"wrote {figures['bytes'] / 2**20:.1f} MiB: {out}"
         else:
             found = compress(source, out, _codec(arguments), bar.update)
             figures = asdict(found)
-            said = (
+            text = (
                 f"{found.source_bytes / 2**20:.1f} MiB became {found.stored_bytes / 2**20:.1f} MiB: {out}\n"
                 f"experts of {found.groups} matrices: {found.delta_share:.1e} of their weight sets them "
                 f"apart, and expanded they are wrong by {found.relative_error:.1e} of it"
             )
-    print(said, file=stream)
+    print(text, file=stream)
     write_json(arguments.json, figures)
     return 0
 

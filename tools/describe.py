@@ -1,24 +1,28 @@
-"""Says what a model costs, from its config alone: ``python -m tools.describe --help``."""
+"""Describes the cost of a model from its config alone: ``python -m tools.describe --help``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from moe.errors import ConfigError, Mistake
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from moe.errors import ConfigError
+from tools.command import (
+    check_json_target,
+    check_least,
+    log_beside,
+    read_config,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.describe",
-        description="Prints parameters, FLOPs, and memory for training and serving of a model, from its "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "describe",
+        "Prints parameters, FLOPs, and memory for training and serving of a model, from its "
         "config.json. No weights are read and nothing is downloaded.",
     )
     add = parser.add_argument
@@ -46,14 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--from-module",
         action="store_true",
         help="for families that are not in the table: build the model of transformers without memory and "
-        "count it; what its config does not say is then left out",
+        "count it; figures that its config does not give are left out",
     )
-    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 when the model is described.
+    """Describes the model and returns 0.
 
     Raises:
         ConfigError: The config or a flag cannot be used.
@@ -72,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         figures = describe_counted(content, found.count, found.attention, request)
     else:
         figures = describe_model(content, request)
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = log_beside(args.json)
     for line in lines_of(figures):
         log(line)
     write_json(args.json, figures)
@@ -80,26 +83,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read(args: argparse.Namespace) -> Mapping[str, Any]:
-    """The content of the config, when it and all flags are in order."""
+    """Returns the content of the config once it and all flags are checked."""
     mistakes = check_json_target(args.json)
-    for flag, value in (("--sequence-length", args.sequence_length), ("--batch-size", args.batch_size)):
-        if value < 1:
-            mistakes.append(Mistake(flag, value, "it must be 1 or more", "Raise it."))
-    path = Path(args.config).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    content: Any = None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        mistakes.append(Mistake("CONFIG", str(path), f"it cannot be read ({error.strerror})", "Correct it."))
-    except ValueError as error:
-        mistakes.append(Mistake("CONFIG", str(path), f"it is no JSON ({error})", "Give a config.json."))
-    else:
-        if not isinstance(content, dict):
-            mistakes.append(Mistake("CONFIG", str(path), "it holds no mapping", "Give a config.json."))
-    if mistakes:
+    mistakes += check_least(args, sequence_length=1, batch_size=1)
+    content, unread = read_config(args.config, "Give a config.json, or the folder of one.")
+    if mistakes := mistakes + unread:
         raise ConfigError(mistakes)
-    return dict(content)
+    return content
 
 
 if __name__ == "__main__":

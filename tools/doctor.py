@@ -1,22 +1,20 @@
-"""Says what this machine can run and what is wrong: ``python -m tools.doctor --help``."""
+"""Reports the abilities and problems of this machine: ``python -m tools.doctor --help``."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 
 from moe.errors import ConfigError
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, run_command, stream_beside, tool_parser, write_json
 
 MARKS = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.doctor",
-        description="Says what this machine can run and what is wrong. Exits with 1 if something is bad.",
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "doctor", "Reports what this machine can run and what is wrong. Exits with 1 if something is bad."
     )
     add = parser.add_argument
     add(
@@ -25,12 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="cache of the runs (default: %(default)s)",
     )
-    add("--json", metavar="PATH", help="write the findings as JSON to this file too, or to stdout for -")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 when nothing is bad, else 1.
+    """Prints the findings; returns 0 when nothing is bad, else 1.
 
     Raises:
         ConfigError: The target of ``--json`` cannot be written.
@@ -41,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from recipes.runtime.environment import inspect_environment
 
     findings = inspect_environment(args.cache_dir)
-    out = sys.stderr if args.json == STDOUT else sys.stdout
+    out = stream_beside(args.json)
     for finding in findings:
         print(f"{MARKS[finding.status]}  {finding.name}: {finding.text}", file=out)
         if finding.remedy:

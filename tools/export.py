@@ -1,31 +1,32 @@
-"""A run's checkpoint as a Hugging Face folder: ``python -m tools.export RUN --out DIR``."""
+"""Exports a checkpoint of a run as a Hugging Face folder: ``python -m tools.export RUN --out DIR``."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, run_command, write_json
+from moe.errors import ConfigError
+from tools.command import check_format, check_json_target, run_command, stream_beside, tool_parser, write_json
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export",
-        description="Writes the mixture of any checkpoint of a run as a folder that transformers loads, or "
+    parser = tool_parser(
+        "export",
+        "Writes the MoE of any checkpoint of a run as a folder that transformers loads, or "
         "in Graft's own format where no class of transformers computes the same. Reads tensor by tensor.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's directory")
     add("--out", required=True, metavar="DIR", help="where the model goes; must not exist")
+    stages = ("moe", "cpt")
     add(
+        "--stage",
         "--leg",
-        choices=("moe", "cpt"),
+        choices=stages,
         default="moe",
-        help="the mixture, or the dense model trained beside it",
+        help="the MoE, or the dense model trained beside it",
     )
     add("--step", type=int, default=None, help="of the checkpoint (default: the newest complete one)")
     add(
@@ -36,12 +37,11 @@ def _parse() -> argparse.Namespace:
     )
     add("--target", default="auto", metavar="FORMAT", help="format (default auto: the best exact)")
     add("--layout", choices=("per_expert", "fused"), default="per_expert", help="of the experts' tensors")
-    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Checks, writes, says what reads it."""
+    """Checks the flags, writes the folder and names its format."""
     arguments = _parse()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
@@ -50,9 +50,7 @@ def main() -> int:
     from recipes.models.export import exporters
 
     mistakes = check_json_target(arguments.json)
-    if arguments.target not in ("auto", *exporters()):
-        remedy = f"Choose auto, {', '.join(exporters())}."
-        mistakes.append(Mistake("--target", arguments.target, "there is no such format", remedy))
+    mistakes += check_format(arguments.target, exporters())
     if mistakes:
         raise ConfigError(mistakes)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +66,7 @@ def main() -> int:
     print(
         f"step {done.step} of {request.run.name} as {done.format}, exact in {', '.join(done.exact_in)}; "
         f"{done.total_bytes / 2**30:.2f} GiB in {done.path}",
-        file=sys.stderr if arguments.json == "-" else sys.stdout,
+        file=stream_beside(arguments.json),
     )
     figures = asdict(done)
     write_json(arguments.json, {k: str(v) if isinstance(v, Path) else v for k, v in figures.items()})

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
@@ -19,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.fit_laws",
-        description="Fits a scaling law to a table of runs: Huber loss on the logarithm, many starts, "
-        "L-BFGS, bootstrap intervals. docs/laws.md says which law, and what the columns mean.",
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "fit_laws",
+        "Fits a scaling law to a table of runs: Huber loss on the logarithm, many starts, "
+        "L-BFGS, bootstrap intervals. docs/laws.md explains laws and columns.",
     )
     add = parser.add_argument
     add("runs", nargs="?", metavar="RUNS.csv", help="one line a run, with a header")
@@ -34,16 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--delta", type=float, default=1e-3, help="Huber's delta, of ln loss (%(default)s)")
     add("--starts", type=int, default=128, help="starting points, at least 4 (%(default)s)")
     add("--seed", type=int, default=0, help="of starts and resamplings (%(default)s)")
-    add("--json", metavar="PATH", help="write the fit, which tools.plan_upcycle reads; - for stdout")
     add("--figure", metavar="PNG", help="draw predicted against measured losses")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0.
+    """Fits or lists the laws and returns 0.
 
     Raises:
-        UserError: What is wrong with the flags or the runs.
+        UserError: The flags or the runs have mistakes.
     """
     args = build_parser().parse_args(argv)
     # Before numpy is loaded: on matrices this small, the threads of BLAS cost more than they bring.
@@ -51,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     from moe.errors import UserError
     from moe.scaling_laws import laws
 
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = log_beside(args.json)
     if args.list:
         log("\n\n".join(describe(law) for law in laws().values()))
         return 0
@@ -61,20 +58,21 @@ def main(argv: list[str] | None = None) -> int:
     from moe.scaling_laws.columns import parse_runs
     from moe.scaling_laws.fit import FitOptions, fit_law
     from moe.scaling_laws.record import fit_record
+    from recipes.tracking.report.canvas import write_png
 
     runs = parse_runs(read_text(args.runs, "RUNS.csv"), args.runs)
     options = FitOptions(args.delta, args.starts, bootstrap=args.bootstrap, level=args.level, seed=args.seed)
     fit = fit_law(known[args.law], runs, options)
     log(summary(fit, runs, options))
     if args.figure:
-        _write_png(args.figure, _figure(fit, runs))
+        write_png(_figure(fit, runs), Path(args.figure))
         log(f"figure: {args.figure}")
     write_json(args.json, fit_record(fit, args.runs))
     return 0
 
 
 def read_text(path: str, what: str) -> str:
-    """The text of a file that a user named.
+    """Reads the text of a file that a user named.
 
     Raises:
         DataError: It cannot be read.
@@ -84,7 +82,7 @@ def read_text(path: str, what: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError.one(what, path, f"cannot be read: {cause}", "Check the path.") from error
 
 
@@ -115,7 +113,7 @@ def _flag_mistakes(args: argparse.Namespace, known: dict[str, Law]) -> list[Mist
 
 
 def check_figure_target(target: str | None) -> list[Mistake]:
-    """What is wrong with the value of a ``--figure`` flag."""
+    """Checks the value of a ``--figure`` flag."""
     from moe.errors import Mistake
 
     if target is None or (target.endswith(".png") and not Path(target).is_dir()):
@@ -124,7 +122,7 @@ def check_figure_target(target: str | None) -> list[Mistake]:
 
 
 def describe(law: Law) -> str:
-    """A law with its inputs, coefficients and published values, as lines."""
+    """Describes a law with its inputs, coefficients and published values."""
     from moe.scaling_laws.columns import COLUMNS
 
     lines = [f"{law.name}: {law.formula}", f"  {law.source}", "  columns: loss, and"]
@@ -141,7 +139,7 @@ def describe(law: Law) -> str:
 
 
 def summary(fit: Fit, runs: Runs, options: FitOptions) -> str:
-    """A fit as a table."""
+    """Formats a fit as a table."""
     lines = [f"{fit.law.name}: {fit.law.formula}", f"{fit.count} runs of {runs.path}"]
     if runs.ignored:
         lines.append(f"columns not known, ignored: {', '.join(runs.ignored)}")
@@ -165,7 +163,7 @@ def summary(fit: Fit, runs: Runs, options: FitOptions) -> str:
 
 
 def _figure(fit: Fit, runs: Runs) -> Any:
-    """Predicted against measured losses, and the residuals."""
+    """Draws predicted against measured losses, and the residuals."""
     import numpy as np
 
     from recipes.tracking.report.canvas import new_figure, note, style
@@ -185,36 +183,6 @@ def _figure(fit: Fit, runs: Runs) -> Any:
     style(right, LIGHT, "measured loss", "predicted over measured, %")
     note(right, f"RMSE {100 * fit.rmse:.2g} %; a slope here means the law is the wrong one", LIGHT)
     return figure
-
-
-def _write_png(path: str, figure: Any) -> None:
-    from recipes.tracking.report.canvas import png
-
-    write_bytes(path, png(figure))
-
-
-def write_bytes(path: str, data: bytes) -> None:
-    """Replaces a file in one step.
-
-    Raises:
-        DiskError: It cannot be written.
-    """
-    from moe.errors import DiskError
-    from recipes.runtime.atomic import disk_mistake, fsync_folder, write_synced
-
-    target = Path(path)
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_synced(temporary, data)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(target.parent)
-    except OSError as error:
-        raise DiskError([disk_mistake(target, error)]) from error
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Measures what this machine can do: ``python -m tools.peaks --help``."""
+"""Measures bandwidth and FLOP/s of this machine: ``python -m tools.peaks --help``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
-import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError, Mistake
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, check_positive, log_beside, run_command, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.tracking.measure_peaks import Rate
@@ -19,10 +17,10 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.peaks",
-        description="Bandwidth (read, copy, triad, matrix times vector, on arrays larger than the cache) and "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "peaks",
+        "Bandwidth (read, copy, triad, matrix times vector, on arrays larger than the cache) and "
         "square products by dtype: best, median and spread. A median far below the best says that the "
         "machine is not quiet.",
     )
@@ -38,12 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each of three sweeps of products, about (default: %(default)s)",
     )
     add("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's own)")
-    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures and prints.
+    """Measures, prints the table and returns 0.
 
     Raises:
         ConfigError: A flag cannot be used.
@@ -51,24 +48,18 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import torch
 
-    from recipes.tracking.measure_peaks import describe_device, figures_of, measure_machine
+    from moe.accounting.device_peaks import device_name
+    from recipes.tracking.measure_peaks import figures_of, measure_machine
 
     names = [name.strip() for name in args.dtypes.split(",")]
     mistakes = check_json_target(args.json)
-    for flag, value, fits in (
-        ("--rounds", args.rounds, args.rounds >= 1),
-        ("--seconds", args.seconds, args.seconds > 0),
-        ("--threads", args.threads, args.threads is None or args.threads >= 1),
-    ):
-        if not fits:
-            mistakes.append(Mistake(flag, value, "it is too small", "Raise it."))
+    mistakes += check_positive(args, "rounds", "seconds", "threads")
     for name in names:
         if name not in _DTYPES:
             mistakes.append(Mistake("--dtypes", name, "it is not known", f"Known are {', '.join(_DTYPES)}."))
     kind, _, index = args.device.partition(":")
-    there = kind == "cpu" or (kind == "cuda" and int(index or 0) < torch.cuda.device_count())
-    if not there:
-        rule = f"it is not there; torch sees {torch.cuda.device_count()} GPUs"
+    if kind != "cpu" and not (kind == "cuda" and int(index or 0) < torch.cuda.device_count()):
+        rule = f"there is no such device; torch sees {torch.cuda.device_count()} GPUs"
         mistakes.append(Mistake("--device", args.device, rule, "Give cpu, or a GPU that is there."))
     if mistakes:
         raise ConfigError(mistakes)
@@ -78,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     dtypes = [getattr(torch, _DTYPES[name]) for name in names]
     rates = measure_machine(device, dtypes, args.rounds, args.seconds)
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
-    log(f"{describe_device(device)}, torch {torch.__version__}, load {load:.1f}")
+    log = log_beside(args.json)
+    log(f"{device_name(device)}, torch {torch.__version__}, load {load:.1f}")
     for line in _lines(rates):
         log(line)
     figures = {
-        "device": describe_device(device),
+        "device": device_name(device),
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -1,17 +1,24 @@
-"""Plans training on a cluster: layouts that fit, and how fast they are: ``python -m tools.plan --help``."""
+"""Plans training on a cluster, from layouts that fit to their speed: ``python -m tools.plan --help``."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import (
+    check_json_target,
+    check_least,
+    check_positive,
+    log_beside,
+    read_config,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
@@ -30,10 +37,10 @@ _AXES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan",
-        description="Lists the layouts of a training job (expert, tensor, pipeline, context and data "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "plan",
+        "Lists the layouts of a training job (expert, tensor, pipeline, context and data "
         "parallelism, micro-batch, recomputation) that fit a cluster, fastest first, with memory of a GPU "
         "and time of a step by what it goes to. A model on paper: docs/plan.md has its formulas and "
         "--check-published its errors. Nothing is downloaded and no GPU is needed.",
@@ -65,18 +72,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
     add("--check-published", action="store_true", help="predicted against published speeds, about a minute")
     add("--fit", action="store_true", help="fit the parameters to the published rows and print them")
-    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 when what was asked for was printed.
+    """Prints the plan, or the check against published speeds, and returns 0.
 
     Raises:
         ConfigError: A flag or the config cannot be used, or no layout fits.
     """
     args = build_parser().parse_args(argv)
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = log_beside(args.json)
     work = _published if args.check_published or args.fit else _plan
     figures = work(args, log)
     write_json(args.json, figures)
@@ -144,18 +150,14 @@ def _matches(layout: Layout, only: Mapping[str, int]) -> bool:
 
 
 def _read(args: argparse.Namespace) -> tuple[Mapping[str, Any], Cluster, dict[str, int]]:
-    """The config's content, the cluster and the fixed axes, when all flags are in order."""
+    """Returns the config's content, the cluster and the fixed axes once all flags are checked."""
     from moe.errors import ConfigError, Mistake
     from moe.planning.cluster import GPUS, PRECISIONS, Cluster
 
     mistakes = check_json_target(args.json)
-    for flag in ("gpus", "sequence-length", "global-batch", "gradient-bytes", "optimizer-bytes", "top"):
-        if (value := getattr(args, flag.replace("-", "_"))) < 1:
-            mistakes.append(Mistake(f"--{flag}", value, "it must be 1 or more", "Raise it."))
-    for flag in ("memory-gib", "domain", "nvlink", "network"):
-        given = getattr(args, flag.replace("-", "_"))
-        if given is not None and not 0 < given < float("inf"):
-            mistakes.append(Mistake(f"--{flag}", given, "it must be above 0", "Raise it."))
+    ones = ("gpus", "sequence_length", "global_batch", "gradient_bytes", "optimizer_bytes", "top")
+    mistakes += check_least(args, **dict.fromkeys(ones, 1))
+    mistakes += check_positive(args, "memory_gib", "domain", "nvlink", "network")
     if args.precision not in PRECISIONS:
         remedy = f"Choose of {', '.join(PRECISIONS)}."
         mistakes.append(Mistake("--precision", args.precision, "it is not known", remedy))
@@ -191,7 +193,7 @@ def _fixed_axes(given: list[str], mistakes: list[Mistake]) -> dict[str, int]:
 
 
 def _content(config: str | None, mistakes: list[Mistake]) -> Mapping[str, Any]:
-    """What the config holds; empty where it cannot be read."""
+    """Returns the content of the config; empty where it cannot be read."""
     from moe.errors import Mistake
     from moe.planning.published import CONFIGS
 
@@ -201,19 +203,8 @@ def _content(config: str | None, mistakes: list[Mistake]) -> Mapping[str, Any]:
         return {}
     if config in CONFIGS:
         return CONFIGS[config]
-    path = Path(config).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        mistakes.append(Mistake("CONFIG", config, f"it cannot be read ({error.strerror})", known))
-        return {}
-    except ValueError as error:
-        mistakes.append(Mistake("CONFIG", str(path), f"it is no JSON ({error})", known))
-        return {}
-    if not isinstance(content, dict):
-        mistakes.append(Mistake("CONFIG", str(path), "it holds no mapping", known))
-        return {}
+    content, unread = read_config(config, known)
+    mistakes += unread
     return content
 
 

@@ -1,57 +1,55 @@
-"""Says whether to upcycle a checkpoint or train from scratch: ``python -m tools.plan_upcycle --help``."""
+"""Predicts the loss of upcycling and of training from scratch: ``python -m tools.plan_upcycle --help``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.command import STDOUT, check_json_target, run_command, write_json
-from tools.fit_laws import check_figure_target, read_text, write_bytes
+from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
+from tools.fit_laws import check_figure_target, read_text
 
 if TYPE_CHECKING:
     from moe.scaling_laws.planner import BreakEven, Plan
     from moe.scaling_laws.ways import Curve, Question, Way
 
-NAMES = {"upcycle": "upcycle", "scratch": "mixture from scratch", "continue": "dense, continued"}
+NAMES = {"upcycle": "upcycle", "scratch": "MoE from scratch", "continue": "dense, continued"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan_upcycle",
-        description="From a dense checkpoint and a budget: the loss of upcycling it, of training the mixture "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "plan_upcycle",
+        "From a dense checkpoint and a budget: the loss of upcycling it, of training the MoE "
         "from scratch and of going on with the dense model, and the tokens at which the best one changes. By "
         "the published laws of one paper, or by laws fitted to your runs (tools.fit_laws --json).",
     )
     add = parser.add_argument
     add("--law", default=None, metavar="NAME", help="published laws: liew (default) or joint_moe")
     add("--upcycle-fit", metavar="JSON", help="liew, fitted to your upcycled runs")
-    add("--scratch-fit", metavar="JSON", help="a law fitted to your mixtures from scratch")
+    add("--scratch-fit", metavar="JSON", help="a law fitted to your MoEs from scratch")
     add("--dense-fit", metavar="JSON", help="a law fitted to your dense runs")
     add("--dense-params", type=float, required=True, metavar="N1", help="parameters of the checkpoint")
     add("--dense-tokens", type=float, required=True, metavar="D1", help="tokens it was trained on")
     add("--budget-tokens", type=float, metavar="D2", help="tokens to train on, the same for all")
-    add("--budget-flops", type=float, metavar="F", help="or FLOPs, 6 a token and active parameter")
-    add("--active-params", type=float, metavar="N", help="of the mixture, that a token meets")
-    add("--total-params", type=float, metavar="N", help="of the whole mixture")
+    add("--budget-flops", type=float, metavar="F", help="or FLOPs, 6 per token and active parameter")
+    add("--active-params", type=float, metavar="N", help="of the MoE, that a token uses")
+    add("--total-params", type=float, metavar="N", help="of the whole MoE")
     add("--experts", type=int, default=8, metavar="E", help="routed experts of a layer (%(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts a token (%(default)s)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (%(default)s)")
     add("--granularity", type=float, default=1.0, metavar="G", help="dense over expert width (%(default)s)")
-    add("--json", metavar="PATH", help="write the plan; - for stdout")
     add("--figure", metavar="PNG", help="draw loss against D2 for the three ways")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0.
+    """Prints the plan and returns 0.
 
     Raises:
-        UserError: What is wrong with the flags or the fits.
+        UserError: The flags or the fits have mistakes.
     """
     args = build_parser().parse_args(argv)
     from moe.scaling_laws.planner import plan
@@ -70,19 +68,19 @@ def main(argv: list[str] | None = None) -> int:
         granularity=args.granularity,
     )
     found = plan(question, curves)
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout)
+    log = log_beside(args.json)
     log(summary(found))
     if args.figure:
-        from recipes.tracking.report.canvas import png
+        from recipes.tracking.report.canvas import write_png
 
-        write_bytes(args.figure, png(_figure(question, curves, found)))
+        write_png(_figure(question, curves, found), Path(args.figure))
         log(f"\nfigure: {args.figure}")
     write_json(args.json, {"question": asdict(question), **_finite(asdict(found))})
     return 0
 
 
 def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
-    """The law of each way: fitted ones, or those of a paper; never of both, whose losses do not compare."""
+    """Returns the law of each way: all fitted or all published, because their losses do not compare."""
     from moe.errors import DataError, Mistake, UserError
     from moe.scaling_laws.record import curve_from_record
     from moe.scaling_laws.ways import FAMILIES, family
@@ -106,7 +104,7 @@ def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
             curves[way] = curve_from_record(json.loads(read_text(path, f"--{way}-fit")), path)
         except json.JSONDecodeError as error:
             mistakes.append(
-                Mistake(path, str(error), "it is no JSON", "Write it with tools.fit_laws --json.")
+                Mistake(path, str(error), "it is not JSON", "Write it with tools.fit_laws --json.")
             )
         except DataError as error:
             mistakes += error.mistakes
@@ -116,7 +114,7 @@ def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
 
 
 def summary(found: Plan) -> str:
-    """A plan as a table and sentences."""
+    """Formats a plan as a table and sentences."""
     lines = [found.recommendation, "", f"  {'':22}{'tokens':>10}{'FLOPs':>10}{'loss':>8}   interval"]
     for outcome in found.outcomes:
         flops = "unknown" if outcome.flops is None else f"{outcome.flops:.3g}"
@@ -144,13 +142,13 @@ def _break_even(point: BreakEven | None) -> str:
     if point is None:
         return "unknown: it takes the laws of both"
     if point.interval is None:
-        return f"{point.says} (how sure is unknown)"
+        return f"{point.says} (interval unknown)"
     low, high = ("never" if math.isinf(end) else f"{end:.2g}" for end in point.interval)
     return f"{point.says} (interval {low} to {high})"
 
 
 def _finite(value: Any) -> Any:
-    """Values that every reader of JSON takes: what is infinite is null."""
+    """Replaces infinite values by null, so that every reader of JSON accepts them."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -159,7 +157,7 @@ def _finite(value: Any) -> Any:
 
 
 def _figure(question: Question, curves: dict[Way, Curve], found: Plan) -> Any:
-    """Loss against D2, with bands where there are draws, and dotted outside of the range of the fit."""
+    """Draws loss against D2, with bands where there are draws, dotted outside the range of the fit."""
     import numpy as np
 
     from moe.scaling_laws.ways import columns_of, loss_at, paid_by, tokens_of

@@ -7,12 +7,10 @@ Run it as a module. As a script (``python tools/tokenize.py``) it would hide the
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
-from functools import partial
 
 from moe.errors import DataError, Mistake
-from tools.command import STDOUT, check_json_target, run_command, write_json
+from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
 
 INPUT_HELP = (
     "files or globs (quote them; ** reaches into folders) of one kind: text (a file is a document), .jsonl, "
@@ -21,10 +19,9 @@ INPUT_HELP = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.tokenize",
-        description="Tokenises documents into PREFIX.bin and PREFIX.idx, Megatron's format, for training.",
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "tokenize", "Tokenises documents into PREFIX.bin and PREFIX.idx, Megatron's format, for training."
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help=INPUT_HELP)
@@ -34,15 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--text-key", default="text", metavar="KEY", help="field or column of the text (default: text)")
     add("--no-eos", action="store_true", help="do not close each document with the end-of-sequence token")
-    add("--json", metavar="PATH", help="write the figures as JSON to this file too, or to stdout for -")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 when the pair is written.
+    """Writes the pair and returns 0.
 
     Raises:
-        GraftError: Why it is not.
+        GraftError: The pair cannot be written.
     """
     args = build_parser().parse_args(argv)
     from recipes.data.config import DataConfig
@@ -59,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if mistakes:
         raise DataError(mistakes)
     refuse_existing(args.output, "--output")
-    log = partial(print, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
+    log = log_beside(args.json)
     counts = tokenise(cfg, args.tokenizer, args.output, log)
     rate = counts.tokens / max(counts.seconds, 1e-9)
     if counts.empty_documents:

@@ -1,4 +1,4 @@
-"""Dense checkpoint in, mixture of experts out: ``python -m tools.upcycle --dense DIR --out DIR``."""
+"""Converts a dense checkpoint into an MoE: ``python -m tools.upcycle --dense DIR --out DIR``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, run_command, write_json
-from tools.verify import describe_equivalence, gate_figures
+from tools.command import check_format, check_json_target, run_command, stream_beside, tool_parser, write_json
+from tools.verify import describe_equivalence, equivalence_figures
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
@@ -24,9 +24,9 @@ _DTYPES = ("source", "fp32", "bf16", "fp16")
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.upcycle",
-        description="Turns a dense Hugging Face checkpoint into a mixture of experts, tensor by tensor: no "
+    parser = tool_parser(
+        "upcycle",
+        "Converts a dense Hugging Face checkpoint into an MoE, tensor by tensor: no "
         "GPU, no training, memory for one matrix. An interrupted conversion goes on when it is run again.",
         epilog="Further OPTION=VALUE are those of train.py, for method and router: upcycle.ratio=0.5, "
         "upcycle.layers=every:2, router.top_k=4, ...",
@@ -34,7 +34,7 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of the method (upcycle.*) and router.*")
     add("--dense", required=True, metavar="DIR", help="the dense checkpoint")
-    add("--out", default=None, metavar="DIR", help="where the mixture goes; must not exist")
+    add("--out", default=None, metavar="DIR", help="where the MoE goes; must not exist")
     add(
         "--compare",
         default=None,
@@ -51,7 +51,7 @@ def _parse() -> argparse.Namespace:
         metavar="E",
         help="routed experts of a layer (default: the method's)",
     )
-    add("--top-k", type=int, default=None, metavar="K", help="experts a token (default: the router's)")
+    add("--top-k", type=int, default=None, metavar="K", help="experts per token (default: the router's)")
     add("--seed", type=int, default=0, help="of routers and of methods that draw (default 0)")
     add("--dtype", choices=_DTYPES, default="source", help="of the output (default source: as the input)")
     add(
@@ -64,12 +64,11 @@ def _parse() -> argparse.Namespace:
     add("--untie", action="store_true", help="write the head although it is tied to the embeddings")
     add("--verify", action="store_true", help="load both afterwards and compare their logits on real text")
     add("--text", default=None, metavar="PATH", help="text to look at (default: Python's standard library)")
-    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     return parser.parse_intermixed_args()
 
 
 def main() -> int:
-    """Checks, plans, converts, and verifies when asked to."""
+    """Checks the flags, plans, converts, and verifies when asked to."""
     arguments = _parse()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = _config(arguments)
@@ -79,24 +78,24 @@ def main() -> int:
     if arguments.compare is not None:
         return _compare(arguments, config)
 
-    from recipes.runtime.resident import peak_resident_bytes
+    from recipes.runtime.machine_memory import peak_resident_bytes
     from recipes.upcycling.convert.conversion_plan import plan_conversion
     from recipes.upcycling.convert.conversion_statistics import discard_statistics
 
     out = Path(arguments.out).expanduser().absolute()
     conversion = plan_conversion(_request(arguments, config), _statistics(config, out))
     # Figures on stdout are for programs: nothing else goes there.
-    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    stream = stream_beside(arguments.json)
     print(_describe(conversion), file=stream)
     result = _convert(conversion, out)
     discard_statistics(out)
     peak = peak_resident_bytes()
     print(_conclude(conversion, result, peak), file=stream)
-    gate = _verify(arguments, config, out) if arguments.verify else None
-    if gate is not None:
-        print(describe_equivalence(gate), file=stream)
-    write_json(arguments.json, _figures(conversion, result, peak, gate))
-    return 0 if gate is None or gate.agrees or not conversion.claims_exact else 1
+    check = _verify(arguments, config, out) if arguments.verify else None
+    if check is not None:
+        print(describe_equivalence(check), file=stream)
+    write_json(arguments.json, _figures(conversion, result, peak, check))
+    return 0 if check is None or check.agrees or not conversion.claims_exact else 1
 
 
 def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
@@ -106,13 +105,13 @@ def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
     candidates = parse_candidates(arguments.compare)
     dense = Path(arguments.dense).expanduser().absolute()
     tokens = real_tokens(dense, config.data, samples=8, length=128)
-    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    stream = stream_beside(arguments.json)
     print(
         f"{tokens.numel()} tokens of real text. Relative error, cosine and gain of each layer's output, "
         "mean over the layers; load: entropy over that of even load",
         file=stream,
     )
-    # What calibration says of its progress is for people as well.
+    # The progress of calibration is for people as well.
     with contextlib.redirect_stdout(sys.stderr):
         results = compare_methods(
             dense, candidates, _overrides(arguments), tokens, lambda label, _: print(f"measured {label}")
@@ -123,12 +122,12 @@ def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
 
 
 def _statistics(config: RunConfig, out: Path) -> LayerTensors | None:
-    """What the method wants to know of real text; None where it asks for nothing."""
+    """Returns the statistics of real text that the method needs; None where it needs none."""
     from recipes.upcycling.convert.conversion_statistics import gather_statistics, needs_statistics
 
     if not needs_statistics(config):
         return None
-    # What calibration says of its progress is for people.
+    # The progress of calibration is for people.
     with contextlib.redirect_stdout(sys.stderr):
         found = gather_statistics(config, out)
     if found is None:
@@ -137,7 +136,7 @@ def _statistics(config: RunConfig, out: Path) -> LayerTensors | None:
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
-    """Reads method and router by the same options, with the same checks, as a training run."""
+    """Reads method and router from the same options, with the same checks, as a training run."""
     from recipes.config.compose import compose_config
     from recipes.config.schema import parse_config
 
@@ -147,7 +146,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
-    """What the flags say, as train.py would be told."""
+    """Returns the flags as overrides of train.py."""
     overrides = [f"seed={arguments.seed}"]
     if arguments.experts is not None:
         overrides.append(f"upcycle.num_experts={arguments.experts}")
@@ -176,16 +175,14 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
                 Mistake("--out", arguments.out, "it exists already", "Give another, or delete it.")
             )
     elif arguments.compare is None:
-        mistakes.append(Mistake("--out", None, "it says where the mixture goes", "Give it, or --compare."))
+        mistakes.append(Mistake("--out", None, "it names the folder of the MoE", "Give it, or --compare."))
     if upcycle_methods()[config.upcycle.name](config.upcycle).aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
         mistakes.append(Mistake("upcycle.align_outputs", True, "a converter sees no outputs", remedy))
     if config.attention is not None:
         remedy = "Leave attention=none, or run train.py with attention=moe train.steps=0."
         mistakes.append(Mistake("attention", config.attention.name, "only networks are converted", remedy))
-    if arguments.target not in ("auto", *exporters()):
-        remedy = f"Choose auto, {', '.join(exporters())}."
-        mistakes.append(Mistake("--target", arguments.target, "there is no such format", remedy))
+    mistakes += check_format(arguments.target, exporters())
     if arguments.verify or arguments.compare is not None or needs_statistics(config):
         mistakes += check_paths(config.data)
     return mistakes
@@ -234,7 +231,7 @@ def _describe(conversion: Conversion) -> str:
     dense_width = conversion.names.ffns[0].shape.width
     lines = [
         f"dense:   {spec.architecture}, {spec.num_layers} layers, networks {dense_width} wide",
-        f"mixture: {conversion.request.method.name}, {len(spec.moe_blocks)} layers with {first.num_experts} "
+        f"MoE:     {conversion.request.method.name}, {len(spec.moe_blocks)} layers with {first.num_experts} "
         f"experts {first.expert.width} wide{shared}, router {first.router.name}, top {first.router.top_k}",
         f"format:  {conversion.exporter.name}, exact in {', '.join(conversion.exporter.exact_in(spec))}",
         f"size:    {_size(conversion.total_bytes)}",
@@ -262,7 +259,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _figures(
-    conversion: Conversion, result: ConversionResult, peak: int, gate: EquivalenceReport | None
+    conversion: Conversion, result: ConversionResult, peak: int, check: EquivalenceReport | None
 ) -> dict[str, Any]:
     return {
         "format": conversion.exporter.name,
@@ -272,7 +269,7 @@ def _figures(
         "bytes_written": result.bytes_written,
         "seconds": result.seconds,
         "peak_memory_bytes": peak,
-        "gate": None if gate is None else gate_figures(gate),
+        "gate": None if check is None else equivalence_figures(check),
     }
 
 

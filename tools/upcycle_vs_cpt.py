@@ -1,4 +1,4 @@
-"""Upcycling against its rivals: ``python -m tools.upcycle_vs_cpt lengths=[200,800] seeds=3 [...]``."""
+"""Compares upcycling to CPT and scratch: ``python -m tools.upcycle_vs_cpt lengths=[200,800] seeds=3``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
 from recipes.config.compose import compose_config
-from tools.command import run_command
+from tools.command import check_least, run_command, tool_parser
 
 _OWN = ("lengths=", "seeds=")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.upcycle_vs_cpt",
-        description="Upcycled, the dense model continued, and a mixture from scratch, at equal tokens and at "
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "upcycle_vs_cpt",
+        "Upcycled, the dense model continued, and an MoE from scratch, at equal tokens and at "
         "equal FLOPs, over the length of the dense pre-training, and against what serving costs. A grid that "
         "was interrupted goes on; a failed run does not take the others down.",
         epilog="Every other OPTION=VALUE goes to train.py +recipe=upcycle_vs_cpt: train.steps=200, ... A "
-        "dense checkpoint a length is dense=/path/step-{length}. docs/upcycle_vs_cpt.md says more.",
+        "dense checkpoint per length is dense=/path/step-{length}. See docs/upcycle_vs_cpt.md.",
+        json_flag=False,
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="lengths=[...], seeds=N, and train.py's")
@@ -32,10 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_options(options: list[str]) -> tuple[list[int], int, list[str]]:
-    """Dense lengths, seeds, and what is train.py's.
+    """Splits the options into dense lengths, seeds, and overrides of train.py.
 
     Raises:
-        ConfigError: Lengths or seeds are no numbers.
+        ConfigError: Lengths or seeds are not numbers.
     """
     own = dict(option.split("=", 1) for option in options if option.startswith(_OWN))
     rest = [option for option in options if not option.startswith(_OWN)]
@@ -53,37 +54,36 @@ def split_options(options: list[str]) -> tuple[list[int], int, list[str]]:
 
 
 def _check(arguments: argparse.Namespace, lengths: list[int], overrides: list[str]) -> None:
-    """Everything that a run would find out, before the first one starts."""
+    """Checks everything that a run would check, before the first one starts."""
     from recipes.config.schema import parse_config
     from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob
     from recipes.studies.upcycle_vs_cpt.arms_trials import LENGTH
 
-    low = [("--ranks", arguments.ranks), ("--parallel", arguments.parallel)]
-    mistakes = [Mistake(flag, n, "it must be at least 1", "Raise it.") for flag, n in low if n < 1]
+    mistakes = check_least(arguments, ranks=1, parallel=1)
     named = [option for option in overrides if option.startswith("dense=")]
     if named and LENGTH not in named[0] and len(lengths) > 1:
         rule = f"it names one checkpoint for {len(lengths)} lengths"
         mistakes.append(Mistake("dense", named[0][6:], rule, f"Write {LENGTH} where the paths differ."))
     for length in lengths:
-        told = [option.replace(LENGTH, str(length)) for option in overrides]
-        values = compose_config(["+recipe=upcycle_vs_cpt", *told, f"model.steps={length}"])
+        given = [option.replace(LENGTH, str(length)) for option in overrides]
+        values = compose_config(["+recipe=upcycle_vs_cpt", *given, f"model.steps={length}"])
         mistakes += UpcycleVsCPTJob().check(parse_config(values), arguments.ranks)
     if mistakes:
         raise ConfigError(list(dict.fromkeys(mistakes)))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs what is missing, then writes the page; 1 when a run failed.
+    """Runs the missing trials, then writes the page; returns 1 when a run failed.
 
     Raises:
         ConfigError: An option cannot be used, or the folder holds runs of other options.
     """
     arguments = build_parser().parse_intermixed_args(argv)
     lengths, seeds, overrides = split_options(arguments.options)
+    from recipes.studies.sweep import launcher, run_trials
     from recipes.studies.upcycle_vs_cpt.arms_page import text_tables, write_page
     from recipes.studies.upcycle_vs_cpt.arms_trials import keep_options, options_of, plan_trials
     from recipes.studies.upcycle_vs_cpt.collect_arms import collect
-    from recipes.studies.upcycle_vs_cpt.run_trials import launcher, run_trials
 
     folder = Path("outputs").absolute() / "upcycle_vs_cpt" / arguments.name
     trials = plan_trials(folder, lengths, seeds)

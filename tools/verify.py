@@ -1,15 +1,14 @@
-"""Do two checkpoints compute the same? ``python -m tools.verify --dense DIR --moe DIR``."""
+"""Checks that two checkpoints compute the same: ``python -m tools.verify --dense DIR --moe DIR``."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import check_json_target, run_command, write_json
+from tools.command import check_json_target, check_least, run_command, stream_beside, tool_parser, write_json
 
 if TYPE_CHECKING:
     from recipes.data.config import DataConfig
@@ -17,24 +16,27 @@ if TYPE_CHECKING:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.verify",
-        description="The step-0 gate on any two folders: logits on real text in fp32, and with --gradients "
+    parser = tool_parser(
+        "verify",
+        "The equivalence check on any two folders: logits on real text in fp32, and with --gradients "
         "the gradients of every parameter that both have. Exit code 0 when they agree, 1 when not.",
     )
     add = parser.add_argument
     add("--dense", required=True, metavar="DIR", help="the dense checkpoint, or any other to compare with")
-    add("--moe", required=True, metavar="DIR", help="the mixture: of transformers or in Graft's own format")
+    add("--moe", required=True, metavar="DIR", help="the MoE: in a format of transformers or in Graft's own")
     add("--text", default=None, metavar="PATH", help="text (default: Python's standard library)")
     add("--samples", type=int, default=8, help="sequences (default 8)")
     add("--length", type=int, default=128, help="tokens of each (default 128)")
-    add("--gradients", action="store_true", help="compare gradients, too: takes memory for both models'")
-    add("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
+    add(
+        "--gradients",
+        action="store_true",
+        help="compare gradients as well (memory for both models')",
+    )
     return parser.parse_args()
 
 
 def main() -> int:
-    """Checks, loads, compares."""
+    """Checks the flags, loads both models and compares them."""
     arguments = _parse()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -50,8 +52,8 @@ def main() -> int:
     dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
     tokens = real_tokens(dense, data, arguments.samples, arguments.length)
     report = compare_folders(dense, moe, tokens, gradients=arguments.gradients)
-    print(describe_equivalence(report), file=sys.stderr if arguments.json == "-" else sys.stdout)
-    write_json(arguments.json, gate_figures(report))
+    print(describe_equivalence(report), file=stream_beside(arguments.json))
+    write_json(arguments.json, equivalence_figures(report))
     return 0 if report.agrees else 1
 
 
@@ -62,16 +64,11 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
     for option in ("dense", "moe"):
         mistakes += check_checkpoint(getattr(arguments, option), f"--{option}")
-    for name in ("samples", "length"):
-        if getattr(arguments, name) < 1:
-            mistakes.append(
-                Mistake(f"--{name}", getattr(arguments, name), "it must be at least 1", "Raise it.")
-            )
-    return mistakes
+    return mistakes + check_least(arguments, samples=1, length=1)
 
 
 def describe_equivalence(report: EquivalenceReport) -> str:
-    """The figures for people."""
+    """Describes the figures for people."""
     drift = report.logits
     verdict = "the same function" if report.agrees else "NOT the same function"
     lines = [
@@ -86,8 +83,8 @@ def describe_equivalence(report: EquivalenceReport) -> str:
     return "\n".join(lines)
 
 
-def gate_figures(report: EquivalenceReport) -> dict[str, Any]:
-    """The figures for programs."""
+def equivalence_figures(report: EquivalenceReport) -> dict[str, Any]:
+    """Returns the figures for programs."""
     return {
         "agrees": report.agrees,
         "dtype": str(report.dtype).removeprefix("torch."),

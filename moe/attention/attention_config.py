@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from moe.attention.routed_attention import by_expert
-from moe.errors import Mistake
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
 from moe.types import Config, LayerContext, RouterContext
 from moe.upcycle.gates import Gates, observe
@@ -35,10 +35,15 @@ class AttentionConfig(Config):
     dense attention; K where weights sum to 1, and 1 where each is 1."""
 
     def __post_init__(self) -> None:
-        if self.scale_factor is not None and not self.scale_factor > 0:
-            raise ValueError(
-                f"scale_factor={self.scale_factor}: heads that count nothing cannot learn. Set it above 0."
-            )
+        require(
+            self,
+            (
+                self.scale_factor is None or self.scale_factor > 0,
+                "scale_factor",
+                "heads that count nothing cannot learn",
+                "Set it above 0.",
+            ),
+        )
         parse_layers(self.layers)
 
     @property
@@ -65,8 +70,7 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
         return [Mistake("attention.router.top_k", top_k, rule, f"Set {num_experts} or less.")]
     found = cls.check(config.router, num_experts)
     if found is not None:
-        rule, _, remedy = found.partition(". ")
-        return [Mistake("attention.router", config.router.name, rule, f"{remedy}.")]
+        return [found.under("attention.router")]
     if config.scale_factor is None and _balanced_scale(observe(config.router, num_experts)) is None:
         rule = "what this router's weights sum to is not known, and so not what heads must be multiplied by"
         return [Mistake("attention.scale_factor", None, rule, "Set it, or choose another router.")]

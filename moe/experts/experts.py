@@ -18,6 +18,7 @@ from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
 from kernels.expert_mlp import BACKENDS, Choice, choose_backend, expert_mlp, few_products
 from kernels.plan.row_plan import RowPlan
 from moe.dispatch.base import Dispatched
+from moe.errors import require
 from moe.experts.lora import FACTORS, LoraConfig, factor_shapes
 from moe.experts.weights import ExpertBank
 from moe.types import Config
@@ -35,10 +36,15 @@ class ExpertsConfig(Config):
     """Low-rank factors that train in the place of the experts' weights."""
 
     def __post_init__(self) -> None:
-        if self.backend != "auto" and self.backend not in BACKENDS:
-            raise ValueError(
-                f"backend={self.backend!r} is no back end. Choose auto, {', '.join(sorted(BACKENDS))}."
-            )
+        require(
+            self,
+            (
+                self.backend == "auto" or self.backend in BACKENDS,
+                "backend",
+                "is no back end",
+                f"Choose auto, {', '.join(sorted(BACKENDS))}.",
+            ),
+        )
 
 
 class Experts(nn.Module):

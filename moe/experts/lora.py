@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routing.draws import seeded_generator
 from moe.types import Config
 
@@ -37,13 +38,11 @@ class LoraConfig(Config):
     """The product of the factors is multiplied by alpha / r."""
 
     def __post_init__(self) -> None:
-        broken = []
-        if self.rank < 0:
-            broken.append(f"rank={self.rank} must be 0 or more. Give 0 to train the weights themselves.")
-        if not self.alpha > 0:
-            broken.append(f"alpha={self.alpha} must be above 0. 16 is usual.")
-        if broken:
-            raise ValueError("\n".join(broken))
+        require(
+            self,
+            (self.rank >= 0, "rank", "must be 0 or more", "Give 0 to train the weights themselves."),
+            (self.alpha > 0, "alpha", "must be above 0", "16 is usual."),
+        )
 
     @property
     def scale(self) -> float:

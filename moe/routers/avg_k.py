@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError
-from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.errors import ConfigError, require
+from moe.routers.base import Router, RouterConfig
 from moe.types import LayerContext, Routing
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class AvgKConfig(RouterConfig):
     """Compare directions alone: divide every mean key by its length."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
+        require(self, (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."))
 
 
 class AvgKRouter(Router[AvgKConfig]):
@@ -66,11 +65,6 @@ class AvgKRouter(Router[AvgKConfig]):
         # In a tuple: as an attribute they would be part of this module, and be saved and trained twice.
         self._attached: tuple[Experts, ...] = ()
         self._differ = False
-
-    @classmethod
-    def check(cls, config: AvgKConfig, num_experts: int) -> str | None:
-        """A token cannot go to more experts than there are."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @classmethod
     def reads_experts(cls, config: AvgKConfig) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from torch import Generator, Tensor, nn
 
+from moe.errors import Mistake
 from moe.types import Config, LayerContext, Routing
 
 
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
     from moe.experts.experts import Experts
 
 ConfigT = TypeVar("ConfigT", bound=RouterConfig)
-
-
-def refuse_more_than(top_k: int, num_experts: int) -> str | None:
-    """For `Router.check`: a token cannot use more experts than there are."""
-    if top_k <= num_experts:
-        return None
-    return (
-        f"a token cannot use more experts than the {num_experts} of upcycle.num_experts. "
-        f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts"
-    )
 
 
 class Router(nn.Module, ABC, Generic[ConfigT]):
@@ -74,9 +65,17 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         self.num_experts = num_experts
 
     @classmethod
-    def check(cls, config: ConfigT, num_experts: int) -> str | None:
-        """Why this config cannot route over E experts, as "rule. Remedy."; None when it can."""
-        return None
+    def check(cls, config: ConfigT, num_experts: int) -> Mistake | None:
+        """Returns the mistake that keeps this config from routing over E experts; None when it can.
+
+        The path is relative to the router's config.
+        """
+        top_k = getattr(config, "top_k", 0)
+        if top_k <= num_experts:
+            return None
+        rule = f"a token cannot use more experts than the {num_experts} of upcycle.num_experts"
+        remedy = f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts."
+        return Mistake("top_k", top_k, rule, remedy)
 
     @classmethod
     def needed_keys(cls, config: ConfigT) -> frozenset[str]:

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from moe.errors import require
 from moe.routers.base import Router, RouterConfig
 from moe.routers.projection import linear_logits
 from moe.routing.auction import balanced_assignment
@@ -31,13 +32,16 @@ class BaseLayersConfig(RouterConfig):
     """Rounds of bidding, after which the remaining tokens are placed greedily."""
 
     def __post_init__(self) -> None:
-        if self.init_gain <= 0:
-            raise ValueError(
-                f"init_gain={self.init_gain}: a router of zeros cannot tell experts apart. "
-                "Set it above 0; 0.1 is the published value."
-            )
-        if self.max_rounds < 0:
-            raise ValueError(f"max_rounds={self.max_rounds}: it counts rounds. Set it to 0 or more.")
+        require(
+            self,
+            (
+                self.init_gain > 0,
+                "init_gain",
+                "a router of zeros cannot tell experts apart",
+                "Set it above 0; 0.1 is the published value.",
+            ),
+            (self.max_rounds >= 0, "max_rounds", "it counts rounds", "Set it to 0 or more."),
+        )
 
 
 class BaseLayersRouter(Router[BaseLayersConfig]):

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.errors import require
+from moe.routers.base import Router, RouterConfig
 from moe.routing.dense_gates import slots_of_gates
 from moe.routing.smooth_step import log_smooth_step
 from moe.routing.soft_balance import soft_balance_loss
@@ -41,15 +42,15 @@ class CometConfig(RouterConfig):
     without it all tokens of a language model harden towards the same experts."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: a token needs at least one tree. Set it to 1 or more.")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma={self.gamma}: the band has a width. Set it above 0; 1 is usual.")
-        for name in ("entropy_coef", "balance_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: a coefficient is not negative. Set it to 0 or more."
-                )
+        require(
+            self,
+            (self.top_k >= 1, "top_k", "a token needs at least one tree", "Set it to 1 or more."),
+            (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
+            *(
+                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
+                for name in ("entropy_coef", "balance_coef")
+            ),
+        )
 
 
 class CometRouter(Router[CometConfig]):
@@ -79,11 +80,6 @@ class CometRouter(Router[CometConfig]):
         self.leaf_weight_EJD = nn.Parameter(torch.empty(num_experts, trees, model_width))
         self.leaf_bias_EJ = nn.Parameter(torch.empty(num_experts, trees))
         self.reset_parameters()
-
-    @classmethod
-    def check(cls, config: CometConfig, num_experts: int) -> str | None:
-        """More trees than experts choose none that fewer could not."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.balance import BalanceScope, count_load
 from moe.routing.fp32_buffers import Fp32Buffers
@@ -55,25 +56,36 @@ class DeepSeekV3Config(LinearRouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k == 1 and self.renormalise:
-            raise ValueError(
-                "top_k=1: the only weight is then always the same, and the router gets no gradient from the "
-                "loss. Set router.renormalise=false, or top_k to 2 or more."
-            )
-        if not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(
-                f"top_groups={self.top_groups}: a token chooses from at least one of the num_groups="
-                f"{self.num_groups} groups, and from no more than there are. Set it from 1 to num_groups."
-            )
-        if self.routed_scaling <= 0:
-            raise ValueError(
-                f"routed_scaling={self.routed_scaling}: experts that count nothing cannot learn. "
-                "Set it above 0; 1 keeps copied experts exact."
-            )
-        if self.bias_rate < 0:
-            raise ValueError(
-                f"bias_rate={self.bias_rate}: the bias would favour the loaded experts. Set it to 0 or more."
-            )
+        require(
+            self,
+            (
+                self.top_k != 1 or not self.renormalise,
+                "top_k",
+                "the only weight is then always the same, and the router gets no gradient from the loss",
+                "Set router.renormalise=false, or top_k to 2 or more.",
+            ),
+            (
+                1 <= self.top_groups <= self.num_groups,
+                "top_groups",
+                (
+                    f"a token chooses from at least one of the num_groups={self.num_groups} groups, and from "
+                    "no more than there are"
+                ),
+                "Set it from 1 to num_groups.",
+            ),
+            (
+                self.routed_scaling > 0,
+                "routed_scaling",
+                "experts that count nothing cannot learn",
+                "Set it above 0; 1 keeps copied experts exact.",
+            ),
+            (
+                self.bias_rate >= 0,
+                "bias_rate",
+                "the bias would favour the loaded experts",
+                "Set it to 0 or more.",
+            ),
+        )
 
 
 class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
@@ -99,22 +111,24 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
         self._slots = StepSums()
 
     @classmethod
-    def check(cls, config: DeepSeekV3Config, num_experts: int) -> str | None:
+    def check(cls, config: DeepSeekV3Config, num_experts: int) -> Mistake | None:
         """The groups are of one size, and those that are chosen hold K experts."""
-        if message := super().check(config, num_experts):
-            return message
+        if found := super().check(config, num_experts):
+            return found
         if num_experts % config.num_groups:
-            return (
+            rule = (
                 f"groups are of one size, and the {num_experts} experts of upcycle.num_experts do not divide "
-                f"into router.num_groups={config.num_groups}. Set num_groups to a divisor of {num_experts}"
+                f"into router.num_groups={config.num_groups}"
             )
+            remedy = f"Set num_groups to a divisor of {num_experts}."
+            return Mistake("num_groups", config.num_groups, rule, remedy)
         in_reach = config.top_groups * (num_experts // config.num_groups)
         if config.top_k > in_reach:
-            return (
+            rule = (
                 f"a token uses router.top_k={config.top_k} experts, and router.top_groups="
-                f"{config.top_groups} of {config.num_groups} groups hold {in_reach}. Raise top_groups, or "
-                "lower top_k"
+                f"{config.top_groups} of {config.num_groups} groups hold {in_reach}"
             )
+            return Mistake("top_k", config.top_k, rule, "Raise top_groups, or lower top_k.")
         return None
 
     @property

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.errors import require
+from moe.routers.base import Router, RouterConfig
 from moe.routing.dense_gates import slots_of_gates
 from moe.routing.smooth_step import smooth_step
 from moe.routing.soft_balance import soft_balance_loss
@@ -50,15 +51,15 @@ class DSelectKConfig(RouterConfig):
     """Coefficient of that loss; without effect under ``renormalise`` or where E is a power of 2."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: a token needs at least one selector. Set it to 1 or more.")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma={self.gamma}: the band has a width. Set it above 0; 1 is usual.")
-        for name in ("entropy_coef", "balance_coef", "penalty_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: a coefficient is not negative. Set it to 0 or more."
-                )
+        require(
+            self,
+            (self.top_k >= 1, "top_k", "a token needs at least one selector", "Set it to 1 or more."),
+            (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
+            *(
+                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
+                for name in ("entropy_coef", "balance_coef", "penalty_coef")
+            ),
+        )
 
 
 class DSelectKRouter(Router[DSelectKConfig]):
@@ -86,11 +87,6 @@ class DSelectKRouter(Router[DSelectKConfig]):
         self.mix_weight_JD = nn.Parameter(torch.empty(J, model_width)) if reads else None
         self.mix_bias_J = nn.Parameter(torch.empty(J))
         self.reset_parameters()
-
-    @classmethod
-    def check(cls, config: DSelectKConfig, num_experts: int) -> str | None:
-        """More selectors than experts choose none that fewer could not."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.noise import gumbel_noise, uniform_noise
 from moe.types import LayerContext, Routing
@@ -34,11 +35,15 @@ class GShardConfig(LinearRouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k != 2:
-            raise ValueError(
-                f"top_k={self.top_k}: GShard's routing has a first and a second expert. "
-                "Set router.top_k=2, or use router=topk or router=switch."
-            )
+        require(
+            self,
+            (
+                self.top_k == 2,
+                "top_k",
+                "GShard's routing has a first and a second expert",
+                "Set router.top_k=2, or use router=topk or router=switch.",
+            ),
+        )
 
 
 class GShardRouter(LinearRouter[GShardConfig]):

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError
-from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.errors import ConfigError, require
+from moe.routers.base import Router, RouterConfig
 from moe.types import LayerContext, Routing
 
 
@@ -35,13 +35,16 @@ class HashConfig(RouterConfig):
     """Entries of the table. Ids beyond it share the entries of id modulo this."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
-        if self.table_size < 1:
-            raise ValueError(
-                f"table_size={self.table_size}: a table has at least one entry. "
-                "Set it to the size of the vocabulary."
-            )
+        require(
+            self,
+            (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."),
+            (
+                self.table_size >= 1,
+                "table_size",
+                "a table has at least one entry",
+                "Set it to the size of the vocabulary.",
+            ),
+        )
 
 
 class HashRouter(Router[HashConfig]):
@@ -60,11 +63,6 @@ class HashRouter(Router[HashConfig]):
         shape = (config.table_size, config.top_k)
         self.register_buffer("table_VK", torch.zeros(shape, dtype=torch.int32))
         self.reset_parameters()
-
-    @classmethod
-    def check(cls, config: HashConfig, num_experts: int) -> str | None:
-        """A token cannot go to more experts than there are."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

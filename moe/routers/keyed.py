@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, Mistake, require
 from moe.routers.base import Router, RouterConfig
 from moe.types import LayerContext, Routing
 
@@ -49,21 +49,28 @@ class KeyedConfig(RouterConfig):
     from 4 to 8195 go to expert 1, those below and above to expert 0."""
 
     def __post_init__(self) -> None:
-        wrong = []
-        if any(low >= high for low, high in pairwise(self.edges)):
-            wrong.append(f"edges={self.edges}: they do not ascend. Sort them, each once.")
-        if self.experts and len(self.experts) != len(self.edges) + 1:
-            wrong.append(
-                f"experts={self.experts}: {len(self.edges)} edges make {len(self.edges) + 1} ranges, each "
-                "with its expert. Name as many, or leave experts empty."
-            )
-        if self.key == TOKEN_IDS and not self.edges:
-            wrong.append(
-                f"edges={self.edges}: ids of tokens are not experts. Set router.edges to the first id of "
-                "every range but the first."
-            )
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        ranges = len(self.edges) + 1
+        require(
+            self,
+            (
+                all(low < high for low, high in pairwise(self.edges)),
+                "edges",
+                "they do not ascend",
+                "Sort them, each once.",
+            ),
+            (
+                len(self.experts) in (0, ranges),
+                "experts",
+                f"{len(self.edges)} edges make {ranges} ranges, each with its expert",
+                "Name as many, or leave experts empty.",
+            ),
+            (
+                self.key != TOKEN_IDS or bool(self.edges),
+                "edges",
+                "ids of tokens are not experts",
+                "Set router.edges to the first id of every range but the first.",
+            ),
+        )
 
 
 class KeyedRouter(Router[KeyedConfig]):
@@ -77,7 +84,7 @@ class KeyedRouter(Router[KeyedConfig]):
     )
 
     @classmethod
-    def check(cls, config: KeyedConfig, num_experts: int) -> str | None:
+    def check(cls, config: KeyedConfig, num_experts: int) -> Mistake | None:
         """Every range of numbers has its expert, and every expert a range."""
         if not config.edges:
             return None
@@ -85,15 +92,15 @@ class KeyedRouter(Router[KeyedConfig]):
         if experts == set(range(num_experts)):
             return None
         if config.experts:
-            return (
-                f"router.experts={config.experts} must name each of the {num_experts} experts, and no other. "
-                f"Correct it, or set upcycle.num_experts to {max(experts) + 1}"
-            )
-        return (
-            f"{len(config.edges)} edges make {len(experts)} ranges, and there are {num_experts} experts. "
+            rule = f"must name each of the {num_experts} experts, and no other"
+            remedy = f"Correct it, or set upcycle.num_experts to {max(experts) + 1}."
+            return Mistake("experts", config.experts, rule, remedy)
+        rule = f"{len(config.edges)} edges make {len(experts)} ranges, and there are {num_experts} experts"
+        remedy = (
             f"Give {max(num_experts - 1, 0)} edges, say by router.experts which expert each range has, or "
-            f"set upcycle.num_experts to {len(experts)}"
+            f"set upcycle.num_experts to {len(experts)}."
         )
+        return Mistake("edges", config.edges, rule, remedy)
 
     @classmethod
     def needed_keys(cls, config: KeyedConfig) -> frozenset[str]:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import BalanceScope, balance_loss, count_load, z_loss
 from moe.routing.load_importance import importance_loss
@@ -34,11 +35,13 @@ class LinearRouterConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("balance_coef", "importance_coef", "z_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: a coefficient is not negative. Set it to 0 or more."
-                )
+        require(
+            self,
+            *(
+                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
+                for name in ("balance_coef", "importance_coef", "z_coef")
+            ),
+        )
 
 
 LinearConfigT = TypeVar("LinearConfigT", bound=LinearRouterConfig)

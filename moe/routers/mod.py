@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import count_load, switch_loss
 from moe.routing.chosen import sequence_shape, top_of_sequences
@@ -48,18 +49,22 @@ class MoDConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.capacity <= 1:
-            raise ValueError(
-                f"capacity={self.capacity}: it is a share of the tokens. Set it above 0, to 1 at most."
-            )
-        if self.balance_coef < 0:
-            raise ValueError(
-                f"balance_coef={self.balance_coef}: a coefficient is not negative. Set it to 0 or more."
-            )
-        if self.predictor_coef < 0:
-            raise ValueError(
-                f"predictor_coef={self.predictor_coef}: a coefficient is not negative. Set it to 0 or more."
-            )
+        require(
+            self,
+            (
+                0 < self.capacity <= 1,
+                "capacity",
+                "it is a share of the tokens",
+                "Set it above 0, to 1 at most.",
+            ),
+            (self.balance_coef >= 0, "balance_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            (
+                self.predictor_coef >= 0,
+                "predictor_coef",
+                "a coefficient is not negative",
+                "Set it to 0 or more.",
+            ),
+        )
 
 
 class MoDRouter(ProjectionRouter[MoDConfig]):

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import Load, switch_loss
 from moe.routing.chosen import chosen_load, coverage_metrics, slots_of_mask
@@ -41,14 +42,16 @@ class MutualChoiceConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.balance_coef < 0:
-            raise ValueError(
-                f"balance_coef={self.balance_coef}: a coefficient is not negative. Set it to 0 or more."
-            )
-        if not 0 <= self.decay < 1:
-            raise ValueError(
-                f"decay={self.decay}: a threshold keeps a share of itself that is below 1. Set it to 0.99."
-            )
+        require(
+            self,
+            (self.balance_coef >= 0, "balance_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            (
+                0 <= self.decay < 1,
+                "decay",
+                "a threshold keeps a share of itself that is below 1",
+                "Set it to 0.99.",
+            ),
+        )
 
 
 class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):

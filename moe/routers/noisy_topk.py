@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.load_importance import importance_loss
 from moe.routing.noise import normal_noise
@@ -45,19 +46,25 @@ class NoisyTopKConfig(LinearRouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form == "shazeer" and self.top_k == 1:
-            raise ValueError(
-                "top_k=1: the only weight is then always 1, and the router gets no gradient from the loss. "
-                "Set router.form=vmoe, or top_k to 2 or more."
-            )
-        for name in ("noise_scale", "load_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it is not negative. Set it to 0 or more.")
-        if self.noise_scale == 0 and self.load_coef:
-            raise ValueError(
-                f"load_coef={self.load_coef}: the load is an expectation over noise, and there is none. "
-                "Set router.load_coef=0, or router.noise_scale above 0."
-            )
+        require(
+            self,
+            (
+                self.form != "shazeer" or self.top_k != 1,
+                "top_k",
+                "the only weight is then always 1, and the router gets no gradient from the loss",
+                "Set router.form=vmoe, or top_k to 2 or more.",
+            ),
+            *(
+                (getattr(self, name) >= 0, name, "it is not negative", "Set it to 0 or more.")
+                for name in ("noise_scale", "load_coef")
+            ),
+            (
+                self.noise_scale != 0 or not self.load_coef,
+                "load_coef",
+                "the load is an expectation over noise, and there is none",
+                "Set router.load_coef=0, or router.noise_scale above 0.",
+            ),
+        )
 
 
 class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from moe.dispatch.base import Dispatcher
+from moe.errors import FieldError, Mistake
 from moe.experts.experts import Experts
 from moe.routers import router_class, router_classes
 from moe.routers.base import Router, RouterConfig
@@ -55,10 +56,8 @@ def _name_of(value: Any) -> Any:
 
 def _check_name(value: Any) -> Any:
     if _name_of(value) not in _wrappable_names():
-        raise ValueError(
-            f"name={_name_of(value)!r}: no router that can be permuted has this name. "
-            f"Choose one of {', '.join(_wrappable_names())}."
-        )
+        rule, remedy = "no router that can be permuted has this name", ", ".join(_wrappable_names())
+        raise FieldError.one("name", _name_of(value), rule, f"Choose one of {remedy}.")
     return value
 
 
@@ -109,15 +108,16 @@ class PermutedRouter(Router[PermutedConfig]):
             self.search.reset_parameters()
 
     @classmethod
-    def check(cls, config: PermutedConfig, num_experts: int) -> str | None:
+    def check(cls, config: PermutedConfig, num_experts: int) -> Mistake | None:
         """The inner router's own rules; and its experts must see single tokens."""
         inner = router_class(config.inner.name)
         if inner.wrap_dispatcher is not Router.wrap_dispatcher:
-            return (
-                f"{inner.name} changes what the experts see, which a permutation of weights does not follow. "
-                f"Set router.inner to another router"
+            rule = (
+                f"{inner.name} changes what the experts see, which a permutation of weights does not follow"
             )
-        return inner.check(config.inner, num_experts)
+            return Mistake("inner.name", inner.name, rule, "Set router.inner to another router.")
+        found = inner.check(config.inner, num_experts)
+        return None if found is None else found.under("inner")
 
     @classmethod
     def needed_keys(cls, config: PermutedConfig) -> frozenset[str]:

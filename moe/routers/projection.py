@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.errors import require
+from moe.routers.base import Router, RouterConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class ProjectionConfig(RouterConfig):
     """Standard deviation of the initial router weights."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
-        if self.init_std <= 0:
-            raise ValueError(
-                f"init_std={self.init_std}: a router of zeros sends every token to the first experts. "
-                "Set it above 0; 0.02 is usual."
-            )
+        require(
+            self,
+            (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."),
+            (
+                self.init_std > 0,
+                "init_std",
+                "a router of zeros sends every token to the first experts",
+                "Set it above 0; 0.02 is usual.",
+            ),
+        )
 
 
 ProjectionConfigT = TypeVar("ProjectionConfigT", bound=ProjectionConfig)
@@ -46,11 +50,6 @@ class ProjectionRouter(Router[ProjectionConfigT], Generic[ProjectionConfigT]):
     def __init__(self, config: ProjectionConfigT, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts)
         self.weight_ED = nn.Parameter(torch.empty(num_experts, model_width))
-
-    @classmethod
-    def check(cls, config: ProjectionConfigT, num_experts: int) -> str | None:
-        """A token cannot go to more experts than there are."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

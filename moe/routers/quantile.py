@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.chosen import coverage_metrics, shares_of_chosen, slots_of_mask
 from moe.routing.moving_threshold import MovingThreshold
@@ -46,22 +47,28 @@ class QuantileConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k == 1 and self.renormalise:
-            raise ValueError(
-                "top_k=1: an only weight is always 1, and the router gets no gradient from the loss. "
-                "Set router.renormalise=false, or top_k to 2 or more."
-            )
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations}: nothing would balance. Set it to 1 or more.")
-        if not 0 <= self.decay < 1:
-            raise ValueError(
-                f"decay={self.decay}: a threshold keeps a share of itself that is below 1. Set it to 0.9."
-            )
-        if self.max_experts is not None and self.max_experts < self.top_k:
-            raise ValueError(
-                f"max_experts={self.max_experts}: tokens use top_k={self.top_k} experts in the mean. "
-                "Set it to more than that, or to null."
-            )
+        require(
+            self,
+            (
+                self.top_k != 1 or not self.renormalise,
+                "top_k",
+                "an only weight is always 1, and the router gets no gradient from the loss",
+                "Set router.renormalise=false, or top_k to 2 or more.",
+            ),
+            (self.iterations >= 1, "iterations", "nothing would balance", "Set it to 1 or more."),
+            (
+                0 <= self.decay < 1,
+                "decay",
+                "a threshold keeps a share of itself that is below 1",
+                "Set it to 0.9.",
+            ),
+            (
+                self.max_experts is None or self.max_experts >= self.top_k,
+                "max_experts",
+                f"tokens use top_k={self.top_k} experts in the mean",
+                "Set it to more than that, or to null.",
+            ),
+        )
 
 
 class QuantileRouter(ProjectionRouter[QuantileConfig]):

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import Load
 from moe.routing.chosen import chosen_load, coverage_metrics
@@ -44,16 +45,24 @@ class ReLUConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _PENALTY_RANGE[0] <= self.penalty_init <= _PENALTY_RANGE[1]:
-            raise ValueError(
-                f"penalty_init={self.penalty_init}: the penalty is only ever multiplied and divided, within "
-                f"{_PENALTY_RANGE[0]} and {_PENALTY_RANGE[1]}. Set it to 1e-8."
-            )
-        if self.penalty_factor <= 1:
-            raise ValueError(
-                f"penalty_factor={self.penalty_factor}: a penalty that does not grow makes no gate sparse. "
-                "Set it above 1; 1.2 is usual."
-            )
+        require(
+            self,
+            (
+                _PENALTY_RANGE[0] <= self.penalty_init <= _PENALTY_RANGE[1],
+                "penalty_init",
+                (
+                    f"the penalty is only ever multiplied and divided, within {_PENALTY_RANGE[0]} and "
+                    f"{_PENALTY_RANGE[1]}"
+                ),
+                "Set it to 1e-8.",
+            ),
+            (
+                self.penalty_factor > 1,
+                "penalty_factor",
+                "a penalty that does not grow makes no gate sparse",
+                "Set it above 1; 1.2 is usual.",
+            ),
+        )
 
 
 class ReLURouter(Fp32Buffers, ProjectionRouter[ReLUConfig]):

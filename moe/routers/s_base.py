@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.assigned import AssignedConfig, AssignedRouter
 from moe.routing.token_mean import figure_mean
 from moe.routing.transport import SinkhornRule, sinkhorn
@@ -33,10 +34,10 @@ class SBaseConfig(AssignedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError(
-                f"iterations={self.iterations}: without one nothing is balanced. Set it to 1 or more."
-            )
+        require(
+            self,
+            (self.iterations >= 1, "iterations", "without one nothing is balanced", "Set it to 1 or more."),
+        )
 
 
 class SBaseRouter(AssignedRouter[SBaseConfig]):

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance_top1 import top1_loss
 from moe.types import LayerContext, Routing
@@ -33,12 +34,11 @@ class SigmaConfig(ProjectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top1_coef < 0:
-            raise ValueError(
-                f"top1_coef={self.top1_coef}: a coefficient is not negative. Set it to 0 or more."
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: logits are divided by it. Set it above 0.")
+        require(
+            self,
+            (self.top1_coef >= 0, "top1_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            (self.temperature > 0, "temperature", "logits are divided by it", "Set it above 0."),
+        )
 
 
 class SigmaRouter(ProjectionRouter[SigmaConfig]):

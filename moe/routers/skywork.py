@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.balance import count_load
 from moe.routing.fp32_buffers import Fp32Buffers
@@ -47,22 +48,29 @@ class SkyworkConfig(LinearRouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k == 1 and self.renormalise:
-            raise ValueError(
-                "top_k=1: the only weight is then always 1, and the router gets no gradient from the loss. "
-                "Set router.renormalise=false, or top_k to 2 or more."
-            )
-        for name in ("logit_scale", "capacity_factor"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it is positive. Set it above 0; 1 is usual.")
-        for name in ("sensitivity", "balance_coef_max"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it is not negative. Set it to 0 or more.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"momentum={self.momentum}: the coefficient would never move, or run away. "
-                "Set it from 0 to below 1; 0.99 is the paper's."
-            )
+        require(
+            self,
+            (
+                self.top_k != 1 or not self.renormalise,
+                "top_k",
+                "the only weight is then always 1, and the router gets no gradient from the loss",
+                "Set router.renormalise=false, or top_k to 2 or more.",
+            ),
+            *(
+                (getattr(self, name) > 0, name, "it is positive", "Set it above 0; 1 is usual.")
+                for name in ("logit_scale", "capacity_factor")
+            ),
+            *(
+                (getattr(self, name) >= 0, name, "it is not negative", "Set it to 0 or more.")
+                for name in ("sensitivity", "balance_coef_max")
+            ),
+            (
+                0 <= self.momentum < 1,
+                "momentum",
+                "the coefficient would never move, or run away",
+                "Set it from 0 to below 1; 0.99 is the paper's.",
+            ),
+        )
 
 
 class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
@@ -88,16 +96,16 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
         self._slots = StepSums()
 
     @classmethod
-    def check(cls, config: SkyworkConfig, num_experts: int) -> str | None:
+    def check(cls, config: SkyworkConfig, num_experts: int) -> Mistake | None:
         """Two normalised logits are +lambda and -lambda whatever the token is."""
-        if message := super().check(config, num_experts):
-            return message
         if num_experts == 2:
-            return (
+            rule = (
                 "two normalised logits are always +logit_scale and -logit_scale, so that the router's "
-                "weights are constants. Set upcycle.num_experts to 3 or more, or use router=topk"
+                "weights are constants"
             )
-        return None
+            remedy = "Set upcycle.num_experts to 3 or more, or use router=topk."
+            return Mistake("name", config.name, rule, remedy)
+        return super().check(config, num_experts)
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
+from moe.errors import require
 from moe.routers.base import Router, RouterConfig
 from moe.routing.chosen import sequence_shape
 from moe.routing.token_mean import figure_mean
@@ -37,10 +38,15 @@ class SoftMoEConfig(RouterConfig):
     """Mixtures that each expert sees of a sequence. With S / E of them it costs one expert a token."""
 
     def __post_init__(self) -> None:
-        if self.slots_per_expert < 1:
-            raise ValueError(
-                f"slots_per_expert={self.slots_per_expert}: an expert sees something. Set it to 1 or more."
-            )
+        require(
+            self,
+            (
+                self.slots_per_expert >= 1,
+                "slots_per_expert",
+                "an expert sees something",
+                "Set it to 1 or more.",
+            ),
+        )
 
 
 @dataclass(frozen=True)

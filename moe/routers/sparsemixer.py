@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.noise import gumbel_noise, uniform_noise
 from moe.types import LayerContext, Routing
@@ -41,15 +42,22 @@ class SparseMixerConfig(LinearRouterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         most = 1 if self.version == "v1" else 2
-        if self.top_k > most:
-            raise ValueError(
-                f"top_k={self.top_k}: SparseMixer {self.version} samples at most {most} a token. "
-                f"Set router.top_k={most}" + (" or router.version=v2." if most == 1 else ".")
-            )
-        if self.jitter <= 0:
-            raise ValueError(
-                f"jitter={self.jitter}: without it only the best expert is left to sample. Set it above 0."
-            )
+        remedy = f"Set router.top_k={most}" + (" or router.version=v2." if most == 1 else ".")
+        require(
+            self,
+            (
+                self.top_k <= most,
+                "top_k",
+                f"SparseMixer {self.version} samples at most {most} a token",
+                remedy,
+            ),
+            (
+                self.jitter > 0,
+                "jitter",
+                "without it only the best expert is left to sample",
+                "Set it above 0.",
+            ),
+        )
 
 
 class SparseMixerRouter(LinearRouter[SparseMixerConfig]):

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.assigned import AssignedConfig, AssignedRouter
 from moe.routing.draws import hashed_uniform
 from moe.routing.noise import normal_noise
@@ -53,18 +54,25 @@ class SSRConfig(AssignedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.probability <= 1:
-            raise ValueError(
-                f"probability={self.probability}: it is a share of the steps. Set it between 0 and 1."
-            )
-        if self.xi <= 0:
-            raise ValueError(f"xi={self.xi}: a temperature is positive. Set it above 0; 0.05 to 1 is usual.")
-        for noise in ("gate_noise", "transport_noise"):
-            if getattr(self, noise) < 0:
-                raise ValueError(
-                    f"{noise}={getattr(self, noise)}: a standard deviation is not negative. "
-                    "Set it to 0 or more."
+        require(
+            self,
+            (
+                0 <= self.probability <= 1,
+                "probability",
+                "it is a share of the steps",
+                "Set it between 0 and 1.",
+            ),
+            (self.xi > 0, "xi", "a temperature is positive", "Set it above 0; 0.05 to 1 is usual."),
+            *(
+                (
+                    getattr(self, noise) >= 0,
+                    noise,
+                    "a standard deviation is not negative",
+                    "Set it to 0 or more.",
                 )
+                for noise in ("gate_noise", "transport_noise")
+            ),
+        )
         # Refuses its own fields by name.
         SinkhornRule(self.max_iterations, self.tolerance, check_every=self.check_every)
 

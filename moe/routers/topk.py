@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.types import LayerContext, Routing
 
@@ -35,11 +36,15 @@ class TopKConfig(LinearRouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k == 1 and self.sums_to_one:
-            raise ValueError(
-                "top_k=1: the only weight is then always 1, and the router gets no gradient from the loss. "
-                "Set router.renormalise=false with router.order=score_then_topk, or top_k to 2 or more."
-            )
+        require(
+            self,
+            (
+                self.top_k != 1 or not self.sums_to_one,
+                "top_k",
+                "the only weight is then always 1, and the router gets no gradient from the loss",
+                "Set router.renormalise=false with router.order=score_then_topk, or top_k to 2 or more.",
+            ),
+        )
 
     @property
     def sums_to_one(self) -> bool:

@@ -15,7 +15,8 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.routers.base import Router, RouterConfig, refuse_more_than
+from moe.errors import require
+from moe.routers.base import Router, RouterConfig
 from moe.routing.balance import count_load, switch_loss
 from moe.routing.load_bias import LoadBias
 from moe.types import LayerContext, Routing
@@ -35,18 +36,20 @@ class UnitGateConfig(RouterConfig):
     """Coefficient of the Switch balance loss. Until u has moved it alone trains the rows; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: a token needs at least one expert. Set it to 1 or more.")
-        if self.init_std <= 0:
-            raise ValueError(
-                f"init_std={self.init_std}: a router of zeros sends every token to the first experts. "
-                "Set it above 0; 0.02 is usual."
-            )
-        for name in ("bias_rate", "balance_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: it would favour the loaded experts. Set it to 0 or more."
-                )
+        require(
+            self,
+            (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."),
+            (
+                self.init_std > 0,
+                "init_std",
+                "a router of zeros sends every token to the first experts",
+                "Set it above 0; 0.02 is usual.",
+            ),
+            *(
+                (getattr(self, name) >= 0, name, "it would favour the loaded experts", "Set it to 0 or more.")
+                for name in ("bias_rate", "balance_coef")
+            ),
+        )
 
 
 UnitGateConfigT = TypeVar("UnitGateConfigT", bound=UnitGateConfig)
@@ -69,11 +72,6 @@ class UnitGateRouter(Router[UnitGateConfigT], Generic[UnitGateConfigT]):
         super().__init__(config, model_width, num_experts)
         self.gain_E = nn.Parameter(torch.zeros(num_experts))
         self.load_bias = LoadBias(num_experts, config.bias_rate)
-
-    @classmethod
-    def check(cls, config: UnitGateConfigT, num_experts: int) -> str | None:
-        """A token cannot go to more experts than there are."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def top_k(self) -> int:

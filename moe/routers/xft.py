@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe.routers.base import refuse_more_than
+from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.types import LayerContext, Routing
 
@@ -32,11 +32,15 @@ class XFTConfig(LinearRouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k < 2:
-            raise ValueError(
-                f"top_k={self.top_k}: the first expert is one of them, and a choice needs another. "
-                "Set it to 2 or more."
-            )
+        require(
+            self,
+            (
+                self.top_k >= 2,
+                "top_k",
+                "the first expert is one of them, and a choice needs another",
+                "Set it to 2 or more.",
+            ),
+        )
 
 
 class XFTRouter(LinearRouter[XFTConfig]):
@@ -53,11 +57,6 @@ class XFTRouter(LinearRouter[XFTConfig]):
     def __init__(self, config: XFTConfig, model_width: int, num_experts: int) -> None:
         super().__init__(config, model_width, num_experts - 1)
         self.num_experts = num_experts
-
-    @classmethod
-    def check(cls, config: XFTConfig, num_experts: int) -> str | None:
-        """K - 1 of the others must be there."""
-        return refuse_more_than(config.top_k, num_experts)
 
     @property
     def weights_sum_to_one(self) -> bool:

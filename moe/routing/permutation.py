@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe.errors import require
 from moe.types import Config
 
 #: Half-width of the uniform initial scores.
@@ -43,15 +44,15 @@ class PermutationConfig(Config):
     """The same after the last step; linear in between."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps}: a search cannot be negative. Set 0 for none.")
-        if self.entropy_coef < 0:
-            raise ValueError(
-                f"entropy_coef={self.entropy_coef}: a coefficient is not negative. Set it to 0 or more."
-            )
-        for name in ("iterations_start", "iterations_end"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: Sinkhorn needs one. Set it to 1 or more.")
+        require(
+            self,
+            (self.steps >= 0, "steps", "a search cannot be negative", "Set 0 for none."),
+            (self.entropy_coef >= 0, "entropy_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            *(
+                (getattr(self, name) >= 1, name, "Sinkhorn needs one", "Set it to 1 or more.")
+                for name in ("iterations_start", "iterations_end")
+            ),
+        )
 
     def temperature(self, step: int) -> float:
         """tau after so many steps."""

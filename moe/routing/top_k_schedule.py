@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from moe.errors import require
 from moe.types import Config
 
 
@@ -35,24 +36,34 @@ class SparsePhase(Config):
     """How many of the lowest mixture layers one number is of; null: all of them."""
 
     def __post_init__(self) -> None:
-        wrong = []
-        if self.until <= 0 or self.until == 1:
-            wrong.append(
-                f"until={self.until}: a phase ends within the run. Give a share of its tokens below 1, such "
-                "as 0.9, or a number of tokens."
-            )
-        if not isinstance(self.top_k, int) and self.layers is not None:
-            wrong.append(
-                f"layers={self.layers}: top_k names a number for each layer already. Leave layers out, or "
-                "give one number by top_k."
-            )
         numbers = [self.top_k] if isinstance(self.top_k, int) else self.top_k
-        if not numbers or min(numbers) < 1:
-            wrong.append(f"top_k={self.top_k}: a token needs at least one expert. Set 1 or more.")
-        if self.layers is not None and self.layers < 1:
-            wrong.append(f"layers={self.layers}: a phase is of at least one layer. Set 1 or more, or null.")
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        require(
+            self,
+            (
+                0 < self.until != 1,
+                "until",
+                "a phase ends within the run",
+                "Give a share of its tokens below 1, such as 0.9, or a number of tokens.",
+            ),
+            (
+                isinstance(self.top_k, int) or self.layers is None,
+                "layers",
+                "top_k names a number for each layer already",
+                "Leave layers out, or give one number by top_k.",
+            ),
+            (
+                min(numbers, default=0) >= 1,
+                "top_k",
+                "a token needs at least one expert",
+                "Set 1 or more.",
+            ),
+            (
+                self.layers is None or self.layers >= 1,
+                "layers",
+                "a phase is of at least one layer",
+                "Set 1 or more, or null.",
+            ),
+        )
 
     @property
     def num_listed(self) -> int:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from moe.errors import require
+
 Residual = Literal["column_sums", "column_potentials"]
 
 
@@ -42,13 +44,19 @@ class SinkhornRule:
     check_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_iterations < 1 or self.check_every < 1:
-            raise ValueError(
-                f"max_iterations={self.max_iterations}, check_every={self.check_every}: "
-                "both count iterations. Set them to 1 or more."
-            )
-        if self.tolerance is not None and not self.tolerance >= 0:
-            raise ValueError(f"tolerance={self.tolerance}: a residual is not negative. Set it to 0 or more.")
+        require(
+            self,
+            *(
+                (getattr(self, name) >= 1, name, "it counts iterations", "Set it to 1 or more.")
+                for name in ("max_iterations", "check_every")
+            ),
+            (
+                self.tolerance is None or self.tolerance >= 0,
+                "tolerance",
+                "a residual is not negative",
+                "Set it to 0 or more.",
+            ),
+        )
 
 
 @dataclass(frozen=True)

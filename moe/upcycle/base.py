@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.experts.weights import FFNWeights
 from moe.routers.base import Router, RouterConfig
 from moe.types import Config
@@ -32,33 +33,21 @@ class UpcycleConfig(Config):
     but N at either end), or a list of indices."""
 
     def __post_init__(self) -> None:
-        if self.num_experts < 2:
-            raise ValueError(
-                f"num_experts={self.num_experts}: a mixture has at least two experts. Set it to 2 or more."
-            )
+        require(
+            self,
+            (
+                self.num_experts >= 2,
+                "num_experts",
+                "a mixture has at least two experts",
+                "Set it to 2 or more.",
+            ),
+        )
         parse_layers(self.layers)
 
     @property
     def layer_choice(self) -> LayerChoice:
         """The parsed `layers`."""
         return parse_layers(self.layers)
-
-
-@dataclass(frozen=True)
-class Unfit:
-    """Why a method cannot be applied: an option of the method or of the router, the rule, the remedy.
-
-    Attributes:
-        option: Its config path, such as ``upcycle.granularity`` or ``router.top_k``.
-        value: What it is set to.
-        rule: What it breaks.
-        remedy: What to do.
-    """
-
-    option: str
-    value: object
-    rule: str
-    remedy: str
 
 
 ConfigT = TypeVar("ConfigT", bound=UpcycleConfig)
@@ -146,7 +135,7 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
             statistics: The layer's statistics by their name in `statistics`.
         """
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Why the method does not fit the router or the network; empty when it does.
 
         Args:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moe.errors import Mistake
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan
 
 
@@ -51,7 +52,7 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
         """Never claimed: it is only where all models are the same."""
         return False
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """There must be branches, and equally many experts of each."""
         E, S = self.config.num_experts, len(self.averaged)
         if not self.config.sources:
@@ -59,10 +60,10 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
             remedy = (
                 "List the folders of models that were trained on from the dense one, or take upcycle=copy."
             )
-            return [Unfit("upcycle.sources", [], rule, remedy)]
+            return [Mistake("upcycle.sources", [], rule, remedy)]
         if E % S:
             rule = f"it does not divide over {S} dense models"
-            return [Unfit("upcycle.num_experts", E, rule, f"Set a multiple of {S}.")]
+            return [Mistake("upcycle.num_experts", E, rule, f"Set a multiple of {S}.")]
         return []
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:

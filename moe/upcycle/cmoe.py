@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.neuron_split import marker_groups
 from moe.upcycle.partition import parts_plan
@@ -41,9 +42,13 @@ class CMoEConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("num_shared", 0), ("activation_top_k", 1), ("marker_tokens", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}. Raise it.")
+        require(
+            self,
+            *(
+                (getattr(self, name) >= low, name, f"must be at least {low}", "Raise it.")
+                for name, low in (("num_shared", 0), ("activation_top_k", 1), ("marker_tokens", 1))
+            ),
+        )
 
 
 class CMoE(UpcycleMethod[CMoEConfig]):
@@ -71,17 +76,17 @@ class CMoE(UpcycleMethod[CMoEConfig]):
         """Where every token uses every expert, as long as the router has not been trained."""
         return router.weighs_one and router.top_k == router.num_experts
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Parts of one width, and CMoE's own router."""
         config, found = self.config, []
         if router.name != _ROUTER:
             rule = "its experts are chosen by their own neurons, which no other router has"
-            found.append(Unfit("router.name", router.name, rule, f"Set router={_ROUTER}."))
+            found.append(Mistake("router.name", router.name, rule, f"Set router={_ROUTER}."))
         parts = config.num_experts + config.num_shared
         if shape is not None and shape.width % parts:
             rule = f"the {shape.width} neurons of the dense network do not divide into {parts} parts"
             remedy = "Set another number, or another num_shared."
-            found.append(Unfit("upcycle.num_experts", config.num_experts, rule, remedy))
+            found.append(Mistake("upcycle.num_experts", config.num_experts, rule, remedy))
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Noise
@@ -33,8 +34,9 @@ class CopyConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.noise_std >= 0:
-            raise ValueError(f"noise_std={self.noise_std}: a deviation is not negative. Set it to 0 or more.")
+        require(
+            self, (self.noise_std >= 0, "noise_std", "a deviation is not negative", "Set it to 0 or more.")
+        )
 
 
 class Copy(UpcycleMethod[CopyConfig]):

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, Moments, Noise
 
 
@@ -39,10 +40,11 @@ class DropConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio}: it is a share of the neurons. Set it from 0 to 1.")
-        if not self.noise_std > 0:
-            raise ValueError(f"noise_std={self.noise_std}: there would be no noise. Set it above 0.")
+        require(
+            self,
+            (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
+            (self.noise_std > 0, "noise_std", "there would be no noise", "Set it above 0."),
+        )
 
 
 class Drop(UpcycleMethod[DropConfig]):
@@ -55,13 +57,13 @@ class Drop(UpcycleMethod[DropConfig]):
         """Only where nothing changes, as with copies."""
         return self.config.ratio == 0 and router.weights_sum_to_one
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """The ratio must amount to a neuron, or be 0."""
         if shape is None or self.config.ratio == 0 or int(self.config.ratio * shape.width):
             return []
         rule = f"of {shape.width} neurons that is not one"
         remedy = "Set a larger share, or 0 for copies."
-        return [Unfit("upcycle.ratio", self.config.ratio, rule, remedy)]
+        return [Mistake("upcycle.ratio", self.config.ratio, rule, remedy)]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Every neuron in every expert; some of them change."""

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.neuron_split import (
@@ -62,20 +63,27 @@ class LlamaMoEConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale_factor is not None and not self.scale_factor > 0:
-            raise ValueError(
-                f"scale_factor={self.scale_factor}: experts that count nothing cannot learn. Set it above 0."
-            )
-        if self.num_shared < 1:
-            raise ValueError(
-                f"num_shared={self.num_shared}: sharing_inter shares at least one. Set 1 or more, or another "
-                "split."
-            )
-        if self.cluster_tokens < self.num_experts:
-            raise ValueError(
-                f"cluster_tokens={self.cluster_tokens}: every cluster needs a token. Set it to num_experts "
-                "or more; thousands are usual."
-            )
+        require(
+            self,
+            (
+                self.scale_factor is None or self.scale_factor > 0,
+                "scale_factor",
+                "experts that count nothing cannot learn",
+                "Set it above 0.",
+            ),
+            (
+                self.num_shared >= 1,
+                "num_shared",
+                "sharing_inter shares at least one",
+                "Set 1 or more, or another split.",
+            ),
+            (
+                self.cluster_tokens >= self.num_experts,
+                "cluster_tokens",
+                "every cluster needs a token",
+                "Set it to num_experts or more; thousands are usual.",
+            ),
+        )
 
     @property
     def num_parts(self) -> int:
@@ -114,14 +122,14 @@ class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
         divides = self.config.split != "sharing_inner"
         return divides and is_whole(gates, router.num_experts, self._factor(gates))
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Parts of one width."""
         if shape is None or shape.width % self.config.num_parts == 0:
             return []
         rule = (
             f"the {shape.width} neurons of the dense network do not divide into {self.config.num_parts} parts"
         )
-        return [Unfit("upcycle.num_experts", self.config.num_experts, rule, "Set another number.")]
+        return [Mistake("upcycle.num_experts", self.config.num_experts, rule, "Set another number.")]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """By the split."""

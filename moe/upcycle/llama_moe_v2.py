@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, RouterStart
 from moe.upcycle.llama_moe import share_and_divide
@@ -50,15 +51,21 @@ class LlamaMoEV2Config(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale_factor is not None and not self.scale_factor > 0:
-            raise ValueError(
-                f"scale_factor={self.scale_factor}: experts that count nothing cannot learn. Set it above 0."
-            )
-        if self.cluster_tokens < self.num_experts:
-            raise ValueError(
-                f"cluster_tokens={self.cluster_tokens}: every cluster needs a token. Set it to num_experts "
-                "or more; thousands are usual."
-            )
+        require(
+            self,
+            (
+                self.scale_factor is None or self.scale_factor > 0,
+                "scale_factor",
+                "experts that count nothing cannot learn",
+                "Set it above 0.",
+            ),
+            (
+                self.cluster_tokens >= self.num_experts,
+                "cluster_tokens",
+                "every cluster needs a token",
+                "Set it to num_experts or more; thousands are usual.",
+            ),
+        )
 
     @property
     def num_parts(self) -> int:
@@ -103,18 +110,18 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
         gates = observe(router.config, router.num_experts)
         return is_whole(gates, router.num_experts, self._factor(gates))
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Parts of one width, and rows that centroids can be."""
         config, found = self.config, []
         if shape is not None and shape.width % config.num_parts:
             rule = (
                 f"the {shape.width} neurons of the dense network do not divide into {config.num_parts} parts"
             )
-            found.append(Unfit("upcycle.num_experts", config.num_experts, rule, "Set another number."))
+            found.append(Mistake("upcycle.num_experts", config.num_experts, rule, "Set another number."))
         if config.sets_rows and not observe(router, config.num_experts).has_rows:
             rule = f"the router {router.name!r} has no row for each expert that could begin at a centroid"
             remedy = "Set upcycle.router_rows=drawn, or choose a router such as topk."
-            found.append(Unfit("upcycle.router_rows", config.router_rows, rule, remedy))
+            found.append(Mistake("upcycle.router_rows", config.router_rows, rule, remedy))
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moe.errors import Mistake
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.neuron_split import coactivation_groups, groups_of
@@ -59,18 +60,18 @@ class MoEfication(UpcycleMethod[MoEficationConfig]):
         """Where every token uses every expert, as long as the router has not been trained."""
         return router.weighs_one and router.top_k == router.num_experts
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """A ReLU network, parts of one width, and a linear router under which experts are summed."""
         E, found = self.config.num_experts, unit_faults(router, self.config.num_experts)
         if not found and not observe(router, E).has_rows:
             rule = "it has no row for each expert that could begin at the mean row of its neurons"
-            found.append(Unfit("router.name", router.name, rule, "Set router=unit_linear."))
+            found.append(Mistake("router.name", router.name, rule, "Set router=unit_linear."))
         if shape is None:
             return found
         if shape.activation not in _SPARSE:
             rule = f"it is for networks with ReLU, and the dense one has {shape.activation!r}: no neuron is 0"
             remedy = "Choose cmoe or llama_moe, which do without zeros."
-            found.append(Unfit("upcycle.name", self.config.name, rule, remedy))
+            found.append(Mistake("upcycle.name", self.config.name, rule, remedy))
         return found + division_faults(E, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:

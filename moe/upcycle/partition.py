@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
 
@@ -35,10 +36,15 @@ class PartitionConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale_factor is not None and not self.scale_factor > 0:
-            raise ValueError(
-                f"scale_factor={self.scale_factor}: experts that count nothing cannot learn. Set it above 0."
-            )
+        require(
+            self,
+            (
+                self.scale_factor is None or self.scale_factor > 0,
+                "scale_factor",
+                "experts that count nothing cannot learn",
+                "Set it above 0.",
+            ),
+        )
 
 
 class Partition(UpcycleMethod[PartitionConfig]):
@@ -52,7 +58,7 @@ class Partition(UpcycleMethod[PartitionConfig]):
         gates = observe(router.config, router.num_experts)
         return is_whole(gates, router.num_experts, self._factor(gates))
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Experts of one width."""
         return [] if shape is None else division_faults(self.config.num_experts, shape)
 
@@ -92,9 +98,9 @@ def is_whole(gates: Gates, num_experts: int, scale_factor: float) -> bool:
     return gates.top_k == num_experts and weighs_one
 
 
-def division_faults(num_experts: int, shape: FFNShape) -> list[Unfit]:
+def division_faults(num_experts: int, shape: FFNShape) -> list[Mistake]:
     """The dense neurons must divide into parts of one size."""
     if shape.width % num_experts == 0:
         return []
     rule = f"the {shape.width} neurons of the dense network do not divide by it"
-    return [Unfit("upcycle.num_experts", num_experts, rule, "Set a divisor.")]
+    return [Mistake("upcycle.num_experts", num_experts, rule, "Set a divisor.")]

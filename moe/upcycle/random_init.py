@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moe.errors import require
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
@@ -25,12 +26,16 @@ class RandomConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.init_std > 0:
-            raise ValueError(
-                f"init_std={self.init_std}: experts of zeros stay equal. Set it above 0; 0.02 is usual."
-            )
-        if self.expert_width is not None and self.expert_width < 1:
-            raise ValueError(f"expert_width={self.expert_width} must be at least 1. Or leave it at null.")
+        require(
+            self,
+            (self.init_std > 0, "init_std", "experts of zeros stay equal", "Set it above 0; 0.02 is usual."),
+            (
+                self.expert_width is None or self.expert_width >= 1,
+                "expert_width",
+                "must be at least 1",
+                "Or leave it at null.",
+            ),
+        )
 
 
 class Random(UpcycleMethod[RandomConfig]):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe.errors import Mistake
 from moe.routers import RouterConfig
-from moe.upcycle.base import Unfit
 from moe.upcycle.gates import Gates, keeps_groups, observe
 
 # Options that can part experts with equal rows, with the value at which they do not.
@@ -18,7 +18,7 @@ _CALM: dict[str, object] = {"noise_scale": 0, "jitter": 0, "second": "always", "
 _REMEDY = "Choose a router that picks by the logits of a linear map alone, such as topk."
 
 
-def group_faults(router: RouterConfig, num_experts: int, group_size: int) -> list[Unfit]:
+def group_faults(router: RouterConfig, num_experts: int, group_size: int) -> list[Mistake]:
     """Why a router cannot use groups as wholes; empty when it does, in training as well.
 
     Args:
@@ -32,20 +32,20 @@ def group_faults(router: RouterConfig, num_experts: int, group_size: int) -> lis
     if num_experts % group_size:
         rule = f"it is no multiple of the {group_size} experts of a virtual group"
         remedy = f"Set a multiple of {group_size}."
-        found.append(Unfit("upcycle.num_experts", num_experts, rule, remedy))
+        found.append(Mistake("upcycle.num_experts", num_experts, rule, remedy))
     gates = observe(router, num_experts)
     if gates.top_k % group_size:
         rule = f"a token must use whole virtual groups, of {group_size} experts each"
         remedy = f"Set a multiple of {group_size}."
         option = "router.top_k" if hasattr(router, "top_k") else "router.name"
-        found.append(Unfit(option, gates.top_k, rule, remedy))
+        found.append(Mistake(option, gates.top_k, rule, remedy))
     if not gates.has_rows:
         rule = "it has no row for each expert, and the experts of a virtual group share one"
-        found.append(Unfit("router.name", router.name, rule, _REMEDY))
+        found.append(Mistake("router.name", router.name, rule, _REMEDY))
     return found or list(_parting_faults(router, num_experts, group_size))
 
 
-def _parting_faults(router: RouterConfig, num_experts: int, group_size: int) -> Iterator[Unfit]:
+def _parting_faults(router: RouterConfig, num_experts: int, group_size: int) -> Iterator[Mistake]:
     kept = [keeps_groups(router, num_experts, group_size, training) for training in (False, True)]
     if all(kept):
         return
@@ -55,12 +55,12 @@ def _parting_faults(router: RouterConfig, num_experts: int, group_size: int) -> 
     causes = [name for name, calm in _CALM.items() if getattr(router, name, calm) != calm]
     for name in causes:
         remedy = f"Set router.{name}={_CALM[name]}, or choose a router without it, such as topk."
-        yield Unfit(f"router.{name}", getattr(router, name), rule, remedy)
+        yield Mistake(f"router.{name}", getattr(router, name), rule, remedy)
     if not causes:
-        yield Unfit("router.name", router.name, rule, _REMEDY)
+        yield Mistake("router.name", router.name, rule, _REMEDY)
 
 
-def sum_faults(router: RouterConfig, gates: Gates, otherwise: str) -> list[Unfit]:
+def sum_faults(router: RouterConfig, gates: Gates, otherwise: str) -> list[Mistake]:
     """Why a factor cannot make up for the weights of a router; empty when it can.
 
     Args:
@@ -72,4 +72,4 @@ def sum_faults(router: RouterConfig, gates: Gates, otherwise: str) -> list[Unfit
         return []
     rule = "what its weights sum to differs from token to token, so that no factor makes up for it"
     remedy = f"Choose a router whose weights sum to 1, such as topk, or set {otherwise}."
-    return [Unfit("router.name", router.name, rule, remedy)]
+    return [Mistake("router.name", router.name, rule, remedy)]

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
 from moe.upcycle.shuffle_slice import width_faults
 
@@ -36,12 +37,16 @@ class SharedDenseConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.expert_width is not None and self.expert_width < 1:
-            raise ValueError(f"expert_width={self.expert_width} must be at least 1. Or leave it at null.")
-        if not self.init_std > 0:
-            raise ValueError(
-                f"init_std={self.init_std}: experts of zeros stay equal. Set it above 0; 0.02 is usual."
-            )
+        require(
+            self,
+            (
+                self.expert_width is None or self.expert_width >= 1,
+                "expert_width",
+                "must be at least 1",
+                "Or leave it at null.",
+            ),
+            (self.init_std > 0, "init_std", "experts of zeros stay equal", "Set it above 0; 0.02 is usual."),
+        )
 
 
 class SharedDense(UpcycleMethod[SharedDenseConfig]):
@@ -54,7 +59,7 @@ class SharedDense(UpcycleMethod[SharedDenseConfig]):
         """Always: nothing is added to the dense network's output."""
         return True
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Routed experts no wider than the dense network."""
         return [] if shape is None else width_faults(self.config.expert_width, shape)
 

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
 from moe.upcycle.router_faults import group_faults, sum_faults
@@ -43,11 +44,15 @@ class SharedRoutedConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.num_shared < self.granularity:
-            raise ValueError(
-                f"num_shared={self.num_shared}: of granularity={self.granularity} shards at least one is "
-                "shared and at least one routed. Set it from 1 to granularity - 1."
-            )
+        require(
+            self,
+            (
+                1 <= self.num_shared < self.granularity,
+                "num_shared",
+                f"of granularity={self.granularity} shards at least one is shared and at least one routed",
+                "Set it from 1 to granularity - 1.",
+            ),
+        )
 
     @property
     def group_size(self) -> int:
@@ -72,13 +77,13 @@ class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
         faults = group_faults(router.config, router.num_experts, self.config.group_size)
         return not faults and observe(router.config, router.num_experts).constant
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Shards of one width, whole groups for every token, and a factor that can be told."""
         G = self.config.granularity
         found = group_faults(router, self.config.num_experts, self.config.group_size)
         if shape is not None and shape.width % G:
             rule = f"the {shape.width} neurons of the dense network do not divide into so many shards"
-            found.append(Unfit("upcycle.granularity", G, rule, "Set a divisor."))
+            found.append(Mistake("upcycle.granularity", G, rule, "Set a divisor."))
         gates = observe(router, self.config.num_experts)
         return found + sum_faults(router, gates, "upcycle=shared_dense")
 

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
 
 
@@ -36,10 +37,16 @@ class ShuffleSliceConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.expert_width is not None and self.expert_width < 1:
-            raise ValueError(f"expert_width={self.expert_width} must be at least 1. Or leave it at null.")
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio}: it is a share of the neurons. Set it from 0 to 1.")
+        require(
+            self,
+            (
+                self.expert_width is None or self.expert_width >= 1,
+                "expert_width",
+                "must be at least 1",
+                "Or leave it at null.",
+            ),
+            (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
+        )
 
 
 class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
@@ -52,7 +59,7 @@ class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
         """Never: a token sees some neurons twice, others not at all, and drawn ones."""
         return False
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Experts no wider than the dense network."""
         return [] if shape is None else width_faults(self.config.expert_width, shape)
 
@@ -74,9 +81,9 @@ class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
         return LayerPlan(tuple(experts))
 
 
-def width_faults(expert_width: int | None, shape: FFNShape) -> list[Unfit]:
+def width_faults(expert_width: int | None, shape: FFNShape) -> list[Mistake]:
     """Experts that are cut out of a dense network are no wider than it."""
     if expert_width is None or expert_width <= shape.width:
         return []
     rule = f"the dense network has {shape.width} neurons, and an expert takes some of them"
-    return [Unfit("upcycle.expert_width", expert_width, rule, f"Set {shape.width} or less, or null.")]
+    return [Mistake("upcycle.expert_width", expert_width, rule, f"Set {shape.width} or less, or null.")]

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers import router_class
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.neuron_split import snake_groups
 from moe.upcycle.partition import parts_plan
@@ -34,8 +35,7 @@ class SnakeConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_shared < 0:
-            raise ValueError(f"num_shared={self.num_shared} must be at least 0. Raise it.")
+        require(self, (self.num_shared >= 0, "num_shared", "must be at least 0", "Raise it."))
 
 
 class Snake(UpcycleMethod[SnakeConfig]):
@@ -53,14 +53,14 @@ class Snake(UpcycleMethod[SnakeConfig]):
         """Where every token uses every expert, as long as the router has not been trained."""
         return router.weighs_one and router.top_k == router.num_experts
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Parts of one width, and a router under which experts are summed."""
         config, found = self.config, unit_faults(router, self.config.num_experts)
         parts = config.num_experts + config.num_shared
         if shape is not None and shape.width % parts:
             rule = f"the {shape.width} neurons of the dense network do not divide into {parts} parts"
             remedy = "Set another number, or another num_shared."
-            found.append(Unfit("upcycle.num_experts", config.num_experts, rule, remedy))
+            found.append(Mistake("upcycle.num_experts", config.num_experts, rule, remedy))
         return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
@@ -73,7 +73,7 @@ class Snake(UpcycleMethod[SnakeConfig]):
         return parts_plan(list(groups_EM), 1.0, self.gates, shared_F if count else None)
 
 
-def unit_faults(router: RouterConfig, num_experts: int) -> list[Unfit]:
+def unit_faults(router: RouterConfig, num_experts: int) -> list[Mistake]:
     """A router under which chosen experts do not begin at weight 1 each."""
     if router_class(router.name)(router, 8, num_experts).weighs_one:
         return []
@@ -81,4 +81,4 @@ def unit_faults(router: RouterConfig, num_experts: int) -> list[Unfit]:
     remedy = (
         "Set router=one_plus or router=unit_linear, or choose upcycle=llama_moe, which scales its experts."
     )
-    return [Unfit("router.name", router.name, rule, remedy)]
+    return [Mistake("router.name", router.name, rule, remedy)]

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import Unfit, UpcycleConfig, UpcycleMethod
+from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
 from moe.upcycle.router_faults import group_faults, sum_faults
@@ -41,10 +42,10 @@ class VirtualGroupConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity < 1:
-            raise ValueError(
-                f"granularity={self.granularity}: a copy is at least one shard. Set it to 1 or more."
-            )
+        require(
+            self,
+            (self.granularity >= 1, "granularity", "a copy is at least one shard", "Set it to 1 or more."),
+        )
 
 
 class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
@@ -63,13 +64,13 @@ class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
             and not group_faults(router.config, router.num_experts, self.config.granularity)
         )
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Unfit]:
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
         """Shards of one width, whole groups for every token, and a factor that can be told."""
         G = self.config.granularity
         found = group_faults(router, self.config.num_experts, G)
         if shape is not None and shape.width % G:
             rule = f"the {shape.width} neurons of the dense network do not divide into so many shards"
-            found.append(Unfit("upcycle.granularity", G, rule, "Set a divisor."))
+            found.append(Mistake("upcycle.granularity", G, rule, "Set a divisor."))
         if self.config.scale != "none":
             found += sum_faults(router, observe(router, self.config.num_experts), "upcycle.scale=none")
         return found

@@ -34,7 +34,7 @@ class Question:
 
 
 def read_questions(path: Path, where: str = "--choices") -> tuple[list[Question], list[Mistake]]:
-    """The questions of a file of JSON lines, and every mistake in it.
+    """Returns the questions of a file of JSON lines, and every mistake in it.
 
     A line is ``{"question": ..., "choices": [...], "answer": ...}``; the answer is an index from 0, or one of
     the choices to the letter.
@@ -44,7 +44,7 @@ def read_questions(path: Path, where: str = "--choices") -> tuple[list[Question]
 
 
 def _question(row: dict[str, Any]) -> Question | str:
-    """The question of a line, or the rule that it breaks."""
+    """Returns the question of a line, or the rule that it breaks."""
     if not isinstance(row.get("question"), str):
         return "it needs a question, a text"
     choices, answer = row.get("choices"), row.get("answer")
@@ -62,20 +62,20 @@ def _is_text(value: object) -> bool:
 
 
 def share_right(accuracy: Mapping[str, Any]) -> float | None:
-    """Of what was asked of a system: choices that were right, else answers; None where neither was asked."""
+    """Returns the share of right choices, else of right answers; None where neither was asked for."""
     asked = accuracy["choices"] or accuracy.get("answers")
     return None if asked is None else float(asked["accuracy"])
 
 
 @torch.no_grad()
 def log_likelihoods(model: Any, ids_S: Tensor) -> Tensor:
-    """``[S - 1]`` log-probability of every token but the first, in fp32."""
+    """Returns ``[S - 1]`` log-probability of every token but the first, in fp32."""
     logits_SV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1].float()
     return logits_SV.log_softmax(-1).gather(1, ids_S[1:, None])[:, 0]
 
 
 def perplexity(model: Any, tokenizer: Any, ids_BS: Tensor) -> dict[str, Any]:
-    """Perplexity a token, and bits a byte, which compare between tokenizers.
+    """Measures perplexity per token, and bits per byte, which compare between tokenizers.
 
     Args:
         model: A decoder.
@@ -101,13 +101,13 @@ def perplexity(model: Any, tokenizer: Any, ids_BS: Tensor) -> dict[str, Any]:
 def multiple_choice(
     model: Any, tokenizer: Any, questions: Iterable[Question], device: torch.device, longest: int | None
 ) -> dict[str, Any]:
-    """Share of questions whose right choice has the highest log-likelihood a byte.
+    """Measures the share of questions whose right choice has the highest log-likelihood per byte.
 
     Args:
         model: A decoder.
         tokenizer: Its own.
         questions: See `read_questions`. A choice follows its question after a space.
-        device: Where the model is.
+        device: Device of the model.
         longest: Tokens of the longest sequence it takes; None for no limit. A longer question is cut from
             the front, and counted.
     """
@@ -136,7 +136,7 @@ def multiple_choice(
 
 
 def _ids(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
-    """Ids of both, and where the continuation starts: at the first token that it changes.
+    """Returns the ids of both, and the start of the continuation: the first token that it changes.
 
     A token may span the border; it then belongs to the continuation. The first token has no context and is
     never scored.

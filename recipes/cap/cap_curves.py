@@ -1,6 +1,6 @@
 """Utilisation against batch size, and the roofline that bounds it.
 
-Letters: B sequences a batch.
+Letters: B sequences per batch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Figures = Mapping[str, Any]
 
 
 def colours_of(theme: Theme) -> tuple[str, ...]:
-    """Colours of systems, in order; with more systems than colours they start over."""
+    """Returns the colours of systems in order; with more systems than colours they start over."""
     return (theme.moe, theme.cpt, *_MORE[theme.name], theme.dense)
 
 
 def curves_figure(report: Figures, theme: Theme) -> Figure | None:
-    """Bandwidth and compute against batch size, and the roofline; None where no utilisation is known."""
+    """Draws utilisation against batch size, and the roofline; None where no utilisation is known."""
     shown = [system for system in report["systems"] if _measured(system, "flops_per_s")]
     if not shown:
         return None
@@ -69,7 +69,7 @@ def _measured(system: Figures, key: str, phase: str = "decode") -> list[Figures]
 def _draw_shares(
     axes: Axes, systems: Sequence[Figures], theme: Theme, lines: Sequence[tuple[str, str, Any]], of: str
 ) -> None:
-    """Shares in percent against batch size on a scale of doublings."""
+    """Draws shares in percent against batch size on a scale of doublings."""
     canvas.style(axes, theme, x="batch size", y=f"share {of} (%)")
     sizes: set[int] = set()
     highest = 0.0
@@ -105,8 +105,8 @@ def _distinct_points(system: Figures) -> list[Figures]:
 
 
 def _draw_experts(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
-    """Different experts of a decode pass, of all there are, and what uniform routing would touch."""
-    canvas.style(axes, theme, x="batch size", y="experts a pass touches (%)")
+    """Draws the share of experts that a decode pass touches, and the bound of uniform routing."""
+    canvas.style(axes, theme, x="batch size", y="experts touched per pass (%)")
     sizes: set[int] = set()
     for number, system in enumerate(systems):
         colour = colours_of(theme)[number % len(colours_of(theme))]
@@ -139,8 +139,8 @@ def _batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
-    """FLOP/s against FLOPs a byte under min(peak FLOP/s, peak bytes/s times FLOPs a byte)."""
-    canvas.style(axes, theme, x="FLOPs a byte moved (S-MFU's over S-MBU's)", y="GFLOP/s")
+    """Draws FLOP/s against FLOPs per byte, under min(peak FLOP/s, peak bytes/s times FLOPs per byte)."""
+    canvas.style(axes, theme, x="FLOPs per byte moved (S-MFU's over S-MBU's)", y="GFLOP/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
     points = [
@@ -163,13 +163,7 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
         text = f"{width / 1e9:,.1f} GB/s, {flops / 1e9:,.0f} GFLOP/s"
         # above the slope nothing can lie
         axes.text(
-            0.01,
-            0.96 - 0.08 * row,
-            text,
-            transform=axes.transAxes,
-            va="top",
-            fontsize=8.5,
-            color=theme.muted,
+            0.01, 0.96 - 0.08 * row, text, transform=axes.transAxes, va="top", fontsize=8.5, color=theme.muted
         )
     for number, phase, size, x, y in points:
         colour = colours_of(theme)[number % len(colours_of(theme))]
@@ -177,12 +171,7 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot([x], [y], marker=marker, markersize=6.5, color=colour, markerfacecolor=face, zorder=3)
         axes.annotate(
-            str(size),
-            xy=(x, y),
-            xytext=(7, -8),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
+            str(size), xy=(x, y), xytext=(7, -8), textcoords="offset points", fontsize=8, color=colour
         )
     axes.set_xlim(low, high)
     axes.set_ylim(top=2 * axes.get_ylim()[1])

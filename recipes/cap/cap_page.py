@@ -1,4 +1,4 @@
-"""A report as files: figures as JSON, two pictures, and one page that opens offline."""
+"""Writes a report as files: figures as JSON, two pictures, and one page that opens offline."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from recipes.cap.cap_table import (
     table_rows,
 )
 from recipes.cap.radar import Radar, draw_radar
-from recipes.runtime.atomic import atomic_write_json, atomic_write_text, write_synced
-from recipes.tracking.report import canvas, formats, html
-from recipes.tracking.report.colours import DARK, LIGHT
+from recipes.runtime.atomic import atomic_write_json
+from recipes.tracking.report import formats
+from recipes.tracking.report.page import Section, draw_picture, write_study
 
 JSON_NAME, PAGE_NAME, CURVES_NAME, RADAR_NAME = "cap.json", "cap.html", "curves.png", "radar.png"
 _MEANING = (
@@ -35,7 +35,7 @@ _MEANING = (
 _EFFICIENCY = (
     "After arXiv 2505.13840, equations 1 to 9. AMU: memory in use over all there is, mean over time. PCU: "
     "FLOPs that the tokens need over the peak, prefill included. AL: mean time of a request. IT: tokens "
-    "written a second. AEC: mean power. MCR: times smaller than the first system, times the share of its "
+    "written per second. AEC: mean power. MCR: times smaller than the first system, times the share of its "
     "accuracy that is kept. TT and ST are of training."
 )
 Figures = Mapping[str, Any]
@@ -46,46 +46,33 @@ def write_report(folder: Path, report: Figures, radar: Radar) -> Path:
 
     There are no curves where no utilisation is known.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / JSON_NAME, report)
-    body = [
-        html.title("What it uses of the hardware"),
-        html.paragraph("; ".join(peak_lines(report)[:1]), "meta"),
-        html.bullets(peak_lines(report)[1:]),
-        html.heading("Cost, accuracy, performance"),
+    corners, batches = (
+        "Radar of cost, accuracy and performance",
+        "S-MBU and S-MFU against batch size, and the roofline",
+    )
+    triangle = draw_picture(lambda theme: draw_radar(radar, theme), corners, folder / RADAR_NAME)
+    curves = draw_picture(lambda theme: curves_figure(report, theme), batches, folder / CURVES_NAME)
+    device, *peaks = peak_lines(report)
+    accuracy, harness, remarks = accuracy_rows(report), harness_rows(report), remarks_of(report)
+    sections = [
+        Section(bullets=peaks),
+        Section("Cost, accuracy, performance", picture=triangle),
+        Section("Against batch size", picture=curves) if curves else Section(),
+        Section("Table", head=HEAD, rows=table_rows(report), notes=[NOTE], absent=ABSENT),
+        Section("Accuracy" if accuracy else "", head=ACCURACY_HEAD, rows=accuracy, absent=ABSENT),
+        Section(head=HARNESS_HEAD, rows=harness, absent=ABSENT),
+        Section(
+            "EfficientLLM's metrics",
+            head=EFFICIENCY_HEAD,
+            rows=efficiency_rows(report),
+            notes=[_EFFICIENCY],
+            absent=ABSENT,
+        ),
+        Section("Remarks" if remarks else "", bullets=remarks, notes=[_MEANING]),
+        Section("Conditions", facts=_facts(report), absent=ABSENT),
     ]
-    pictures = {RADAR_NAME: [canvas.png(draw_radar(radar, theme)) for theme in (LIGHT, DARK)]}
-    curves = [curves_figure(report, theme) for theme in (LIGHT, DARK)]
-    drawn = [canvas.png(figure) for figure in curves if figure is not None]
-    body.append(html.figure(html.Picture(*pictures[RADAR_NAME], "Radar of cost, accuracy and performance")))
-    if drawn:
-        pictures[CURVES_NAME] = drawn
-        body += [
-            html.heading("Against batch size"),
-            html.figure(html.Picture(*drawn, "S-MBU and S-MFU against batch size, and the roofline")),
-        ]
-    for name, (light, _) in pictures.items():
-        write_synced(folder / name, light)
-    body += [
-        html.heading("Table"),
-        html.table(HEAD, table_rows(report), ABSENT),
-        html.paragraph(NOTE, "note"),
-    ]
-    if accuracy_rows(report):
-        body += [html.heading("Accuracy"), html.table(ACCURACY_HEAD, accuracy_rows(report), ABSENT)]
-    if harness_rows(report):
-        body.append(html.table(HARNESS_HEAD, harness_rows(report), ABSENT))
-    body += [
-        html.heading("EfficientLLM's metrics"),
-        html.table(EFFICIENCY_HEAD, efficiency_rows(report), ABSENT),
-        html.paragraph(_EFFICIENCY, "note"),
-    ]
-    if remarks_of(report):
-        body += [html.heading("Remarks"), html.box([html.bullets(remarks_of(report))])]
-    body += [html.paragraph(_MEANING, "note"), html.heading("Conditions"), html.facts(_facts(report), ABSENT)]
-    page = folder / PAGE_NAME
-    atomic_write_text(page, html.page("What it uses of the hardware", body))
-    return page
+    return write_study(folder / PAGE_NAME, "Use of the hardware", [device], sections)
 
 
 def _facts(report: Figures) -> list[tuple[str, str]]:
@@ -100,7 +87,7 @@ def _facts(report: Figures) -> list[tuple[str, str]]:
         ("PUE, life, busy", f"{costs['pue']}, {costs['life_years']} years, {formats.share(costs['busy'])}"),
     ]
     for system in report["systems"]:
-        experts = f"{system['moe_blocks']} mixtures" if system["mixtures"] else "dense"
+        experts = f"{system['mixtures']} MoE layers" if system["mixtures"] else "dense"
         parameters = "unknown" if system["parameters"] is None else formats.count(system["parameters"])
         rows.append(
             (

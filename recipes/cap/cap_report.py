@@ -1,4 +1,4 @@
-"""A report from beginning to end: one system after the other, figures as JSON.
+"""Measures a report from beginning to end: one system after the other, figures as JSON.
 
 Letters: B sequences, S tokens.
 """
@@ -21,7 +21,6 @@ from moe.accounting.device_peaks import device_name
 from moe.accounting.params import count_from_shape
 from moe.errors import ConfigError, Mistake
 from recipes.cap.accuracy import multiple_choice, perplexity, read_questions
-from recipes.cap.ceilings import Ceilings, find_ceilings, served_ceilings
 from recipes.cap.cost import Rates, find_rates
 from recipes.cap.efficiency import compression
 from recipes.cap.folders import Source, find_source, read_config
@@ -34,6 +33,7 @@ from recipes.cap.served import measure_served
 from recipes.cap.server import Server
 from recipes.data.config import DataConfig
 from recipes.data.tokenizer import load_tokenizer
+from recipes.tracking.ceilings import Ceilings, find_ceilings, served_ceilings
 from recipes.upcycling.convert.folder_check import real_tokens
 
 UNKNOWN_DEVICE = "a server's device, not named"
@@ -48,8 +48,8 @@ def measure(request: Request, log: Log = lambda line: None) -> Figures:
     """Measures every system; returns the report.
 
     Args:
-        request: What is asked for.
-        log: Told of progress.
+        request: Systems and measurements.
+        log: Takes lines of progress.
 
     Raises:
         ConfigError: The request has mistakes, all of them, before a model is loaded.
@@ -80,7 +80,7 @@ def _source(folder: Path) -> Source:
 
 
 def _begin(request: Request) -> Figures:
-    """The report without its systems."""
+    """Returns the report without its systems."""
     text = request.text or "Python's standard library"
     return {
         "schema": SCHEMA,
@@ -108,7 +108,7 @@ def _system(
     ceilings: dict[torch.dtype, Ceilings],
     log: Log,
 ) -> Figures:
-    """Loads one system, measures it, lets it go."""
+    """Loads one system, measures it and releases it."""
     prompt_BS, scored_BS = text
     device, rates = torch.device(request.device), _rates(request)
     dtype = None if request.dtype is None else DTYPES[request.dtype]
@@ -155,7 +155,7 @@ def _served(request: Request, server: Server, name: str, source: Source, log: Lo
 
 
 def environment(device: torch.device, server: Server | None = None) -> Figures:
-    """What the figures were measured on; with a server, what asked it."""
+    """Describes the machine that the figures were measured on; with a server, the client's."""
     import transformers
 
     return {
@@ -184,7 +184,7 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def describe_system(system: System) -> Figures:
-    """What a system is, before anything is timed."""
+    """Describes a system before anything is timed."""
     return {
         **_described(system.name, system.source, system.config, system, system.dtype),
         "parameters": sum(parameter.numel() for parameter in system.model.parameters()),
@@ -198,7 +198,7 @@ def describe_system(system: System) -> Figures:
 def describe_served(
     name: str, source: Source, config: Mapping[str, Any], known: Known, dtype: torch.dtype
 ) -> Figures:
-    """The same of a model that is not here, from its config."""
+    """Describes a model behind a server, from its config."""
     shape = known.shape
     return {
         **_described(name, source, config, known, dtype),
@@ -227,7 +227,7 @@ def _described(
 
 
 def _implementation(system: System) -> str | None:
-    """How the experts are computed; None for a dense model."""
+    """Returns the implementation of the experts; None for a dense model."""
     if not system.sites:
         return None
     if any(site.kind == "plan" for site in system.sites):
@@ -236,7 +236,7 @@ def _implementation(system: System) -> str | None:
 
 
 def _texts(system: Source, request: Request) -> tuple[Tensor, Tensor | None]:
-    """Prompts of the largest batch, and the text of perplexity."""
+    """Returns the prompts of the largest batch, and the text of perplexity."""
     data, source = DataConfig(path=request.text), request.tokenizer or system.folder
     prompt_BS = real_tokens(source, data, max(request.work.batch_sizes), request.work.prompt)
     asked = request.accuracy
@@ -256,7 +256,7 @@ def _ceilings(request: Request, system: System, log: Log) -> Ceilings:
 def _progress(name: str, point: Figures) -> str:
     if point["reason"] is not None:
         return f"{name}, batch {point['batch_size']}: {point['reason']}"
-    return f"{name}, batch {point['batch_size']}: {1e3 * point['tpot_s']['mean']:.1f} ms a token"
+    return f"{name}, batch {point['batch_size']}: {1e3 * point['tpot_s']['mean']:.1f} ms per token"
 
 
 def _overhead(request: Request, system: System, prompt_BS: Tensor, log: Log) -> Figures | None:
@@ -267,7 +267,7 @@ def _overhead(request: Request, system: System, prompt_BS: Tensor, log: Log) -> 
 
 
 def _accuracy(request: Request, system: System, scored_BS: Tensor | None) -> Figures:
-    """None for what was not asked for."""
+    """Measures the accuracies that were asked for; the others are None."""
     asked = request.accuracy
     if not asked.asked:
         return dict(NO_ACCURACY)

@@ -1,4 +1,4 @@
-"""A report as a table for the terminal and the page."""
+"""Report as tables for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = (
     "TTFT",
     "TPOT",
     "tokens/s",
-    "experts a layer",
+    "experts per layer",
     "S-MBU",
     "strict",
     "MBU",
@@ -25,15 +25,15 @@ HEAD = (
     "$/M tokens",
 )
 NOTE = (
-    "Decode passes unless said otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
-    "Tokens/s: written, prefill in the time. Experts a layer: different ones that a decode pass touches, of "
+    "Decode passes unless stated otherwise. TTFT: the prefill of the batch. TPOT: mean of the decode passes. "
+    "Tokens/s: written, prefill in the time. Experts per layer: distinct ones that a decode pass touches, of "
     "all there are; '<=' is the bound of uniform routing, not a count. '-' was not measured."
 )
 Figures = Mapping[str, Any]
 
 
 def table_rows(report: Figures) -> list[list[str]]:
-    """The cells of every system and batch size."""
+    """Returns the cells of every system and batch size."""
     return [_row(system, point) for system in report["systems"] for point in system["points"]]
 
 
@@ -55,7 +55,7 @@ def _row(system: Figures, point: Figures) -> list[str]:
 
 
 def duration(seconds: float | None) -> str:
-    """``12.3 ms`` below a second."""
+    """Formats a duration, below a second as ``12.3 ms``."""
     if seconds is None:
         return ABSENT
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else formats.seconds(seconds)
@@ -73,7 +73,7 @@ def _experts(system: Figures, distinct: Figures | None) -> str:
 
 
 def accuracy_rows(report: Figures) -> list[list[str]]:
-    """Name, perplexity, bits a byte, choices right, chance, and answers right; of systems that have one."""
+    """Returns name, perplexity, bits/byte, right choices, chance and right answers of measured systems."""
     rows = []
     for system in report["systems"]:
         text, choices = system["accuracy"]["perplexity"], system["accuracy"]["choices"]
@@ -103,7 +103,7 @@ HARNESS_HEAD = ("system", "task of lm-evaluation-harness", "metric", "value")
 
 
 def harness_rows(report: Figures) -> list[list[str]]:
-    """Name, task, metric and value; nothing where the harness did not run."""
+    """Returns system, task, metric and value; nothing where the harness did not run."""
     return [
         [system["name"], task, metric, _known(value, formats.small)]
         for system in report["systems"]
@@ -116,7 +116,7 @@ EFFICIENCY_HEAD = ("system", "batch", "AMU", "PCU", "AL", "IT, tokens/s", "AEC, 
 
 
 def efficiency_rows(report: Figures) -> list[list[str]]:
-    """EfficientLLM's metrics of every system and batch size."""
+    """Returns EfficientLLM's metrics of every system and batch size."""
     rows = []
     for system in report["systems"]:
         for point in system["points"]:
@@ -139,29 +139,15 @@ def efficiency_rows(report: Figures) -> list[list[str]]:
 ACCURACY_HEAD = ("system", "perplexity", "bits/byte", "choices right", "chance", "answers right")
 
 
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for the terminal: the first to the left, the others to the right."""
-    lines = [list(head), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    shown = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
-
-
 def text_of(report: Figures) -> str:
-    """Everything that the terminal shows."""
-    parts = [*peak_lines(report), "", aligned(HEAD, table_rows(report))]
+    """Returns everything that the terminal shows."""
+    parts = [*peak_lines(report), "", formats.aligned(HEAD, table_rows(report))]
     accuracy = accuracy_rows(report)
     if accuracy:
-        parts += ["", aligned(ACCURACY_HEAD, accuracy)]
+        parts += ["", formats.aligned(ACCURACY_HEAD, accuracy)]
     harness = harness_rows(report)
     if harness:
-        parts += ["", aligned(HARNESS_HEAD, harness)]
+        parts += ["", formats.aligned(HARNESS_HEAD, harness)]
     remarks = remarks_of(report)
     if remarks:
         parts += ["", *remarks]
@@ -169,7 +155,7 @@ def text_of(report: Figures) -> str:
 
 
 def peak_lines(report: Figures) -> list[str]:
-    """The device and the peaks that utilisations are shares of."""
+    """Returns the device and the peaks that utilisations are shares of."""
     place = report["environment"]
     lines = [f"{place['processor']}; {place['device']}; torch {place['torch']}"]
     if place["server"] is not None:
@@ -193,7 +179,7 @@ def _tiers(where: str, uses: Sequence[Figures] | None) -> Iterator[str]:
 
 
 def remarks_of(report: Figures) -> list[str]:
-    """Why figures are missing, and warnings, each once."""
+    """Returns the reasons for missing figures, and the warnings, each once."""
     return list(dict.fromkeys(line for system in report["systems"] for line in _remarks(system)))
 
 

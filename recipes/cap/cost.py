@@ -1,4 +1,4 @@
-"""Dollars per million tokens: the purchase spread over the time that the machine works, and its energy.
+"""Dollars per million tokens: the purchase, written off over the working life, and the energy.
 
 ``hours of a million tokens * (price / (life * busy) + kW * PUE * $/kWh)``. MoE-CAP's released code charges
 the whole purchase to every run and multiplies by constants that are swapped; this does neither.
@@ -18,10 +18,10 @@ class Listing:
     """A device with its price and power.
 
     Attributes:
-        usd: Of one device alone: no host, no network.
+        usd: Price of one device alone, without server or network.
         watts: The maker's limit for the device, not what it draws.
-        source: Where both are from.
-        date: Of the source.
+        source: Source of both.
+        date: Date of the source.
     """
 
     usd: float
@@ -32,7 +32,7 @@ class Listing:
 
 _CAP = "cost table of Auto-CAP/MoE-CAP e9e0d88; makers' power limits"
 _DATE = "2026-08"
-# By the whole of torch.cuda.get_device_name(). Street prices move: give your own with --price-usd.
+# Keys match the whole of torch.cuda.get_device_name(). Street prices move: give your own with --price-usd.
 LISTINGS: dict[str, Listing] = {
     r"NVIDIA A100-SXM4-40GB": Listing(12_000, 400, _CAP, _DATE),
     r"NVIDIA A100-SXM4-80GB": Listing(19_000, 400, _CAP, _DATE),
@@ -48,13 +48,13 @@ USD_PER_KWH, KWH_SOURCE, KWH_DATE = 0.15, "cost_utils.py of Auto-CAP/MoE-CAP e9e
 
 @dataclass(frozen=True)
 class Prices:
-    """What the user knows of the costs; None for what the table is to give.
+    """Costs given by the user; None for those taken from the table.
 
     Attributes:
         price_usd: Purchase of everything that the systems run on.
-        power_watts: What it draws while it works, where energy cannot be measured.
+        power_watts: Power under load, where energy cannot be measured.
         usd_per_kwh: Electricity.
-        pue: What the building draws for every watt of the machine.
+        pue: Power of the building per watt of the machine.
         life_years: Over which the purchase is written off.
         busy: Share of its life in which the machine works.
     """
@@ -69,13 +69,13 @@ class Prices:
 
 @dataclass(frozen=True)
 class Rates:
-    """What an hour costs, with the source and date of every number.
+    """Costs of an hour, with the source and date of every number.
 
     Attributes:
-        price_usd: None where nobody knows it.
-        price_source: With its date; or why there is none.
-        power_watts: Where energy was not measured; None where nobody knows it.
-        power_source: With its date; or why there is none.
+        price_usd: Price; None where unknown.
+        price_source: Source with its date, or the reason why there is no price.
+        power_watts: Power where energy was not measured; None where unknown.
+        power_source: Source with its date, or the reason why there is no power.
         usd_per_kwh: Electricity.
         kwh_source: With its date.
         prices: The assumptions.
@@ -90,27 +90,18 @@ class Rates:
     prices: Prices
 
     def figures(self) -> dict[str, Any]:
-        """For programs."""
-        return {
-            "price_usd": self.price_usd,
-            "price_source": self.price_source,
-            "power_watts": self.power_watts,
-            "power_source": self.power_source,
-            "usd_per_kwh": self.usd_per_kwh,
-            "kwh_source": self.kwh_source,
-            "pue": self.prices.pue,
-            "life_years": self.prices.life_years,
-            "busy": self.prices.busy,
-        }
+        """Returns the figures for programs."""
+        assumed = {name: getattr(self.prices, name) for name in ("pue", "life_years", "busy")}
+        return {name: value for name, value in vars(self).items() if name != "prices"} | assumed
 
 
 def find_rates(device: str, prices: Prices, devices: int = 1) -> Rates:
-    """The user's numbers, else the table's by the name of the device, else None: no price is guessed.
+    """Returns the user's numbers, else the table's for this device, else None: no price is guessed.
 
     Args:
         device: Its name.
         prices: The user's, of everything together.
-        devices: How many there are of the table's.
+        devices: Number of devices of the table.
     """
     listing = next((row for pattern, row in LISTINGS.items() if re.fullmatch(pattern, device)), None)
     unknown = f"the table of {_DATE} does not know {device!r}"
@@ -133,10 +124,10 @@ def find_rates(device: str, prices: Prices, devices: int = 1) -> Rates:
 
 
 def cost_figures(rates: Rates, tokens_per_s: float | None, measured_watts: float | None) -> dict[str, Any]:
-    """Dollars per million tokens; None, with the reason, where a part of it is not known.
+    """Computes the dollars per million tokens; None, with the reason, where a part is unknown.
 
     Args:
-        rates: Of the machine.
+        rates: Costs of an hour.
         tokens_per_s: Written, of the whole batch, prefill counted in the time.
         measured_watts: Energy over time where it was measured; goes before the rates' power.
     """

@@ -23,13 +23,13 @@ from recipes.cap.phases import Passes
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Passes):
-    """One batch of sequences from prompt to last token; the time of a pass holds the choice of its token.
+    """One batch of sequences from prompt to last token; a pass includes the choice of its token.
 
     Attributes:
-        sequences: Of every pass, as its logits say.
+        sequences: Sequences of every pass, from the shape of its logits.
         ids_BS: The tokens chosen.
-        cache_bytes: Of the cache as it was held at the end; None where it cannot be told.
-        cache_length: Tokens in it; None where it cannot be told.
+        cache_bytes: Bytes of the cache at the end; None where unknown.
+        cache_length: Tokens in the cache; None where unknown.
     """
 
     sequences: tuple[int, ...]
@@ -43,7 +43,7 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._metadata: list[Any] = []
+        self._times: list[Any] = []
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
@@ -51,14 +51,14 @@ class _Clock:
         if self._device.type != "cuda":
             if self._device.type != "cpu":
                 torch.accelerator.synchronize(self._device)
-            self._metadata.append(time.perf_counter())
+            self._times.append(time.perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        self._metadata.append(event)
+        self._times.append(event)
 
     def seconds(self) -> tuple[float, ...]:
-        pairs = zip(self._metadata, self._metadata[1:], strict=False)
+        pairs = zip(self._times, self._times[1:], strict=False)
         if self._device.type != "cuda":
             return tuple(after - before for before, after in pairs)
         torch.cuda.synchronize(self._device)
@@ -66,19 +66,19 @@ class _Clock:
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether a model can compute the logits of the last token alone, as serving does."""
+    """Returns True if a model can compute the logits of the last token alone, as serving does."""
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 @torch.no_grad()
 def roll_out(model: Any, prompt_BS: Tensor, new: int, sites: Sequence[Site] | None = None) -> Rollout:
-    """Reads a prompt and writes ``new`` tokens a sequence; ends of sequences do not stop it.
+    """Reads a prompt and writes ``new`` tokens per sequence; ends of sequences do not stop it.
 
     Args:
         model: A decoder of transformers.
         prompt_BS: On its device, without padding.
         new: Tokens; the first is of the prefill, each other of a decode pass.
-        sites: What to watch; None for nothing.
+        sites: MoE layers to watch; None for none.
     """
     device = prompt_BS.device
     watch = None if sites is None else ExpertTrace(sites, new, device)

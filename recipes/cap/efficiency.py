@@ -21,12 +21,12 @@ Figures = Mapping[str, Any]
 def efficiency(
     point: Figures, memory: Reading, total_memory: float | None, peak_flops: float | None
 ) -> dict[str, Any]:
-    """All but the compression rate, of one batch size; None, with the reason, for what is not known.
+    """Computes all metrics but MCR of one batch size; None, with the reason, where unknown.
 
     - AMU: memory in use, mean over time, over all there is.
     - PCU: FLOPs that the tokens need over what the device could do meanwhile, prefill and decode together.
     - AL: mean time of a request from its first byte to its last token.
-    - IT: tokens written a second.
+    - IT: tokens written per second.
     - AEC: mean power in watts.
 
     Args:
@@ -64,9 +64,9 @@ def efficiency(
 
 
 def compression(systems: Sequence[Figures]) -> list[dict[str, Any]]:
-    """MCR of every system against the first: how much smaller it is, times how much of its accuracy it keeps.
+    """Computes the MCR of every system against the first: ratio of sizes times share of accuracy kept.
 
-    A mixture that was made of the first is larger, and its rate below 1.
+    An MoE made from the first is larger, so its rate is below 1.
     """
     first = systems[0]
     base_size, base_right = first["weights"]["held_bytes"], share_right(first["accuracy"])

@@ -1,4 +1,4 @@
-"""What a user's folder is: a checkpoint, a run of Graft, or a dense model that belongs to a run."""
+"""Resolves a user's folder: a checkpoint, a run of Graft, or a dense model that belongs to a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DENSE, _CONTINUED = "dense", "cpt"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a system's files are.
+    """Location of a system's files.
 
     Attributes:
         given: The folder as the user named it.
@@ -33,9 +33,9 @@ class Source:
 
 
 def find_source(given: Path) -> Source | Mistake:
-    """Looks a folder up.
+    """Resolves a folder.
 
-    A folder with ``config.json`` is taken as it is. ``RUN`` is a run's exported mixture, ``RUN/dense`` the
+    A folder with ``config.json`` is taken as it is. ``RUN`` is a run's exported MoE, ``RUN/dense`` the
     dense model it began with, ``RUN/cpt`` that model trained on the same tokens (``compare.cpt=true``).
     """
     if (given / "config.json").exists():
@@ -48,7 +48,7 @@ def find_source(given: Path) -> Source | Mistake:
         return Mistake("FOLDER", str(given), "this run has no exported model yet", remedy)
     if given.name in (_DENSE, _CONTINUED) and _is_run(given.parent):
         return _stage(given)
-    rule = "there is no config.json in it, and it is no run"
+    rule = "there is no config.json in it, and it is not a run"
     return Mistake("FOLDER", str(given), rule, "Give the folder of a local checkpoint, or of a run.")
 
 
@@ -75,7 +75,7 @@ def _stage(given: Path) -> Source | Mistake:
 
 
 def read_config(source: Source) -> Mapping[str, Any] | Mistake:
-    """The content of ``config.json``."""
+    """Returns the content of ``config.json``."""
     try:
         config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:

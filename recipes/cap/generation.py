@@ -34,12 +34,12 @@ class Prompt:
 
 
 def read_prompts(path: Path, where: str = "--answers") -> tuple[list[Prompt], list[Mistake]]:
-    """The prompts of a file of JSON lines ``{"prompt": ..., "answer": ...}``, and every mistake in it."""
+    """Returns the prompts of a file of JSON lines ``{"prompt": ..., "answer": ...}``, and every mistake."""
     return read_json_lines(path, where, _prompt, "prompt", _REMEDY)
 
 
 def _prompt(row: dict[str, Any]) -> Prompt | str:
-    """The prompt of a line, or the rule that it breaks."""
+    """Returns the prompt of a line, or the rule that it breaks."""
     if not isinstance(row.get("prompt"), str) or not row["prompt"]:
         return "it needs a prompt, a text that is not empty"
     answer = row.get("answer")
@@ -50,7 +50,7 @@ def _prompt(row: dict[str, Any]) -> Prompt | str:
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and spaces that say nothing.
+    """Normalises text: lower case, without punctuation, articles and repeated spaces.
 
     Source: Rajpurkar et al., "SQuAD", arXiv:1606.05250, section 6.1.
     """
@@ -59,7 +59,7 @@ def normalised(text: str) -> str:
 
 
 def is_right(written: str, answers: Iterable[str]) -> bool:
-    """Whether what a model wrote counts as one of the answers: see `RULE`."""
+    """Returns True if the text of a model counts as one of the answers, by `RULE`."""
     line = next((line for line in written.splitlines() if line.strip()), "")
     last = _last_number(written)
     for answer in answers:
@@ -89,13 +89,13 @@ def written_answers(
     device: torch.device,
     limits: tuple[int, int | None],
 ) -> dict[str, Any]:
-    """Share of prompts that the model answers rightly, each decoded greedily on its own.
+    """Measures the share of prompts answered correctly, each decoded greedily on its own.
 
     Args:
         model: A decoder of transformers, or one of Graft's.
         tokenizer: Its own.
         prompts: See `read_prompts`.
-        device: Where the model is.
+        device: Device of the model.
         limits: New tokens at most, and tokens of the longest sequence that the model takes; None for no
             limit. A longer prompt is cut from the front, and counted.
     """

@@ -17,7 +17,7 @@ PACKAGE = "lm_eval"
 
 
 def check_harness(tasks: tuple[str, ...], folder: Path | None, package: str = PACKAGE) -> list[Mistake]:
-    """Whether it is there, and the folder of task files is one."""
+    """Checks that the harness is installed and the folder of task files exists."""
     mistakes = []
     if tasks and importlib.util.find_spec(package) is None:
         rule = "lm-evaluation-harness is not installed"
@@ -38,13 +38,13 @@ def run_harness(
     limit: int | None = None,
     package: str = PACKAGE,
 ) -> dict[str, Any]:
-    """Its figures of every task: metric to value, and its version.
+    """Runs the harness; returns its version and, for every task, metric -> value.
 
     Args:
         model: A decoder of transformers, on its device.
         tokenizer: Its own.
-        tasks: As the harness calls them.
-        folder: Of further task files.
+        tasks: Names of tasks of the harness.
+        folder: Folder of further task files.
         limit: Questions of a task; None for all.
         package: Name of the library.
 
@@ -73,7 +73,7 @@ def run_harness(
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """Numbers alone; the harness writes ``N/A`` for an error that it did not estimate."""
+    """Keeps numbers alone; the harness writes ``N/A`` for an error that it did not estimate."""
     return {
         key: value if isinstance(value, int | float) else None
         for key, value in values.items()

@@ -1,10 +1,10 @@
-"""Counts the different experts of every layer and pass, on the device, without waiting for it.
+"""Counts the distinct experts of every layer and pass on the device, without synchronising.
 
-A hook on what the experts are given: the top-k indices of transformers' classes, the plan of Graft's layer.
-It is therefore of the experts that compute, after capacity, masks and groups. Every layer of a pass marks its
+Hooks read the input of the experts: the top-k indices of transformers' classes, the plan of Graft's layer.
+They see the experts that compute, after capacity, masks and groups. Every layer of a pass marks its
 experts in one buffer; the buffer is read once, at the end.
 
-Letters: P passes, L mixtures of experts, E experts, T tokens, K experts a token.
+Letters: P passes, L MoE layers, E experts, T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _INDEX_NAMES = ("top_k_index", "router_indices")
 
 @dataclass(frozen=True)
 class Site:
-    """Where the experts of one mixture can be seen.
+    """Module at which the experts of one MoE layer can be watched.
 
     Attributes:
-        name: Of the module that is watched.
+        name: Name of the watched module.
         module: That module.
         num_experts: E.
         kind: ``indices`` (transformers' experts, given top-k indices), ``scores`` (Llama 4's router, whose
@@ -49,7 +49,7 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every mixture of a model, transformers' own classes and Graft's layer: networks, then attention."""
+    """Finds every MoE layer of a model, of transformers or Graft: networks first, then attention."""
     sites, heads = [], []
     inside = ""
     for name, module in model.named_modules():
@@ -74,14 +74,14 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def check_sites(sites: Sequence[Site], shape: ModelShape, folder: str) -> None:
-    """Whether the mixtures that can be watched are those that the accounting knows.
+    """Checks that the MoE layers that can be watched are those that the accounting knows.
 
     Raises:
-        ModelError: They differ; counts would be given to the wrong layers.
+        ModelError: They differ; counts would be assigned to the wrong layers.
     """
     found, known = [site.num_experts for site in sites], [one.num_experts for one in moe_blocks(shape)]
     if found != known:
-        rule = f"its modules have mixtures of {found} experts, its config describes {known}"
+        rule = f"its modules have MoE layers of {found} experts, its config describes {known}"
         raise ModelError.one("FOLDER", folder, rule, "Watch it with a class that recipes/cap/hooks.py knows.")
 
 
@@ -116,12 +116,12 @@ class ExpertTrace:
         self._handles.clear()
 
     def next_pass(self) -> None:
-        """Says that a forward pass follows."""
+        """Marks the start of a forward pass."""
         self._pass += 1
         self._rows = self._used_PLE[self._pass].unbind(0)
 
     def distinct(self) -> list[DistinctExperts]:
-        """Of every pass so far: one copy from the device."""
+        """Returns the distinct experts of every pass so far, in one copy from the device."""
         used_PLE = self._used_PLE[: self._pass + 1].cpu()
         limits = [site.num_experts for site in self.sites]
         return [

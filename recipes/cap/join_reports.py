@@ -1,4 +1,4 @@
-"""Reports put beside each other: the same tables and figures, and what makes them differ in kind."""
+"""Joins reports into the same tables and figures, and lists the differences in kind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_reports(paths: Sequence[Path]) -> list[Figures]:
 
 
 def join_reports(reports: Sequence[Figures], names: Sequence[str]) -> Figures:
-    """One report with the systems of all; those of the same name get that of their file behind it."""
+    """Joins the systems of all reports; equal names are followed by that of their file."""
     every = [system["name"] for report in reports for system in report["systems"]]
     systems = []
     for report, name in zip(reports, names, strict=True):
@@ -54,7 +54,7 @@ def join_reports(reports: Sequence[Figures], names: Sequence[str]) -> Figures:
 
 
 def differences(reports: Sequence[Figures]) -> list[str]:
-    """What keeps the figures from being compared one to one, in words."""
+    """Describes the differences that forbid a one-to-one comparison of the figures."""
     return list(_differences(reports))
 
 
@@ -82,7 +82,7 @@ def _peak(peak: Mapping[str, Any]) -> str:
 
 
 def ratio_rows(report: Figures) -> list[list[str]]:
-    """Every system and batch size against the first system at the same batch size."""
+    """Returns the ratio of every system and batch size to the first system at the same batch size."""
     first = {point["batch_size"]: point for point in report["systems"][0]["points"]}
     return [
         _ratio_row(system["name"], point, first.get(point["batch_size"]))

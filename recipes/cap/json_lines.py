@@ -1,4 +1,4 @@
-"""Reads a file of JSON lines that a user wrote, and tells every mistake in it with its line."""
+"""Reads a user's file of JSON lines, and reports every mistake with its line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RowT = TypeVar("RowT")
 def read_json_lines(
     path: Path, where: str, parse: Callable[[dict[str, Any]], RowT | str], noun: str, remedy: str
 ) -> tuple[list[RowT], list[Mistake]]:
-    """What the lines hold, and every mistake; empty lines are passed over.
+    """Returns the rows of a file and every mistake in it; empty lines are skipped.
 
     Args:
         path: The file.
         where: The option that names it.
         parse: Turns a line's object into a row, or into the rule that it breaks.
-        noun: What a row is called.
-        remedy: How a line is to be written.
+        noun: Name of a row.
+        remedy: Correct form of a line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -47,5 +47,5 @@ def _row(line: str, parse: Callable[[dict[str, Any]], RowT | str]) -> RowT | str
     try:
         value = json.loads(line)
     except ValueError as error:
-        return f"it is no JSON ({error})"
-    return parse(value) if isinstance(value, dict) else "it is no object, {...}"
+        return f"it is not JSON ({error})"
+    return parse(value) if isinstance(value, dict) else "it is not an object, {...}"

@@ -1,4 +1,4 @@
-"""A folder as a system to measure: the model on its device, and what the accounting knows of it."""
+"""Loads a folder as a system to measure: the model on its device, with the facts of the accounting."""
 
 from __future__ import annotations
 
@@ -19,26 +19,22 @@ from moe.errors import ConfigError, Mistake, ModelError
 from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
-from recipes.checkpoint.offline import open_checkpoint
+from recipes.checkpoint.reader import open_checkpoint
 
-# What a model's tensors are called in a checkpoint of a run.
+# Prefix of the model's tensors in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the accounting knows of a system.
+    """Facts that the accounting knows about a system.
 
     Attributes:
         shape: None where it does not know the family, and utilisations are then None.
-        shape_reason: Why it is None.
-        bits: Of the tensors as they are in memory.
-        bits_source: Where these are from.
+        shape_reason: Reason why it is None.
+        bits: Bits of the tensors in memory.
+        bits_source: Source of the bits.
     """
 
     shape: ModelShape | None
@@ -53,12 +49,12 @@ class System(Known):
 
     Attributes:
         name: In tables and figures.
-        source: Where it is from.
+        source: Location of its files.
         model: In evaluation mode, on its device.
         config: The content of its ``config.json``.
-        sites: Its mixtures of experts.
-        dtype: Of its products.
-        device: Where it is.
+        sites: Its MoE layers.
+        dtype: Dtype of its products.
+        device: Device of the model.
     """
 
     name: str
@@ -76,16 +72,14 @@ class System(Known):
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest sequence that its config allows, None where it does not say."""
-        return longest_sequence(self.config)
+        """Tokens of the longest sequence that its config allows; None where it sets no limit."""
+        return whole_number(self.config, "max_position_embeddings")
 
 
-def longest_sequence(config: Mapping[str, Any]) -> int | None:
-    """``max_position_embeddings`` of a config, or of the part that reads text."""
-    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
-        if isinstance(part.get("max_position_embeddings"), int):
-            return int(part["max_position_embeddings"])
-    return None
+def whole_number(config: Mapping[str, Any], key: str) -> int | None:
+    """Returns a whole number of a config, or of its part for text; None where there is none."""
+    parts = (config, config.get("text_config") or {}, config.get("dense_config") or {})
+    return next((part[key] for part in parts if isinstance(part.get(key), int)), None)
 
 
 def load_system(
@@ -99,14 +93,14 @@ def load_system(
 
     Args:
         name: In tables and figures.
-        source: Of `recipes.cap.folders.find_source`.
-        device: Where to.
-        dtype: Of the weights; None as in the files.
+        source: Result of `recipes.cap.folders.find_source`.
+        device: Device of the model.
+        dtype: Dtype of the weights; None for that of the files.
         experts: transformers' implementation of experts: ``eager``, ``batched_mm``, ``grouped_mm``; None is
             its own choice.
 
     Raises:
-        ModelError: It cannot be loaded, or has other parameters than its config says.
+        ModelError: It cannot be loaded, or its parameters differ from its config.
         ConfigError: Its config cannot be used.
     """
     config = read_config(source)
@@ -141,7 +135,7 @@ def load_system(
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
-    """Of a family that the accounting knows; a mistake in such a config is one, another family is not."""
+    """Returns the shape of a known family, else None and the reason; a wrong config of a known one raises."""
     family = config.get("model_type")
     if family in known_families():
         return shape_from_config(config), None
@@ -181,7 +175,7 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) ->
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that most elements of the floating-point parameters have."""
+    """Returns the dtype that most elements of the floating-point parameters have."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -190,7 +184,7 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _bits(model: nn.Module, config: Mapping[str, Any]) -> tuple[BitWidths, str]:
-    """Bits as loaded: of quantised checkpoints by their config, else by the parameters."""
+    """Returns the bits as loaded: from the config of a quantised checkpoint, else from the parameters."""
     inner = config.get("text_config") or config.get("dense_config") or {}
     if config.get("quantization_config") or inner.get("quantization_config"):
         return bits_from_config(config)
@@ -203,7 +197,7 @@ def _bits(model: nn.Module, config: Mapping[str, Any]) -> tuple[BitWidths, str]:
 
 
 def _check_parameters(system: System) -> None:
-    """Whether the accounting counts the parameters that were loaded: utilisations rest on it."""
+    """Checks that the accounting counts as many parameters as were loaded: utilisations depend on it."""
     if system.shape is None or system.bits_source.partition(", ")[2] != "as loaded":
         return
     counted = count_from_shape(system.shape).total
@@ -215,12 +209,12 @@ def _check_parameters(system: System) -> None:
 
 
 def counted_weights(known: Known) -> float | None:
-    """Bytes of all weights by the accounting; should be `System.weights_in_memory`."""
+    """Counts the bytes of all weights, which should equal `System.weights_in_memory`."""
     return None if known.shape is None else weight_bytes(known.shape, known.bits)
 
 
 def known_from_config(config: Mapping[str, Any], dtype: str | None) -> tuple[Known, torch.dtype]:
-    """Of a model that is not loaded: bits and dtype as its config says, else as the user does.
+    """Describes a model that is not loaded, with bits and dtype of its config, else of the user.
 
     Args:
         config: The content of its ``config.json``.

@@ -30,14 +30,14 @@ _WARM_UP_TOKENS = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """What every system is given.
+    """Workload that every system runs.
 
     Attributes:
         batch_sizes: Sequences at once.
         prompt: Tokens of a prompt.
-        new: Tokens written a sequence.
+        new: Tokens written per sequence.
         rounds: Timed repetitions.
-        trace: Whether experts are watched.
+        trace: If True experts are watched.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16)
@@ -50,14 +50,14 @@ class Workload:
 def measure_point(
     system: System, prompt_BS: Tensor, work: Workload, machine: Machine, rates: Rates
 ) -> dict[str, Any]:
-    """All figures of one batch size; None for what could not be measured.
+    """Measures all figures of one batch size; None for those that could not be measured.
 
     Args:
         system: The model.
         prompt_BS: Prompts of this batch size.
-        work: How long and how often.
+        work: Lengths and rounds.
         machine: Its peaks.
-        rates: What its hours cost.
+        rates: Costs of an hour.
 
     Raises:
         ModelError: The batch that ran was not the one asked for.
@@ -97,7 +97,7 @@ def measure_point(
 
 
 def _refused(system: System, error: RuntimeError) -> Exception:
-    """What a user can do about products that refuse a shape; else the error as it is."""
+    """Turns the refusal of a shape by grouped products into a user's error; returns others unchanged."""
     way = getattr(system.model.config, "_experts_implementation", None)
     if way in (None, "eager") or not any(site.kind == "indices" for site in system.sites):
         return error
@@ -110,7 +110,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def unmeasured_point(rates: Rates, reason: str) -> dict[str, Any]:
-    """The keys of a point without their values."""
+    """Returns the keys of a point without their values."""
     point: dict[str, Any] = {
         "reason": reason,
         "reached_batch_size": None,
@@ -126,13 +126,13 @@ def unmeasured_point(rates: Rates, reason: str) -> dict[str, Any]:
 
 
 def _check_run(run: Rollout, sequences: int, length: int, system: System) -> None:
-    """Whether the batch that was asked for ran in every pass, to its full length."""
+    """Checks that the requested batch ran in every pass, to its full length."""
     reached = set(run.sequences)
     if reached != {sequences}:
         rule = f"passes ran with batches of {sorted(reached)}"
         raise ModelError.one("--batch-sizes", sequences, rule, f"Look into {system.source.given}.")
     if run.cache_length not in (None, length):
-        rule = f"the cache holds {run.cache_length} tokens a sequence after {length}"
+        rule = f"the cache holds {run.cache_length} tokens per sequence after {length}"
         remedy = "Its cache is of a kind not known here."
         raise ModelError.one("FOLDER", str(system.source.given), rule, remedy)
 
@@ -143,7 +143,7 @@ def spread_of(values: Sequence[float]) -> dict[str, float]:
 
 
 def _speeds(runs: Sequence[Rollout], sequences: int) -> dict[str, Any]:
-    """Time to the first token, time of every further one, of a whole request, and tokens/s over all."""
+    """Returns time to the first token, time per further token, time per request, and tokens/s over all."""
     return {
         "ttft_s": spread_of([run.seconds[0] for run in runs]),
         "tpot_s": spread_of([seconds for run in runs for seconds in run.seconds[1:]]),
@@ -153,12 +153,12 @@ def _speeds(runs: Sequence[Rollout], sequences: int) -> dict[str, Any]:
 
 
 def _written(runs: Sequence[Rollout], sequences: int) -> float:
-    """Tokens/s, prefill in the time."""
+    """Returns tokens/s, prefill in the time."""
     return sequences * sum(len(run.seconds) for run in runs) / sum(sum(run.seconds) for run in runs)
 
 
 def _cache(system: System, run: Rollout, sequences: int, length: int) -> dict[str, Any]:
-    """Bytes of the cache: as it was held, and as the accounting counts it."""
+    """Returns the bytes of the cache, as held and as counted by the accounting."""
     counted = None
     if system.shape is not None:
         counted = cache_bytes(system.shape, [length] * sequences, system.bits)
@@ -170,7 +170,7 @@ def _reading(reading: Reading, key: str) -> dict[str, Any]:
 
 
 def _energy(joules: Reading, elapsed: float, tokens: int) -> dict[str, Any]:
-    """Of all timed rounds, prefill included; a token is one that was written."""
+    """Returns the energy of all timed rounds, prefill included, also per written token."""
     each = None if joules.value is None else joules.value / tokens
     watts = _watts(joules, elapsed)
     return {"joules": joules.value, "joules_per_token": each, "watts": watts, "detail": joules.detail}
@@ -183,11 +183,11 @@ def _watts(joules: Reading, elapsed: float) -> float | None:
 def measure_overhead(
     system: System, prompt_BS: Tensor, new: int, rounds: int, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any] | None:
-    """What watching adds to a token's time: rollouts with and without it, interleaved.
+    """Measures the overhead of watching per token: rollouts with and without it, interleaved.
 
     Returns:
         Medians of both, and the median of their ratios round by round with its spread; None for a model
-        without mixtures.
+        without MoE layers.
     """
     if not system.sites:
         return None

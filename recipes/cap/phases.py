@@ -24,7 +24,7 @@ class Passes:
     """The passes of one batch of sequences, the prefill first.
 
     Attributes:
-        seconds: Of every pass.
+        seconds: Seconds of every pass.
         distinct: Experts of every pass; None where they are not known.
     """
 
@@ -52,13 +52,13 @@ PHASE_KEYS = (
 def phase_figures(
     known: Known, runs: Sequence[Passes], part: slice, batches: Sequence[Batch], machine: Machine
 ) -> dict[str, Any]:
-    """Figures of all prefill passes, or of all decode passes: ratios of sums.
+    """Computes the figures of all prefill passes, or of all decode passes, as ratios of sums.
 
     Args:
-        known: Of the accounting.
+        known: Facts of the accounting.
         runs: Rounds.
-        part: Which passes of a round.
-        batches: Of these passes.
+        part: Passes of a round.
+        batches: Batches of these passes.
         machine: Its peaks.
     """
     seconds = [value for run in runs for value in run.seconds[part]]
@@ -87,7 +87,7 @@ def phase_figures(
 
 
 def _use(shape: ModelShape, passes: Sequence[Pass], machine: Machine, bits: BitWidths) -> dict[str, Any]:
-    """Utilisations, and the bytes and FLOPs behind them."""
+    """Computes utilisations, and the bytes and FLOPs behind them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = utilisations(shape, passes, machine, bits)
@@ -98,7 +98,7 @@ def _use(shape: ModelShape, passes: Sequence[Pass], machine: Machine, bits: BitW
         "utilisation_reason": _missing(machine, passes),
         "flops": flops,
         "flops_per_s": flops / took,
-        # those of MBU and MFU repeat S-MBU's, or say what these count too much: every expert
+        # warnings of MBU and MFU repeat S-MBU's, or come from counting every expert
         "warnings": sorted({text for one in caught if (text := str(one.message)).startswith("S-")}),
     }
     traced = [one for one in passes if one.distinct is not None]
@@ -116,7 +116,7 @@ def _use(shape: ModelShape, passes: Sequence[Pass], machine: Machine, bits: BitW
 
 
 def _missing(machine: Machine, passes: Sequence[Pass]) -> str | None:
-    """Why some utilisation is None, in words; None where none is."""
+    """Returns the reason why some utilisation is None; None where all are known."""
     lacks = [
         words
         for words, value in (("bandwidth", machine.bytes_per_s), ("FLOP/s", machine.flops))
@@ -129,12 +129,12 @@ def _missing(machine: Machine, passes: Sequence[Pass]) -> str | None:
 
 
 def unmeasured_phase(reason: str | None = None) -> dict[str, Any]:
-    """The keys without their values."""
+    """Returns the keys of a phase without their values."""
     return dict.fromkeys(PHASE_KEYS) | {"utilisation_reason": reason, "warnings": []}
 
 
 def _bound(shape: ModelShape, tokens: int, networks: int) -> float:
-    """Of the same mixtures as the mean."""
+    """Returns the uniform bound over the same MoE layers as the mean."""
     each = estimated_distinct(shape, tokens).per_layer
     return statistics.fmean(each[:networks] or each)
 
@@ -142,7 +142,7 @@ def _bound(shape: ModelShape, tokens: int, networks: int) -> float:
 def _distinct(
     shape: ModelShape | None, distinct: Sequence[DistinctExperts | None], tokens: int
 ) -> dict[str, Any] | None:
-    """Different experts a layer and pass; None where nothing was watched or there is no mixture."""
+    """Summarises the distinct experts per layer and pass; None where nothing was watched."""
     found = [one for one in distinct if one is not None and one.per_layer]
     if not found or len(found) < len(distinct):
         return None

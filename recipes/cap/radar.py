@@ -36,7 +36,7 @@ class Anchors:
     Attributes:
         worse: Value at 0.2.
         better: Value at 1.
-        logarithmic: Whether equal steps are equal ratios.
+        logarithmic: True if equal steps are equal ratios.
     """
 
     worse: float
@@ -44,7 +44,7 @@ class Anchors:
     logarithmic: bool
 
     def place(self, value: float) -> float:
-        """Where a value stands, from 0.2 to 1; beyond the anchors at the end."""
+        """Places a value between 0.2 and 1; values beyond the anchors are clamped."""
         if self.worse == self.better:
             return 1.0
         low, high, at = self.worse, self.better, value
@@ -54,7 +54,7 @@ class Anchors:
         return _LEAST + (1 - _LEAST) * min(max(share, 0.0), 1.0)
 
     def covers(self, value: float) -> bool:
-        """Whether a value lies between the anchors."""
+        """Returns True if a value lies between the anchors."""
         return min(self.worse, self.better) <= value <= max(self.worse, self.better)
 
 
@@ -74,7 +74,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Corner:
-    """What one system has on one axis; both None where it was not measured."""
+    """Value and place of one system on one axis; both None where it was not measured."""
 
     value: float | None
     place: float | None
@@ -82,11 +82,11 @@ class Corner:
 
 @dataclass(frozen=True)
 class Radar:
-    """What is drawn.
+    """Content of the radar.
 
     Attributes:
         axes: Keys of `DEFAULTS`, three of them.
-        anchors: Of each axis.
+        anchors: Ends of each axis.
         systems: Name, and its corners.
         batch_size: That speed and cost are of; None where no size was measured for all.
         scale: ``fixed`` or ``min-max``.
@@ -100,7 +100,7 @@ class Radar:
 
 
 def parse_anchors(given: Sequence[str]) -> tuple[dict[str, Anchors], list[Mistake]]:
-    """The defaults with what ``AXIS=WORSE:BETTER`` changes, and the mistakes in these."""
+    """Returns the default anchors as changed by ``AXIS=WORSE:BETTER``, and the mistakes in these."""
     found, mistakes = dict(DEFAULTS), []
     for text in given:
         axis, _, ends = text.partition("=")
@@ -134,11 +134,11 @@ def make_radar(
     scale: str = "fixed",
     batch_size: int | None = None,
 ) -> Radar:
-    """The radar of a report.
+    """Makes the radar of a report.
 
     Args:
-        report: Of one run, or of several put together.
-        anchors: By axis; not used with ``min-max``.
+        report: Report of one run, or of several joined.
+        anchors: Ends by axis; unused with ``min-max``.
         scale: ``fixed``, or ``min-max``: every axis from the worst to the best of these systems (all at 1
             where they are equal), which changes with every system that is added.
         batch_size: That speed and cost are of; None is the largest that was measured for all.
@@ -153,16 +153,14 @@ def make_radar(
         for i, key in enumerate(keys)
     )
     corners = tuple(
-        (
-            name,
-            tuple(
-                Corner(value, None if value is None else end.place(value))
-                for value, end in zip(row, ends, strict=True)
-            ),
-        )
+        (name, tuple(_corner(value, end) for value, end in zip(row, ends, strict=True)))
         for name, row in values.items()
     )
     return Radar(keys, ends, corners, size, scale)
+
+
+def _corner(value: float | None, ends: Anchors) -> Corner:
+    return Corner(value, None if value is None else ends.place(value))
 
 
 def _common_size(systems: Sequence[Figures]) -> int | None:
@@ -192,7 +190,7 @@ def _min_max(key: str, values: Sequence[float | None]) -> Anchors:
 
 
 def draw_radar(radar: Radar, theme: Theme) -> Figure:
-    """The triangle, with a list of the values beside it."""
+    """Draws the triangle, with a list of the values beside it."""
     figure = canvas.new_figure(5.4, theme)
     axes, side = figure.subplots(1, 2, width_ratios=[1.5, 1])
     for each in (axes, side):
@@ -211,7 +209,7 @@ def draw_radar(radar: Radar, theme: Theme) -> Figure:
 
 
 def _at(axis: int, place: float) -> tuple[float, float]:
-    """A point of an axis: the first points up, the others follow clockwise."""
+    """Returns a point of an axis: the first axis points up, the others follow clockwise."""
     angle = math.pi / 2 - 2 * math.pi * axis / 3
     return place * math.cos(angle), place * math.sin(angle)
 
@@ -263,7 +261,7 @@ def _write_end(axes: Axes, axis: int, ring: float, text: str, theme: Theme) -> N
 
 
 def _draw_system(axes: Axes, corners: Sequence[Corner], colour: str, alpha: float) -> None:
-    """A closed shape where all three corners are known; else a line between those that are."""
+    """Draws a closed shape where all three corners are known, else a line between the known ones."""
     known = [(i, corner.place) for i, corner in enumerate(corners) if corner.place is not None]
     points = [_at(i, place) for i, place in known]
     if len(points) == len(corners):
@@ -274,16 +272,16 @@ def _draw_system(axes: Axes, corners: Sequence[Corner], colour: str, alpha: floa
 
 
 def _write_values(axes: Axes, radar: Radar, theme: Theme) -> None:
-    """Every system with its values: nothing has to be read off the triangle."""
+    """Lists every system with its values, so that nothing has to be read off the triangle."""
     palette = colours_of(theme)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     size = "no batch size was measured for all" if radar.batch_size is None else f"batch {radar.batch_size}"
     scale = "fixed anchors" if radar.scale == "fixed" else "from worst to best of these"
-    said = f"{size}, {scale}; outward is better"
+    note = f"{size}, {scale}; outward is better"
     if any(_beyond(corner, ends) for _, row in radar.systems for corner, ends in _paired(row, radar)):
-        said += "; *: beyond them"
-    axes.text(0, 0.98, said, fontsize=8.5, color=theme.muted, va="top")
+        note += "; *: beyond them"
+    axes.text(0, 0.98, note, fontsize=8.5, color=theme.muted, va="top")
     # four lines a system where there is room for them, else two
     short = len(radar.systems) > _ROOMY
     step = min(0.27, 0.9 / max(1, len(radar.systems)))
@@ -318,7 +316,7 @@ def _told(key: str, corner: Corner, ends: Anchors) -> str:
 
 
 def shown(key: str, value: float) -> str:
-    """A value of an axis as people read it."""
+    """Formats a value of an axis."""
     if key == "tpot_s":
         return duration(value)
     if key == "usd_per_mtok":

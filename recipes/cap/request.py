@@ -1,4 +1,4 @@
-"""What a report is asked for, and every mistake in it that shows before a model is loaded."""
+"""Request for a report, and the checks that need no model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from moe.accounting.tiers import Tier
 from moe.errors import Mistake
 from recipes.cap.accuracy import read_questions
-from recipes.cap.ceilings import ORIGINS, Origin
 from recipes.cap.cost import Prices
 from recipes.cap.folders import find_source, read_config
 from recipes.cap.generation import read_prompts
 from recipes.cap.harness import check_harness
-from recipes.cap.loading import DTYPES, longest_sequence
+from recipes.cap.loading import DTYPES, whole_number
 from recipes.cap.measure import Workload
 from recipes.cap.server import Server
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
+from recipes.tracking.ceilings import ORIGINS, Origin
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What is asked of accuracy; nothing by default.
+    """Accuracies to measure; none by default.
 
     Attributes:
         samples: Samples of text for perplexity; 0 for none.
@@ -35,9 +35,9 @@ class Accuracy:
         choices: A file of questions; None for none.
         answers: A file of prompts whose answers the model writes; None for none.
         answer_tokens: New tokens of each at most.
-        tasks: Of lm-evaluation-harness.
-        task_folder: Of further ones; None for none.
-        task_limit: Questions of each; None for all.
+        tasks: Tasks of lm-evaluation-harness.
+        task_folder: Folder of further tasks; None for none.
+        task_limit: Questions of each task; None for all.
     """
 
     samples: int = 0
@@ -51,7 +51,7 @@ class Accuracy:
 
     @property
     def asked(self) -> bool:
-        """Whether anything is asked."""
+        """True if any accuracy is asked for."""
         return bool(self.samples or self.choices or self.answers or self.tasks)
 
 
@@ -61,20 +61,20 @@ class Request:
 
     Attributes:
         systems: Name and folder of each.
-        work: What they are given.
-        device: Such as ``cpu`` or ``cuda``.
+        work: Workload of all systems.
+        device: Device, such as ``cpu`` or ``cuda``.
         dtype: A key of `DTYPES`; None as in the files.
         experts: transformers' implementation of experts; None is its own choice.
-        text: Where prompts and the text of perplexity are from; None is Python's standard library.
+        text: Source of prompts and of the text of perplexity; None for Python's standard library.
         tokenizer: A folder for all systems; None is each one's own.
-        accuracy: What is asked of it.
-        origin: Of the peaks.
+        accuracy: Accuracies to measure.
+        origin: Origin of the peaks.
         peak_bytes_per_s: The user's own.
         peak_flops: The user's own.
         tiers: Memories that weights and cache lie in; none for one.
-        prices: What the user knows.
-        overhead: Whether to measure what watching costs.
-        server: That the one system runs behind; None runs the systems here.
+        prices: Costs given by the user.
+        overhead: If True the overhead of watching is measured.
+        server: Server of the one system; None runs the systems here.
     """
 
     systems: tuple[tuple[str, Path], ...]
@@ -102,7 +102,7 @@ class Request:
 
 
 def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
-    """``NAME=FOLDER`` or ``FOLDER``, whose name is then that of the folder."""
+    """Parses ``NAME=FOLDER``, or ``FOLDER``, whose name is then that of the folder."""
     systems = []
     for text in given:
         name, equals, rest = text.partition("=")
@@ -113,7 +113,7 @@ def name_systems(given: Iterable[str]) -> tuple[tuple[str, Path], ...]:
 
 
 def check_request(request: Request) -> list[Mistake]:
-    """Every mistake that shows from flags and small files."""
+    """Returns every mistake that shows from flags and small files."""
     mistakes = [*_check_numbers(request), *_check_choices(request), *_check_server(request)]
     names = [name for name, _ in request.systems]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -136,7 +136,7 @@ def _check_server(request: Request) -> list[Mistake]:
         return []
     mistakes = []
     if not server.url.startswith(("http://", "https://")):
-        rule = "it is no address of http or https"
+        rule = "it is not an http or https address"
         mistakes.append(Mistake("--server", server.url, rule, "Give http://HOST:PORT."))
     if not server.model:
         rule = "a server needs the name that it gives the model"
@@ -229,18 +229,11 @@ def _check_folder(folder: Path, request: Request) -> list[Mistake]:
     config = read_config(source)
     if isinstance(config, Mistake):
         return [config]
-    longest, mistakes = longest_sequence(config), []
+    longest, mistakes = whole_number(config, "max_position_embeddings"), []
     if longest is not None and request.longest > longest:
         rule = f"{folder} takes {longest} tokens, and {request.longest} are asked for"
         remedy = "Lower --prompt, --new, --perplexity-length or --answer-tokens."
         mistakes.append(Mistake("--prompt", request.work.prompt, rule, remedy))
     tokenizer = request.tokenizer or source.folder
     where = "FOLDER" if request.tokenizer is None else "--tokenizer"
-    return mistakes + check_tokenizer(tokenizer, _vocabulary(config), where)
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    for part in (config, config.get("text_config") or {}, config.get("dense_config") or {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    return None
+    return mistakes + check_tokenizer(tokenizer, whole_number(config, "vocab_size"), where)

@@ -24,23 +24,23 @@ from recipes.tracking.meters import Reading
 
 # Requests that decode together on average, of those asked for; below it no utilisation is given.
 _TOGETHER = 0.9
-_OTHER_MACHINE = "of the server's machine, which does not tell it here"
-_NO_PASSES = "a server does not tell which passes were prefill, and the time to the first token holds a queue"
+_OTHER_MACHINE = "not measured on the server's machine"
+_NO_PASSES = "a server does not report which passes were prefill, and a queue delays the first token"
 
 
 def measure_served(
     server: Server, known: Known, prompts_RBS: Tensor, work: Workload, machine: Machine, rates: Rates
 ) -> dict[str, Any]:
-    """All figures of one batch size that a client can have; None, with the reason, for the others.
+    """Measures all figures of one batch size that a client can see; others are None, with the reason.
 
     Args:
-        server: Where to ask.
-        known: What the accounting knows of the model.
+        server: Address of the server.
+        known: Facts of the accounting.
         prompts_RBS: Other prompts in every round, so that no cache of prefixes answers; the first round is to
             warm up.
-        work: How long and how often.
+        work: Lengths and rounds.
         machine: Its peaks.
-        rates: What its hours cost.
+        rates: Costs of an hour.
 
     Raises:
         ModelError: The server cannot be reached, or refuses.
@@ -78,7 +78,7 @@ def measure_served(
 
 
 def _written(rounds: Sequence[Sequence[Reply]], new: int) -> float:
-    """Tokens/s from the first request sent to the last token, of all rounds together."""
+    """Returns tokens/s from the first request sent to the last token, of all rounds together."""
     seconds = [
         max(reply.arrived[-1] for reply in replies) - min(reply.sent for reply in replies)
         for replies in rounds
@@ -95,7 +95,7 @@ def _decode(
     machine: Machine,
     at_once: float,
 ) -> dict[str, Any]:
-    """As if every round was ``new - 1`` passes of the whole batch, each of the mean time of a token."""
+    """Treats every round as ``new - 1`` passes of the whole batch, each with the mean time of a token."""
     if at_once < _TOGETHER * sequences:
         rule = f"{at_once:.1f} of {sequences} requests decoded at once; the server's largest batch is smaller"
         return unmeasured_phase(rule)

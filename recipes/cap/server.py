@@ -20,14 +20,14 @@ _SHOWN = 300  # characters of a server's own message
 
 @dataclass(frozen=True)
 class Server:
-    """Where to ask.
+    """Address of a server.
 
     Attributes:
         url: Up to ``/v1``, with it or without.
-        model: As the server calls it.
-        device: Name of one of its devices, as ``torch.cuda.get_device_name`` gives it; None if not said.
-        devices: How many of them hold the model.
-        key: For the header of authorisation; None for none.
+        model: Name of the model on the server.
+        device: Name of one of its devices, as from ``torch.cuda.get_device_name``; None if unknown.
+        devices: Number of devices that hold the model.
+        key: Key for the authorisation header; None for none.
         timeout: Seconds without a byte after which a request has failed.
     """
 
@@ -40,21 +40,21 @@ class Server:
 
     @property
     def completions(self) -> str:
-        """The address of completions."""
+        """Address of completions."""
         root = self.url.rstrip("/").removesuffix("/v1")
         return f"{root}/v1/completions"
 
 
 @dataclass
 class Reply:
-    """One request as it went.
+    """Outcome of one request.
 
     Attributes:
-        sent: When, on the clock of `time.perf_counter`.
-        arrived: When each piece of text came.
-        prompt_tokens: As the server counts them; None where it does not say.
-        tokens: Written, as the server counts them; None where it does not say.
-        error: Why it failed; None if it did not.
+        sent: Time of sending, by `time.perf_counter`.
+        arrived: Arrival time of each chunk of text.
+        prompt_tokens: Tokens read, counted by the server; None if it reports none.
+        tokens: Tokens written, counted by the server; None if it reports none.
+        error: Reason of the failure; None if there was none.
     """
 
     sent: float = 0.0
@@ -70,13 +70,13 @@ class Reply:
 
     @property
     def each(self) -> float:
-        """Mean seconds of every further token: pieces may hold several."""
+        """Mean seconds per further token; a chunk may hold several."""
         assert self.tokens is not None and self.tokens > 1, self
         return (self.arrived[-1] - self.arrived[0]) / (self.tokens - 1)
 
 
 def ask(server: Server, ids: Sequence[int], new: int) -> Reply:
-    """Sends token ids, reads the stream; the reply says whether it is what was asked for."""
+    """Sends token ids and reads the stream; a reply that differs from the request has an error."""
     body = {
         "model": server.model,
         "prompt": list(ids),
@@ -109,14 +109,14 @@ def _take(reply: Reply, line: bytes, now: float) -> None:
     """Reads one line of the stream.
 
     Raises:
-        ValueError: It is no JSON, or an error that the server sends inside it.
+        ValueError: It is not JSON, or an error that the server sends inside it.
     """
     text = line.decode(errors="replace").strip()
     if not text.startswith("data:") or text == "data: [DONE]":
         return
     event: Any = json.loads(text.removeprefix("data:"))
     if not isinstance(event, dict) or event.get("error"):
-        raise ValueError(f"the server says {str(event)[:_SHOWN]}")
+        raise ValueError(f"the server replied {str(event)[:_SHOWN]}")
     if event.get("choices"):
         reply.arrived.append(now)
     usage = event.get("usage")
@@ -126,11 +126,11 @@ def _take(reply: Reply, line: bytes, now: float) -> None:
 
 
 def _wrong(reply: Reply, prompt: int, new: int) -> str | None:
-    """What differs from what was asked for."""
+    """Returns the difference between reply and request; None if there is none."""
     if not reply.arrived:
         return "no token came"
     if reply.tokens is None:
-        return "the server does not say how many tokens it wrote (stream_options.include_usage)"
+        return "the server does not report how many tokens it wrote (stream_options.include_usage)"
     if reply.tokens != new:
         return f"it wrote {reply.tokens} tokens instead of {new}: it does not know ignore_eos, or has a limit"
     if reply.prompt_tokens not in (None, prompt):
@@ -156,7 +156,7 @@ def ask_together(server: Server, prompts: Sequence[Sequence[int]], new: int) -> 
 
 
 def together(replies: Sequence[Reply]) -> float:
-    """Requests that decoded at once, on average over the time in which any did."""
+    """Returns the mean number of requests that decoded at once, over the time in which any did."""
     spans = [(reply.arrived[0], reply.arrived[-1]) for reply in replies]
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
     return sum(end - begin for begin, end in spans) / whole if whole > 0 else float(len(spans))

@@ -1,8 +1,8 @@
 """Writes a prepared save on a thread of each rank, and publishes it when all parts are there.
 
-The threads talk through the process group's store alone, by keys that nobody else uses: a collective of the
-training group from a second thread would mix with those of training. Each rank leaves word of its part; the
-first rank publishes, and leaves word of how it ended. Nobody else decides, so all ranks hear the same.
+The threads communicate only through the process group's store, under keys that nobody else uses: a collective
+of the training group from a second thread would mix with those of training. Each rank reports its part; rank
+0 publishes and reports the outcome. Nobody else decides, so all ranks learn the same.
 """
 
 from __future__ import annotations
@@ -13,27 +13,74 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe.errors import GraftError
-from recipes.checkpoint.host_copies import HostCopies
 from recipes.checkpoint.writer import PreparedSave
 from recipes.runtime.ranks import combined
 
 _POLL_S = 0.02
 # A part that is not there by then has been lost: no disk is that slow.
 _WAIT_S = 3600.0
-# A rank that has failed elsewhere waits so long for the others, of which some may be dead.
+# How long a rank that has failed elsewhere waits for the others, some of which may be dead.
 _HURRIED_S = 3.0
 
 
+class HostCopies:
+    """Copies of a rank's tensors in host memory, which are written while training changes the tensors.
+
+    Every save reuses the buffers. Those for tensors of a GPU are page-locked, so that it copies
+    asynchronously.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def missing_bytes(self, entries: Sequence[tuple[str, Tensor]]) -> int:
+        """Returns the bytes that `take` would have to allocate."""
+        return sum(tensor.nbytes for key, tensor in entries if not self._fits(key, tensor))
+
+    def take(self, entries: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """Copies the tensors as they are now. On a GPU the copy is only begun: call `wait` before reading it.
+
+        Later work on the current stream comes after the copy, so the tensors may be changed at once.
+
+        Raises:
+            RuntimeError: There is not enough memory.
+        """
+        wanted = {key for key, _ in entries}
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in wanted}
+        copies, on_gpu = [], False
+        for key, tensor in entries:
+            if not self._fits(key, tensor):
+                self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies.append((key, self._buffers[key].copy_(tensor.detach(), non_blocking=True)))
+            on_gpu = on_gpu or tensor.is_cuda
+        self._copied = None
+        if on_gpu:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return copies
+
+    def wait(self) -> None:
+        """Waits until the copies are complete; may be called from any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _fits(self, key: str, tensor: Tensor) -> bool:
+        buffer = self._buffers.get(key)
+        return buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
+
+
 class BackgroundSave:
-    """One save that is being written.
+    """A save that is being written in the background.
 
     Attributes:
         step: Optimizer steps done.
-        seconds: From the beginning to the end; None until it has ended.
-        noted: For the owner, who tells once how it ended.
+        seconds: Duration from beginning to end; None until it has ended.
+        noted: Set by the owner once it has reported the outcome.
     """
 
     def __init__(
@@ -47,10 +94,10 @@ class BackgroundSave:
         """Begins to write.
 
         Args:
-            save: What all ranks have agreed on.
-            copies: Holds the entries.
-            entries: The copies that this rank writes, or why there are none.
-            name: The same on all ranks, and of no other save.
+            save: The save that all ranks have agreed on.
+            copies: The owner of the entries' memory.
+            entries: The copies that this rank writes, or the error that prevented them.
+            name: Unique name of the save, the same on all ranks.
             started: When the save began, by ``time.perf_counter()``.
         """
         self.step = save.step
@@ -68,21 +115,21 @@ class BackgroundSave:
 
     @property
     def ended(self) -> bool:
-        """Whether this rank knows how it has ended."""
+        """True once this rank knows the outcome."""
         return not self._thread.is_alive()
 
     def wait(self) -> GraftError | None:
-        """Until it has ended; returns why it failed, the same on all ranks, or None."""
+        """Waits until it has ended; returns why it failed, the same on all ranks, or None."""
         self._thread.join()
         return self.failure
 
     def abandon(self) -> None:
-        """This rank has failed elsewhere, and others may be dead: waits for what can still be completed."""
+        """Waits only briefly, since this rank has failed elsewhere and other ranks may be dead."""
         self._hurried.set()
         self._thread.join()
 
     def forget(self) -> None:
-        """Clears what the ranks have left for each other, once all of them have read it."""
+        """Deletes the messages of the ranks from the store, once all ranks have read them."""
         ranks = self._save.ranks
         if ranks.is_rank0:
             for name in (*range(ranks.size), "outcome"):
@@ -90,7 +137,7 @@ class BackgroundSave:
 
     @property
     def failure(self) -> GraftError | None:
-        """Why it has failed, once it has ended."""
+        """The error it failed with; None if it has not failed."""
         return combined([self._outcome]) if "kind" in self._outcome else None
 
     def _work(self, entries: Sequence[tuple[str, Tensor]] | Exception) -> None:
@@ -115,7 +162,7 @@ class BackgroundSave:
                 raise entries
             self._copies.wait()
             return {"result": self._save.write(entries).model_dump()}
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # whatever it is, the others must learn of it
             return self._save.ranks.describe(f"writing {self._save.temporary}", error)
 
     def _publish(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -130,7 +177,7 @@ class BackgroundSave:
         return {"result": None}
 
     def _read(self, name: str) -> dict[str, Any]:
-        """What a rank has left, waiting for it."""
+        """Waits for the message of a rank and returns it."""
         key, began = f"{self._key}/{name}", time.monotonic()
         hurried_at: float | None = None
         while not self._store.check([key]):
@@ -139,7 +186,9 @@ class BackgroundSave:
                 hurried_at = now
             if now - began > _WAIT_S or (hurried_at is not None and now - hurried_at > _HURRIED_S):
                 whose = (
-                    "rank 0 has not said how it ended" if name == "outcome" else f"rank {name} has not come"
+                    "rank 0 has not reported the outcome"
+                    if name == "outcome"
+                    else f"rank {name} has not come"
                 )
                 return {"kind": "bug", "text": f"saving {self._save.final}: {whose}"}
             time.sleep(_POLL_S)

@@ -1,4 +1,11 @@
-"""The JSON files of a checkpoint: their types, and the check that a folder holds what its manifest says.
+"""The files of a checkpoint folder: their names, the types of the JSON ones, and checks against the manifest.
+
+A checkpoint is a folder ``step-<n>``::
+
+    rank-00000.safetensors   written by rank 0: ``global/<name>#<i>`` boxes and ``rank/<name>`` tensors
+    index.json               dtype and shape of every global tensor, and which rank wrote which box of it
+    state.json               the caller's JSON state
+    manifest.json            format, step, world size, size and CRC-32 of every other file; written last
 
 Files are checked by CRC-32: it finds every burst of up to 32 wrong bits and misses other damage once in
 2^32. It guards against broken disks and broken copies, not against forgery. Measured on one core, zlib's runs
@@ -9,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,11 +26,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moe.errors import CheckpointError, Mistake
-from recipes.checkpoint.names import INDEX, MANIFEST, STATE, expected_files
 from recipes.checkpoint.shard_layout import Box, cover_fault
 
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+STATE = "state.json"
+TEMPORARY = ".tmp-"
+"""Prefix of folders that are no complete checkpoint, or none any more."""
 FORMAT = "graft-checkpoint"
 VERSION = 1
+_STEP = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 8 * 2**20
 _REMEDY = "Resume from another checkpoint, or restore this one from a copy."
 
@@ -30,29 +43,50 @@ Count = Annotated[int, Field(ge=0)]
 _M = TypeVar("_M", bound=BaseModel)
 
 
+def step_name(step: int) -> str:
+    """Returns the name of the folder that holds the checkpoint of ``step``."""
+    return f"step-{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """Returns the step in a checkpoint folder's name, or None if it is no such name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def rank_file(rank: int) -> str:
+    """Returns the name of the file that ``rank`` writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def expected_files(world_size: int) -> set[str]:
+    """Returns the names of all files of a checkpoint but the manifest. No other name is ever opened."""
+    return {INDEX, STATE, *(rank_file(rank) for rank in range(world_size))}
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class FileRecord(_Model):
-    """What a file must look like: bytes, and CRC-32 as eight hexadecimal digits."""
+    """Size of a file in bytes, and its CRC-32 as eight hexadecimal digits."""
 
     size: Count
     crc32: str
 
     @classmethod
     def of(cls, size: int, crc: int) -> Self:
-        """The record of a file of ``size`` bytes whose CRC-32 is ``crc``."""
+        """Makes the record of a file of ``size`` bytes whose CRC-32 is ``crc``."""
         return cls(size=size, crc32=f"{crc:08x}")
 
     @classmethod
     def of_bytes(cls, data: bytes) -> Self:
-        """The record of a file that holds ``data``."""
+        """Makes the record of a file that holds ``data``."""
         return cls.of(len(data), zlib.crc32(data))
 
 
 class StoredBox(_Model):
-    """One box of a global tensor: under ``key`` in the file of ``rank``."""
+    """One box of a global tensor, stored under ``key`` in the file of ``rank``."""
 
     rank: Count
     key: str
@@ -61,7 +95,7 @@ class StoredBox(_Model):
 
     @property
     def box(self) -> Box:
-        """The place in the global tensor."""
+        """Its place in the global tensor."""
         return Box(self.offset, self.size)
 
 
@@ -91,7 +125,7 @@ class Index(_Model):
 
 
 class Manifest(_Model):
-    """What makes a folder a complete checkpoint. ``checksum`` is that of the other fields."""
+    """Manifest that makes a folder a complete checkpoint. ``checksum`` is that of the other fields."""
 
     format: Literal["graft-checkpoint"] = "graft-checkpoint"
     version: Literal[1] = 1
@@ -102,18 +136,18 @@ class Manifest(_Model):
 
     @classmethod
     def of(cls, step: int, world_size: int, files: dict[str, FileRecord]) -> Self:
-        """The manifest of ``files``."""
+        """Makes the manifest of ``files``."""
         draft = cls(step=step, world_size=world_size, files=files, checksum="")
         return draft.model_copy(update={"checksum": draft.own_checksum()})
 
     def own_checksum(self) -> str:
-        """CRC-32 of all fields but the checksum."""
+        """Computes the CRC-32 of all fields but the checksum."""
         text = json.dumps(self.model_dump(exclude={"checksum"}), sort_keys=True)
         return f"{zlib.crc32(text.encode()):08x}"
 
 
 def damaged(path: Path, value: Any, rule: str, remedy: str = _REMEDY) -> CheckpointError:
-    """The error for something wrong with ``path``."""
+    """Makes the error for something wrong with ``path``."""
     return CheckpointError.one(str(path), value, rule, remedy)
 
 
@@ -134,7 +168,7 @@ def all_at_once(checks: Iterable[Callable[[], None]]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads ``folder/manifest.json``, and checks that all its files are there with the right size.
+    """Reads ``folder/manifest.json`` and checks that all files it lists are there with the right size.
 
     Raises:
         CheckpointError: No checkpoint, an incomplete one, or one of another format version.

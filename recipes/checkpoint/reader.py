@@ -1,9 +1,9 @@
-"""Loads checkpoints, whatever number of ranks wrote them."""
+"""Loads checkpoints, whatever the number of ranks that wrote them; also single tensors, in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe.errors import CheckpointError, Mistake
+from recipes.checkpoint.inventory import verify_checkpoint
 from recipes.checkpoint.manifest import (
     Index,
     Manifest,
     StoredBox,
     damaged,
+    rank_file,
     read_index,
     read_manifest,
     read_state,
 )
-from recipes.checkpoint.names import rank_file
-from recipes.checkpoint.search import verify_checkpoint
 from recipes.checkpoint.shard_layout import GlobalTensor, Piece, Placed, place
 from recipes.runtime.ranks import Ranks
 
@@ -33,13 +33,14 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """What a checkpoint holds besides the tensors that were filled in place.
+    """Content of a checkpoint besides the tensors that were filled in place.
 
     Attributes:
         step: Optimizer steps done when it was saved.
         world_size: Number of ranks that saved it.
         state: The caller's state, as it was given to `save_checkpoint`.
-        rank_tensors: What this rank gave as ``rank_tensors``; None when the number of ranks has changed.
+        rank_tensors: Tensors that this rank saved as ``rank_tensors``; None if the number of ranks has
+            changed.
     """
 
     step: int
@@ -63,7 +64,7 @@ def load_checkpoint(
     Args:
         path: The checkpoint's folder.
         tensors: Global name -> the tensor to fill.
-        checksums: Verify all files first; False after `find_checkpoint` or `verify_checkpoint` did.
+        checksums: Whether to verify all files first; False if `find_checkpoint` or `verify_checkpoint` did.
         group: The ranks that take part; None is all of them, or this process alone.
 
     Raises:
@@ -82,7 +83,7 @@ def load_checkpoint(
         placed.update((name, place(name, value)) for name, value in tensors.items())
         return _differences(sources[0][1], placed)
 
-    _refuse_differences(folder, ranks.together(what, compare))
+    _require_no_differences(folder, ranks.together(what, compare))
     manifest, index = sources[0]
     loaded: list[Loaded] = []
 
@@ -100,7 +101,7 @@ def load_checkpoint(
 
 
 def _differences(index: Index, placed: Mapping[str, Placed]) -> dict[str, Any]:
-    """How what this rank wants differs from what the checkpoint holds."""
+    """Compares the tensors that this rank wants with those in the checkpoint."""
     changed = []
     for name, held in placed.items():
         stored = index.tensors.get(name)
@@ -114,8 +115,8 @@ def _differences(index: Index, placed: Mapping[str, Placed]) -> dict[str, Any]:
     }
 
 
-def _refuse_differences(folder: Path, differences: list[dict[str, list[str]]]) -> None:
-    """Raises one error for what any rank misses and what no rank expects. The same on every rank."""
+def _require_no_differences(folder: Path, differences: list[dict[str, list[str]]]) -> None:
+    """Raises one error, the same on every rank, for all tensors that any rank misses or no rank expects."""
     missing = dict.fromkeys(name for one in differences for name in one["missing"])
     changed = dict.fromkeys(text for one in differences for text in one["changed"])
     nobody = set.intersection(*(set(one["unexpected"]) for one in differences))
@@ -144,11 +145,11 @@ class RankFiles(ExitStack):
         self._open: dict[int, Any] = {}
 
     def path(self, rank: int) -> Path:
-        """Where the file of ``rank`` lies."""
+        """Returns the path of the file of ``rank``."""
         return self._folder / rank_file(rank)
 
     def of(self, rank: int) -> Any:
-        """The open file of ``rank``."""
+        """Returns the open file of ``rank``."""
         if rank not in self._open:
             try:
                 self._open[rank] = self.enter_context(safe_open(self.path(rank), framework="pt"))
@@ -157,7 +158,7 @@ class RankFiles(ExitStack):
         return self._open[rank]
 
     def read(self, stored: StoredBox, wanted: tuple[slice, ...]) -> Tensor:
-        """The part ``wanted`` of a stored box; only that part is read."""
+        """Reads the part ``wanted`` of a stored box, and nothing else of it."""
         file = self.of(stored.rank)
         try:
             part = file.get_slice(stored.key)
@@ -170,7 +171,7 @@ class RankFiles(ExitStack):
         return value
 
     def rank_tensors(self, rank: int) -> dict[str, Tensor]:
-        """Copies of what ``rank`` kept for itself."""
+        """Reads the tensors that ``rank`` saved for itself."""
         file, prefix = self.of(rank), "rank/"
         keys: Iterator[str] = (key for key in file.keys() if key.startswith(prefix))  # noqa: SIM118
         return {key.removeprefix(prefix): file.get_tensor(key).clone() for key in keys}
@@ -188,3 +189,53 @@ def _fill(piece: Piece, stored_boxes: list[StoredBox], files: RankFiles) -> None
         piece.tensor[common.within(piece.box)].copy_(value)
         filled += common.numel
     assert filled == piece.box.numel, f"filled {filled} of {piece.box.numel} elements: the boxes overlap"
+
+
+class CheckpointTensors:
+    """The global tensors of one checkpoint, read whole by one process without a process group.
+
+    Attributes:
+        folder: The checkpoint.
+        step: Optimizer steps done when it was saved.
+    """
+
+    def __init__(self, folder: Path, index: Index, step: int, files: RankFiles) -> None:
+        self.folder = folder
+        self.step = step
+        self._index = index
+        self._files = files
+
+    def names(self, prefix: str) -> list[str]:
+        """Returns the names that begin with ``prefix``, without it."""
+        return [name.removeprefix(prefix) for name in self._index.tensors if name.startswith(prefix)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return tuple(self._index.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a tensor."""
+        found: torch.dtype = getattr(torch, self._index.tensors[name].dtype)
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """Assembles a tensor from the boxes that the ranks wrote."""
+        stored = self._index.tensors[name]
+        whole = torch.empty(tuple(stored.shape), dtype=self.dtype(name))
+        for box in stored.boxes:
+            place = tuple(slice(o, o + s) for o, s in zip(box.offset, box.size, strict=True))
+            whole[place] = self._files.read(box, tuple(slice(0, s) for s in box.size))
+        return whole
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[CheckpointTensors]:
+    """Opens the files of a checkpoint for reading; call `verify_checkpoint` first.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged.
+    """
+    manifest = read_manifest(folder)
+    index = read_index(folder, manifest)
+    with RankFiles(folder) as files:
+        yield CheckpointTensors(folder, index, manifest.step, files)

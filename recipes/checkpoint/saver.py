@@ -1,11 +1,12 @@
-"""Saves the checkpoints of a leg one after the other, in the background where that is asked for.
+"""Saves the checkpoints of a stage one after the other, in the background if asked for.
 
-A save that fails for the disk's sake does not end training: it is told, and the next one tries again. The
-last save of a leg is another matter: it must succeed, and everybody waits for it.
+A save that fails because of the disk does not end training: it is reported, and the next save tries again.
+The last save of a stage must succeed, and all ranks wait for it.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 import uuid
@@ -17,17 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import DiskError, GraftError
-from recipes.checkpoint.background import BackgroundSave
-from recipes.checkpoint.host_copies import HostCopies, spare_bytes
-from recipes.checkpoint.retention import Retention
+from recipes.checkpoint.background import BackgroundSave, HostCopies
+from recipes.checkpoint.inventory import Retention, readable
 from recipes.checkpoint.shard_layout import GlobalTensor
-from recipes.checkpoint.space import readable
 from recipes.checkpoint.writer import PreparedSave, prepare_save, write_and_publish
+from recipes.runtime.machine_memory import spare_bytes
 from recipes.runtime.ranks import Ranks
 
 
 class Saver:
-    """The saves of one leg. Its methods are collective, but for `figures` and `abandon`."""
+    """Saver of one stage. Its methods are collective, except for `figures` and `abandon`."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class Saver:
         background: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Nothing is touched yet.
+        """Prepares to save; touches nothing yet.
 
         Args:
             root: The folder of the checkpoints, on a file system that all ranks see.
-            keep: What is kept of the older ones.
+            keep: Rule by which older checkpoints are kept.
             background: Whether training goes on while a checkpoint is written.
             group: The ranks that take part; None is all of them, or this process alone.
         """
@@ -54,7 +54,7 @@ class Saver:
         self._before: BackgroundSave | None = None
         self._figures: dict[str, float] = {}
         self._failed = 0
-        self._told_memory = False
+        self._warned_of_memory = False
 
     def save(
         self,
@@ -65,14 +65,14 @@ class Saver:
         *,
         final: bool = False,
     ) -> None:
-        """Saves as `save_checkpoint` does, once the save before has ended.
+        """Saves as `save_checkpoint` does, once the previous save has ended.
 
         Args:
             step: Optimizer steps done.
             tensors: Global name -> tensor.
             state: JSON-able, the same on all ranks.
-            rank_tensors: What belongs to this rank only.
-            final: Whether nothing comes after it: it is complete on return.
+            rank_tensors: Tensors that belong to this rank only.
+            final: Whether it is the last save of the stage, which is complete on return.
 
         Raises:
             DiskError: The disk refused a save that is `final`.
@@ -90,7 +90,7 @@ class Saver:
         except DiskError as error:
             if final:
                 raise
-            self._tell(step, error)
+            self._report(step, error)
         stall = time.perf_counter() - started
         self._figures["save_stall_s"] = stall
         if self._pending is None:
@@ -100,66 +100,66 @@ class Saver:
         """Waits until the save in flight, if any, has ended.
 
         Raises:
-            GraftError: It has failed, and not for the disk's sake.
+            GraftError: It has failed for another reason than the disk.
         """
         if self._pending is None:
             return
         failure = self._pending.wait()
-        self._take(self._pending)
+        self._note(self._pending)
         self._before, self._pending = self._pending, None
         if failure is not None and not isinstance(failure, DiskError):
             raise failure
 
     def figures(self) -> dict[str, float]:
-        """What is new since the last call, for the row of a step.
+        """Returns metrics that are new since the last call, for the row of a step.
 
         Returns:
-            ``save_stall_s`` that training has waited for a save, ``save_s`` and ``save_step`` of one that has
-            ended, ``failed_saves`` so far once there is one.
+            ``save_stall_s``: seconds that training waited for a save; ``save_s`` and ``save_step`` of a save
+            that has ended; ``failed_saves`` so far, once there is one.
         """
         if self._pending is not None and self._pending.ended:
-            self._take(self._pending)
+            self._note(self._pending)
         new, self._figures = self._figures, {}
         return new
 
     def abandon(self) -> None:
-        """This rank ends by an error: completes the save in flight if the other ranks still can."""
+        """Completes the save in flight if the other ranks still can; for a rank that ends by an error."""
         if self._pending is not None:
             self._pending.abandon()
-            self._take(self._pending)
+            self._note(self._pending)
             self._pending = None
 
     def _begin(self, prepared: PreparedSave, started: float) -> None:
-        """Copies what is to be written, and leaves the rest to a thread."""
+        """Copies the tensors to be written and leaves the writing to a thread."""
         needed = self._copies.missing_bytes(prepared.entries)
-        found = self._ranks.gather([uuid.uuid4().hex, needed, self._machine(), spare_bytes()])
+        found = self._ranks.gather([uuid.uuid4().hex, needed, socket.gethostname(), spare_bytes()])
         if self._before is not None:
             self._before.forget()
             self._before = None
         short = _short_of_memory(found)
         if short is not None:
-            if self._ranks.is_rank0 and not self._told_memory:
-                self._told_memory = True
+            if self._ranks.is_rank0 and not self._warned_of_memory:
+                self._warned_of_memory = True
                 print(f"checkpoints are written while training waits: {short}", file=sys.stderr, flush=True)
             write_and_publish(prepared)
             return
         try:
             entries: list[tuple[str, Tensor]] | Exception = self._copies.take(prepared.entries)
-        except Exception as error:  # the other ranks must hear of it
+        except Exception as error:  # the other ranks must learn of it
             entries = error
         self._pending = BackgroundSave(prepared, self._copies, entries, found[0][0], started)
 
-    def _take(self, ended: BackgroundSave) -> None:
-        """Notes how a save in the background has ended, once."""
+    def _note(self, ended: BackgroundSave) -> None:
+        """Records the outcome of a background save, once."""
         if ended.noted:
             return
         ended.noted = True
         if ended.failure is not None:
-            self._tell(ended.step, ended.failure)
+            self._report(ended.step, ended.failure)
         elif ended.seconds is not None:
             self._figures |= {"save_s": ended.seconds, "save_step": ended.step}
 
-    def _tell(self, step: int, error: GraftError) -> None:
+    def _report(self, step: int, error: GraftError) -> None:
         self._failed += 1
         self._figures["failed_saves"] = self._failed
         if self._ranks.is_rank0:
@@ -170,18 +170,12 @@ class Saver:
                 flush=True,
             )
 
-    @staticmethod
-    def _machine() -> str:
-        import socket
-
-        return socket.gethostname()
-
 
 def _short_of_memory(ranks: list[list[Any]]) -> str | None:
-    """Why the copies of all ranks do not fit into the memory of their machines; None when they do.
+    """Explains why the copies of all ranks do not fit into the memory of their machines; None if they do.
 
     Args:
-        ranks: Of each rank [name, bytes that it needs, its machine, bytes that it found spare there].
+        ranks: For each rank [name, bytes that it needs, its machine, bytes that it found spare there].
     """
     for machine in dict.fromkeys(rank[2] for rank in ranks):
         needed = sum(rank[1] for rank in ranks if rank[2] == machine)

@@ -1,8 +1,8 @@
-"""Where the local part of a tensor lies in the global one.
+"""Layout of sharded tensors: the boxes of the global tensor that a rank holds.
 
-A *box* is an axis-aligned block of a global tensor. What a rank holds of a tensor is a list of *pieces*:
-boxes, each with a view of the local memory. Everything else in this package is written in those terms, so
-that it knows nothing of FSDP, expert parallelism or any engine.
+A *box* is an axis-aligned block of a global tensor. A rank holds a list of *pieces* of a tensor: boxes, each
+with a view of the local memory. The rest of this package is written in these terms, so that it does not
+depend on FSDP, expert parallelism or any engine.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Elements inside; one for a tensor without axes."""
+        """Number of elements; one for a tensor without axes."""
         return math.prod(self.size)
 
     def inside(self, shape: tuple[int, ...]) -> bool:
-        """Whether this is a box of a tensor of ``shape``."""
+        """Returns True if it lies inside a tensor of ``shape``."""
         if not len(self.offset) == len(self.size) == len(shape):
             return False
         axes = zip(self.offset, self.size, shape, strict=True)
         return all(0 <= start <= start + length <= total for start, length, total in axes)
 
     def overlap(self, other: Box) -> Box | None:
-        """The elements in both boxes, or None when there are none."""
+        """Returns the box of elements that are in both boxes, or None if there are none."""
         axes = list(zip(self.offset, self.size, other.offset, other.size, strict=True))
         low = tuple(max(mine, its) for mine, _, its, _ in axes)
         high = tuple(min(mine + length, its + width) for mine, length, its, width in axes)
@@ -52,20 +52,20 @@ class Box:
         return None if any(length <= 0 for length in size) else Box(low, size)
 
     def within(self, outer: Box) -> tuple[slice, ...]:
-        """Slices that cut this box out of a tensor that holds ``outer``."""
+        """Returns slices that cut this box out of a tensor that holds ``outer``."""
         starts = (mine - its for mine, its in zip(self.offset, outer.offset, strict=True))
         return tuple(slice(start, start + length) for start, length in zip(starts, self.size, strict=True))
 
 
 def cover_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
-    """Which rows of the first axis the boxes leave out or hold twice; a row of a stack of experts is one.
+    """Finds rows of the first axis that the boxes leave out or hold twice; in a stack, a row is an expert.
 
     Args:
-        shape: Of a global tensor.
-        boxes: Inside of it.
+        shape: Shape of a global tensor.
+        boxes: Boxes inside it.
 
     Returns:
-        As in "rows 1, 2 are missing and row 0 is held twice"; None when every row is held once.
+        A clause such as "rows 1, 2 are missing and row 0 is held twice"; None if every row is held once.
     """
     changes = [0] * ((shape[0] if shape else 1) + 1)
     for box in boxes:
@@ -77,13 +77,13 @@ def cover_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
         (what, [str(row) for row, count in enumerate(held) if wrong(count)])
         for what, wrong in (("missing", wanted.__gt__), ("held twice", wanted.__lt__))
     ]
-    told = [
+    clauses = [
         f"{'row' if len(rows) == 1 else 'rows'} {', '.join(rows[:_ROWS_SHOWN])}"
         f"{', ...' * (len(rows) > _ROWS_SHOWN)} {'is' if len(rows) == 1 else 'are'} {what}"
         for what, rows in faults
         if rows
     ]
-    return " and ".join(told) or None
+    return " and ".join(clauses) or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class LocalShard:
     Attributes:
         tensor: The local block. It is read on save and overwritten on load.
         global_shape: Shape of the global tensor.
-        offset: Where the block's first element lies in the global tensor.
+        offset: Index of the block's first element in the global tensor.
     """
 
     tensor: Tensor
@@ -103,12 +103,12 @@ class LocalShard:
 
 @dataclass(frozen=True, eq=False)
 class FlatShard:
-    """A run of a global tensor's elements, in row-major order: what engines hold that cut flattened tensors.
+    """A run of a global tensor's elements in row-major order, for engines that shard flattened tensors.
 
     Attributes:
-        tensor: ``[N]`` the elements. They are read on save and overwritten on load. N may be 0.
+        tensor: ``[N]`` elements. They are read on save and overwritten on load. N may be 0.
         global_shape: Shape of the global tensor.
-        start: Index of the first of them in the flattened global tensor.
+        start: Index of the first element in the flattened global tensor.
     """
 
     tensor: Tensor
@@ -118,12 +118,12 @@ class FlatShard:
 
 @dataclass(frozen=True, eq=False)
 class LocalBlocks:
-    """Any number of blocks of a global tensor, as of engines that store several tensors in one.
+    """Several blocks of a global tensor, for engines that store several tensors in one.
 
     Attributes:
         global_shape: Shape of the global tensor.
-        blocks: What this rank holds, at least one. A block that is there several times is written once, and
-            read into each.
+        blocks: The blocks that this rank holds, at least one. A block that occurs several times is written
+            once and read into each.
     """
 
     global_shape: tuple[int, ...]
@@ -131,11 +131,11 @@ class LocalBlocks:
 
 
 GlobalTensor: TypeAlias = Tensor | LocalShard | FlatShard | LocalBlocks
-"""A plain tensor is replicated (all ranks hold the same); a DTensor and the shards say what they hold."""
+"""A plain tensor is replicated (all ranks hold the same); a DTensor and the shards state what they hold."""
 
 
 def local_memory(value: GlobalTensor) -> list[Tensor]:
-    """The elements that this rank holds, in the memory that holds them."""
+    """Returns the local tensors of a global tensor, not copied."""
     if isinstance(value, DTensor):
         return [value.to_local()]
     if isinstance(value, LocalBlocks):
@@ -144,7 +144,7 @@ def local_memory(value: GlobalTensor) -> list[Tensor]:
 
 
 def global_shape(value: GlobalTensor) -> tuple[int, ...]:
-    """The shape of the whole tensor."""
+    """Returns the shape of the whole tensor."""
     return tuple(value.shape) if isinstance(value, Tensor) else value.global_shape
 
 
@@ -175,14 +175,14 @@ class _Run:
 
 
 def place(name: str, value: GlobalTensor) -> Placed:
-    """Finds out which boxes of the global tensor ``value`` holds on this rank.
+    """Finds the boxes of the global tensor that ``value`` holds on this rank.
 
     Args:
         name: Global name, for the error message.
         value: A plain tensor, a DTensor or a shard.
 
     Raises:
-        CheckpointError: A DTensor that waits for a reduction, or a shard that does not fit its global shape.
+        CheckpointError: A DTensor awaits a reduction, or a shard does not fit its global shape.
     """
     if isinstance(value, DTensor):
         return _place_dtensor(name, value)
@@ -221,12 +221,12 @@ def _place_flat(name: str, value: FlatShard) -> Placed:
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, count: int) -> list[Box]:
-    """The boxes that a run of elements makes up, in the order of the elements: at most 2n - 1 for n axes.
+    """Splits a run of elements into boxes, in the order of the elements: at most 2n - 1 for n axes.
 
     Args:
-        shape: Of a tensor in row-major order.
+        shape: Shape of a tensor in row-major order.
         start: First element of the run.
-        count: Elements of the run, all inside.
+        count: Number of elements of the run, all inside the tensor.
     """
     if count == 0:
         return []
@@ -251,7 +251,7 @@ def _in_row(row: int, shape: tuple[int, ...], start: int, count: int) -> list[Bo
 
 def _place_dtensor(name: str, value: DTensor) -> Placed:
     if any(isinstance(placement, Partial) for placement in value.placements):
-        rule = "a DTensor that still waits for a reduction across ranks cannot be saved or filled"
+        rule = "a DTensor that still awaits a reduction across ranks cannot be saved or filled"
         raise CheckpointError.one(
             name, value.placements, rule, "Redistribute it to Shard or Replicate first."
         )
@@ -274,10 +274,11 @@ def _place_dtensor(name: str, value: DTensor) -> Placed:
 
 
 def _strided_runs(axis: int, value: DTensor, coordinate: Sequence[int]) -> list[_Run]:
-    """Which rows of ``axis`` this rank holds when FSDP shards what TP or EP had sharded before.
+    """Finds the rows of ``axis`` that this rank holds if FSDP shards what TP or EP has sharded already.
 
-    ``_StridedShard(split_factor)`` means: the axis was already cut into ``split_factor`` parts, and each part
-    is cut again, so that a rank may hold several separate runs. We follow that definition on the row numbers.
+    ``_StridedShard(split_factor)`` means that the axis was already cut into ``split_factor`` parts and each
+    part is cut again, so that a rank may hold several separate runs. The definition is applied to row
+    numbers.
     """
     rows = torch.arange(value.shape[axis])
     for mesh_axis, placement in enumerate(value.placements):
@@ -298,13 +299,13 @@ def _strided_runs(axis: int, value: DTensor, coordinate: Sequence[int]) -> list[
 
 
 def _chunk(rows: Tensor, count: int, index: int) -> Tensor:
-    """Part ``index`` of ``count`` as torch.chunk cuts them, empty where it would give fewer parts."""
+    """Returns part ``index`` of ``count`` as torch.chunk cuts them, empty where it would give fewer parts."""
     size = -(-len(rows) // count)
     return rows[index * size : (index + 1) * size]
 
 
 def _cut(local: Tensor, runs: Sequence[Sequence[_Run]]) -> tuple[Piece, ...]:
-    """One piece for each combination of the axes' runs; empty ones are left out."""
+    """Makes one piece for each combination of the axes' runs, without empty ones."""
     pieces = []
     for combination in itertools.product(*runs):
         box = Box(tuple(run.start for run in combination), tuple(run.length for run in combination))

@@ -1,4 +1,4 @@
-"""Saves a checkpoint: every rank its own file, all or nothing, then deletes what is too old."""
+"""Saves a checkpoint: plans which rank writes which box, writes a file per rank, publishes all or nothing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.errors import CheckpointError, DiskError, GraftError
-from recipes.checkpoint.manifest import FileRecord, Index, Manifest
-from recipes.checkpoint.names import INDEX, MANIFEST, STATE, TEMPORARY, rank_file, step_name
-from recipes.checkpoint.retention import Retention, retain
-from recipes.checkpoint.shard_layout import GlobalTensor, Placed, place
-from recipes.checkpoint.stream import write_tensors
-from recipes.checkpoint.write_plan import describe, plan
-from recipes.runtime.atomic import fsync_folder, write_synced
+from moe.errors import CheckpointError, DiskError, GraftError, Mistake
+from recipes.checkpoint.inventory import Retention, retain
+from recipes.checkpoint.manifest import (
+    INDEX,
+    MANIFEST,
+    STATE,
+    TEMPORARY,
+    FileRecord,
+    Index,
+    Manifest,
+    StoredBox,
+    StoredTensor,
+    rank_file,
+    step_name,
+)
+from recipes.checkpoint.shard_layout import GlobalTensor, Placed, cover_fault, place
+from recipes.runtime.atomic import fsync_folder, replace_folder, write_synced
 from recipes.runtime.ranks import Ranks
+from recipes.runtime.safetensors_codec import CODES, write_tensors
 
 _LOG = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
@@ -30,16 +40,17 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class PreparedSave:
-    """A save that all ranks have agreed on, and whose temporary folder is there.
+    """A save that all ranks have agreed on, and whose temporary folder exists.
 
     Attributes:
-        ranks: Who takes part.
+        ranks: The ranks that take part.
         root: The folder of the checkpoints.
         step: Optimizer steps done.
-        index: Who writes what.
-        entries: What this rank writes: keys and tensors, which are live until they are written or copied.
+        index: All global tensors, and which rank writes which box.
+        entries: Keys and tensors that this rank writes; the tensors are live until they are written or
+            copied.
         state_json: The caller's state.
-        keep: What is kept of the older ones.
+        keep: Rule by which older checkpoints are kept.
     """
 
     ranks: Ranks
@@ -57,37 +68,51 @@ class PreparedSave:
 
     @property
     def temporary(self) -> Path:
-        """Where it is written."""
-        return _temporary(self.root, self.step)
+        """The folder that it is written in."""
+        return self.root / (TEMPORARY + step_name(self.step))
 
     def write(self, entries: Sequence[tuple[str, Tensor]] | None = None) -> FileRecord:
         """Writes this rank's file, without communication.
 
         Args:
-            entries: Copies of `entries`; None writes those themselves.
+            entries: Copies of the attribute `entries`; None writes the live tensors.
 
         Raises:
             OSError: As the operating system raised it.
         """
         path = self.temporary / rank_file(self.ranks.rank)
-        return write_tensors(path, self.entries if entries is None else entries)
+        return FileRecord.of(*write_tensors(path, self.entries if entries is None else entries))
 
     def publish(self, written: Sequence[Mapping[str, Any]]) -> None:
-        """For the first rank: makes the checkpoint visible, then deletes what is not kept.
+        """Makes the checkpoint visible, then deletes older ones that are not kept. Only rank 0 calls it.
 
         Args:
-            written: What `write` returned on every rank, dumped.
+            written: The record that `write` returned on each rank, dumped.
 
         Raises:
             OSError: As the operating system raised it.
             DiskError: Rank 0 does not see what another rank has written.
         """
         records = {rank_file(rank): FileRecord(**record) for rank, record in enumerate(written)}
-        _publish(self, records)
+        for name, data in ((INDEX, self.index.model_dump_json().encode()), (STATE, self.state_json)):
+            write_synced(self.temporary / name, data)
+            records[name] = FileRecord.of_bytes(data)
+        for name, record in records.items():
+            path = self.temporary / name
+            size = path.stat().st_size if path.exists() else 0
+            if size != record.size:
+                rule = f"rank 0 sees {size} of the {record.size} bytes that were written"
+                remedy = "Use a folder on a disk that all machines share."
+                raise DiskError.one("file", str(path), rule, remedy)
+        # The manifest comes last: it makes the folder a checkpoint.
+        manifest = Manifest.of(self.step, self.ranks.size, records)
+        write_synced(self.temporary / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        fsync_folder(self.temporary)
+        replace_folder(self.temporary, self.final, self.root / f"{TEMPORARY}replaced-{self.final.name}")
         retain(self.root, self.final, self.keep)
 
     def discard(self) -> None:
-        """For the first rank: removes what was written; what cannot be removed, the next save removes."""
+        """Removes what was written; the next save removes any rest. Only rank 0 calls it."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
@@ -111,7 +136,7 @@ def save_checkpoint(
         step: Optimizer steps done.
         tensors: Global name -> tensor. Ranks may hold different names, as pipeline stages do.
         state: JSON-able, keys are strings, the same on all ranks. Tuples come back as lists.
-        rank_tensors: What belongs to this rank only, such as random-number states.
+        rank_tensors: Tensors that belong to this rank only, such as random-number states.
         keep_last: Keep this checkpoint and the ``keep_last - 1`` others of the highest steps; None keeps all.
         group: The ranks that take part; None is all of them, or this process alone.
 
@@ -138,25 +163,26 @@ def prepare_save(
     keep: Retention,
     ranks: Ranks,
 ) -> PreparedSave:
-    """Decides who writes what, and makes the temporary folder. Collective; see `save_checkpoint`."""
+    """Plans the writes and makes the temporary folder. Collective; see `save_checkpoint`."""
     assert step >= 0, f"a checkpoint of step {step}"
     placed: dict[str, Placed] = {}
     state_json = bytearray()
 
-    def look() -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
         placed.update((name, place(name, value)) for name, value in tensors.items())
         state_json.extend(_state_json(state))
-        return {"step": step, "state": zlib.crc32(state_json), "tensors": describe(placed)}
+        return {"step": step, "state": zlib.crc32(state_json), "tensors": _describe(placed)}
 
-    index = plan(ranks.together(f"preparing {root / step_name(step)}", look))
-    temporary = _temporary(root, step)
-    ranks.together(f"making {temporary}", lambda: _make(root, temporary) if ranks.is_rank0 else None)
+    index = plan_writes(ranks.together(f"preparing {root / step_name(step)}", describe))
     entries = _entries(index, ranks.rank, placed, rank_tensors)
-    return PreparedSave(ranks, root, step, index, entries, bytes(state_json), keep)
+    save = PreparedSave(ranks, root, step, index, entries, bytes(state_json), keep)
+    made = save.temporary
+    ranks.together(f"making {made}", lambda: _make(root, made) if ranks.is_rank0 else None)
+    return save
 
 
 def write_and_publish(save: PreparedSave) -> Path:
-    """Writes while everybody waits. Collective; see `save_checkpoint`."""
+    """Writes and publishes while all ranks wait. Collective; see `save_checkpoint`."""
     ranks = save.ranks
     try:
         written = ranks.together(f"writing {save.temporary}", lambda: save.write().model_dump())
@@ -167,12 +193,8 @@ def write_and_publish(save: PreparedSave) -> Path:
     return save.final
 
 
-def _temporary(root: Path, step: int) -> Path:
-    return root / (TEMPORARY + step_name(step))
-
-
 def _state_json(state: Mapping[str, Any]) -> bytes:
-    """The state as JSON, refusing keys that JSON would silently turn into strings."""
+    """Encodes the state; rejects keys that JSON would silently turn into strings."""
     odd = _other_keys(state, "state")
     if odd:
         rule = "JSON keys are strings, these would come back as another type"
@@ -190,7 +212,7 @@ def _other_keys(value: Any, where: str) -> list[str]:
 
 
 def _make(root: Path, temporary: Path) -> None:
-    """Removes what killed runs left, and makes the temporary folder."""
+    """Removes unfinished saves of killed runs, and makes the temporary folder."""
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(TEMPORARY + "*"):
         _LOG.info("removing the unfinished save %s", left)
@@ -201,7 +223,7 @@ def _make(root: Path, temporary: Path) -> None:
 def _entries(
     index: Index, rank: int, placed: Mapping[str, Placed], own: Mapping[str, Tensor]
 ) -> list[tuple[str, Tensor]]:
-    """What this rank writes: the boxes that it owns, and its own tensors."""
+    """Lists keys and tensors that this rank writes: the boxes it owns, and its own tensors."""
     entries = [(f"rank/{name}", tensor) for name, tensor in own.items()]
     for name, held in placed.items():
         keys = {stored.key for stored in index.tensors[name].boxes if stored.rank == rank}
@@ -210,25 +232,65 @@ def _entries(
     return entries
 
 
-def _publish(save: PreparedSave, records: dict[str, FileRecord]) -> None:
-    """Adds the JSON files, the manifest last, and gives the folder its name."""
-    for name, data in ((INDEX, save.index.model_dump_json().encode()), (STATE, save.state_json)):
-        write_synced(save.temporary / name, data)
-        records[name] = FileRecord.of_bytes(data)
-    for name, record in records.items():
-        path = save.temporary / name
-        size = path.stat().st_size if path.exists() else 0
-        if size != record.size:
-            rule = f"rank 0 sees {size} of the {record.size} bytes that were written"
-            raise DiskError.one("file", str(path), rule, "Use a folder on a disk that all machines share.")
-    manifest = Manifest.of(save.step, save.ranks.size, records)
-    write_synced(save.temporary / MANIFEST, manifest.model_dump_json(indent=1).encode())
-    fsync_folder(save.temporary)
-    if save.final.exists():
-        replaced = save.root / f"{TEMPORARY}replaced-{save.final.name}"
-        save.final.rename(replaced)
-        save.temporary.rename(save.final)
-        shutil.rmtree(replaced)
-    else:
-        save.temporary.rename(save.final)
-    fsync_folder(save.root)
+def _describe(placed: Mapping[str, Placed]) -> dict[str, Any]:
+    """Describes what this rank holds, as JSON: name -> [dtype, shape, [[offset, size] of each piece]].
+
+    Raises:
+        CheckpointError: The file format has no code for a dtype.
+    """
+    described = {}
+    for name, held in placed.items():
+        if held.dtype not in CODES:
+            rule = f"a checkpoint cannot hold tensors of {held.dtype}"
+            raise CheckpointError.one(name, str(held.dtype), rule, "Convert it, or view it as uint8.")
+        boxes = [[list(piece.box.offset), list(piece.box.size)] for piece in held.pieces]
+        described[name] = [str(held.dtype).removeprefix("torch."), list(held.shape), boxes]
+    return described
+
+
+def plan_writes(described: Sequence[Mapping[str, Any]]) -> Index:
+    """Decides which rank writes which box. Every rank decides the same from the same descriptions.
+
+    Raises:
+        CheckpointError: The ranks contradict each other, or nobody holds some part of a tensor.
+    """
+    mistakes = _disagreements(described)
+    held: dict[str, tuple[str, list[int], dict[str, StoredBox]]] = {}
+    for rank, description in enumerate(described):
+        for name, (dtype, shape, boxes) in description["tensors"].items():
+            first_dtype, first_shape, stored = held.setdefault(name, (dtype, shape, {}))
+            if (first_dtype, first_shape) != (dtype, shape):
+                rule = f"rank {rank} holds another tensor of that name: {dtype} {shape}"
+                mistakes.append(
+                    Mistake(name, f"{first_dtype} {first_shape}", rule, "Give it a name of its own.")
+                )
+            for i, (offset, size) in enumerate(boxes):
+                box = StoredBox(rank=rank, key=f"global/{name}#{i}", offset=tuple(offset), size=tuple(size))
+                stored.setdefault(str((offset, size)), box)
+    tensors = {}
+    for name, (dtype, shape, stored) in held.items():
+        try:
+            tensors[name] = StoredTensor(dtype=dtype, shape=tuple(shape), boxes=list(stored.values()))
+        except ValueError:
+            boxes = [box.box for box in stored.values()]
+            elements, fault = sum(box.numel for box in boxes), cover_fault(tuple(shape), boxes)
+            rule = (
+                f"the ranks together hold {elements} elements of it, which do not make up this shape: "
+                f"{fault or 'a box leaves it'} (of a stack of experts, a row is an expert)"
+            )
+            mistakes.append(Mistake(name, shape, rule, "Pass the shards of all ranks, without overlaps."))
+    if mistakes:
+        raise CheckpointError(mistakes[: 2 * _NAMES_SHOWN])
+    return Index(tensors=tensors)
+
+
+def _disagreements(described: Sequence[Mapping[str, Any]]) -> list[Mistake]:
+    """Finds values that must be the same on all ranks and are not."""
+    mistakes = []
+    for field in ("step", "state"):
+        odd = [rank for rank, other in enumerate(described) if other[field] != described[0][field]]
+        if odd:
+            rule = f"the {field} differs from that of rank 0"
+            remedy = f"Give every rank the same {field}; what differs belongs in rank_tensors."
+            mistakes.append(Mistake("ranks", odd[:_NAMES_SHOWN], rule, remedy))
+    return mistakes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class CalibrationConfig(Config):
             ValueError: One line for each value that breaks its rule, with what to do instead.
         """
         require(
-            (self.path not in ("", []), "path is empty. Name files or a glob, or leave it at null."),
-            (self.samples >= 1, f"samples={self.samples} must be at least 1. Raise it; 256 is little."),
-            (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1. Raise it."),
-            (self.save_every >= 0, f"save_every={self.save_every} must be at least 0. Raise it."),
-            (self.max_gib > 0, f"max_gib={self.max_gib} leaves no memory. Set it above 0."),
+            self,
+            (self.path not in ("", []), "path", "is empty", "Name files or a glob, or leave it at null."),
+            (self.samples >= 1, "samples", "must be at least 1", "Raise it; 256 is little."),
+            (self.batch_size >= 1, "batch_size", "must be at least 1", "Raise it."),
+            (self.save_every >= 0, "save_every", "must be at least 0", "Raise it."),
+            (self.max_gib > 0, "max_gib", "leaves no memory", "Set it above 0."),
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class PromptsConfig(Config):
             ValueError: One line for each value that breaks its rule, with what to do instead.
         """
         require(
-            (self.path != "", "path is empty. Name a file, or leave it at null."),
-            (self.scale > 0, f"scale={self.scale} must be above 0. 1 is usual."),
+            self,
+            (self.path != "", "path", "is empty", "Name a file, or leave it at null."),
+            (self.scale > 0, "scale", "must be above 0", "1 is usual."),
         )

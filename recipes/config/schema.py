@@ -6,15 +6,14 @@ is reported at once, before a process group, a big file or a download is touched
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from moe.attention.attention_config import AttentionConfig
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError, FieldError, Mistake, require
 from moe.experts.experts import ExpertsConfig
 from moe.routers import RouterConfig, router_classes
 from moe.routing.top_k_schedule import SparsePhase
@@ -28,7 +27,6 @@ from recipes.data.config import DataConfig
 from recipes.engines import EngineConfig, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.runtime.config import FaultsConfig
-from recipes.runtime.rules import require
 from recipes.tracking.trackers import TrackerConfig
 
 # A byte-level tokenizer has 256 bytes and the end token.
@@ -44,8 +42,15 @@ class RunSection(Config):
     """Folder below ``output_dir``. None: the job's name with the next free number."""
 
     def __post_init__(self) -> None:
-        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
-            raise ValueError(f"name={self.name!r} must be a plain name. Choose its place by output_dir.")
+        require(
+            self,
+            (
+                self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
+                "name",
+                "must be a plain name",
+                "Choose its place by output_dir.",
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,16 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         minimum = {"steps": 0, "global_batch_size": 1, "eval_every": 0, "eval_samples": 1, "log_every": 1}
-        wrong = [
-            f"{name}={getattr(self, name)} must be at least {low}. Raise it."
-            for name, low in (minimum | {"save_every": 0}).items()
-            if getattr(self, name) < low
-        ]
-        if self.micro_batch_size != "auto" and self.micro_batch_size < 1:
-            wrong.append(f"micro_batch_size={self.micro_batch_size} must be at least 1. Or leave it at auto.")
-        if self.keep_last is not None and self.keep_last < 1:
-            wrong.append(f"keep_last={self.keep_last} would keep no checkpoint. Set 1 or more, or null.")
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        micro, kept = self.micro_batch_size, self.keep_last
+        require(
+            self,
+            *(
+                (getattr(self, name) >= low, name, f"must be at least {low}", "Raise it.")
+                for name, low in (minimum | {"save_every": 0}).items()
+            ),
+            (micro == "auto" or micro >= 1, "micro_batch_size", "must be at least 1", "Or leave it at auto."),
+            (kept is None or kept >= 1, "keep_last", "would keep no checkpoint", "Set 1 or more, or null."),
+        )
 
     def micro_size(self, world_size: int) -> int:
         """Samples of a forward pass on one of so many ranks."""
@@ -117,36 +121,38 @@ class DefaultModelConfig(Config):
     warmup_steps: int = 40
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{f.name}={getattr(self, f.name)} must be at least 1. Raise it."
-            for f in fields(self)
-            if f.name not in ("tie_embeddings", "lr", "warmup_steps", "steps", "seed")
-            and getattr(self, f.name) < 1
-        ]
-        if self.steps < 0:
-            wrong.append(f"steps={self.steps} must be at least 0. Set 0 to keep the weights as drawn.")
-        if 1 <= self.vocab_size < _SMALLEST_VOCABULARY:
-            wrong.append(
-                f"vocab_size={self.vocab_size} must be at least {_SMALLEST_VOCABULARY}, for all bytes and "
-                "the end token. Raise it."
-            )
-        if self.num_heads > 0 and self.hidden_size % self.num_heads:
-            wrong.append(
-                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}. "
-                "Choose a divisor."
-            )
-        elif self.num_heads > 0 and self.hidden_size // self.num_heads % 2:
-            wrong.append(
-                f"num_heads={self.num_heads} makes heads of {self.hidden_size // self.num_heads}, and rotary "
-                "embeddings need an even number. Choose another divisor of hidden_size."
-            )
-        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
-            wrong.append(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}. "
-                "Choose a divisor."
-            )
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        heads, divides = self.num_heads, self.num_heads > 0 and self.hidden_size % self.num_heads == 0
+        width = self.hidden_size // heads if divides else 2
+        require(
+            self,
+            *((getattr(self, name) >= 1, name, "must be at least 1", "Raise it.") for name in sizes),
+            (self.steps >= 0, "steps", "must be at least 0", "Set 0 to keep the weights as drawn."),
+            (
+                self.vocab_size < 1 or self.vocab_size >= _SMALLEST_VOCABULARY,
+                "vocab_size",
+                f"must be at least {_SMALLEST_VOCABULARY}, for all bytes and the end token",
+                "Raise it.",
+            ),
+            (
+                heads < 1 or divides,
+                "num_heads",
+                f"does not divide hidden_size={self.hidden_size}",
+                "Choose a divisor.",
+            ),
+            (
+                width % 2 == 0,
+                "num_heads",
+                f"makes heads of {width}, and rotary embeddings need an even number",
+                "Choose another divisor of hidden_size.",
+            ),
+            (
+                self.num_kv_heads < 1 or heads % self.num_kv_heads == 0,
+                "num_kv_heads",
+                f"does not divide num_heads={heads}",
+                "Choose a divisor.",
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,8 @@ class ExportConfig(Config):
     is read block by block, and generates no sample."""
 
     def __post_init__(self) -> None:
-        rule = f"memory_gib={self.memory_gib} must be at least 0. Set 0 to read every model block by block."
-        require((self.memory_gib >= 0, rule))
+        remedy = "Set 0 to read every model block by block."
+        require(self, (self.memory_gib >= 0, "memory_gib", "must be at least 0", remedy))
 
 
 @dataclass(frozen=True)
@@ -326,8 +332,10 @@ def _path(location: tuple[int | str, ...]) -> list[int | str]:
 def _translate(path: str, found: Any) -> list[Mistake]:
     kind, value = found["type"], found["input"]
     if kind == "value_error":
-        # The text of our own ValueErrors: lines of "field=value must .... Remedy."
-        return [_own(path, line) for line in str(found["ctx"]["error"]).splitlines()]
+        error = found["ctx"]["error"]
+        if isinstance(error, FieldError):
+            return [mistake.under(path) for mistake in error.mistakes]
+        return [Mistake(path, value, str(error), "Correct it.")]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return [Mistake(path, value, "there is no such option", "Run train.py --cfg to see what there is.")]
     if kind in ("missing", "missing_argument"):
@@ -337,26 +345,3 @@ def _translate(path: str, found: Any) -> list[Mistake]:
     if kind == "string_type" and isinstance(value, bool | int | float):
         remedy = f"""Quote it, with the shell's quotes outside: '{path}="{value}"'."""
     return [Mistake(path, value, f"{_WRONG_TYPE}{message}", remedy)]
-
-
-def _own(path: str, line: str) -> Mistake:
-    """Splits "name=value must be so. Do this." into the parts of a `Mistake`."""
-    head, _, remedy = line.partition(". ")
-    name, has_value, rest = head.partition("=")
-    if not has_value or not name.isidentifier():
-        return Mistake(path, "...", head, remedy or "Correct it.")
-    value, rule = _value_and_rule(rest)
-    return Mistake(f"{path}.{name}" if path else name, value, rule, remedy or "Correct it.")
-
-
-def _value_and_rule(text: str) -> tuple[Any, str]:
-    """Splits "(0.9, 1.5) must be so" or "1: that is wrong" where the value ends."""
-    import ast
-
-    for end in re.finditer(r":? ", text):
-        try:
-            return ast.literal_eval(text[: end.start()]), text[end.end() :]
-        except (ValueError, SyntaxError):
-            continue
-    value, _, rule = text.partition(": ") if ": " in text else text.partition(" ")
-    return value, rule

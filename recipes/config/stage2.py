@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,15 @@ class Stage2Config(Config):
 
     def __post_init__(self) -> None:
         require(
-            (self.path not in ("", []), "path is empty. Name files or a glob."),
+            self,
+            (self.path not in ("", []), "path", "is empty", "Name files or a glob."),
             (
                 self.validation_path not in ("", []),
-                "validation_path is empty. Name files or a glob, or leave it at null.",
+                "validation_path",
+                "is empty",
+                "Name files or a glob, or leave it at null.",
             ),
-            (self.steps >= 1, f"steps={self.steps} must be at least 1. Raise it."),
-            (self.lr >= 0, f"lr={self.lr} must be 0 or more. 2e-5 is usual."),
-            (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more. Give 0 for none."),
+            (self.steps >= 1, "steps", "must be at least 1", "Raise it."),
+            (self.lr >= 0, "lr", "must be 0 or more", "2e-5 is usual."),
+            (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more", "Give 0 for none."),
         )

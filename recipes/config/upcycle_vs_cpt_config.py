@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,24 @@ class UpcycleVsCPTConfig(Config):
 
     def __post_init__(self) -> None:
         require(
+            self,
             (
                 all(steps >= 0 for steps in self.sunk_steps or []),
-                f"sunk_steps={self.sunk_steps} must be numbers of at least 0. Or leave it at null.",
+                "sunk_steps",
+                "must be numbers of at least 0",
+                "Or leave it at null.",
             ),
             (
                 self.scratch_lr is None or self.scratch_lr > 0,
-                f"scratch_lr={self.scratch_lr} must be above 0. Or leave it at null.",
+                "scratch_lr",
+                "must be above 0",
+                "Or leave it at null.",
             ),
-            (
-                self.init_std > 0,
-                f"init_std={self.init_std}: experts of zeros stay equal. Set it above 0; 0.02 is usual.",
-            ),
+            (self.init_std > 0, "init_std", "experts of zeros stay equal", "Set it above 0; 0.02 is usual."),
             (
                 len(self.batches) > 0 and all(size >= 1 for size in self.batches),
-                f"batches={self.batches} must be numbers of at least 1. Give [1, 32].",
+                "batches",
+                "must be numbers of at least 1",
+                "Give [1, 32].",
             ),
         )

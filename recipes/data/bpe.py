@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moe.errors import DataError
 from recipes.data.indexed import disk_errors
-from recipes.runtime.atomic import fsync_folder
+from recipes.runtime.atomic import rename_file, sync_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +77,5 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
                 Path(temporary).iterdir(), key=lambda path: (path.name == "tokenizer.json", path.name)
             ):
                 with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                os.replace(path, folder / path.name)
-        fsync_folder(folder)
+                    sync_file(stream)
+                rename_file(path, folder / path.name)

@@ -58,9 +58,9 @@ def _fill(entry: Path, fill: Callable[[Path, Path], None]) -> None:
 def _rename_folder(temporary: Path, entry: Path) -> None:
     fsync_folder(temporary)
     try:
-        os.rename(temporary, entry)
+        temporary.rename(entry)
     except OSError:
-        # Another process finished first, where locks do not hold; its entry is the same.
+        # Where locks do not hold, another process may have finished first; its entry is the same.
         if not entry.is_dir():
             raise
     fsync_folder(entry.parent)

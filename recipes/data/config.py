@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,34 @@ class DataConfig(Config):
             ValueError: One line for each value that breaks its rule, with what to do instead.
         """
         require(
-            (bool(self.text_key), "text_key is empty. Name the field that holds the text, such as 'text'."),
-            (self.seq_len >= 1, f"seq_len={self.seq_len} must be at least 1. Give a length such as 128."),
+            self,
+            (
+                bool(self.text_key),
+                "text_key",
+                "is empty",
+                "Name the field that holds the text, such as 'text'.",
+            ),
+            (self.seq_len >= 1, "seq_len", "must be at least 1", "Give a length such as 128."),
             (
                 0 < self.validation_fraction < 1,
-                f"validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded. "
+                "validation_fraction",
+                "must lie between 0 and 1, both excluded",
                 "Give a share such as 0.02, or documents of their own by validation_path.",
             ),
-            (self.seed >= 0, f"seed={self.seed} must not be negative. Give 0 or more."),
-            (self.path not in ("", []), "path is empty. Name files or a glob, or leave it at null."),
-            (
-                self.validation_path not in ("", []),
-                "validation_path is empty. Name files or a glob, or leave it at null.",
+            (self.seed >= 0, "seed", "must not be negative", "Give 0 or more."),
+            *(
+                (
+                    getattr(self, name) not in ("", []),
+                    name,
+                    "is empty",
+                    "Name files or a glob, or leave it at null.",
+                )
+                for name in ("path", "validation_path")
             ),
             (
                 self.chat_template is None or self.format == "chat",
-                f"chat_template={self.chat_template!r} is for chat data. Set data.format=chat.",
+                "chat_template",
+                "is for chat data",
+                "Set data.format=chat.",
             ),
         )

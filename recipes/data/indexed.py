@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from moe.errors import DataError, DiskError
-from recipes.runtime.atomic import disk_mistake, fsync_folder
+from recipes.runtime.atomic import disk_mistake, rename_file, sync_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -143,18 +143,14 @@ class IndexedWriter:
 
     def _commit(self, stream: BinaryIO) -> None:
         """Makes both files durable and names them, the index last."""
-        stream.flush()
-        os.fsync(stream.fileno())
+        sync_file(stream)
         with self._idx_tmp.open("xb") as index:
             self._write_index(index)
-            index.flush()
-            os.fsync(index.fileno())
+            sync_file(index)
         # An index of an earlier pair goes first: it must never stand beside the new tokens.
         self._idx.unlink(missing_ok=True)
-        os.replace(self._bin_tmp, self._bin)
-        fsync_folder(self._bin.parent)
-        os.replace(self._idx_tmp, self._idx)
-        fsync_folder(self._bin.parent)
+        rename_file(self._bin_tmp, self._bin)
+        rename_file(self._idx_tmp, self._idx)
 
     def _write_index(self, index: BinaryIO) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.intc)

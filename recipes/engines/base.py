@@ -1,4 +1,4 @@
-"""What every engine is: it holds the process group, and makes models trainable.
+"""Interfaces of the engines, which hold the process group of a run and prepare models for training.
 
 Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,7 +21,7 @@ from moe.routers import RouterConfig
 from moe.types import Config
 from recipes.checkpoint import GlobalTensor
 from recipes.data.samples import TokenMetadata
-from recipes.engines.example_layouts import EngineLayout
+from recipes.engines.micro_batch import MicroBatch
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.engines.run_options import RunOptions
 from recipes.models.hf.hf_model import HFModel
@@ -29,7 +29,7 @@ from recipes.models.hf.hf_model import HFModel
 
 @dataclass(frozen=True)
 class EngineConfig(Config):
-    """What every engine's config holds: its name, which picks the class."""
+    """Base of the engines' configs, whose name picks the engine."""
 
     name: str
     """The engine's name, as in ``conf/engine/NAME.yaml``."""
@@ -39,85 +39,93 @@ ConfigT = TypeVar("ConfigT", bound=EngineConfig)
 
 
 def may_update(norm: float, norm_limit: float) -> bool:
-    """Whether gradients of this norm may update anything: it is finite and within the limit."""
+    """Returns whether gradients of this norm may update the model: it is finite and within the limit."""
     return math.isfinite(norm) and norm <= norm_limit
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What a rank sees in one forward pass.
+class EngineLayout:
+    """Example of how an engine is run.
 
     Attributes:
-        tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
-        metadata: What is known of the tokens; their weights are such that the mean over ranks and
-            micro-batches of the weighted sums is the step's loss. None: all tokens count alike.
+        ranks: Number of processes.
+        options: Command-line options that pick the engine and lay out its ranks.
     """
 
-    tokens_BS1: Tensor
-    metadata: TokenMetadata | None = None
+    ranks: int
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The layout in words, also used as the name of a folder."""
+        options = [option.removeprefix("engine.").removeprefix("engine=") for option in self.options]
+        return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'}, {', '.join(options)}"
 
 
 class TrainModule(ABC):
-    """A model that an engine has made trainable."""
+    """Model that an engine has prepared for training."""
 
     model: HFModel
 
     @property
     def skeleton(self) -> HFModel:
-        """The model as it was before it was spread: names, shapes and settings. Its tensors may be empty."""
+        """The model before it was sharded: names, shapes and settings. Its tensors may be empty."""
         return self.model
 
     @abstractmethod
-    def forward_backward(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Adds up the gradients of a step. Collective.
 
         Args:
-            micro_batches: All of the step, of one shape; each is taken when its forward pass is due.
-            count: How many there are.
+            batches: The micro-batches of the step, all of one shape. They are taken in order, each when its
+                forward pass is due, so that they may be read on demand.
 
         Returns:
-            Of each micro-batch the weighted sum, or the mean, of the losses of this rank's tokens, detached;
-            without balance losses. Ranks that see the same samples return the same.
+            The `batch_loss` of each micro-batch on this rank, detached and without balance losses. Ranks that
+            see the same samples return the same.
         """
 
     @abstractmethod
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
-        """Clips, updates and clears the gradients; returns their norm over all ranks before clipping.
+        """Clips the gradients, updates the weights and clears the gradients.
 
-        Nothing is updated, on any rank, unless `may_update` the norm: neither weights nor optimizer state nor
-        routers. The caller asks the same question of what is returned.
+        If `may_update` rejects the norm, no rank updates anything: weights, optimizer state and routers stay.
+        The caller applies `may_update` to the returned norm to learn what happened.
 
         Args:
-            lr_factor: Of the full learning rate.
-            norm_limit: The largest norm that may update. A negative one forbids the update whatever the norm:
-                the gradients of the step are then only cleared.
+            lr_factor: Share of the full learning rate.
+            norm_limit: Largest norm that may update. A negative limit forbids the update and only clears the
+                gradients.
+
+        Returns:
+            The norm of the gradients over all ranks, before clipping.
         """
 
     @abstractmethod
     def token_losses(self, tokens_BS1: Tensor, metadata: TokenMetadata | None = None) -> Tensor:
-        """``[B, S]`` cross-entropy of each target, unweighted, in evaluation mode and without gradients."""
+        """Returns the ``[B, S]`` unweighted losses of the targets, in evaluation mode, without gradients."""
 
     @abstractmethod
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """``[B, S, V]`` logits in evaluation mode, without gradients."""
+        """Returns the ``[B, S, V]`` logits in evaluation mode, without gradients."""
 
     @abstractmethod
     def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
-        """Live model and optimizer tensors under global names, to save or to load in place."""
+        """Returns the live tensors of model and optimizer by global name, to save or to load in place."""
 
     @abstractmethod
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model in full, under the host's names. All ranks must exhaust it together."""
+        """Yields every tensor of the model in full, by its name. All ranks must exhaust it together."""
 
 
 class Engine(ABC, Generic[ConfigT]):
-    """The process group of a run and how models are spread over it.
+    """Process group of a run, and the way in which models are sharded over it.
 
-    A subclass sets `name` and `config_class` and is found by being a module of `recipes.engines`.
+    A subclass sets `name` and `config_class`, and is found by being a module of `recipes.engines`.
 
     Attributes:
-        trains_as_held: Whether `prepare` spreads a model over the ranks as `shard_for_eval` does, so that
-            what is held can be trained as it lies.
+        trains_as_held: Whether `prepare` shards a model as `shard_for_eval` does, so that a model sharded for
+            evaluation can be trained without moving its weights.
         compared: Layouts in which ``python -m tools.compare_engines`` runs it.
     """
 
@@ -130,48 +138,51 @@ class Engine(ABC, Generic[ConfigT]):
         self.config = config
 
     @classmethod
-    def check(cls, config: ConfigT) -> str | None:
-        """Why this machine cannot run the engine as configured, as "field=value: rule. Remedy."."""
+    def check(cls, config: ConfigT) -> Mistake | None:
+        """Returns the mistake that keeps this machine from running the engine; None if it can.
+
+        The path is relative to the engine's config.
+        """
         return None
 
     @classmethod
     def check_moe(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Why the engine as configured cannot train a mixture of so many experts under this router."""
+        """Returns the reasons why the engine cannot train an MoE of this size under this router."""
         return []
 
     @classmethod
     def check_optimizer(cls, config: ConfigT, optim: OptimConfig) -> list[Mistake]:
-        """Why the engine as configured cannot train with this optimizer."""
+        """Returns the reasons why the engine cannot train with this optimizer."""
         return []
 
     @classmethod
     def check_run(cls, config: ConfigT, run: RunOptions) -> list[Mistake]:
-        """Why the engine as configured cannot do the rest of what a run is told."""
+        """Returns the reasons why the engine cannot run with the other options of a run."""
         return []
 
     @classmethod
     def model_parallel_size(cls, config: ConfigT) -> int:
-        """How many ranks see the same samples: neighbours, where `data_rank` does not say otherwise."""
+        """Returns how many ranks see the same samples; by default they are neighbours, see `data_rank`."""
         return 1
 
     @property
     def data_rank(self) -> int:
-        """Which of the `data_ranks` this process is, or is a part of."""
+        """Index of this process, or of its group of model-parallel ranks, among the `data_ranks`."""
         return self.rank // self.model_parallel_size(self.config)
 
     @property
     def data_ranks(self) -> int:
-        """How many see samples of their own."""
+        """Number of ranks, or of groups of model-parallel ranks, that see samples of their own."""
         return self.world_size // self.model_parallel_size(self.config)
 
     def describe(self) -> str | None:
-        """Which of several ways it goes, for a line at the start of a run; None where there is one."""
+        """Returns a line on the engine's variant for the start of a run, or None if there is only one."""
         return None
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
 
     @property
     @abstractmethod
@@ -181,22 +192,22 @@ class Engine(ABC, Generic[ConfigT]):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Device of this rank."""
 
     @property
     def first_on_machine(self) -> bool:
-        """Whether this is the rank that reads what all ranks of a machine share; as launchers number them."""
+        """True on the first rank of each machine, which reads what its ranks share."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
     @property
     @abstractmethod
     def data_group(self) -> ProcessGroup | None:
-        """The ranks that see different data."""
+        """Ranks that see different data."""
 
     @property
     @abstractmethod
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that matrix products run in."""
+        """Dtype of matrix products."""
 
     @abstractmethod
     def open(self) -> None:
@@ -204,21 +215,20 @@ class Engine(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def prepare(self, model: HFModel, optim: OptimConfig) -> TrainModule:
-        """Spreads a model over the ranks and gives it an optimizer.
+        """Shards a model over the ranks and builds its optimizer.
 
         Args:
-            model: Changed in place. Of parameters that have no memory yet, `model.weights` fills what each
-                rank holds; others hold the same on all ranks.
-            optim: The optimizer's settings.
+            model: Changed in place. Parameters without memory are filled from `model.weights`, on each rank
+                with its part; other parameters must be equal on all ranks.
+            optim: Settings of the optimizer.
         """
 
     @abstractmethod
     def shard_for_eval(self, model: HFModel) -> None:
-        """Spreads a model over the ranks for passes in fp32 that train nothing.
+        """Shards a model over the ranks for forward passes in fp32 without training. Collective.
 
         Args:
-            model: Without memory yet. Changed in place; called by all ranks together, and then its model,
-                too.
+            model: Without memory yet. Changed in place. Its forward passes are then collective, too.
         """
 
     @abstractmethod
@@ -226,7 +236,7 @@ class Engine(ABC, Generic[ConfigT]):
         """Leaves the process group."""
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Returns rank 0's value on every rank."""
         box = [value]
         if torch.distributed.is_initialized() and self.world_size > 1:
             torch.distributed.broadcast_object_list(box, src=0)

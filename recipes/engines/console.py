@@ -1,4 +1,4 @@
-"""How the ranks of a run speak and act as one: a line is printed once, a file is written once."""
+"""Console of a run with several ranks: a line is printed once, and a file is written once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankConsole:
-    """Prints on rank 0, and runs on rank 0 what only one rank may do.
+    """Console that prints on rank 0, and runs on rank 0 what only one rank may do.
 
     Attributes:
-        engine: Open; knows the ranks.
-        heartbeat: Is told of progress.
+        engine: The open engine of the run.
+        heartbeat: Told of progress.
     """
 
     engine: Engine[Any]
@@ -27,12 +27,12 @@ class RankConsole:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
+        """True on rank 0, which prints and writes."""
         return self.engine.rank == 0
 
     @property
     def lines(self) -> Lines:
-        """`log` for work that may take long, and tells the watch of what it does between lines."""
+        """`log` for long work, which also reports to the heartbeat between lines."""
         return Lines(self.log, self.heartbeat)
 
     def log(self, line: str) -> None:
@@ -42,7 +42,7 @@ class RankConsole:
             print(line, flush=True)
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Does something on rank 0 while the others wait; its result, or its error, is everybody's."""
+        """Runs ``work`` on rank 0 while the others wait; all ranks return its result, or raise its error."""
         result: T | None = None
         error: GraftError | None = None
         if self.is_rank0:

@@ -1,6 +1,6 @@
-"""What engines have in common that run one process a device and let every rank see different data.
+"""Base of the engines that run one process a device in a process group of torch.
 
-The process group is torch's: gloo on CPUs and nccl on GPUs, as torchrun describes it or of a single process.
+The group is the one that torchrun describes, or one of a single process: gloo on CPUs and nccl on GPUs.
 """
 
 from __future__ import annotations
@@ -14,51 +14,53 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moe.errors import Mistake
+from moe.errors import Mistake, Rule, require
 from moe.routers import RouterConfig
 from recipes.engines.base import Engine, EngineConfig
-from recipes.engines.native.expert_parallel import moe_mistakes, rank_unsupported_reason
+from recipes.engines.native.expert_parallel import moe_mistakes
 from recipes.engines.native.parallel_dims import ParallelDims
-from recipes.engines.native.shard_for_eval import cut_blocks, gather_when_called
+from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.rendezvous import join
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
 class ProcessConfig(EngineConfig):
-    """Config of a `ProcessEngine`."""
+    """Options of a `ProcessEngine`."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of matrix products. Master weights, router and loss are fp32 in both."""
+    """Dtype of matrix products. Master weights, router and loss are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: GPUs where there are any."""
+    """``auto``: GPUs if there are any."""
     threads: int | Literal["auto"] = "auto"
-    """CPU threads of each rank; ``auto``: the cores over the ranks of this machine when on CPU."""
+    """CPU threads of each rank; ``auto``: on CPUs, the cores divided by the ranks of this machine."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
     expert_parallel: int = 1
-    """Ranks over which the experts of a layer are spread; tokens travel to them. 1: every rank holds all."""
+    """Ranks over which the experts of a layer are sharded; tokens travel to them. 1: every rank holds all."""
 
     def __post_init__(self) -> None:
-        require(*self.rules())
+        require(self, *self.rules())
 
-    def rules(self) -> list[tuple[bool, str]]:
-        """What must hold, and what to say where it does not."""
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the options."""
         return [
             (
                 self.threads == "auto" or self.threads >= 1,
-                f"threads={self.threads} must be at least 1. Or leave it at auto.",
+                "threads",
+                "must be at least 1",
+                "Or leave it at auto.",
             ),
             (
                 self.expert_parallel >= 1,
-                f"expert_parallel={self.expert_parallel} must be at least 1. Give 1 for experts on every "
-                "rank.",
+                "expert_parallel",
+                "must be at least 1",
+                "Give 1 for experts on every rank.",
             ),
         ]
 
     def device_type(self) -> str:
-        """``cpu`` or ``cuda``."""
+        """Returns ``cpu`` or ``cuda``."""
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
@@ -68,63 +70,59 @@ ProcessConfigT = TypeVar("ProcessConfigT", bound=ProcessConfig)
 
 
 class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
-    """Ranks that all see different data."""
+    """Engine with one process a device, whose ranks see different data by default."""
 
     @classmethod
-    def check(cls, config: ProcessConfigT) -> str | None:
-        """A GPU must be there when one is asked for, and ranks for the experts."""
+    def check(cls, config: ProcessConfigT) -> Mistake | None:
+        """Requires the GPUs that are asked for, and ranks that divide as configured."""
         if config.device == "cuda" and not torch.cuda.is_available():
-            return "device='cuda': torch sees no GPU. Set engine.device=cpu, or install a CUDA build of torch"
+            remedy = "Set engine.device=cpu, or install a CUDA build of torch."
+            return Mistake("device", config.device, "torch sees no GPU", remedy)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if config.device_type() == "cuda" and local > torch.cuda.device_count():
-            return (
-                f"device={config.device!r}: {local} ranks on this machine and {torch.cuda.device_count()} "
-                "GPUs. Start one rank for each GPU (--nproc-per-node)"
-            )
-        return cls.dims_unsupported_reason(config, int(os.environ.get("WORLD_SIZE", "1")))
+            rule = f"{local} ranks on this machine and {torch.cuda.device_count()} GPUs"
+            return Mistake("device", config.device, rule, "Start one rank for each GPU (--nproc-per-node).")
+        return cls.check_dims(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     @classmethod
-    def dims_unsupported_reason(cls, config: ProcessConfigT, world_size: int) -> str | None:
-        """Why so many ranks cannot be laid out as configured, as "field=value: rule. Remedy."."""
-        return rank_unsupported_reason(config.expert_parallel, world_size)
+    def check_dims(cls, config: ProcessConfigT, world_size: int) -> Mistake | None:
+        """Returns the dimension that the ranks do not divide by; None if they divide by all."""
+        return ParallelDims(world_size, expert_parallel=config.expert_parallel).check()
 
     @classmethod
     def check_moe(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """The experts must divide over the ranks that share them."""
+        """Requires experts that divide over the expert-parallel ranks."""
         return moe_mistakes(config.expert_parallel, num_experts, router)
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """See `Engine.rank`."""
         return int(os.environ.get("RANK", "0"))
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """See `Engine.world_size`."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
-        kind = self.config.device_type()
-        return (
-            torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-            if kind == "cuda"
-            else torch.device(kind)
-        )
+        """See `Engine.device`."""
+        if self.config.device_type() == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        """All ranks see different data."""
+        """See `Engine.data_group`; all ranks."""
         return dist.group.WORLD
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """See `Engine.compute_dtype`."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def open(self) -> None:
-        """Joins the process group that torchrun describes, or makes one of a single process."""
+        """Joins the process group that torchrun describes, or opens one of a single process."""
         kind = self.config.device_type()
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -139,15 +137,15 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
         if self.config.threads != "auto":
             torch.set_num_threads(self.config.threads)
         elif kind == "cpu":
-            # torchrun sets OMP_NUM_THREADS=1 whatever the machine; each rank gets its share of the cores.
+            # torchrun sets OMP_NUM_THREADS=1 on every machine; each rank gets its share of the cores.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def shard_for_eval(self, model: HFModel) -> None:
-        """See `Engine.shard_for_eval`: FSDP2 cuts it over all ranks, whatever the engine."""
-        assert model.weights is not None, "a model that has its memory is held already"
+        """See `Engine.shard_for_eval`; FSDP2 shards the model over all ranks."""
+        assert model.weights is not None, "a model that has its memory is sharded already"
         mesh = ParallelDims(self.world_size).weight_mesh(self.config.device_type())
-        cut_blocks(model, mesh, MixedPrecisionPolicy())
+        apply_fsdp(model, mesh, MixedPrecisionPolicy())
         model.weights.give(model.module, self.device)
         model.weights = None
         gather_when_called(model.module)

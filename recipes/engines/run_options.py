@@ -1,4 +1,4 @@
-"""Names the options of a run, beside its own, that an engine may look at before the run starts."""
+"""Options of a run, besides the engine's own, that an engine may check before the run starts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from recipes.data.config import DataConfig
 
 
 class DefaultModelShape(Protocol):
-    """The sizes of the model that a run trains where it is given no checkpoint."""
+    """Sizes of the model that a run trains if it is given no checkpoint."""
 
     @property
     def vocab_size(self) -> int:
-        """Entries of its vocabulary."""
+        """Number of entries of the vocabulary."""
 
     @property
     def hidden_size(self) -> int:
@@ -22,7 +22,7 @@ class DefaultModelShape(Protocol):
 
     @property
     def intermediate_size(self) -> int:
-        """Width of its feed-forward networks."""
+        """Width of the feed-forward networks."""
 
     @property
     def num_layers(self) -> int:
@@ -30,31 +30,31 @@ class DefaultModelShape(Protocol):
 
     @property
     def num_heads(self) -> int:
-        """Attention heads."""
+        """Number of attention heads."""
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key-value heads."""
 
 
 class RunOptions(Protocol):
-    """What `Engine.check_run` reads; the config of a run has it."""
+    """Options that `Engine.check_run` reads; the config of a run has them."""
 
     @property
     def dense(self) -> str | None:
-        """Folder of the dense checkpoint; None where the run trains its default model."""
+        """Folder of the dense checkpoint; None if the run trains its default model."""
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether code beside the checkpoint may run."""
+        """True if code in the checkpoint's folder may run."""
 
     @property
     def model(self) -> DefaultModelShape:
-        """The default model."""
+        """Shape of the default model."""
 
     @property
     def attention(self) -> AttentionConfig | None:
-        """Attention experts; None without."""
+        """Options of attention experts; None without them."""
 
     @property
     def experts(self) -> ExpertsConfig:

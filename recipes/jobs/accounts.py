@@ -12,7 +12,7 @@ from moe.accounting.training import StepModel
 from recipes.engines import TrainModule
 from recipes.jobs.base import Session
 from recipes.models.hf.hf_model import HFModel
-from recipes.tracking.bandwidth import Bandwidth, Peaks, bandwidth_for
+from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for
 from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
 from recipes.tracking.results import Results
 from recipes.tracking.step_costs import StepCosts
@@ -34,7 +34,7 @@ def find_peaks(session: Session) -> Peaks:
 
 
 def step_costs(
-    session: Session, model: HFModel, cost_model: StepModel, train_module: TrainModule, bandwidth: Bandwidth
+    session: Session, model: HFModel, cost_model: StepModel, train_module: TrainModule, bandwidth: Ceiling
 ) -> StepCosts:
     """What the figures of a leg's steps need; all ranks call it together.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.errors import ConfigError
 from moe.experts.lora import merged
 from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
-from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
+from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.identity import read_run_file
 from recipes.jobs.run_dir import RunDir
@@ -26,8 +26,9 @@ from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import dtype_keys, publish, write_companions, write_live
 from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
-from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.safetensors_codec import TensorSpec
 from recipes.upcycling.calibration.gather import read_statistics
 from recipes.upcycling.calibration.statistics_files import CalibrationFolder
 from recipes.upcycling.convert.conversion import RECORD

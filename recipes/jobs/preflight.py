@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from moe.errors import Mistake, UserError
+from moe.errors import FieldError, Mistake, UserError
 from moe.routers import router_class
 from moe.upcycle import upcycle_methods
 from moe.upcycle.layer_plan import FFNShape
@@ -102,9 +102,7 @@ def check_router(config: RunConfig) -> list[Mistake]:
         mistakes.append(Mistake("router.key", key, rule, remedy))
     found = cls.check(config.router, config.upcycle.num_experts)
     if found is not None:
-        rule, _, remedy = found.partition(". ")
-        leaf = "top_k" if hasattr(config.router, "top_k") else "name"
-        mistakes.append(Mistake(f"router.{leaf}", getattr(config.router, leaf), rule, f"{remedy}."))
+        mistakes.append(found.under("router"))
     return mistakes
 
 
@@ -154,12 +152,7 @@ def check_engine(config: RunConfig) -> list[Mistake]:
     mistakes += engine.check_optimizer(config.engine, config.optim)
     mistakes += engine.check_run(config.engine, config)
     found = engine.check(config.engine)
-    if found is None:
-        return mistakes
-    head, _, rest = found.partition(": ")
-    rule, _, remedy = rest.partition(". ")
-    name, _, value = head.partition("=")
-    return [Mistake(f"engine.{name}", value.strip("'"), rule, f"{remedy}."), *mistakes]
+    return mistakes if found is None else [found.under("engine"), *mistakes]
 
 
 def check_schedule(config: RunConfig) -> list[Mistake]:
@@ -168,10 +161,8 @@ def check_schedule(config: RunConfig) -> list[Mistake]:
         return []
     try:
         config.optim.schedule.check(config.train.steps)
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        schedule = config.optim.schedule
-        return [Mistake("optim.schedule.warmup_steps", schedule.warmup_steps, rule, remedy)]
+    except FieldError as error:
+        return list(error.under("optim.schedule").mistakes)
     return []
 
 
@@ -197,9 +188,8 @@ def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
     """The model must have the layers that are to become mixtures."""
     try:
         picked = config.upcycle.layer_choice.pick(depth)
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        return [Mistake("upcycle.layers", config.upcycle.layers, rule, remedy)]
+    except FieldError as error:
+        return list(error.under("upcycle").mistakes)
     return check_top_k_schedule_layers(config, len(picked))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from moe.errors import Mistake
+from moe.errors import FieldError, Mistake
 from moe.routers import router_class, router_classes
 from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
 from moe.upcycle import UpcycleMethod
@@ -107,21 +107,19 @@ def _numbers(config: RunConfig) -> list[Mistake]:
     mistakes = []
     for place, phase in enumerate(config.top_k_schedule):
         for top_k in sorted({phase.top_k} if isinstance(phase.top_k, int) else set(phase.top_k)):
-            if found := _unsupported_reason(config, top_k):
-                rule, _, remedy = found.partition(". ")
-                mistakes.append(Mistake(f"top_k_schedule.{place}.top_k", top_k, rule, remedy))
+            if found := _check_number(config, top_k):
+                path = f"top_k_schedule.{place}.top_k"
+                mistakes.append(dataclasses.replace(found, path=path, value=top_k))
     return mistakes
 
 
-def _unsupported_reason(config: RunConfig, top_k: int) -> str | None:
-    """Why the router cannot have this K, as "rule. Remedy."."""
+def _check_number(config: RunConfig, top_k: int) -> Mistake | None:
+    """Returns the mistake of the router's config with this K; None when there is none."""
     try:
         changed = dataclasses.replace(config.router, top_k=top_k)  # type: ignore[call-arg]
-    except ValueError as error:
-        first = str(error).splitlines()[0]
-        return first.partition(": ")[2] or first
-    found = router_class(config.router.name).check(changed, config.upcycle.num_experts)
-    return None if found is None else f"{found}."
+    except FieldError as error:
+        return error.mistakes[0]
+    return router_class(config.router.name).check(changed, config.upcycle.num_experts)
 
 
 def _falls(config: RunConfig) -> list[Mistake]:

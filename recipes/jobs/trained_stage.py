@@ -17,7 +17,7 @@ from recipes.models.hf.deferred_init import CheckpointWeights
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.run_file import read_run_file
-from recipes.tracking.bandwidth import Peaks
+from recipes.tracking.ceilings import Peaks
 from recipes.tracking.results import Results, stage_label
 from recipes.training.model_costs import measure_costs, scheduled_costs, step_model
 from recipes.training.stage import Stage, StageResult

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe.errors import CheckpointError, Mistake
+from moe.errors import CheckpointError, FieldError, Mistake
 from moe.upcycle import UpcycleMethod
 from recipes.checkpoint import find_checkpoint, load_checkpoint, local_memory
 from recipes.config.schema import RunConfig
@@ -25,7 +25,7 @@ from recipes.jobs.trained_stage import TrainedStage
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.tracking.bandwidth import Peaks
+from recipes.tracking.ceilings import Peaks
 from recipes.tracking.results import Results
 from recipes.training.training_loop import Stage, StageResult, validation_loss
 from recipes.upcycling.calibration.gather import LayerTensors, kept_statistics
@@ -52,9 +52,8 @@ class TwoStageJob(UpcycleJob):
                 mistakes.append(Mistake("stage2.path", config.stage2.path, rule, remedy))
         try:
             second.optim.schedule.check(config.stage2.steps)
-        except ValueError as error:
-            rule, _, remedy = str(error).partition(". ")
-            mistakes.append(Mistake("stage2.warmup_steps", config.stage2.warmup_steps, rule, remedy))
+        except FieldError as error:
+            mistakes += error.under("stage2").mistakes
         return mistakes + _check_meaning(config)
 
     def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:

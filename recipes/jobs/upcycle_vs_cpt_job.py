@@ -22,7 +22,7 @@ from moe.layer import MoELayer
 from moe.routing.draws import seeded_generator
 from moe.upcycle import upcycle_methods
 from recipes.checkpoint import verify_checkpoint
-from recipes.checkpoint.names import parse_step, step_name
+from recipes.checkpoint.manifest import parse_step, step_name
 from recipes.config.schema import RunConfig
 from recipes.jobs.base import Session
 from recipes.jobs.budget import continued_steps, scratch_steps
@@ -158,7 +158,7 @@ class UpcycledStage(MoEStage):
         self.results.put("serving", {model: self._serving(content) for model, content in contents.items()})
         _, layer = stage.train_module.model.moe_layers()[0]
         experts = self.config.upcycle.num_experts
-        self.results.put("mixture", {"num_experts": experts, "top_k": layer.router.top_k})
+        self.results.put("moe", {"num_experts": experts, "top_k": layer.router.top_k})
         self.results.put("tokens_per_step", stage.tokens_per_step)
 
     def _serving(self, content: dict[str, Any]) -> list[dict[str, Any]] | None:

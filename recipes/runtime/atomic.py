@@ -1,12 +1,15 @@
-"""Files that are either there in full or not there: temporary name, fsync, rename."""
+"""Files and folders that are either there in full or not there: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moe.errors import DiskError, Mistake
 
@@ -21,11 +24,11 @@ _REMEDIES = {
 
 
 def disk_mistake(path: str | Path, error: OSError) -> Mistake:
-    """Says what the operating system refused at ``path``, and what to do about it.
+    """Describes what the operating system refused at ``path``, and what to do about it.
 
     Args:
-        path: What was being written. The error's own file name, where it has one, is added.
-        error: What the operating system answered.
+        path: The file or folder that was being written. The error's own file name, if any, is added.
+        error: The operating system's answer.
     """
     cause = error.strerror or str(error)
     where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
@@ -33,9 +36,28 @@ def disk_mistake(path: str | Path, error: OSError) -> Mistake:
     return Mistake(str(path), cause, f"could not be written{where}", remedy)
 
 
+def sync_file(file: IO[Any] | int) -> None:
+    """Waits until the disk has what was written to an open file, or to a descriptor."""
+    if isinstance(file, int):
+        os.fsync(file)
+        return
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes the names in ``folder`` (creations, renames, deletions) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync_path(folder)
+
+
+def sync_contents(folder: Path) -> None:
+    """Waits until the disk has all files of a folder and their names."""
+    for path in [*folder.iterdir(), folder]:
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -46,12 +68,28 @@ def write_synced(path: Path, data: bytes) -> None:
     """Writes a new file and waits until the disk has it. Not atomic; raises plain OSError."""
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Replaces the file at ``path`` by ``text`` (UTF-8) in one step: readers see the old or the new one.
+def rename_file(temporary: Path, path: Path) -> None:
+    """Gives a file that the disk has its name, and makes the name survive a power cut."""
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def replace_folder(temporary: Path, folder: Path, aside: Path) -> None:
+    """Gives a finished folder its name; an older one of that name is moved aside, then deleted."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; on leaving, the file written there replaces ``path`` in one step.
 
     Missing parent folders are made. After a crash at any moment the file is the old or the new one, in full.
 
@@ -63,8 +101,9 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write_synced(temporary, text.encode())
-            temporary.replace(path)
+            yield temporary
+            _sync_path(temporary)
+            os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -73,8 +112,19 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         raise DiskError([disk_mistake(path, error)]) from error
 
 
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Replaces the file at ``path`` by ``data`` in one step; see `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Replaces the file at ``path`` by ``text`` (UTF-8) in one step; see `atomic_file`."""
+    atomic_write_bytes(path, text.encode())
+
+
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON in one step, as `atomic_write_text` does.
+    """Writes ``value`` as indented JSON in one step; see `atomic_file`.
 
     NaN and infinities are written as Python's ``NaN`` and ``Infinity``.
 

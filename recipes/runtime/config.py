@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 _LEAST_WINDOW = 4
 
@@ -41,32 +41,34 @@ class FaultsConfig(Config):
     def __post_init__(self) -> None:
         sigma, after, window = self.spike_sigma, self.rollback_after, self.spike_window
         require(
+            self,
             (
                 self.max_nonfinite >= 1,
-                f"max_nonfinite={self.max_nonfinite} must be at least 1. Give 1 to end the run at the first.",
+                "max_nonfinite",
+                "must be at least 1",
+                "Give 1 to end the run at the first.",
             ),
             (
                 sigma is None or sigma > 0,
-                f"spike_sigma={sigma} must be more than 0. Set 6, or null to skip no step for a spike.",
+                "spike_sigma",
+                "must be more than 0",
+                "Set 6, or null to skip no step for a spike.",
             ),
-            (
-                window >= _LEAST_WINDOW,
-                f"spike_window={window} must be at least {_LEAST_WINDOW} steps. Raise it.",
-            ),
+            (window >= _LEAST_WINDOW, "spike_window", f"must be at least {_LEAST_WINDOW} steps", "Raise it."),
             (
                 after is None or after >= 1,
-                f"rollback_after={after} must be at least 1. Or set null, which never goes back.",
+                "rollback_after",
+                "must be at least 1",
+                "Or set null, which never goes back.",
             ),
             (
                 after is None or sigma is not None,
-                f"rollback_after={after} must come with spike_sigma, which says what a spike is. "
+                "rollback_after",
+                "must come with spike_sigma, which says what a spike is",
                 "Set faults.spike_sigma=6.",
             ),
             *(
-                (
-                    seconds is None or seconds > 0,
-                    f"{name}={seconds} must be more than 0 seconds. Or set null.",
-                )
+                (seconds is None or seconds > 0, name, "must be more than 0 seconds", "Or set null.")
                 for name, seconds in (("hang_s", self.hang_s), ("phase_hang_s", self.phase_hang_s))
             ),
         )

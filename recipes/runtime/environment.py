@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from moe.accounting.device_peaks import table_peak
+from recipes.runtime.machine_memory import free_and_total_bytes
 from recipes.runtime.source_root import SOURCE_ROOT
 
 Status = Literal["ok", "warn", "bad"]
@@ -160,13 +160,8 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    """Main memory that is free, under the container's limit where there is one."""
-    memory = psutil.virtual_memory()
-    free, total = memory.available, memory.total
-    limit = _cgroup_bytes("memory.max")
-    if limit is not None and limit < total:
-        free = min(free, limit - (_cgroup_bytes("memory.current") or 0))
-        total = limit
+    """Checks that enough main memory is free, under the container's limit if there is one."""
+    free, total = free_and_total_bytes()
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < LOW_MEMORY:
         return [Finding("memory", "warn", text, "Stop other programs, or train a smaller model.")]
@@ -324,9 +319,3 @@ def _installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    path = Path("/sys/fs/cgroup") / name
-    content = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
-    return int(content) if content.isdigit() else None

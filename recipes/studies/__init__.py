@@ -1,0 +1,1 @@
+"""Studies: sweeps over whole runs, comparisons, benchmarks and fault injection; only tools import them."""

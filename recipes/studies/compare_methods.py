@@ -1,4 +1,4 @@
-"""Several methods on one dense checkpoint, side by side before a GPU-hour is spent."""
+"""Compares upcycling methods on one dense checkpoint, before a GPU hour is spent."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from moe.errors import ConfigError, Mistake, UserError
-from recipes.config.compose import CONF, compose_config
+from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_router
 from recipes.models.hf.drift import MethodDrift, measure_drift
 from recipes.models.hf.hf_model import HFModel, load_model
+from recipes.studies.option_lists import conf_choices, split_list
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
 from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
 from recipes.upcycling.surgery import make_surgery
 
-# Of the columns after the method's name.
+# Widths of the columns after the method's name.
 _WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
 _ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
 
@@ -31,8 +32,8 @@ class Candidate:
     """One method with its options.
 
     Attributes:
-        label: As it was written.
-        overrides: train.py's, for it.
+        label: Text of the user.
+        overrides: Overrides of train.py.
     """
 
     label: str
@@ -45,34 +46,22 @@ def parse_candidates(text: str) -> list[Candidate]:
     Keys without a dot are the method's own (``upcycle.KEY``), but for ``router``.
 
     Raises:
-        ConfigError: It has another form, or names no method; all mistakes at once.
+        ConfigError: Some parts have another form or name no method; all mistakes at once.
     """
-    known = sorted(path.stem for path in (CONF / "upcycle").glob("*.yaml"))
+    known = conf_choices("upcycle")
     found, mistakes = [], []
-    for part in _parts(text):
-        match = _ENTRY.fullmatch(part.strip())
+    for part in split_list(text):
+        match = _ENTRY.fullmatch(part)
         if match is None or match[1] not in known:
             remedy = f"Write NAME or NAME[option=value,...]; names are {', '.join(known)}."
-            mistakes.append(Mistake("--compare", part.strip(), "there is no such method", remedy))
+            mistakes.append(Mistake("--compare", part, "there is no such method", remedy))
             continue
-        options = [option.strip() for option in _parts(match[2] or "") if option.strip()]
+        options = split_list(match[2] or "")
         named = [o if "." in o.split("=")[0] or o.startswith("router=") else f"upcycle.{o}" for o in options]
-        found.append(Candidate(part.strip(), (f"upcycle={match[1]}", *named)))
+        found.append(Candidate(part, (f"upcycle={match[1]}", *named)))
     if mistakes:
         raise ConfigError(mistakes)
     return found
-
-
-def _parts(text: str) -> list[str]:
-    """Splits at the commas that are in no brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def compare_methods(
@@ -82,14 +71,14 @@ def compare_methods(
     tokens_BS: Tensor,
     log: Callable[[str, MethodDrift | UserError], None],
 ) -> dict[str, MethodDrift | UserError]:
-    """Measures every candidate; one that does not fit is told and takes no other down.
+    """Measures every candidate; one that does not fit is reported and stops no other.
 
     Args:
         dense: The dense checkpoint.
         candidates: The methods.
-        overrides: train.py's, for all of them; a candidate's own come after.
+        overrides: Overrides of train.py for all; a candidate's own come after them.
         tokens_BS: ``[B, S]`` real tokens.
-        log: Told of every result as it comes.
+        log: Takes every result at once.
     """
     found: dict[str, MethodDrift | UserError] = {}
     model = load_model(dense)
@@ -114,7 +103,7 @@ def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrif
         raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
     sources = [load_model(Path(folder).expanduser()) for folder in surgery.method.sources]
     if sources:
-        # The rest of the host becomes a mean.
+        # The rest of the model becomes a mean.
         model = load_model(model.folder)
     with tempfile.TemporaryDirectory() as folder:
         known = calibrate_alone(config, model, Path(folder))
@@ -124,7 +113,7 @@ def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrif
 
 
 def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
-    """The results for people, the smallest drift first; what does not fit comes last, with its reason."""
+    """Formats the results, the smallest drift first, candidates that do not fit last with the reason."""
     rows = [(label, drift) for label, drift in results.items() if isinstance(drift, MethodDrift)]
     rows.sort(key=lambda row: (row[1].logits.kl, -row[1].claims_exact))
     width = max([len(label) for label in results] + [6])
@@ -153,7 +142,7 @@ def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
 
 
 def drift_figures(results: Mapping[str, MethodDrift | UserError]) -> dict[str, Any]:
-    """The results for programs."""
+    """Returns the results for programs."""
     return {
         label: {"mistakes": [str(mistake) for mistake in drift.mistakes]}
         if isinstance(drift, UserError)

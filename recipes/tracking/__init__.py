@@ -1,0 +1,1 @@
+"""Metrics, meters, dashboards and the report of a run."""

@@ -1,4 +1,4 @@
-"""Writes down which samples a step had whose loss or gradient was not finite."""
+"""Records the samples of a step whose loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class BadStep:
     """A step that updated nothing.
 
     Attributes:
-        stage: Of the run.
+        stage: Stage of the run.
         step: Counted from 1, as in ``metrics.jsonl``.
-        loss: Of all ranks.
-        grad_norm: Of all ranks.
-        in_a_row: Such steps in a row, this one counted.
+        loss: Mean over all ranks.
+        grad_norm: Norm over all ranks.
+        in_a_row: Number of consecutive bad steps, including this one.
     """
 
     stage: str
@@ -39,12 +39,12 @@ class BadStep:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """Where a bad step is written down.
+    """Record of a bad step.
 
     Attributes:
-        path: The file; None where it could not be written, or nobody asked for it.
-        bad_ranks: Ranks whose own loss is not finite. None of them: it came up in a backward pass.
-        problem: Why it could not be written.
+        path: The file; None where it could not be written or was not requested.
+        bad_ranks: Ranks with a loss that is not finite; empty if the problem arose in a backward pass.
+        problem: Reason why it could not be written.
     """
 
     path: Path | None
@@ -59,14 +59,14 @@ def record_bad_batch(
     folder: Path | None,
     group: ProcessGroup | None,
 ) -> BatchRecord:
-    """Gathers what every rank has computed and writes it, readable, on rank 0. Collective.
+    """Gathers the losses of every rank and writes them readably on rank 0. Collective.
 
     Args:
         bad: The step.
-        losses: Of this rank's micro-batches.
+        losses: Losses of this rank's micro-batches.
         samples: First sample and number of samples of each of them.
         folder: The run directory; None writes nothing.
-        group: The ranks that see different data.
+        group: Ranks that see different data.
     """
     ranks = Ranks(group)
     own = {"losses": [_number(loss) for loss in losses], "samples": [list(pair) for pair in samples]}
@@ -94,7 +94,7 @@ def _text(bad: BadStep, bad_ranks: Sequence[int], everyone: Sequence[dict[str, A
 
 
 def _number(value: float) -> float | str:
-    """JSON has no NaN."""
+    """Replaces NaN and infinities by text, which JSON lacks."""
     return value if math.isfinite(value) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""A log whose rows wait in memory while the disk does not take them: training goes on without."""
+"""Log whose rows wait in memory while the disk is full, so that training continues."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from recipes.tracking.metrics_log import MetricsLog
 
 _LOG = logging.getLogger("graft.metrics")
 MOST_ROWS = 20_000
-"""More rows than these do not wait: the run ends."""
+"""Limit of the waiting rows; beyond it the run ends."""
 
 
 class BufferedLog:
-    """A `MetricsLog` that says once when the disk is full, and tries again with every row.
+    """`MetricsLog` that warns once when the disk is full, and retries with every row.
 
     Args:
         path: The file.
@@ -44,7 +44,7 @@ class BufferedLog:
             raise self._problem
 
     def truncate_after(self, stage: str, step: int) -> int:
-        """See `MetricsLog.truncate_after`."""
+        """Drops rows, as `MetricsLog.truncate_after` does."""
         self._flush()
         self._waiting = deque(
             row for row in self._waiting if row.get("stage") != stage or row["step"] <= step

@@ -1,14 +1,14 @@
-"""Which part of a run's time has trained it.
+"""Goodput: the share of a run's time that has trained it.
 
-Goodput is the time of the optimizer steps that still count (each step of each leg once: a resume drops those
+Goodput is the time of the optimizer steps that still count (each step of a stage once: a resume drops those
 past its checkpoint; neither those that were skipped nor those that a return to a checkpoint has undone) over
 the time since the run's first command was given. Start-up, data, surgery, evaluation, saving, export, steps
 that were lost, and the time between two processes of the run are thus all in the denominator. ``run.json``
-keeps when each process of the run began, and how and when it ended; of one that was killed, both its end and
-its steps are told by the rows that it left.
+records when each process of the run began, and how and when it ended; for a killed one, both its end and
+its steps come from the rows that it left.
 
 A recovery lasts from the last step before a process failed to the first step of a process after it. One that
-was asked to stop, or was refused to go on by an error of its user, has not failed.
+was asked to stop, or ended by an error of its user, has not failed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class GoodputLedger:
     """The parts of a run, on the rank that writes. Open it before rows are dropped by a resume."""
 
     def __init__(self, run_dir: Path, started: float) -> None:
-        """Ends the part of a process that was killed, and begins this one's.
+        """Ends the part of a killed process, and begins that of this one.
 
         Args:
-            run_dir: Of the run.
-            started: When the command was given, by ``time.time()``.
+            run_dir: The run directory.
+            started: Time of the command, by ``time.time()``.
         """
         self._run_dir = run_dir
         before: list[dict[str, Any]] = read_run_file(run_dir).get(_PARTS, [])
@@ -47,16 +47,16 @@ class GoodputLedger:
         self._write()
 
     def recount(self) -> None:
-        """After rows were dropped: what is left of the steps."""
+        """Recounts the steps after rows were dropped."""
         self._kept_s = _seconds(list(read_rows(self._run_dir / METRICS_FILE)))
 
     def add_step(self, seconds: float, *, counts: bool = True) -> None:
-        """A step is done; one that was skipped does not count."""
+        """Adds a finished step; skipped ones do not count."""
         self._kept_s += seconds if counts else 0.0
         self._part["steps_s"] += seconds
 
     def recovery(self, now: float) -> float | None:
-        """Asked after each step: with the first one after a failure, the seconds that the recovery took.
+        """Returns the seconds of a recovery at the first step after a failure, else None.
 
         Args:
             now: By ``time.time()``.
@@ -69,15 +69,15 @@ class GoodputLedger:
         return seconds
 
     def goodput(self, now: float) -> float:
-        """Up to now."""
+        """Returns the goodput up to now."""
         return self._kept_s / max(now - self._first, 1e-9)
 
     def figures(self, now: float, spent: Mapping[str, float]) -> dict[str, float | int]:
-        """For ``summary.json``: the share, and where the rest went, in seconds.
+        """Returns the goodput and the uses of the other time in seconds, for ``summary.json``.
 
         Args:
             now: By ``time.time()``.
-            spent: Of this process: see `recipes.training.training_loop.Loop.spent`.
+            spent: Seconds of this process, see `recipes.training.training_loop.Loop.spent`.
         """
         parts = [*self._before, self._part | dict(spent) | {"ended": now}]
         wall = now - self._first
@@ -101,11 +101,11 @@ class GoodputLedger:
         }
 
     def close(self, spent: Mapping[str, float], *, failed: bool = False) -> None:
-        """The process ends.
+        """Ends the part of this process.
 
         Args:
-            spent: As for `figures`.
-            failed: Neither because it was done or asked to stop, nor by an error of its user.
+            spent: Seconds of this process, as for `figures`.
+            failed: True if the process neither finished, was asked to stop, nor met a user's error.
         """
         self._part |= dict(spent) | {"ended": time.time(), "failed": failed}
         self._write()
@@ -120,7 +120,7 @@ class GoodputLedger:
 
 
 def _ended(part: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A part with its end; of a killed process that is its last row."""
+    """Returns a part with its end, which for a killed process is its last row."""
     if "ended" in part:
         return part
     own = [row for row in rows if row.get("time", 0.0) >= part["started"]]
@@ -129,7 +129,7 @@ def _ended(part: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _failed_at(parts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """When the last step was done before the newest processes, one or more, have failed; None if not so."""
+    """Returns the time of the last step before the newest processes failed; None if they did not."""
     began = None
     for part in reversed(parts):
         if "ended" in part and not part.get("failed", False):
@@ -142,7 +142,7 @@ def _failed_at(parts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
 
 
 def _alive(parts: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds in which a process of the run was there, those of two at once counted once."""
+    """Returns the seconds in which any process of the run was alive."""
     total, until = 0.0, -math.inf
     for part in parts:
         total += max(0.0, part["ended"] - max(part["started"], until))
@@ -151,7 +151,7 @@ def _alive(parts: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Of the steps that count."""
+    """Returns the seconds of the steps that count."""
     kept: dict[tuple[str, int], float] = {}
     for row in rows:
         stage, step = str(row.get("stage")), int(row.get("step", 0))

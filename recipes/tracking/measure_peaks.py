@@ -1,8 +1,9 @@
-"""The most a machine does: bytes it moves and products it makes in a second, measured or from data sheets.
+"""Measures the peak bandwidth and the peak FLOP/s of a machine, or looks them up in data sheets.
 
-STREAM's kernels (J. McCalpin), counted as STREAM does: copy two words an element, triad three; what a CPU
-reads of a line before it writes it is not credited. Decoding mostly reads: a norm over one array, and a
-matrix times a vector, are measured besides. Arrays are several times larger than the last cache.
+The kernels are those of STREAM (J. McCalpin), counted as STREAM does: copy moves two words per element,
+triad three; the lines that a CPU reads before it writes them are not credited. Decoding mostly reads, so a
+norm over one array and a matrix times a vector are measured as well. Arrays are several times larger than the
+last cache.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any
 import torch
 
 from kernels.bench.timing import interleave
-from moe.accounting.device_peaks import device_name, measure_peak_flops
+from moe.accounting.device_peaks import measure_peak_flops
 
 TABLE_DATE = "2026-11"
 _MIB = 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Where the size of the last cache is not told.
+# Assumed if the system does not report the size of the last cache.
 _USUAL_CACHE = 64 * _MIB
 _COLUMNS = 8192
 
-# GB/s of one device, as makers' data sheets and stas00/ml-engineering list them. Keys match the whole of
-# torch.cuda.get_device_name(); what is not certain is left out.
+# GB/s of one device, as the makers' data sheets and stas00/ml-engineering list them. Keys match the whole of
+# torch.cuda.get_device_name(); uncertain values are left out.
 BANDWIDTH: Mapping[str, float] = {
     r"NVIDIA A100-(SXM4|PCIE|PCIe)-40GB": 1555,
     r"NVIDIA A100-SXM4-80GB": 2039,
@@ -48,15 +49,15 @@ BANDWIDTH: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes or FLOPs a second of one kernel.
+    """Bytes or FLOPs per second of one kernel.
 
     Attributes:
-        best: Of all rounds.
-        median: Of all rounds.
+        best: Best of all rounds.
+        median: Median of all rounds.
         p10: Tenth percentile.
         p90: Ninetieth percentile.
-        rounds: How many there were.
-        detail: What was run.
+        rounds: Number of rounds.
+        detail: Description of the kernel.
     """
 
     best: float
@@ -68,12 +69,12 @@ class Rate:
 
     @property
     def noisy(self) -> bool:
-        """The median is more than a quarter below the best: the machine was doing something else."""
+        """True when the median is over a quarter below the best: the machine was busy otherwise."""
         return self.median < 0.75 * self.best
 
 
 def rate_of(values: Sequence[float], detail: str) -> Rate:
-    """Best, median and spread of the rates of several rounds."""
+    """Returns best, median and spread of the rates of several rounds."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return Rate(
@@ -87,13 +88,13 @@ def rate_of(values: Sequence[float], detail: str) -> Rate:
 
 
 def table_bandwidth(name: str) -> float | None:
-    """Bytes/s of the device with this name, or None when the table does not know it."""
+    """Returns the bytes/s of the device with this name; None when the table does not list it."""
     found = next((value for pattern, value in BANDWIDTH.items() if re.fullmatch(pattern, name)), None)
     return None if found is None else found * 1e9
 
 
 def last_cache_bytes(device: torch.device, caches: Path = _CACHES) -> int:
-    """Bytes of the last cache before memory; 64 MiB where nothing tells."""
+    """Returns the bytes of the last cache before memory; 64 MiB where the system does not report them."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
@@ -106,13 +107,13 @@ def last_cache_bytes(device: torch.device, caches: Path = _CACHES) -> int:
 def measure_bandwidth(
     device: torch.device, dtype: torch.dtype = torch.float32, rounds: int = 10, num_bytes: int | None = None
 ) -> dict[str, Rate]:
-    """Bytes/s of ``read``, ``copy``, ``triad`` and ``gemv``, the rounds of all interleaved.
+    """Measures the bytes/s of ``read``, ``copy``, ``triad`` and ``gemv``, with interleaved rounds.
 
     Args:
-        device: Where, with as many threads as torch has.
-        dtype: Of the matrix and vector of ``gemv``; the others are of fp32.
-        rounds: Timed rounds of each, after one that is not.
-        num_bytes: Of an array; None for four times the last cache, at least 64 MiB (256 on a GPU).
+        device: The device, with as many threads as torch has.
+        dtype: Dtype of the matrix and vector of ``gemv``; the others use fp32.
+        rounds: Timed rounds of each, after a warm-up round.
+        num_bytes: Bytes of an array; None for four times the last cache, at least 64 MiB (256 on a GPU).
 
     Raises:
         ValueError: ``rounds`` is below 1, or an array would hold less than a row.
@@ -133,7 +134,7 @@ def measure_bandwidth(
         "gemv": (rows * _COLUMNS * dtype.itemsize, lambda: torch.nn.functional.linear(vector, matrix)),
     }
     seconds = interleave(
-        {name: run for name, (_, run) in work.items()}, rounds, 1, lambda: _synchronise(device)
+        {name: run for name, (_, run) in work.items()}, rounds, 1, lambda: synchronise(device)
     )
     words = f"arrays of {size / _MIB:.0f} MiB"
     shown = dict.fromkeys(work, words) | {"gemv": f"{words}, {_short(dtype)}"}
@@ -144,13 +145,13 @@ def measure_bandwidth(
 
 
 def measure_products(device: torch.device, dtype: torch.dtype, rounds: int = 3, seconds: float = 0.3) -> Rate:
-    """FLOP/s of square products, the best size of a sweep in every round.
+    """Measures the FLOP/s of square products, at the best size of each sweep.
 
     Args:
-        device: Where, with as many threads as torch has.
-        dtype: Of the operands.
-        rounds: Sweeps.
-        seconds: Of a sweep, about.
+        device: The device, with as many threads as torch has.
+        dtype: Dtype of the operands.
+        rounds: Number of sweeps.
+        seconds: Approximate seconds of a sweep.
     """
     sweeps = [measure_peak_flops(device, dtype, seconds) for _ in range(rounds)]
     best = max(sweeps, key=lambda sweep: sweep.value)
@@ -161,7 +162,7 @@ def measure_products(device: torch.device, dtype: torch.dtype, rounds: int = 3, 
 def measure_machine(
     device: torch.device, dtypes: Sequence[torch.dtype], rounds: int = 10, seconds: float = 0.3
 ) -> dict[str, dict[str, Rate]]:
-    """Everything that ``python -m tools.peaks`` prints: ``bytes_per_s`` by kernel, ``flops`` by dtype."""
+    """Measures ``bytes_per_s`` by kernel and ``flops`` by dtype, for ``python -m tools.peaks``."""
     return {
         "bytes_per_s": measure_bandwidth(device, dtypes[0], rounds),
         "flops": {_short(dtype): measure_products(device, dtype, 3, seconds) for dtype in dtypes},
@@ -169,19 +170,15 @@ def measure_machine(
 
 
 def figures_of(rates: Mapping[str, Rate]) -> dict[str, Any]:
-    """The rates for programs."""
+    """Returns the rates for programs."""
     return {name: {**vars(rate), "noisy": rate.noisy} for name, rate in rates.items()}
-
-
-def describe_device(device: torch.device) -> str:
-    """The device's name; of a CPU with its threads."""
-    return device_name(device)
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until the device is idle; a CPU always is."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,7 +1,7 @@
-"""Peak memory and energy of what runs in between, where the machine tells; else None with the reason.
+"""Meters of peak memory and energy; None with the reason where the machine has no counter.
 
-Energy of a CPU is of its counters under ``/sys/class/powercap`` (RAPL): packages and memory, everything that
-ran on them. Of an NVIDIA GPU it is of its counter in NVML. Nothing is estimated from a load here.
+Energy of a CPU is read from its counters under ``/sys/class/powercap`` (RAPL): packages and memory, for
+all that ran on them. Energy of an NVIDIA GPU is read from NVML. Nothing is estimated from the load.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
+
+from recipes.runtime.machine_memory import status_peak_bytes
 
 _RAPL = Path("/sys/class/powercap")
 _PROC = Path("/proc/self")
@@ -29,7 +32,7 @@ class Reading:
 
     Attributes:
         value: None where it could not be measured.
-        detail: What it covers, or why there is none.
+        detail: Coverage of the value, or the reason why there is none.
     """
 
     value: float | None
@@ -44,7 +47,7 @@ class MemoryMeter:
         self._reason: str | None = None
 
     def start(self) -> None:
-        """Forgets the peak so far."""
+        """Resets the peak."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
@@ -54,26 +57,25 @@ class MemoryMeter:
             self._reason = f"the peak of the process cannot be reset ({error.strerror})"
 
     def read(self) -> Reading:
-        """The peak since."""
+        """Returns the peak since `start`."""
         if self._device.type == "cuda":
             return Reading(float(torch.cuda.max_memory_allocated(self._device)), "allocated on the GPU")
         if self._reason is not None:
             return Reading(None, self._reason)
         try:
-            lines = (self._proc / "status").read_text().splitlines()
+            peak = status_peak_bytes(self._proc / "status")
         except OSError as error:
             return Reading(None, f"{self._proc}/status cannot be read ({error.strerror})")
-        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
         if peak is None:
-            return Reading(None, "the system does not tell the peak of a process")
-        return Reading(1024.0 * int(peak), "resident memory of the process, libraries included")
+            return Reading(None, "the system does not report the peak of a process")
+        return Reading(float(peak), "resident memory of the process, libraries included")
 
 
 class MemorySampler:
-    """Mean bytes in use while it is entered: looked at 20 times a second by a thread.
+    """Sampler of the mean bytes in use while it is entered; a thread reads 20 times per second.
 
     Attributes:
-        total: Bytes of the device, or of the machine; None where it does not tell.
+        total: Bytes of the device or machine; None where unknown.
     """
 
     def __init__(self, device: torch.device, proc: Path = _PROC, every: float = 0.05) -> None:
@@ -84,7 +86,7 @@ class MemorySampler:
         self.total = _memory_of(device)
 
     def __enter__(self) -> Self:
-        """Begins to look."""
+        """Starts the thread."""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
@@ -92,15 +94,15 @@ class MemorySampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends."""
+        """Stops the thread."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
 
     def read(self) -> Reading:
-        """The mean."""
+        """Returns the mean."""
         if not self._values:
-            return Reading(None, f"{self._device.type} does not tell what is in use")
+            return Reading(None, f"{self._device.type} does not report the memory in use")
         where = "allocated on the GPU" if self._device.type == "cuda" else "resident of the process"
         return Reading(statistics.fmean(self._values), f"{where}, mean of {len(self._values)} looks")
 
@@ -120,18 +122,15 @@ class MemorySampler:
         return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _memory_of(device: torch.device) -> int | None:
+def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
+    return int(psutil.virtual_memory().total)
 
 
 @dataclass(frozen=True)
 class _Counter:
-    """A counter of energy: reads joules, and where it starts over."""
+    """Counter of energy in joules, with the value at which it wraps."""
 
     name: str
     read: Callable[[], float]
@@ -152,7 +151,7 @@ class EnergyMeter:
         self._began = time.perf_counter()
 
     def read(self) -> tuple[Reading, float]:
-        """Joules since, and seconds."""
+        """Returns joules and seconds since `start`."""
         seconds = time.perf_counter() - self._began
         if not self._counters:
             return Reading(None, self.reason), seconds
@@ -170,12 +169,12 @@ class EnergyMeter:
 
 
 def _counters(device: torch.device, rapl: Path, nvml: Any) -> tuple[list[_Counter], str]:
-    """The counters of a device, or why there are none."""
+    """Returns the counters of a device, or the reason why there are none."""
     if device.type == "cuda":
         try:
             return [_nvml_counter(device, nvml or ctypes.CDLL("libnvidia-ml.so.1"))], ""
         except (OSError, AttributeError) as error:
-            return [], f"NVML tells no energy ({error})"
+            return [], f"NVML reports no energy ({error})"
     if device.type != "cpu":
         return [], f"no meter for {device.type}"
     found, refused = [], []
@@ -201,7 +200,7 @@ def _rapl_counter(folder: Path, name: str) -> _Counter:
 
 
 def _nvml_counter(device: torch.device, library: Any) -> _Counter:
-    """The counter of a GPU, found by its UUID: NVML numbers devices otherwise than CUDA.
+    """Returns the counter of a GPU, found by its UUID because NVML numbers devices differently.
 
     Raises:
         OSError: A call of NVML fails.

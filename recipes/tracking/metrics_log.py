@@ -1,6 +1,6 @@
-"""What a run measures: figures that know how they reduce across ranks, and the file that keeps them.
+"""Figures of a run that know their reduction across ranks, and the file that keeps them.
 
-A log is JSON lines (``metrics.jsonl``, ``load.jsonl``): one object a line, in the order of training. Every
+A log is JSON lines (``metrics.jsonl``, ``load.jsonl``): one object per line, in the order of training. Every
 line is valid JSON, also when training diverges: a number that is not finite is written as ``null``, with its
 name beside it (``"loss": null, "loss_nonfinite": "nan"``); `read_rows` turns it back into the float. In a
 list it is ``null`` alone and reads back as NaN.
@@ -35,7 +35,7 @@ _TAIL_BLOCK = 1 << 16  # bytes read at a time when looking for the last complete
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of one rank, and how the ranks' figures become one.
+    """Figure of one rank, with its reduction over ranks.
 
     Attributes:
         value: A number, or a tensor of one element on any device.
@@ -93,7 +93,7 @@ def reduce_metrics(metrics: Mapping[str, Metric], group: dist.ProcessGroup | Non
 
 
 def _device(metrics: Mapping[str, Metric], group: dist.ProcessGroup | None) -> torch.device:
-    """Where to reduce: on the accelerator when a figure is there or the group needs it."""
+    """Returns the device of the reduction: the accelerator if a figure is there or the group needs it."""
     if group is not None and "nccl" in dist.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())
     if group is not None:
@@ -103,7 +103,7 @@ def _device(metrics: Mapping[str, Metric], group: dist.ProcessGroup | None) -> t
 
 
 def _pack(metrics: list[Metric], device: torch.device) -> Tensor:
-    """``[N]`` fp64 values on ``device``. Python numbers travel together, tensors without a host read."""
+    """Packs ``[N]`` fp64 values on ``device``. Numbers are copied together, tensors without a host read."""
     if not metrics:
         return torch.zeros(0, dtype=torch.float64, device=device)
     numbers = [0.0 if isinstance(m.value, Tensor) else float(m.value) for m in metrics]
@@ -118,10 +118,10 @@ def _pack(metrics: list[Metric], device: torch.device) -> Tensor:
 
 
 class MetricsLog:
-    """An append-only JSON-lines file that survives being killed at any moment.
+    """Append-only JSON-lines file that survives being killed at any moment.
 
     Each row reaches the operating system when it is appended, and the disk at `sync` and `close`. Opening
-    a log drops a last line that a killed run left unfinished, and says so.
+    a log drops a last line that a killed run left unfinished, with a warning.
 
     Args:
         path: The file; its folder is made when missing.
@@ -160,14 +160,14 @@ class MetricsLog:
             raise DiskError([disk_mistake(self.path, error)]) from error
 
     def truncate_after(self, stage: str, step: int) -> int:
-        """Drops, in one atomic step, the rows of ``leg`` past ``step``: a resumed run writes them again.
+        """Drops, in one atomic step, the rows of ``stage`` past ``step``; a resumed run writes them again.
 
         Args:
-            stage: Only rows of this leg are dropped.
-            step: The last step to keep; -1 drops the whole leg.
+            stage: Only rows of this stage are dropped.
+            step: The last step to keep; -1 drops the whole stage.
 
         Returns:
-            How many rows were dropped.
+            The number of dropped rows.
 
         Raises:
             DiskError: The file cannot be rewritten; it is as it was.
@@ -183,7 +183,7 @@ class MetricsLog:
                 kept.append(line)
         if dropped:
             self._replace(b"".join(kept))
-            _LOG.info("%s: dropped %d rows of leg %s after step %d", self.path, dropped, stage, step)
+            _LOG.info("%s: dropped %d rows of stage %s after step %d", self.path, dropped, stage, step)
         return dropped
 
     def sync(self) -> None:
@@ -276,30 +276,22 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def _writable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as valid JSON values, with a companion key for each number that is not finite."""
+    """Returns the row as valid JSON, with a companion key for each number that is not finite."""
     clean: dict[str, Any] = {}
     for key, value in row.items():
-        plain = _plain(value)
-        if isinstance(plain, float) and not math.isfinite(plain):
-            clean[key] = None
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        clean[key] = _finite(plain)
+        if isinstance(plain, float) and clean[key] is None:
             clean[key + NONFINITE] = repr(plain)
-        else:
-            clean[key] = _without_nonfinite(plain)
     return clean
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and numpy arrays as Python numbers and lists; the rest as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _without_nonfinite(value: Any) -> Any:
-    value = _plain(value)
+def _finite(value: Any) -> Any:
+    """Converts tensors and arrays to Python numbers and lists, and replaces NaN and infinities by None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
-    return value
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``summary.json``: what a run has found so far, written after every leg."""
+"""``summary.json``: results of a run so far, written after every stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from recipes.runtime.atomic import atomic_write_json
 from recipes.tracking.step_costs import Costs
 
-_LABELS = {
+LABELS = {
     "dense": "Dense (start)",
     "cpt": "Dense, continued (CPT)",
     "stage1": "MoE after stage 1",
@@ -23,7 +23,7 @@ class Results:
     """The summary of a run in progress. Every rank holds the same; rank 0 writes.
 
     Attributes:
-        content: What is written.
+        content: Content of the file.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], *, writes: bool) -> None:
@@ -35,20 +35,20 @@ class Results:
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
-        """What an earlier process of the run has found; empty where there is nothing."""
+        """Reads the results of an earlier process of the run; empty where there are none."""
         if not path.is_file():
             return {}
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
     def row(self, model: str) -> dict[str, Any] | None:
-        """The row of a finished leg."""
+        """Returns the row of a finished stage; None if there is none."""
         return next((row for row in self.content["results"] if row["model"] == model), None)
 
     def put_stage(
         self, model: str, label: str, val_loss: float | None, tokens: int, costs: Costs, speed: float | None
     ) -> None:
-        """Adds or replaces the row of a model, in the order of `_LABELS`."""
+        """Adds or replaces the row of a model, in the order of `LABELS`."""
         row = {"model": model, "label": label, "val_loss": val_loss, "tokens": tokens}
         row |= {key: value for key, value in asdict(costs).items() if key != "peak_flops"}
         row["tokens_per_s"] = speed
@@ -62,7 +62,7 @@ class Results:
         self.write()
 
     def add_time(self, key: str, seconds: float) -> None:
-        """Adds to a timing: a leg that was resumed took the sum of its parts."""
+        """Adds to a timing: a resumed stage took the sum of its parts."""
         timings = self.content["timings"]
         timings[key] = timings.get(key, 0.0) + seconds
 
@@ -73,12 +73,12 @@ class Results:
 
 
 def stage_label(model: str) -> str:
-    """How a model is called in tables: ``cpt_tokens`` and ``scratch_400`` are shorter runs of an arm."""
+    """Returns the name of a model in tables; ``cpt_tokens`` and ``scratch_400`` are shorter runs."""
     kind, _, which = model.partition("_")
     if not which:
-        return _LABELS[kind]
-    return f"{_LABELS[kind]}, {'equal tokens' if which == 'tokens' else f'+{which} dense steps'}"
+        return LABELS[kind]
+    return f"{LABELS[kind]}, {'equal tokens' if which == 'tokens' else f'+{which} dense steps'}"
 
 
 def _place(model: str) -> tuple[int, str]:
-    return list(_LABELS).index(model.partition("_")[0]), model
+    return list(LABELS).index(model.partition("_")[0]), model

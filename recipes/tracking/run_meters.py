@@ -1,6 +1,6 @@
-"""Memory and energy of a run in progress, read every few steps and in between never.
+"""Memory and energy of a run in progress, read every few steps.
 
-What the steps used is in the rows; the total, with all that lies between them, is known at the end.
+Rows hold the use of the steps; the total, with everything between them, is known at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RunMeters:
 
     Attributes:
         peak_bytes: Largest memory of this process that a window has seen.
-        reasons: Why a figure is not measured, by its name.
+        reasons: Reasons for missing figures, by name.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class RunMeters:
         """Starts both.
 
         Args:
-            device: Of this rank.
-            first_on_machine: A CPU's counters are of the machine: one of its ranks reads them for all.
+            device: Device of this rank.
+            first_on_machine: True on the one rank that reads a CPU's counters for its machine.
             memory: None for the device's own.
             energy: None for the device's own.
         """
@@ -53,32 +53,32 @@ class RunMeters:
         self._memory.start()
 
     def of_window(self) -> dict[str, Metric]:
-        """What the steps since the last call have used, to be reduced over the ranks; see `WindowFigures`."""
+        """Returns the use of the steps since the last call, to reduce over the ranks; see `WindowFigures`."""
         peak = self._take_peak()
         self._steps_j += self._lap()
         joules = math.nan if self._reads_energy and self._energy is None else self._steps_j
         return {_MEMORY: Metric(math.nan if peak is None else peak, "max"), _JOULES: Metric(joules, "sum")}
 
     def between(self) -> None:
-        """Something else than steps has ended: what it used is not theirs."""
+        """Excludes the work since the last call from the figures of the steps."""
         self._take_peak()
         self._other_j += self._lap()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """For work whose memory is not the run's: a measurement of the machine."""
+        """Excludes the memory of enclosed work, such as a measurement of the machine."""
         self._take_peak()
         yield
         self._memory.start()
 
     def total_joules(self) -> float:
-        """Everything since the meters began; NaN where it is not measured, 0 of ranks that read nothing."""
+        """Returns all joules since the start; NaN where not measured, 0 on ranks that read no counter."""
         self.between()
         joules = self._steps_j + self._other_j
         return math.nan if self._reads_energy and not joules > 0 else joules
 
     def _lap(self) -> float:
-        """Joules since the last; a counter that has not ticked goes on, and its joules come with the next."""
+        """Returns the joules since the last call; a counter that has not ticked yet is read next time."""
         read = self._guarded(lambda meter: meter.read()[0])
         if read is None:
             return 0.0
@@ -90,7 +90,7 @@ class RunMeters:
         return read.value
 
     def _guarded(self, use: Callable[[EnergyMeter], Reading | None]) -> Reading | None:
-        """A counter that cannot be read any more is given up, with the reason; training goes on."""
+        """Reads a counter; one that fails is given up with the reason, and training continues."""
         if self._energy is None:
             return None
         try:
@@ -111,24 +111,24 @@ class RunMeters:
 
 
 class WindowFigures:
-    """Turns what `RunMeters.of_window` gave, reduced over the ranks, into figures of a row."""
+    """Converter of `RunMeters.of_window`, reduced over the ranks, into figures of a row."""
 
     def __init__(self) -> None:
         self._before = 0.0
         self._tokens = 0
 
     def begin_stage(self) -> None:
-        """Tokens of the leg before are not of this one's first window."""
+        """Drops the tokens of the previous stage from the first window."""
         self._tokens = 0
 
     def add_tokens(self, tokens: int) -> None:
-        """A step is done."""
+        """Adds the tokens of a finished step."""
         self._tokens += tokens
 
     def of_row(self, reduced: Mapping[str, float]) -> dict[str, float]:
-        """``memory_bytes`` of the fullest rank, ``energy_j`` of all since the row that had it last.
+        """Returns ``memory_bytes`` of the fullest rank, and ``energy_j`` of all since its last row.
 
-        What is not measured is left out, and so is energy while no counter has ticked.
+        Figures that are not measured are left out, and so is energy while no counter has ticked.
         """
         row = {}
         if math.isfinite(reduced[_MEMORY]):

@@ -1,4 +1,4 @@
-"""What a token and a step cost, as the loop is told."""
+"""Costs of a token and of a step, for the training loop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from moe.accounting.training import StepModel
 
 @dataclass(frozen=True)
 class Costs:
-    """What a token costs, for utilisation and the comparison.
+    """Costs of a token, for utilisation and comparisons.
 
     Attributes:
-        total_params: Of the model.
-        active_params: Those that one token uses.
-        flops_per_token_forward: At the run's sequence length; None where the attention is not known.
-        flops_per_token_train: Forward and backward.
-        peak_flops: Of one rank's device; None when unknown.
+        total_params: Parameters of the model.
+        active_params: Parameters that one token uses.
+        flops_per_token_forward: FLOPs at the run's sequence length; None where the attention is unknown.
+        flops_per_token_train: FLOPs of forward and backward.
+        peak_flops: Peak FLOP/s of one rank's device; None when unknown.
     """
 
     total_params: int
@@ -28,16 +28,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What the sparsity-aware figures of a step need besides.
+    """Further costs, for the sparsity-aware figures of a step.
 
     Attributes:
-        model: Its mixtures in the order of `moe.metrics.report_load`: networks first, then attention.
-        weight_size: Bytes an element of weights as products read them.
-        peak_bytes_per_s: Of one rank's device; None when unknown.
-        uncounted: Why the bytes of a step are not counted; None where they are.
-        counts_slots: Whether the slots of a routing are what experts compute; see `Router.mixes_tokens`.
-        readers: Of every mixture, ranks over which its experts are spread: one reads an expert once for the
-            tokens of all of them. Empty where every rank reads those of its own tokens.
+        model: Cost model; its MoE layers have the order of `moe.metrics.report_load`.
+        weight_size: Bytes per element of the weights in products.
+        peak_bytes_per_s: Bandwidth of one rank's device; None when unknown.
+        uncounted: Reason why the bytes of a step are not counted; None where they are.
+        counts_slots: True if experts compute the slots of a routing; see `Router.mixes_tokens`.
+        readers: For every MoE layer, the ranks that share its experts: one reads an expert once for the
+            tokens of all of them. Empty where every rank reads the experts of its own tokens.
     """
 
     model: StepModel

@@ -1,4 +1,4 @@
-"""The figures of a step beside its loss: what it used of the hardware, and what its routers did."""
+"""Figures of a step besides its loss: use of the hardware and figures of the routers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from recipes.tracking.step_costs import Costs, StepCosts
 
 @dataclass(frozen=True)
 class StepWork:
-    """One step as it ran.
+    """Work of one step.
 
     Attributes:
-        tokens: Over all ranks.
-        seconds: How long it took.
-        ranks: That computed gradients.
-        micro_batches: Over all ranks.
-        load: Of the mixtures.
-        attention: Of attention experts.
+        tokens: Tokens over all ranks.
+        seconds: Duration.
+        ranks: Ranks that computed gradients.
+        micro_batches: Micro-batches over all ranks.
+        load: Load of the MoE layers.
+        attention: Load of the attention experts.
     """
 
     tokens: int
@@ -35,12 +35,12 @@ class StepWork:
 
 @dataclass
 class StepFigures:
-    """Of one leg, so that a utilisation above 1 is said once in it.
+    """Figures of the steps of one stage, which warn once of a utilisation above 1.
 
     Attributes:
-        steps: What S-MFU and S-MBU need; None where nobody asked for them.
-        end: What a token costs with the K that the routers are set to, which ``steps`` has too.
-        verbose: Whether this rank warns.
+        steps: Costs for S-MFU and S-MBU; None where they are not requested.
+        end: Costs of a token with the final K of the routers, as in ``steps``.
+        verbose: True on the rank that warns.
     """
 
     steps: StepCosts | None
@@ -49,10 +49,10 @@ class StepFigures:
     _warned: set[str] = field(default_factory=set)
 
     def of_step(self, costs: Costs, work: StepWork) -> dict[str, float]:
-        """What the step used of the hardware; what is not known is left out, see `missing`.
+        """Returns the step's use of the hardware; unknown figures are left out, see `missing`.
 
         Args:
-            costs: What a token costs at this step.
+            costs: Costs of a token at this step.
             work: The step.
         """
         row: dict[str, float] = {"active_params": costs.active_params}
@@ -69,7 +69,7 @@ class StepFigures:
         return row
 
     def missing(self) -> dict[str, str]:
-        """Which shares no step has, and why."""
+        """Returns the shares that no step has, with the reasons."""
         gone: dict[str, str] = {}
         if self.end.flops_per_token_train is None:
             gone |= dict.fromkeys(("mfu", "s_mfu"), "the accounting does not know this model's attention")
@@ -114,9 +114,9 @@ class StepFigures:
     def _busiest(
         self, steps: StepCosts, work: StepWork, reports: Sequence[LoadReport], touched: StepTouched
     ) -> dict[str, float]:
-        """Of the rank that the others wait for: as if one had the most experts to read in every layer.
+        """Returns bytes and share of the slowest rank, as if it read the most experts in every layer.
 
-        Its bytes and share are those of ranks that all read as many, of which it is one.
+        They are those of ranks that all read as many experts.
         """
         each = [number for report in reports for number in report.busiest]
         once = [number for report in reports for number in report.busiest_in_step]
@@ -144,7 +144,7 @@ class StepFigures:
 
 
 def router_figures(load: LoadReport | None, kind: str = "") -> dict[str, float]:
-    """What the routers did, as means over the layers and layer by layer."""
+    """Returns the figures of the routers, as means over the layers and layer by layer."""
     if load is None:
         return {}
     row = {f"{kind}router/{name}": value for name, value in load.means().items()}

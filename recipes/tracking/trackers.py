@@ -1,8 +1,8 @@
-"""The dashboards: every row goes to ``metrics.jsonl`` first and to Weights & Biases second.
+"""Dashboards: every row goes to ``metrics.jsonl`` first and to Weights & Biases second.
 
-The files are the record; wandb mirrors them. Whatever happens to wandb (no network, a key that is
-refused, its process killed) is said once, and training goes on without it. wandb only ever appends: steps
-that a resumed run trains again stand twice in its charts, and once in ``metrics.jsonl``.
+The files are the record, which wandb mirrors. Any failure of wandb (no network, a key that is
+refused, its process killed) is logged once, and training continues without it. wandb only appends: steps
+that a resumed run repeats are twice in its charts, and once in ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from moe.errors import DiskError, Mistake
+from moe.errors import DiskError, Mistake, require
 from moe.types import Config
-from recipes.runtime.rules import require
 from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 from recipes.tracking.report.colours import load_image
@@ -40,16 +39,16 @@ _MODES = {
 }
 _SAME_SERVER = {"api.forge.coreweave.com": ("api.wandb.ai",)}  # wandb takes the second's key for the first
 _MAX_BINS = 512  # wandb refuses histograms with more
-_NOT_CHARTED = frozenset({"stage", "time"})  # the leg is in every name, and wandb keeps its own time
+_NOT_CHARTED = frozenset({"stage", "time"})  # the stage is in every name, and wandb keeps its own time
 
 
 @dataclass(frozen=True)
 class TrackerConfig(Config):
-    """Where the charts go.
+    """Settings of the charts.
 
     Attributes:
         mode: ``online``, ``offline`` (kept under the run directory), ``disabled``, or ``auto``: what
-            WANDB_MODE says, else online when an API key is found, else offline.
+            WANDB_MODE sets, else online if an API key is found, else offline.
         project: wandb project.
         entity: wandb user or team; None for the account's own.
         group: wandb group of runs.
@@ -68,18 +67,19 @@ class TrackerConfig(Config):
 
     def __post_init__(self) -> None:
         require(
-            (bool(self.project), "project is empty; name a wandb project"),
-            (self.media_every >= 1, f"media_every={self.media_every} must be at least 1 step"),
-            (self.timeout_s > 0, f"timeout_s={self.timeout_s} must be more than 0 seconds"),
+            self,
+            (bool(self.project), "project", "is empty", "Name a wandb project."),
+            (self.media_every >= 1, "media_every", "must be at least 1 step", "Raise it."),
+            (self.timeout_s > 0, "timeout_s", "must be more than 0 seconds", "Raise it."),
         )
 
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """The load of every expert of a step, as `moe.metrics.LoadReport` has it.
+    """Load of every expert in a step, from `moe.metrics.LoadReport`.
 
     Attributes:
-        layers: Index of each MoE layer in the host.
+        layers: Index of each MoE layer in the model.
         load: Layer by expert, the share of routed slots; a layer's shares sum to 1.
     """
 
@@ -88,10 +88,10 @@ class ExpertLoad:
 
 
 class NullTracker:
-    """A tracker that tracks nothing: of the other ranks, when disabled, and after wandb has failed.
+    """Tracker that tracks nothing: on other ranks, when disabled, and after wandb has failed.
 
     Attributes:
-        run_id: What a checkpoint stores, so that a resumed run continues the same charts; None where no
+        run_id: Id that a checkpoint stores, so that a resumed run continues the same charts; None where no
             tracker has run.
     """
 
@@ -99,14 +99,14 @@ class NullTracker:
         self.run_id = run_id
 
     def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
-        """Takes the row of a step, which has ``leg`` and ``step``, and the experts' load where known."""
+        """Takes the row of a step, with ``stage`` and ``step``, and the experts' load where known."""
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:
         """Ends the charts, with the figures to keep as the run's summary."""
 
 
 class Tracker(NullTracker):
-    """Mirrors rows to a wandb run. Never raises on account of wandb. Made by `start`."""
+    """Tracker that mirrors rows to a wandb run and never raises on account of wandb. Made by `start`."""
 
     def __init__(self, wandb: ModuleType, run: Any, media_every: int) -> None:
         super().__init__(run.id)
@@ -116,7 +116,7 @@ class Tracker(NullTracker):
         self._stages: set[str] = set()
 
     def log(self, row: Mapping[str, Any], load: ExpertLoad | None = None) -> None:
-        """Sends one row in one call: each name behind its leg (``moe/loss``), drawn over ``<leg>/step``."""
+        """Sends one row in one call: names behind their stage (``moe/loss``), drawn over ``<stage>/step``."""
         self._attempt(lambda: self._send(row, load))
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:
@@ -125,7 +125,7 @@ class Tracker(NullTracker):
         self._run = None
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Runs ``action`` unless wandb has failed before. A failure is said, and is the last one."""
+        """Runs ``action`` unless wandb has failed before; the first failure is logged and ends the charts."""
         if self._run is None:
             return
         try:
@@ -151,7 +151,7 @@ class Tracker(NullTracker):
         self._run.finish()
 
     def _media(self, stage: str, load: ExpertLoad) -> dict[str, Any]:
-        """One picture of all layers, and for each layer the load by expert as a histogram."""
+        """Makes a picture of all layers, and for each layer a histogram of the load by expert."""
         load_LE = np.asarray(load.load, dtype=np.float64)
         caption = "rows: MoE layers, columns: experts; blue 0, pale 1, red 2 or more times the uniform load"
         media = {f"{stage}/load": self._wandb.Image(load_image(load_LE), caption=caption)}
@@ -175,20 +175,20 @@ def start(
     rank: int = 0,
     log: Callable[[str], None] = print,
 ) -> NullTracker:
-    """Starts the charts of a run on rank 0 and says in one line where they are.
+    """Starts the charts of a run on rank 0 and logs their place in one line.
 
     Args:
-        cfg: Where the charts go.
+        cfg: Settings of the charts.
         run_dir: The run directory; everything that wandb keeps is written to its ``wandb`` folder.
         run_name: Name of the run.
         config: The resolved configuration, shown beside the charts.
-        run_id: Of the checkpoint that is resumed, so that its charts go on; None starts new ones.
+        run_id: Id from the resumed checkpoint, to continue its charts; None starts new ones.
         rank: Global rank of this process.
         log: Takes the line.
 
     Returns:
         A `Tracker`; a `NullTracker` on other ranks, when disabled, and when wandb cannot start, which is
-        said in a warning.
+        logged as a warning.
     """
     if rank != 0 or cfg.mode == "disabled":
         return NullTracker(run_id)
@@ -223,7 +223,7 @@ def _init(wandb: Any, cfg: TrackerConfig, mode: str, run_dir: Path, **run: Any) 
 
 
 def _choose_mode(cfg: TrackerConfig, wandb: Any) -> tuple[str, str]:
-    """The mode to run in, and why.
+    """Returns the mode to run in, and the reason.
 
     Raises:
         RuntimeError: The environment names an unknown mode, or online is asked for without a key.
@@ -231,7 +231,7 @@ def _choose_mode(cfg: TrackerConfig, wandb: Any) -> tuple[str, str]:
     asked = os.environ.get("WANDB_MODE", "") if cfg.mode == "auto" else cfg.mode
     if asked and asked not in _MODES:
         raise RuntimeError(f"WANDB_MODE={asked!r} is none of {', '.join(_MODES)}")
-    reason = "as WANDB_MODE says" if cfg.mode == "auto" else "as tracker.mode says"
+    reason = "set by WANDB_MODE" if cfg.mode == "auto" else "set by tracker.mode"
     mode = _MODES.get(asked, "")
     if mode in ("offline", "disabled"):
         return mode, reason
@@ -244,7 +244,7 @@ def _choose_mode(cfg: TrackerConfig, wandb: Any) -> tuple[str, str]:
 
 
 def _credentials(wandb: Any) -> str | None:
-    """Where wandb would find a key, without reading it further and without asking anyone; None if nowhere."""
+    """Returns the place where wandb would find a key, without using it; None if there is none."""
     for name in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
         if os.environ.get(name):
             return name
@@ -267,7 +267,7 @@ def _where(run: Any, mode: str, reason: str) -> str:
 
 
 def _shown(run: Any) -> str:
-    """The folder of a wandb run, as a shell takes it."""
+    """Returns the folder of a wandb run, quoted for a shell."""
     folder, here = Path(run.dir).parent, Path.cwd()
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
@@ -289,7 +289,7 @@ def _environment(run_dir: Path) -> Iterator[None]:
 
 
 def _give_up(wandb: Any, error: Exception, kept: str = "It has no charts of this run.") -> None:
-    """Says once that wandb has failed, and frees what is left of it, so that it is quiet at exit too."""
+    """Logs once that wandb has failed, and tears it down, so that it is quiet at exit too."""
     first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     _LOG.warning(
         "wandb failed and is off (%s). Training goes on; metrics.jsonl has everything. %s", first, kept
@@ -300,14 +300,14 @@ def _give_up(wandb: Any, error: Exception, kept: str = "It has no charts of this
 
 
 class RunLogger:
-    """Where a training loop puts its rows: the files first, then the tracker.
+    """Logger of a training loop: rows go to the files first, then to the tracker.
 
     Rank 0 writes ``metrics.jsonl`` and ``load.jsonl``; on the other ranks every method does nothing, so
     that a loop calls it alike everywhere.
 
     Args:
         run_dir: The run directory.
-        tracker: What `start` gave.
+        tracker: Result of `start`.
         rank: Global rank of this process.
 
     Raises:
@@ -324,11 +324,11 @@ class RunLogger:
         """Logs a step.
 
         Args:
-            row: At least ``leg`` and ``step``; numbers by name.
+            row: Numbers by name, with at least ``stage`` and ``step``.
             load: Load of every expert, in steps where it is known.
 
         Raises:
-            DiskError: Very many rows cannot be written; a few wait, which is said once.
+            DiskError: Too many rows cannot be written; a few wait, with one warning.
         """
         if not self._logs:
             return
@@ -342,12 +342,12 @@ class RunLogger:
         self.tracker.log(row, load)
 
     def truncate_after(self, stage: str, step: int) -> int:
-        """Drops the rows of ``leg`` past ``step`` from the files, before a resumed run writes them again.
+        """Drops the rows of ``stage`` past ``step`` from the files, before a resumed run writes them again.
 
-        Legs that come later in the run are dropped with ``step`` -1.
+        Later stages of the run are dropped with ``step`` -1.
 
         Returns:
-            How many rows of metrics were dropped.
+            The number of dropped rows of metrics.
         """
         return [log.truncate_after(stage, step) for log in self._logs][0] if self._logs else 0
 

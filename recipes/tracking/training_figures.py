@@ -1,4 +1,4 @@
-"""What a leg used of the hardware, from its rows: for ``summary.json`` and the report."""
+"""Use of the hardware by a stage, from its rows, for ``summary.json`` and the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHARES = ("mfu", "s_mfu", "s_mbu")
 
 
 def summarise_stage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The figures of a leg over all its steps, those of earlier processes too; None where not measured.
+    """Sums up a stage over all its steps, in all processes; None where a figure was not measured.
 
     Shares are weighted by the time of their steps, which for one peak is the ratio of the sums (equation 6 of
     MoE-CAP, arXiv:2412.07067), not a mean of ratios; a step without its share makes it None. Energy is of the

@@ -1,4 +1,4 @@
-"""What a host costs a token, from the live module and its config."""
+"""Costs of a token and bytes of a step, from the live model and its config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moe.layer import moe_layers
 from recipes.checkpoint import GlobalTensor, global_shape, local_memory
 from recipes.engines import TrainModule
 from recipes.models.hf.hf_model import HFModel
-from recipes.runtime.resident import peak_resident_bytes
+from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.tracking.step_costs import Costs
 
 
@@ -33,15 +33,15 @@ def measure_costs(
 ) -> Costs:
     """Counts parameters exactly and FLOPs by the ``exact`` convention; call it before the model is sharded.
 
-    FLOPs are None where the accounting does not know the host's attention: they are never guessed. With
-    attention experts the keys that a query meets are those expected under uniform routing, see
+    FLOPs are None if the accounting does not know the model's attention: they are never guessed. With
+    attention experts, a query meets the number of keys expected under uniform routing, see
     `moe.accounting.attention_experts`.
 
     Args:
         model: The decoder.
-        seq_len: Tokens a sample.
-        peak_flops: Of one rank's device; None when unknown.
-        top_k: Layer index to experts a token, where that is another number than the router's own.
+        seq_len: Tokens in a sample.
+        peak_flops: Peak FLOP/s of one rank's device; None if unknown.
+        top_k: Experts a token by layer index, for layers that differ from their router's own number.
     """
     numbers = {
         f"{name}.experts": top_k[layer.context.layer_index]
@@ -68,7 +68,7 @@ def measure_costs(
 
 
 def _mixers(model: HFModel, dense: Sequence[Mixer]) -> list[Mixer]:
-    """The attention of every layer, with heads that are experts where the host has them."""
+    """Returns the attention of every layer, with its attention experts, if any."""
     mixers = list(dense)
     for index, layer in model.attention_layers():
         plain, router = mixers[index], layer.router
@@ -78,7 +78,7 @@ def _mixers(model: HFModel, dense: Sequence[Mixer]) -> list[Mixer]:
 
 
 def scheduled_costs(model: HFModel, seq_len: int, peak_flops: float | None) -> tuple[tuple[int, Costs], ...]:
-    """What a token costs from each step on at which the host's schedule changes K; empty without one."""
+    """Returns the costs of a token from each step at which the schedule changes K; empty without one."""
     if model.schedule is None:
         return ()
     return tuple(
@@ -88,17 +88,18 @@ def scheduled_costs(model: HFModel, seq_len: int, peak_flops: float | None) -> t
 
 
 def step_model(model: HFModel) -> StepModel:
-    """What a step of a host moves, but for its update; call it before the model is sharded.
+    """Returns what a step moves, except its update; call it before the model is sharded.
 
-    The mixtures are in the order in which the loop reports their load.
+    The MoE layers are in the order in which the loop reports their load.
     """
     found = {each.name: each for each in expert_modules(model.module)}
     routed = [*moe_layers(model.module), *attention_layers(model.module)]
     experts = [found[f"{name}.experts"] for name, _ in routed]
-    theirs = {id(param) for each in experts for param in each.experts.parameters()}
+    routed_params = {id(param) for each in experts for param in each.experts.parameters()}
     count = count_parameters(model.module)
     embeddings = [module for module in model.module.modules() if isinstance(module, nn.Embedding)]
-    trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad and id(p) not in theirs)
+    dense_params = [p for p in model.module.parameters() if id(p) not in routed_params]
+    trained = sum(p.numel() for p in dense_params if p.requires_grad)
     return StepModel(
         always=count.total - count.routed - count.looked_up,
         always_trained=max(0, trained - count.looked_up),
@@ -121,13 +122,13 @@ def _moe(found: ExpertModule) -> Mixture:
 
 
 def local_update_bytes(train_module: TrainModule) -> float:
-    """Bytes that the update moves on this rank: of its shard, or of its whole replica."""
+    """Returns the bytes that the update moves on this rank, for its shard or its whole replica."""
     tensors = train_module.checkpoint_tensors()
     state = {name: t for name, t in tensors.items() if name.startswith("optim.") and global_shape(t)}
-    # Of a parameter a rank updates what it holds of each tensor of its state, which has its dtype.
+    # The state of a parameter is sharded as its update is, and has the same dtype.
     weights = {name.rpartition(".")[0]: _local_bytes(t) for name, t in state.items()}
-    held = sum(weights.values())
-    return update_bytes(held, sum(map(_local_bytes, state.values())), held)
+    updated = sum(weights.values())
+    return update_bytes(updated, sum(map(_local_bytes, state.values())), updated)
 
 
 def _local_bytes(tensor: GlobalTensor) -> int:
@@ -135,13 +136,13 @@ def _local_bytes(tensor: GlobalTensor) -> int:
 
 
 def expert_readers(model: HFModel) -> tuple[int, ...]:
-    """Of every mixture of a step, ranks over which its experts are spread; empty where none are."""
+    """Returns the number of ranks that share the experts of each MoE layer; empty without such sharing."""
     ranks = tuple(layer.experts.ranks for _, layer in model.moe_layers())
     return ranks + (1,) * len(model.attention_layers()) if any(each > 1 for each in ranks) else ()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The largest resident memory of this process so far, or on a GPU its largest allocation."""
+    """Returns the largest resident memory of this process so far, or on a GPU its largest allocation."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()

@@ -1,4 +1,4 @@
-"""One model's training within a run: what it takes, and how it ended."""
+"""Stages of a run, each the training of one model, and their results."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from recipes.tracking.step_costs import Costs, StepCosts
 
 @dataclass
 class Stage:
-    """One model's training within a run.
+    """Training of one model within a run.
 
     Attributes:
         name: ``dense``, ``moe`` or ``cpt``.
-        title: For people.
+        title: Title for the console.
         train: Steps, batch and intervals.
         optim: Optimizer and schedule.
         data: Samples.
-        train_module: The model under its engine.
-        costs: What a token costs, at the end where that changes.
-        scheduled_costs: What it costs from each of these steps on, ascending from 0; empty where that is
-            ``costs`` throughout.
-        step_costs: What the sparsity-aware figures need; None to leave them out.
+        train_module: The model as its engine has prepared it.
+        costs: Costs of a token; those at the end if they change.
+        scheduled_costs: Costs of a token from each of these steps on, ascending from 0; empty if they do not
+            change.
+        step_costs: Inputs of the sparsity-aware figures; None leaves these out.
         checkpoints: Folder of its checkpoints.
-        state: What every checkpoint carries besides tensors: identity of the run, reports.
+        state: State that every checkpoint has besides tensors: identity of the run, reports.
         first_step: Steps done already.
-        first_sample: The sample that step 0 begins with: past those that the model was trained on before.
-        seed: Of dropout and the like; each rank has its own, and a resumed leg goes on with what was saved.
+        first_sample: First sample of step 0, behind those that the model was trained on before.
+        seed: Seed of dropout and other noise. Each rank adds its number; a resumed stage continues from its
+            saved random states.
     """
 
     name: str
@@ -53,26 +54,26 @@ class Stage:
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all ranks."""
+        """Tokens of a step, over all ranks."""
         return self.train.global_batch_size * self.data.train.seq_len
 
     def costs_at(self, step: int) -> Costs:
-        """What a token costs in a step that has so many before it."""
+        """Returns the costs of a token in the step that follows ``step`` others."""
         begun = [costs for start, costs in self.scheduled_costs if start <= step]
         return begun[-1] if begun else self.costs
 
 
 @dataclass
 class StageResult:
-    """How a leg ended.
+    """Result of a stage.
 
     Attributes:
-        finished: Whether all steps were done; False when it was asked to stop.
+        finished: Whether all steps were done; False if a stop was requested.
         step: Steps done.
-        val_loss: Of the last validation.
-        first_val_loss: Of the validation before the first step; None when resumed past it.
+        val_loss: Loss of the last validation.
+        first_val_loss: Loss of the validation before the first step; None if not known.
         tokens_per_s: Median over the steps of this process.
-        missing: Figures that no row has, and why.
+        missing: Reasons by the name of figures that no row has.
     """
 
     finished: bool

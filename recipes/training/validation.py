@@ -1,4 +1,4 @@
-"""The loss on text that is not trained on."""
+"""Validation: the loss on samples that are not trained on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,29 @@ from recipes.data.samples import TokenMetadata
 from recipes.engines import Engine, TrainModule
 from recipes.runtime.heartbeat import ASIDE, Heartbeat
 from recipes.tracking.metrics_log import Metric, reduce_metrics
+from recipes.training.hooks.base import StepHook, TrainStep, is_due
+
+
+class Validation(StepHook):
+    """Validation of a stage at its beginning, at intervals and at its end."""
+
+    def at_start(self) -> None:
+        """Validates the model that no step has changed yet."""
+        if self.run.stage.first_step == 0:
+            self.run.result.first_val_loss = self._evaluate()
+
+    def after_step(self, step: TrainStep) -> None:
+        """Validates if it is due, and after the last step of the stage."""
+        train = self.run.stage.train
+        if step.done == train.steps or is_due(step.done, train.eval_every):
+            step.row["val_loss"] = self._evaluate()
+
+    def _evaluate(self) -> float:
+        engine, stage, pauses = self.run.engine, self.run.stage, self.run.pauses
+        with pauses.pause("evaluation"):
+            loss = validation_loss(engine, stage.train_module, stage.data, stage.train, pauses.heartbeat)
+        self.run.result.val_loss = loss
+        return loss
 
 
 def validation_loss(
@@ -21,14 +44,16 @@ def validation_loss(
     train: TrainConfig,
     heartbeat: Heartbeat | None = None,
 ) -> float:
-    """Mean cross-entropy a target over the first validation samples, the same for any number of ranks.
+    """Returns the mean cross-entropy per target over the first validation samples. Collective.
+
+    The samples are the same for any number of ranks.
 
     Args:
-        engine: Open.
-        train_module: What is evaluated.
-        data: Its ``validation``.
-        train: How many samples, and how many at a time.
-        heartbeat: Is told of every batch.
+        engine: The open engine.
+        train_module: The model to evaluate.
+        data: Data, whose ``validation`` is read.
+        train: Number of samples, and their number at a time.
+        heartbeat: Told of every batch.
     """
     wanted = min(train.eval_samples, data.validation.samples_per_epoch)
     size = train.micro_size(engine.data_ranks)
@@ -39,7 +64,7 @@ def validation_loss(
         if heartbeat is not None:
             heartbeat.beat(f"validation, sample {start - engine.data_rank * size}", patience)
             patience = 1.0
-        # Past the end a rank repeats the first samples with weight 0: sharded models need every rank.
+        # Past the end a rank repeats the first samples, uncounted: sharded models need every rank.
         real = max(0, min(size, wanted - start))
         tokens = data.validation.batch(start if real == size else 0, size)
         metadata = data.validation.metadata(start if real == size else 0, size)

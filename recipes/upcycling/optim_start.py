@@ -20,7 +20,7 @@ from moe.errors import CheckpointError, Mistake, UserError
 from moe.upcycle.copies import CopyConfig
 from recipes.checkpoint import GlobalTensor, global_shape
 from recipes.checkpoint.manifest import read_manifest
-from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
+from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.checkpoint.shard_layout import place
 from recipes.config.schema import RunConfig
 from recipes.models.export.spec import ModelSpec

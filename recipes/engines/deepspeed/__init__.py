@@ -1,4 +1,4 @@
-"""What DeepSpeed needs to know of a mixture, and what a checkpoint needs to know of ZeRO's partitions.
+"""DeepSpeed engine: ZeRO for MoE models.
 
-`wrap` imports DeepSpeed, which takes seconds: import it where a model is wrapped, not before.
+`recipes.engines.deepspeed.moe_engine` imports DeepSpeed, which takes seconds: import it only to wrap a model.
 """

@@ -1,9 +1,7 @@
-"""The engine of DeepSpeed: ZeRO-0 to ZeRO-3, with experts spread over ranks, on CPUs and GPUs.
+"""The engine of DeepSpeed: ZeRO-0 to ZeRO-3, with expert parallelism, on CPUs and GPUs.
 
-The optimizer, its groups, clipping and checkpoints are Graft's own, so that a run does what it does on the
-native engine; DeepSpeed cuts gradients, optimizer state and weights over the ranks.
-
-Letters: B samples of a micro-batch, S sequence length, V vocabulary.
+DeepSpeed shards gradients, optimizer state and weights over the ranks. The optimizer, its parameter groups,
+clipping and checkpoints are Graft's own, so that a run trains as on the native engine.
 """
 
 from __future__ import annotations
@@ -12,9 +10,8 @@ import importlib.util
 import math
 import os
 import weakref
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +20,8 @@ from torch import Tensor, nn
 from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor, LocalShard
 from recipes.checkpoint.shard_layout import place
-from recipes.data.samples import TokenMetadata
-from recipes.engines.base import may_update
-from recipes.engines.deepspeed.ds_config import settings
+from recipes.engines.base import EngineLayout, may_update
+from recipes.engines.deepspeed.config import DeepSpeedConfig, make_ds_config
 from recipes.engines.deepspeed.flat_partitions import (
     Partition,
     StepCounts,
@@ -35,11 +31,11 @@ from recipes.engines.deepspeed.flat_partitions import (
     state_tensors,
 )
 from recipes.engines.deepspeed.zero_experts import DeepSpeedEP, apply_ep, gather_slices
-from recipes.engines.example_layouts import EngineLayout
 from recipes.engines.hf_train_module import HFTrainModule
+from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.optim.clipping import clip_parts
 from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer
-from recipes.engines.process import ProcessConfig, ProcessEngine
+from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import RunOptions
 from recipes.models.hf.deferred_init import (
     PresentWeights,
@@ -51,64 +47,53 @@ from recipes.models.hf.deferred_init import (
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.skeleton import empty_copy
 
-
-@dataclass(frozen=True)
-class DeepSpeedConfig(ProcessConfig):
-    """Config of `DeepSpeedEngine`."""
-
-    name: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is cut over the ranks: 1 the optimizer state, 2 the gradients as well, 3 the weights as well."""
+__all__ = ["DeepSpeedConfig", "DeepSpeedEngine", "DeepSpeedTrainModule"]
 
 
 class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
-    """ZeRO by DeepSpeed."""
+    """Engine of DeepSpeed's ZeRO."""
 
     name = "deepspeed"
     config_class = DeepSpeedConfig
     compared = tuple(
-        EngineLayout(
-            2, ("engine=deepspeed", f"engine.zero_stage={stage}", f"engine.expert_parallel={spread}")
-        )
+        EngineLayout(2, ("engine=deepspeed", f"engine.zero_stage={stage}", f"engine.expert_parallel={ep}"))
         for stage in range(4)
-        for spread in (1, 2)
+        for ep in (1, 2)
     )
 
     @classmethod
-    def check(cls, config: DeepSpeedConfig) -> str | None:
-        """DeepSpeed must be installed, and the ranks fit."""
+    def check(cls, config: DeepSpeedConfig) -> Mistake | None:
+        """Requires DeepSpeed, and ranks that divide as configured."""
         if importlib.util.find_spec("deepspeed") is None:
-            return (
-                "name='deepspeed': the package deepspeed is not installed. Install it, or set engine=native"
-            )
+            rule = "the package deepspeed is not installed"
+            return Mistake("name", config.name, rule, "Install it, or set engine=native.")
         return super().check(config)
 
     @classmethod
     def check_optimizer(cls, config: DeepSpeedConfig, optim: OptimConfig) -> list[Mistake]:
-        """ZeRO cuts a group of parameters anywhere, and Muon needs whole matrices."""
+        """Requires AdamW: ZeRO splits parameters at any element, and Muon needs whole matrices."""
         if optim.name == "adamw":
             return []
         rule = (
-            "engine=deepspeed cuts matrices over the ranks at any place, and this optimizer needs them whole"
+            "engine=deepspeed splits matrices over the ranks at any element, and this optimizer needs whole "
+            "matrices"
         )
         return [Mistake("optim.name", optim.name, rule, "Set optim=adamw, or engine=native.")]
 
     @classmethod
     def check_run(cls, config: DeepSpeedConfig, run: RunOptions) -> list[Mistake]:
-        """ZeRO-3 loses track of frozen weights that are spread over ranks."""
+        """Rejects frozen weights under ZeRO-3 with expert parallelism: DeepSpeed loses track of them."""
         rank = run.experts.lora.rank
         if not (rank and config.zero_stage == 3 and config.expert_parallel > 1):
             return []
-        rule = (
-            "DeepSpeed's ZeRO-3 cannot cut experts that are spread over ranks where some weights are frozen"
-        )
+        rule = "DeepSpeed's ZeRO-3 cannot shard expert-parallel experts if some of their weights are frozen"
         remedy = "Set engine.zero_stage=2 or engine.expert_parallel=1, or experts.lora.rank=0."
         return [Mistake("experts.lora.rank", rank, rule, remedy)]
 
     def open(self) -> None:
-        """Joins the process group, and has DeepSpeed join it."""
+        """Joins the process group, and lets DeepSpeed use it."""
         super().open()
-        # DeepSpeed finds its device by itself, and would find a GPU that the run is not to use.
+        # DeepSpeed picks its device by itself, and would pick a GPU that the run must not use.
         os.environ["DS_ACCELERATOR"] = self.config.device_type()
         os.environ.setdefault("LOCAL_RANK", "0")
         from recipes.engines.deepspeed.moe_engine import join
@@ -116,7 +101,7 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
         join()
 
     def prepare(self, model: HFModel, optim: OptimConfig) -> DeepSpeedTrainModule:
-        """Wraps the model and builds its optimizer."""
+        """Shards and wraps the model, and builds its optimizer."""
         skeleton = empty_copy(model)
         weights = PresentWeights({name: p.data for name, p in model.module.named_parameters()}, model.weights)
         buffers = {name for name, _ in persistent_buffers(model.module) if name in weights.buffers}
@@ -127,8 +112,8 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
         if self.config.activation_checkpointing:
             model.module.gradient_checkpointing_enable({"use_reentrant": False})
         model.module.to(self.device)
-        spread = apply_ep(model, self.config.expert_parallel)
-        train_module = DeepSpeedTrainModule(self, model, skeleton, optim, spread)
+        ep = apply_ep(model, self.config.expert_parallel)
+        train_module = DeepSpeedTrainModule(self, model, skeleton, optim, ep)
         train_module.take(weights, buffers)
         return train_module
 
@@ -141,7 +126,7 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
 
 
 class DeepSpeedTrainModule(HFTrainModule):
-    """A host under DeepSpeed with its optimizer."""
+    """Model under DeepSpeed, with its optimizer."""
 
     def __init__(
         self,
@@ -149,20 +134,20 @@ class DeepSpeedTrainModule(HFTrainModule):
         model: HFModel,
         skeleton: HFModel,
         optim: OptimConfig,
-        spread: DeepSpeedEP,
+        ep: DeepSpeedEP,
     ) -> None:
         from recipes.engines.deepspeed.moe_engine import release, wrap
 
-        super().__init__(engine, model)
         self.stage: int = engine.config.zero_stage
-        self.spread = spread
+        self.ep = ep
         self.clip_norm = optim.clip_norm
         self._skeleton = skeleton
         self.optimizer: OptimizerSet = build_optimizer(model.module, optim)
         self.names = {id(param): name for name, param in model.module.named_parameters()}
         elements = sum(param.numel() for param in model.module.parameters())
-        told = settings(self.stage, engine.config.precision, elements)
-        self.wrapped = wrap(model, self.optimizer, told, spread)
+        ds_config = make_ds_config(self.stage, engine.config.precision, elements)
+        # DeepSpeed's own autocast applies within its forward pass.
+        super().__init__(engine, model, wrap(model, self.optimizer, ds_config, ep), autocast=False)
         run, optimizer = model.context, self.optimizer
         optimizer.optimizers[0].register_step_pre_hook(lambda *_: optimizer.drop_frozen(run.step))
         weakref.finalize(self, release, self.wrapped).atexit = False
@@ -181,33 +166,27 @@ class DeepSpeedTrainModule(HFTrainModule):
         return find(self.wrapped.optimizer, self.names)
 
     def take(self, weights: WeightSource, buffers: Collection[str]) -> None:
-        """Fills what this rank holds, where DeepSpeed has laid it out.
+        """Fills what this rank holds, once DeepSpeed has laid it out.
 
         Args:
-            weights: Of every parameter, and of some buffers.
-            buffers: Those.
+            weights: Source of every parameter, and of some buffers.
+            buffers: Names of these buffers.
         """
-        held = dict(self._parameters())
-        held |= {name: buffer for name, buffer in self._buffers().items() if name in buffers}
-        weights.fill({name: place(name, value) for name, value in held.items()})
+        local = dict(self._parameters())
+        local |= {name: tensor for name, tensor in persistent_buffers(self.model.module) if name in buffers}
+        weights.fill({name: place(name, value) for name, value in local.items()})
 
-    def _call(self, **inputs: Any) -> Tensor:
-        logits: Tensor = self.wrapped(**inputs).logits
-        return logits
-
-    def micro_batch_backward(
-        self,
-        tokens_BS1: Tensor,
-        micro_batch: int,
-        num_micro_batches: int,
-        metadata: TokenMetadata | None = None,
-    ) -> Tensor:
-        """See `HFTrainModule.micro_batch_backward`."""
-        self._begin(micro_batch, num_micro_batches)
-        self.wrapped.set_gradient_accumulation_boundary(micro_batch == num_micro_batches - 1)
-        loss = self._loss(tokens_BS1, metadata)
-        self.wrapped.backward(loss * self.model.context.loss_scale, scale_wrt_gas=False)
-        return loss.detach()
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """See `TrainModule.forward_backward`."""
+        losses: list[Tensor] = []
+        self.model.module.train()
+        for number, batch in enumerate(batches):
+            self._begin(number, len(batches))
+            self.wrapped.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            loss = batch_loss(self._losses(batch), batch.metadata)
+            self.wrapped.backward(loss * self.model.context.loss_scale, scale_wrt_gas=False)
+            losses.append(loss.detach())
+        return losses
 
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
         """See `TrainModule.step`."""
@@ -224,7 +203,7 @@ class DeepSpeedTrainModule(HFTrainModule):
         return norm
 
     def _gradients(self) -> list[tuple[list[Tensor], list[dist.ProcessGroup]]]:
-        """The gradients that this rank holds, with the groups whose ranks hold other parts of the same."""
+        """Returns this rank's gradients, with the groups whose ranks hold the other parts of them."""
         frozen = self.optimizer.frozen
         hidden = frozen.groups if self.model.context.step < frozen.steps else ()
         if self.stage == 0:
@@ -232,16 +211,16 @@ class DeepSpeedTrainModule(HFTrainModule):
             named = [
                 (self.names[id(p)], p.grad) for p in self.model.module.parameters() if p.grad is not None
             ]
-            here = [grad for name, grad in named if name not in self.spread.counts]
-            cut = [grad for name, grad in named if name in self.spread.counts]
-            return [(here, []), (cut, [] if self.spread.group is None else [self.spread.group])]
+            whole = [grad for name, grad in named if name not in self.ep.counts]
+            sharded = [grad for name, grad in named if name in self.ep.counts]
+            return [(whole, []), (sharded, [] if self.ep.group is None else [self.ep.group])]
         found = []
         for i, partition in enumerate(self.partitions):
             if partition.group["name"] in hidden:
                 continue
             grads = self.wrapped.optimizer.averaged_gradients[i]
             if self.stage == 3:
-                # What follows a parameter's last element was never written.
+                # The padding behind a parameter's last element was never written.
                 grads = [grad[: run.length] for grad, run in zip(grads, partition.runs, strict=True)]
             found += grads
         assert dist.group.WORLD is not None
@@ -250,29 +229,26 @@ class DeepSpeedTrainModule(HFTrainModule):
     def checkpoint_tensors(self) -> dict[str, GlobalTensor]:
         """See `TrainModule.checkpoint_tensors`."""
         self._counts.forget()
-        tensors = {f"model.{name}": tensor for name, tensor in self._weights()}
+        weights = [*self._parameters(), *persistent_buffers(self.model.module)]
+        tensors = {f"model.{name}": tensor for name, tensor in weights}
         if self.stage == 0:
             state = self.optimizer.state_tensors(self.model.module.named_parameters())
             return tensors | {key: self._slice(_owner(key), value) for key, value in state.items()}
         inner = self.optimizer.optimizers[0]
-        return tensors | state_tensors(inner, self.partitions, self.spread, self._counts)
-
-    def _weights(self) -> Iterator[tuple[str, GlobalTensor]]:
-        yield from self._parameters()
-        yield from self._buffers().items()
+        return tensors | state_tensors(inner, self.partitions, self.ep, self._counts)
 
     def _parameters(self) -> Iterator[tuple[str, GlobalTensor]]:
         for name, param in self.model.module.named_parameters():
             if self.stage == 3:
                 part: Any = param
-                yield name, sharded_run(part, name).shard(part.ds_tensor.data, self.spread)
+                yield name, sharded_run(part, name).shard(part.ds_tensor.data, self.ep)
             else:
                 yield name, self._slice(name, param.data)
 
     def _slice(self, name: str, tensor: Tensor) -> GlobalTensor:
-        if name not in self.spread.counts or tensor.ndim == 0:
+        if name not in self.ep.counts or tensor.ndim == 0:
             return tensor
-        shape, row = self.spread.place(name, tuple(tensor.shape))
+        shape, row = self.ep.place(name, tuple(tensor.shape))
         return LocalShard(tensor, shape, (row, *[0] * (len(shape) - 1)))
 
     @torch.no_grad()
@@ -280,8 +256,8 @@ class DeepSpeedTrainModule(HFTrainModule):
         """See `TrainModule.full_tensors`."""
         for name, param in self.model.module.named_parameters():
             whole = self._whole(param)
-            yield name, gather_slices(whole, self.spread) if name in self.spread.counts else whole
-        yield from self._buffers().items()
+            yield name, gather_slices(whole, self.ep) if name in self.ep.counts else whole
+        yield from persistent_buffers(self.model.module)
 
     def _whole(self, param: nn.Parameter) -> Tensor:
         if self.stage < 3:
@@ -293,5 +269,5 @@ class DeepSpeedTrainModule(HFTrainModule):
 
 
 def _owner(key: str) -> str:
-    """The parameter that a tensor of the optimizer's state belongs to."""
+    """Returns the name of the parameter that a tensor of the optimizer's state belongs to."""
     return key.removeprefix("optim.").rpartition(".")[0]

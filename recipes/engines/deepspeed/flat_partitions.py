@@ -1,4 +1,4 @@
-"""Where the parameters lie in the flat partitions that ZeRO gives each rank."""
+"""Positions of the parameters in the flat partitions that ZeRO gives each rank."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from recipes.engines.optim.optimizer import materialise_adamw
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The elements of a parameter that a rank updates; none of them where it is another rank's.
+    """Consecutive elements of a parameter that a rank updates; empty if other ranks update all of it.
 
     Attributes:
-        name: Of the parameter.
-        shape: Of what is cut: the parameter, or this rank's slice of the experts.
-        start: The first of them, in the flattened parameter.
-        length: How many.
-        offset: Where they lie in the rank's partition.
+        name: Name of the parameter.
+        shape: Shape of what ZeRO splits: the parameter, or this rank's slice of the experts.
+        start: Index of the first element in the flattened parameter.
+        length: Number of elements.
+        offset: Index of the first element in the rank's partition.
     """
 
     name: str
@@ -34,21 +34,21 @@ class Run:
     length: int
     offset: int
 
-    def shard(self, flat: Tensor, spread: DeepSpeedEP) -> FlatShard:
-        """What of the whole parameter, over all ranks, a flat tensor laid out alike holds."""
-        shape, row = spread.place(self.name, self.shape)
+    def shard(self, flat: Tensor, ep: DeepSpeedEP) -> FlatShard:
+        """Returns the shard of the whole parameter in a flat tensor that is laid out like the partition."""
+        shape, row = ep.place(self.name, self.shape)
         start = row * math.prod(shape[1:]) + self.start
         return FlatShard(flat[self.offset : self.offset + self.length], shape, start)
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """What a rank updates of one parameter group.
+    """Elements of one parameter group that a rank updates.
 
     Attributes:
-        group: The optimizer's.
-        weights: ``[N]`` this rank's part of the flattened group, the memory of the model's own weights.
-        runs: One for each parameter of the group, in order.
+        group: The optimizer's parameter group.
+        weights: ``[N]`` this rank's part of the flattened group; it shares memory with the model's weights.
+        runs: One run for each parameter of the group, in order.
     """
 
     group: dict[str, Any]
@@ -57,7 +57,7 @@ class Partition:
 
 
 def replicated_partitions(zero: Any, names: Mapping[int, str]) -> list[Partition]:
-    """Those of ZeRO-1 and ZeRO-2: a group is flattened, padded and cut into equal parts.
+    """Returns the partitions of ZeRO-1 and ZeRO-2, which flatten, pad and split each group evenly.
 
     Args:
         zero: DeepSpeed's optimizer of these stages.
@@ -79,7 +79,7 @@ def replicated_partitions(zero: Any, names: Mapping[int, str]) -> list[Partition
 
 
 def sharded_partitions(zero: Any, names: Mapping[int, str]) -> list[Partition]:
-    """Those of ZeRO-3: each parameter is padded and cut on its own, and the parts are laid one by one.
+    """Returns the partitions of ZeRO-3, which pads and splits each parameter, and then joins the parts.
 
     Args:
         zero: DeepSpeed's optimizer of this stage.
@@ -97,12 +97,12 @@ def sharded_partitions(zero: Any, names: Mapping[int, str]) -> list[Partition]:
 
 
 def sharded_run(param: Any, name: str, offset: int = 0) -> Run:
-    """What a rank holds of a parameter under ZeRO-3: the last ranks hold less, or nothing.
+    """Returns the elements of a parameter that a rank holds under ZeRO-3; the last ranks may hold none.
 
     Args:
-        param: As DeepSpeed has cut it.
-        name: Its name.
-        offset: Where the part lies.
+        param: Parameter that DeepSpeed has split.
+        name: Name of the parameter.
+        offset: See `Run`.
     """
     size = param.partition_numel()
     start = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)
@@ -110,29 +110,29 @@ def sharded_run(param: Any, name: str, offset: int = 0) -> Run:
 
 
 class StepCounts:
-    """The step counts of parameters, of which a partition has one for them all.
+    """Step counts of the parameters of a partition, which has a single count for all of them.
 
-    A checkpoint has a count for each parameter. What is given away to be saved or overwritten are copies; the
-    next update asks whether they were overwritten.
+    A checkpoint has one count for each parameter: it saves, or overwrites, copies. The next update takes what
+    was written into them.
     """
 
     def __init__(self) -> None:
         self._given: list[tuple[Tensor, list[Tensor]]] = []
 
     def forget(self) -> None:
-        """Nothing that was given away matters any more."""
+        """Drops the copies that were given."""
         self._given.clear()
 
     def give(self, live: Tensor, names: Iterator[str]) -> dict[str, GlobalTensor]:
-        """A copy for each name."""
+        """Returns a copy for each name."""
         copies = {name: live.clone() for name in names}
         self._given.append((live, list(copies.values())))
         return dict(copies)
 
     def take(self) -> None:
-        """Puts back what was written into the copies.
+        """Takes over the largest count that was written into the copies.
 
-        A parameter that had no gradient in some steps has counted fewer; its moments are zero, and the count
+        A parameter without gradients in some steps has a lower count; its moments are zero, so that the count
         of the others serves it as well.
         """
         for live, copies in self._given:
@@ -141,9 +141,9 @@ class StepCounts:
 
 
 def state_tensors(
-    optimizer: torch.optim.Optimizer, partitions: list[Partition], spread: DeepSpeedEP, counts: StepCounts
+    optimizer: torch.optim.Optimizer, partitions: list[Partition], ep: DeepSpeedEP, counts: StepCounts
 ) -> dict[str, GlobalTensor]:
-    """The optimizer's live state under the names that a checkpoint gives it on every engine."""
+    """Returns the optimizer's live state, under the names that it has in checkpoints of every engine."""
     tensors: dict[str, GlobalTensor] = {}
     for partition in partitions:
         materialise_adamw(optimizer, partition.weights)
@@ -151,5 +151,5 @@ def state_tensors(
             if value.ndim == 0:
                 tensors |= counts.give(value, (f"optim.{run.name}.{key}" for run in partition.runs))
             else:
-                tensors |= {f"optim.{run.name}.{key}": run.shard(value, spread) for run in partition.runs}
+                tensors |= {f"optim.{run.name}.{key}": run.shard(value, ep) for run in partition.runs}
     return tensors

@@ -1,4 +1,4 @@
-"""DeepSpeed around a host. Importing this module imports DeepSpeed."""
+"""DeepSpeed's engine for MoE models. Importing this module imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,62 +26,63 @@ from recipes.models.hf.hf_model import HFModel
 
 
 class MoEEngine(DeepSpeedEngine):
-    """DeepSpeed's engine, for expert layers that are not of its own classes.
-
-    It knows mixtures by its own classes alone; here they are known by how their parameters are marked.
-    """
+    """DeepSpeed's engine, which finds MoE layers by marks on their parameters and not by their class."""
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         super()._configure_distributed_model(model)
         self.has_moe_layers = any(is_moe_param(param) for param in model.parameters())
 
     def _broadcast_model(self) -> None:
-        """There is nothing to send yet."""
+        """Does nothing: the weights are filled later."""
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        """Our experts are placed as DeepSpeed's automatic expert parallelism places its own."""
+        """Accepts ZeRO-3: our experts are placed like those of DeepSpeed's automatic expert parallelism."""
 
 
 def join() -> None:
     """Makes DeepSpeed use the process group that is open. Collective."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its own reduction for CPUs would be compiled by each machine at its first start, which takes minutes.
+    # Its own reduction for CPUs would be compiled on each machine at the first start, which takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls functions of torch by names that torch is about to drop, every time.
+    # It calls functions of torch by deprecated names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def leave() -> None:
-    """Closes the default process group, and lets DeepSpeed forget all of them."""
+    """Closes the default process group, and makes DeepSpeed forget all groups."""
     if deepspeed.comm.comm.cdb is None:
-        # It has not joined: something failed before.
+        # DeepSpeed has not joined: something failed before.
         torch.distributed.destroy_process_group()
         return
     deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None
 
 
-def wrap(model: HFModel, optimizer: OptimizerSet, told: dict[str, Any], spread: DeepSpeedEP) -> MoEEngine:
-    """Wraps a host whose experts are spread already, and gives this rank's part of it memory.
+def wrap(model: HFModel, optimizer: OptimizerSet, ds_config: dict[str, Any], ep: DeepSpeedEP) -> MoEEngine:
+    """Wraps a model after expert parallelism, and allocates this rank's part of it, unfilled.
 
     Args:
-        model: Whose parameters have no memory; they are given some, which is not filled.
-        optimizer: Of its parameters; one torch optimizer, which ZeRO gives its partitions to.
-        told: From `recipes.engines.deepspeed.ds_config.settings`.
-        spread: From `recipes.engines.deepspeed.zero_experts.apply_ep`.
+        model: Model whose parameters have no memory yet.
+        optimizer: A single torch optimizer of these parameters; ZeRO gives it the partitions to update.
+        ds_config: From `recipes.engines.deepspeed.config.make_ds_config`.
+        ep: From `recipes.engines.deepspeed.zero_experts.apply_ep`.
     """
     (inner,) = optimizer.optimizers
     names = [group["name"] for group in inner.param_groups]
-    if spread.ranks > 1:
+    if ep.ranks > 1:
         for group in inner.param_groups:
             if group["name"] in EXPERT_GROUPS:
-                # While DeepSpeed looks, a group of experts is called like the ranks that share them.
-                group |= {"moe": True, "name": spread.name}
+                # DeepSpeed finds the ranks of a group of experts by its name.
+                group |= {"moe": True, "name": ep.name}
     _make_leaves(model)
     with _without_copies():
         wrapped = MoEEngine(
-            args=None, model=model.module, optimizer=inner, config=told, config_class=DeepSpeedConfig(told)
+            args=None,
+            model=model.module,
+            optimizer=inner,
+            config=ds_config,
+            config_class=DeepSpeedConfig(ds_config),
         )
     for group, name in zip(inner.param_groups, names, strict=True):
         group["name"] = name
@@ -92,13 +93,13 @@ def wrap(model: HFModel, optimizer: OptimizerSet, told: dict[str, Any], spread: 
 
 @contextlib.contextmanager
 def _without_copies() -> Iterator[None]:
-    """While open, DeepSpeed lays out parameters that have no memory, and neither copies nor sends them."""
+    """While open, lets DeepSpeed lay out parameters without memory, and neither copy nor send them."""
     replaced = [
         (DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", _flat_without_memory),
         (DeepSpeedZeroOptimizer, "initialize_optimizer_states", _nothing),
-        (deepspeed.zero.Init, "_zero_init_param", _cut_alone),
+        (deepspeed.zero.Init, "_zero_init_param", _partition_only),
         (deepspeed.zero.Init, "_all_gather", _gather_nothing),
-        (DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", _share_at_once),
+        (DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", _create_shared_partitions),
         (DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", _nothing),
     ]
     before = [getattr(owner, name) for owner, name, _ in replaced]
@@ -118,40 +119,42 @@ def _flat_without_memory(
     use_cpu_data: bool = False,
     param_padding: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """What ZeRO-1 and ZeRO-2 lay the parameters of a group into, in the place of their copies."""
+    """Returns the flat tensor of a group for ZeRO-1 and ZeRO-2, without memory and without copying."""
     sizes = [(tensor.cpu_data if use_cpu_data else tensor).numel() for tensor in tensors]
     numel = sum(sizes) + sum(param_padding or ())
     return without_memory([numel + -numel % alignment], tensors[0].dtype, zero.device)
 
 
-def _cut_alone(init: Any, param: Any) -> None:
-    """Cuts a parameter as ZeRO-3 does, and sends no rank what another has of it."""
+def _partition_only(init: Any, param: Any) -> None:
+    """Partitions a parameter as ZeRO-3 does, without broadcasting it first."""
     init._convert_to_deepspeed_param(param)
     param.partition()
 
 
 def _gather_nothing(init: Any, params: Sequence[Any], async_op: bool = False, hierarchy: Any = None) -> None:
-    """ZeRO-3 hangs hooks on parameters while they are whole; their shapes are enough for that."""
+    """Gives parameters their full shape without memory, which is enough for ZeRO-3 to register its hooks."""
     for param in params:
         param.data = without_memory(param.ds_shape, param.dtype, init.local_device)
         param.ds_status = ZeroParamStatus.AVAILABLE
 
 
-def _share_at_once(zero: Any, create: Any = DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions) -> None:
-    """Has ZeRO-3 update weights in fp32 as they are: it takes the name of their device for another one."""
+def _create_shared_partitions(
+    zero: Any, create: Any = DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions
+) -> None:
+    """Makes ZeRO-3 update fp32 weights in place; it would mistake the device's name for another device."""
     zero.device = torch.device(zero.device)
     create(zero)
 
 
 def _nothing(zero: Any) -> None:
-    """Gradients of zeros are there for optimizers alone that make their state when they are built."""
+    """Skips the initial step with zero gradients, by which other optimizers create their state."""
 
 
 def _give_memory(zero: Any, model: torch.nn.Module) -> None:
-    """Gives what DeepSpeed has laid out without memory, its own."""
+    """Allocates what DeepSpeed has laid out without memory."""
     flats = getattr(zero, "bit16_groups_flat", ())
     for i in range(len(flats)):
-        # ZeRO-1 and ZeRO-2 have copied what there is nothing of.
+        # ZeRO-1 and ZeRO-2 have copied empty tensors.
         zero.single_partition_of_fp32_groups[i].untyped_storage().resize_(0)
     for i, flat in enumerate(flats):
         whole = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
@@ -164,7 +167,7 @@ def _give_memory(zero: Any, model: torch.nn.Module) -> None:
 
 
 def _make_leaves(model: HFModel) -> None:
-    """Has ZeRO-3 gather and reduce each layer with a router whole, whichever experts run."""
+    """Makes ZeRO-3 gather and reduce each routed layer as a whole, no matter which experts run."""
     routed = {id(layer) for layer in model.routed_layers()}
     named = [(name, module) for name, module in model.module.named_modules() if id(module) in routed]
     set_z3_leaf_modules_by_name(model.module, [name for name, _ in named])
@@ -173,7 +176,7 @@ def _make_leaves(model: HFModel) -> None:
 
 
 def _by_position(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Attention is called by keywords, which hooks on gradients of a module's input do not see."""
+    """Passes the first argument by position: hooks on the gradients of inputs do not see keywords."""
     if args:
         return args, kwargs
     first = next(iter(inspect.signature(module.forward).parameters))
@@ -181,12 +184,12 @@ def _by_position(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> 
 
 
 def _share_weights(zero: Any) -> None:
-    """Updates the model's own weights, of which ZeRO made a copy in fp32, as they are already."""
+    """Makes ZeRO update the model's own weights, which are fp32 already, and not its fp32 copy of them."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
         for i, master in enumerate(zero.single_partition_of_fp32_groups):
             rank = torch.distributed.get_rank(zero.real_dp_process_group[i])
             master.data = zero.parallel_partitioned_bit16_groups[i][rank].data
-        # Else each parameter would hold on to the copy.
+        # Otherwise each parameter would keep the copy alive.
         zero._link_all_hp_params()
     elif hasattr(zero, "fp32_partitioned_groups_flat"):
         for master, part in zip(
@@ -196,7 +199,7 @@ def _share_weights(zero: Any) -> None:
 
 
 def discard_gradients(wrapped: MoEEngine, stage: int) -> None:
-    """Forgets the gradients of a step that is not taken."""
+    """Discards the gradients of a step that is skipped."""
     zero: Any = wrapped.optimizer
     if stage == 0:
         wrapped.zero_grad()
@@ -213,10 +216,10 @@ def discard_gradients(wrapped: MoEEngine, stage: int) -> None:
 
 
 def release(wrapped: MoEEngine) -> None:
-    """Gives back what a model that nobody uses any more holds.
+    """Frees the memory of a model that is no longer used.
 
-    Hooks on gradients keep a model for ever. Without them Python frees it, but for ZeRO-3, whose parameters
-    hold each other in ways that it does not see through: of those the memory is freed.
+    Hooks on gradients keep a model alive. Without them Python frees it, except under ZeRO-3, whose parameters
+    form cycles that Python does not see: their memory is freed here.
     """
     wrapped.destroy()
     zero: Any = wrapped.optimizer
@@ -228,5 +231,5 @@ def release(wrapped: MoEEngine) -> None:
 
 
 def gathered(param: Any) -> Any:
-    """A context in which a parameter that ZeRO-3 has cut is whole. Collective."""
+    """Returns a context in which a parameter that ZeRO-3 has split is whole. Collective."""
     return deepspeed.zero.GatheredParameters([param])

@@ -1,6 +1,6 @@
 """Expert parallelism under DeepSpeed: its groups, our dispatcher, and parameters marked as it expects.
 
-The ranks form the grid of the native engine: neighbours hold the slices of one copy of the experts.
+As on the native engine, neighbouring ranks hold the slices of one copy of the experts.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ EXPERT_GROUPS = ("experts", "expert_biases")
 
 @dataclass(frozen=True)
 class DeepSpeedEP:
-    """How experts are spread over ranks.
+    """Placement of the experts on ranks.
 
     Attributes:
-        ranks: Over how many.
-        name: Of the group, as DeepSpeed has it.
-        group: The ranks that hold a copy of all experts between them; None where every rank holds all.
-        counts: Parameter name to E, for those of which this rank holds a slice.
-        rank: Of this process within the group.
+        ranks: Number of ranks that together hold all experts.
+        name: DeepSpeed's name of the group.
+        group: These ranks; None if every rank holds all experts.
+        counts: Number of experts E by parameter name, for parameters of which this rank holds a slice.
+        rank: Rank of this process within the group.
     """
 
     ranks: int = 1
@@ -40,11 +40,11 @@ class DeepSpeedEP:
     rank: int = 0
 
     def place(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        """The shape of a whole parameter, and the row of it with which this rank's begins.
+        """Returns the shape of the whole parameter, and the first row that this rank holds.
 
         Args:
-            name: Of the parameter.
-            shape: Of what this rank holds before ZeRO cuts it.
+            name: Name of the parameter.
+            shape: Shape of this rank's slice, before ZeRO splits it.
         """
         if name not in self.counts:
             return shape, 0
@@ -52,11 +52,11 @@ class DeepSpeedEP:
 
 
 def apply_ep(model: HFModel, ranks: int) -> DeepSpeedEP:
-    """Leaves each rank its slice of every layer's experts, and lets the tokens travel. Collective.
+    """Shards the experts of every layer, and sends their tokens by all-to-all. Collective.
 
     Args:
-        model: Whose parameters have no memory yet.
-        ranks: Over how many; a divisor of the number of experts and of all ranks.
+        model: Model whose parameters have no memory yet.
+        ranks: Number of ranks to shard over; it divides the number of experts and the number of all ranks.
     """
     if ranks == 1:
         return DeepSpeedEP()
@@ -81,15 +81,15 @@ def _take_slice(experts: Experts, ranks: int, group_name: str) -> dict[str, int]
         counts[name], held = len(whole), len(whole) // ranks
         part: Any = nn.Parameter(whole.data[:held], whole.requires_grad)
         part.allreduce, part.group_name = False, group_name
-        # By these ZeRO-3 cuts a slice over the ranks that hold the same one, and no others.
+        # These make ZeRO-3 split a slice over the ranks that hold the same one, and over no others.
         part.ds_zero_placement_family = "autoep_expert"
         part.ds_zero_partition_group_name = group_name
         setattr(experts, name, part)
     return counts
 
 
-def gather_slices(part: Tensor, spread: DeepSpeedEP) -> Tensor:
-    """All experts from the slices of a group. Collective."""
-    parts = [torch.empty_like(part) for _ in range(spread.ranks)]
-    torch.distributed.all_gather(parts, part.contiguous(), group=spread.group)
+def gather_slices(part: Tensor, ep: DeepSpeedEP) -> Tensor:
+    """Returns all experts, gathered from the slices of a group. Collective."""
+    parts = [torch.empty_like(part) for _ in range(ep.ranks)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=ep.group)
     return torch.cat(parts)

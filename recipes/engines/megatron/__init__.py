@@ -1,1 +1,1 @@
-"""What the Megatron engine is made of; nothing here is imported before that engine is chosen."""
+"""Parts of the Megatron engine; nothing here imports megatron-core before a run opens that engine."""

@@ -1,7 +1,7 @@
-"""megatron-core on CPUs: what it puts on a GPU without asking, put where the tensors are.
+"""Patches that make megatron-core run on CPUs, where it would allocate on a GPU without asking.
 
-Each patch is a name, the module it changes, why, and what it puts there; none is in place outside of
-`on_cpu`. The modules of megatron-core see a ``torch`` whose CUDA is the CPU; nobody else's torch is changed.
+They are in place only within `on_cpu`. Modules of megatron-core then see a ``torch`` whose CUDA device is the
+CPU; torch itself is not changed.
 """
 
 from __future__ import annotations
@@ -18,54 +18,52 @@ import torch
 
 from moe.errors import ConfigError
 
-#: The version that the patches were written against.
+#: The version that the patches were written for.
 VERSION = "0.16.1"
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One thing that megatron-core takes for granted on a GPU.
+    """Replacement of one attribute of megatron-core that assumes a GPU.
 
     Attributes:
-        module: Of megatron-core.
-        attribute: What is replaced in it; a dot leads into a class.
-        reason: What fails without.
-        make: The replacement, from what was there.
+        path: Module, below ``megatron.core``.
+        attribute: Name of the attribute; a dot leads into a class.
+        reason: What fails without the patch.
+        make: Makes the replacement from the original.
     """
 
-    module: str
+    path: str
     attribute: str
     reason: str
     make: Callable[[Any], Any]
 
+    @property
+    def module(self) -> str:
+        """Name of the module."""
+        return f"megatron.core.{self.path}"
 
-class _NoEvent:
-    """What a stream hands out: nothing to wait for."""
+
+class _CpuStream:
+    """Stream of a CPU, on which everything runs in order; it is its own event."""
 
     def synchronize(self) -> None:
-        """Everything is done already."""
-
-
-class _NoStream:
-    """On a CPU everything runs in order; all streams are the same."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _NoStream)
-
-    def __hash__(self) -> int:
-        return 0
+        """Returns at once."""
 
     def wait_stream(self, stream: Any) -> None:
-        """Everything is done already."""
+        """Returns at once."""
 
-    def record_event(self) -> _NoEvent:
-        """An event that has happened."""
-        return _NoEvent()
+    def record_event(self) -> _CpuStream:
+        """Returns an event that has happened."""
+        return self
+
+
+_STREAM = _CpuStream()
 
 
 class _CpuAsCuda(ModuleType):
-    """``torch.cuda`` for a module that is to compute on the CPU."""
+    """``torch.cuda`` for modules that must compute on the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -74,25 +72,25 @@ class _CpuAsCuda(ModuleType):
         return getattr(torch.cuda, name)
 
     def current_device(self) -> torch.device:
-        """Where it thinks its GPU is."""
+        """Returns the CPU."""
         return _CPU
 
-    def current_stream(self) -> _NoStream:
-        """The only one."""
-        return _NoStream()
+    def current_stream(self) -> _CpuStream:
+        """Returns the only stream."""
+        return _STREAM
 
     default_stream = current_stream
 
     def synchronize(self) -> None:
-        """Everything is done already."""
+        """Returns at once."""
 
-    def stream(self, stream: _NoStream) -> contextlib.AbstractContextManager[None]:
-        """Nothing changes."""
+    def stream(self, stream: _CpuStream) -> contextlib.AbstractContextManager[None]:
+        """Returns a context that changes nothing."""
         return contextlib.nullcontext()
 
 
 class _CpuTorch(ModuleType):
-    """``torch`` for such a module: what it makes on "cuda" is made on the CPU."""
+    """``torch`` for such modules, which allocates on the CPU when asked for "cuda"."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -113,8 +111,9 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def _cpu_torch(_: Any) -> Any:
-    return _CpuTorch()
+def _cpu_torch(module: str, reason: str) -> Patch:
+    """Returns the patch that gives a module of megatron-core a ``torch`` for CPUs."""
+    return Patch(module, "torch", reason, lambda _: _CpuTorch())
 
 
 def _splits_as_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,126 +133,106 @@ def _no_state(_: Any) -> Callable[..., torch.Tensor]:
 
 
 PATCHES: dict[str, Patch] = {
-    "communication": Patch(
-        "megatron.core.tensor_parallel.mappings",
-        "torch",
-        "what is gathered, scattered or exchanged between ranks arrives in memory of the current GPU",
-        _cpu_torch,
+    "communication": _cpu_torch(
+        "tensor_parallel.mappings",
+        "tensors that are gathered, scattered or exchanged between ranks arrive on the current GPU",
     ),
-    "layers": Patch(
-        "megatron.core.tensor_parallel.layers",
-        "torch",
-        "the backward pass of a layer that is cut over ranks gathers into memory of the current GPU",
-        _cpu_torch,
+    "layers": _cpu_torch(
+        "tensor_parallel.layers",
+        "the backward pass of a tensor-parallel layer gathers on the current GPU",
     ),
     "random": Patch(
-        "megatron.core.tensor_parallel.random",
+        "tensor_parallel.random",
         "CudaRNGStatesTracker.fork",
-        "layers of cut sequences draw dropout from a state of a GPU",
+        "layers under sequence parallelism draw dropout from a GPU's random state",
         _plain_random,
     ),
     "random state": Patch(
-        "megatron.core.tensor_parallel.random",
+        "tensor_parallel.random",
         "_get_cuda_rng_state",
-        "recomputation keeps the state that a GPU draws from",
+        "recomputation keeps the random state of a GPU",
         _no_state,
     ),
     "random restored": Patch(
-        "megatron.core.tensor_parallel.random",
+        "tensor_parallel.random",
         "_set_cuda_rng_state",
-        "recomputation leaves a call behind for when there will be a GPU, in every pass",
+        "recomputation queues a call for a later GPU in every pass",
         _no_state,
     ),
-    "rotary": Patch(
-        "megatron.core.models.common.embeddings.rotary_pos_embedding",
-        "torch",
-        "frequencies that lie on the CPU are moved to the current GPU in the first forward pass",
-        _cpu_torch,
+    "rotary": _cpu_torch(
+        "models.common.embeddings.rotary_pos_embedding",
+        "frequencies are moved from the CPU to the current GPU in the first forward pass",
     ),
-    "dispatcher": Patch(
-        "megatron.core.transformer.moe.token_dispatcher",
-        "torch",
+    "dispatcher": _cpu_torch(
+        "transformer.moe.token_dispatcher",
         "the all-to-all dispatcher waits for the current CUDA stream",
-        _cpu_torch,
     ),
     "stream": Patch(
-        "megatron.core.transformer.moe.token_dispatcher",
+        "transformer.moe.token_dispatcher",
         "MoEAlltoAllTokenDispatcher.cuda_dtoh_stream",
-        "the first all-to-all dispatcher makes a CUDA stream, and all others keep it",
-        lambda _: _NoStream(),
+        "the first all-to-all dispatcher makes a CUDA stream, which all others share",
+        lambda _: _STREAM,
     ),
     "splits": Patch(
-        "megatron.core.transformer.moe.token_dispatcher",
+        "transformer.moe.token_dispatcher",
         "all_to_all",
-        "split sizes become numbers on their way from a GPU; on a CPU they stay tensors",
+        "split sizes are converted to numbers when they are copied from a GPU, and on a CPU stay tensors",
         _splits_as_lists,
     ),
-    "schedule": Patch(
-        "megatron.core.pipeline_parallel.schedules",
-        "torch",
+    "schedule": _cpu_torch(
+        "pipeline_parallel.schedules",
         "the tokens of a step are counted on a GPU",
-        _cpu_torch,
     ),
-    "stages": Patch(
-        "megatron.core.pipeline_parallel.p2p_communication",
-        "torch",
-        "what another stage sends arrives in memory of the current GPU, which is then waited for",
-        _cpu_torch,
+    "stages": _cpu_torch(
+        "pipeline_parallel.p2p_communication",
+        "tensors from another pipeline stage arrive on the current GPU, which is then synchronised",
     ),
     "tied": Patch(
-        "megatron.core.models.common.language_module.language_module",
+        "models.common.language_module.language_module",
         "LanguageModule._is_in_embd_group",
-        "an embedding that two stages share is copied between their GPUs when it is built",
+        "an embedding that two pipeline stages share is copied between their GPUs when it is built",
         lambda _: lambda self: False,
     ),
-    "gradients": Patch(
-        "megatron.core.distributed.param_and_grad_buffer",
-        "torch",
-        "gradients are summed in memory of the current GPU",
-        _cpu_torch,
+    "gradients": _cpu_torch(
+        "distributed.param_and_grad_buffer",
+        "gradients are summed on the current GPU",
     ),
-    "optimizer": Patch(
-        "megatron.core.optimizer.optimizer",
-        "torch",
-        "the loss scale of an optimizer lies on a GPU",
-        _cpu_torch,
+    "optimizer": _cpu_torch(
+        "optimizer.optimizer",
+        "the loss scale of an optimizer is on a GPU",
     ),
-    "norm": Patch(
-        "megatron.core.optimizer.clip_grads",
-        "torch",
-        "the norm of gradients begins with a flag on a GPU",
-        _cpu_torch,
+    "norm": _cpu_torch(
+        "optimizer.clip_grads",
+        "the norm of gradients starts from a flag on a GPU",
     ),
-    "sums": Patch(
-        "megatron.core.utils",
-        "torch",
+    "sums": _cpu_torch(
+        "utils",
         "the norm of gradients ends as a number on a GPU",
-        _cpu_torch,
     ),
 }
 
 
 def require_version(found: str) -> None:
-    """The patches are of one version of megatron-core.
+    """Requires the version of megatron-core that the patches were written for.
 
     Raises:
-        ConfigError: It is another.
+        ConfigError: Another version is installed.
     """
     if found != VERSION:
-        rule = f"on CPUs the Megatron engine knows megatron-core {VERSION}, and {found} is installed"
+        rule = f"on CPUs the Megatron engine supports megatron-core {VERSION}, and {found} is installed"
         remedy = f"Install megatron-core=={VERSION}, or set engine.device=cuda."
         raise ConfigError.one("engine.device", "cpu", rule, remedy)
 
 
 @contextlib.contextmanager
 def on_cpu(names: Sequence[str] = tuple(PATCHES)) -> Iterator[None]:
-    """While open, megatron-core computes on CPUs.
+    """While open, makes megatron-core compute on CPUs.
 
     Args:
-        names: Of the patches to put in place.
+        names: Names of the patches to apply.
 
     Raises:
-        ConfigError: megatron-core is of another version.
+        ConfigError: Another version of megatron-core is installed.
     """
     import megatron.core
 
@@ -271,9 +250,9 @@ def on_cpu(names: Sequence[str] = tuple(PATCHES)) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """While open, tensors on the CPU tell the type names of a GPU's.
+    """While open, makes tensors on the CPU report the type names of CUDA tensors.
 
-    The distributed optimizer sorts parameters by these names when it is built, and refuses a CPU's.
+    The distributed optimizer sorts parameters by these names when it is built, and rejects those of a CPU.
     """
     plain = torch.Tensor.type
 

@@ -1,4 +1,4 @@
-"""Megatron's dispatchers: what takes tokens to the ranks of their experts and brings results back."""
+"""Megatron's dispatchers, which send tokens to the ranks of their experts and bring the results back."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from recipes.engines.megatron.packages import find_optional
 
 _PATH = "engine.dispatcher"
 _REMEDY = "Set engine.dispatcher=alltoall."
-# Lanes of a warp: each of DeepEP's kernels has one for every expert of a token.
+# Lanes of a warp: DeepEP's kernels use one for each expert of a token.
 _DEEPEP_MOST = 32
 
 
 @dataclass(frozen=True)
-class Spread:
-    """What a dispatcher is asked to work with.
+class DispatchSetup:
+    """Conditions under which a dispatcher has to work.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        precision: Of matrix products, ``fp32`` or ``bf16``.
-        ranks: That hold the experts of a layer between them.
+        precision: Dtype of matrix products, ``fp32`` or ``bf16``.
+        ranks: Number of ranks that together hold the experts of a layer.
     """
 
     device: str
@@ -32,72 +32,72 @@ class Spread:
 
 
 class Dispatcher:
-    """Megatron's all-to-all over torch.distributed, on every device.
+    """Dispatcher of Megatron's all-to-all over torch.distributed, for every device; base of the others.
 
     Attributes:
-        name: The value of ``engine.dispatcher`` that picks it.
-        told: How tokens travel, in some words.
+        name: Value of ``engine.dispatcher`` that picks it.
+        summary: How tokens travel, in a few words.
     """
 
     name = "alltoall"
-    told = "an all-to-all of the rows of each expert"
+    summary = "an all-to-all of the rows of each expert"
 
-    def mistakes(self, spread: Spread) -> list[Mistake]:
-        """Why it cannot be used on this machine, for such a spread."""
+    def mistakes(self, setup: DispatchSetup) -> list[Mistake]:
+        """Returns the reasons why it cannot be used on this machine."""
         return []
 
     def route_mistakes(self, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Why it cannot send what a router chooses among so many experts."""
+        """Returns the reasons why it cannot send tokens to what a router chooses among the experts."""
         return []
 
     def most_experts(self, num_experts: int, top_k: int) -> int | None:
-        """How many experts of a token it can send it to; None for all.
+        """Returns the largest number of experts that it can send a token to; None for all.
 
         Args:
-            num_experts: Of a layer.
-            top_k: That the router chooses for a token, at most or in the mean.
+            num_experts: Number of experts of a layer.
+            top_k: Number of experts that the router chooses for a token, at most or in the mean.
         """
         return None
 
     def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:
-        """Of Megatron's ``TransformerConfig``; arguments as for `most_experts`."""
+        """Returns fields of Megatron's ``TransformerConfig``; arguments as for `most_experts`."""
         return {"moe_token_dispatcher_type": "alltoall", "moe_router_topk": top_k}
 
 
 class AllGather(Dispatcher):
-    """Every rank gets the tokens of all, and their results are summed: little latency, many bytes."""
+    """Dispatcher that gives every rank all tokens and sums the results: low latency, many bytes."""
 
     name = "allgather"
-    told = "an all-gather of all tokens"
+    summary = "an all-gather of all tokens"
 
     def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:
         """See `Dispatcher.fields`."""
         return {"moe_token_dispatcher_type": "allgather", "moe_router_topk": top_k}
 
 
-class _Fused(Dispatcher):
-    """Kernels of DeepEP, which permute and send at once."""
+class _DeepEPKernels(Dispatcher):
+    """Base of the dispatchers of DeepEP, whose kernels permute and send at once."""
 
     backend: str
     attribute: str
 
-    def mistakes(self, spread: Spread) -> list[Mistake]:
-        """It must be there, with GPUs, several ranks to send between, and a type that it can add."""
+    def mistakes(self, setup: DispatchSetup) -> list[Mistake]:
+        """Requires the package, GPUs, several ranks, and a dtype that it can add."""
         rules = []
-        if spread.device != "cuda":
-            rules.append(f"its kernels run on GPUs, and the run on {spread.device}")
-        if spread.ranks == 1:
+        if setup.device != "cuda":
+            rules.append(f"its kernels run on GPUs, and the run on {setup.device}")
+        if setup.ranks == 1:
             rules.append("engine.expert_parallel=1 leaves every expert on every rank: nothing travels")
-        if spread.precision != "bf16":
-            rules.append(f"its kernels add bf16 alone, and engine.precision is {spread.precision}")
+        if setup.precision != "bf16":
+            rules.append(f"its kernels add bf16 alone, and engine.precision is {setup.precision}")
         if not rules:
             buffer, trouble = find_optional("deep_ep", self.attribute)
-            trouble = trouble or self._trouble(buffer, spread.ranks)
+            trouble = trouble or self._trouble(buffer, setup.ranks)
             rules += [f"DeepEP cannot be used here ({trouble})"] if trouble else []
         return [Mistake(_PATH, self.name, rule, _REMEDY) for rule in rules]
 
     def _trouble(self, buffer: Any, ranks: int) -> str | None:
-        """Why its class of buffers does not take so many ranks."""
+        """Returns why the class of buffers does not support this number of ranks, or None."""
         return None
 
     def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:
@@ -109,12 +109,12 @@ class _Fused(Dispatcher):
         }
 
 
-class DeepEP(_Fused):
-    """A token goes once to each rank that has an expert for it."""
+class DeepEP(_DeepEPKernels):
+    """Dispatcher that sends a token once to each rank that has an expert for it."""
 
     name = backend = "deepep"
     attribute = "Buffer"
-    told = "DeepEP, a token once to each rank"
+    summary = "DeepEP, a token once to each rank"
 
     def _trouble(self, buffer: Any, ranks: int) -> str | None:
         try:
@@ -124,7 +124,7 @@ class DeepEP(_Fused):
         return None
 
     def route_mistakes(self, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Among more experts than its kernels hold, those of the largest weights must be those chosen."""
+        """Requires the chosen experts to have the largest weights, if there are more than lanes of a warp."""
         if num_experts <= _DEEPEP_MOST or not (
             router.name == "mod" and getattr(router, "gate", "") == "linear"
         ):
@@ -136,33 +136,30 @@ class DeepEP(_Fused):
         return [Mistake(_PATH, self.name, rule, "Set router.gate=sigmoid, or engine.dispatcher=alltoall.")]
 
     def most_experts(self, num_experts: int, top_k: int) -> int:
-        """Megatron takes so many of a token's largest weights: all where its kernels hold as many."""
+        """Returns how many of a token's largest weights Megatron takes: all, if the kernels hold as many."""
         return num_experts if num_experts <= _DEEPEP_MOST else min(top_k, _DEEPEP_MOST)
 
     def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:
         """See `Dispatcher.fields`."""
-        # With a capacity, which nothing else reads here, experts of weight 0 are not sent to.
+        # With a capacity, which nothing else reads here, no token is sent to experts of weight 0.
         return super().fields(num_experts, top_k) | {"moe_expert_capacity_factor": float(num_experts)}
 
 
-class HybridEP(_Fused):
-    """DeepEP's branch for large domains of NVLink; rows arrive sorted by expert."""
+class HybridEP(_DeepEPKernels):
+    """Dispatcher of DeepEP's branch for large NVLink domains; rows arrive sorted by expert."""
 
     name = backend = "hybridep"
     attribute = "HybridEPBuffer"
-    told = "HybridEP, rows sorted on their way"
+    summary = "HybridEP, rows sorted on their way"
 
 
 def dispatchers() -> dict[str, Dispatcher]:
-    """Every dispatcher by name."""
+    """Returns every dispatcher by name."""
     return {each.name: each for each in (Dispatcher(), AllGather(), DeepEP(), HybridEP())}
 
 
 def free_buffers() -> None:
-    """Frees the memory that DeepEP sends through, which Megatron keeps for as long as the process lives.
-
-    Collective. The next engine has other groups.
-    """
+    """Frees DeepEP's buffers, which Megatron would keep for an engine with other groups. Collective."""
     fused = sys.modules.get("megatron.core.transformer.moe.fused_a2a")
     if fused is not None:
         fused._buffer = None  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Megatron's GPT model of the shape of a host, with the host's own routers and experts in its slots."""
+"""Megatron's GPT model in the shape of a transformers model, with Graft's modules in its slots."""
 
 from __future__ import annotations
 
@@ -10,62 +10,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layer import MoELayer
-from recipes.engines.megatron.gpt_shape import GPTShape, read_shape
-from recipes.engines.megatron.rank_groups import ParallelDims, Places
-from recipes.engines.megatron.settings import Settings
+from recipes.engines.megatron.config import BuildSettings
+from recipes.engines.megatron.gpt_shape import GPTShape, blocks_of_stages, megatron_layout, read_shape
+from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups
 from recipes.engines.megatron.slots import Attention, Norm, RouterSlot, SharedSlot
-from recipes.engines.megatron.stages import blocks_of_stages, megatron_layout
 from recipes.models.hf.hf_model import HFModel
 
 
-def build_gpt(model: HFModel, layout: ParallelDims, places: Places, settings: Settings) -> Any:
-    """This rank's stage of a GPT model, its weights not set yet; routers and shared experts are the host's.
-
-    Its ``expert_kind`` tells which of the host's tensors the parameters of its experts are.
+def build_gpt(model: HFModel, dims: MegatronDims, groups: RankGroups, settings: BuildSettings) -> Any:
+    """Builds this rank's stage of a GPT model, its weights unfilled, with the model's routers.
 
     Args:
-        model: Of one of the families, dense or with mixtures; experts are cut to this rank's already.
-        layout: The groups, joined already.
-        places: Of this rank.
-        settings: Of the engine.
+        model: A dense or MoE model of one of the families; its experts are sharded already.
+        dims: Layout of the ranks.
+        groups: Groups of this rank.
+        settings: Settings of the model.
     """
     from megatron.core.models.gpt import GPTModel
 
     shape = read_shape(model.config.to_dict())
-    config = _transformer_config(model, shape, layout, settings)
-    blocks = blocks_of_stages(shape.layers, layout.pipeline)[places.stage]
-    gpt = GPTModel(
+    config = _transformer_config(model, shape, dims, settings)
+    blocks = blocks_of_stages(shape.layers, dims.pp)[groups.stage]
+    return GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(model, shape, blocks, settings),
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.max_positions,
-        pre_process=places.stage == 0,
-        post_process=places.stage == layout.pipeline - 1,
+        pre_process=groups.stage == 0,
+        post_process=groups.stage == dims.pp - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.theta,
     ).to(settings.device)
-    gpt.expert_kind = settings.kind
-    return gpt
 
 
-def keep_padding(gpt: Any, model: HFModel, layout: ParallelDims, places: Places) -> None:
-    """Leaves the embedding of padding as it is where the host does: it gets no gradient."""
+def keep_padding(gpt: Any, model: HFModel, dims: MegatronDims, groups: RankGroups) -> None:
+    """Keeps the embedding of padding fixed, as transformers does: it gets no gradient."""
     padding = model.module.get_input_embeddings().padding_idx
     if padding is None or not gpt.pre_process:
         return
 
     def detach(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         padded = args[0] == padding
-        if layout.sequence:
-            padded = padded.t().chunk(layout.tensor)[places.tensor]
+        if dims.sequence_parallel:
+            padded = padded.t().chunk(dims.tp)[groups.tp_rank]
         return torch.where(padded[..., None], out.detach(), out)
 
     gpt.embedding.word_embeddings.register_forward_hook(detach)
 
 
-def _transformer_config(model: HFModel, shape: GPTShape, layout: ParallelDims, settings: Settings) -> Any:
+def _transformer_config(model: HFModel, shape: GPTShape, dims: MegatronDims, settings: BuildSettings) -> Any:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
 
@@ -78,7 +73,7 @@ def _transformer_config(model: HFModel, shape: GPTShape, layout: ParallelDims, s
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    more |= _moe_fields(model, shape, layout, settings)
+    more |= _moe_fields(model, shape, dims, settings)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.width,
@@ -95,51 +90,52 @@ def _transformer_config(model: HFModel, shape: GPTShape, layout: ParallelDims, s
         qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=shape.attention_dropout,
-        tensor_model_parallel_size=layout.tensor,
+        tensor_model_parallel_size=dims.tp,
         expert_tensor_parallel_size=1,
-        sequence_parallel=layout.sequence,
-        pipeline_model_parallel_size=layout.pipeline,
-        pipeline_model_parallel_layout=megatron_layout(shape.layers, layout.pipeline),
+        sequence_parallel=dims.sequence_parallel,
+        pipeline_model_parallel_size=dims.pp,
+        pipeline_model_parallel_layout=megatron_layout(shape.layers, dims.pp),
         pipeline_dtype=settings.dtype,
-        # What the next stage has received is needed here for its graph alone.
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # After sending, only the graph of an output is needed.
+        deallocate_pipeline_outputs=dims.pp > 1,
         finalize_model_grads_func=finalize_model_grads,
         params_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
-        # The weights are the host's: drawing others first would only take time.
+        # The weights are filled later: drawing others first would only take time.
         perform_initialization=False,
         use_cpu_initialization=settings.device.type == "cpu",
         **more,
     )
 
 
-def _moe_fields(model: HFModel, shape: GPTShape, layout: ParallelDims, settings: Settings) -> dict[str, Any]:
-    """What the config says of mixtures; routing and balance are our routers'."""
+def _moe_fields(
+    model: HFModel, shape: GPTShape, dims: MegatronDims, settings: BuildSettings
+) -> dict[str, Any]:
+    """Returns the fields of the config for MoE layers; routing and balance are those of our routers."""
     moe_blocks = dict(model.moe_layers())
     if not moe_blocks:
         return {}
     first = next(iter(moe_blocks.values()))
-    sends = settings.sends.fields(first.router.num_experts, _largest_top_k(model, first))
     return {
-        "expert_model_parallel_size": layout.expert,
+        "expert_model_parallel_size": dims.ep,
         "num_moe_experts": first.router.num_experts,
         "moe_layer_freq": [int(i in moe_blocks) for i in range(shape.layers)],
         "moe_ffn_hidden_size": first.experts.w_down_EDF.shape[-1],
         "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
         "moe_shared_expert_intermediate_size": first.shared and first.shared.w_down_DF.shape[-1],
-        **sends,
-        **settings.kind.fields(),
+        **settings.dispatcher.fields(first.router.num_experts, _largest_top_k(model, first)),
+        **settings.experts.fields(),
     }
 
 
 def _largest_top_k(model: HFModel, layer: MoELayer) -> int:
-    """That a layer's router is asked for in the course of the run."""
-    of_phases = () if model.schedule is None else model.schedule.top_k
-    return max([layer.router.top_k, *(k for phase in of_phases for k in phase.values())])
+    """Returns the largest K that a layer's router uses in the course of the run."""
+    phases = () if model.schedule is None else model.schedule.top_k
+    return max([layer.router.top_k, *(k for phase in phases for k in phase.values())])
 
 
-def _block_spec(model: HFModel, shape: GPTShape, blocks: range, settings: Settings) -> Any:
+def _block_spec(model: HFModel, shape: GPTShape, blocks: range, settings: BuildSettings) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     moe_blocks = dict(model.moe_layers())
@@ -192,14 +188,14 @@ def _dense_spec() -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def _moe_spec(model: HFModel, layer: MoELayer, settings: Settings) -> Any:
+def _moe_spec(model: HFModel, layer: MoELayer, settings: BuildSettings) -> Any:
     import megatron.core
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoE
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    most = settings.sends.most_experts(layer.router.num_experts, _largest_top_k(model, layer))
+    most = settings.dispatcher.most_experts(layer.router.num_experts, _largest_top_k(model, layer))
 
     def make_router(config: Any, pg_collection: Any = None) -> RouterSlot:
         if not config.sequence_parallel:
@@ -210,6 +206,6 @@ def _moe_spec(model: HFModel, layer: MoELayer, settings: Settings) -> Any:
     version = tuple(int(part) for part in megatron.core.__version__.split(".")[:3])
     shared = None if layer.shared is None else ModuleSpec(module=SharedSlot, params={"layer": layer})
     submodules = MoESubmodules(
-        router=make_router, experts=settings.kind.slot(layer, version), shared_experts=shared
+        router=make_router, experts=settings.experts.slot(layer, version), shared_experts=shared
     )
     return ModuleSpec(module=MegatronMoE, submodules=submodules)

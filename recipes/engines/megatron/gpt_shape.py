@@ -1,4 +1,4 @@
-"""What of a dense decoder Megatron's GPT model needs to know, and which decoders it cannot be.
+"""Shape of a dense decoder for Megatron's GPT model, the decoders it supports, and their pipeline stages.
 
 Reads the content of a ``config.json``; imports neither transformers nor megatron-core.
 """
@@ -18,11 +18,11 @@ _REMEDY = "Set engine=native."
 
 @dataclass(frozen=True)
 class GPTShape:
-    """A decoder of one of the `FAMILIES`.
+    """Shape of a decoder of one of the `FAMILIES`.
 
     Attributes:
-        window: Positions that attention looks back; None for all.
-        qkv_bias: Whether the projections into attention have biases; that out of it never has.
+        window: Number of positions that attention looks back; None for all.
+        qkv_bias: Whether the projections into attention have biases; the output projection never has.
         qk_norm: Whether queries and keys are normalised, head by head.
     """
 
@@ -44,7 +44,7 @@ class GPTShape:
 
 
 def read_shape(config: Mapping[str, Any]) -> GPTShape:
-    """The shape of a decoder that `family_mistakes` does not refuse.
+    """Returns the shape of a decoder that `family_mistakes` accepts.
 
     Args:
         config: The content of its ``config.json``, or ``to_dict()`` of the live config.
@@ -70,12 +70,12 @@ def read_shape(config: Mapping[str, Any]) -> GPTShape:
 
 
 def family_mistakes(config: Mapping[str, Any], value: Any, seq_len: int | None = None) -> list[Mistake]:
-    """Why Megatron's GPT model cannot compute what a decoder computes.
+    """Returns the reasons why Megatron's GPT model cannot compute what a decoder computes.
 
     Args:
         config: The content of its ``config.json``.
-        value: What ``dense`` was set to.
-        seq_len: Tokens a sample, where it is known.
+        value: Value of the option ``dense``.
+        seq_len: Tokens in a sample, if known.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -99,7 +99,7 @@ def family_mistakes(config: Mapping[str, Any], value: Any, seq_len: int | None =
 
 
 def split_mistakes(config: Mapping[str, Any], tensor_parallel: int) -> list[Mistake]:
-    """Why a decoder of the `FAMILIES` cannot be cut over so many ranks."""
+    """Returns the reasons why a decoder of the `FAMILIES` cannot be sharded by tensor parallelism."""
     shape = read_shape(config)
     parts = {
         "attention heads": shape.heads,
@@ -107,10 +107,12 @@ def split_mistakes(config: Mapping[str, Any], tensor_parallel: int) -> list[Mist
         "entries of the vocabulary": shape.vocabulary,
         "features of the feed-forward networks": shape.ffn_width,
     }
-    rule = "the dense model's {} {} do not divide over so many ranks"
     return [
         Mistake(
-            "engine.tensor_parallel", tensor_parallel, rule.format(count, what), "Set a common divisor, or 1."
+            "engine.tensor_parallel",
+            tensor_parallel,
+            f"the dense model's {count} {what} do not divide over {tensor_parallel} ranks",
+            "Set a common divisor, or 1.",
         )
         for what, count in parts.items()
         if count % tensor_parallel
@@ -126,3 +128,35 @@ def _window(config: Mapping[str, Any]) -> int | None:
         return None
     window: int | None = config.get("sliding_window")
     return window
+
+
+def blocks_of_stages(blocks: int, stages: int) -> list[range]:
+    """Returns the consecutive blocks of each pipeline stage.
+
+    If they do not divide evenly, the first stages have one more: the last has the head as well.
+    """
+    each, more = divmod(blocks, stages)
+    ends = [(stage + 1) * each + min(stage + 1, more) for stage in range(stages)]
+    return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def megatron_layout(blocks: int, stages: int) -> list[list[str]] | None:
+    """Returns the stages in Megatron's format; None for a single stage."""
+    if stages == 1:
+        return None
+    layout = [["decoder"] * len(own) for own in blocks_of_stages(blocks, stages)]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
+def stage_mistakes(config: Mapping[str, Any], stages: int) -> list[Mistake]:
+    """Returns the reasons why a decoder of the `FAMILIES` cannot be split into pipeline stages.
+
+    Args:
+        config: The content of its ``config.json``.
+        stages: Number of stages.
+    """
+    blocks = read_shape(config).layers
+    if blocks >= stages:
+        return []
+    rule = f"the dense model's {blocks} blocks are fewer than {stages} stages"
+    return [Mistake("engine.pipeline_parallel", stages, rule, f"Set {blocks} or less.")]

@@ -1,8 +1,9 @@
-"""Weights of a host in Megatron's GPT model, and back under the host's names.
+"""Weights of a transformers model in Megatron's GPT model, and back.
 
-Megatron stores several of the host's tensors in one parameter (queries, keys and values of a group side by
-side, gate above up), and cuts them over ranks. A `Part` says which rows of a parameter are which block of
-which of the host's tensors; everything that goes in or out is written in those terms.
+Megatron stores several tensors of the transformers model in one parameter (queries, keys and values of a
+group side by side, gate above up), and shards them over ranks. A `RowBlock` maps rows of a parameter to a
+block of a tensor; everything that goes in or out is described by such blocks. Names are always those of
+transformers.
 
 Letters: E experts, U rows of an expert's up projection, D model width, F expert width.
 """
@@ -22,7 +23,7 @@ from recipes.checkpoint import LocalBlocks, LocalShard
 from recipes.checkpoint.shard_layout import Placed, place
 from recipes.engines.megatron.expert_kinds import ExpertKind
 from recipes.engines.megatron.gpt_shape import GPTShape, read_shape
-from recipes.engines.megatron.rank_groups import Over, ParallelDims, Places
+from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups, ShardAxis
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.ranks import Ranks
 
@@ -30,16 +31,16 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive rows of a parameter that are a block of one of the host's tensors.
+class RowBlock:
+    """Consecutive rows of a Megatron parameter that are a block of one tensor.
 
     Attributes:
-        name: Of the host's tensor.
-        shape: Of all of it.
-        offset: Where the block begins in it.
-        size: Of the block.
-        start: The parameter's first row of the block.
-        rows: How many rows of the parameter it takes; the last block of a parameter without axes is 1.
+        name: Name of the tensor.
+        shape: Full shape of the tensor.
+        offset: Where the block begins in the tensor.
+        size: Shape of the block.
+        start: First row of the block in the parameter.
+        rows: Number of rows of the parameter; 1 for a parameter without axes.
     """
 
     name: str
@@ -50,51 +51,43 @@ class Part:
     rows: int
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The block, as a view of the memory of something shaped like the parameter."""
+        """Returns the block as a view of a tensor that is shaped like the parameter."""
         whole = parameter if parameter.ndim else parameter.view(1)
         return whole[self.start : self.start + self.rows].view(self.size)
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A parameter or buffer that this rank holds, and what it is made of.
+class LocalParameter:
+    """Parameter or buffer of this rank, and the blocks of tensors that it consists of.
 
     Attributes:
-        tensor: Live.
-        parts: Of all of its rows.
-        over: The ranks that hold all of it between them: those of ``tensor`` cut it, those of ``expert`` hold
-            other experts, and of ``none`` each holds all.
+        tensor: The live parameter.
+        blocks: Blocks that cover all of its rows.
+        sharded_over: Axis of ranks over which the tensors are sharded; ``none`` if each rank holds all of it.
     """
 
     tensor: Tensor
-    parts: tuple[Part, ...]
-    over: Over = "none"
+    blocks: tuple[RowBlock, ...]
+    sharded_over: ShardAxis = "none"
 
 
-def model_tensors(model: HFModel) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that are part of the state, by name."""
-    tensors: dict[str, Tensor] = {name: p.data for name, p in model.module.named_parameters()}
-    every = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
-    return tensors | {k: v for k, v in model.module.state_dict().items() if k not in every}
-
-
-def cut_experts(
-    layer: MoELayer, places: Places, layout: ParallelDims, device: torch.device, dtype: torch.dtype
+def shard_experts(
+    layer: MoELayer, groups: RankGroups, dims: MegatronDims, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Leaves one of the host's layers room for this rank's slice of the experts, and lets tokens travel."""
-    make_room(layer.experts, device, dtype, layer.router.num_experts // layout.expert)
-    if layout.expert > 1:
-        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, places.expert_group))
+    """Replaces a layer's experts by this rank's slice, unfilled, and sends their tokens by all-to-all."""
+    allocate(layer.experts, device, dtype, layer.router.num_experts // dims.ep)
+    if dims.ep > 1:
+        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, groups.ep_group))
 
 
-def make_room(module: nn.Module, device: torch.device, dtype: torch.dtype, rows: int | None = None) -> None:
-    """Gives a module parameters of its own, that are not filled yet.
+def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype, rows: int | None = None) -> None:
+    """Allocates the parameters of a module, unfilled.
 
     Args:
-        module: Without children.
-        device: Of what is made.
-        dtype: Of what is made.
-        rows: Of the first axis of each; None for all.
+        module: A module without children.
+        device: Device of the new parameters.
+        dtype: Dtype of the new parameters.
+        rows: Their size along the first axis; None keeps it.
     """
     for name, whole in list(module.named_parameters()):
         shape = whole.shape if rows is None else (rows, *whole.shape[1:])
@@ -102,20 +95,23 @@ def make_room(module: nn.Module, device: torch.device, dtype: torch.dtype, rows:
         setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-def mark_parameters(held: Sequence[Held], layout: ParallelDims) -> None:
-    """Tells Megatron which gradients are summed over which ranks, where its own layers do not."""
-    for each in held:
+def mark_parameters(local: Sequence[LocalParameter], dims: MegatronDims) -> None:
+    """Marks parameters for Megatron's reductions of gradients and norms, as its own layers mark theirs."""
+    for each in local:
         tensor: Any = each.tensor
-        # The norm counts the rest on the first tensor-parallel rank alone.
-        tensor.tensor_model_parallel = each.over != "none"
-        tensor.sequence_parallel = layout.sequence and each.over == "none"
-        if each.over == "expert":
-            # Ranks that hold the same expert are those of the expert-data-parallel group.
-            tensor.allreduce = layout.expert == layout.tensor == 1
+        # The norm counts all others on the first tensor-parallel rank alone.
+        tensor.tensor_model_parallel = each.sharded_over != "none"
+        tensor.sequence_parallel = dims.sequence_parallel and each.sharded_over == "none"
+        if each.sharded_over == "expert":
+            # Its gradient is reduced over the expert-data-parallel group.
+            tensor.allreduce = dims.ep == dims.tp == 1
 
 
 def empty_model(model: HFModel, live: Sequence[Tensor]) -> None:
-    """Frees the host's own weights; names and shapes stay, and so does what the GPT model uses itself."""
+    """Frees the weights of the transformers model, except those that the GPT model uses itself.
+
+    Names and shapes stay.
+    """
     kept = {id(tensor) for tensor in live}
     # Tied parameters stay one.
     emptied = {
@@ -130,51 +126,52 @@ def empty_model(model: HFModel, live: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
-    """What this rank holds of one of the host's tensors, which may be nothing.
+class LocalTensor:
+    """Shards that this rank holds of a tensor, which may be none.
 
     Attributes:
-        shape: Of all of it.
+        shape: Full shape of the tensor.
         like: A tensor of its dtype and device.
-        over: See `Held`.
-        sharded: Whether the ranks that hold the same parameters have divided them between them as well.
-        shards: Where what is held lies, and its memory.
+        sharded_over: See `LocalParameter`.
+        sharded: Whether the ranks that hold the same parameters have divided them further.
+        shards: The shards, with their places in the tensor.
     """
 
     shape: tuple[int, ...]
     like: Tensor
-    over: Over
+    sharded_over: ShardAxis
     sharded: bool
     shards: tuple[LocalShard, ...]
 
 
-def placed(blocks: Mapping[str, Blocks]) -> dict[str, Placed]:
-    """The same in the words of checkpoints and sources of weights; without what this rank has nothing of."""
-    held = {name: LocalBlocks(own.shape, own.shards) for name, own in blocks.items() if own.shards}
-    return {name: place(name, value) for name, value in held.items()}
+def placed(blocks: Mapping[str, LocalTensor]) -> dict[str, Placed]:
+    """Converts tensors to the form of checkpoints and weight sources; without those that have no shard."""
+    local = {name: LocalBlocks(own.shape, own.shards) for name, own in blocks.items() if own.shards}
+    return {name: place(name, value) for name, value in local.items()}
 
 
-def live_blocks(held: Sequence[Held]) -> dict[str, Blocks]:
-    """The memory of parameters and buffers, by the host's names."""
-    found: dict[str, Blocks] = {}
-    for each in held:
-        for part in each.parts:
-            shard = LocalShard(part.of(each.tensor.data), part.shape, part.offset)
-            before = found[part.name].shards if part.name in found else ()
-            found[part.name] = Blocks(part.shape, each.tensor.data, each.over, False, (*before, shard))
+def live_tensors(local: Sequence[LocalParameter]) -> dict[str, LocalTensor]:
+    """Returns the tensors whose shards are the memory of parameters and buffers, by name."""
+    found: dict[str, LocalTensor] = {}
+    for each in local:
+        data = each.tensor.data
+        for block in each.blocks:
+            shard = LocalShard(block.of(data), block.shape, block.offset)
+            before = found[block.name].shards if block.name in found else ()
+            found[block.name] = LocalTensor(block.shape, data, each.sharded_over, False, (*before, shard))
     return found
 
 
 @torch.no_grad()
 def gathered(
-    blocks: Mapping[str, Blocks], places: Places, names: Sequence[str], device: torch.device
+    blocks: Mapping[str, LocalTensor], groups: RankGroups, names: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the host in full, on every rank, in the order of their names. Collective."""
-    stages, pipeline = whereabouts(blocks, places), places.pipeline_group
+    """Yields tensors in full on every rank, in the order of ``names``. Collective."""
+    stages, pipeline = locate(blocks, groups), groups.pp_group
     for name in names:
         where = stages[name]
-        if where.stage == places.stage:
-            whole = _assembled(blocks[name], places)
+        if where.stage == groups.stage:
+            whole = _assembled(blocks[name], groups)
         else:
             whole = torch.empty(where.shape, dtype=where.dtype, device=device)
         if pipeline.size() > 1:
@@ -183,126 +180,148 @@ def gathered(
         yield name, whole
 
 
-def _assembled(own: Blocks, places: Places) -> Tensor:
-    """All of a tensor that the ranks of this stage hold. Collective among them."""
+def _assembled(own: LocalTensor, groups: RankGroups) -> Tensor:
+    """Returns a tensor that the ranks of this stage hold, in full. Collective among them."""
     whole = torch.zeros(own.shape, dtype=own.like.dtype, device=own.like.device)
     for shard in own.shards:
         box(whole, shard.offset, shard.tensor.shape).copy_(shard.tensor)
-    # Each element is held by one rank of a group: all others add 0.
-    for group in places.holders(own.over, own.sharded):
+    # One rank of a group holds each element: all others add 0.
+    for group in groups.holders(own.sharded_over, own.sharded):
         if group.size() > 1:
             torch.distributed.all_reduce(whole, group=group)
     return whole
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """The stage that holds one of the host's tensors, the first of several, and what it is."""
+class StageTensor:
+    """Shape and dtype of a tensor, and the first pipeline stage that holds it."""
 
     stage: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def whereabouts(blocks: Mapping[str, Blocks], places: Places) -> dict[str, Whereabouts]:
-    """Where every tensor is, by name. Collective.
+def locate(blocks: Mapping[str, LocalTensor], groups: RankGroups) -> dict[str, StageTensor]:
+    """Finds the stage of every tensor, by name. Collective.
 
     Args:
-        blocks: What this rank's stage holds.
-        places: Of this rank.
+        blocks: The tensors of this rank's stage.
+        groups: Groups of this rank.
     """
     own = {name: [list(each.shape), str(each.like.dtype)] for name, each in blocks.items()}
-    found: dict[str, Whereabouts] = {}
-    for stage, held in enumerate(Ranks(places.pipeline_group).gather(own)):
-        for name, (shape, dtype) in held.items():
+    found: dict[str, StageTensor] = {}
+    for stage, tensors in enumerate(Ranks(groups.pp_group).gather(own)):
+        for name, (shape, dtype) in tensors.items():
             kind = getattr(torch, dtype.removeprefix("torch."))
-            found.setdefault(name, Whereabouts(stage, tuple(shape), kind))
+            found.setdefault(name, StageTensor(stage, tuple(shape), kind))
     return found
 
 
 def box(tensor: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-    """A block of a tensor, as a view."""
+    """Returns a block of a tensor as a view."""
     axes = zip(offset, size, strict=True)
     return tensor[tuple(slice(low, low + length) for low, length in axes)]
 
 
-def find_parts(gpt: Any, model: HFModel, places: Places, layout: ParallelDims) -> list[Held]:
-    """What every parameter of this rank's stage of a GPT model is made of.
+def local_parameters(
+    gpt: Any, kind: ExpertKind, model: HFModel, groups: RankGroups, dims: MegatronDims
+) -> list[LocalParameter]:
+    """Maps every parameter of this rank's stage of a GPT model to blocks of tensors.
 
     Args:
         gpt: From `recipes.engines.megatron.gpt_model.build_gpt`.
-        model: The same that it was built from; its weights may be emptied already.
-        places: Of this rank.
-        layout: Of all.
+        kind: The kind of its experts.
+        model: The model that it was built from; its weights may be freed already.
+        groups: Groups of this rank.
+        dims: Layout of the ranks.
     """
     shape = read_shape(model.config.to_dict())
-    cut = _Cut(shape, places.tensor, layout.tensor)
-    held = []
+    sharding = _Sharding(shape, groups.tp_rank, dims.tp)
+    local = []
     if gpt.pre_process:
-        held.append(cut.rows(gpt.embedding.word_embeddings.weight, _EMBEDDING, shape.vocabulary))
+        local.append(sharding.rows(gpt.embedding.word_embeddings.weight, _EMBEDDING, shape.vocabulary))
     moe_blocks = {layer.context.layer_index: (name, layer) for name, layer in moe_layers(model.module)}
     for block in gpt.decoder.layers:
         index = block.layer_number - 1
         prefix = f"model.layers.{index}"
-        held += cut.attention(block.self_attention, f"{prefix}.self_attn")
+        local += sharding.attention(block.self_attention, f"{prefix}.self_attn")
         if index in moe_blocks:
-            held += _moe(block.mlp, gpt.expert_kind, *moe_blocks[index], places, layout)
+            local += _moe(block.mlp, kind, *moe_blocks[index], groups, dims)
         else:
-            held += cut.network(block.mlp, f"{prefix}.mlp")
-        held.append(_same(block.input_layernorm.weight, f"{prefix}.input_layernorm.weight"))
-        held.append(_same(block.pre_mlp_layernorm.weight, f"{prefix}.post_attention_layernorm.weight"))
+            local += sharding.network(block.mlp, f"{prefix}.mlp")
+        local.append(_single(block.input_layernorm.weight, f"{prefix}.input_layernorm.weight"))
+        local.append(_single(block.pre_mlp_layernorm.weight, f"{prefix}.post_attention_layernorm.weight"))
     if gpt.post_process:
-        held.append(_same(gpt.decoder.final_layernorm.weight, "model.norm.weight"))
+        local.append(_single(gpt.decoder.final_layernorm.weight, "model.norm.weight"))
     if gpt.post_process and not (shape.tied and gpt.pre_process):
-        # The last stage has a copy of an embedding that is tied and lies in the first.
+        # The last stage has a copy of a tied embedding of the first.
         name = _EMBEDDING if shape.tied else "lm_head.weight"
-        held.append(cut.rows(gpt.output_layer.weight, name, shape.vocabulary))
-    return held
+        local.append(sharding.rows(gpt.output_layer.weight, name, shape.vocabulary))
+    return local
 
 
-def _same(tensor: Tensor, name: str) -> Held:
-    """A tensor that is the host's, whole."""
-    size = tuple(tensor.shape)
-    return Held(tensor, (Part(name, size, (0,) * len(size), size, 0, size[0] if size else 1),))
+def _single(
+    tensor: Tensor,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    axis: int = 0,
+    first: int = 0,
+    sharded_over: ShardAxis = "none",
+) -> LocalParameter:
+    """Maps a parameter that is one block of a tensor, or all of it.
+
+    Args:
+        tensor: The parameter.
+        name: Name of the tensor.
+        shape: Full shape of the tensor; None for that of the parameter. With one axis more than the parameter
+            has, the parameter is a single row.
+        axis: Axis along which the tensor is sharded.
+        first: Where the block begins along this axis.
+        sharded_over: See `LocalParameter`.
+    """
+    own = tuple(tensor.shape)
+    full = own if shape is None else shape
+    size = own if len(full) == len(own) else (1, *own)
+    offset = tuple(first if i == axis else 0 for i in range(len(size)))
+    block = RowBlock(name, full, offset, size, 0, own[0] if own else 1)
+    return LocalParameter(tensor, (block,), sharded_over)
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How the matrices of a shape are cut: part ``rank`` of ``ranks``."""
+class _Sharding:
+    """Tensor-parallel sharding of the matrices of a shape: part ``rank`` of ``ranks``."""
 
     shape: GPTShape
     rank: int
     ranks: int
 
-    def rows(self, tensor: Tensor, name: str, total: int) -> Held:
-        """A matrix whose rows are cut."""
+    def rows(self, tensor: Tensor, name: str, total: int) -> LocalParameter:
+        """Maps a matrix that is sharded by rows."""
         rows, *rest = tensor.shape
         assert rows * self.ranks == total, (name, rows, self.ranks, total)
-        return Held(tensor, (self._block(name, (total, *rest), rows * self.rank, rows, 0),), "tensor")
+        return _single(tensor, name, (total, *rest), 0, rows * self.rank, "tensor")
 
-    def columns(self, tensor: Tensor, name: str) -> Held:
-        """A matrix whose columns are cut."""
+    def columns(self, tensor: Tensor, name: str) -> LocalParameter:
+        """Maps a matrix that is sharded by columns."""
         rows, columns = tensor.shape
-        whole = (rows, columns * self.ranks)
-        part = Part(name, whole, (0, columns * self.rank), (rows, columns), 0, rows)
-        return Held(tensor, (part,), "tensor")
+        return _single(tensor, name, (rows, columns * self.ranks), 1, columns * self.rank, "tensor")
 
-    def _block(self, name: str, whole: tuple[int, ...], offset: int, rows: int, start: int) -> Part:
+    def _block(self, name: str, whole: tuple[int, ...], offset: int, rows: int, start: int) -> RowBlock:
         rest = whole[1:]
-        return Part(name, whole, (offset, *(0 for _ in rest)), (rows, *rest), start, rows)
+        return RowBlock(name, whole, (offset, *(0 for _ in rest)), (rows, *rest), start, rows)
 
-    def attention(self, module: Any, prefix: str) -> list[Held]:
-        """Projections, and the norms of queries and keys."""
+    def attention(self, module: Any, prefix: str) -> list[LocalParameter]:
+        """Maps the projections, and the norms of queries and keys."""
         kinds = ["weight"] + ["bias"] * self.shape.qkv_bias
-        held = [self._qkv(getattr(module.linear_qkv, kind), prefix, kind) for kind in kinds]
-        held.append(self.columns(module.linear_proj.weight, f"{prefix}.o_proj.weight"))
+        local = [self._qkv(getattr(module.linear_qkv, kind), prefix, kind) for kind in kinds]
+        local.append(self.columns(module.linear_proj.weight, f"{prefix}.o_proj.weight"))
         if self.shape.qk_norm:
-            held.append(_same(module.q_layernorm.weight, f"{prefix}.q_norm.weight"))
-            held.append(_same(module.k_layernorm.weight, f"{prefix}.k_norm.weight"))
-        return held
+            local.append(_single(module.q_layernorm.weight, f"{prefix}.q_norm.weight"))
+            local.append(_single(module.k_layernorm.weight, f"{prefix}.k_norm.weight"))
+        return local
 
-    def _qkv(self, tensor: Tensor, prefix: str, kind: str) -> Held:
-        """Group by group: its queries, its key, its value."""
+    def _qkv(self, tensor: Tensor, prefix: str, kind: str) -> LocalParameter:
+        """Maps the joint projection, which has the queries, the key and the value of each group in turn."""
         width, rest = self.shape.head_dim, tuple(tensor.shape[1:])
         queries = self.shape.heads // self.shape.kv_heads
         groups = self.shape.kv_heads // self.ranks
@@ -314,10 +333,10 @@ class _Cut:
                 whole = (self.shape.kv_heads * heads * width, *rest)
                 name, rows = f"{prefix}.{letter}_proj.{kind}", heads * width
                 parts.append(self._block(name, whole, whole_group * rows, rows, start + behind * width))
-        return Held(tensor, tuple(parts), "tensor")
+        return LocalParameter(tensor, tuple(parts), "tensor")
 
-    def network(self, module: Any, prefix: str) -> list[Held]:
-        """A dense feed-forward network: gate above up."""
+    def network(self, module: Any, prefix: str) -> list[LocalParameter]:
+        """Maps a dense feed-forward network, with gate above up."""
         up = module.linear_fc1.weight
         rows, total = up.shape[0] // 2, self.shape.ffn_width
         whole = (total, up.shape[1])
@@ -326,39 +345,25 @@ class _Cut:
             self._block(name, whole, rows * self.rank, rows, rows * i) for i, name in enumerate(names)
         )
         return [
-            Held(up, parts, "tensor"),
+            LocalParameter(up, parts, "tensor"),
             self.columns(module.linear_fc2.weight, f"{prefix}.down_proj.weight"),
         ]
 
 
 def _moe(
-    module: Any, kind: ExpertKind, prefix: str, layer: Any, places: Places, layout: ParallelDims
-) -> list[Held]:
-    """Router, experts and shared expert of a layer."""
-    held = [_same(p, f"{prefix}.router.{name}") for name, p in layer.router.named_parameters()]
+    module: Any, kind: ExpertKind, prefix: str, layer: Any, groups: RankGroups, dims: MegatronDims
+) -> list[LocalParameter]:
+    """Maps router, experts and shared expert of a layer."""
+    local = [_single(p, f"{prefix}.router.{name}") for name, p in layer.router.named_parameters()]
     every = {name for name, _ in layer.router.named_parameters()}
     buffers = {k: v for k, v in layer.router.state_dict(keep_vars=True).items() if k not in every}
-    held += [_same(buffer, f"{prefix}.router.{name}") for name, buffer in buffers.items()]
-    count = layer.router.num_experts // layout.expert
-    first = count * places.expert
+    local += [_single(buffer, f"{prefix}.router.{name}") for name, buffer in buffers.items()]
+    count = layer.router.num_experts // dims.ep
+    first = count * groups.ep_rank
     for each in kind.tensors(module.experts):
-        at = (f"{prefix}.experts.{each.name}", first + each.first, layer.router.num_experts)
-        held.append(_slice(each.tensor, *at) if each.stacked else _one_expert(each.tensor, *at))
+        rest = each.tensor.shape[1:] if each.stacked else each.tensor.shape
+        name, shape = f"{prefix}.experts.{each.name}", (layer.router.num_experts, *rest)
+        local.append(_single(each.tensor, name, shape, 0, first + each.first, "expert"))
     if layer.shared is not None:
-        held += [_same(p, f"{prefix}.shared.{name}") for name, p in layer.shared.named_parameters()]
-    return held
-
-
-def _slice(tensor: Tensor, name: str, first: int, total: int) -> Held:
-    """Some experts of a stack."""
-    count, *rest = tensor.shape
-    zeros = (0,) * len(rest)
-    part = Part(name, (total, *rest), (first, *zeros), (count, *rest), 0, count)
-    return Held(tensor, (part,), over="expert")
-
-
-def _one_expert(tensor: Tensor, name: str, index: int, total: int) -> Held:
-    """An expert that is a matrix of its own."""
-    rows, columns = tensor.shape
-    part = Part(name, (total, rows, columns), (index, 0, 0), (1, rows, columns), 0, rows)
-    return Held(tensor, (part,), over="expert")
+        local += [_single(p, f"{prefix}.shared.{name}") for name, p in layer.shared.named_parameters()]
+    return local

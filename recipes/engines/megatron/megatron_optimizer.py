@@ -1,4 +1,4 @@
-"""Megatron's optimizers with our parameter groups, and their state under our names."""
+"""Megatron's optimizers with our parameter groups, and their state under the names of our checkpoints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint.shard_layout import LocalBlocks, LocalShard, flat_boxes
+from recipes.engines.megatron.config import BuildSettings
 from recipes.engines.megatron.cpu_patches import cuda_type_names
-from recipes.engines.megatron.hf_weights import Blocks, Held, Part
-from recipes.engines.megatron.settings import Settings
+from recipes.engines.megatron.hf_weights import LocalParameter, LocalTensor, RowBlock
 from recipes.engines.optim.optimizer import OptimConfig, build_optimizer
 from recipes.models.hf.hf_model import HFModel
 
@@ -23,12 +23,12 @@ _STATES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Rule:
-    """How a parameter is updated.
+    """Update rule of a parameter.
 
     Attributes:
-        group: What it is for; see `recipes.engines.optim.parameter_groups`.
+        group: Name of its group, see `recipes.engines.optim.parameter_groups`.
         lr: Learning rate at the top of the schedule.
-        weight_decay: Decoupled.
+        weight_decay: Decoupled weight decay.
     """
 
     group: str
@@ -37,9 +37,9 @@ class Rule:
 
 
 def rules_of(model: HFModel, optim: OptimConfig) -> dict[str, Rule]:
-    """The rule of every parameter that is trained, by the host's name; before the host is emptied.
+    """Returns the update rule of every trained parameter by name, as the native engine's optimizer has it.
 
-    They are those of the native engine, read off its optimizer.
+    Call it before the weights of the model are freed.
     """
     names = {id(parameter): name for name, parameter in model.module.named_parameters()}
     return {
@@ -49,35 +49,35 @@ def rules_of(model: HFModel, optim: OptimConfig) -> dict[str, Rule]:
     }
 
 
-def rule_of(held: Held, rules: Mapping[str, Rule]) -> Rule:
-    """The one rule of all that a parameter is made of."""
-    found = {rules[part.name] for part in held.parts}
-    assert len(found) == 1, f"{held.parts} are updated in different ways"
+def rule_of(local: LocalParameter, rules: Mapping[str, Rule]) -> Rule:
+    """Returns the update rule that all blocks of a parameter share."""
+    found = {rules[part.name] for part in local.blocks}
+    assert len(found) == 1, f"{local.blocks} are updated in different ways"
     return found.pop()
 
 
 def build_adamw(
     chunk: Any,
-    held: Sequence[Held],
+    local: Sequence[LocalParameter],
     rules: Mapping[str, Rule],
     optim: OptimConfig,
-    settings: Settings,
+    settings: BuildSettings,
 ) -> Any:
-    """Megatron's optimizer of a model that is wrapped in its data parallelism.
+    """Builds Megatron's optimizer of a model that is wrapped in its data parallelism.
 
     Args:
         chunk: The wrapped model.
-        held: What its parameters are made of.
+        local: The parameters of this rank.
         rules: From `rules_of`.
-        optim: Of AdamW.
-        settings: Of the engine.
+        optim: Settings of AdamW.
+        settings: Settings of the model.
     """
     from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
     members: dict[tuple[float, float], set[int]] = {}
-    for each in held:
+    for each in local:
         if each.tensor.requires_grad:
             rule = rule_of(each, rules)
             members.setdefault((rule.lr, rule.weight_decay), set()).add(id(each.tensor))
@@ -103,14 +103,14 @@ def build_adamw(
     with _torch_adamw(), named_as:
         optimizer = get_megatron_optimizer(config, [chunk], config_overrides=overrides)
     for group in optimizer.param_groups:
-        # The decay itself: a factor could not tell what decays from what does not where the decay is 0.
+        # ``wd_mult`` is the decay itself and no factor of it: groups differ even if the decay is 0.
         group["weight_decay"] = group["wd_mult"]
     return optimizer
 
 
 @contextlib.contextmanager
 def _torch_adamw() -> Iterator[None]:
-    """torch's AdamW whatever else is installed: the names of its state are those of our checkpoints."""
+    """While open, makes Megatron use torch's AdamW, whose state has the names of our checkpoints."""
     import megatron.core.optimizer as module
 
     before = module.USING_PYTORCH_OPTIMIZER
@@ -122,15 +122,15 @@ def _torch_adamw() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What an optimizer keeps of a parameter on this rank: elements ``low ... high - 1`` of it, flattened.
+class _OptimizerShard:
+    """Elements ``low ... high - 1`` of a flattened parameter, which an optimizer updates on this rank.
 
     Attributes:
-        main: What it updates, in fp32.
-        optimizer: torch's, that updates it.
-        low: First element.
-        high: Behind the last.
-        sharded: Whether other ranks keep the others.
+        main: The fp32 tensor that is updated.
+        optimizer: torch's optimizer that updates it.
+        low: Index of the first element.
+        high: Index behind the last element.
+        sharded: Whether other ranks update the other elements.
     """
 
     main: Tensor
@@ -140,75 +140,76 @@ class _Kept:
     sharded: bool
 
 
-def state_tensors(optimizer: Any, held: Sequence[Held]) -> dict[str, LocalBlocks]:
-    """The live state, as a checkpoint names it: ``optim.<parameter name>.<state key>``.
+def state_tensors(optimizer: Any, local: Sequence[LocalParameter]) -> dict[str, LocalBlocks]:
+    """Returns the live state by its name in checkpoints: ``optim.<parameter name>.<state key>``.
 
-    State that does not exist yet is created. A tensor of the host has one ``step``, whatever it is cut into.
+    State that does not exist yet is created. A tensor has one ``step``, however it is sharded.
     """
-    blocks: dict[str, list[LocalShard]] = {}
-    for each in held:
-        kept = _kept(optimizer, each.tensor) if each.tensor.requires_grad else None
-        state = {} if kept is None else _materialised(kept.optimizer, kept.main)
-        for part in each.parts if kept is not None else ():
-            assert kept is not None
-            found = {key: list(_blocks(kept, state[key], part)) for key in _STATES}
+    shards: dict[str, list[LocalShard]] = {}
+    for each in local:
+        own = _shard_of(optimizer, each.tensor) if each.tensor.requires_grad else None
+        if own is None:
+            continue
+        state = _materialised(own.optimizer, own.main)
+        for block in each.blocks:
+            found = {key: list(_shards(own, state[key], block)) for key in _STATES}
             if not any(found.values()):
                 continue
             found["step"] = [LocalShard(state["step"], (), ())]
-            for key, pieces in found.items():
-                blocks.setdefault(f"optim.{part.name}.{key}", []).extend(pieces)
-    return {name: LocalBlocks(pieces[0].global_shape, tuple(pieces)) for name, pieces in blocks.items()}
+            for key, values in found.items():
+                shards.setdefault(f"optim.{block.name}.{key}", []).extend(values)
+    return {name: LocalBlocks(values[0].global_shape, tuple(values)) for name, values in shards.items()}
 
 
-def master_blocks(optimizer: Any, held: Sequence[Held]) -> dict[str, Blocks]:
-    """The memory of the fp32 weights that the optimizer keeps of parameters of a lower precision."""
-    found: dict[str, Blocks] = {}
-    for each in held:
-        kept = _kept(optimizer, each.tensor)
+def master_tensors(optimizer: Any, local: Sequence[LocalParameter]) -> dict[str, LocalTensor]:
+    """Returns the fp32 master weights that the optimizer keeps of parameters of lower precision."""
+    found: dict[str, LocalTensor] = {}
+    for each in local:
+        own = _shard_of(optimizer, each.tensor)
         like = torch.empty(0, dtype=torch.float32, device=each.tensor.device)
-        for part in each.parts:
-            before = found[part.name].shards if part.name in found else ()
-            own = () if kept is None else tuple(_blocks(kept, kept.main.detach(), part))
-            sharded = kept is None or kept.sharded
-            found[part.name] = Blocks(part.shape, like, each.over, sharded, (*before, *own))
+        sharded = own is None or own.sharded
+        for block in each.blocks:
+            before = found[block.name].shards if block.name in found else ()
+            shards = () if own is None else tuple(_shards(own, own.main.detach(), block))
+            found[block.name] = LocalTensor(block.shape, like, each.sharded_over, sharded, (*before, *shards))
     return found
 
 
 @torch.no_grad()
 def copy_masters(optimizer: Any, chunk: Any) -> None:
-    """Brings the parameters to the fp32 weights that the optimizer keeps. Collective."""
+    """Copies the optimizer's fp32 master weights into the parameters. Collective."""
     for each in optimizer.chained_optimizers:
         each._copy_main_params_to_model_params()
     if chunk.ddp_config.use_distributed_optimizer:
         chunk.start_param_sync(force_sync=True)
 
 
-def _blocks(kept: _Kept, values: Tensor, part: Part) -> Iterator[LocalShard]:
-    """What is kept of a part, out of values that are kept of its parameter."""
-    numel = math.prod(part.size)
-    begin = part.start * (numel // part.rows)
-    low, high = max(kept.low, begin), min(kept.high, begin + numel)
-    flat, done = values.flatten(), low - kept.low
-    for box in flat_boxes(part.size, low - begin, high - low) if low < high else ():
-        offset = tuple(a + b for a, b in zip(part.offset, box.offset, strict=True))
-        yield LocalShard(flat[done : done + box.numel].view(box.size), part.shape, offset)
+def _shards(own: _OptimizerShard, values: Tensor, block: RowBlock) -> Iterator[LocalShard]:
+    """Yields the shards of a block, out of the values of an optimizer's shard of its parameter."""
+    numel = math.prod(block.size)
+    begin = block.start * (numel // block.rows)
+    low, high = max(own.low, begin), min(own.high, begin + numel)
+    flat, done = values.flatten(), low - own.low
+    for box in flat_boxes(block.size, low - begin, high - low) if low < high else ():
+        offset = tuple(a + b for a, b in zip(block.offset, box.offset, strict=True))
+        yield LocalShard(flat[done : done + box.numel].view(box.size), block.shape, offset)
         done += box.numel
 
 
-def _kept(optimizer: Any, parameter: Tensor) -> _Kept | None:
-    """What this rank keeps of a parameter's state; None for nothing."""
+def _shard_of(optimizer: Any, parameter: Tensor) -> _OptimizerShard | None:
+    """Returns the shard of a parameter that this rank updates; None if it updates none of it."""
     for each in optimizer.chained_optimizers:
         main = _main(each, parameter)
         if main is not None:
             if not hasattr(each, "model_param_group_index_map"):
-                return _Kept(main, each.optimizer, 0, parameter.numel(), sharded=False)
+                return _OptimizerShard(main, each.optimizer, 0, parameter.numel(), sharded=False)
             part = each._get_model_param_range_map(parameter)["param"]
-            return _Kept(main, each.optimizer, part.start, part.end, sharded=True)
+            return _OptimizerShard(main, each.optimizer, part.start, part.end, sharded=True)
     return None
 
 
 def _main(optimizer: Any, parameter: Tensor) -> Tensor | None:
-    """What an optimizer updates for a parameter: itself, or the part of it that is this rank's."""
+    """Returns the tensor that an optimizer updates for a parameter: itself, its master, or a part of it."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     if isinstance(optimizer, DistributedOptimizer):
@@ -229,7 +230,7 @@ def _main(optimizer: Any, parameter: Tensor) -> Tensor | None:
 
 
 def drop_gradients(optimizer: Any, parameters: Iterable[Tensor]) -> None:
-    """Forgets their gradients, once these are prepared: neither norms nor updates see them."""
+    """Drops gradients after Megatron has prepared them: neither norms nor updates see them."""
     for parameter in parameters:
         for each in optimizer.chained_optimizers:
             main = _main(each, parameter)
@@ -238,7 +239,7 @@ def drop_gradients(optimizer: Any, parameters: Iterable[Tensor]) -> None:
 
 
 def _materialised(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter; what AdamW's first step would create where there is none yet."""
+    """Returns the state of a parameter, and creates what AdamW's first step would create."""
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)

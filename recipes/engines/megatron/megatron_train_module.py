@@ -1,4 +1,4 @@
-"""A host that Megatron trains.
+"""Train module of the Megatron engine, and how it is built from a transformers model.
 
 Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 """
@@ -6,47 +6,59 @@ Letters: B samples of a micro-batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.checkpoint import LocalBlocks
 from recipes.data.samples import TokenMetadata
-from recipes.engines.base import MicroBatch, TrainModule, may_update
-from recipes.engines.megatron.gpt_shape import read_shape
+from recipes.engines.base import TrainModule, may_update
+from recipes.engines.hf_train_module import model_tensors
+from recipes.engines.megatron.config import BuildSettings
+from recipes.engines.megatron.gpt_model import build_gpt, keep_padding
+from recipes.engines.megatron.gpt_shape import blocks_of_stages, read_shape
 from recipes.engines.megatron.hf_weights import (
-    Blocks,
-    Held,
-    find_parts,
+    LocalParameter,
+    LocalTensor,
+    allocate,
+    empty_model,
     gathered,
-    live_blocks,
-    model_tensors,
+    live_tensors,
+    local_parameters,
+    mark_parameters,
     placed,
+    shard_experts,
 )
 from recipes.engines.megatron.megatron_optimizer import (
     Rule,
+    build_adamw,
     copy_masters,
     drop_gradients,
-    master_blocks,
+    master_tensors,
     rule_of,
+    rules_of,
     state_tensors,
 )
 from recipes.engines.megatron.pipeline import from_last_stage, run_schedule, share_statistics
-from recipes.engines.megatron.rank_groups import ParallelDims, Places
-from recipes.engines.megatron.stages import blocks_of_stages
+from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups
+from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.deferred_init import WeightSource
+from recipes.models.hf.deferred_init import PresentWeights, WeightSource, drop_memory, stand_in
 from recipes.models.hf.hf_model import HFModel
+from recipes.models.hf.skeleton import empty_copy
 
 
 class MegatronTrainModule(TrainModule):
-    """This rank's stage of a GPT model in Megatron's data parallelism, with its optimizer.
+    """Pipeline stage of this rank under Megatron's data parallelism, with its optimizer.
 
     Attributes:
-        model: Names, routers and their context; its other weights are Megatron's now.
+        model: Names, routers and their context; its other weights are freed.
+        chunk: The stage of the GPT model, wrapped.
+        optimizer: Megatron's optimizer.
     """
 
     def __init__(
@@ -57,27 +69,24 @@ class MegatronTrainModule(TrainModule):
         optimizer: Any,
         rules: Mapping[str, Rule],
         optim: OptimConfig,
-        layout: ParallelDims,
-        places: Places,
-        device: torch.device,
+        dims: MegatronDims,
+        groups: RankGroups,
+        settings: BuildSettings,
     ) -> None:
         self.model = model
         self._skeleton = skeleton
         self.chunk = chunk
         self.optimizer = optimizer
         self.optim_config = optim
-        self.layout = layout
-        self.places = places
-        self.device = device
+        self.dims = dims
+        self.groups = groups
+        self.settings = settings
+        self.device = settings.device
         self._shape = read_shape(model.config.to_dict())
-        self._blocks_here = blocks_of_stages(self._shape.layers, layout.pipeline)[places.stage]
+        self._blocks_here = blocks_of_stages(self._shape.layers, dims.pp)[groups.stage]
         self._may_be_stale = False
-        frozen = optim.frozen.groups
-        self._frozen = [
-            each.tensor
-            for each in self.held
-            if each.tensor.requires_grad and rule_of(each, rules).group in frozen
-        ]
+        trained = [each for each in self.local if each.tensor.requires_grad]
+        self._frozen = [x.tensor for x in trained if rule_of(x, rules).group in optim.frozen.groups]
 
     @property
     def skeleton(self) -> HFModel:
@@ -85,63 +94,62 @@ class MegatronTrainModule(TrainModule):
         return self._skeleton
 
     @property
-    def held(self) -> list[Held]:
-        """What this rank's parameters and buffers are made of."""
-        return find_parts(self.chunk.module, self.model, self.places, self.layout)
+    def local(self) -> list[LocalParameter]:
+        """This rank's parameters and buffers."""
+        return local_parameters(self.chunk.module, self.settings.experts, self.model, self.groups, self.dims)
 
-    def forward_backward(self, micro_batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `TrainModule.forward_backward`."""
+        count = len(batches)
         numbers = iter(range(count))
         self.model.context.num_micro_batches, self.model.context.loss_scale = count, 1.0 / count
 
-        def forward(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches)
-            tell = partial(self._tell_routers, batch, next(numbers))
-            out = self._forward(batch, tell)
+        def forward(left: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(left)
+            fill_context = partial(self._fill_context, batch, next(numbers))
+            out = self._forward(batch, fill_context)
             if out.requires_grad:
                 # By then later micro-batches have been through the routers, which recomputation runs again.
-                out.register_hook(lambda _: tell())
+                out.register_hook(lambda _: fill_context())
             return out, partial(_loss, batch.metadata)
 
         self.chunk.train()
         self._refresh()
-        found = run_schedule(self.chunk, forward, micro_batches, count, trains=True)
-        share_statistics([layer.stats for _, layer in self.model.moe_layers()], self.places, self.device)
-        return list(from_last_stage(found, (count,), self.places, self.device))
+        found = run_schedule(self.chunk, forward, batches, trains=True)
+        share_statistics([layer.stats for _, layer in self.model.moe_layers()], self.groups, self.device)
+        return list(from_last_stage(found, (count,), self.groups, self.device))
 
-    def _forward(self, batch: MicroBatch, tell: Callable[[], None], *, logits: bool = False) -> Tensor:
-        """What this stage makes of a batch: hidden states, or losses of the targets, or logits."""
+    def _forward(
+        self, batch: MicroBatch, fill_context: Callable[[], None], *, logits: bool = False
+    ) -> Tensor:
+        """Returns this stage's output for a batch: hidden states, losses of the targets, or logits."""
         tokens_BS1 = batch.tokens_BS1.to(self.device)
         window, length = self._shape.window, tokens_BS1.shape[1] - 1
         assert window is None or length <= window, f"{length} tokens, and attention looks back {window}"
-        tell()
+        fill_context()
         out: Tensor = self.chunk(
             tokens_BS1[:, :-1],
             None,
-            _hidden(batch.metadata, self.device),
+            _attention_mask(batch.metadata, self.device),
             labels=None if logits else tokens_BS1[:, 1:].contiguous(),
             runtime_gather_output=logits,
         )
-        # Where matrices are cut the positions do not lie behind one another, as what is sent must.
+        # With sequence parallelism the output is strided, and only contiguous tensors can be sent.
         return out.contiguous()
 
     def _refresh(self) -> None:
-        """Weights may have been changed from outside."""
+        """Copies the master weights into the parameters if they may have been changed from outside."""
         if self._may_be_stale:
             copy_masters(self.optimizer, self.chunk)
             self._may_be_stale = False
 
-    def _tell_routers(self, batch: MicroBatch, micro_batch: int) -> None:
-        """What the host's hook tells of a batch, and which of its step it is."""
-        run, metadata, tokens_BS = (
-            self.model.context,
-            batch.metadata,
-            batch.tokens_BS1[:, :-1].to(self.device),
-        )
+    def _fill_context(self, batch: MicroBatch, micro_batch: int) -> None:
+        """Tells the routers of a batch, as the hook of a transformers model does."""
+        run, metadata = self.model.context, batch.metadata
         run.micro_batch = micro_batch
         if self.model.schedule is not None:
             run.top_k = self.model.schedule.at(run.step)
-        run.token_ids = tokens_BS
+        run.token_ids = batch.tokens_BS1[:, :-1].to(self.device)
         run.padding_mask = None if metadata is None else metadata.real_BS.to(self.device)
 
     @torch.no_grad()
@@ -169,90 +177,145 @@ class MegatronTrainModule(TrainModule):
         factor = 1.0 if limit is None else limit / (norm + 1e-6)
         groups = self.optimizer.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        # All that a rank keeps of a stage may be frozen.
+        # All that a rank updates may be frozen.
         if factor < 1.0 and grads:
             torch._foreach_mul_(grads, factor)
 
     @torch.no_grad()
     def token_losses(self, tokens_BS1: Tensor, metadata: TokenMetadata | None = None) -> Tensor:
         """See `TrainModule.token_losses`."""
-        batch = MicroBatch(tokens_BS1, metadata)
-        return self._evaluate(batch, (tokens_BS1.shape[0], tokens_BS1.shape[1] - 1))
+        shape = (tokens_BS1.shape[0], tokens_BS1.shape[1] - 1)
+        return self._evaluate(MicroBatch(tokens_BS1, metadata), shape)
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """See `TrainModule.logits`."""
         samples, length = tokens_BS.shape
-        # Sequences are cut evenly; what follows a position does not change it. There are no targets.
-        spare = -length % (self.layout.tensor if self.layout.sequence else 1)
-        batch = MicroBatch(torch.nn.functional.pad(tokens_BS, (0, spare + 1)))
+        # Sequences are sharded evenly; tokens behind a position do not change it. There are no targets.
+        spare = -length % (self.dims.tp if self.dims.sequence_parallel else 1)
+        batch = MicroBatch(F.pad(tokens_BS, (0, spare + 1)))
         shape = (samples, length + spare, self._shape.vocabulary)
         return self._evaluate(batch, shape, logits=True)[:, :length]
 
     def _evaluate(self, batch: MicroBatch, shape: tuple[int, ...], *, logits: bool = False) -> Tensor:
-        """What the last stage makes of a batch, on all stages."""
+        """Returns the last stage's output for a batch, on all stages."""
 
-        def forward(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-            one = next(batches)
-            out = self._forward(one, partial(self._tell_routers, one, 0), logits=logits)
+        def forward(left: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            one = next(left)
+            out = self._forward(one, partial(self._fill_context, one, 0), logits=logits)
             return out, lambda out, non_loss_data: out
 
         self.chunk.eval()
         self._refresh()
-        found = run_schedule(self.chunk, forward, iter([batch]), 1, trains=False)
-        return from_last_stage(found, (1, *shape), self.places, self.device)[0]
+        found = run_schedule(self.chunk, forward, [batch], trains=False)
+        return from_last_stage(found, (1, *shape), self.groups, self.device)[0]
 
     def checkpoint_tensors(self) -> dict[str, Any]:
         """See `TrainModule.checkpoint_tensors`."""
-        # Whoever holds them may write into them.
+        # The caller may write into them.
         self._may_be_stale = self._keeps_masters
-        live = {f"model.{name}": blocks for name, blocks in self._blocks().items()}
+        live = {f"model.{name}": tensor for name, tensor in self._tensors().items()}
         tensors = {name: LocalBlocks(own.shape, own.shards) for name, own in live.items() if own.shards}
-        return tensors | state_tensors(self.optimizer, self.held)
+        return tensors | state_tensors(self.optimizer, self.local)
 
     @property
     def _keeps_masters(self) -> bool:
-        return any(each.tensor.dtype == torch.bfloat16 for each in self.held)
+        return any(each.tensor.dtype == torch.bfloat16 for each in self.local)
 
-    def _blocks(self) -> dict[str, Blocks]:
-        """The weights, by the host's names: in fp32, but for those that do not train and are kept once."""
-        held = self.held
-        low = [x for x in held if x.tensor.dtype == torch.bfloat16 and x.tensor.requires_grad]
-        kept = {id(each) for each in low}
-        live = [each for each in held if id(each) not in kept]
-        return live_blocks(live) | master_blocks(self.optimizer, low)
+    def _tensors(self) -> dict[str, LocalTensor]:
+        """Returns the weights by name: fp32 master weights where there are any, else the parameters."""
+        local = self.local
+        low = [x for x in local if x.tensor.dtype == torch.bfloat16 and x.tensor.requires_grad]
+        mastered = {id(each) for each in low}
+        live = [each for each in local if id(each) not in mastered]
+        return live_tensors(live) | master_tensors(self.optimizer, low)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainModule.full_tensors`."""
         names = list(model_tensors(self.skeleton))
-        return gathered(self._blocks(), self.places, names, self.device)
+        return gathered(self._tensors(), self.groups, names, self.device)
 
     @torch.no_grad()
     def take(self, weights: WeightSource) -> None:
-        """Fills the weights that are trained, in fp32 whatever the model computes in.
+        """Fills the weights that are trained, in fp32 whatever dtype the model computes in.
 
         Args:
-            weights: Of everything that the host has, under its names.
+            weights: Source of every tensor of the model, by name.
         """
-        weights.fill(placed(self._blocks()))
+        weights.fill(placed(self._tensors()))
         self._may_be_stale = self._keeps_masters
 
 
 def _loss(metadata: TokenMetadata | None, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch, which the schedule divides in place, and what is reported of it."""
-    loss = losses_BS.mean() if metadata is None else (losses_BS * metadata.weights_BS.to(losses_BS)).sum()
+    """Returns the loss of a micro-batch, which the schedule divides in place, and a copy to report."""
+    loss = batch_loss(losses_BS, metadata)
     return loss, loss.detach().clone()
 
 
-def _hidden(metadata: TokenMetadata | None, device: torch.device) -> Tensor | None:
-    """``[B, 1, S, S]``, True where a position does not see another; None where it sees all before it.
+def _attention_mask(metadata: TokenMetadata | None, device: torch.device) -> Tensor | None:
+    """Returns the ``[B, 1, S, S]`` mask, True where a position is hidden from another; None is causal.
 
-    Rotary embeddings depend on distances alone, so that positions need not begin anew with a conversation.
+    Rotary embeddings depend on distances alone, so that positions need not restart with a conversation.
     """
     if metadata is None or metadata.positions_BS is None:
         return None
     positions_BS = metadata.positions_BS.to(device)
-    begins_BS = torch.nn.functional.pad(positions_BS[:, 1:] - positions_BS[:, :-1] != 1, (1, 0))
+    begins_BS = F.pad(positions_BS[:, 1:] - positions_BS[:, :-1] != 1, (1, 0))
     number_BS = begins_BS.cumsum(1)
     same_BSS = number_BS[:, :, None] == number_BS[:, None, :]
     return ~same_BSS.tril()[:, None]
+
+
+def prepare(
+    model: HFModel, optim: OptimConfig, dims: MegatronDims, groups: RankGroups, settings: BuildSettings
+) -> MegatronTrainModule:
+    """Builds the GPT model of a transformers model, fills it, and builds its optimizer. Collective.
+
+    Args:
+        model: Afterwards only its names, routers and statistics are left.
+        optim: Settings of AdamW.
+        dims: Layout of the ranks.
+        groups: Groups of this rank.
+        settings: Settings of the model.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    skeleton = empty_copy(model)
+    weights = PresentWeights(model_tensors(model), model.weights)
+    model.weights = None
+    stand_in(model.module, settings.device)
+    rules = rules_of(model, optim)
+    blocks = blocks_of_stages(read_shape(model.config.to_dict()).layers, dims.pp)[groups.stage]
+    own = [layer for index, layer in model.moe_layers() if index in blocks]
+    for _, layer in model.moe_layers():
+        layer.experts.ranks = dims.ep
+        # An expert is read once for the tokens of all of these ranks, or of their peers in the stage.
+        layer.stats.readers = groups.ep_group if dims.ep > 1 else None
+    for layer in own:
+        layer.router.to(settings.device)
+        if layer.shared is not None:
+            allocate(layer.shared, settings.device, settings.dtype)
+        if settings.experts.keeps_ours:
+            shard_experts(layer, groups, dims, settings.device, settings.dtype)
+    gpt = build_gpt(model, dims, groups, settings)
+    local = local_parameters(gpt, settings.experts, model, groups, dims)
+    mark_parameters(local, dims)
+    keep_padding(gpt, model, dims, groups)
+    empty_model(model, [each.tensor for each in local])
+    if settings.distributed:
+        # The distributed optimizer moves what it updates into one buffer.
+        drop_memory((p for p in gpt.parameters() if p.requires_grad), settings.device)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed, overlap_grad_reduce=False
+    )
+    wrapped = DistributedDataParallel(gpt.config, config, gpt)
+    for layer in own:
+        # Megatron has just attached the gradient buffers to the weights.
+        layer.experts.adds_to_main_grads = settings.experts.keeps_ours
+    optimizer = build_adamw(wrapped, local, rules, optim, settings)
+    train_module = MegatronTrainModule(
+        model, skeleton, wrapped, optimizer, rules, optim, dims, groups, settings
+    )
+    # Filled last, when every tensor is in its final memory.
+    train_module.take(weights)
+    return train_module

@@ -1,6 +1,6 @@
-"""Micro-batches through the stages of a pipeline, and what a stage tells the others.
+"""Pipeline parallelism: the schedule of the micro-batches, and what pipeline stages send one another.
 
-A single stage is a pipeline as well: the schedule is then one micro-batch after the other.
+A single stage is a pipeline as well: the schedule then runs one micro-batch after the other.
 """
 
 from __future__ import annotations
@@ -14,39 +14,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.metrics import LayerStats
-from recipes.engines.base import MicroBatch
-from recipes.engines.megatron.rank_groups import Places
+from recipes.engines.megatron.rank_groups import RankGroups
+from recipes.engines.micro_batch import MicroBatch
 from recipes.runtime.ranks import Ranks
 
 ForwardStep: TypeAlias = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Callable[..., Any]]]
 
 
 def run_schedule(
-    chunk: Any, forward: ForwardStep, micro_batches: Iterator[MicroBatch], count: int, *, trains: bool
+    chunk: Any, forward: ForwardStep, batches: Sequence[MicroBatch], *, trains: bool
 ) -> list[Any]:
-    """Megatron's schedule, 1F1B where there are several stages. Collective.
+    """Runs Megatron's schedule, 1F1B if there are several stages. Collective.
 
     Args:
         chunk: This rank's stage.
-        forward: From the micro-batches that are left and the stage, to what the stage computes, and to the
-            function of that that gives the loss and what is returned of it, or only the latter where nothing
-            is trained.
-        micro_batches: All, of one shape.
-        count: How many.
-        trains: Whether there are backward passes, the last of which completes the gradients.
+        forward: Takes the remaining micro-batches and the stage. Returns the stage's output, and a function
+            that turns it into the loss and a value to report, or into the value alone without training.
+        batches: The micro-batches of the step, all of one shape.
+        trains: Whether to run backward passes, the last of which completes the gradients.
 
     Returns:
-        Of each micro-batch what that function gave; empty on all stages but the last.
+        The reported value of each micro-batch; empty on all stages but the last.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    first = next(micro_batches)
+    left = iter(batches)
+    first = next(left)
     samples, tokens = first.tokens_BS1.shape
     found: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=itertools.chain([first], micro_batches),
+        data_iterator=itertools.chain([first], left),
         model=[chunk],
-        num_microbatches=count,
+        num_microbatches=len(batches),
         seq_length=tokens - 1,
         micro_batch_size=samples,
         forward_only=not trains,
@@ -55,16 +54,16 @@ def run_schedule(
     return found
 
 
-def from_last_stage(found: Sequence[Tensor], shape: Sequence[int], places: Places, device: Any) -> Tensor:
-    """What the last stage has found, in fp32, on all stages. Collective.
+def from_last_stage(found: Sequence[Tensor], shape: Sequence[int], groups: RankGroups, device: Any) -> Tensor:
+    """Returns the last stage's results, stacked and in fp32, on all stages. Collective.
 
     Args:
         found: A tensor for each micro-batch; empty on the other stages.
-        shape: Of all of them, stacked.
-        places: Of this rank.
-        device: Of this rank.
+        shape: Shape of the stacked tensors.
+        groups: Groups of this rank.
+        device: Device of this rank.
     """
-    group = places.pipeline_group
+    group = groups.pp_group
     whole = torch.stack(list(found)).float() if found else torch.empty(*shape, device=device)
     assert whole.shape == tuple(shape), (whole.shape, shape)
     if group.size() > 1:
@@ -72,25 +71,25 @@ def from_last_stage(found: Sequence[Tensor], shape: Sequence[int], places: Place
     return whole
 
 
-def share_statistics(layers: Sequence[LayerStats], places: Places, device: torch.device) -> None:
-    """Gives each stage what the mixtures of the others have recorded in this step. Collective.
+def share_statistics(layers: Sequence[LayerStats], groups: RankGroups, device: torch.device) -> None:
+    """Gives each stage the statistics that the MoE layers of the others recorded in a step. Collective.
 
     Args:
-        layers: Of all mixtures of the model; those of other stages are empty.
-        places: Of this rank.
-        device: Where statistics lie.
+        layers: Statistics of all MoE layers of the model; those of other stages are empty.
+        groups: Groups of this rank.
+        device: Device of the statistics.
     """
-    if places.pipeline_group.size() == 1:
+    if groups.pp_group.size() == 1:
         return
     recorded = [(number, layer) for number, layer in enumerate(layers) if layer.sums]
-    told = Ranks(places.pipeline_group).gather(_packed(recorded))
-    for stage, (entries, values) in enumerate(told):
-        if stage != places.stage:
+    gathered = Ranks(groups.pp_group).gather(_packed(recorded))
+    for stage, (entries, values) in enumerate(gathered):
+        if stage != groups.stage:
             _unpack(layers, entries, torch.tensor(values, dtype=torch.float32, device=device))
 
 
 def _packed(recorded: Sequence[tuple[int, LayerStats]]) -> tuple[list[Any], list[float]]:
-    """What is recorded: ``[layer, kind, micro-batch, name, length]`` of each tensor, and all values."""
+    """Returns ``[layer, kind, micro-batch, name, length]`` of each recorded tensor, and all values."""
     entries, tensors = [], []
     for number, layer in recorded:
         named = [("sums", micro, "", x) for micro, x in layer.sums.items()]
@@ -101,7 +100,7 @@ def _packed(recorded: Sequence[tuple[int, LayerStats]]) -> tuple[list[Any], list
         for kind, micro, name, tensor in named:
             entries.append([number, kind, micro, name, tensor.numel()])
             tensors.append(tensor.detach().flatten().double())
-    # One copy from the device, however many there are.
+    # A single copy from the device, however many tensors there are.
     return entries, torch.cat(tensors).tolist() if tensors else []
 
 

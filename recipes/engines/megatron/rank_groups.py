@@ -1,4 +1,4 @@
-"""How the ranks of a run are laid out for Megatron."""
+"""Layout of the ranks for Megatron, and the process groups that follow from it."""
 
 from __future__ import annotations
 
@@ -6,97 +6,91 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-Over: TypeAlias = Literal["none", "tensor", "expert"]
+ShardAxis: TypeAlias = Literal["none", "tensor", "expert"]
 
 
 @dataclass(frozen=True)
-class ParallelDims:
+class MegatronDims:
     """Sizes of Megatron's groups.
 
     Attributes:
-        tensor: Ranks that cut the matrices of a layer between them.
-        expert: Ranks that hold the experts of a layer between them.
-        pipeline: Stages of consecutive blocks; each is held by as many ranks.
-        sequence: Whether those of `tensor` cut the sequence as well, where matrices are not cut.
+        tp: Tensor-parallel ranks, over which the matrices of a layer are sharded.
+        ep: Expert-parallel ranks, over which the experts of a layer are sharded.
+        pp: Pipeline stages of consecutive blocks.
+        sequence_parallel: Whether the ``tp`` ranks also shard sequences, between sharded matrices.
     """
 
-    tensor: int = 1
-    expert: int = 1
-    pipeline: int = 1
-    sequence: bool = False
+    tp: int = 1
+    ep: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
 
-    def join(self) -> Places:
-        """Makes Megatron's groups over the process group that is open; where this rank is. Collective."""
+    def join(self) -> RankGroups:
+        """Makes Megatron's groups in the process group that is open. Collective."""
         from megatron.core import parallel_state as state
 
         leave()
         state.initialize_model_parallel(
-            tensor_model_parallel_size=self.tensor,
-            pipeline_model_parallel_size=self.pipeline,
-            expert_model_parallel_size=self.expert,
-            # Experts are whole: stacked and many, they are spread and never cut.
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            expert_model_parallel_size=self.ep,
+            # Each expert stays whole: experts are stacked and many, and sharded over ``ep`` alone.
             expert_tensor_parallel_size=1,
         )
-        return Places(
-            tensor=state.get_tensor_model_parallel_rank(),
-            expert=state.get_expert_model_parallel_rank(),
-            data=state.get_data_parallel_rank(),
-            data_ranks=state.get_data_parallel_world_size(),
+        return RankGroups(
+            tp_rank=state.get_tensor_model_parallel_rank(),
+            ep_rank=state.get_expert_model_parallel_rank(),
             stage=state.get_pipeline_model_parallel_rank(),
-            tensor_group=state.get_tensor_model_parallel_group(),
-            expert_group=state.get_expert_model_parallel_group(),
-            data_group=state.get_data_parallel_group(),
-            expert_data_group=state.get_expert_data_parallel_group(),
+            tp_group=state.get_tensor_model_parallel_group(),
+            ep_group=state.get_expert_model_parallel_group(),
+            dp_group=state.get_data_parallel_group(),
+            expert_dp_group=state.get_expert_data_parallel_group(),
             stage_group=state.get_tensor_and_data_parallel_group(),
-            pipeline_group=state.get_pipeline_model_parallel_group(),
+            pp_group=state.get_pipeline_model_parallel_group(),
         )
 
 
 @dataclass(frozen=True)
-class Places:
-    """This rank's place in each group.
+class RankGroups:
+    """Groups of this rank, and its place in them.
 
     Attributes:
-        tensor: Which part of the cut matrices it holds.
-        expert: Which slice of the experts it holds.
-        data: Which samples it sees.
-        data_ranks: How many ranks see samples of their own.
-        stage: Which of the pipeline's stages it is in.
-        tensor_group: The ranks that hold one copy of the matrices between them.
-        expert_group: The ranks that hold one copy of the experts between them.
-        data_group: The ranks that hold the same part of the matrices.
-        expert_data_group: The ranks that hold the same experts.
-        stage_group: The ranks that hold the same blocks, or parts of them.
-        pipeline_group: The ranks that hold all blocks between them, in order.
+        tp_rank: Index of its shard of the matrices.
+        ep_rank: Index of its slice of the experts.
+        stage: Index of its pipeline stage.
+        tp_group: Ranks that together hold one copy of the matrices.
+        ep_group: Ranks that together hold one copy of the experts.
+        dp_group: Ranks that hold the same shard of the matrices.
+        expert_dp_group: Ranks that hold the same experts.
+        stage_group: Ranks of its stage.
+        pp_group: Ranks that together hold all blocks, in order.
     """
 
-    tensor: int
-    expert: int
-    data: int
-    data_ranks: int
+    tp_rank: int
+    ep_rank: int
     stage: int
-    tensor_group: Any
-    expert_group: Any
-    data_group: Any
-    expert_data_group: Any
+    tp_group: Any
+    ep_group: Any
+    dp_group: Any
+    expert_dp_group: Any
     stage_group: Any
-    pipeline_group: Any
+    pp_group: Any
 
-    def holders(self, over: Over, sharded: bool) -> list[Any]:
-        """The groups of ranks that hold a tensor between them.
+    def holders(self, sharded_over: ShardAxis, sharded: bool) -> list[Any]:
+        """Returns the groups of ranks that together hold a tensor of this stage.
 
         Args:
-            over: Which ranks hold other parts of it.
-            sharded: Whether those that hold the same part have divided it between them.
+            sharded_over: Axis of ranks over which it is sharded.
+            sharded: Whether the ranks that hold the same shard have divided it further.
         """
-        groups = [self.expert_data_group if over == "expert" else self.data_group] * sharded
-        return groups + {"none": [], "tensor": [self.tensor_group], "expert": [self.expert_group]}[over]
+        groups = [self.expert_dp_group if sharded_over == "expert" else self.dp_group] * sharded
+        return groups + {"none": [], "tensor": [self.tp_group], "expert": [self.ep_group]}[sharded_over]
 
 
 def leave() -> None:
-    """Takes Megatron's groups apart. Collective, but while an exception ends the run.
+    """Destroys Megatron's groups. Collective, unless an exception ends the run.
 
-    Megatron forgets its groups and leaves them open: some fifty a layout, with threads each.
+    Megatron itself forgets its groups and leaves them open: some fifty a layout, each with threads.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -105,18 +99,18 @@ def leave() -> None:
         return
     made = dict.fromkeys(parallel_state._global_process_group_list or ())
     parallel_state.destroy_model_parallel()
-    # Where something has gone wrong the other ranks may never come.
+    # After an error the other ranks may never get here.
     if dist.is_initialized() and sys.exc_info()[0] is None:
         dist.barrier()
         known = dist.distributed_c10d._world.pg_map
         for group in made:
-            # Not those of other ranks, nor the one of all that the run was opened with.
+            # The groups of other ranks are not known here, and the group of all ranks was there before.
             if group in known and group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
 
 
 def seed_gpu() -> None:
-    """Megatron draws dropout on GPUs from states of its own, which must have a seed."""
+    """Seeds the random states from which Megatron draws dropout on GPUs."""
     import torch
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -1,10 +1,9 @@
-"""What stands in the slots of Megatron's layers: our routers, our experts, norms, and attention.
+"""Modules for the slots of Megatron's layers: Graft's routers and experts, norms, and attention.
 
-Plain modules of torch: megatron-core asks for nothing but their call signatures.
+They are plain modules of torch: megatron-core requires nothing but their call signatures.
 
-Letters: S sequence length (of a rank's part, where sequences are cut over tensor-parallel ranks), B samples,
-D model width, T = B * S tokens, E experts, K slots a token, R routed rows, H heads, G heads of keys and
-values, C width of a head.
+Letters: S sequence length (of a rank's part under sequence parallelism), B samples, D model width, T = B * S
+tokens, E experts, K slots a token, R routed rows, H heads, G heads of keys and values, C width of a head.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from moe.layer import MoELayer
 from moe.routing.balance import attach_loss
 from moe.types import LayerContext, Routing
 
-# From this version on experts are built by calling what stands in their slot.
+# From this version on Megatron builds experts by calling what is in their slot.
 _BUILDERS_SINCE = (0, 17)
 
 
 def as_map(routing: Routing) -> tuple[Tensor, Tensor]:
-    """What Megatron takes from a router: ``[T, E]`` weights, 0 off the map, and the ``[T, E]`` bool map.
+    """Converts a routing to Megatron's form: ``[T, E]`` weights, 0 off the map, and the ``[T, E]`` bool map.
 
     A token that names an expert in two slots gets the sum of both weights, which is the same function.
     """
@@ -44,18 +43,18 @@ def as_map(routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 class RouterSlot(nn.Module):
-    """One of our routers where Megatron has its own.
+    """Graft's router in the place of Megatron's.
 
-    It also does what our layer does besides routing: it attaches the balance losses and keeps the statistics.
+    It also does what Graft's layer does besides routing: attach the balance losses and keep the statistics.
 
-    Where sequences are cut over ranks, each of these ranks gathers them and routes all of their tokens: what
-    is a property of a sequence, or of the micro-batch, is then the same as on one rank. It keeps its own.
+    Under sequence parallelism each rank gathers the sequences, routes all tokens, and keeps its own. So
+    properties of a sequence, or of the micro-batch, are the same as on one rank.
 
     Attributes:
-        router: The router of the host's layer, itself.
-        ranks: Over how many ranks sequences are cut.
-        rank: Which of these this is.
-        most: How many experts of a token the dispatcher can send it to; None for all.
+        router: The router of Graft's layer.
+        ranks: Number of ranks over which sequences are sharded.
+        rank: Index of this rank among them.
+        most: Largest number of experts that the dispatcher can send a token to; None for all.
     """
 
     def __init__(
@@ -69,12 +68,12 @@ class RouterSlot(nn.Module):
         """Takes over the router of a layer.
 
         Args:
-            layer: Of the host.
-            ranks: Over how many ranks sequences are cut.
-            rank: Which of these this is.
-            gather: Puts the parts of all of them one behind the other, and in backward sums what each has
-                found of a part; not called where they are whole.
-            most: How many experts of a token the dispatcher can send it to; None for all.
+            layer: Graft's MoE layer.
+            ranks: See the class.
+            rank: See the class.
+            gather: Concatenates the parts of all ranks along the sequence, and in backward sums the ranks'
+                gradients of each part; not called on a single rank.
+            most: See the class.
         """
         super().__init__()
         self.router = layer.router
@@ -85,16 +84,16 @@ class RouterSlot(nn.Module):
         self.layer_number: int | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Megatron tells each layer its number, from 1."""
+        """Keeps the number that Megatron gives each layer, from 1."""
         self.layer_number = layer_number
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``[S, B, D]`` to weights and map ``[S * B, E]``; what is padding stands in the context."""
+        """Routes ``[S, B, D]`` to weights and map ``[S * B, E]``; the padding is taken from the context."""
         if self.ranks > 1:
-            assert self._gather is not None, "sequences are cut, and nobody gathers them"
+            assert self._gather is not None, "sequences are sharded, and nothing gathers them"
             hidden_SBD = self._gather(hidden_SBD)
         S, B, D = hidden_SBD.shape
-        # Our routers see tokens sample by sample, as ids and masks of the context are.
+        # Graft's routers take tokens sample by sample, in the order of the context's ids and masks.
         x_TD = hidden_SBD.transpose(0, 1).reshape(B * S, D)
         routing = self.router(x_TD, self._context)
         self._require_few(routing)
@@ -102,13 +101,13 @@ class RouterSlot(nn.Module):
         run = self._context.run
         if self.training:
             for loss in routing.losses.values():
-                # Each of the ranks attaches all of it, and their gradients are summed.
+                # Each rank attaches the whole loss, and the gradients of all ranks are summed.
                 probs_TE = attach_loss(probs_TE, loss, run.loss_scale / self.ranks)
             self._stats.record(run.micro_batch, routing, self._context.token_mask_T(B * S))
         return self._own(probs_TE, B), self._own(map_TE, B)
 
     def _require_few(self, routing: Routing) -> None:
-        """Refuses a routing that names more experts a token than can be sent to; waits for no device."""
+        """Rejects a routing with more experts a token than the dispatcher supports, without a sync."""
         slots = routing.expert_ids_TK.shape[1]
         if self.most is not None and slots > self.most:
             name = self.router.name
@@ -117,39 +116,39 @@ class RouterSlot(nn.Module):
             raise ConfigError.one("engine.dispatcher", "deepep", rule, remedy)
 
     def _own(self, values_TE: Tensor, samples: int) -> Tensor:
-        """This rank's tokens, in Megatron's order: position by position instead of sample by sample."""
+        """Returns this rank's tokens in Megatron's order: position by position, not sample by sample."""
         values_SBE = values_TE.unflatten(0, (samples, -1)).transpose(0, 1)
         return values_SBE.chunk(self.ranks)[self.rank].flatten(0, 1)
 
 
 class ExpertsSlot(nn.Module):
-    """Our stacked experts where Megatron has its own.
+    """Graft's stacked experts in the place of Megatron's.
 
     Attributes:
-        experts: Those of the host's layer, themselves, with as many as this rank holds.
+        experts: The experts of Graft's layer that this rank holds.
     """
 
     def __init__(
         self, num_local: int, config: Any, layer: MoELayer, pg_collection: Any = None, name: str | None = None
     ) -> None:
-        """As Megatron builds experts, before and since version 0.17.
+        """Takes the arguments with which Megatron builds experts, before and since version 0.17.
 
         Args:
-            num_local: Experts of this rank.
-            config: Megatron's.
-            layer: Of the host; its experts are cut to this rank's already.
+            num_local: Number of experts of this rank.
+            config: Megatron's config.
+            layer: Graft's MoE layer; its experts are sharded already.
             pg_collection: Megatron's process groups.
-            name: Of the module, which newer versions give.
+            name: Name of the module, given by newer versions.
         """
         super().__init__()
         self.experts = layer.experts
-        held = len(self.experts.w_down_EDF)
-        assert held == num_local, f"the layer holds {held} experts, Megatron gives this rank {num_local}"
+        count = len(self.experts.w_down_EDF)
+        assert count == num_local, f"the layer holds {count} experts, Megatron gives this rank {num_local}"
 
     def forward(
         self, rows_RD: Tensor, tokens_per_expert_E: Tensor, probs_R: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows sorted by expert, how many of each, their weights: weighted results, and no bias."""
+        """Returns the weighted results, and no bias, for rows that are sorted by expert."""
         counts_E = tokens_per_expert_E.to(rows_RD.device)
         ids_E = torch.arange(len(counts_E), device=rows_RD.device)
         ids_R1 = ids_E.repeat_interleave(counts_E, output_size=len(rows_RD))[:, None]
@@ -157,18 +156,7 @@ class ExpertsSlot(nn.Module):
         return self.experts(Dispatched(rows_RD, probs_R[:, None], plan)), None
 
     def backward_dw(self) -> None:
-        """Megatron may delay gradients of weights; ours are never delayed."""
-
-
-def experts_slot(layer: MoELayer, version: tuple[int, ...], make_spec: Any) -> Any:
-    """What to put into ``MoESubmodules.experts`` for our experts.
-
-    Args:
-        layer: Of the host.
-        version: Of megatron-core, as in ``(0, 16, 1)``.
-        make_spec: Its ``ModuleSpec``; used before 0.17, whose slot takes a spec instead of a callable.
-    """
-    return slot_of(ExpertsSlot, version, make_spec, {"layer": layer})
+        """Does nothing: Megatron may delay the gradients of weights, but Graft's are never delayed."""
 
 
 def slot_of(
@@ -178,14 +166,14 @@ def slot_of(
     given: Mapping[str, Any],
     submodules: Any = None,
 ) -> Any:
-    """What to put into ``MoESubmodules.experts`` so that a class is built.
+    """Returns what goes into ``MoESubmodules.experts`` so that Megatron builds a class.
 
     Args:
         module: The class.
-        version: Of megatron-core, as in ``(0, 16, 1)``.
+        version: Version of megatron-core, e.g. ``(0, 16, 1)``.
         make_spec: Its ``ModuleSpec``; used before 0.17, whose slot takes a spec instead of a callable.
-        given: Parameters that Megatron does not give.
-        submodules: Of Megatron's own classes.
+        given: Arguments that Megatron does not pass.
+        submodules: Submodules of Megatron's own classes.
     """
     within = {} if submodules is None else {"submodules": submodules}
     if version[:2] >= _BUILDERS_SINCE:
@@ -194,7 +182,7 @@ def slot_of(
 
 
 class SharedSlot(nn.Module):
-    """Our shared expert where Megatron has its own; each rank computes it for its own tokens."""
+    """Graft's shared expert in the place of Megatron's; each rank computes it for its own tokens."""
 
     def __init__(
         self, layer: MoELayer, config: Any = None, pg_collection: Any = None, gate: bool = False
@@ -204,13 +192,13 @@ class SharedSlot(nn.Module):
         self.shared = layer.shared
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
-        """``[S, B, D] -> [S, B, D]``."""
+        """Computes ``[S, B, D] -> [S, B, D]``."""
         out_SBD: Tensor = self.shared(hidden_SBD)
         return out_SBD
 
 
 class Norm(nn.RMSNorm):
-    """RMSNorm that may see a part of each sequence alone: its gradient is then of that part."""
+    """RMSNorm that is marked under sequence parallelism, where its gradient is of a part of each sequence."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -218,9 +206,9 @@ class Norm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Attention by torch's own fused kernels, on every device.
+    """Attention by torch's fused kernels, on every device.
 
-    Megatron's own asks for TransformerEngine to be fused, and else writes out the scores.
+    Megatron's own materialises the scores unless TransformerEngine is installed.
     """
 
     def __init__(self, config: Any, **unused: Any) -> None:
@@ -237,7 +225,7 @@ class Attention(nn.Module):
         attention_bias: None = None,
         packed_seq_params: None = None,
     ) -> Tensor:
-        """``[S, B, H * C]``. A mask is True where a position is not seen; None is causal."""
+        """Returns ``[S, B, H * C]``. The mask is True where a position is hidden; None is causal."""
         assert attention_bias is None and packed_seq_params is None, (attention_bias, packed_seq_params)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHC, k_SBGC, v_SBGC))
         out_BHSC = F.scaled_dot_product_attention(

@@ -1,8 +1,6 @@
-"""Expert parallelism of the native engine: each rank of a group holds a slice of the experts.
+"""Expert parallelism of the native engine: each of ``ep`` neighbouring ranks holds a slice of the experts.
 
-The ranks form a grid (expert_dp, ep), ep inside: neighbouring ranks hold the slices of one copy of the
-experts, and FSDP2 shards each slice over the ranks that hold the same one
-(`recipes.engines.native.parallel_dims`).
+FSDP2 shards each slice over the ranks that hold the same one (`recipes.engines.native.parallel_dims`).
 """
 
 from __future__ import annotations
@@ -28,39 +26,24 @@ _PATH = "engine.expert_parallel"
 
 @dataclass(frozen=True)
 class ExpertMeshes:
-    """The ranks as the experts see them.
+    """Device meshes of the experts.
 
     Attributes:
-        copies: Ranks that hold the same slice: the last axis cuts it, an axis before that holds copies.
-        ranks: One axis of ranks that hold all experts between them.
+        dp: Ranks that hold the same slice: the last axis shards it, an axis before that replicates it.
+        ep: Ranks that together hold all experts, on one axis.
     """
 
-    copies: DeviceMesh
-    ranks: DeviceMesh
-
-    @property
-    def cutters(self) -> int:
-        """Ranks over which a slice is cut."""
-        return self.copies.size(self.copies.ndim - 1)
-
-
-def rank_unsupported_reason(expert_parallel: int, world_size: int) -> str | None:
-    """Why so many ranks cannot be such a grid, as "field=value: rule. Remedy."."""
-    if world_size % expert_parallel == 0:
-        return None
-    return (
-        f"expert_parallel={expert_parallel}: {world_size} ranks do not divide into groups of so many. "
-        f"Set a divisor of {world_size}, or start a multiple of {expert_parallel} ranks"
-    )
+    dp: DeviceMesh
+    ep: DeviceMesh
 
 
 def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
-    """Why such a mixture cannot be spread over so many ranks."""
+    """Returns the reasons why the experts of an MoE cannot be sharded over the ranks."""
     if expert_parallel == 1:
         return []
     mistakes = []
     if num_experts % expert_parallel:
-        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over so many ranks"
+        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over {expert_parallel} ranks"
         remedy = f"Set a divisor of {num_experts}, or another upcycle.num_experts."
         mistakes.append(Mistake(_PATH, expert_parallel, rule, remedy))
     if router_class(router.name).reads_experts(router):
@@ -70,45 +53,48 @@ def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -
     return mistakes
 
 
-def apply_ep(model: HFModel, grid: ExpertMeshes, policy: MixedPrecisionPolicy) -> list[Experts]:
-    """Leaves each rank its slice of every layer's experts, and lets the tokens travel; returns the experts.
+def apply_ep(model: HFModel, meshes: ExpertMeshes, policy: MixedPrecisionPolicy) -> list[Experts]:
+    """Shards the experts of every layer, and sends their tokens by all-to-all.
 
-    To be called before anything that holds the experts is sharded.
+    Call it before FSDP2 shards a module that contains experts.
 
     Args:
         model: With the same weights on all ranks.
-        grid: Of all ranks.
-        policy: Of the experts' products; their inputs must not be cast (combine weights stay fp32).
+        meshes: Of all ranks.
+        policy: Dtype of the experts' products; it must not cast their inputs (combine weights stay fp32).
+
+    Returns:
+        The experts of every layer.
 
     Raises:
-        ModelError: FSDP2 cannot cut the experts over the ranks that hold the same ones.
+        ModelError: FSDP2 cannot shard a slice over the ranks that hold the same one.
     """
     assert not policy.cast_forward_inputs, policy
-    spread = []
+    sharded = []
     for _, layer in model.moe_layers():
-        dim = cut_dim(layer.experts, grid.cutters, grid.ranks.size())
-        layer.experts.spread(grid.ranks)
-        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, grid.ranks.get_group()))
+        dim = shard_dim(layer.experts, meshes.dp.size(meshes.dp.ndim - 1), meshes.ep.size())
+        layer.experts.spread(meshes.ep)
+        layer.set_dispatcher(AllToAllDispatcher(layer.router.num_experts, meshes.ep.get_group()))
         fully_shard(
             layer.experts,
-            mesh=grid.copies,
+            mesh=meshes.dp,
             mp_policy=policy,
             shard_placement_fn=lambda parameter, dim=dim: Shard(dim),
         )
-        spread.append(layer.experts)
-    return spread
+        sharded.append(layer.experts)
+    return sharded
 
 
-def cut_dim(experts: Experts, copies: int, ranks: int) -> int:
-    """The axis that FSDP2 cuts: experts apart where there are enough of them, else their output features.
+def shard_dim(experts: Experts, copies: int, ranks: int) -> int:
+    """Returns the axis that FSDP2 shards: experts if there are enough of them, else output features.
 
     Args:
-        experts: Not spread yet.
-        copies: Ranks over which FSDP2 is to cut the same experts.
-        ranks: Ranks that are to hold all of them between them.
+        experts: Not sharded yet.
+        copies: Number of ranks over which FSDP2 shards the same experts.
+        ranks: Number of ranks that together hold all experts.
 
     Raises:
-        ModelError: Neither divides.
+        ModelError: Neither axis divides.
     """
     count = len(experts.w_down_EDF)
     if count // ranks % copies == 0:
@@ -124,14 +110,14 @@ def cut_dim(experts: Experts, copies: int, ranks: int) -> int:
     return 1
 
 
-def cut_by_rows(model: HFModel, ranks: int) -> set[nn.Parameter]:
-    """Experts' weights that FSDP2 is to cut by their output features, so that all ranks hold equally much.
+def row_sharded(model: HFModel, ranks: int) -> set[nn.Parameter]:
+    """Returns the expert weights that FSDP2 shards by output features, so that all ranks hold equal parts.
 
-    Cut by experts, eight of them over sixteen ranks would leave half of the ranks empty.
+    Sharded by experts, eight of them would leave half of sixteen ranks empty.
 
     Args:
-        model: Not sharded yet; experts that are spread already are left out.
-        ranks: Over which FSDP2 cuts.
+        model: Not sharded yet by FSDP2; expert-parallel experts are left out.
+        ranks: Number of ranks over which FSDP2 shards.
     """
     found: set[nn.Parameter] = set()
     for _, layer in model.moe_layers():
@@ -143,10 +129,9 @@ def cut_by_rows(model: HFModel, ranks: int) -> set[nn.Parameter]:
 
 
 def gathered(tensor: DTensor) -> Tensor:
-    """All of a tensor, on every rank. Collective.
+    """Returns the full tensor on every rank. Collective.
 
-    The axes of its mesh are undone one by one, from the last cut to the first: torch warns of a cut within a
-    cut that it is to undo at once.
+    The axes of its mesh are gathered one by one: torch warns when nested shards are gathered at once.
     """
     placements = list(tensor.placements)
     for axis in range(len(placements)):
@@ -157,10 +142,10 @@ def gathered(tensor: DTensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(experts: Iterable[nn.Module], expert_parallel: int) -> None:
-    """Makes means over all ranks of what FSDP2 has left: sums over ep, and means over copies.
+    """Divides the gradients of experts by the number of ``ep`` ranks, to get means over all ranks.
 
-    An expert's gradient is of the tokens of all ranks of its group, each of which has divided its loss by its
-    own tokens alone.
+    FSDP2 leaves means over ``dp``, but each slice has seen the tokens of all ``ep`` ranks, each of which
+    divides its loss by its own number of tokens.
     """
     parameters = (parameter for module in experts for parameter in module.parameters())
     grads = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]

@@ -1,9 +1,9 @@
-"""How the ranks of the native engine are laid out: which cut what between them, and which hold copies.
+"""Layout of the native engine's ranks: replicas, data parallelism, expert and tensor parallelism.
 
-The ranks form groups that hold the same weights (``replicas``), one behind the other. Everything but the
-experts is cut over all ranks of a group; the experts are spread over neighbours (``ep``), and what each of
-these has is cut over those that have the same. So are the heads of attention (``tp``), whose ranks see the
-same samples.
+The ranks form ``replicas`` groups, one after the other, that each hold a whole model. Within a group FSDP2
+shards everything but experts and attention over all ranks. Experts are sharded over ``ep`` neighbours, and
+each slice over the ranks that hold the same one; likewise attention heads over ``tp`` neighbours, which see
+the same samples.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moe.errors import Mistake
 from recipes.engines.native.expert_parallel import ExpertMeshes
 from recipes.engines.native.tensor_parallel import AttentionMeshes
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """How many ranks do what.
+    """Sizes of the groups of ranks.
 
     Attributes:
-        world_size: All of them.
-        replicas: Groups that hold the same weights.
-        expert_parallel: Neighbours that hold the experts of a layer between them.
-        tensor_parallel: Neighbours that hold the heads of attention between them, and see the same samples.
+        world_size: Number of ranks.
+        replicas: Groups that each hold a whole model.
+        expert_parallel: Neighbouring ranks that together hold the experts of a layer.
+        tensor_parallel: Neighbouring ranks that together hold the attention heads, and see the same samples.
     """
 
     world_size: int
@@ -34,62 +35,48 @@ class ParallelDims:
 
     @property
     def group(self) -> int:
-        """Ranks that hold the model between them."""
+        """Number of ranks that together hold one model."""
         return self.world_size // self.replicas
 
-    def unsupported_reason(self) -> str | None:
-        """Why there cannot be such a grid, as "field=value: rule. Remedy."; None where there can."""
+    def check(self) -> Mistake | None:
+        """Returns the dimension that the ranks do not divide by; None when they divide by all."""
         ranks, copies = self.world_size, self.replicas
         if ranks % copies:
-            return (
-                f"replicas={copies}: {ranks} ranks do not divide into so many groups. "
-                f"Set a divisor of {ranks}, or start a multiple of {copies} ranks"
-            )
+            rule = f"{ranks} ranks do not divide into {copies} groups"
+            remedy = f"Set a divisor of {ranks}, or start a multiple of {copies} ranks."
+            return Mistake("replicas", copies, rule, remedy)
         whose = f"{ranks} ranks" if copies == 1 else f"the {self.group} ranks of each of {copies} replicas"
         for name in ("expert_parallel", "tensor_parallel"):
             value = getattr(self, name)
             if self.group % value:
-                return (
-                    f"{name}={value}: {whose} do not divide into groups of so many. "
-                    f"Set a divisor of {self.group}, or start a multiple of {copies * value} ranks"
-                )
+                rule = f"{whose} do not divide into groups of {value}"
+                remedy = f"Set a divisor of {self.group}, or start a multiple of {copies * value} ranks."
+                return Mistake(name, value, rule, remedy)
         return None
 
-    def weight_mesh(self, kind: str) -> DeviceMesh:
-        """Over which everything but experts is cut: (dp), or (replica, dp) with copies along the first axis.
-
-        Args:
-            kind: Of the devices. Collective.
-        """
+    def weight_mesh(self, device_type: str) -> DeviceMesh:
+        """Builds the mesh of everything but experts and attention: (dp), or (replica, dp). Collective."""
         if self.replicas == 1:
-            return init_device_mesh(kind, (self.group,), mesh_dim_names=("dp",))
-        return init_device_mesh(kind, (self.replicas, self.group), mesh_dim_names=("replica", "dp"))
+            return init_device_mesh(device_type, (self.group,), mesh_dim_names=("dp",))
+        return init_device_mesh(device_type, (self.replicas, self.group), mesh_dim_names=("replica", "dp"))
 
-    def expert_meshes(self, kind: str) -> ExpertMeshes | None:
-        """Over which experts are spread and cut; None where they are as everything else.
-
-        Args:
-            kind: Of the devices. Collective.
-        """
+    def expert_meshes(self, device_type: str) -> ExpertMeshes | None:
+        """Builds the meshes of the experts; None without expert parallelism. Collective."""
         if self.expert_parallel == 1:
             return None
-        return ExpertMeshes(*self._inner(kind, self.expert_parallel, "ep"))
+        return ExpertMeshes(*self._inner(device_type, self.expert_parallel, "ep"))
 
-    def attention_meshes(self, kind: str) -> AttentionMeshes | None:
-        """Over which heads are spread and cut; None where they are as everything else.
-
-        Args:
-            kind: Of the devices. Collective.
-        """
+    def attention_meshes(self, device_type: str) -> AttentionMeshes | None:
+        """Builds the meshes of the attention; None without tensor parallelism. Collective."""
         if self.tensor_parallel == 1:
             return None
-        return AttentionMeshes(*self._inner(kind, self.tensor_parallel, "tp"))
+        return AttentionMeshes(*self._inner(device_type, self.tensor_parallel, "tp"))
 
-    def _inner(self, kind: str, ways: int, name: str) -> tuple[DeviceMesh, DeviceMesh]:
-        """The ranks that have the same of something that so many neighbours share, and those neighbours."""
-        shape, outer = (self.group // ways, ways), f"{name}_dp"
+    def _inner(self, device_type: str, size: int, name: str) -> tuple[DeviceMesh, DeviceMesh]:
+        """Builds the mesh of the ranks that hold the same slice, and that of ``size`` neighbours."""
+        shape, outer = (self.group // size, size), f"{name}_dp"
         if self.replicas == 1:
-            mesh = init_device_mesh(kind, shape, mesh_dim_names=(outer, name))
+            mesh = init_device_mesh(device_type, shape, mesh_dim_names=(outer, name))
             return mesh[outer], mesh[name]
-        mesh = init_device_mesh(kind, (self.replicas, *shape), mesh_dim_names=("replica", outer, name))
+        mesh = init_device_mesh(device_type, (self.replicas, *shape), mesh_dim_names=("replica", outer, name))
         return mesh["replica", outer], mesh[name]

@@ -1,8 +1,8 @@
-"""Tensor parallelism of the native engine: neighbouring ranks hold a slice of the heads of attention each.
+"""Tensor parallelism of the native engine: each of ``tp`` neighbouring ranks holds a slice of the heads.
 
-Which projections are cut, and how, is what transformers says of a family (``base_model_tp_plan``); torch's
-`parallelize_module` cuts them. The ranks see the same samples. Of a mixture's tokens each sends a share to
-the experts; everything else all compute alike.
+The plan comes from transformers (``base_model_tp_plan``) and is applied by torch's `parallelize_module`. The
+ranks see the same samples. Each sends its share of an MoE layer's tokens to the experts; everything else is
+computed on all of them.
 
 Letters: D model width, H width of all heads.
 """
@@ -41,30 +41,30 @@ _COLUMNS, _ROWS, _WHOLE = "colwise", "rowwise", "replicated_with_grad_allreduce"
 
 @dataclass(frozen=True)
 class AttentionMeshes:
-    """The ranks as attention sees them.
+    """Device meshes of the attention.
 
     Attributes:
-        copies: Ranks that hold the same heads: the last axis cuts them, an axis before that holds copies.
-        ranks: One axis of ranks that hold all heads between them.
+        dp: Ranks that hold the same heads: the last axis shards them, an axis before that replicates them.
+        tp: Ranks that together hold all heads, on one axis.
     """
 
-    copies: DeviceMesh
-    ranks: DeviceMesh
+    dp: DeviceMesh
+    tp: DeviceMesh
 
-    def samples(self) -> ProcessGroup:
-        """The ranks that hold the same heads: between them every sample is seen once. Collective."""
-        return (self.copies if self.copies.ndim == 1 else self.copies._flatten()).get_group()
+    def sample_group(self) -> ProcessGroup:
+        """Returns the ranks that hold the same heads; together they see every sample once. Collective."""
+        return (self.dp if self.dp.ndim == 1 else self.dp._flatten()).get_group()
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How the attention of a family is cut.
+    """Tensor-parallel plan of a family's attention.
 
     Attributes:
         module: Name of the attention in a block.
-        columns: Projections whose outputs are cut.
-        rows: The projection whose inputs are cut.
-        whole: Modules that every rank holds, and of whose gradients each has a part.
+        columns: Projections whose outputs are sharded.
+        rows: The projection whose inputs are sharded.
+        whole: Replicated modules, of whose gradients each rank computes a part.
     """
 
     module: str
@@ -74,7 +74,7 @@ class AttentionPlan:
 
 
 def attention_plan(model_type: str) -> AttentionPlan | None:
-    """What transformers says of a family; None where it says nothing, or more than is known here."""
+    """Returns the plan that transformers has for a family; None if it has none, or one unknown here."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -98,87 +98,86 @@ def attention_plan(model_type: str) -> AttentionPlan | None:
 
 
 def attention_mistakes(dense: Mapping[str, Any], ways: int) -> list[Mistake]:
-    """Why the attention of a model cannot be cut so many ways, from its ``config.json`` alone.
+    """Returns the reasons why the attention of a model cannot be sharded, from its ``config.json`` alone.
 
     Args:
         dense: The content of the file.
-        ways: Ranks.
+        ways: Number of tensor-parallel ranks.
     """
     if ways == 1:
         return []
     text = dense.get("text_config") or dense
     family = text.get("model_type") or dense.get("model_type")
     if attention_plan(str(family)) is None:
-        rule = f"transformers does not say how attention of {family!r} is cut by whole heads alone"
+        rule = f"transformers has no plan that shards the attention of {family!r} by whole heads"
         return [Mistake(_PATH, ways, rule, _REMEDY)]
     heads = text.get("num_attention_heads") or 0
     counts = {"attention": heads, "key-value": text.get("num_key_value_heads") or heads}
     return [
-        Mistake(_PATH, ways, f"the {count} {what} heads do not divide over so many ranks", _REMEDY)
+        Mistake(_PATH, ways, f"the {count} {what} heads do not divide over {ways} ranks", _REMEDY)
         for what, count in counts.items()
         if count % ways
     ]
 
 
-def cut_attention(model: HFModel, grid: AttentionMeshes, policy: MixedPrecisionPolicy) -> list[nn.Module]:
-    """Leaves each rank its heads of every block, cut over the ranks that hold the same ones.
+def apply_tp(model: HFModel, meshes: AttentionMeshes, policy: MixedPrecisionPolicy) -> list[nn.Module]:
+    """Shards the attention heads of every block, and each slice over the ranks that hold the same one.
 
-    To be called before anything that holds attention is sharded.
+    Call it before FSDP2 shards a module that contains attention.
 
     Args:
         model: With the same weights on all ranks.
-        grid: Of all ranks.
-        policy: Of the projections.
+        meshes: Of all ranks.
+        policy: Dtype of the projections.
 
     Returns:
-        Modules that every rank holds, and of whose gradients each computes the part of its heads.
+        The replicated modules, of whose gradients each rank computes the part of its heads.
 
     Raises:
-        ModelError: The attention is not what transformers says of the family.
+        ModelError: The attention differs from the plan of transformers.
     """
-    ways = grid.ranks.size()
+    ways = meshes.tp.size()
     dense = model.config.to_dict()
     if mistakes := attention_mistakes(dense, ways):
         raise ModelError(mistakes)
     plan = attention_plan(str(model.config.get_text_config().model_type))
-    assert plan is not None, "attention_mistakes refuses families without a plan"
-    in_part: list[nn.Module] = []
-    cut = 0
+    assert plan is not None, "attention_mistakes rejects families without a plan"
+    partial_modules: list[nn.Module] = []
+    sharded = 0
     for block in decoder_blocks(model.module, model.config):
         attention = getattr(block, plan.module, None)
         if attention is None or not hasattr(attention, plan.rows):
             continue  # a block that mixes tokens by other means stays whole
         _require_known(attention, plan, ways)
         styles = {name: ColwiseParallel() for name in plan.columns if hasattr(attention, name)}
-        parallelize_module(
-            attention, grid.ranks, {**styles, plan.rows: RowwiseParallel()}, src_data_rank=None
-        )
-        attention.register_forward_pre_hook(partial(_wrap_input, grid.ranks), with_kwargs=True)
-        # FSDP2 hooks onto the output: that must not be a view, which a change in place would take it from.
+        parallelize_module(attention, meshes.tp, {**styles, plan.rows: RowwiseParallel()}, src_data_rank=None)
+        attention.register_forward_pre_hook(partial(_wrap_input, meshes.tp), with_kwargs=True)
+        # FSDP2 hooks onto the output, which must not be a view: a change in place would drop the hook.
         attention.get_submodule(plan.rows).register_forward_hook(lambda module, args, out: out.clone())
         projections = [attention.get_submodule(name) for name in (*sorted(styles), plan.rows)]
         fully_shard(
             projections,
-            mesh=grid.copies,
+            mesh=meshes.dp,
             mp_policy=policy,
-            shard_placement_fn=lambda parameter: _cut_dim(parameter, grid.copies),
+            shard_placement_fn=lambda parameter: _shard_dim(parameter, meshes.dp),
         )
-        in_part += [attention.get_submodule(name) for name in sorted(plan.whole) if hasattr(attention, name)]
-        cut += 1
-    if not cut:
+        whole = [name for name in sorted(plan.whole) if hasattr(attention, name)]
+        partial_modules += [attention.get_submodule(name) for name in whole]
+        sharded += 1
+    if not sharded:
         rule = f"no block of the model has {plan.module}.{plan.rows}"
         raise ModelError.one(_PATH, ways, rule, _REMEDY)
-    return in_part
+    return partial_modules
 
 
-def _wrap_input(ranks: DeviceMesh, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Tells the hidden states to be the same on all ranks, once for all projections.
+def _wrap_input(tp: DeviceMesh, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Marks the hidden states as replicated, once for all projections.
 
-    Each would tell it by itself else, and sum its part of their gradient over the ranks by itself.
+    Otherwise each projection would do so, and reduce its part of their gradient over the ranks by itself.
     """
 
     def wrapped(hidden: Any) -> Any:
-        return DTensor.from_local(hidden, ranks, [Replicate()], run_check=False)
+        return DTensor.from_local(hidden, tp, [Replicate()], run_check=False)
 
     if args:
         return (wrapped(args[0]), *args[1:]), kwargs
@@ -186,7 +185,7 @@ def _wrap_input(ranks: DeviceMesh, module: nn.Module, args: Any, kwargs: Any) ->
 
 
 def _require_known(attention: nn.Module, plan: AttentionPlan, ways: int) -> None:
-    """Every parameter must be one that the plan speaks of, and what is cut must be plain linear layers."""
+    """Requires that the plan names every parameter, and that sharded modules are plain linear layers."""
     named = plan.columns | plan.whole | {plan.rows}
     unknown = [name for name, _ in attention.named_parameters() if name.partition(".")[0] not in named]
     odd = [
@@ -195,39 +194,39 @@ def _require_known(attention: nn.Module, plan: AttentionPlan, ways: int) -> None
         if hasattr(attention, name) and type(getattr(attention, name)) is not nn.Linear
     ]
     if unknown or odd:
-        rule = f"{', '.join(unknown + odd)} of {type(attention).__name__}: it is not known how to cut such"
+        rule = f"it is not known how to shard {', '.join(unknown + odd)} of {type(attention).__name__}"
         raise ModelError.one(_PATH, ways, rule, _REMEDY)
 
 
-def _cut_dim(parameter: nn.Parameter, copies: DeviceMesh) -> Shard:
-    """The axis that FSDP2 cuts: that which tensor parallelism has left whole, where it divides."""
+def _shard_dim(parameter: nn.Parameter, dp: DeviceMesh) -> Shard:
+    """Returns the axis that FSDP2 shards: the one that tensor parallelism left whole, if it divides."""
     assert isinstance(parameter, DTensor), type(parameter)
     rows_taken = parameter.placements[0] == Shard(0) and parameter.ndim > 1
-    even = rows_taken and parameter.shape[1] % copies.size(copies.ndim - 1) == 0
+    even = rows_taken and parameter.shape[1] % dp.size(dp.ndim - 1) == 0
     return Shard(1 if even else 0)
 
 
-def share_tokens(model: HFModel, ranks: DeviceMesh, experts: DeviceMesh | None) -> list[nn.Module]:
-    """Lets each rank send its share of the tokens to the experts; returns these.
+def split_tokens(model: HFModel, tp: DeviceMesh, ep: DeviceMesh | None) -> list[nn.Module]:
+    """Makes each rank send its share of the tokens to the experts, and returns the experts.
 
     Args:
-        model: Whose experts are spread already, where they are.
-        ranks: One axis of ranks that see the same samples.
-        experts: One axis of ranks that hold all experts between them; None where each rank holds all.
+        model: After expert parallelism, if any.
+        tp: Ranks that see the same samples.
+        ep: Ranks that together hold all experts; None without expert parallelism.
     """
     found: list[nn.Module] = []
     for _, layer in model.moe_layers():
         inner: Dispatcher = LocalDispatcher()
-        if experts is not None:
-            inner = AllToAllDispatcher(layer.router.num_experts, experts.get_group())
-        layer.set_dispatcher(SameTokensDispatcher(inner, ranks.get_group()))
+        if ep is not None:
+            inner = AllToAllDispatcher(layer.router.num_experts, ep.get_group())
+        layer.set_dispatcher(SameTokensDispatcher(inner, tp.get_group()))
         found.append(layer.experts)
     return found
 
 
 @torch.no_grad()
-def add_partial_gradients(modules: Iterable[nn.Module], ways: int) -> None:
-    """Makes sums over the ranks that share heads of what FSDP2 has left: means over all ranks."""
+def sum_partial_gradients(modules: Iterable[nn.Module], ways: int) -> None:
+    """Turns FSDP2's means over all ranks into sums over the ranks that compute parts of a gradient."""
     parameters = (parameter for module in modules for parameter in module.parameters())
     grads = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if grads:
@@ -235,11 +234,11 @@ def add_partial_gradients(modules: Iterable[nn.Module], ways: int) -> None:
 
 
 def share_random_state(device: torch.device, group: ProcessGroup) -> None:
-    """Lets all ranks draw what the first one draws: they compute the same of the same samples. Collective.
+    """Copies the random state of the first rank to all, so that they compute the same. Collective.
 
     Args:
         device: Of this rank.
-        group: The ranks that see the same samples.
+        group: Ranks that see the same samples.
     """
     first = dist.get_global_rank(group, 0)
     state = torch.get_rng_state()

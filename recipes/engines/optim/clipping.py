@@ -20,13 +20,13 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """Scales all gradients, in place, so that their common norm is at most ``max_norm``.
 
     The 2-norm is taken over all parameters and, for DTensors, over all ranks; every rank gets the same
-    number, and no device is synchronised with the host. Plain parameters must hold the same gradient on every
-    rank. A norm that is not finite is returned as it is and the gradients are left alone: the caller skips
-    the step (as `torch.nn.utils.clip_grad_norm_`, it multiplies by ``max_norm / (norm + 1e-6)``).
+    number, without a synchronisation of device and host. Plain parameters must have the same gradient on
+    every rank. Gradients are multiplied by ``max_norm / (norm + 1e-6)``, as in
+    `torch.nn.utils.clip_grad_norm_`, unless the norm is not finite: the caller skips such a step.
 
     Args:
-        parameters: Those with a gradient count.
-        max_norm: None measures only.
+        parameters: Parameters; those without a gradient do not count.
+        max_norm: Largest norm; None only measures.
 
     Returns:
         The norm before clipping: a plain 0-d fp32 tensor on the gradients' device.
@@ -34,12 +34,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     grads = [param.grad for param in parameters if param.grad is not None]
     if not grads:
         return torch.zeros(())
-    places: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
+    by_sharding: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
     for grad in grads:
-        places[_sharded_over(grad)].append(local_part(grad))
+        by_sharding[_sharded_over(grad)].append(local_part(grad))
     parts = [
-        (members, [] if place is None else [place[0].get_group(dim) for dim in place[1]])
-        for place, members in places.items()
+        (members, [] if over is None else [over[0].get_group(axis) for axis in over[1]])
+        for over, members in by_sharding.items()
     ]
     return clip_parts(parts, max_norm, parts[0][0][0].device)
 
@@ -50,13 +50,13 @@ def clip_parts(
     max_norm: float | None,
     device: torch.device,
 ) -> Tensor:
-    """As `clip_grad_norm`, for gradients whose ranks are told. Collective.
+    """Does what `clip_grad_norm` does, for gradients whose groups of ranks are given. Collective.
 
     Args:
-        parts: Gradients that this rank holds, maybe none, with the groups over whose ranks the rest of them
-            lies. Without groups, all ranks hold the same.
-        max_norm: None measures only.
-        device: Of the gradients.
+        parts: Gradients of this rank, maybe none, with the groups over whose ranks they are sharded. Without
+            groups, all ranks hold the same gradients.
+        max_norm: Largest norm; None only measures.
+        device: Device of the gradients.
 
     Returns:
         The norm before clipping: a plain 0-d fp32 tensor.
@@ -82,7 +82,7 @@ def clip_parts(
 
 
 def _sharded_over(grad: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
-    """The mesh and those of its axes over which the gradient is cut; None when every rank holds all of it."""
+    """Returns the mesh, and its axes over which a gradient is sharded; None if every rank holds all of it."""
     if not isinstance(grad, DTensor):
         return None
     partial = [place for place in grad.placements if place.is_partial()]

@@ -1,4 +1,4 @@
-"""How the learning rate moves over a run: a function of the step alone."""
+"""Learning-rate schedules: the learning rate as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 
 
 @dataclass(frozen=True)
 class ScheduleConfig(Config):
-    """How the learning rate moves over the run; see `lr_factor`.
+    """Learning-rate schedule of a run; see `lr_factor`.
 
     Attributes:
         kind: ``cosine``, ``constant``, or ``wsd`` (warm up, stay, decay linearly).
         warmup_steps: Optimizer steps before the full learning rate is reached.
-        decay_fraction: Share of the run's steps that ``wsd`` decays over, at its end.
-        min_lr_ratio: Share of the full learning rate that the last step has (not used by ``constant``).
+        decay_fraction: Share of the run's steps, at its end, over which ``wsd`` decays.
+        min_lr_ratio: Share of the full learning rate at the last step (not used by ``constant``).
     """
 
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -28,27 +28,34 @@ class ScheduleConfig(Config):
 
     def __post_init__(self) -> None:
         require(
+            self,
             (
                 self.kind in ("cosine", "constant", "wsd"),
-                f"kind={self.kind!r} is no schedule. Choose cosine, constant or wsd.",
+                "kind",
+                "is no schedule",
+                "Choose cosine, constant or wsd.",
             ),
-            (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more. Give 0 for none."),
+            (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more", "Give 0 for none."),
             (
                 0 < self.decay_fraction <= 1,
-                f"decay_fraction={self.decay_fraction} must be in (0, 1]. Give constant for no decay.",
+                "decay_fraction",
+                "must be in (0, 1]",
+                "Give constant for no decay.",
             ),
             (
                 0 <= self.min_lr_ratio <= 1,
-                f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]. It is a share of lr, not a rate.",
+                "min_lr_ratio",
+                "must be in [0, 1]",
+                "It is a share of lr, not a rate.",
             ),
         )
 
     def decay_steps(self, total_steps: int) -> int:
-        """Steps over which ``wsd`` decays, at least one."""
+        """Returns the number of steps over which ``wsd`` decays, at least one."""
         return max(1, round(self.decay_fraction * total_steps))
 
     def check(self, total_steps: int) -> None:
-        """Says whether this schedule fits into a run of ``total_steps``.
+        """Checks that this schedule fits into a run of ``total_steps``.
 
         Raises:
             ValueError: Warm-up, and the decay of ``wsd``, need more steps than the run has.
@@ -58,20 +65,21 @@ class ScheduleConfig(Config):
         decay = self.decay_steps(total_steps) if self.kind == "wsd" else 0
         also = f" and the decay takes {decay}" if decay else ""
         require(
+            self,
             (
                 self.warmup_steps + decay < max(total_steps, 1) or self.warmup_steps == 0,
-                f"warmup_steps={self.warmup_steps} does not fit: the run has {total_steps} steps{also}. "
+                "warmup_steps",
+                f"does not fit: the run has {total_steps} steps{also}",
                 "Lower warmup_steps, or train longer.",
-            )
+            ),
         )
 
 
 def lr_factor(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
-    """The share of the full learning rate that optimizer step ``step`` (counted from 0) uses.
+    """Returns the share of the full learning rate for optimizer step ``step``, counted from 0.
 
-    A function of the step alone, so that a resumed run goes on exactly. With W warm-up steps, steps 0..W-1
-    have ``(step + 1) / (W + 1)`` and step W has 1. ``cosine`` goes from 1 at step W to ``min_lr_ratio`` at
-    the last step; ``wsd`` stays at 1 and then goes down in a straight line over its last
+    With W warm-up steps, steps 0..W-1 have ``(step + 1) / (W + 1)`` and step W has 1. ``cosine`` falls from 1
+    at step W to ``min_lr_ratio`` at the last step. ``wsd`` stays at 1 and then decays linearly over the last
     ``decay_steps(total_steps)`` steps (S. Hu et al., "MiniCPM", arXiv:2404.06395; linear as in A. Haegele
     et al., arXiv:2405.18392). Steps past the end keep the last value.
 

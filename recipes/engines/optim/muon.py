@@ -54,7 +54,7 @@ def orthogonalise(stack_NAB: Tensor, steps: int = 5, coefficients: Coefficients 
 
 
 def adjusted_lr(lr: float, rows: int, columns: int, adjustment: Adjustment) -> float:
-    """The step size for a matrix of this shape.
+    """Returns the step size for a matrix of this shape.
 
     ``original`` multiplies by ``sqrt(max(1, A/B))`` (K. Jordan et al., 2024); ``match_rms_adamw`` by
     ``0.2 sqrt(max(A, B))``, so that the update has the RMS of AdamW's and one learning rate serves both
@@ -69,13 +69,12 @@ class StackedMuon(torch.optim.Optimizer):
     """Muon over 2-D parameters ``[A, B]`` and stacks ``[N, A, B]``, plain or DTensor.
 
     The formula (momentum by interpolation, Nesterov, decoupled weight decay, step-size adjustment) is that of
-    `torch.optim.Muon`. A DTensor stack that is sharded along N stays where it is: each rank orthogonalises
-    the matrices it holds. Any other sharding is first gathered (a stack: exchanged) in bf16, orthogonalised
-    whole, and cut back, so that N ranks give what one rank gives, for uneven shards as well.
+    `torch.optim.Muon`. Of a DTensor stack that is sharded along N, each rank orthogonalises the matrices it
+    holds. Any other sharding is first gathered (a stack: exchanged) in bf16, orthogonalised whole, and
+    sharded again, so that N ranks give the result of one rank, also for uneven shards.
 
-    The key ``blocks`` of a parameter group says of how many equal matrices, one above the other, each matrix
-    of the group consists: 2 for a gate and up projection that are stored as one. They are orthogonalised
-    apart.
+    The key ``blocks`` of a parameter group is the number of equal matrices that are stored one above the
+    other in each matrix of the group, e.g. 2 for gate and up projection. They are orthogonalised separately.
 
     Args:
         params: Parameters or groups, as for every torch optimizer.
@@ -128,7 +127,7 @@ class StackedMuon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient. On several ranks it is a collective call."""
+        """Updates every parameter that has a gradient. Collective."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -140,7 +139,7 @@ class StackedMuon(torch.optim.Optimizer):
         return loss
 
     def materialise(self, param: Tensor) -> None:
-        """Creates the zero state of ``param`` where it has none yet."""
+        """Creates the zero state of ``param`` if it has none yet."""
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -158,25 +157,25 @@ class StackedMuon(torch.optim.Optimizer):
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor that this rank holds (sharing its memory); a plain tensor itself."""
+    """Returns this rank's shard of a DTensor, which shares its memory, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _orthogonalise_parameter(param: Tensor, update: Tensor, steps: int, blocks: int) -> Tensor:
-    """Orthogonalises this rank's ``update``; matrices that ``param`` cuts are first made whole."""
+    """Orthogonalises this rank's ``update``; matrices that are sharded in ``param`` are gathered first."""
     if not isinstance(param, DTensor):
         return _orthogonalise_whole(update, steps, blocks)
     mesh, placements = param.device_mesh, tuple(param.placements)
     whole = tuple(_uncut(placement, param.ndim) for placement in placements)
     if all(_cuts_no_matrix(placement, param.ndim) for placement in placements):
         return _orthogonalise_whole(update, steps, blocks)
-    # bf16 is what the iteration starts from: gathering in it costs half and changes nothing.
+    # The iteration starts from bf16: gathering in bf16 costs half and changes nothing.
     shape, stride = param.shape, param.stride()
-    cut = DTensor.from_local(update.bfloat16(), mesh, placements, shape=shape, stride=stride)
-    gathered = cut.redistribute(placements=whole)
+    sharded = DTensor.from_local(update.bfloat16(), mesh, placements, shape=shape, stride=stride)
+    gathered = sharded.redistribute(placements=whole)
     result = _orthogonalise_whole(gathered.to_local(), steps, blocks)
-    spread = DTensor.from_local(result.contiguous(), mesh, whole, shape=shape, stride=stride)
-    return spread.redistribute(placements=placements).to_local()
+    full = DTensor.from_local(result.contiguous(), mesh, whole, shape=shape, stride=stride)
+    return full.redistribute(placements=placements).to_local()
 
 
 def _orthogonalise_whole(update: Tensor, steps: int, blocks: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""What updates the weights: the optimizer's config, and the optimizers of a model used as one.
+"""Optimizers of a model, used as one, and their config.
 
-Works on plain parameters and on FSDP2's DTensors; N ranks do what one rank does.
+They work on plain parameters and on FSDP2's DTensors; N ranks do what one rank does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe.errors import require
 from moe.types import Config
 from recipes.engines.optim.clipping import clip_grad_norm
 from recipes.engines.optim.lr_schedule import ScheduleConfig, lr_factor
 from recipes.engines.optim.muon import Adjustment, StackedMuon
 from recipes.engines.optim.parameter_groups import GROUPS, fused_rows, group_parameters
-from recipes.runtime.rules import require
 
 __all__ = [
     "MuonConfig",
@@ -43,7 +43,7 @@ class MuonConfig(Config):
         momentum: Interpolation factor of the momentum buffer.
         nesterov: Look ahead by one interpolation.
         ns_steps: Newton-Schulz iterations.
-        adjustment: How the step size depends on a matrix's shape. With ``match_rms_adamw`` the ``lr`` and
+        adjustment: Dependence of the step size on a matrix's shape. With ``match_rms_adamw`` the ``lr`` and
             ``weight_decay`` of AdamW serve Muon unchanged.
     """
 
@@ -55,26 +55,29 @@ class MuonConfig(Config):
 
     def __post_init__(self) -> None:
         require(
-            (self.lr_scale >= 0, f"lr_scale={self.lr_scale} must be 0 or more. Give 1 for the common lr."),
-            (0 <= self.momentum < 1, f"momentum={self.momentum} must be in [0, 1). 0.95 is usual."),
-            (1 <= self.ns_steps < 100, f"ns_steps={self.ns_steps} must be in [1, 99]. 5 is usual."),
+            self,
+            (self.lr_scale >= 0, "lr_scale", "must be 0 or more", "Give 1 for the common lr."),
+            (0 <= self.momentum < 1, "momentum", "must be in [0, 1)", "0.95 is usual."),
+            (1 <= self.ns_steps < 100, "ns_steps", "must be in [1, 99]", "5 is usual."),
             (
                 self.adjustment in ("match_rms_adamw", "original"),
-                f"adjustment={self.adjustment!r} is unknown. Choose match_rms_adamw or original.",
+                "adjustment",
+                "is unknown",
+                "Choose match_rms_adamw or original.",
             ),
         )
 
 
 @dataclass(frozen=True)
 class FrozenConfig(Config):
-    """A first stage in which some parameters do not train.
+    """First phase of a run, in which some parameters do not train.
 
-    With the experts frozen, a fresh router finds its way among experts that were divided well, before they
-    move (expert-frozen tuning, arXiv 2512.02351). Gradients are computed all the same.
+    With the experts frozen, a fresh router learns to use experts that were split well, before they change
+    (expert-frozen tuning, arXiv 2512.02351). Gradients are computed all the same.
 
     Attributes:
-        steps: Updates of the run that it lasts; 0 for no such stage.
-        groups: What is frozen, of `recipes.engines.optim.parameter_groups.GROUPS`.
+        steps: Number of updates; 0 for no such phase.
+        groups: Frozen groups, of `recipes.engines.optim.parameter_groups.GROUPS`.
     """
 
     steps: int = 0
@@ -83,33 +86,31 @@ class FrozenConfig(Config):
     def __post_init__(self) -> None:
         unknown = [group for group in self.groups if group not in GROUPS]
         require(
-            (self.steps >= 0, f"steps={self.steps} must be at least 0. Give 0 for no frozen stage."),
-            (
-                not unknown,
-                f"groups={list(self.groups)}: {unknown} are unknown. Choose of {', '.join(GROUPS)}.",
-            ),
-            (set(self.groups) != set(GROUPS), "groups: nothing is left to train. Leave one out."),
+            self,
+            (self.steps >= 0, "steps", "must be at least 0", "Give 0 for no frozen stage."),
+            (not unknown, "groups", f"{unknown} are unknown", f"Choose of {', '.join(GROUPS)}."),
+            (set(self.groups) != set(GROUPS), "groups", "nothing is left to train", "Leave one out."),
         )
 
 
 @dataclass(frozen=True)
 class OptimConfig(Config):
-    """The optimizer.
+    """Settings of the optimizer.
 
     Attributes:
         name: ``adamw``, or ``muon``: Muon for the hidden matrices and the experts, AdamW for the rest.
         lr: Learning rate at the top of the schedule.
-        router_lr_scale: The routers' learning rate is ``lr`` times this.
-        expert_lr_scale: The routed experts' learning rate is ``lr`` times this.
-        weight_decay: Decoupled; see `build_optimizer` for what it reaches.
-        betas: AdamW's.
-        eps: AdamW's.
-        clip_norm: Gradients are scaled down to this norm, all parameters together; None does not clip.
-        frozen: What the first updates leave alone.
+        router_lr_scale: Factor of the routers' learning rate.
+        expert_lr_scale: Factor of the routed experts' learning rate.
+        weight_decay: Decoupled weight decay; see `build_optimizer` for the parameters that decay.
+        betas: Betas of AdamW.
+        eps: Epsilon of AdamW.
+        clip_norm: Largest norm of the gradients of all parameters together; None does not clip.
+        frozen: Groups that the first updates leave alone.
         muon: Settings of Muon.
-        schedule: How the learning rate moves.
+        schedule: Learning-rate schedule.
         start_from: Folder of a checkpoint of the dense model's own training (``RUN/cpt/checkpoints/step-N``),
-            whose optimizer state the copies begin with; None begins afresh. See
+            whose optimizer state the expert copies start with; None starts without state. See
             `recipes.upcycling.optim_start`.
     """
 
@@ -130,27 +131,27 @@ class OptimConfig(Config):
         scales = {"router_lr_scale": self.router_lr_scale, "expert_lr_scale": self.expert_lr_scale}
         betas_hold = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(
-            (self.name in ("adamw", "muon"), f"name={self.name!r} is no optimizer. Choose adamw or muon."),
-            (self.lr >= 0, f"lr={self.lr} must be 0 or more. 3e-4 is a usual start."),
+            self,
+            (self.name in ("adamw", "muon"), "name", "is no optimizer", "Choose adamw or muon."),
+            (self.lr >= 0, "lr", "must be 0 or more", "3e-4 is a usual start."),
             *(
-                (value >= 0, f"{key}={value} must be 0 or more. Give 1 for the common lr.")
+                (value >= 0, key, "must be 0 or more", "Give 1 for the common lr.")
                 for key, value in scales.items()
             ),
-            (
-                self.weight_decay >= 0,
-                f"weight_decay={self.weight_decay} must be 0 or more. Give 0 for none.",
-            ),
-            (betas_hold, f"betas={self.betas} must be two numbers in [0, 1). (0.9, 0.95) is usual."),
-            (self.eps > 0, f"eps={self.eps} must be above 0. 1e-8 is usual."),
+            (self.weight_decay >= 0, "weight_decay", "must be 0 or more", "Give 0 for none."),
+            (betas_hold, "betas", "must be two numbers in [0, 1)", "(0.9, 0.95) is usual."),
+            (self.eps > 0, "eps", "must be above 0", "1e-8 is usual."),
             (
                 self.clip_norm is None or self.clip_norm > 0,
-                f"clip_norm={self.clip_norm} must be above 0. Give null to not clip.",
+                "clip_norm",
+                "must be above 0",
+                "Give null to not clip.",
             ),
         )
 
 
 class GroupRule(NamedTuple):
-    """How one kind of parameter is treated."""
+    """Update rule of a group of parameters."""
 
     lr_scale: float
     decay: bool
@@ -173,11 +174,11 @@ def _group_rules(config: OptimConfig) -> dict[str, GroupRule]:
 
 
 class OptimizerSet:
-    """The optimizers of a model, used as one. Build it with `build_optimizer`.
+    """Optimizers of a model, used as one; `build_optimizer` builds them.
 
     Attributes:
-        optimizers: One or two torch optimizers. Every parameter group carries ``name`` and ``base_lr``.
-        frozen: What the first updates leave alone.
+        optimizers: One or two torch optimizers. Every parameter group has ``name`` and ``base_lr``.
+        frozen: Groups that the first updates leave alone.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], frozen: FrozenConfig) -> None:
@@ -186,12 +187,8 @@ class OptimizerSet:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The live groups of all optimizers. Two groups may share a ``name`` (sharded and plain)."""
+        """Live groups of all optimizers. Two groups may share a ``name`` (sharded and plain)."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def learning_rates(self) -> dict[str, float]:
-        """The present learning rate of each group, by name."""
-        return {group["name"]: group["lr"] for group in self.param_groups}
 
     def set_lr_factor(self, factor: float) -> None:
         """Sets every learning rate to ``factor`` times its full value."""
@@ -199,7 +196,7 @@ class OptimizerSet:
             group["lr"] = group["base_lr"] * factor
 
     def drop_frozen(self, step: int) -> None:
-        """Frees the gradients of the groups that do not train yet: neither clipping nor updates see them.
+        """Drops the gradients of frozen groups, so that neither clipping nor updates see them.
 
         Args:
             step: Updates before this one.
@@ -222,7 +219,7 @@ class OptimizerSet:
             optimizer.zero_grad(set_to_none=True)
 
     def materialise_state(self) -> None:
-        """Creates the state that the first step would create, so that a checkpoint can be read into it."""
+        """Creates the state that the first step would create, so that a checkpoint can be loaded into it."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for param in group["params"]:
@@ -232,10 +229,11 @@ class OptimizerSet:
                         materialise_adamw(optimizer, param)
 
     def state_tensors(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """The live state, as a checkpoint names it: ``optim.<parameter name>.<state key>``.
+        """Returns the live state by its name in checkpoints: ``optim.<parameter name>.<state key>``.
 
         State that does not exist yet is created, so that the names depend on the model alone. The state of a
-        DTensor is a DTensor placed alike, ``step`` is a plain 0-d tensor. To load, copy into the tensors.
+        DTensor is a DTensor with the same placements; ``step`` is a plain 0-d tensor. To load a checkpoint,
+        copy into the tensors.
 
         Raises:
             ValueError: A parameter of the optimizer is not among ``named_parameters``.
@@ -262,11 +260,11 @@ class OptimizerSet:
 
 
 def materialise_adamw(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-    """Writes what AdamW's first step would: zero moments, and a step count where the kernel wants it.
+    """Creates the state of AdamW's first step: zero moments, and a step count on the kernel's device.
 
     Args:
-        optimizer: An AdamW.
-        param: What it updates; state that exists stays.
+        optimizer: AdamW of torch.
+        param: Parameter that it updates; state that exists stays.
     """
     state = optimizer.state[param]
     if state:
@@ -278,19 +276,18 @@ def materialise_adamw(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerSet:
-    """Builds the optimizers of a model whose parameters are where they will be trained (sharded, on device).
+    """Builds the optimizers of a model whose parameters are sharded and on their device already.
 
-    Weight decay reaches matrices, experts and head. It does not reach norms and biases, as is usual; not
-    routers, whose logits it would pull towards uniform routing; and not input embeddings, whose rare rows get
-    decay but hardly any gradient (as in OLMo 2, arXiv:2501.00656).
+    Matrices, experts and head decay. Norms and biases do not, as is usual; nor do routers, whose logits it
+    would pull towards uniform routing; nor input embeddings, whose rare rows get decay but hardly any
+    gradient (as in OLMo 2, arXiv:2501.00656).
 
-    AdamW runs fused on CPU and CUDA: the fastest of torch's three, on DTensors as well.
+    AdamW runs fused on CPU and CUDA: the fastest of torch's three variants, also on DTensors.
 
     Args:
-        model: The unwrapped model (FSDP2 does not wrap); see `group_parameters` for what it may declare. A
-            module may further have ``fused_rows``, a mapping from the name of one of its own parameters to
-            the number of equal matrices stored in it one above the other: Muon takes them apart.
-        config: The optimizer's settings.
+        model: The unwrapped model (FSDP2 does not wrap); see `group_parameters` and `fused_rows` for the
+            attributes of its modules that are read.
+        config: Settings of the optimizer.
 
     Raises:
         ValueError: Nothing is trainable, or a parameter is still on the meta device.

@@ -1,4 +1,4 @@
-"""What each parameter of a model is for, which decides how the optimizer treats it."""
+"""Groups of parameters by their purpose, which decides how the optimizer treats them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-#: What parameters may be for.
+#: Names of the groups.
 GROUPS = ("router", "experts", "expert_biases", "matrices", "tensors", "head", "embeddings", "vectors")
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """Sorts the trainable parameters of a model into groups, by what they are for.
+    """Sorts the parameters that require gradients into groups, by their purpose.
 
-    A module says what its parameters (and those below it) are for by an attribute ``parameter_role``:
-    ``router``, ``expert`` (stacks ``[E, out, in]`` and biases ``[E, out]``) or ``head``. Input embeddings
-    are known by `torch.nn.Embedding`, the head of a transformers model by ``get_output_embeddings``. The rest
-    is sorted by its number of axes: ``vectors`` (norms, biases), ``matrices`` and ``tensors`` (more axes).
-    A tied embedding counts as an embedding.
+    A module declares the purpose of its parameters, and of those below it, by an attribute
+    ``parameter_role``: ``router``, ``expert`` (stacks ``[E, out, in]`` and biases ``[E, out]``) or ``head``.
+    Input embeddings are recognised by `torch.nn.Embedding`, the head of a transformers model by
+    ``get_output_embeddings``. The rest is sorted by its number of axes: ``vectors`` (norms, biases),
+    ``matrices`` and ``tensors`` (more axes). A tied embedding counts as an embedding.
 
     Returns:
-        Group name to the parameters' names, each parameter once.
+        Names of the parameters by group, each parameter once.
 
     Raises:
         ValueError: A ``parameter_role`` that is none of the three.
@@ -62,13 +62,13 @@ def _group_of(param: Tensor, role: str | None, is_embedding: bool) -> str:
 
 
 def fused_rows(model: nn.Module) -> dict[int, int]:
-    """Finds parameters that hold equal matrices one above the other, such as gate over up projection.
+    """Finds parameters that store equal matrices one above the other, e.g. gate above up projection.
 
-    A module declares them by an attribute ``fused_rows``: the name of one of its own
-    parameters to the number of matrices in it.
+    A module declares them by an attribute ``fused_rows``, which maps the name of one of its own parameters to
+    the number of matrices in it. Muon orthogonalises them separately.
 
     Returns:
-        ``id`` of the parameter to the number of its matrices.
+        Number of matrices by ``id`` of the parameter.
     """
     found: dict[int, int] = {}
     for module in model.modules():

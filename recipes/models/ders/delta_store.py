@@ -19,14 +19,14 @@ from recipes.models.ders.expert_groups import ExpertGroup, find_groups
 from recipes.models.export.write_export import publish, write_companions
 from recipes.models.hf.inspection import read_config
 from recipes.models.safetensors.dense_files import DenseFiles
-from recipes.models.safetensors.tensor_files import DTYPE_NAMES, TensorFiles, TensorSpec
+from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.safetensors_codec import CODES, DTYPES, TensorSpec
 
 #: What makes a folder one of base and deltas; its config has a name of its own, so that no reader takes it.
 RECORD, CONFIG = "ders.json", "moe_config.json"
 _VERSION = 1
 _CODECS: dict[str, type[DeltaCodec]] = {"sparse": SparseDelta, "quantised": QuantisedDelta}
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Progress = Callable[[int], None]
 
 
@@ -200,8 +200,8 @@ def _record(groups: list[ExpertGroup], specs: list[TensorSpec], codec: DeltaCode
     return {
         "format_version": _VERSION,
         "codec": {"name": name, **asdict(codec)},  # type: ignore[call-overload]
-        "groups": [asdict(group) | {"dtype": DTYPE_NAMES[group.dtype]} for group in groups],
-        "tensors": [[spec.name, DTYPE_NAMES[spec.dtype], list(spec.shape)] for spec in specs],
+        "groups": [asdict(group) | {"dtype": CODES[group.dtype]} for group in groups],
+        "tensors": [[spec.name, CODES[spec.dtype], list(spec.shape)] for spec in specs],
     }
 
 
@@ -217,8 +217,8 @@ def _read_record(source: Path) -> tuple[DeltaCodec, list[ExpertGroup], list[Tens
     options = dict(content["codec"])
     codec = _CODECS[options.pop("name")](**options)
     groups = [
-        ExpertGroup(**entry | {"shape": tuple(entry["shape"]), "dtype": _DTYPES[entry["dtype"]]})
+        ExpertGroup(**entry | {"shape": tuple(entry["shape"]), "dtype": DTYPES[entry["dtype"]]})
         for entry in content["groups"]
     ]
-    specs = [TensorSpec(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in content["tensors"]]
+    specs = [TensorSpec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in content["tensors"]]
     return codec, groups, specs

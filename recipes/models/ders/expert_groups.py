@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.models.safetensors.tensor_files import TensorSpec
+from recipes.runtime.safetensors_codec import TensorSpec
 
 # One tensor for each expert, or all experts of a matrix stacked.
 _ONE = re.compile(r"(.*\bexperts\.)(\d+)(\..+)")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moe.attention.routed_attention import AttentionContext
@@ -36,9 +35,8 @@ from recipes.models.export.spec import AttentionSpec, ModelSpec, MoESpec, descri
 from recipes.models.hf.attention_blocks import RoutedSelfAttention, attention_sites
 from recipes.models.hf.deferred_init import parameters_on_meta
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import weight_files
-from recipes.models.hf.state_dict_map import StateDictMap
-from recipes.models.safetensors.tensor_files import TensorSpec
+from recipes.models.hf.state_dict_map import StateDictMap, kept_specs, tied_names
+from recipes.models.safetensors.dense_files import DenseFiles
 
 MODEL_TYPE = "graft_moe"
 FORMAT_VERSION = 2
@@ -235,44 +233,20 @@ def _empty_shared(entry: Mapping[str, Any], bank: ExpertBank) -> FFNWeights:
     )
 
 
-class _Files:
-    """The tensors of a folder by name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files = {}
-        for path in weight_files(folder):
-            file = safe_open(path, framework="pt")
-            self._files.update(dict.fromkeys(file.keys(), file))
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-
 class _Weights:
     """Every tensor of a model in the files of a folder; what is missing or left over is a mistake."""
 
     def __init__(self, model: HFModel, folder: Path) -> None:
-        spec, self._files, self._model = describe_model(model), _Files(folder), model
-        self._live, own = StateDictMap(spec), model.module.state_dict()
-        kept = [
-            TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-            for name, tensor in own.items()
-            if self._live.pieces(name) is None and self._live.router(name) is None
-        ]
-        self._placement = Placement(spec, GraftExporter(), kept, None)
-        wanted = {spec.name for spec in self._placement.specs}
-        tied = {name for name, _ in model.module.named_parameters(remove_duplicate=False)} - {
-            name for name, _ in model.module.named_parameters()
-        }
-        there = self._files.names()
-        missing, unexpected = sorted(wanted - there - tied), sorted(there - wanted)
+        spec, self._files, self._model = describe_model(model), DenseFiles(folder), model
+        self._live = StateDictMap(spec)
+        self._placement = Placement(spec, GraftExporter(), kept_specs(model, self._live), None)
+        wanted, there = {spec.name for spec in self._placement.specs}, self._files.tensors.keys()
+        tied = tied_names(model)
+        missing, unexpected = sorted(wanted - there), sorted(there - wanted - tied)
         if missing or unexpected:
             rule = f"missing tensors {missing[:3]}, unexpected {unexpected[:3]}"
             raise ModelError.one("path", str(folder), rule, "Export the run again.")
+        own = model.module.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in own.items() if name not in tied}
 
     @torch.no_grad()
@@ -283,6 +257,7 @@ class _Weights:
             for name, shape in self._shapes.items()
             if wanted(name)
         }
+        self._files.close()
         self._model.module.load_state_dict(filled, strict=False, assign=True)
         self._model.module.tie_weights()
 
@@ -292,7 +267,7 @@ def _read(
     shape: Sequence[int],
     live: StateDictMap,
     placement: Placement,
-    files: _Files,
+    files: DenseFiles,
     dtype: torch.dtype | None,
 ) -> Tensor:
     router, parts = live.router(name), live.pieces(name)

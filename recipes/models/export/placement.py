@@ -15,7 +15,7 @@ from moe.upcycle.build_experts import expert_shape
 from moe.upcycle.layer_plan import ExpertPlan, Matrix
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.spec import ModelSpec, MoESpec
-from recipes.models.safetensors.tensor_files import TensorSpec
+from recipes.runtime.safetensors_codec import TensorSpec
 
 
 @dataclass(frozen=True)

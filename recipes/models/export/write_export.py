@@ -1,12 +1,12 @@
-"""Writes a trained model into a folder that others load, and proves that it loads as the same function."""
+"""Writes a trained model into a folder that other programs load, and verifies that it computes the same."""
 
 from __future__ import annotations
 
+import collections
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import ReadBack, unsupported_reason
 from recipes.models.export.spec import describe_model
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.state_dict_map import StateDictMap
-from recipes.models.lora_model import factors_of, is_factor, model_lora, without_factors
-from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
-from recipes.runtime.atomic import atomic_write_json, fsync_folder
+from recipes.models.hf.state_dict_map import StateDictMap, kept_specs, tied_names
+from recipes.models.lora_model import factors_of, model_lora, without_factors
+from recipes.models.safetensors.tensor_files import TensorFiles
+from recipes.runtime.atomic import atomic_write_json, replace_folder, sync_contents
 from recipes.runtime.heartbeat import Heartbeat
 
-# What travels with a checkpoint besides weights and config.
+# Files that accompany a checkpoint besides weights and config.
 _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -52,57 +52,60 @@ def export(
     layout: Layout = "per_expert",
     heartbeat: Heartbeat | None = None,
 ) -> None:
-    """Writes the model. A folder that exists is replaced at the end, by a rename.
+    """Writes a model. An existing folder is replaced at the end, by a rename.
 
     Args:
-        model: What the tensors belong to; gives config and tokenizer.
+        model: The model that the tensors belong to; gives config and tokenizer.
         exporter: The format.
-        tensors: Names and full tensors, by a generator that all ranks must exhaust together.
-        folder: Where to.
-        dtype: Of the floating-point weights in the files.
-        writes: Whether this rank writes (rank 0); the others only take part in gathering.
-        layout: One of the exporter's.
-        heartbeat: Is told of every tensor.
+        tensors: Names and full tensors, from a generator that all ranks must exhaust together.
+        folder: The folder to write.
+        dtype: Dtype of the floating-point weights in the files.
+        writes: True on rank 0, which writes; the other ranks only take part in gathering.
+        layout: One of the exporter's layouts.
+        heartbeat: Notified of each tensor.
 
     Raises:
-        ModelError: A tensor, or an expert of it, was not given, or twice, or the files hold something else.
+        ModelError: A tensor or expert is missing or was given twice, or the files do not hold what was
+            written.
     """
     heartbeat = heartbeat or Heartbeat()
-    spec, tied = describe_model(model), _tied_names(model)
-    tensors = without_factors(tensors, factors_of(spec, model_lora(model)), computes=writes)
-    live = StateDictMap(spec)
-    kept = [
-        TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-        for name, tensor in model.module.state_dict().items()
-        if name not in tied
-        and not is_factor(name)
-        and live.pieces(name) is None
-        and live.router(name) is None
-    ]
-    placement = Placement(spec, exporter, kept, dtype, layout)
+    spec, live = describe_model(model), StateDictMap(describe_model(model))
+    placement = Placement(spec, exporter, kept_specs(model, live), dtype, layout)
+    merged = heartbeat.each(without_factors(tensors, factors_of(spec, model_lora(model)), computes=writes))
+    if not writes:
+        collections.deque(merged, maxlen=0)
+        return
     temporary = folder.with_name(f".tmp-{folder.name}")
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    files = TensorFiles(temporary, placement.specs, checked=True) if writes else None
-    for name, tensor in heartbeat.each(tensors):
-        if files is not None and name not in tied:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = TensorFiles(temporary, placement.specs, checked=True)
+    _write_all(files, merged, live, placement, tied_names(model))
+    problems = [problem for problem in heartbeat.each(files.problems()) if problem is not None]
+    files.finish()
+    if problems:
+        raise unsupported_reason(folder, "; ".join(problems[:3]))
+    write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), model.folder)
+    publish(temporary, folder)
+
+
+def _write_all(
+    files: TensorFiles,
+    tensors: Iterable[tuple[str, Tensor]],
+    live: StateDictMap,
+    placement: Placement,
+    tied: Collection[str],
+) -> None:
+    for name, tensor in tensors:
+        if name not in tied:
             write_live(files, name, tensor.detach(), live, placement)
-    if files is not None:
-        for name, constant in placement.constants.items():
-            files.write(name, constant)
-        problems = [problem for problem in heartbeat.each(files.problems()) if problem is not None]
-        files.finish()
-        if problems:
-            raise unsupported_reason(folder, "; ".join(problems[:3]))
-        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), model.folder)
-        publish(temporary, folder)
+    for name, constant in placement.constants.items():
+        files.write(name, constant)
 
 
 def write_live(
     files: TensorFiles, name: str, tensor: Tensor, live: StateDictMap, placement: Placement
 ) -> None:
-    """Writes one of the host's tensors to wherever it goes."""
+    """Writes one of the model's tensors to its place in the files."""
     router, parts = live.router(name), live.pieces(name)
     if router is not None:
         files.write(placement.router(router.layer, router.key), tensor)
@@ -116,65 +119,36 @@ def write_live(
 
 
 def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None:
-    """Writes ``config.json`` and copies the tokenizer and what else travels with a checkpoint."""
+    """Writes ``config.json`` and copies the tokenizer and other files that accompany a checkpoint."""
     atomic_write_json(folder / "config.json", config)
-    _copy_companions(source, folder)
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Gives a finished folder its name; one that has it already is replaced."""
-    _sync(temporary)
-    _replace(temporary, folder)
-
-
-def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
-    """Under the name of today and under the one that readers before transformers 4.56 look for."""
-    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-
-
-def _tied_names(model: HFModel) -> set[str]:
-    """Names that a tied model must not write: the same parameter under its second name."""
-    every = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in model.module.named_parameters()}
-
-
-def _copy_companions(source: Path, target: Path) -> None:
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, target / file.name)
+                shutil.copyfile(file, folder / file.name)
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def publish(temporary: Path, folder: Path) -> None:
+    """Gives a finished folder its name and replaces an older one."""
+    sync_contents(temporary)
+    replace_folder(temporary, folder, folder.with_name(f".old-{folder.name}"))
 
 
-def _replace(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
+    """Returns config keys for the dtype, also under the name that transformers before 4.56 reads."""
+    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported and how it compares after reloading.
+    """Outcome of an export: its format, and how it compares after reloading.
 
     Attributes:
         format: Name of the format.
         is_native: Whether plain transformers loads it.
-        path: The folder.
+        path: The exported folder.
         logits: Drift of the reloaded model's logits from the trained model's, on real tokens.
-        sample: A continuation that the reloaded model generated; None where it was read block by block, since
-            every token would read all of it again.
+        sample: A continuation that the reloaded model generated; None if it was read block by block, since
+            every token would read all blocks again.
     """
 
     format: str
@@ -194,20 +168,20 @@ def verify_export(
     memory_bytes: float = math.inf,
     heartbeat: Heartbeat | None = None,
 ) -> ExportReport:
-    """Reads what was exported back as its users would, compares logits, and generates.
+    """Reads an export back as its users would, compares logits, and generates.
 
     Args:
         exporter: The format it was written in.
-        folder: Where.
+        folder: The export.
         tokens_BS: Real tokens.
         logits_BSV: The trained model's logits on them.
         dtype: The lower of the precisions of files and engine, for the tolerance.
-        memory_bytes: A model that takes more in fp32 is never whole: one block of it is in memory at a time.
-        heartbeat: Is told of every block.
+        memory_bytes: A model that takes more in fp32 is read one block at a time.
+        heartbeat: Notified of each block.
 
     Raises:
         ExactnessError: The reloaded model computes something else.
-        ModelError: The files lack a tensor, or have one that does not fit.
+        ModelError: The files lack a tensor, or hold one that does not fit.
     """
     read = ReadBack(exporter.open(folder), memory_bytes, heartbeat)
     model = read.model

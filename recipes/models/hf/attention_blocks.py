@@ -24,7 +24,7 @@ from moe.attention.attention_config import (
     router_mistakes,
 )
 from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights
-from moe.errors import ConfigError, Mistake, ModelError
+from moe.errors import ConfigError, FieldError, Mistake, ModelError
 from moe.routers import Router, router_class
 from moe.routing.draws import seeded_generator
 from moe.upcycle.equivalence import (
@@ -63,9 +63,8 @@ def attention_mistakes(config: AttentionConfig, dense: Mapping[str, Any]) -> lis
     mistakes = router_mistakes(config, router_class(config.router.name), heads)
     try:
         config.layer_choice.pick(int(dense["num_hidden_layers"]))
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        mistakes.append(Mistake("attention.layers", config.layers, rule, remedy))
+    except FieldError as error:
+        mistakes += error.under("attention").mistakes
     return mistakes
 
 

@@ -1,7 +1,6 @@
-"""The shape of a checkpoint's feed-forward networks, by config and headers alone: milliseconds, no model.
+"""Shape of a checkpoint's feed-forward networks, read from config and headers without a model.
 
-It is for mistakes that shall show early. What is not recognised here is left to the surgery, which sees the
-network itself.
+It finds mistakes early. A family that is not recognised here is left to the surgery, which sees the network.
 
 Letters: D model width, F width of a feed-forward network.
 """
@@ -11,14 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
 
 from moe.upcycle.layer_plan import FFNShape
 from recipes.models.hf.inspection import read_config, weight_files
+from recipes.runtime.safetensors_codec import read_header
 
-# Names of the down projections of transformers' families, with those of the gates beside them.
+# Names of the down projection in transformers' families, each with the names of its gate projection.
 _GATES: Mapping[str, tuple[str, ...]] = {
     "down_proj": ("gate_proj", "gate_up_proj"),
     "w2": ("w1",),
@@ -34,15 +31,15 @@ _DOWN = re.compile(rf"(?P<site>.*\.0\..*)\.(?P<down>{'|'.join(_GATES)})\.weight"
 
 
 def read_ffn_shape(folder: Path) -> FFNShape | None:
-    """The shape of the first block's network; None where names or widths are of no known family.
+    """Reads the shape of the first block's network; None if names or widths are of no known family.
 
     Args:
-        folder: A checkpoint that `recipes.models.hf.inspection.check_dense` has found nothing wrong with.
+        folder: A checkpoint that has passed `recipes.models.hf.inspection.check_dense`.
     """
     config = read_config(folder)
     text = config.get("text_config") or config
     width = next((text[key] for key in _WIDTHS if isinstance(text.get(key), int)), None)
-    shapes = _shapes(folder)
+    shapes = _first_block_shapes(folder)
     found = [match for match in map(_DOWN.fullmatch, shapes) if match and "attn" not in match["site"]]
     if width is None or len(found) != 1:
         return None
@@ -60,11 +57,6 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
     )
 
 
-def _shapes(folder: Path) -> dict[str, Any]:
-    found = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if ".0." in name:
-                    found[name] = tensors.get_slice(name).get_shape()
-    return found
+def _first_block_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    entries = (entry for file in weight_files(folder) for entry in read_header(file))
+    return {entry.name: entry.shape for entry in entries if ".0." in entry.name}

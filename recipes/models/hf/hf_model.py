@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.attention.routed_attention import AttentionMoE, attention_layers
 from moe.dispatch import Dispatcher
-from moe.errors import ConfigError, ModelError
+from moe.errors import ConfigError, FieldError, ModelError
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
@@ -56,6 +56,7 @@ class HFModel:
     context: RouterContext = field(default_factory=RouterContext)
     schedule: TopKSchedule | None = None
     weights: WeightSource | None = None
+    _real_BS: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.module.register_forward_pre_hook(self._fill_context, with_kwargs=True)
@@ -78,11 +79,24 @@ class HFModel:
         moe_blocks: list[MoELayer | AttentionMoE] = [layer for _, layer in self.moe_layers()]
         return moe_blocks + [layer for _, layer in self.attention_layers()]
 
+    @contextmanager
+    def padded(self, real_BS: Tensor | None) -> Iterator[None]:
+        """While open, forward passes take their padding from a mask, and not from the attention mask.
+
+        Args:
+            real_BS: ``[B, S]`` bool, True where a token is real; None leaves it to the attention mask.
+        """
+        self._real_BS = real_BS
+        try:
+            yield
+        finally:
+            self._real_BS = None
+
     def _fill_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.schedule is not None:
             self.context.top_k = self.schedule.at(self.context.step)
         self.context.token_ids = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask") if self._real_BS is None else self._real_BS
         self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
@@ -210,9 +224,8 @@ def chosen_sites(model: HFModel, method: UpcycleMethod[Any]) -> list[FFNSite]:
     sites = find_ffns(model.module, model.config)
     try:
         return [sites[i] for i in method.config.layer_choice.pick(len(sites))]
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        raise ConfigError.one("upcycle.layers", method.config.layers, rule, remedy) from error
+    except FieldError as error:
+        raise error.under("upcycle") from error
 
 
 def swap(

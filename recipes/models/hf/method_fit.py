@@ -20,5 +20,4 @@ def method_mistakes(
         router: The router's config; its own check has passed.
         shape: Of the dense network; None while it is not known.
     """
-    found = method.check(router, shape)
-    return [Mistake(unfit.option, unfit.value, unfit.rule, unfit.remedy) for unfit in found]
+    return method.check(router, shape)

@@ -1,4 +1,4 @@
-"""The pieces of a mixture inside the tensors of a host in memory.
+"""Map from the tensors of a model in memory to the expert matrices and router tensors inside them.
 
 Letters: D model width, E experts, F expert width, U = 2F when gated, else F.
 """
@@ -12,16 +12,19 @@ from torch import Tensor
 
 from recipes.models.export.placement import ExpertTensorKey
 from recipes.models.export.spec import ModelSpec, MoESpec
+from recipes.models.hf.hf_model import HFModel
+from recipes.models.lora_model import is_factor
+from recipes.runtime.safetensors_codec import TensorSpec
 
 
 @dataclass(frozen=True)
 class StateDictPiece:
-    """Which part of a host's tensor a piece is.
+    """An expert's matrix or bias inside a tensor of the model.
 
     Attributes:
-        piece: The piece.
+        piece: The matrix or bias.
         expert: Index along the first axis; None for a tensor of the shared expert.
-        rows: Of what is left.
+        rows: Rows along the next axis.
     """
 
     piece: ExpertTensorKey
@@ -29,20 +32,20 @@ class StateDictPiece:
     rows: slice
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece as a view of the tensor."""
+        """Returns the matrix or bias as a view of the tensor."""
         return tensor[self.rows] if self.expert is None else tensor[self.expert][self.rows]
 
 
 @dataclass(frozen=True)
 class StateDictRouter:
-    """A tensor of a router: the block's index and the key in the router's state."""
+    """A router's tensor: the block's index and the key in the router's state."""
 
     layer: int
     key: str
 
 
 class StateDictMap:
-    """What each tensor of a host holds, told by its name."""
+    """Content of each tensor of a model, found by its name."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._pieces: dict[str, list[StateDictPiece]] = {}
@@ -59,11 +62,11 @@ class StateDictMap:
                 self._pieces.setdefault(name, []).append(piece)
 
     def router(self, name: str) -> StateDictRouter | None:
-        """The router's tensor of that name, if it is one."""
+        """Returns the router's tensor of that name, or None if it is none."""
         return self._routers.get(name)
 
     def pieces(self, name: str) -> list[StateDictPiece] | None:
-        """The pieces in the tensor of that name; None when it belongs to no mixture."""
+        """Returns the matrices and biases in the tensor of that name; None if it belongs to no expert."""
         return self._pieces.get(name)
 
 
@@ -85,3 +88,19 @@ def _live(moe: MoESpec, expert: int | None) -> Iterator[tuple[str, StateDictPiec
         yield b_up, StateDictPiece(ExpertTensorKey(layer, expert, "up", True), expert, second)
     if shape.down_bias:
         yield b_down, StateDictPiece(ExpertTensorKey(layer, expert, "down", True), expert, slice(None))
+
+
+def tied_names(model: HFModel) -> set[str]:
+    """Returns the second names of tied parameters, which are not written to files."""
+    every = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.module.named_parameters()}
+
+
+def kept_specs(model: HFModel, live: StateDictMap) -> list[TensorSpec]:
+    """Lists the tensors that belong to no MoE layer, tied ones once, without low-rank factors."""
+    tied = tied_names(model)
+    return [
+        TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.module.state_dict().items()
+        if not (name in tied or is_factor(name) or live.pieces(name) or live.router(name))
+    ]

@@ -1,16 +1,14 @@
-"""A dense checkpoint on disk, read tensor by tensor: names, places and bytes, never a model.
+"""A checkpoint on disk, read tensor by tensor without building a model.
 
 Letters: D model width, F width of a feed-forward network.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +16,13 @@ from torch import Tensor
 from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
 from recipes.models.hf.inspection import weight_files
-from recipes.models.safetensors.tensor_files import DTYPE_NAMES, TensorSpec
+from recipes.runtime.safetensors_codec import DTYPES, HeaderError, TensorSpec, read_header
 
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-# A header larger than this is no header: the format's own readers have the same limit.
-_MAX_HEADER_BYTES = 100_000_000
+# fp8 weights have scales beside them, which nothing here applies.
+_READABLE = {
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class StoredTensor:
 
     Attributes:
         spec: Name, dtype and shape.
-        file: Which file.
-        start: Where its bytes begin.
+        file: The file that holds it.
+        start: Where its bytes begin there.
     """
 
     spec: TensorSpec
@@ -41,48 +41,48 @@ class StoredTensor:
 
 
 class DenseFiles:
-    """The weight files of a folder.
+    """The weight files of a checkpoint folder.
 
     Attributes:
         folder: The checkpoint.
-        tensors: Every tensor by its name in the files.
+        tensors: All tensors by their names in the files.
     """
 
     def __init__(self, folder: Path) -> None:
         """Reads the headers.
 
         Raises:
-            ModelError: A file is no safetensors file, is cut short, or holds a dtype that is not known.
+            ModelError: A file is no safetensors file, is cut short, or holds an unknown dtype.
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._handles: dict[Path, int] = {}
         for path in weight_files(folder):
-            for stored in _read_header(path):
+            for stored in _stored_tensors(path):
                 self.tensors[stored.spec.name] = stored
 
     def close(self) -> None:
-        """Closes the files; they are opened when something is read."""
+        """Closes the files; reading opens them again."""
         for handle in self._handles.values():
             os.close(handle)
         self._handles = {}
 
     def handle(self, path: Path) -> int:
-        """The descriptor of one of the files."""
+        """Returns the descriptor of one of the files, opened when first needed."""
         if path not in self._handles:
             self._handles[path] = os.open(path, os.O_RDONLY)
         return self._handles[path]
 
     def read(self, name: str) -> Tensor:
-        """A tensor, whole, in memory of its own."""
+        """Reads a whole tensor into memory of its own."""
         shape = self.tensors[name].spec.shape
         return self.read_run(name, 0, torch.Size(shape).numel()).view(shape)
 
     def read_matrix(self, where: MatrixName) -> Tensor:
-        """A matrix ``[out, in]`` or bias ``[out]``, whichever way the files hold it.
+        """Reads a matrix ``[out, in]`` or bias ``[out]``, whichever way the files store it.
 
         Args:
-            where: By its name in these files.
+            where: Its name in these files.
         """
         part, number = where.part
         shape = self.tensors[where.tensor].spec.shape
@@ -95,7 +95,7 @@ class DenseFiles:
         return tensor.t() if where.transposed else tensor
 
     def read_rows(self, where: MatrixName, rows: slice) -> Tensor:
-        """Some rows of what `read_matrix` reads; no others are read where the files hold rows together."""
+        """Reads some rows of a matrix, and only these where the files store rows contiguously."""
         if where.transposed:
             return self.read_matrix(where)[rows]
         part, number = where.part
@@ -105,7 +105,7 @@ class DenseFiles:
         return run.view(rows.stop - rows.start, *shape[1:])
 
     def read_run(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of a tensor, in row-major order: ``[stop - start]``."""
+        """Reads elements ``start`` to ``stop`` of a tensor, in row-major order: ``[stop - start]``."""
         stored = self.tensors[name]
         size = stored.spec.dtype.itemsize
         run = torch.empty(stop - start, dtype=stored.spec.dtype)
@@ -120,30 +120,22 @@ class DenseFiles:
         return run
 
 
-def _read_header(path: Path) -> Iterator[StoredTensor]:
+def _stored_tensors(path: Path) -> Iterator[StoredTensor]:
+    try:
+        entries = read_header(path)
+    except HeaderError as error:
+        raise _corrupt(path, str(error)) from error
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise _corrupt(path, "its header is cut short")
-        try:
-            header: Mapping[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
-            raise _corrupt(path, f"its header is not valid JSON ({error})") from error
-    start = 8 + length
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            rule = f"its tensor {name} has dtype {entry['dtype']}"
+    for entry in entries:
+        dtype = DTYPES.get(entry.code)
+        if dtype not in _READABLE:
+            rule = f"its tensor {entry.name} has dtype {entry.code}"
             remedy = "Convert the checkpoint to bf16, fp16 or fp32 first."
             raise ModelError.one("dense", str(path), rule, remedy)
-        spec = TensorSpec(name, dtype, tuple(entry["shape"]))
-        begin, end = entry["data_offsets"]
-        if end - begin != spec.num_bytes or start + end > size:
-            raise _corrupt(path, f"its tensor {name} does not fit into it")
-        yield StoredTensor(spec, path, start + begin)
+        spec = TensorSpec(entry.name, dtype, entry.shape)
+        if entry.stop - entry.start != spec.num_bytes or entry.stop > size:
+            raise _corrupt(path, f"its tensor {entry.name} does not fit into it")
+        yield StoredTensor(spec, path, entry.start)
 
 
 def _corrupt(path: Path, rule: str) -> ModelError:

@@ -1,14 +1,12 @@
-"""Writes safetensors files whose tensors come piece by piece, in any order.
+"""Writes safetensors files whose tensors arrive in parts, in any order.
 
-The format is a header that lists every tensor with its place, then their bytes. Sizes are known before the
-first weight is read, so the files are laid out at once and filled as weights come: memory holds what is being
-written and nothing else, and a conversion that was interrupted goes on where it was.
+Sizes are known before the first weight is read, so the files are laid out at once and filled as weights
+arrive: memory holds only the part being written, and an interrupted conversion resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,44 +17,18 @@ import torch
 from torch import Tensor
 
 from recipes.models.hf.inspection import INDEX_NAME, SINGLE_NAME
-from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.atomic import atomic_write_json, sync_file
+from recipes.runtime.safetensors_codec import TensorSpec, encode_header, tensor_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
-# The system's answers where it cannot copy between two files, such as one on a network's disk and one here.
+# Errors by which the system says that it cannot copy between two files, e.g. on disks of two kinds.
 _NOT_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _READ_BYTES = 1 << 24
-#: The names that the format has for dtypes.
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of a checkpoint."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of its elements."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Elements of a tensor that were written at once, and the checksum of their bytes."""
+    """Elements of a tensor that were written in one call, and the CRC-32 of their bytes."""
 
     offset: int
     count: int
@@ -74,7 +46,8 @@ class TensorFiles:
     """The weight files of one checkpoint folder, laid out and open for writing.
 
     Attributes:
-        total_bytes: Of all tensors.
+        folder: The checkpoint folder.
+        total_bytes: Bytes of all tensors.
     """
 
     def __init__(
@@ -85,13 +58,13 @@ class TensorFiles:
         *,
         checked: bool = False,
     ) -> None:
-        """Lays the files out, or finds them as an earlier process has left them.
+        """Lays the files out, or finds them as an earlier process left them.
 
         Args:
-            folder: Where.
-            specs: Every tensor.
-            max_bytes: Of a file.
-            checked: Whether to note what is written, for `problems`.
+            folder: The checkpoint folder.
+            specs: All tensors.
+            max_bytes: Largest size of one file.
+            checked: Whether to record checksums of what is written, for `problems`.
 
         Raises:
             OSError: The disk has no room for them.
@@ -110,59 +83,41 @@ class TensorFiles:
         self._index = None if len(files) < 2 else {s.name: self._places[s.name].file.name for s in specs}
 
     def _lay_out(self, path: Path, members: Sequence[TensorSpec]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        # The widest elements first: every tensor is then aligned to its element.
-        ordered = sorted(members, key=lambda spec: -spec.dtype.itemsize)
-        for spec in ordered:
-            end = offset + spec.num_bytes
-            header[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
+        header, starts = encode_header(members, {"format": "pt"})
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._handles[path] = handle
-        os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(handle, start + offset)
-        place = start
-        for spec in ordered:
-            self._places[spec.name] = _Place(path, place, spec)
-            place += spec.num_bytes
+        os.pwrite(handle, header, 0)
+        os.ftruncate(handle, len(header) + sum(spec.num_bytes for spec in members))
+        for spec in members:
+            self._places[spec.name] = _Place(path, starts[spec.name], spec)
 
     def spec(self, name: str) -> TensorSpec:
-        """Of one of the tensors."""
+        """Returns the dtype and shape of one of the tensors."""
         return self._places[name].spec
 
     def write(self, name: str, tensor: Tensor, offset: int = 0) -> int:
-        """Writes a run of a tensor's elements, converted to its dtype; returns how many.
+        """Writes a run of a tensor's elements, converted to its dtype; returns their number.
 
         Args:
-            name: Of the tensor.
-            tensor: Its next elements, in row-major order.
-            offset: Elements of the tensor before them.
+            name: Name of the tensor.
+            tensor: The elements, in row-major order.
+            offset: Number of elements of the tensor before them.
         """
         place = self._places[name]
         assert offset + tensor.numel() <= torch.Size(place.spec.shape).numel(), (name, offset, tensor.shape)
-        data = tensor.detach().to("cpu", place.spec.dtype).contiguous()
-        start = place.offset + offset * place.spec.dtype.itemsize
-        content = memoryview(data.flatten().view(torch.uint8).numpy())
+        content = tensor_bytes(tensor.detach().to("cpu", place.spec.dtype))
         if self._runs is not None:
-            self._runs.setdefault(name, []).append(_Run(offset, data.numel(), zlib.crc32(content)))
-        _write_all(self._handles[place.file], content, start)
-        return data.numel()
+            self._runs.setdefault(name, []).append(_Run(offset, tensor.numel(), zlib.crc32(content)))
+        _write_all(self._handles[place.file], content, place.offset + offset * place.spec.dtype.itemsize)
+        return tensor.numel()
 
     def problems(self) -> Iterator[str | None]:
-        """Reads everything back, a tensor at a time: was each element written once, and is it what was?
+        """Reads all tensors back; checks that each element was written once and that the bytes are intact.
 
         Yields:
-            For every tensor what is wrong with it, or None.
+            For each tensor a description of what is wrong with it, or None.
         """
-        assert self._runs is not None, "what is written is only noted on demand"
+        assert self._runs is not None, "writes are only recorded with checked=True"
         for name, place in self._places.items():
             runs = sorted(self._runs.get(name, []), key=lambda run: run.offset)
             ends = [0, *(run.offset + run.count for run in runs)]
@@ -187,12 +142,12 @@ class TensorFiles:
         return found
 
     def copy(self, name: str, source: int, start: int) -> None:
-        """Copies a tensor's bytes out of an open file; by the system where both are on one kind of disk.
+        """Copies a tensor's bytes from an open file, inside the kernel where the file systems allow it.
 
         Args:
-            name: Of the tensor; the file holds it in the same dtype and shape.
-            source: File descriptor.
-            start: Where in that file.
+            name: Name of the tensor; the source holds it in the same dtype and shape.
+            source: File descriptor of the source.
+            start: Where its bytes begin there.
         """
         place = self._places[name]
         left, done = place.spec.num_bytes, 0
@@ -203,14 +158,13 @@ class TensorFiles:
             left, done = left - moved, done + moved
 
     def sync(self) -> None:
-        """Returns when everything written so far is on the disk."""
+        """Waits until everything written so far is on the disk."""
         for handle in self._handles.values():
-            os.fdatasync(handle)
+            sync_file(handle)
 
     def finish(self) -> None:
-        """Closes the files and writes the index, where there are several."""
-        for handle in self._handles.values():
-            os.fsync(handle)
+        """Syncs and closes the files, and writes the index if there are several."""
+        self.sync()
         self.close()
         if self._index is not None:
             content = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._index}
@@ -236,7 +190,7 @@ def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorS
 
 
 def _copy_run(source: int, target: int, count: int, start: int, offset: int) -> int:
-    """Copies at most so many bytes from one place to another; returns how many, 0 behind the end."""
+    """Copies at most ``count`` bytes; returns how many were copied, 0 behind the end of the source."""
     try:
         return os.copy_file_range(source, target, count, start, offset)
     except OSError as error:

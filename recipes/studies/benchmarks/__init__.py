@@ -1,0 +1,1 @@
+"""Benchmarks of routers, saving, conversion, sharding and engines."""

@@ -1,4 +1,4 @@
-"""How fast and how small a conversion is: against ``cp`` of its output on the same disk, over model sizes."""
+"""Speed and memory of a conversion against ``cp`` of its output on the same disk, over model sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DenseSize:
         hidden_size: D.
         intermediate_size: F.
         num_layers: Blocks.
-        vocab_size: Of embedding and head, which are not tied.
+        vocab_size: Vocabulary of embedding and head, which are not tied.
     """
 
     hidden_size: int
@@ -34,7 +34,7 @@ class DenseSize:
 
     @property
     def largest_tensor_bytes(self) -> int:
-        """In bf16."""
+        """Bytes of the largest tensor in bf16."""
         return 2 * self.hidden_size * max(self.vocab_size, self.intermediate_size)
 
 
@@ -47,12 +47,12 @@ class ConversionTiming:
     """One conversion and one copy of what it wrote.
 
     Attributes:
-        seconds: Of the conversion, from its first tensor until everything is on the disk.
-        start_seconds: Of the process before and after that.
+        seconds: Seconds of the conversion, from its first tensor until everything is on the disk.
+        start_seconds: Seconds of the process before and after that.
         peak_bytes: Largest resident set of the process.
-        output_bytes: Of the tensors written.
-        copy_seconds: Of ``cp -r``.
-        copy_sync_seconds: Of ``cp -r`` until everything is on the disk.
+        output_bytes: Bytes of the written tensors.
+        copy_seconds: Seconds of ``cp -r``.
+        copy_sync_seconds: Seconds of ``cp -r`` until everything is on the disk.
     """
 
     seconds: float
@@ -93,7 +93,7 @@ def measure_conversion(
 ) -> Iterator[ConversionTiming]:
     """Converts and copies in turn, each time anew."""
     for number in range(rounds):
-        out = folder / f"mixture-{number}"
+        out = folder / f"moe-{number}"
         started = time.monotonic()
         command = [sys.executable, "-m", "tools.upcycle", "--dense", str(dense), "--out", str(out)]
         command += ["--method", method, "--experts", str(experts), "--json", "-"]
@@ -130,7 +130,7 @@ def _copy(source: Path, target: Path) -> tuple[float, float]:
 
 
 def draw_memory(rows: list[dict[str, Any]], path: Path) -> None:
-    """Peak memory against the size of the output, with the bound that conversions are held to."""
+    """Draws peak memory against the size of the output, with the bound that conversions must meet."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,7 +145,7 @@ def draw_memory(rows: list[dict[str, Any]], path: Path) -> None:
     axes.plot(output, peak, color="#1b6ca8", marker="o", label="peak memory")
     for x, y in zip(output, peak, strict=True):
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center")
-    axes.set_xlabel("size of the mixture, GiB")
+    axes.set_xlabel("size of the MoE, GiB")
     axes.set_ylabel("memory, GiB")
     axes.set_ylim(0, max(2.0, 1.3 * max(bound)))
     axes.legend(frameon=False)

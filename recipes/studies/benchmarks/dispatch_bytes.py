@@ -1,11 +1,11 @@
-"""Weak scaling of the exchange of rows between ranks: bytes really sent, against the least there can be.
+"""Weak scaling of the exchange of rows between ranks: bytes sent, against the least possible.
 
 Every rank has equally many tokens and its slice of the experts, which leave rows as they are: what is timed
 is dispatch and combine alone, and their backward; then the same with a shared expert, which runs once the
 rows have arrived, or while they travel. Bytes are counted at the inputs of the collectives, without the part
 that a rank sends to itself.
 
-Letters: T tokens of a rank, D model width, E experts, K experts a token, P ranks; N rows.
+Letters: T tokens of a rank, D model width, E experts, K experts per token, P ranks; N rows.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DispatchShape:
-    """What every rank sends.
+    """Tokens and experts of the exchange.
 
     Attributes:
         tokens: T.
         width: D.
         experts: E, of all ranks together.
         top_k: K.
-        dtype: Of rows: ``float32`` or ``bfloat16``.
+        dtype: Dtype of rows: ``float32`` or ``bfloat16``.
         skewed: Low experts are chosen more often than high ones.
-        shared_width: Of the shared expert.
+        shared_width: Width of the shared expert.
     """
 
     tokens: int
@@ -61,7 +61,7 @@ class DispatchShape:
     shared_width: int = 1024
 
     def ids(self, rank: int) -> Tensor:
-        """``[T, K]`` different experts of each token; they depend on the rank alone."""
+        """Draws ``[T, K]`` distinct experts of each token, which depend on the rank alone."""
         generator = torch.Generator().manual_seed(rank + 1)
         noise_TE = torch.rand(self.tokens, self.experts, generator=generator).clamp_min(1e-9)
         share_E = torch.ones(self.experts)
@@ -92,13 +92,13 @@ class Needed:
 
 
 def needed_rows(ids_TK: Tensor, experts: int, ranks: int, rank: int) -> Needed:
-    """See `Needed`.
+    """Counts the rows that a rank's tokens make necessary.
 
     Args:
         ids_TK: ``[T, K]`` experts of the rank's tokens.
         experts: E.
         ranks: P.
-        rank: Whose tokens they are.
+        rank: The rank that has the tokens.
     """
     rank_TK = ids_TK // (experts // ranks)
     wanted_TP = torch.zeros(len(ids_TK), ranks, dtype=torch.bool).scatter_(1, rank_TK, True)
@@ -141,7 +141,7 @@ class WireCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one rank measured.
+    """Measurements of one rank.
 
     Attributes:
         rows: Bytes of rows it sent in forward.
@@ -174,7 +174,7 @@ class Scaling:
 
     Attributes:
         ranks: P.
-        figures: Of every rank.
+        figures: Figures of every rank.
         least: Bytes of rows that must be sent there and back in forward, of all ranks.
         slots: The same without duplicates merged.
         gathered: The same of an all-gather and a reduce-scatter.
@@ -207,14 +207,14 @@ def exchange(
     *,
     beside: bool = False,
 ) -> Tensor:
-    """Dispatch and combine with experts that leave rows as they are.
+    """Runs dispatch and combine with identity experts.
 
     Args:
-        dispatcher: What sends the rows.
+        dispatcher: Dispatcher that sends the rows.
         x_TD: ``[T, D]`` tokens.
-        routing: Of them.
-        shared: What every token uses besides.
-        beside: Whether that runs while the rows travel, else once they have arrived.
+        routing: Routing of the tokens.
+        shared: Shared expert of all tokens; None for none.
+        beside: If True the shared expert runs while the rows travel, else once they have arrived.
     """
     handle = dispatcher.start(x_TD, routing)
     early_TD = shared(x_TD) if shared is not None and beside else None
@@ -240,7 +240,7 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
     """Counts, then times, on one rank of a group that has been joined. Collective.
 
     Args:
-        shape: What is sent.
+        shape: Shape of the exchange.
         ids_TK: ``[T, K]`` experts of this rank's tokens.
         rank: This one.
         ranks: P.
@@ -280,7 +280,7 @@ def measure_rank(shape: DispatchShape, ids_TK: Tensor, rank: int, ranks: int, ro
 
 
 def _timed(runs: Sequence[Callable[[], Any]], rounds: int, ranks: int) -> list[list[float]]:
-    """Seconds of every round of each, one after the other in a round."""
+    """Returns the seconds of every round of each function; a round runs all in turn."""
     seconds: list[list[float]] = [[] for _ in runs]
     for number in range(_WARMUP + rounds):
         for run, found in zip(runs, seconds, strict=True):
@@ -294,7 +294,7 @@ def _timed(runs: Sequence[Callable[[], Any]], rounds: int, ranks: int) -> list[l
 
 
 def _work(rank: int, ranks: int, folder: str, shape: DispatchShape, rounds: int) -> None:
-    """What each process does; its figures are left in the folder."""
+    """Runs one rank and writes its figures to the folder."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
@@ -317,7 +317,7 @@ def measure(shape: DispatchShape, ranks: int, rounds: int) -> Scaling:
 
 
 def summed(shape: DispatchShape, figures: Sequence[RankFigures]) -> Scaling:
-    """Of all ranks together; a round lasts as long as on its slowest rank."""
+    """Sums the figures of all ranks; a round lasts as long as on its slowest rank."""
     both = 2 * shape.row_bytes
     return Scaling(
         len(figures),
@@ -335,7 +335,7 @@ def summed(shape: DispatchShape, figures: Sequence[RankFigures]) -> Scaling:
 
 
 def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
-    """Bytes and times as a table for people."""
+    """Formats bytes and times as a table."""
     head = (
         f"{'ranks':>5} {'rows sent':>11}{'least':>9}{'ratio':>7}{'metadata':>10}{'per slot':>10}"
         f"{'all-gather':>12}{'forward ms':>12}{'p10':>8}{'p90':>8}{'+backward':>11}{'p10':>8}{'p90':>8}"
@@ -343,11 +343,11 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
     )
     kib = 2**10
     lines = [
-        f"T={shape.tokens} tokens a rank, D={shape.width} {shape.dtype}, E={shape.experts}, K={shape.top_k}, "
-        f"{'skewed' if shape.skewed else 'uniform'} routing",
+        f"T={shape.tokens} tokens per rank, D={shape.width} {shape.dtype}, E={shape.experts}, "
+        f"K={shape.top_k}, {'skewed' if shape.skewed else 'uniform'} routing",
         "KiB that a rank sends to others in forward, mean over ranks: rows there and back, metadata besides;",
         "least: one row for each token and other rank with one of its experts, there and back;",
-        "per slot and all-gather: rows that rivals would send, counted from the same routing, not run",
+        "per slot and all-gather: rows that other schemes would send, counted from the same routing, not run",
         f"+shared: forward and backward with a shared expert of width {shape.shared_width} behind the "
         "arrival; beside: with it while the rows travel",
         head,
@@ -365,7 +365,7 @@ def render(found: Sequence[Scaling], shape: DispatchShape, cores: int) -> str:
         )
     busy = max(one.ranks for one in found)
     lines.append(
-        f"One thread a rank, gloo, {cores} cores: "
+        f"One thread per rank, gloo, {cores} cores: "
         + (
             f"{busy} ranks share them, so times do not show how the exchange scales; bytes do."
             if busy >= cores

@@ -1,18 +1,18 @@
-"""The engines against each other: the same job from the same start, as whole runs of ``train.py``."""
+"""Losses of the same job on all engines from the same start, as whole runs of ``train.py``."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe.errors import GraftError
 from recipes.engines import engine_classes
-from recipes.engines.example_layouts import EngineLayout
+from recipes.engines.base import EngineLayout
 from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.studies.sweep import torchrun
 
 _TAIL = 15
 REFERENCE = EngineLayout(1, ("engine=native",))
@@ -21,18 +21,18 @@ _QUIET = ("tracker.mode=disabled", "compare.cpt=false", "train.eval_every=0", "t
 
 
 def compared_layouts() -> list[EngineLayout]:
-    """What every engine offers for comparison; first the one that the others are compared with."""
+    """Returns the layouts that every engine offers for comparison, the reference first."""
     offered = [layout for name in sorted(engine_classes()) for layout in engine_classes()[name].compared]
     return [REFERENCE, *(layout for layout in offered if layout != REFERENCE)]
 
 
 @dataclass(frozen=True)
 class Series:
-    """What a run has computed.
+    """Losses and speed of a run.
 
     Attributes:
-        layout: Of the run.
-        losses: Of every step.
+        layout: Layout of the run.
+        losses: Loss of every step.
         validation: Loss at the end.
         step_s: Median seconds of a step.
     """
@@ -43,25 +43,25 @@ class Series:
     step_s: float
 
     def distance(self, other: Series) -> float:
-        """The largest relative difference of a step's loss."""
+        """Returns the largest relative difference of a step's loss."""
         return max(abs(a - b) / abs(b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
 def run_layouts(
     layouts: Sequence[EngineLayout], overrides: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> Iterator[Series]:
-    """Trains under each, the first one first; where no dense model is given, all begin with its embedded one.
+    """Trains under each layout; without ``dense=``, all start from the default model of the first.
 
-    What a run has computed comes when the run is over.
+    Yields the results of each run as soon as it has ended.
 
     Args:
-        layouts: What to run.
-        overrides: Of ``train.py``, for all.
-        folder: Of the runs.
-        log: Told of progress.
+        layouts: Layouts to run.
+        overrides: Overrides of ``train.py``, for all.
+        folder: Folder of the runs.
+        log: Takes lines of progress.
 
     Raises:
-        GraftError: A run failed; the message ends with what it said.
+        GraftError: A run failed; the message ends with its output.
     """
     common = list(overrides)
     if not any(option.startswith("dense=") for option in common):
@@ -76,7 +76,7 @@ def run_layouts(
 def _default_config(
     layout: EngineLayout, overrides: Sequence[str], folder: Path, log: Callable[[str], None]
 ) -> list[str]:
-    """The embedded default as a folder: given by name it belongs to no engine."""
+    """Trains the default model and returns it as ``dense=FOLDER``, which belongs to no engine."""
     log("making the dense model")
     none = ["train.steps=0", "optim.schedule.warmup_steps=0", f"output_dir={folder}", "run.name=dense"]
     _train(layout, [*overrides, *none])
@@ -85,12 +85,11 @@ def _default_config(
 
 
 def _train(layout: EngineLayout, options: Sequence[str]) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
-    command = [sys.executable, *launch, str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
+    command = [*torchrun(layout.ranks), str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
     ended = subprocess.run([*command, *_QUIET, *options], cwd=SOURCE_ROOT, capture_output=True, text=True)
     if ended.returncode != 0:
-        said = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
-        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{said}")
+        tail = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
+        raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{tail}")
 
 
 def _read(layout: EngineLayout, run: Path) -> Series:

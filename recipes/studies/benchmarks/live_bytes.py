@@ -1,4 +1,4 @@
-"""The most memory that the tensors of a computation take at once, on a CPU as on a GPU."""
+"""Peak memory of the tensors of a computation, on a CPU or GPU."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object], known: Iterable[Tensor], device: torch.device) -> int:
-    """The most bytes that a computation holds at once, beyond what was there before.
+    """Measures the peak bytes of a computation, beyond those held before.
 
     Args:
-        run: What is measured; on a GPU it has run before, so that what libraries keep is not counted.
+        run: The computation; on a GPU it has run before, so that memory of libraries is excluded.
         known: The tensors that it reads, which do not count.
         device: On a GPU its allocator is asked; elsewhere storages are counted.
     """

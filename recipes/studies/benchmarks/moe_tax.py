@@ -1,6 +1,6 @@
-"""The MoE tax: one training step of a mixture over one of a dense model with the same active parameters.
+"""MoE tax: time of a training step of an MoE over a dense model with the same active parameters.
 
-The rivals hold the same weights: transformers' own Mixtral, and a Llama whose feed-forward networks are our
+The models hold the same weights: transformers' own Mixtral, and a Llama whose feed-forward networks are our
 layers; their logits are compared before anything is timed. Ours pays for what a training run has on:
 balance loss, z-loss and statistics.
 
@@ -31,15 +31,15 @@ _THEIRS = ("grouped_mm", "eager")
 
 @dataclass(frozen=True)
 class StepShape:
-    """A mixture and its batch.
+    """Shape of an MoE and its batch.
 
     Attributes:
         num_experts: E.
         top_k: K.
-        expert_width: F; the dense rival is K times as wide.
+        expert_width: F; the dense model is K times as wide.
         hidden_size: D.
         num_layers: Blocks.
-        vocab_size: Of embedding and head.
+        vocab_size: Vocabulary of embedding and head.
         batch_size: B.
         seq_len: S.
     """
@@ -55,7 +55,7 @@ class StepShape:
 
     @property
     def label(self) -> str:
-        """As in tables."""
+        """Label in tables."""
         return f"{self.num_experts}x top-{self.top_k} F={self.expert_width}"
 
 
@@ -65,17 +65,17 @@ GOALS = (StepShape(8, 2, 512), StepShape(64, 8, 128))
 
 @dataclass(frozen=True)
 class StepResult:
-    """What was measured of one rival.
+    """Measurements of one model.
 
     Attributes:
-        rival: ``dense``, ``graft``, or ``transformers <implementation>``.
-        seconds: Of a step.
-        tax: Ratio to the dense rival, round by round.
+        model: ``dense``, ``graft``, or ``transformers <implementation>``.
+        seconds: Seconds of a step.
+        tax: Ratio to the dense model, round by round.
         logit_error: Largest difference from transformers' eager logits, relative to the largest; None
-            for the dense rival, which is another function.
+            for the dense model, which is another function.
     """
 
-    rival: str
+    model: str
     seconds: Timing
     tax: Timing
     logit_error: float | None
@@ -115,7 +115,7 @@ def _mixtral(shape: StepShape, implementation: str) -> nn.Module:
 
 
 def _graft(shape: StepShape, theirs: Any, backend: str) -> nn.Module:
-    """A Llama with the weights of their Mixtral and our layers."""
+    """Builds a Llama with the weights of their Mixtral and our layers."""
     ours: Any = _dense(shape)
     context = RouterContext()
     for index, (block, other) in enumerate(zip(ours.model.layers, theirs.model.layers, strict=True)):
@@ -148,16 +148,16 @@ def _step(
 
 
 def measure_step(shape: StepShape, rounds: int, backend: str, *, with_optimizer: bool) -> list[StepResult]:
-    """Checks the rivals against each other, then times them interleaved.
+    """Checks that the models compute the same, then times them interleaved.
 
     Args:
         shape: Mixture and batch.
         rounds: Timed rounds.
         backend: Back end of our experts.
-        with_optimizer: Whether a fused AdamW step counts; it touches all experts, active or not.
+        with_optimizer: If True, include a fused AdamW step, which touches all experts.
 
     Returns:
-        The dense rival first.
+        The results, the dense model first.
     """
     torch.manual_seed(0)
     tokens_BS = torch.randint(0, shape.vocab_size, (shape.batch_size, shape.seq_len))

@@ -1,7 +1,7 @@
-"""What routing costs: time and memory of every router over a grid of tokens and experts.
+"""Time and memory of every router over a grid of tokens and experts.
 
-The rivals of a shape run interleaved in one process. What would take more memory or time than allowed is not
-run; it is reported with the estimate that kept it out.
+The routers of a shape run interleaved in one process. Cases that would take more memory or time than allowed
+are not run, and are reported with the estimate that excluded them.
 
 Letters: T tokens, E experts.
 """
@@ -12,27 +12,29 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from kernels.bench.timing import Timing, interleave, median_ratio, summarise
 from recipes.studies.benchmarks.live_bytes import peak_bytes
-from recipes.studies.benchmarks.router_rivals import Pass, Rival, Shape
+from recipes.studies.benchmarks.router_candidates import Candidate, Pass, Shape
+from recipes.tracking.measure_peaks import synchronise
 
-# The first look at a rival is at no more tokens than these.
+# Most tokens of the first estimate of a router.
 _FIRST_LOOK = 1024
-# Fewer rounds make no median; a rival that has no time for them and a warm-up is skipped.
+# Fewer rounds make no median; a router without time for them and a warm-up is skipped.
 _FEWEST_ROUNDS = 3
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rival may take at one shape.
+    """Limits of time and memory at one shape.
 
     Attributes:
         rounds: Timed passes, at most.
-        seconds: Of all its passes together; fewer rounds are timed where a pass is slow.
+        seconds: Seconds of all its passes; fewer rounds are timed where a pass is slow.
         num_bytes: Peak memory of a pass.
     """
 
@@ -43,17 +45,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Cell:
-    """One rival at one shape.
+    """One router at one shape.
 
     Attributes:
         router: Its label.
         tokens: T.
         experts: E.
-        left_out: Why it was not measured: ``skipped: estimated ...`` or ``refused: ...``; None when it was.
-        seconds: Of a forward and backward pass.
+        left_out: Reason to skip it: ``skipped: estimated ...`` or ``refused: ...``; else None.
+        seconds: Seconds of a forward and backward pass.
         ratio: To the baseline, round by round.
-        peak_bytes: What a pass allocates at most, gradients included; tokens and parameters are not.
-        notes: What the router said of itself: slots a token, iterations, experts in use.
+        peak_bytes: Peak bytes of a pass, with gradients but without tokens and parameters.
+        notes: The router's own figures: slots per token, iterations, experts in use.
     """
 
     router: str
@@ -68,57 +70,57 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Look:
-    """What a rival has cost at some number of tokens, measured or estimated."""
+    """Cost at some number of tokens, measured or estimated."""
 
     tokens: int
     seconds: float
     num_bytes: float
 
     def at(self, tokens: int) -> _Look:
-        """In proportion to the tokens."""
+        """Scales the cost in proportion to the tokens."""
         factor = tokens / self.tokens
         return _Look(tokens, self.seconds * factor, self.num_bytes * factor)
 
 
 class Grid:
-    """Measures shape by shape, fewest tokens first, so that each shape tells what the next would cost."""
+    """Measures shape by shape, fewest tokens first, so that each shape predicts the cost of the next."""
 
-    def __init__(self, rivals: Sequence[Rival], limits: Limits, device: torch.device) -> None:
-        self.rivals = rivals
+    def __init__(self, candidates: Sequence[Candidate], limits: Limits, device: torch.device) -> None:
+        self.candidates = candidates
         self.limits = limits
         self.device = device
         self._looks: dict[tuple[str, int], _Look] = {}
 
     @property
     def baseline(self) -> str:
-        """The rival that ratios are to: plain top-k, or the first where it is not among them."""
-        labels = [rival.label for rival in self.rivals]
+        """Label of the baseline of all ratios: plain top-k, else the first."""
+        labels = [candidate.label for candidate in self.candidates]
         return "topk" if "topk" in labels else labels[0]
 
     def measure(self, shape: Shape) -> list[Cell]:
-        """Every rival at a shape, in the order of the rivals."""
+        """Measures all routers at a shape, in their order."""
         cells: dict[str, Cell] = {}
         passes: dict[str, Pass] = {}
-        for rival in self.rivals:
-            reason = self._left_out(rival, shape)
+        for candidate in self.candidates:
+            reason = self._left_out(candidate, shape)
             if reason is None:
-                passes[rival.label] = rival.prepare(shape, self.device)
+                passes[candidate.label] = candidate.prepare(shape, self.device)
             else:
-                cells[rival.label] = Cell(rival.label, shape.tokens, shape.experts, reason)
+                cells[candidate.label] = Cell(candidate.label, shape.tokens, shape.experts, reason)
         seconds = self._time(passes, shape)
         for label, values in seconds.items():
             cells[label] = self._cell(label, shape, values, seconds, passes[label])
-        return [cells[rival.label] for rival in self.rivals]
+        return [cells[candidate.label] for candidate in self.candidates]
 
-    def _left_out(self, rival: Rival, shape: Shape) -> str | None:
-        """Why it is not run at a shape; looks at it at fewer tokens where nothing is known of it yet."""
-        unsupported_reason = rival.unsupported_reason(shape.experts)
+    def _left_out(self, candidate: Candidate, shape: Shape) -> str | None:
+        """Returns the reason to skip a shape, else None; an unknown router is first timed at fewer tokens."""
+        unsupported_reason = candidate.unsupported_reason(shape.experts)
         if unsupported_reason is not None:
             return f"refused: {unsupported_reason}."
-        key, limits = (rival.label, shape.experts), self.limits
+        key, limits = (candidate.label, shape.experts), self.limits
         if key not in self._looks:
             small = dataclasses.replace(shape, tokens=min(shape.tokens, _FIRST_LOOK))
-            self._looks[key] = self._look(rival.prepare(small, self.device), small.tokens)
+            self._looks[key] = self._look(candidate.prepare(small, self.device), small.tokens)
         look = self._looks[key] = self._looks[key].at(shape.tokens)
         if look.num_bytes > limits.num_bytes:
             needed, allowed = look.num_bytes / _MIB, limits.num_bytes / _MIB
@@ -132,12 +134,12 @@ class Grid:
         once.run()
         started = time.perf_counter()
         dict(once.run())
-        self._synchronise()
+        synchronise(self.device)
         seconds = time.perf_counter() - started
         return _Look(tokens, seconds, peak_bytes(once.run, once.known, self.device))
 
     def _time(self, passes: Mapping[str, Pass], shape: Shape) -> dict[str, list[float]]:
-        """Seconds of each round; slow rivals leave after fewer, so that round n is of all who are left."""
+        """Returns the seconds of each round; slow routers take part in fewer rounds."""
         wanted = {
             label: int(self.limits.seconds / max(self._looks[label, shape.experts].seconds, 1e-9)) - 1
             for label in passes
@@ -146,8 +148,8 @@ class Grid:
         seconds: dict[str, list[float]] = {label: [] for label in passes}
         for number in range(max(rounds.values(), default=0)):
             left = {label: passes[label].run for label in passes if rounds[label] > number}
-            warmup = 1 if number == 0 else 0
-            found = interleave(left, 1, warmup=warmup, synchronise=self._synchronise, seed=number)
+            warmup, wait = 1 if number == 0 else 0, partial(synchronise, self.device)
+            found = interleave(left, 1, warmup=warmup, synchronise=wait, seed=number)
             for label, values in found.items():
                 seconds[label] += values
         return seconds
@@ -164,13 +166,9 @@ class Grid:
         notes = dict(once.run())
         return Cell(label, shape.tokens, shape.experts, None, timing, ratio, needed, notes)
 
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def memory_allowance(device: torch.device) -> float:
-    """Half of the memory that is free now, in bytes: what a pass may take when nothing else is said."""
+    """Returns half of the free memory in bytes, the default limit of a pass."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2
     import psutil
@@ -179,7 +177,7 @@ def memory_allowance(device: torch.device) -> float:
 
 
 def render(cells: Sequence[Cell], baseline: str) -> str:
-    """One shape as a table for people."""
+    """Formats one shape as a table."""
     first = cells[0]
     width = max(len(cell.router) for cell in cells)
     head = f"  {'':{width}}{'ms':>9}{'p10':>9}{'p90':>9}{'x':>8}{'MiB':>9}  notes"

@@ -1,4 +1,4 @@
-"""What a router costs in a whole training step of a small MoE decoder: the same weights, another router.
+"""Cost of a router in a whole training step of a small MoE decoder with fixed weights.
 
 Letters: B samples, S sequence length, T tokens, E experts, D model width, F expert width.
 """
@@ -25,7 +25,14 @@ from moe.routers import RouterConfig
 from moe.routers.ssr import SSRConfig
 from moe.types import LayerContext, RouterContext
 from recipes.studies.benchmarks.moe_tax import StepShape
-from recipes.studies.benchmarks.router_rivals import Rival, Shape, batch_context, make_router, router_pass
+from recipes.studies.benchmarks.router_candidates import (
+    Candidate,
+    Shape,
+    batch_context,
+    make_router,
+    router_pass,
+)
+from recipes.tracking.measure_peaks import synchronise
 
 #: Few large experts and many small ones. How many a token uses is the routers' own.
 STEP_SHAPES = (StepShape(8, 2, 512), StepShape(64, 2, 128))
@@ -38,11 +45,11 @@ class RouterStep:
 
     Attributes:
         router: Label.
-        seconds: Of forward, backward, AdamW and the router's own update.
+        seconds: Seconds of forward, backward, AdamW and the router's own update.
         ratio: To the baseline, round by round.
         ratio_interval: 95 % bootstrap interval of the median ratio.
         alone: Seconds of the router's own forward and backward passes, all layers.
-        refused: Why it cannot be had with so many experts; everything else is None then.
+        refused: Reason to reject so many experts; all else is None then.
     """
 
     router: str
@@ -55,12 +62,12 @@ class RouterStep:
 
 @dataclass(frozen=True)
 class Expected:
-    """What Selective Sinkhorn Routing costs in the mean, which no median shows: rare steps are dear.
+    """Mean cost of Selective Sinkhorn Routing, whose rare expensive steps no median shows.
 
     Attributes:
-        router: Label of the rival that transports rarely.
-        probability: p of a (step, layer).
-        ratio: Of its steps in the mean to the baseline's: (1 - p) ordinary ones and p transporting ones.
+        router: Label of the router that transports rarely.
+        probability: p of transport in a step and layer.
+        ratio: Ratio of its mean step to the baseline's: (1 - p) ordinary steps and p transporting ones.
         ratio_by_share: The same if a step changed by what the routers take alone and by nothing else, which
             holds where the experts' load does not change it. By far the steadier one on a busy machine.
     """
@@ -72,7 +79,7 @@ class Expected:
 
 
 class Decoder:
-    """A Llama whose feed-forward networks are mixtures, with its optimizer; weights from fixed seeds."""
+    """Llama with MoE layers and its optimizer; weights from fixed seeds."""
 
     def __init__(self, config: RouterConfig, shape: StepShape, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -83,7 +90,7 @@ class Decoder:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> None:
-        """One training step, as the loop does it."""
+        """Runs one training step, as the training loop does."""
         tokens_BS: Tensor = self.tokens_BS
         logits = self.model(input_ids=tokens_BS, use_cache=False).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten()).backward()
@@ -96,7 +103,7 @@ class Decoder:
 
 
 def batch_shape(shape: StepShape) -> Shape:
-    """The batch as one router sees it."""
+    """Returns the batch as one router sees it."""
     return Shape(shape.batch_size * shape.seq_len, shape.num_experts, shape.hidden_size)
 
 
@@ -129,25 +136,23 @@ def _model(config: RouterConfig, shape: StepShape, context: RouterContext, devic
 
 
 def measure_steps(
-    rivals: Sequence[Rival], shape: StepShape, rounds: int, device: torch.device
+    candidates: Sequence[Candidate], shape: StepShape, rounds: int, device: torch.device
 ) -> list[RouterStep]:
-    """Times the training steps of all rivals interleaved, then their routers alone, in the same way.
+    """Times the training steps of all routers interleaved, then the routers alone, in the same way.
 
     Args:
-        rivals: Routers; the first is what ratios are to. Solvers are no part of a model and are left out.
+        candidates: Routers; the first is the baseline. Solvers are not part of a model and are left out.
         shape: Decoder and batch.
         rounds: Timed rounds.
         device: Where.
     """
-    refused = {r.label: why for r in rivals if (why := r.unsupported_reason(shape.num_experts)) is not None}
-    routers = {r.label: r.config for r in rivals if r.config is not None and r.label not in refused}
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    refused = {
+        r.label: why for r in candidates if (why := r.unsupported_reason(shape.num_experts)) is not None
+    }
+    routers = {r.label: r.config for r in candidates if r.config is not None and r.label not in refused}
 
     def time(made: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        return interleave(made, rounds, synchronise=synchronise)
+        return interleave(made, rounds, synchronise=lambda: synchronise(device))
 
     steps = time({label: Decoder(config, shape, device).step for label, config in routers.items()})
     batch = batch_shape(shape)
@@ -162,20 +167,22 @@ def measure_steps(
 
 
 def bootstrap_interval(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median of the ratios of rounds, by resampling rounds; the same on every call."""
+    """Returns the 95 % interval of the median ratio by resampling rounds, with a fixed seed."""
     ratios = [value / other for value, other in zip(values, base, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
     return medians[round(0.025 * (_RESAMPLES - 1))], medians[round(0.975 * (_RESAMPLES - 1))]
 
 
-def expected_costs(rivals: Sequence[Rival], steps: Sequence[RouterStep]) -> list[Expected]:
-    """The mean cost of every SSR router whose always transporting twin was measured beside it."""
+def expected_costs(candidates: Sequence[Candidate], steps: Sequence[RouterStep]) -> list[Expected]:
+    """Returns the mean cost of every SSR router whose twin with probability 1 was measured as well."""
     measured = {step.router: step for step in steps if step.ratio is not None}
-    twins = {rival.config: measured[rival.label] for rival in rivals if rival.label in measured}
+    twins = {
+        candidate.config: measured[candidate.label] for candidate in candidates if candidate.label in measured
+    }
     found = []
-    for rival in rivals:
-        config, rare = rival.config, measured.get(rival.label)
+    for candidate in candidates:
+        config, rare = candidate.config, measured.get(candidate.label)
         if not isinstance(config, SSRConfig) or config.probability == 1 or rare is None:
             continue
         always = twins.get(dataclasses.replace(config, probability=1.0))
@@ -186,7 +193,7 @@ def expected_costs(rivals: Sequence[Rival], steps: Sequence[RouterStep]) -> list
 
 
 def _expected(p: float, rare: RouterStep, always: RouterStep, base: RouterStep) -> Expected:
-    """Layers draw by themselves: the mean over them is the same as if they drew together."""
+    """Computes the mean cost; layers draw on their own, which has the same mean as drawing together."""
     ratios, shares = [], []
     for step in (rare, always):
         assert step.ratio is not None and step.alone is not None, step
@@ -198,7 +205,7 @@ def _expected(p: float, rare: RouterStep, always: RouterStep, base: RouterStep) 
 
 
 def verdict(step: RouterStep, bound: float) -> str:
-    """Whether a ratio is within a bound, as far as the interval of its median can tell."""
+    """Judges a ratio against a bound by the interval of its median."""
     assert step.ratio_interval is not None, step
     low, high = step.ratio_interval
     if high <= bound:
@@ -207,7 +214,7 @@ def verdict(step: RouterStep, bound: float) -> str:
 
 
 def render_steps(steps: Sequence[RouterStep], expected: Sequence[Expected], bound: float) -> str:
-    """The steps as a table for people, and what SSR costs."""
+    """Formats the steps as a table, with the mean cost of SSR."""
     width = max(len(step.router) for step in steps)
     head = f"{'ms':>9}{'p10':>9}{'p90':>9}{'x':>8}{'95 % of x':>16}{'p10':>8}{'p90':>8}{'router':>8}"
     lines = [f"  {'':{width}}{head}"]

@@ -1,7 +1,7 @@
-"""What saving costs a training step: no saves, saves that training waits for, and saves in the background.
+"""Cost of saving for a training step: without saves, with synchronous and with background saves.
 
-One process, the rivals interleaved in random order. The model is a stack of square layers under AdamW, whose
-weights and moments are saved; every round trains a number of steps and saves once.
+All ways run in one process, interleaved in random order. The model is a stack of square layers under AdamW,
+whose weights and moments are saved; every round trains a number of steps and saves once.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from recipes.checkpoint import Retention, Saver, load_checkpoint
 
 NONE, SYNC, ASYNC = "no saves", "synchronous", "asynchronous"
-RIVALS = (NONE, SYNC, ASYNC)
+WAYS = (NONE, SYNC, ASYNC)
 
 
 @dataclass(frozen=True)
 class SaveShape:
-    """What is trained and saved.
+    """Model that is trained and saved.
 
     Attributes:
-        width: Of the square layers.
-        layers: How many.
+        width: Width of the square layers.
+        layers: Number of layers.
         batch: Rows of a step.
         steps: Steps of a round, which has one save.
     """
@@ -42,12 +42,12 @@ class SaveShape:
 
 @dataclass
 class SaveFigures:
-    """Seconds of one rival, by round.
+    """Seconds of one way of saving, by round.
 
     Attributes:
-        steps: Mean of the round's steps, the save included.
-        stalls: That training waited for the save.
-        saves: Of the whole save.
+        steps: Mean of the round's steps, including the save.
+        stalls: Seconds that training waited for the save.
+        saves: Seconds of the whole save.
     """
 
     steps: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class SaveFigures:
     saves: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Medians, and the spread of the steps from the first to the last decile."""
+        """Returns medians, and the first and last decile of the steps."""
         ordered = sorted(self.steps)
         return {
             "rounds": len(ordered),
@@ -92,41 +92,37 @@ class _Training:
 def measure_saves(
     shape: SaveShape, rounds: int, folder: Path, log: Callable[[str], None]
 ) -> tuple[dict[str, SaveFigures], int]:
-    """Times the rivals.
+    """Times all ways of saving.
 
     Args:
-        shape: What is trained and saved.
-        rounds: Of each rival, besides one that warms up.
-        folder: On the disk that is measured; checkpoints are written below it.
-        log: Gets a line for every round.
+        shape: Shape of the model.
+        rounds: Rounds of each, after a warm-up round.
+        folder: Folder for the checkpoints, on the disk to measure.
+        log: Takes a line for every round.
 
     Returns:
-        Figures by rival, and the bytes of a checkpoint.
+        Figures by way of saving, and the bytes of a checkpoint.
 
     Raises:
         AssertionError: A checkpoint does not hold what was there when its save began.
     """
     training = _Training(shape)
     training.step()
-    savers = {
-        rival: Saver(folder / rival, Retention(1), background=rival == ASYNC) for rival in (SYNC, ASYNC)
-    }
-    figures = {rival: SaveFigures() for rival in RIVALS}
+    savers = {way: Saver(folder / way, Retention(1), background=way == ASYNC) for way in (SYNC, ASYNC)}
+    figures = {way: SaveFigures() for way in WAYS}
     draw = random.Random(0)
     for number in range(rounds + 1):
-        for rival in draw.sample(RIVALS, len(RIVALS)):
-            _round(
-                training, shape.steps, savers.get(rival), number, figures[rival] if number else SaveFigures()
-            )
+        for way in draw.sample(WAYS, len(WAYS)):
+            _round(training, shape.steps, savers.get(way), number, figures[way] if number else SaveFigures())
         if number:
-            log(f"round {number}: " + ", ".join(f"{r} {1e3 * figures[r].steps[-1]:.1f} ms" for r in RIVALS))
-    for rival in (SYNC, ASYNC):
-        _check(training, savers[rival], folder / rival)
+            log(f"round {number}: " + ", ".join(f"{r} {1e3 * figures[r].steps[-1]:.1f} ms" for r in WAYS))
+    for way in (SYNC, ASYNC):
+        _check(training, savers[way], folder / way)
     return figures, sum(tensor.nbytes for tensor in training.tensors().values())
 
 
 def _round(training: _Training, steps: int, saver: Saver | None, number: int, into: SaveFigures) -> None:
-    """Steps with one save at their beginning; a save that outlasts the round is waited for, and counted."""
+    """Runs steps with one save at their start; a save that outlasts the round is awaited and counted."""
     began = time.perf_counter()
     stall = 0.0
     if saver is not None:
@@ -145,7 +141,7 @@ def _round(training: _Training, steps: int, saver: Saver | None, number: int, in
 
 
 def _check(training: _Training, saver: Saver, folder: Path) -> None:
-    """What is loaded is what was there when the save began, though training has gone on meanwhile."""
+    """Checks that a checkpoint holds the state at the start of its save, although training continued."""
     wanted = {name: tensor.clone() for name, tensor in training.tensors().items()}
     saver.save(10**6, training.tensors(), {}, {})
     training.step()

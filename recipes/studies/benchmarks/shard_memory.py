@@ -1,11 +1,10 @@
-"""What each rank holds while a mixture is made, over model sizes and numbers of ranks."""
+"""Memory of each rank while an MoE is made, over model sizes and numbers of ranks."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,9 @@ from moe.errors import GraftError
 from recipes.runtime.source_root import SOURCE_ROOT
 from recipes.studies.benchmarks.conversion_speed import DenseSize, make_dense
 from recipes.studies.benchmarks.shard_rank import RankMemory, RankTask
+from recipes.studies.sweep import torchrun
 
-#: Mixtures of 8 experts of 23, 168 and 868 million parameters.
+#: MoEs of 8 experts with 23, 168 and 868 million parameters.
 SIZES = (DenseSize(256, 704, 4, 4096), DenseSize(512, 1408, 8, 8192), DenseSize(1024, 2816, 12, 16384))
 TINY = DenseSize(128, 128, 2, 256)
 # Every block of this size or more is the system's own, so that what is freed is gone from the resident set.
@@ -26,12 +26,12 @@ _MMAP_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share a mixture.
+    """Layout of an MoE over ranks.
 
     Attributes:
         ranks: Their number.
-        expert_parallel: Over how many the experts of a layer are spread.
-        whole: Whether every rank makes the whole mixture before it keeps its part.
+        expert_parallel: Ranks that share the experts of a layer.
+        whole: True if every rank makes the whole MoE before it keeps its shard.
         engine: Its name.
         options: Fields of its config, and their values.
     """
@@ -44,7 +44,7 @@ class Layout:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Of the engine's config."""
+        """Fields of the engine's config."""
         return {"name": self.engine, "expert_parallel": self.expert_parallel} | dict(self.options)
 
 
@@ -53,7 +53,7 @@ class RankFailedError(GraftError):
 
 
 def write_dense(sizes: Sequence[DenseSize], folder: Path) -> tuple[Path, list[Path]]:
-    """Writes random checkpoints, in bf16; the tiny one's folder, and that of each size."""
+    """Writes random checkpoints in bf16; returns the folder of the tiny one, and those of all sizes."""
     folders = [folder / f"dense-{size.hidden_size}" for size in sizes]
     for size, path in zip((TINY, *sizes), (folder / "tiny", *folders), strict=True):
         make_dense(size, path)
@@ -63,32 +63,25 @@ def write_dense(sizes: Sequence[DenseSize], folder: Path) -> tuple[Path, list[Pa
 def measure_layout(
     dense: Path, tiny: Path, layout: Layout, method: str = "copy", experts: int = 8
 ) -> list[RankMemory]:
-    """Starts the ranks, one process each, and measures; by rank.
+    """Starts the ranks, one process each, and returns their memory by rank.
 
     Args:
         dense: The dense checkpoint.
         tiny: A small one of the same family.
-        layout: Of the ranks.
-        method: A name of `moe.upcycle` whose config has no need of more.
-        experts: Of each layer.
+        layout: Layout of the ranks.
+        method: Name of an upcycling method that needs no options.
+        experts: Experts of each layer.
 
     Raises:
-        RankFailedError: With the end of what the ranks have said.
+        RankFailedError: A rank failed; the message ends with its output.
     """
     with tempfile.TemporaryDirectory() as out:
         task = RankTask(str(dense), str(tiny), out, method, experts, layout.fields, layout.whole)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            f"--nproc-per-node={layout.ranks}",
-            *("-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))),
-        ]
-        environment = os.environ | {
-            "MALLOC_MMAP_THRESHOLD_": str(_MMAP_BYTES),
-            "MALLOC_TRIM_THRESHOLD_": str(_MMAP_BYTES),
-        }
-        done = subprocess.run(
-            command, cwd=SOURCE_ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        program = ["-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))]
+        names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+        environment = os.environ | dict.fromkeys(names, str(_MMAP_BYTES))
+        command = [*torchrun(layout.ranks), *program]
+        done = subprocess.run(command, cwd=SOURCE_ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RankFailedError(f"a rank of {layout} has failed:\n{done.stderr[-4000:]}")
         files = [Path(out) / f"rank-{rank}.json" for rank in range(layout.ranks)]

@@ -1,6 +1,6 @@
-"""One rank of the measurement of online upcycling: ``python -m recipes.benchmarks.shard_rank JSON``.
+"""One rank of the measurement of sharded upcycling: ``python -m recipes.studies.benchmarks.shard_rank JSON``.
 
-What libraries take on first use is not a model's memory: everything is done once with a tiny model before.
+Memory that libraries take on first use is excluded: everything first runs once with a tiny model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recipes.engines import Engine, TrainModule, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
-from recipes.runtime.resident import peak_resident_bytes
+from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
 from recipes.upcycling.sharded.sharded_models import moe_model
@@ -38,16 +38,16 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class RankTask:
-    """What a rank measures.
+    """Task of one rank.
 
     Attributes:
         dense: The dense checkpoint.
         tiny: A small one, to begin with.
         out: Folder of the results.
         method: A name of `moe.upcycle`.
-        experts: Of each layer.
-        engine: Fields of the engine's config, its name among them.
-        whole: Whether every rank makes the whole mixture before it keeps its part.
+        experts: Experts of each layer.
+        engine: Fields of the engine's config, including its name.
+        whole: True if every rank makes the whole MoE before it keeps its shard.
     """
 
     dense: str
@@ -61,18 +61,18 @@ class RankTask:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank held, in bytes.
+    """Memory of one rank, in bytes.
 
     Attributes:
-        moe: The whole mixture's weights in fp32.
-        dense: The dense model's.
-        layer: Those of its largest block.
-        outside: Those outside of its blocks.
-        shard: What this rank keeps of the mixture's weights.
-        besides: What the engine keeps besides when it is ready to train, as buffers of gradients.
-        making: The most while its part was made, beyond what was there before.
-        gate: The most in the step-0 gate and until the part is made; None where that was left out.
-        read: What it read of files while its part was made.
+        moe: Weights of the whole MoE in fp32.
+        dense: Weights of the dense model.
+        layer: Weights of its largest block.
+        outside: Weights outside of its blocks.
+        shard: Weights of the MoE that this rank keeps.
+        besides: Further memory of an engine that is ready to train, such as gradient buffers.
+        making: Peak while the shard was made, beyond earlier memory.
+        check: Peak of the equivalence check until the shard is made; None where it was left out.
+        read: Bytes read from files while the shard was made.
     """
 
     moe: int
@@ -82,12 +82,12 @@ class RankMemory:
     shard: int
     besides: int
     making: int
-    gate: int | None
+    check: int | None
     read: int
 
 
 class PeakMeter:
-    """The most memory since it was started, beyond what was there then."""
+    """Meter of the peak memory since its start, beyond the memory held then."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -96,13 +96,13 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         else:
-            # What earlier work has freed goes back to the system before anything is counted.
+            # Memory freed by earlier work returns to the system before anything is counted.
             ctypes.CDLL(None).malloc_trim(0)
             _CLEAR.write_text("5")
             self._before = _resident_bytes()
 
     def held(self) -> int:
-        """What is there now, in bytes."""
+        """Returns the bytes held now."""
         gc.collect()
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) - self._before
@@ -110,7 +110,7 @@ class PeakMeter:
         return _resident_bytes() - self._before
 
     def peak(self) -> int:
-        """In bytes."""
+        """Returns the peak in bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return peak_resident_bytes() - self._before
@@ -127,7 +127,7 @@ def _read_bytes() -> int:
 
 
 def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
-    """Makes a mixture and says what that took. All ranks call it together."""
+    """Makes an MoE and measures its memory. Collective."""
     config = upcycle_methods()[task.method].config_class(name=task.method, num_experts=task.experts)
     make = _whole if task.whole else _in_parts
     read, meter = _read_bytes(), PeakMeter(engine.device)
@@ -139,7 +139,7 @@ def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
     experts = sum(_bytes(layer.experts.parameters()) for _, layer in model.moe_layers())
     shard = _bytes(_weights(made))
     del model, made
-    gate = None if task.whole else _gate(engine, dense, config)
+    check = None if task.whole else _check_peak(engine, dense, config)
     return RankMemory(
         moe=every,
         dense=every - experts + experts // task.experts,
@@ -148,7 +148,7 @@ def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
         shard=shard,
         besides=max(0, held - shard),
         making=making,
-        gate=gate,
+        check=check,
         read=read,
     )
 
@@ -171,7 +171,7 @@ def _whole(dense: Path, config: Any) -> HFModel:
 
 
 def _ready(engine: Engine[Any], model: HFModel) -> TrainModule | HFModel:
-    """The mixture where its weights lie while it trains."""
+    """Moves the MoE to where its weights stay during training."""
     if not engine.trains_as_held:
         return engine.prepare(model, OptimConfig())
     engine.shard_for_eval(model)
@@ -179,24 +179,24 @@ def _ready(engine: Engine[Any], model: HFModel) -> TrainModule | HFModel:
 
 
 def _weights(made: TrainModule | HFModel) -> list[Tensor]:
-    """The memory of a mixture's weights and buffers on this rank."""
+    """Returns the memory of an MoE's weights and buffers on this rank."""
     if isinstance(made, TrainModule):
         named = made.checkpoint_tensors().items()
         return [part for name, value in named if name.startswith("model.") for part in local_memory(value)]
     return [*(_local(p) for p in made.module.parameters()), *made.module.buffers()]
 
 
-def _gate(engine: Engine[Any], dense: Path, config: Any) -> int:
-    """With as few tokens as there may be: activations are not what is measured."""
+def _check_peak(engine: Engine[Any], dense: Path, config: Any) -> int:
+    """Measures the peak of the equivalence check, with few tokens to exclude activations."""
     plan = plan_moe(MoERequest(dense, config, TopKConfig()))
     meter = PeakMeter(engine.device)
     tokens_BS = torch.arange(_TOKENS)[None] % plan.names.config.vocab_size
-    # What is freed by chance alone is not counted on.
+    # Memory must be freed by reference counts alone, not by chance.
     gc.disable()
     try:
         _, weights = measure_shards(engine, plan, tokens_BS)
         if not engine.trains_as_held:
-            # What was measured is gone, and is made once more.
+            # The checked weights are gone, and are made once more.
             engine.prepare(moe_model(plan, weights=weights), OptimConfig())
         return meter.peak()
     finally:

@@ -1,1 +1,1 @@
-"""Kills ranks of a training job and looks whether it goes on as if nothing had happened."""
+"""Fault injection: kills ranks of a training job and checks that its results do not change."""

@@ -1,4 +1,4 @@
-"""What job is started, and what is done to it."""
+"""Settings of the job and of its kills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 Aim = Literal["anywhere", "saves", "start", "mixed"]
 AIMS: tuple[Aim, ...] = ("mixed", "anywhere", "saves", "start")
 
-# A step takes hundredths of a second: what is tried are processes and files, not arithmetic.
+# A step takes hundredths of a second: the experiment tests processes and files, not arithmetic.
 _TINY = {
     "tracker.mode": "disabled",
     "engine.device": "cpu",
@@ -37,20 +37,20 @@ class ChaosSettings:
     """A job and its kills.
 
     Attributes:
-        folder: Everything is written below; cache, logs and both runs.
-        kills: Ranks that are killed, one after the other.
-        ranks: Of the job.
+        folder: Folder of cache, logs and both runs.
+        kills: Number of ranks to kill, one after the other.
+        ranks: Processes of the job.
         steps: Optimizer steps of the job.
         save_every: Steps between checkpoints.
         aim: ``anywhere``: at moments uniform over the steps; ``saves``: while a checkpoint is being written,
             of saves uniform over the run; ``start``: while a restart is starting up; ``mixed``: half, a third
             and a sixth of them.
-        seed: Of moments and victims.
-        disk_mib_s: MiB a second that each rank's simulated disk writes; None for the disk as it is.
+        seed: Seed of moments and victims.
+        disk_mib_s: MiB per second of each rank's simulated disk; None for the real disk.
         async_save: ``train.async_save`` of the job.
         patience_s: Seconds without a step after which training counts as not going on.
-        program: What torchrun starts, before the overrides; empty: ``train.py``.
-        options: More overrides of ``train.py``; they win over all others.
+        program: Command line for torchrun, before the overrides; empty for ``train.py``.
+        options: Further overrides of ``train.py``, which win over all others.
     """
 
     folder: Path
@@ -67,14 +67,14 @@ class ChaosSettings:
     options: Sequence[str] = ()
 
     def run_dir(self, name: str) -> Path:
-        """Of a run."""
+        """Returns the directory of a run."""
         return self.folder / "outputs" / name
 
     def overrides(self, name: str | None) -> list[str]:
-        """The command line of ``train.py``, without what would make it resume.
+        """Returns the command line of ``train.py``, without options that make it resume.
 
         Args:
-            name: Of the run; None leaves it to the job.
+            name: Name of the run; None leaves it to the job.
         """
         values = _TINY | {
             "output_dir": str(self.folder / "outputs"),

@@ -1,4 +1,4 @@
-"""An undisturbed run, the same run under fire, and what is found by comparing them."""
+"""Compares a run under kills with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 _TRAIN = SOURCE_ROOT / "train.py"
 _SLOW = "recipes.studies.chaos.slow_disk"
 _REFERENCE = "reference"
-# Aiming at saves, where none could be watched.
+# Assumed time of a save where none could be watched.
 _SOME_SAVE_S = 0.02
 
 
 def run_chaos(settings: ChaosSettings, log: Callable[[str], None]) -> dict[str, Any]:
     """Runs the job undisturbed, runs it again under kills, and compares.
 
-    The run under fire has no name and no ``resume``: it must find itself again by what torchrun tells it.
+    The run under kills has no name and no ``resume``: it must find its directory from torchrun's environment.
 
     Args:
-        settings: Of both; an undisturbed run that lies in the folder already is taken as it is.
-        log: Gets a line for every recovery.
+        settings: Settings of both; an undisturbed run already in the folder is reused.
+        log: Takes a line for every recovery.
 
     Returns:
         JSON-able figures: see `figures`, and the keys added here.
 
     Raises:
-        ChaosError: A run did not end as it should.
+        ChaosError: A run failed.
     """
     moments = draw_moments(settings)
     shutil.rmtree(settings.run_dir("upcycle-1"), ignore_errors=True)
@@ -72,7 +72,7 @@ def run_chaos(settings: ChaosSettings, log: Callable[[str], None]) -> dict[str, 
 
 
 def passed(found: dict[str, Any]) -> bool:
-    """Whether everything that is promised was seen."""
+    """Returns True if every guarantee held."""
     whole = found["kills"] == found["asked_kills"] == found["from_newest_checkpoint"]
     return whole and found["difference"] is None and not found["second_runs"]
 

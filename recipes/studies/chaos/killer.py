@@ -1,4 +1,4 @@
-"""Kills ranks at the drawn moments and sees how training goes on."""
+"""Kills ranks at the drawn moments and records the recoveries."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _QUICK_POLL_S = 0.0005
 
 
 class ChaosError(GraftError):
-    """Training has not gone on."""
+    """Training did not recover."""
 
 
 @dataclass
 class Kill:
-    """One rank that was killed, and what came of it.
+    """Kill of one rank, and its consequences.
 
     Attributes:
-        kind: What it was aimed at.
-        rank: Who.
-        step: The last step whose row was written.
-        at: When, by ``time.time()``.
-        during_save: Whether a checkpoint was being written.
+        kind: Aim of the kill.
+        rank: Rank that was killed.
+        step: Last step whose row was written.
+        at: Time of the kill, by ``time.time()``.
+        during_save: True if a checkpoint was being written.
         newest: Step of the newest complete checkpoint when all ranks were gone; 0 for none.
         resumed_from: Step from which training went on.
         recovery_s: From the kill to the end of the first step after it; None when another kill came first.
-        lost_steps: Steps that were done again.
+        lost_steps: Steps that were repeated.
     """
 
     kind: Kind
@@ -51,21 +51,21 @@ class Kill:
 
     @property
     def as_promised(self) -> bool:
-        """Whether training went on from the newest complete checkpoint, as far as it went on."""
+        """True unless training resumed from another checkpoint than the newest complete one."""
         return self.resumed_from is None or self.resumed_from == self.newest
 
 
 class Killer:
-    """One run under fire.
+    """Executioner of one run.
 
     Attributes:
-        kills: So far.
+        kills: Kills so far.
     """
 
     def __init__(
         self, job: Torchrun, watch: RunWatch, save_s: float, patience_s: float, log: Callable[[str], None]
     ) -> None:
-        """``save_s`` is what a save takes, to spread the kills over it."""
+        """Takes the job and ``save_s``, the seconds of a save, over which its kills are distributed."""
         self.kills: list[Kill] = []
         self._job = job
         self._watch = watch
@@ -105,7 +105,7 @@ class Killer:
         return code
 
     def _await(self, moment: Moment) -> None:
-        """Until the moment has come."""
+        """Waits for the moment of a kill."""
 
         def reached() -> bool:
             row = self._watch.newest_row()
@@ -166,7 +166,7 @@ class Killer:
         return self._watch.first_row(self._down_at)
 
     def _until(self, done: Callable[[], bool], otherwise: str, poll_s: float = _POLL_S) -> None:
-        """Waits until it is so, or the job has ended.
+        """Waits until a condition holds or the job has ended.
 
         Raises:
             ChaosError: No new row was written for longer than the patience.

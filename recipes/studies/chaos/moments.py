@@ -1,4 +1,4 @@
-"""When ranks die: drawn before the job starts, the same for the same seed."""
+"""Moments of the kills, drawn from a seed before the job starts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _WEIGHTS: dict[Kind, int] = {"anywhere": 3, "saves": 2, "start": 1}
 
 @dataclass(frozen=True)
 class Moment:
-    """When one rank is killed.
+    """Moment of one kill.
 
     Attributes:
         kind: ``anywhere``: in the step after `step`; ``saves``: in the first save after it; ``start``: while
             the restart after the kill before this one is starting up.
-        step: Steps that are done before; of no meaning for ``start``.
-        fraction: How far into the step, the save or the start-up, from 0 to 1.
-        rank: Who is killed.
+        step: Steps before it; meaningless for ``start``.
+        fraction: Progress of the step, the save or the start-up, from 0 to 1.
+        rank: Rank to kill.
     """
 
     kind: Kind
@@ -31,7 +31,7 @@ class Moment:
 
 
 def draw_moments(settings: ChaosSettings) -> list[Moment]:
-    """The kills in the order in which they come.
+    """Draws the kills in order of time.
 
     The first is never a ``start``: those come while a restart is under way, behind a kill of another kind.
     """
@@ -41,7 +41,7 @@ def draw_moments(settings: ChaosSettings) -> list[Moment]:
     else:
         kinds = [settings.aim] * settings.kills
     kinds[0] = "anywhere" if kinds[0] == "start" else kinds[0]
-    # Behind the last of them there are saves to be hit, and steps to be seen.
+    # Saves and steps must follow the last kill.
     last = max(2, settings.steps - 2 * settings.save_every)
     steps = sorted(draw.randrange(1, last) for _ in kinds)
     return [

@@ -1,4 +1,4 @@
-"""What can be seen of a run from outside: its rows, its checkpoints, a save in progress."""
+"""Watches a run from outside: its rows, its checkpoints, a save in progress."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipes.checkpoint.names import MANIFEST, TEMPORARY, parse_step
+from recipes.checkpoint.manifest import MANIFEST, TEMPORARY, parse_step
 from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 
 _TAIL_BYTES = 1 << 14
 
 
 class RunWatch:
-    """A run directory that may not be there yet."""
+    """Watcher of a run directory, which may not exist yet."""
 
     def __init__(self, run_dir: Path) -> None:
         self._metrics = run_dir / METRICS_FILE
@@ -22,7 +22,7 @@ class RunWatch:
         self._row: dict[str, Any] | None = None
 
     def newest_row(self) -> dict[str, Any] | None:
-        """The last whole row of a step (not the validation before the first); None while there is none."""
+        """Returns the last complete row of a step, without the first validation; None while there is none."""
         try:
             with self._metrics.open("rb") as file:
                 size = file.seek(0, 2)
@@ -37,10 +37,10 @@ class RunWatch:
         return self._row
 
     def saving(self, since: float) -> str | None:
-        """Name of the folder of a save that is in progress, or was when its ranks died; None for none.
+        """Returns the name of the folder of an unfinished save; None for none.
 
         Args:
-            since: By ``time.time()``; what was left unfinished before does not count.
+            since: Older folders do not count, by ``time.time()``.
         """
         try:
             for path in self._checkpoints.iterdir():
@@ -52,12 +52,12 @@ class RunWatch:
         return None
 
     def first_row(self, since: float) -> dict[str, Any] | None:
-        """The first step's row that was written after ``since``, by ``time.time()``."""
+        """Returns the row of the first step after ``since``, by ``time.time()``."""
         rows = read_rows(self._metrics) if self._metrics.is_file() else []
         return next((row for row in rows if row["step"] > 0 and row["time"] > since), None)
 
     def newest_checkpoint(self) -> int:
-        """Step of the newest complete checkpoint, 0 for none."""
+        """Returns the step of the newest complete checkpoint, 0 for none."""
         if not self._checkpoints.is_dir():
             return 0
         folders = [path for path in self._checkpoints.iterdir() if (path / MANIFEST).is_file()]

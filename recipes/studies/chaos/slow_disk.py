@@ -1,4 +1,6 @@
-"""``train.py`` on a simulated slow disk: ``torchrun -m recipes.chaos.slow_disk MIB_S [OPTION=VALUE ...]``.
+"""Runs ``train.py`` on a simulated slow disk.
+
+Usage: ``torchrun -m recipes.studies.chaos.slow_disk MIB_S [OPTION=VALUE ...]``.
 
 Writing a checkpoint's tensors waits as long as a disk of that speed would take, on each rank by itself. Fault
 injection for `tools.chaos` and `tools.bench_save`; no run that does not start here is touched by it.
@@ -10,14 +12,14 @@ import sys
 import time
 from typing import BinaryIO
 
-from recipes.checkpoint import stream
+from recipes.runtime import safetensors_codec
 
 _PIECE_S = 0.02
 
 
 def slow_down(mib_s: float) -> None:
-    """From now on this process writes checkpoint tensors at so many MiB a second."""
-    append = stream._append
+    """Limits this process to writing checkpoint tensors at ``mib_s`` MiB per second."""
+    append = safetensors_codec.append
 
     def slowly(file: BinaryIO, data: memoryview, crc: int) -> int:
         piece = max(1, int(mib_s * 2**20 * _PIECE_S))
@@ -29,7 +31,7 @@ def slow_down(mib_s: float) -> None:
             time.sleep(max(0.0, len(part) / (mib_s * 2**20) - (time.perf_counter() - began)))
         return crc
 
-    stream._append = slowly
+    safetensors_codec.append = slowly
 
 
 if __name__ == "__main__":

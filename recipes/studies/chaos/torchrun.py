@@ -1,24 +1,24 @@
-"""A job under torchrun, and its ranks one by one."""
+"""Job under torchrun, with access to its ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.studies.sweep import torchrun
 
 
 class Torchrun:
-    """A job that is running. Leaving the context kills what is left of it.
+    """Running job. Leaving the context kills its remaining processes.
 
     Attributes:
-        log: What all its processes print.
+        log: File of the output of all its processes.
     """
 
     def __init__(self, ranks: int, restarts: int, script: Sequence[str], log: Path) -> None:
@@ -26,18 +26,17 @@ class Torchrun:
 
         Args:
             ranks: Processes.
-            restarts: How often torchrun starts them anew.
+            restarts: Number of restarts that torchrun allows.
             script: The program and its arguments, as torchrun takes them.
             log: File for the output; replaced.
         """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        sizes = [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        command = [*torchrun(ranks), f"--max-restarts={restarts}", *script]
         environment = os.environ | {"PYTHONPATH": str(SOURCE_ROOT)}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*torchrun, *sizes, *script], env=environment, stdout=output, stderr=subprocess.STDOUT
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
 
     def __enter__(self) -> Torchrun:
@@ -51,18 +50,18 @@ class Torchrun:
         self._process.wait()
 
     def ended(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Returns the exit code; None while it runs."""
         return self._process.poll()
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code once it has ended; None when it takes longer."""
+        """Waits for the end and returns the exit code; None when it takes longer."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes that are alive, by rank."""
+        """Returns the live processes by rank."""
         found = {}
         for process in self._children():
             try:

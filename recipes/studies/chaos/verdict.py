@@ -1,4 +1,4 @@
-"""Whether a run under fire has computed what an undisturbed one has, and what the kills cost."""
+"""Verdict on a run under kills: differences from the undisturbed run, and the cost of the kills."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from recipes.studies.chaos.killer import Kill
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE, read_rows
 
-# What differs between two runs whatever they compute: times, and what is measured of the machine.
+# Times and measurements of the machine, which differ between any two runs.
 _MEASURED = ("time", "tokens_per_s", "goodput", "mfu", "s_mfu", "s_mbu", "s_mbu_busiest_rank")
 _MEASURED += ("energy_j", "joules_per_token", "memory_bytes", "save_step", "failed_saves")
-# The leg of the embedded default: whoever comes first makes it, and the others find it in the cache.
+# Stage of the default model: the first run trains it, and the others find it in the cache.
 _DEFAULT = "dense"
 
 
 def difference(run_dir: Path, reference: Path) -> str | None:
-    """The first thing that two runs have computed differently; None when they agree to the last bit.
+    """Returns the first difference between the results of two runs; None when they agree to the bit.
 
     Every figure of every step is compared (losses, gradient norms, balance losses, router statistics), the
     load of every expert at every step, and the exported weights.
@@ -57,7 +57,7 @@ def _digest(path: Path) -> str:
 
 
 def figures(kills: Sequence[Kill]) -> dict[str, Any]:
-    """What the kills of a run come to; seconds and steps."""
+    """Sums up the kills of a run, in seconds and steps."""
     recoveries = [kill.recovery_s for kill in kills if kill.recovery_s is not None]
     lost = [kill.lost_steps for kill in kills if kill.recovery_s is not None or kill.lost_steps]
     return {
@@ -78,6 +78,6 @@ def figures(kills: Sequence[Kill]) -> dict[str, Any]:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest value that at least this share of them does not exceed; None of none."""
+    """Returns the smallest value that a share of the values does not exceed; None without values."""
     ordered = sorted(values)
     return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] if ordered else None

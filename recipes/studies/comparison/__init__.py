@@ -1,1 +1,1 @@
-"""Trains the same job under several routers and seeds, and puts them side by side on one page."""
+"""Comparison of routers: the same job under several routers and seeds, side by side on one page."""

@@ -1,4 +1,4 @@
-"""What the runs of a comparison found, by router: means and spread over seeds."""
+"""Collects the runs of a comparison by router: means and spread over seeds."""
 
 from __future__ import annotations
 
@@ -7,26 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.studies.comparison.router_trials import Trial
+from recipes.studies.comparison.router_trials import RouterTrial
+from recipes.studies.study_page import Spread, spread
 from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 
 # Routing figures are means over the last part of the steps: the first ones are still settling.
 _LAST_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure over seeds.
-
-    Attributes:
-        mean: Over the seeds.
-        deviation: Sample standard deviation; None with one seed.
-        values: By seed.
-    """
-
-    mean: float
-    deviation: float | None
-    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -35,11 +21,11 @@ class RouterResult:
 
     Attributes:
         router: A choice of ``conf/router``.
-        seeds: Trials that came to their end.
-        failed: Trials that did not.
+        seeds: Number of finished trials.
+        failed: Number of the other trials.
         val_loss: Validation loss at the end.
-        figures: By name: ``maxvio``, ``load_cv``, ``dead_experts``, ``dropped_fraction``, ``step_s``, and the
-            router's own where it reports them.
+        figures: Figures by name: ``maxvio``, ``load_cv``, ``dead_experts``, ``dropped_fraction``, ``step_s``,
+            and the router's own where it reports them.
         active_params: Parameters that a token uses, at the router's nominal number of experts.
     """
 
@@ -51,20 +37,13 @@ class RouterResult:
     active_params: int | None
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), deviation, tuple(values))
-
-
-def collect(trials: Sequence[Trial]) -> list[RouterResult]:
-    """A row for every router, the best validation loss first, those without any at the end."""
+def collect(trials: Sequence[RouterTrial]) -> list[RouterResult]:
+    """Returns a row for every router, the best validation loss first, those without a run last."""
     results = []
     for router in dict.fromkeys(trial.router for trial in trials):
         own = [trial for trial in trials if trial.router == router]
         done = [trial for trial in own if trial.done]
-        rows = [trial.result() or {} for trial in done]
-        figures = [_figures(trial) for trial in done]
+        rows, figures = [trial.result() for trial in done], [_figures(trial) for trial in done]
         names = sorted({name for found in figures for name in found})
         results.append(
             RouterResult(
@@ -79,7 +58,7 @@ def collect(trials: Sequence[Trial]) -> list[RouterResult]:
     return sorted(results, key=lambda r: (r.val_loss is None, r.val_loss.mean if r.val_loss else 0.0))
 
 
-def _figures(trial: Trial) -> dict[str, float]:
+def _figures(trial: RouterTrial) -> dict[str, float]:
     rows = [r for r in read_rows(trial.folder / METRICS_FILE) if r["stage"] == "moe" and "loss" in r]
     tail: list[dict[str, Any]] = rows[-max(1, round(_LAST_SHARE * len(rows))) :]
     names = [name for name in tail[-1] if name.startswith("router/")] if tail else []

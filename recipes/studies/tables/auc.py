@@ -11,16 +11,16 @@ from scipy.stats import rankdata
 
 
 def roc_auc(labels_N: ArrayLike, scores_N: ArrayLike) -> float:
-    """The probability that a positive row scores above a negative one, plus half that of a tie.
+    """Computes the probability that a positive row scores above a negative one, plus half that of a tie.
 
     By the Mann-Whitney statistic: from the positives' sum of ranks, ties at their mean rank.
 
     Args:
-        labels_N: ``[N]`` 0 or 1.
-        scores_N: ``[N]`` on any scale.
+        labels_N: ``[N]`` labels, 0 or 1.
+        scores_N: ``[N]`` scores, on any scale.
 
     Raises:
-        ValueError: There are not both classes, or scores are not finite: no area is defined.
+        ValueError: A class is missing, or scores are not finite: the area is undefined.
     """
     positive_N = np.asarray(labels_N) > 0.5
     values_N = np.asarray(scores_N, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""A generated recommendation set of two tasks whose true probabilities are known.
+"""Generated recommendation set of two tasks whose true probabilities are known.
 
 Users u are of one of G groups, items i of one of H kinds; each pair of group and kind is under one of R
 regimes r, drawn once, so that neither group nor kind alone says which. A row is a user, an item and a context
@@ -28,8 +28,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe.errors import require
 from moe.types import Config
-from recipes.runtime.rules import require
 from recipes.studies.tables.auc import roc_auc
 
 TASKS = ("watched", "liked")
@@ -64,20 +64,20 @@ class TableConfig(Config):
         sizes = ("num_users", "num_items", "num_groups", "num_kinds", "num_regimes")
         sizes += ("latent_width", "context_width")
         require(
-            *(
-                (getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1. Raise it.")
-                for n in sizes
-            ),
-            (self.num_rows >= 1000, f"num_rows={self.num_rows} must be at least 1000. Raise it."),
-            (self.seed >= 0, f"seed={self.seed} must be 0 or more. Raise it."),
+            self,
+            *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in sizes),
+            (self.num_rows >= 1000, "num_rows", "must be at least 1000", "Raise it."),
+            (self.seed >= 0, "seed", "must be 0 or more", "Raise it."),
             (
                 -1 <= self.task_correlation <= 1,
-                f"task_correlation={self.task_correlation} must be in [-1, 1]. 0.6 is the default.",
+                "task_correlation",
+                "must be in [-1, 1]",
+                "0.6 is the default.",
             ),
         )
 
     def split_sizes(self) -> dict[str, int]:
-        """Rows of each split."""
+        """Returns the number of rows of each split."""
         sizes = {name: int(share * self.num_rows) for name, share in _SHARES.items()}
         return sizes | {"test": self.num_rows - sizes["train"] - sizes["validation"]}
 
@@ -108,18 +108,18 @@ class Rows:
         return len(self.users_N)
 
     def take(self, index_N: Tensor) -> Rows:
-        """The rows of an index."""
+        """Returns the rows of an index."""
         return Rows(**{name: values[index_N] for name, values in vars(self).items()})
 
     def ceilings(self) -> tuple[float, ...]:
-        """AUC of the true probabilities, by task: no ranking does better but by luck."""
+        """Computes the AUC of the true probabilities by task: no ranking does better except by luck."""
         return tuple(
             roc_auc(self.labels_NJ[:, j].numpy(), self.probs_NJ[:, j].numpy()) for j in range(len(TASKS))
         )
 
 
 def generate(config: TableConfig) -> dict[str, Rows]:
-    """The rows of every split, by name; the same for the same config."""
+    """Generates the rows of every split by name, the same for the same config."""
     rng = np.random.default_rng(config.seed)
     users_N = _draw_popular(rng, config.num_users, config.num_rows)
     items_N = _draw_popular(rng, config.num_items, config.num_rows)
@@ -151,7 +151,7 @@ def generate(config: TableConfig) -> dict[str, Rows]:
 
 
 def _draw_popular(rng: Generator, number: int, rows: int) -> NDArray[np.int64]:
-    """Ids by log-normal popularity."""
+    """Draws ids by log-normal popularity."""
     weights = np.exp(_POPULARITY * rng.standard_normal(number))
     return rng.choice(number, size=rows, p=weights / weights.sum()).astype(np.int64)
 
@@ -164,7 +164,7 @@ def _logits(
     regime_N: NDArray[np.int64],
     context_NC: Floats,
 ) -> Floats:
-    """``z``, ``[N, J]``, a term after another."""
+    """Computes ``z``, ``[N, J]``, term by term."""
     tastes_UL = rng.standard_normal((config.num_users, config.latent_width))
     properties_IL = rng.standard_normal((config.num_items, config.latent_width))
     offset_UJ = _OFFSET * rng.standard_normal((config.num_users, len(TASKS)))
@@ -182,6 +182,6 @@ def _logits(
 
 
 def _related(rng: Generator, correlation: float, shape: tuple[int, ...]) -> Floats:
-    """``[2, *shape]`` standard normal; the second correlates so with the first."""
+    """Draws ``[2, *shape]`` standard normals; the second correlates with the first."""
     first, own = rng.standard_normal((2, *shape))
     return np.stack([first, correlation * first + (1 - correlation**2) ** 0.5 * own])

@@ -1,8 +1,8 @@
-"""A multi-gate mixture of experts over table rows: embeddings, shared experts, a router and a tower a task.
+"""Multi-gate MoE over table rows: embeddings, shared experts, a router and a tower for each task.
 
 Source: the model of COMET's recommendation runs (arXiv 2306.02824 and its released configs): embeddings of
-user and item concatenated, one set of experts, one gate and one head a task. Ours differs where Graft's layer
-does: an expert has two matrices and gives back the width that it takes. Further columns join the embeddings.
+user and item concatenated, one set of experts, one gate and one head per task. Ours differs where Graft's
+layer does: an expert has two matrices and keeps the width of its input. Further columns join the embeddings.
 
 Letters: T rows of a batch, D width of the concatenated columns, E experts, F expert width, C context width,
 J tasks.
@@ -17,12 +17,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
+from moe.errors import require
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import RouterConfig, router_class
 from moe.types import Config, LayerContext, RouterContext
-from recipes.runtime.rules import require
 from recipes.studies.tables.generate import TASKS, Rows, TableConfig
 
 
@@ -36,7 +36,7 @@ class ModelConfig(Config):
     """Of the embeddings of segment and kind."""
     num_experts: int = 16
     top_k: int = 2
-    """Experts a row, for routers that have the option."""
+    """Experts per row, for routers that have the option."""
     expert_width: int = 32
     tower_width: int = 32
     dropout: float = 0.3
@@ -45,17 +45,15 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         sizes = ("id_width", "code_width", "num_experts", "top_k", "expert_width", "tower_width")
         require(
-            *(
-                (getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1. Raise it.")
-                for n in sizes
-            ),
-            (0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1). 0 is none."),
+            self,
+            *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in sizes),
+            (0 <= self.dropout < 1, "dropout", "must be in [0, 1)", "0 is none."),
         )
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """What a router needs of its layer.
+class TableMoE:
+    """Router with the sizes of its layer.
 
     Attributes:
         router: Its config.
@@ -69,17 +67,17 @@ class Mixture:
 
 
 class TableModel(nn.Module):
-    """Rows to logits, ``[T, J]``.
+    """Model from rows to logits ``[T, J]``.
 
     Everything but the routers is drawn from a generator of its own, so that models of one seed differ in
     their routers alone.
 
     Attributes:
-        context: What the routers know of the run; ids are the users'.
+        context: Context of the routers; token ids are the users'.
         layers: A layer for each task: routers of their own around the same experts.
     """
 
-    def __init__(self, config: ModelConfig, mixture: Mixture, table: TableConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, moe: TableMoE, table: TableConfig, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.user = nn.Embedding(table.num_users, config.id_width)
@@ -91,11 +89,11 @@ class TableModel(nn.Module):
         width = 2 * config.id_width + 2 * config.code_width + table.context_width
         self.dropout = nn.Dropout(config.dropout)
         towers = [_tower(width, config.tower_width, generator) for _ in TASKS]
-        experts = Experts(_expert_bank(width, mixture, generator))
+        experts = Experts(_expert_bank(width, moe, generator))
         self.context = RouterContext()
         layers = []
         for task in range(len(TASKS)):
-            router = router_class(mixture.router.name)(mixture.router, width, mixture.num_experts)
+            router = router_class(moe.router.name)(moe.router, width, moe.num_experts)
             router.reset_parameters(torch.Generator().manual_seed(seed * len(TASKS) + task))
             layers.append(MoELayer(router, LocalDispatcher(), experts, LayerContext(self.context, task)))
         self.layers = nn.ModuleList(layers)
@@ -118,13 +116,13 @@ class TableModel(nn.Module):
         return torch.cat(logits, -1)
 
     def after_optimizer_step(self) -> None:
-        """Counts the step and tells the routers."""
+        """Counts the step and notifies the routers."""
         self.context.step += 1
         for layer in self.layers:
             layer.router.after_optimizer_step(layer.context)
 
     def snapshot(self) -> Mapping[str, Tensor]:
-        """A copy of everything learned."""
+        """Returns a copy of the state dict."""
         return {name: value.clone() for name, value in self.state_dict().items()}
 
 
@@ -136,9 +134,9 @@ def _tower(width: int, hidden: int, generator: Generator) -> nn.Sequential:
     return tower
 
 
-def _expert_bank(width: int, mixture: Mixture, generator: Generator) -> ExpertBank:
-    """Experts that differ from the start: nothing is upcycled here."""
-    E, F = mixture.num_experts, mixture.expert_width
+def _expert_bank(width: int, moe: TableMoE, generator: Generator) -> ExpertBank:
+    """Draws experts that differ from the start: nothing is upcycled here."""
+    E, F = moe.num_experts, moe.expert_width
     return ExpertBank(
         w_up_EUD=torch.randn(E, F, width, generator=generator) * (2 / width) ** 0.5,
         w_down_EDF=torch.randn(E, width, F, generator=generator) * F**-0.5,

@@ -1,4 +1,4 @@
-"""A comparison on a table: figures by router, as text, JSON and a picture."""
+"""Comparison on a table: figures by router as text, JSON, a picture and one page that opens offline."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.runtime.atomic import atomic_write_json, write_synced
-from recipes.studies.comparison.collect_runs import Spread, spread
+from recipes.studies.study_page import (
+    Spread,
+    cell,
+    colour_of_row,
+    draw_seeds,
+    seeds_cell,
+    spread,
+    write_study_files,
+)
 from recipes.studies.tables.generate import TASKS
 from recipes.studies.tables.table_runs import Experiment, final_runs
+from recipes.tracking.report import formats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 
     from recipes.tracking.report.colours import Theme
 
-#: What the others are compared with, seed by seed.
+#: The baseline that the others are compared with, seed by seed.
 BASE = "topk"
 _FIGURES = ("experts_per_example", "load_cv", "seconds")
 _HEAD = (
@@ -28,24 +36,24 @@ _HEAD = (
     *TASKS,
     "mean",
     f"minus {BASE}",
-    "experts a row",
+    "experts per row",
     "experts in use",
     "load CV",
-    "s a run",
+    "s per run",
 )
 
 
 @dataclass(frozen=True)
 class TableResult:
-    """A line of the table.
+    """One line of the table.
 
     Attributes:
-        spec: What routes.
-        seeds: Runs that came to their end.
-        missing: Runs that did not.
-        lr: The learning rate that validated best on seed 0; None while that is not known.
+        spec: The router with its options, as the user wrote it.
+        seeds: Number of finished runs.
+        missing: Number of the other runs.
+        lr: The learning rate that validated best on seed 0; None while that is unknown.
         auc: Test AUC by task, and ``mean`` over tasks.
-        over_base: Mean test AUC less that of `BASE` on the same seed; None where there is none.
+        over_base: Mean test AUC minus that of `BASE` on the same seed; None where there is none.
         figures: ``experts_per_example``, ``experts_in_use`` (by any row) and ``load_cv`` on the test split,
             mean over tasks; and ``seconds``.
     """
@@ -60,14 +68,14 @@ class TableResult:
 
 
 def collect(experiment: Experiment) -> list[TableResult]:
-    """A line for each spec, the best mean AUC first, those without a run at the end."""
-    done = {spec: _done(experiment, spec) for spec in experiment.mixtures}
-    results = [_result(experiment, spec, done[spec], done.get(BASE, {})) for spec in experiment.mixtures]
+    """Returns a line for each spec, the best mean AUC first, those without a run last."""
+    done = {spec: _done(experiment, spec) for spec in experiment.moes}
+    results = [_result(experiment, spec, done[spec], done.get(BASE, {})) for spec in experiment.moes]
     return sorted(results, key=lambda r: -r.auc["mean"].mean if r.auc else 1.0)
 
 
 def _done(experiment: Experiment, spec: str) -> dict[int, dict[str, Any]]:
-    """Results by seed."""
+    """Returns the results by seed."""
     found = {run.seed: run.result() for run in final_runs(experiment, spec)}
     return {seed: result for seed, result in found.items() if result is not None}
 
@@ -87,7 +95,7 @@ def _result(
         auc["mean"] = spread([_mean(result) for result in own.values()])
     figures = {name: spread([r[name] for r in own.values()]) for name in _FIGURES} if own else {}
     if own:
-        E = experiment.mixtures[spec].num_experts
+        E = experiment.moes[spec].num_experts
         figures["experts_in_use"] = spread([E - r["dead_experts"] for r in own.values()])
     pairs = [] if spec == BASE else [_mean(own[s]) - _mean(base[s]) for s in own.keys() & base.keys()]
     return TableResult(
@@ -101,46 +109,35 @@ def _result(
     )
 
 
+def table_rows(results: Sequence[TableResult]) -> list[list[str]]:
+    """Returns the cells of every spec; empty where nothing was measured."""
+    return [_row(result) for result in results]
+
+
 def text_table(results: Sequence[TableResult]) -> str:
-    """Aligned columns for the terminal."""
-    lines = [_HEAD, *(_row(result) for result in results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-    shown = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+    """Returns the table for the terminal."""
+    return formats.aligned(_HEAD, table_rows(results))
 
 
-def _row(result: TableResult) -> tuple[str, ...]:
+def _row(result: TableResult) -> list[str]:
     figures = result.figures
-    return (
+    return [
         result.spec,
-        f"{result.seeds}" + (f" ({result.missing} not done)" if result.missing else ""),
+        seeds_cell(result.seeds, result.missing),
         "" if result.lr is None else f"{result.lr:g}",
-        *(_cell(result.auc.get(name), 4) for name in (*TASKS, "mean")),
-        _cell(result.over_base, 4, "+"),
-        _cell(figures.get("experts_per_example"), 2),
-        _cell(figures.get("experts_in_use"), 1),
-        _cell(figures.get("load_cv"), 2),
+        *(cell(result.auc.get(name)) for name in (*TASKS, "mean")),
+        cell(result.over_base, sign="+"),
+        cell(figures.get("experts_per_example"), 2),
+        cell(figures.get("experts_in_use"), 1),
+        cell(figures.get("load_cv"), 2),
         "" if "seconds" not in figures else f"{figures['seconds'].mean:.0f}",
-    )
-
-
-def _cell(value: Spread | None, digits: int, sign: str = "") -> str:
-    if value is None:
-        return ""
-    text = f"{value.mean:{sign}.{digits}f}"
-    return text if value.deviation is None else f"{text} +-{value.deviation:.{digits}f}"
+    ]
 
 
 def plain(
     results: Sequence[TableResult], ceilings: Sequence[float], experiment: Experiment
 ) -> dict[str, Any]:
-    """Everything as JSON."""
+    """Returns everything as JSON."""
     return {
         "table": asdict(experiment.table),
         "model": asdict(experiment.model),
@@ -153,30 +150,32 @@ def plain(
     }
 
 
-def write_figures(folder: Path, figures: Mapping[str, Any]) -> Path:
-    """Writes ``tables.json``; returns its path."""
-    path = folder / "tables.json"
-    atomic_write_json(path, figures)
-    return path
+def ceiling_line(ceilings: Sequence[float]) -> str:
+    """Returns the sentence that names the ceiling of each task."""
+    shown = ", ".join(f"{task} {ceiling:.4f}" for task, ceiling in zip(TASKS, ceilings, strict=True))
+    return f"test AUC of the true probabilities (the ceiling): {shown}"
 
 
-def write_picture(folder: Path, results: Sequence[TableResult], ceilings: Sequence[float]) -> Path | None:
-    """Writes ``tables.png`` and returns its path; None where there is nothing to draw."""
-    from recipes.tracking.report import canvas
-    from recipes.tracking.report.colours import LIGHT
+def write_page(
+    folder: Path, results: Sequence[TableResult], ceilings: Sequence[float], figures: Mapping[str, Any]
+) -> Path:
+    """Writes ``tables.json``, ``tables.png`` and ``tables.html``; returns the page's path.
 
-    if not any(result.auc for result in results):
-        return None
-    data = canvas.png(draw(results, ceilings, LIGHT))
-    path = folder / "tables.png"
-    temporary = path.with_name(f".tmp-{path.name}")
-    write_synced(temporary, data)
-    temporary.replace(path)
-    return path
+    There is no picture while no run has finished.
+    """
+    from recipes.tracking.report.page import Section, draw_picture
+
+    sections = [Section("Table", head=_HEAD, rows=table_rows(results), absent="")]
+    if any(result.auc for result in results):
+        text = "Test AUC of each task and experts used, by router"
+        picture = draw_picture(lambda theme: draw(results, ceilings, theme), text, folder / "tables.png")
+        sections.insert(0, Section("Test AUC", picture=picture))
+    title = "Routers on a multi-task table"
+    return write_study_files(folder, "tables", figures, title, [ceiling_line(ceilings)], sections)
 
 
 def draw(results: Sequence[TableResult], ceilings: Sequence[float], theme: Theme) -> Figure:
-    """A panel a task, a dot for every seed and a bar at the mean; and one for the experts used."""
+    """Draws a panel for each task, and one for the experts used."""
     from recipes.tracking.report import canvas
 
     shown = [result for result in results if result.auc]
@@ -184,27 +183,18 @@ def draw(results: Sequence[TableResult], ceilings: Sequence[float], theme: Theme
     panels = figure.subplots(1, len(TASKS) + 1, sharey=True)
     for axes, task, ceiling in zip(panels, TASKS, ceilings, strict=False):
         canvas.style(axes, theme, x=f"test AUC, {task}")
-        _dots(axes, shown, [result.auc[task] for result in shown], theme)
+        draw_seeds(axes, [(result.spec, result.auc[task]) for result in shown], BASE, theme)
         canvas.note(axes, f"Bar: mean. Ceiling: {ceiling:.3f}.", theme)
     canvas.style(panels[-1], theme, x="experts used")
     _experts(panels[-1], shown, theme)
     canvas.note(panels[-1], "Bar: by a row. Dot: by all.", theme)
-    panels[0].set_yticks(range(len(shown)), [result.spec for result in reversed(shown)])
-    panels[0].set_ylim(-0.6, len(shown) - 0.4)
     return figure
 
 
-def _dots(axes: Axes, shown: Sequence[TableResult], values: Sequence[Spread], theme: Theme) -> None:
-    for place, (result, value) in enumerate(zip(reversed(shown), reversed(values), strict=True)):
-        colour = theme.of("cpt") if result.spec == BASE else theme.of("moe")
-        axes.plot(value.values, [place] * len(value.values), "o", color=colour, markersize=4.5, alpha=0.6)
-        axes.plot([value.mean], [place], "|", color=colour, markersize=15, markeredgewidth=2.2)
-
-
 def _experts(axes: Axes, shown: Sequence[TableResult], theme: Theme) -> None:
-    """Means: how many experts a row uses, and how many are used at all."""
+    """Draws the mean number of experts that a row uses, and that any row uses."""
     for place, result in enumerate(reversed(shown)):
-        colour = theme.of("cpt") if result.spec == BASE else theme.of("moe")
+        colour = colour_of_row(result.spec, BASE, theme)
         a_row, by_any = (result.figures[name].mean for name in ("experts_per_example", "experts_in_use"))
         axes.plot([a_row, by_any], [place, place], "-", color=colour, linewidth=1.2, alpha=0.4)
         axes.plot([a_row], [place], "|", color=colour, markersize=15, markeredgewidth=2.2)

@@ -1,6 +1,6 @@
-"""The runs of a comparison: first learning rates on one seed, then the other seeds at the best one.
+"""Runs of a comparison: first all learning rates on one seed, then the other seeds at the best rate.
 
-A run leaves a file when it has ended, and is not run again; one that failed leaves its traceback, and is.
+A finished run leaves a file and is not repeated; a failed run leaves its traceback and is repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from moe.errors import DataError, DiskError, Mistake
 from recipes.runtime.atomic import atomic_write_json, atomic_write_text
 from recipes.studies.tables.generate import Rows, TableConfig
-from recipes.studies.tables.table_model import Mixture, ModelConfig
+from recipes.studies.tables.table_model import ModelConfig, TableMoE
 from recipes.studies.tables.train_table import FitConfig, train_run
 
 Train = Callable[..., dict[str, Any]]
@@ -25,14 +25,14 @@ Train = Callable[..., dict[str, Any]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that is the same in all runs, and what differs.
+    """Settings of all runs, and the routers to compare.
 
     Attributes:
-        folder: Where runs are kept.
+        folder: Folder of the runs.
         table: The generated set.
-        model: Widths.
+        model: Widths of the model.
         fit: Budget of a run.
-        mixtures: What is compared, by spec.
+        moes: Routers with their layers, by spec.
         seeds: Seeds 0 ... of initial weights, order of rows and dropout; the set stays the same.
         lrs: The learning rates tried on seed 0; the one that validates best is every seed's.
     """
@@ -41,19 +41,19 @@ class Experiment:
     table: TableConfig
     model: ModelConfig
     fit: FitConfig
-    mixtures: Mapping[str, Mixture]
+    moes: Mapping[str, TableMoE]
     seeds: int
     lrs: tuple[float, ...]
 
     def settings(self, spec: str) -> dict[str, Any]:
-        """What a result of a spec depends on, but seed and learning rate, as JSON."""
+        """Returns the settings of a spec as JSON, except seed and learning rate."""
         values = {
             "table": dataclasses.asdict(self.table),
             "model": dataclasses.asdict(self.model),
             "fit": dataclasses.asdict(self.fit),
-            "mixture": dataclasses.asdict(self.mixtures[spec]),
+            "mixture": dataclasses.asdict(self.moes[spec]),
         }
-        # As it will be read back: tuples become lists.
+        # Same as read back, with tuples as lists.
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
@@ -63,9 +63,9 @@ class Run:
     """One training run.
 
     Attributes:
-        experiment: What it is part of.
-        spec: What routes.
-        seed: Of weights, order and dropout.
+        experiment: Experiment of the run.
+        spec: Router with its options.
+        seed: Seed of weights, order and dropout.
         lr: Adam's learning rate.
     """
 
@@ -76,17 +76,17 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The result's file."""
+        """File of the result."""
         plain = re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.spec)
         return self.experiment.folder / "runs" / f"{plain}-s{self.seed}-lr{self.lr:g}.json"
 
     @property
     def error_path(self) -> Path:
-        """The traceback of the last attempt, if it failed."""
+        """File of the traceback of the last attempt, if it failed."""
         return self.path.with_suffix(".error.txt")
 
     def result(self) -> dict[str, Any] | None:
-        """What the run found; None when it has not ended.
+        """Reads the result of the run; None when it has not ended.
 
         Raises:
             DataError: The file is damaged, or of a run under other settings.
@@ -107,11 +107,11 @@ class Run:
         return result
 
     def execute(self, splits: dict[str, Rows], train: Train = train_run) -> str | None:
-        """Trains and writes the result; returns the error's last line if it failed, after writing it down."""
+        """Trains and writes the result, or the traceback; returns the first line of the error, if any."""
         shared = self.experiment
-        mixture = shared.mixtures[self.spec]
+        moe = shared.moes[self.spec]
         try:
-            result = train(splits, shared.table, shared.model, mixture, shared.fit, self.seed, self.lr)
+            result = train(splits, shared.table, shared.model, moe, shared.fit, self.seed, self.lr)
         except DiskError:
             raise
         except Exception as error:
@@ -123,7 +123,7 @@ class Run:
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Paths of the values that are not equal, or on one side only."""
+    """Returns the paths of values that differ, or exist on one side only."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return [] if one == other else [path]
     return [
@@ -134,12 +134,12 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def tuning_runs(experiment: Experiment) -> list[Run]:
-    """Every spec at every learning rate, on seed 0."""
-    return [Run(experiment, spec, 0, lr) for lr in experiment.lrs for spec in experiment.mixtures]
+    """Returns every spec at every learning rate, on seed 0."""
+    return [Run(experiment, spec, 0, lr) for lr in experiment.lrs for spec in experiment.moes]
 
 
 def final_runs(experiment: Experiment, spec: str) -> list[Run]:
-    """All seeds of a spec at the learning rate that validated best; none while a rate is missing."""
+    """Returns all seeds of a spec at the best learning rate on validation; none while a rate is missing."""
     tuned = [(run, run.result()) for run in tuning_runs(experiment) if run.spec == spec]
     if any(result is None for _, result in tuned):
         return []
@@ -148,19 +148,19 @@ def final_runs(experiment: Experiment, spec: str) -> list[Run]:
 
 
 def seed_by_seed(experiment: Experiment) -> list[Run]:
-    """The final runs, so ordered that a comparison that is cut short holds every spec alike."""
-    runs = [run for spec in experiment.mixtures for run in final_runs(experiment, spec)]
+    """Returns the final runs by seed, so that a comparison cut short covers every spec alike."""
+    runs = [run for spec in experiment.moes for run in final_runs(experiment, spec)]
     return sorted(runs, key=lambda run: run.seed)
 
 
 def check_kept(experiment: Experiment) -> None:
-    """Reads what is there before anything is trained.
+    """Reads the files of earlier runs before anything is trained.
 
     Raises:
-        DataError: Files that are damaged or of other settings; all of them at once.
+        DataError: Files are damaged or have other settings; all of them at once.
     """
     mistakes: list[Mistake] = []
-    for spec in experiment.mixtures:
+    for spec in experiment.moes:
         for seed in range(experiment.seeds):
             for lr in experiment.lrs:
                 try:
@@ -172,12 +172,9 @@ def check_kept(experiment: Experiment) -> None:
 
 
 def execute_missing(
-    runs: Sequence[Run],
-    splits: dict[str, Rows],
-    tell: Callable[[str], None],
-    train: Train = train_run,
+    runs: Sequence[Run], splits: dict[str, Rows], log: Callable[[str], None], train: Train = train_run
 ) -> int:
-    """Executes the runs that are not done; a failed one takes no other down.
+    """Executes the runs that are not done; a failed one stops no other.
 
     Returns:
         How many failed.
@@ -190,10 +187,10 @@ def execute_missing(
         name = f"{number}/{len(runs)} {run.spec} seed {run.seed} lr {run.lr:g}"
         if error is not None:
             failed += 1
-            tell(f"{name}: FAILED, {error}; see {run.error_path}")
+            log(f"{name}: FAILED, {error}; see {run.error_path}")
             continue
         result = run.result()
         assert result is not None, run.path
         aucs = ", ".join(f"{value:.4f}" for value in result["validation_auc"])
-        tell(f"{name}: validation AUC {aucs} ({result['seconds']:.0f} s)")
+        log(f"{name}: validation AUC {aucs} ({result['seconds']:.0f} s)")
     return failed

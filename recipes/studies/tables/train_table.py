@@ -1,4 +1,4 @@
-"""One run: a model under one router, seed and learning rate, trained, stopped early, and measured.
+"""Training of a model under one router, seed and learning rate, with early stopping.
 
 Letters: N rows, J tasks, E experts.
 """
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.errors import require
 from moe.metrics import LayerStats, report_load
 from moe.types import Config, Routing
-from recipes.runtime.rules import require
 from recipes.studies.tables.auc import roc_auc
 from recipes.studies.tables.generate import TASKS, Rows, TableConfig
-from recipes.studies.tables.table_model import Mixture, ModelConfig, TableModel
+from recipes.studies.tables.table_model import ModelConfig, TableModel, TableMoE
 
 _EVAL_BATCH = 4096
 
@@ -35,21 +35,19 @@ class FitConfig(Config):
 
     def __post_init__(self) -> None:
         names = ("epochs", "patience", "batch_size")
-        require(
-            *((getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1. Raise it.") for n in names)
-        )
+        require(self, *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in names))
 
     def max_steps(self, rows: int) -> int:
-        """Optimizer steps of a run that is not stopped early."""
+        """Returns the optimizer steps of a run that is not stopped early."""
         return self.epochs * -(-rows // self.batch_size)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does on a split.
+    """Measurements of a model on a split.
 
     Attributes:
-        auc: By task.
+        auc: AUC by task.
         experts_per_example: Mean over rows and tasks.
         load_cv: Deviation of the experts' load over its mean, mean over tasks.
         dead_experts: Experts without a row, mean over tasks.
@@ -62,7 +60,7 @@ class Measured:
 
     @property
     def mean_auc(self) -> float:
-        """Over tasks: what models and learning rates are chosen by, on validation."""
+        """Mean over tasks, by which models and learning rates are chosen on validation."""
         return sum(self.auc) / len(self.auc)
 
 
@@ -101,7 +99,7 @@ def measure(model: TableModel, rows: Rows) -> Measured:
 
 
 def _used(stats: LayerStats) -> float:
-    """Slots in use over all batches. Behind the counts a vector holds rows, slots and unused slots."""
+    """Counts the used slots of all batches; vectors end with rows, slots and unused slots."""
     return float(sum(vector[-3] - vector[-2] for vector in stats.sums.values()))
 
 
@@ -109,7 +107,7 @@ def train_run(
     splits: dict[str, Rows],
     table: TableConfig,
     config: ModelConfig,
-    mixture: Mixture,
+    moe: TableMoE,
     fit: FitConfig,
     seed: int,
     lr: float,
@@ -125,7 +123,7 @@ def train_run(
     # Routers that sample, and dropout, draw from torch's own generator.
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    model = TableModel(config, mixture, table, seed)
+    model = TableModel(config, moe, table, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     history = [measure(model, splits["validation"])]
     best, kept, finite = 0, model.snapshot(), True
@@ -154,13 +152,9 @@ def train_run(
 
 
 def _epoch(
-    model: TableModel,
-    optimizer: torch.optim.Optimizer,
-    rows: Rows,
-    batch_size: int,
-    order: torch.Generator,
+    model: TableModel, optimizer: torch.optim.Optimizer, rows: Rows, batch_size: int, order: torch.Generator
 ) -> bool:
-    """One pass in a random order; whether every loss was finite."""
+    """Trains one epoch in random order; returns True if every loss was finite."""
     model.train()
     for index_N in torch.randperm(len(rows), generator=order).split(batch_size):
         batch = rows.take(index_N)

@@ -1,0 +1,1 @@
+"""Upcycling against continued dense training and MoE training from scratch, at equal budgets."""

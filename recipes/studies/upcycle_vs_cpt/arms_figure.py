@@ -1,4 +1,4 @@
-"""The figure: loss over tokens, over training FLOPs, over dense length, and against what serving costs."""
+"""Figure of loss over tokens, training FLOPs and dense length, and against the cost of serving."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SERVED = ("dense", "cpt_flops", "moe", "scratch_total")
 
 
 def draw(found: Found, theme: Theme) -> Figure:
-    """All panels; cells over lengths in the first two rows."""
+    """Draws all panels; the first two rows have one for each length."""
     lengths = found.lengths
     figure = canvas.new_figure(11.2, theme)
     rows = figure.subfigures(4, 1, height_ratios=(1.0, 1.0, 0.95, 1.0))
@@ -51,18 +51,18 @@ def draw(found: Found, theme: Theme) -> Figure:
     canvas.note(gaps[0], f"Above the line upcycling is ahead. Left to right: {order} dense steps", theme)
     canvas.note(gaps[1], "Another scale. Marker: a seed, bar: mean", theme)
     served = rows[3].subplots(1, 2)
-    _serving_panel(served[0], found, theme, "bytes_per_token", "bytes touched a token, decode (16 bit)")
-    _serving_panel(served[1], found, theme, "flops_per_token", "FLOPs a token, decode")
+    _serving_panel(served[0], found, theme, "bytes_per_token", "bytes touched per token, decode (16 bit)")
+    _serving_panel(served[1], found, theme, "flops_per_token", "FLOPs per token, decode")
     return figure
 
 
 def colour_of(arm: str, theme: Theme) -> str:
-    """Of an arm."""
+    """Returns the colour of an arm."""
     return _SCRATCH[theme.name] if arm == "scratch" else theme.of(arm)
 
 
 def _tokens_panel(axes: Axes, cells: list[Cell], theme: Theme, *, first: bool) -> None:
-    """Equal tokens: all arms from 0 to the same end."""
+    """Draws equal tokens: all arms from 0 to the same end."""
     canvas.style(axes, theme, x="tokens after the dense model", y=_LOSS if first else "")
     end = cells[0].readings["moe"].tokens
     for cell in cells:
@@ -78,7 +78,7 @@ def _tokens_panel(axes: Axes, cells: list[Cell], theme: Theme, *, first: bool) -
 
 
 def _flops_panel(axes: Axes, cells: list[Cell], theme: Theme, *, first: bool) -> None:
-    """All training counted: continued arms begin where the dense model ended."""
+    """Draws all training FLOPs: continued arms begin where the dense model ended."""
     canvas.style(axes, theme, x="training TFLOP, the dense model's own counted", y=_LOSS if first else "")
     for cell in cells:
         curves, sunk = cell.curves, cell.sunk_flops
@@ -113,14 +113,14 @@ def _arm(
     """Draws the part of constant learning rate as a line, and from it every decay to a finished run.
 
     Args:
-        axes: Where.
-        longest: The run that the others branch off from.
-        branches: What ends; the longest run itself, too.
-        colour: Of the arm.
+        axes: Axes to draw on.
+        longest: Run that the others branch off from.
+        branches: Finished runs, including the longest.
+        colour: Colour of the arm.
         scale: Factor on FLOPs; None for tokens.
-        until: Tokens where the line ends.
-        shift: FLOPs where it begins.
-        gift: Drawn hollow and dotted.
+        until: Tokens at the end of the line.
+        shift: FLOPs at the start of the line.
+        gift: If True the arm is hollow and dotted.
     """
 
     def place(tokens: float) -> float:
@@ -150,7 +150,7 @@ def _dense_line(axes: Axes, cells: list[Cell], theme: Theme) -> None:
 
 
 def _share_limits(panels: list[Axes], found: Found) -> None:
-    """One scale for all curves, from the lowest loss to a little above the worst dense model."""
+    """Sets one scale for all curves, from the lowest loss to a little above the worst dense model."""
     losses = [at.loss for cell in found.cells for at in cell.readings.values()]
     dense = [cell.readings["dense"].loss for cell in found.cells]
     room = max(dense) - min(losses)
@@ -175,7 +175,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _gap_panel(axes: Axes, found: Found, theme: Theme, names: tuple[str, ...]) -> None:
-    """How far rivals are above the upcycled model, seed by seed."""
+    """Draws the distance of other arms above the upcycled model, seed by seed."""
     canvas.style(axes, theme, y="loss above upcycled (nats)" if "cpt_tokens" in names else "")
     axes.axhline(0.0, color=theme.moe, linewidth=1.4)
     lengths = found.lengths
@@ -196,7 +196,7 @@ def _gap_panel(axes: Axes, found: Found, theme: Theme, names: tuple[str, ...]) -
 
 
 def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: str) -> None:
-    """Loss at equal training FLOPs against a serving cost; filled at the first batch, hollow at others."""
+    """Draws loss at equal training FLOPs against a serving cost, filled at the first batch only."""
     canvas.style(axes, theme, x=label, y=_LOSS if figure == "bytes_per_token" else "")
     cases = itertools.product(enumerate(found.lengths), enumerate(_batches(found)))
     for (place, length), (number, batch) in cases:
@@ -216,14 +216,14 @@ def _serving_panel(axes: Axes, found: Found, theme: Theme, figure: str, label: s
         return
     axes.set_xscale("log")
     _plain_ticks(axes)
-    metadata = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
+    legend = ", ".join(f"{mark} {n} steps" for mark, n in zip(_SIGNS, found.lengths, strict=False))
     first = _batches(found)[0]
     sizes = f"filled: batch {first}"
-    canvas.note(axes, f"At equal training FLOPs; {metadata}; {sizes}", theme)
+    canvas.note(axes, f"At equal training FLOPs; {legend}; {sizes}", theme)
 
 
 def _served(found: Found, length: int, name: str, figure: str, batch: int) -> tuple[float, float] | None:
-    """Cost and mean loss; None where either is not known."""
+    """Returns cost and mean loss; None where either is unknown."""
     loss = found.loss(length, name)
     model = "dense" if READINGS[name][1] in ("dense", "cpt") else "moe"
     entries = found.of(length)[0].serving[model]

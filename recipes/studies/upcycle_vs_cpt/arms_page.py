@@ -1,15 +1,14 @@
-"""The grid as tables for the terminal, JSON, a picture, tables of runs for `tools.fit_laws`, and one page."""
+"""Grid as tables for the terminal, JSON, a picture, one page, and tables of runs for `tools.fit_laws`."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from recipes.runtime.atomic import atomic_write_json, atomic_write_text, write_synced
-from recipes.studies.comparison.collect_runs import Spread
+from recipes.runtime.atomic import atomic_write_text
+from recipes.studies.study_page import Spread, cell, write_study_files
 from recipes.studies.upcycle_vs_cpt.collect_arms import READINGS, Cell, Found, Reading
 from recipes.tracking.report import formats
 
@@ -21,9 +20,9 @@ _COLUMNS = (
 )  # fmt: skip
 NOTES = (
     "Mean over seeds, with the sample standard deviation behind +-. 'above upcycled' is taken seed by seed: "
-    "above 0 upcycling is ahead. Every loss is of the end of a run whose learning rate has decayed.",
+    "above 0 upcycling is ahead. Every loss is taken at the end of a run, whose learning rate has decayed.",
     "FLOPs are forward and backward by the 'exact' convention of docs/accounting.md. 'Dense counted' gives "
-    "the mixture from scratch the FLOPs of the dense pre-training on top; 'not counted' takes the dense "
+    "the MoE from scratch the FLOPs of the dense pre-training on top; 'not counted' takes the dense "
     "model as given, and is then at equal tokens as well.",
     "Serving: 16 bits an element, cache included. Distinct experts are expected under uniform routing: an "
     "upper bound for more than one sequence.",
@@ -31,7 +30,7 @@ NOTES = (
 
 
 def loss_rows(found: Found) -> list[list[str]]:
-    """A row for every dense length and reading; empty where nothing was measured."""
+    """Returns a row for every dense length and reading; empty where nothing was measured."""
     rows = []
     for length in found.lengths:
         for name, (label, arm) in READINGS.items():
@@ -40,14 +39,14 @@ def loss_rows(found: Found) -> list[list[str]]:
                 rows.append([str(length), label, "", "", "", "", "0"])
                 continue
             flops = "" if arm == "dense" else f"{at.flops / 1e12:.3f}"
-            behind = "" if name == "moe" else _spread(found.behind(length, name), sign=True)
+            behind = "" if name == "moe" else cell(found.behind(length, name), sign="+")
             count = str(len(loss.values))
-            rows.append([str(length), label, formats.count(at.tokens), flops, _spread(loss), behind, count])
+            rows.append([str(length), label, formats.count(at.tokens), flops, cell(loss), behind, count])
     return rows
 
 
 def cost_rows(found: Found) -> list[list[str]]:
-    """A row for every model and batch."""
+    """Returns a row for every model and batch."""
     rows = []
     for model, label in (("dense", "dense, continued"), ("moe", "upcycled, scratch")):
         for entry in found.cells[0].serving[model] or []:
@@ -65,66 +64,39 @@ def cost_rows(found: Found) -> list[list[str]]:
     return rows
 
 
-def _spread(value: Spread | None, *, sign: bool = False) -> str:
-    if value is None:
-        return ""
-    mean = f"{value.mean:+.4f}" if sign else f"{value.mean:.4f}"
-    return mean if value.deviation is None else f"{mean} +-{value.deviation:.4f}"
-
-
 def text_tables(found: Found) -> str:
-    """Everything for the terminal."""
-    parts = [_aligned(_HEAD, loss_rows(found)), _aligned(_COSTS_HEAD, cost_rows(found))]
+    """Returns everything that the terminal shows."""
+    parts = [
+        formats.aligned(_HEAD, loss_rows(found), left=2),
+        formats.aligned(_COSTS_HEAD, cost_rows(found), left=2),
+    ]
     if found.missing:
         parts.append(f"not there: {', '.join(found.missing)}")
     return "\n\n".join([*parts, "\n".join(NOTES)])
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    shown = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
-
-
 def write_page(folder: Path, found: Found, description: str) -> Path:
     """Writes ``grid.json``, ``grid.png``, ``grid.html`` and ``runs-*.csv``; returns the page's path."""
     from recipes.studies.upcycle_vs_cpt.arms_figure import draw
-    from recipes.tracking.report import canvas, html
-    from recipes.tracking.report.colours import DARK, LIGHT
+    from recipes.tracking.report.page import Section, draw_picture
 
-    light, dark = (canvas.png(draw(found, theme)) for theme in (LIGHT, DARK))
-    write_synced(folder / ".tmp-grid.png", light)
-    (folder / ".tmp-grid.png").replace(folder / "grid.png")
-    atomic_write_json(folder / "grid.json", figures(found, description))
     for arm in ("cpt", "moe", "scratch"):
         atomic_write_text(folder / f"runs-{arm}.csv", run_table(found, arm))
-    title = "Upcycled, dense continued, MoE from scratch"
-    picture = html.Picture(light, dark, "Loss over tokens, training FLOPs, dense length and serving cost")
-    body = [html.title(title), html.paragraph(f"Every run was told: {description}")]
+    text = "Loss over tokens, training FLOPs, dense length and serving cost"
+    introduction = [f"Options of every run: {description}"]
     if found.missing:
-        body.append(html.paragraph(f"Not there: {', '.join(found.missing)}"))
-    body += [
-        html.figure(picture),
-        html.heading("Losses"),
-        html.table(_HEAD, loss_rows(found), ""),
-        html.heading("Serving"),
-        html.table(_COSTS_HEAD, cost_rows(found), ""),
-        *(html.paragraph(text, "note") for text in NOTES),
+        introduction.append(f"Not there: {', '.join(found.missing)}")
+    sections = [
+        Section(picture=draw_picture(lambda theme: draw(found, theme), text, folder / "grid.png")),
+        Section("Losses", head=_HEAD, rows=loss_rows(found), absent=""),
+        Section("Serving", head=_COSTS_HEAD, rows=cost_rows(found), notes=NOTES, absent=""),
     ]
-    path = folder / "grid.html"
-    atomic_write_text(path, html.page(title, body))
-    return path
+    title = "Upcycled, dense continued, MoE from scratch"
+    return write_study_files(folder, "grid", figures(found, description), title, introduction, sections)
 
 
 def figures(found: Found, description: str) -> dict[str, object]:
-    """For programs."""
+    """Returns the figures for programs."""
     readings = [
         {
             "length": length,
@@ -152,10 +124,10 @@ def _plain(value: Spread | Reading | None) -> dict[str, object]:
 
 
 def run_table(found: Found, arm: str) -> str:
-    """The finished runs of an arm as a table that `tools.fit_laws` reads.
+    """Returns the finished runs of an arm as a table that `tools.fit_laws` reads.
 
-    A dense model that trained on is a dense run: its tokens are those before and after. From scratch there
-    is nothing before.
+    The continued dense model is a dense run: its tokens are those before and after. A run from scratch has
+    no tokens before.
     """
     stream = io.StringIO()
     stream.write("# A law needs several model sizes, and this is one: append the tables of others.\n")

@@ -1,4 +1,4 @@
-"""The runs of the grid: which there are, which are done, and what each is told."""
+"""Trials of the grid over dense lengths, arms and seeds."""
 
 from __future__ import annotations
 
@@ -6,114 +6,92 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError
 from recipes.runtime.atomic import atomic_write_json
-from recipes.tracking.metrics_log import METRICS_FILE
+from recipes.studies.sweep import Trial
 
 LENGTH = "{length}"
 _PLAN = "plan.json"
 
 
-@dataclass(frozen=True)
-class Trial:
+@dataclass(frozen=True, kw_only=True)
+class ArmsTrial(Trial):
     """One run of the grid.
 
     Attributes:
-        arms: ``continued`` (upcycled, and dense trained on) or ``scratch``, which no dense length changes.
-        lengths: Steps of the dense model before: one, or for a run from scratch all of the grid, whose FLOPs
-            it gets on top in turn.
-        seed: Of all weights that are drawn; data, their order and the validation set are those of seed 0.
-        folder: The run directory.
+        arms: ``continued`` (upcycled, and dense continued) or ``scratch``, which no dense length changes.
+        lengths: Steps of the dense model before. One for ``continued``; for ``scratch`` all of the grid,
+            because that run is given the FLOPs of each length on top in turn.
     """
 
+    recipe: ClassVar[str] = "upcycle_vs_cpt"
     arms: Literal["continued", "scratch"]
     lengths: tuple[int, ...]
-    seed: int
-    folder: Path
-
-    @property
-    def done(self) -> bool:
-        """Whether every leg of the run came to its end."""
-        return {row["model"] for row in self.summary().get("results", [])}.issuperset(self.stages)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Rows of the summary that it ends with."""
+        """Models in the summary of a finished run."""
         if self.arms == "continued":
             return ("moe", "cpt", "cpt_tokens")
         return ("scratch", *(f"scratch_{steps}" for steps in (0, *self.lengths[:-1])))
 
     @property
-    def prepared(self) -> bool:
-        """Whether it trains: tokenizer and tokens are in the cache."""
-        return (self.folder / METRICS_FILE).is_file()
-
-    @property
-    def log(self) -> Path:
-        """Everything that the run printed."""
-        return self.folder.with_suffix(".log")
-
-    def summary(self) -> dict[str, Any]:
-        """The run's ``summary.json``; empty where there is none yet."""
-        path = self.folder / "summary.json"
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content
-
-    def arguments(self, overrides: Sequence[str]) -> list[str]:
-        """What train.py is given. Overrides of the user come before, so that the trial's own win."""
-        own = [
+    def own(self) -> list[str]:
+        """Overrides that distinguish this trial from the others."""
+        return [
             f"upcycle_vs_cpt.arms={self.arms}",
             f"upcycle_vs_cpt.sunk_steps={list(self.lengths)}".replace(" ", ""),
             f"seed={self.seed}",
             f"model.seed={self.seed}",
-            "data.seed=0",
             # A run from scratch trains no dense model.
             f"model.steps={self.lengths[-1] if self.arms == 'continued' else 0}",
-            "tracker.mode=disabled",
-            f"output_dir={self.folder.parent}",
-            f"run.name={self.folder.name}",
-            "resume=auto",
         ]
-        given = [override.replace(LENGTH, str(self.lengths[-1])) for override in overrides]
-        return ["+recipe=upcycle_vs_cpt", *given, *own]
+
+    def arguments(self, overrides: Sequence[str]) -> list[str]:
+        """Returns the command line of ``train.py``, with the dense length in place of `LENGTH`."""
+        return super().arguments([text.replace(LENGTH, str(self.lengths[-1])) for text in overrides])
 
 
-def plan_trials(folder: Path, lengths: Sequence[int], seeds: int) -> list[Trial]:
-    """Seed by seed, so that a grid that is cut short holds every length and arm alike; lengths ascend.
+def plan_trials(folder: Path, lengths: Sequence[int], seeds: int) -> list[ArmsTrial]:
+    """Plans the trials seed by seed, so that a grid cut short covers every length and arm alike.
 
-    Other lengths need another run from scratch: the longest one decays elsewhere.
+    Other lengths need another run from scratch, because the longest one decays elsewhere.
+
+    Args:
+        folder: Folder of the grid.
+        lengths: Steps of the dense models, ascending.
+        seeds: Number of seeds.
     """
-    runs = folder / "runs"
-    every = "-".join(str(length) for length in lengths)
+    runs, every = folder / "runs", "-".join(str(length) for length in lengths)
     trials = []
     for seed in range(seeds):
-        trials += [Trial("continued", (length,), seed, runs / f"d{length}-s{seed}") for length in lengths]
-        trials.append(Trial("scratch", tuple(lengths), seed, runs / f"scratch-{every}-s{seed}"))
+        each = [((length,), f"d{length}-s{seed}") for length in lengths]
+        trials += [
+            ArmsTrial(arms="continued", lengths=one, seed=seed, folder=runs / name) for one, name in each
+        ]
+        scratch = runs / f"scratch-{every}-s{seed}"
+        trials.append(ArmsTrial(arms="scratch", lengths=tuple(lengths), seed=seed, folder=scratch))
     return trials
 
 
 def keep_options(folder: Path, overrides: Sequence[str]) -> None:
-    """Writes down what all runs of a grid are told; lengths and seeds may be added later.
+    """Writes the options that all runs of a grid share; lengths and seeds may be added later.
 
     Raises:
-        ConfigError: The folder holds runs that were told something else: they do not compare.
+        ConfigError: The folder holds runs with other options, which do not compare.
     """
-    path = folder / _PLAN
-    wanted = sorted(overrides)
-    if path.is_file():
-        began = json.loads(path.read_text(encoding="utf-8"))["options"]
-        if began != wanted:
-            rule = f"the runs in {folder} began with {began or 'no options'}"
-            remedy = "Give these to go on, or another --name."
-            raise ConfigError([Mistake("options", wanted, rule, remedy)])
+    began, wanted = options_of(folder), sorted(overrides)
+    if began is not None and began != wanted:
+        rule = f"the runs in {folder} began with {began or 'no options'}"
+        raise ConfigError.one("options", wanted, rule, "Give these to go on, or another --name.")
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path, {"options": wanted})
+    atomic_write_json(folder / _PLAN, {"options": wanted})
 
 
 def options_of(folder: Path) -> list[str] | None:
-    """What the runs in a folder were told; None where there are none."""
+    """Reads the options of the runs in a folder; None where there are none."""
     path = folder / _PLAN
     if not path.is_file():
         return None

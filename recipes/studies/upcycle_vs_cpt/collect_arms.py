@@ -1,6 +1,6 @@
-"""What the runs of the grid found: losses at equal tokens and at equal FLOPs, and the curves on the way.
+"""Collects the runs of the grid: losses at equal tokens and at equal FLOPs, and the curves on the way.
 
-Every loss that is compared is of the end of a run, whose learning rate has decayed; none is interpolated.
+Every loss compared is taken at the end of a run, whose learning rate has decayed; none is interpolated.
 Letters: D is the dense model's FLOPs of training on a token, S the tokens that it was trained on.
 """
 
@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.studies.comparison.collect_runs import Spread, spread
-from recipes.studies.upcycle_vs_cpt.arms_trials import Trial
+from recipes.studies.study_page import Spread, spread
+from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial
 from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A model at the end of a run of its own.
+    """Model at the end of a run of its own.
 
     Attributes:
-        loss: Validation loss, nats a token.
-        tokens: Trained on in this run.
-        flops: Of that, the dense model's own not counted.
+        loss: Validation loss, nats per token.
+        tokens: Tokens trained on in this run.
+        flops: FLOPs of this run, without the dense model's own.
     """
 
     loss: float
@@ -35,10 +35,10 @@ class Curve:
     """Validation losses along one run.
 
     Attributes:
-        tokens: Trained on, ascending.
-        losses: Nats a token.
-        flops_per_token: Of training.
-        constant: Tokens up to which the learning rate stays; what follows decays towards this run's end.
+        tokens: Tokens trained on, ascending.
+        losses: Losses in nats per token.
+        flops_per_token: FLOPs of training on a token.
+        constant: Tokens up to which the learning rate is constant; it decays from there to the end.
     """
 
     tokens: tuple[int, ...]
@@ -47,7 +47,7 @@ class Curve:
     constant: float
 
 
-# Name, what it is, and the arm whose loss it is.
+# Name of a reading -> its label, and the arm whose loss it is.
 READINGS: Mapping[str, tuple[str, str]] = {
     "dense": ("dense, as it was", "dense"),
     "cpt_tokens": ("dense continued, equal tokens", "cpt"),
@@ -64,14 +64,14 @@ class Cell:
 
     Attributes:
         length: Steps of the dense model.
-        seed: Of the weights.
-        readings: By name in `READINGS`; from scratch only where that run is there.
-        curves: By name of the leg: the longest run of an arm, and those that branch off from it.
+        seed: Seed of the weights.
+        readings: Readings by name in `READINGS`; those from scratch only where that run exists.
+        curves: Curves by stage: the longest run of an arm, and the runs that branch off from it.
         dense_tokens: S.
-        sunk_flops: Of the dense model's own training, S D.
-        serving: By ``dense`` and ``moe``: costs of decode steps, see `recipes.jobs.serving`; None where
-            the family is not known.
-        sizes: Columns of ``docs/laws.md`` on the models.
+        sunk_flops: FLOPs of the dense model's own training, S D.
+        serving: Costs of decode steps of ``dense`` and ``moe``, see `recipes.jobs.serving`; None where the
+            family is unknown.
+        sizes: Columns of ``docs/laws.md`` that describe the models.
     """
 
     length: int
@@ -86,11 +86,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Found:
-    """The grid.
+    """Results of the grid.
 
     Attributes:
-        cells: Those that are there, by length and seed.
-        missing: Names of runs that have not come to their end.
+        cells: Finished cells, by length and seed.
+        missing: Names of runs that have not finished.
     """
 
     cells: tuple[Cell, ...]
@@ -102,26 +102,26 @@ class Found:
         return sorted({cell.length for cell in self.cells})
 
     def of(self, length: int) -> list[Cell]:
-        """The cells of a length."""
+        """Returns the cells of a length."""
         return [cell for cell in self.cells if cell.length == length]
 
     def loss(self, length: int, name: str) -> Spread | None:
-        """A reading over seeds."""
+        """Returns a reading over seeds."""
         losses = [cell.readings[name].loss for cell in self.of(length) if name in cell.readings]
         return spread(losses) if losses else None
 
     def behind(self, length: int, name: str) -> Spread | None:
-        """How far a reading is above the upcycled model's, seed by seed."""
+        """Returns the distance of a reading above the upcycled model's, seed by seed."""
         both = [cell.readings for cell in self.of(length) if name in cell.readings]
         return spread([found[name].loss - found["moe"].loss for found in both]) if both else None
 
     def reading(self, length: int, name: str) -> Reading | None:
-        """A reading of the first seed that has it: tokens and FLOPs are those of all."""
+        """Returns the reading of the first seed that has it; tokens and FLOPs are the same for all."""
         return next((cell.readings[name] for cell in self.of(length) if name in cell.readings), None)
 
 
-def collect(trials: Sequence[Trial]) -> Found:
-    """Reads the runs that came to their end."""
+def collect(trials: Sequence[ArmsTrial]) -> Found:
+    """Reads the finished runs."""
     done = [trial for trial in trials if trial.done]
     scratch = {trial.seed: trial for trial in done if trial.arms == "scratch"}
     cells = [_cell(trial, scratch.get(trial.seed)) for trial in done if trial.arms == "continued"]
@@ -129,7 +129,7 @@ def collect(trials: Sequence[Trial]) -> Found:
     return Found(tuple(ordered), tuple(t.folder.name for t in trials if not t.done))
 
 
-def _cell(trial: Trial, scratch: Trial | None) -> Cell:
+def _cell(trial: ArmsTrial, scratch: ArmsTrial | None) -> Cell:
     summary, length = trial.summary(), trial.lengths[-1]
     rows = {row["model"]: row for row in summary["results"]}
     stages = {"dense": "dense", "cpt_tokens": "cpt_tokens", "cpt_flops": "cpt", "moe": "moe"}
@@ -144,7 +144,7 @@ def _cell(trial: Trial, scratch: Trial | None) -> Cell:
         "params": rows["moe"]["total_params"],
         "active_params": rows["moe"]["active_params"],
         "dense_params": rows["dense"]["total_params"],
-        **summary["mixture"],
+        **summary["moe"],
     }
     return Cell(
         length=length,
@@ -162,7 +162,7 @@ def _reading(row: Mapping[str, Any]) -> Reading:
     return Reading(row["val_loss"], row["tokens"], row["tokens"] * row["flops_per_token_train"])
 
 
-def _curve(trial: Trial, row: Mapping[str, Any]) -> Curve:
+def _curve(trial: ArmsTrial, row: Mapping[str, Any]) -> Curve:
     logged = [line for line in read_rows(trial.folder / METRICS_FILE) if line["stage"] == row["model"]]
     points = {line["tokens"]: line["val_loss"] for line in logged if "val_loss" in line}
     rates = [(line["tokens"], line["lr"]) for line in logged if "lr" in line]

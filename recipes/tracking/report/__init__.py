@@ -1,4 +1,4 @@
-"""What a run looks like to people: figures, a page that opens anywhere, and a table for the terminal."""
+"""Report of a run: figures, a page that opens anywhere, and a table for the terminal."""
 
 from recipes.tracking.report.build_report import build_report, readme_figure
 from recipes.tracking.report.results_table import results_table

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moe.errors import DataError, DiskError
-from recipes.runtime.atomic import atomic_write_text, disk_mistake, write_synced
+from moe.errors import DataError
+from recipes.tracking.bad_batch import FOLDER
 from recipes.tracking.metrics_log import METRICS_FILE
-from recipes.tracking.report import canvas, html, sections
-from recipes.tracking.report.colours import DARK, LIGHT, Theme
-from recipes.tracking.report.faults_section import faults
-from recipes.tracking.report.hardware import hardware
+from recipes.tracking.report import canvas, formats, hardware, sections
+from recipes.tracking.report.colours import LIGHT
 from recipes.tracking.report.heatmap import load_figure
 from recipes.tracking.report.loss_figures import balance_figure, loss_figure
+from recipes.tracking.report.page import draw_picture, write_page
+from recipes.tracking.report.results_table import header, read_results
 from recipes.tracking.report.run_record import RunRecord, read_run
-from recipes.tracking.report.two_stage_section import stages
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
-_LOSS = "Validation and training loss over tokens of the upcycled model and of the dense model trained on."
-_LOAD = "Load of every expert relative to the uniform load, over the steps, for each MoE layer."
-_BALANCE = "MaxVio, coefficient of variation of the load, and router entropy over tokens."
+# File, heading, alternative text and function of each figure.
+_FIGURES = (
+    (
+        "loss",
+        "Loss",
+        "Validation and training loss over tokens of the upcycled and the continued dense model.",
+        loss_figure,
+    ),
+    (
+        "load",
+        "Load of the experts",
+        "Load of every expert relative to the uniform load, over the steps, for each MoE layer.",
+        lambda record, theme: load_figure(record.loads, theme),
+    ),
+    (
+        "balance",
+        "Balance",
+        "MaxVio, coefficient of variation of the load, and router entropy over tokens.",
+        balance_figure,
+    ),
+)
 
 
 def build_report(run_dir: str | Path) -> Path:
-    """Draws the figures of a run and writes its report; of an unfinished run, what there is.
+    """Draws the figures of a run and writes its report; an unfinished run is reported as far as it came.
 
     Args:
         run_dir: The run directory.
@@ -43,28 +54,37 @@ def build_report(run_dir: str | Path) -> Path:
         DiskError: Something cannot be written.
     """
     record = read_run(run_dir)
-    loss = _picture(record, "loss", loss_figure, _LOSS)
-    load = _picture(record, "load", lambda r, theme: load_figure(r.loads, theme), _LOAD)
-    balance = _picture(record, "balance", balance_figure, _BALANCE)
-    body = [
-        *sections.introduction(record),
-        *sections.results(record),
-        *stages(record),
-        *_shown("Loss", loss),
-        *_shown("Load of the experts", load),
-        *_shown("Balance", balance),
-        *sections.routing(record),
-        *sections.throughput(record),
-        *hardware(record),
-        *faults(record),
-        *sections.exactness(record),
-        *sections.export(record),
-        *sections.configuration(record),
-    ]
     name = str(record.section("run").get("name") or record.run_dir.resolve().name)
-    path = record.run_dir / REPORT_FILE
-    atomic_write_text(path, html.page(f"{name} - Graft", body))
-    return path
+    exactness, export = record.section("exactness"), record.section("export")
+    return write_page(
+        record.run_dir / REPORT_FILE,
+        "report.html.j2",
+        f"{name} - Graft",
+        heading=name,
+        meta=sections.meta(record),
+        missing=sections.missing_parts(record),
+        results=read_results(record.summary),
+        results_header=header(),
+        stages=sections.stage_rows(record),
+        pictures=_pictures(record),
+        routing=sections.routing(record),
+        tail=formats.small(100 * sections.TAIL),
+        throughput=sections.throughput(record),
+        times=sections.times(record),
+        training=hardware.training_rows(record),
+        unmeasured=hardware.unmeasured(record),
+        use=hardware.use(record),
+        goodput=record.section("goodput"),
+        guarded=sections.is_guarded(record),
+        skipped=sections.skipped_rows(record),
+        faults_folder=FOLDER,
+        exactness=exactness,
+        drifts=sections.drift_rows(exactness),
+        export=export,
+        export_folder=str(record.run_dir / str(export.get("path") or "hf")),
+        sample=sections.sample_text(export.get("sample")),
+        config=record.config,
+    )
 
 
 def readme_figure(run_dir: str | Path, out_png: str | Path) -> Path:
@@ -72,49 +92,24 @@ def readme_figure(run_dir: str | Path, out_png: str | Path) -> Path:
 
     Args:
         run_dir: The run directory.
-        out_png: Where to write the PNG file.
+        out_png: The PNG file to write.
 
     Raises:
         DataError: The run has no losses.
-        DiskError: It cannot be written.
+        DiskError: The file cannot be written.
     """
-    record = read_run(run_dir)
-    figure = loss_figure(record, LIGHT)
+    figure = loss_figure(read_run(run_dir), LIGHT)
     if figure is None:
-        rule = f"holds no loss in {METRICS_FILE}"
-        raise DataError.one(
-            "run directory", str(run_dir), rule, "Give the directory of a run that has trained."
-        )
-    return _write(Path(out_png), canvas.png(figure))
+        rule, remedy = f"holds no loss in {METRICS_FILE}", "Give the directory of a run that has trained."
+        raise DataError.one("run directory", str(run_dir), rule, remedy)
+    canvas.write_png(figure, Path(out_png))
+    return Path(out_png)
 
 
-def _picture(
-    record: RunRecord, name: str, draw: Callable[[RunRecord, Theme], Figure | None], alternative: str
-) -> html.Picture | None:
-    """Draws a figure in both themes and writes the light one to the run's figures."""
-    figure, dark = draw(record, LIGHT), draw(record, DARK)
-    if figure is None or dark is None:
-        return None
-    light = canvas.png(figure)
-    _write(record.run_dir / FIGURES_FOLDER / f"{name}.png", light)
-    return html.Picture(light, canvas.png(dark), alternative)
-
-
-def _shown(heading: str, picture: html.Picture | None) -> list[str]:
-    return [] if picture is None else [html.heading(heading), html.figure(picture)]
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Writes a file in one step."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_synced(temporary, data)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise DiskError([disk_mistake(path, error)]) from error
-    return path
+def _pictures(record: RunRecord) -> list[tuple[str, object]]:
+    """Returns heading and picture of each figure; None for the picture of what was not logged."""
+    folder = record.run_dir / FIGURES_FOLDER
+    return [
+        (heading, draw_picture(lambda theme, draw=draw: draw(record, theme), text, folder / f"{name}.png"))
+        for name, heading, text, draw in _FIGURES
+    ]

@@ -1,4 +1,4 @@
-"""Figures in the style of the report: no global state of matplotlib, one theme for everything drawn.
+"""Figures in the style of the report: one theme for everything drawn, no global state of matplotlib.
 
 matplotlib is imported where a figure is made.
 """
@@ -6,10 +6,14 @@ matplotlib is imported where a figure is made.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from moe.errors import DiskError
+from recipes.runtime.atomic import disk_mistake, fsync_folder, write_synced
 from recipes.tracking.report import formats
 from recipes.tracking.report.colours import Theme
 
@@ -23,7 +27,7 @@ _TEXT, _TICK = 9, 8.5  # points
 
 
 def new_figure(height: float, theme: Theme) -> Figure:
-    """An empty figure as wide as the page, ``height`` inches tall, that lays itself out."""
+    """Returns an empty figure as wide as the page and ``height`` inches tall, with automatic layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,7 +60,7 @@ def token_ticks(axes: Axes) -> None:
 
 
 def tick(value: float) -> str:
-    """A count without trailing zeros."""
+    """Formats a count without trailing zeros."""
     digits, _, unit = formats.count(float(value)).partition(" ")
     if "." in digits:
         digits = digits.rstrip("0").rstrip(".")
@@ -71,10 +75,10 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
     Args:
         places: Wanted places, in any order.
-        gap: The least distance.
+        gap: Least distance of two neighbours.
 
     Returns:
-        The places moved as little as possible, in the order given.
+        The places, moved as little as possible, in the order given.
     """
     order = sorted(range(len(places)), key=lambda i: places[i])
     pools: list[list[float]] = []
@@ -93,35 +97,47 @@ def label_lines(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float
 
     Args:
         axes: Axes whose limits are final.
-        labels: Height of the line's end in data units, text, colour.
+        labels: Height of the line's end in data units, text and colour.
         gap: Least distance of two labels, as a fraction of the axes' height.
     """
     low, high = axes.get_ylim()
     places = spread([(y - low) / (high - low) for y, _, _ in labels], gap)
     for place, (_, text, colour) in zip(places, labels, strict=True):
-        axes.annotate(
-            text,
-            xy=(1.0, place),
-            xycoords="axes fraction",
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=_TEXT,
-            fontweight="bold",
-            va="center",
-            linespacing=1.25,
-            annotation_clip=False,
-        )
+        font: dict[str, Any] = {"fontsize": _TEXT, "fontweight": "bold", "linespacing": 1.25}
+        where: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (8, 0), "textcoords": "offset points"}
+        axes.annotate(text, (1.0, place), color=colour, va="center", annotation_clip=False, **where, **font)
 
 
 def note(axes: Axes, text: str, theme: Theme) -> None:
-    """Writes a quiet remark above the axes: how to read them."""
+    """Writes a quiet remark on how to read the axes above them."""
     axes.set_title(text, loc="left", fontsize=_TICK, color=theme.muted, pad=8)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file, the same bytes for the same figure."""
+    """Returns the figure as a PNG file, the same bytes for the same figure."""
     buffer = io.BytesIO()
     options: dict[str, Any] = {"metadata": {"Software": None}, "facecolor": figure.get_facecolor()}
     figure.savefig(buffer, format="png", dpi=_DPI, **options)
     return buffer.getvalue()
+
+
+def write_png(figure: Figure, path: Path) -> bytes:
+    """Replaces a PNG file by the figure in one step; returns its bytes.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
+    data = png(figure)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_synced(temporary, data)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise DiskError([disk_mistake(path, error)]) from error
+    return data

@@ -1,4 +1,4 @@
-"""The colours of the dashboards: a diverging scale for expert load, and the themes of the report.
+"""Colours of the report: a diverging scale for expert load, and two themes.
 
 Letters: L layers, E experts.
 """
@@ -39,7 +39,7 @@ class Theme:
     moe: str
 
     def of(self, model: str) -> str:
-        """The colour of a leg or model: ``dense``, ``cpt`` or ``moe``; of any other, the text's."""
+        """Returns the colour of ``dense``, ``cpt`` or ``moe``, and that of the text for any other stage."""
         return {"dense": self.dense, "cpt": self.cpt, "moe": self.moe}.get(model, self.text)
 
 

@@ -1,24 +1,16 @@
-"""What the training used of the hardware, and what the run's time went into."""
+"""Use of the hardware by a run's training, and the shares of its time, as plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from recipes.tracking.report import formats, html
+from recipes.tracking.report import formats
 from recipes.tracking.report.formats import NOT_MEASURED
 from recipes.tracking.report.results_table import find, read_results
 from recipes.tracking.report.run_record import RunRecord, section
-from recipes.tracking.training_figures import summarise_stage
+from recipes.tracking.training_figures import SHARES, summarise_stage
 
-_HEAD = ["training of", "tokens/s", "MFU", "S-MFU", "S-MBU", "peak memory of a rank", "J/token"]
-_NAMES = {
-    "mfu": "MFU",
-    "s_mfu": "S-MFU",
-    "s_mbu": "S-MBU",
-    "memory_bytes": "memory",
-    "energy_j": "energy",
-}
+_NAMES = {"mfu": "MFU", "s_mfu": "S-MFU", "s_mbu": "S-MBU", "memory_bytes": "memory", "energy_j": "energy"}
 _TIMES = (
     ("steps_s", "optimizer steps that count"),
     ("lost_steps_s", "steps that were lost and done again"),
@@ -27,46 +19,28 @@ _TIMES = (
     ("other_s", "start-up, data, surgery, export"),
     ("down_s", "between the processes of the run"),
 )
-_NOTE = (
-    "Over all steps of a model, as ratios of sums. MFU counts the experts a token that the router is set to, "
-    "S-MFU those that computed; S-MBU the bytes that a step must move at least, with the experts that its "
-    "micro-batches touched, without activations (docs/accounting.md)."
-)
 
 
-def hardware(record: RunRecord) -> list[str]:
-    """A row a leg, then where the time went; nothing for a run that has measured none of it."""
-    stages = section(record.summary, "training")
-    rows = {stage: summarise_stage(rows) for stage, rows in record.stages.items()}
-    shown = {
-        stage: figures for stage, figures in rows.items() if stage in stages or figures["s_mbu"] is not None
-    }
-    goodput = record.section("goodput")
-    if not shown and not goodput:
-        return []
-    pieces = [html.heading("Use of the hardware")]
-    if shown:
-        table = [_row(record, stage, figures) for stage, figures in shown.items()]
-        pieces += [html.paragraph(_NOTE, "note"), html.table(_HEAD, table, NOT_MEASURED)]
-    reasons = _reasons(stages)
-    if reasons:
-        pieces += [html.paragraph("Not measured:", "note"), html.bullets(reasons)]
-    return [*pieces, html.facts([*_peaks(record), *_energy(record), *_goodput(goodput)], NOT_MEASURED)]
-
-
-def _row(record: RunRecord, stage: str, figures: Mapping[str, float | None]) -> list[str]:
-    joules = figures["joules_per_token"]
+def training_rows(record: RunRecord) -> list[list[str]]:
+    """Returns speed, utilisation, memory and energy of each stage that measured any."""
+    stages, results = record.section("training"), read_results(record.summary)
+    found = {stage: summarise_stage(rows) for stage, rows in record.stages.items()}
     return [
-        find(read_results(record.summary), stage).label,
-        formats.count(figures["tokens_per_s"]),
-        *(formats.share(figures[name]) for name in ("mfu", "s_mfu", "s_mbu")),
-        formats.size(figures["memory_bytes"]),
-        formats.small(joules),
+        [
+            find(results, stage).label,
+            formats.count(figures["tokens_per_s"]),
+            *(formats.share(figures[name]) for name in SHARES),
+            formats.size(figures["memory_bytes"]),
+            formats.small(figures["joules_per_token"]),
+        ]
+        for stage, figures in found.items()
+        if stage in stages or figures["s_mbu"] is not None
     ]
 
 
-def _reasons(stages: Mapping[str, Any]) -> list[str]:
-    """Each once, with the figures and models that it is of."""
+def unmeasured(record: RunRecord) -> list[str]:
+    """Returns every reason for a missing figure once, with the figure and the models that it concerns."""
+    stages = record.section("training")
     found: dict[tuple[str, str], list[str]] = {}
     for stage in stages:
         for name, reason in section(section(stages, stage), "missing").items():
@@ -76,36 +50,29 @@ def _reasons(stages: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _peaks(record: RunRecord) -> list[tuple[str, str]]:
-    peaks = record.section("peaks")
-    flops, moved = section(peaks, "flops"), section(peaks, "bytes_per_s")
-    pairs = []
-    if flops:
-        shown = f"{formats.giga(flops.get('value'))} GFLOP/s ({flops.get('source')}: {flops.get('detail')})"
-        pairs.append(("peak of MFU and S-MFU, a rank", shown))
-    if moved and moved.get("value") is not None:
-        shown = f"{formats.giga(moved['value'])} GB/s ({moved.get('source')}: {moved.get('detail')})"
-        pairs.append(("peak of S-MBU, a rank", shown))
-    elif moved:
-        pairs.append(("peak of S-MBU, a rank", f"{NOT_MEASURED}: {moved.get('detail')}"))
+def use(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns peaks, energy and goodput of the run."""
+    peaks, energy, goodput = (record.section(name) for name in ("peaks", "energy", "goodput"))
+    pairs = [
+        *_peak(section(peaks, "flops"), "peak of MFU and S-MFU, a rank", "GFLOP/s"),
+        *_peak(section(peaks, "bytes_per_s"), "peak of S-MBU, a rank", "GB/s"),
+    ]
+    if energy and energy.get("kwh") is None:
+        pairs.append(("energy of the run", f"{NOT_MEASURED}: {energy.get('reason')}"))
+    elif energy:
+        used = f"{formats.small(energy['kwh'])} kWh"
+        pairs.append(("energy of the run, all that ran on its devices", used))
+    if goodput:
+        share, alone = (formats.share(goodput.get(name)) for name in ("goodput", "goodput_while_running"))
+        pairs.append(("goodput: steps that count, of the time since the run began", share))
+        pairs.append(("the same, of the time in which a process ran", alone))
+        pairs += [(label, formats.seconds(goodput.get(key))) for key, label in _TIMES]
     return pairs
 
 
-def _energy(record: RunRecord) -> list[tuple[str, str]]:
-    energy = record.section("energy")
-    if not energy:
+def _peak(peak: Mapping[str, object], label: str, unit: str) -> list[tuple[str, str]]:
+    if not peak:
         return []
-    if energy.get("kwh") is None:
-        return [("energy of the run", f"{NOT_MEASURED}: {energy.get('reason')}")]
-    return [("energy of the run, all that ran on its devices", f"{formats.small(energy['kwh'])} kWh")]
-
-
-def _goodput(goodput: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not goodput:
-        return []
-    alone = formats.share(goodput.get("goodput_while_running"))
-    pairs = [
-        ("goodput: steps that count, of the time since the run began", formats.share(goodput.get("goodput"))),
-        ("the same of the time in which a process ran", alone),
-    ]
-    return pairs + [(label, formats.seconds(goodput.get(key))) for key, label in _TIMES]
+    if peak.get("value") is None:
+        return [(label, f"{NOT_MEASURED}: {peak.get('detail')}")]
+    return [(label, f"{formats.giga(peak['value'])} {unit} ({peak.get('source')}: {peak.get('detail')})")]

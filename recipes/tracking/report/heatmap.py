@@ -26,16 +26,16 @@ _MAX_ROWS = 256  # more experts are averaged too
 
 
 def pick_evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of the indices 0..count-1, evenly spaced, the first and the last among them."""
+    """Picks at most ``most`` of the indices 0..count-1, evenly spaced, the first and the last among them."""
     if count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
 def load_figure(loads: Sequence[LayerLoad], theme: Theme) -> Figure | None:
-    """Load relative to the uniform share, by step and expert, on a scale centred on 1; None without load.
+    """Draws load relative to the uniform share, on a scale centred on 1; None without load.
 
-    Of more than `MAX_PANELS` layers, evenly spaced ones are shown, and the figure says so.
+    Of more than `MAX_PANELS` layers, evenly spaced ones are drawn, with a note in the figure.
     """
     if not loads:
         return None
@@ -62,7 +62,7 @@ def load_figure(loads: Sequence[LayerLoad], theme: Theme) -> Figure | None:
 
 
 def _relative(load: LayerLoad) -> Floats:
-    """``[S, E]`` load times E, averaged into as many cells as can be seen."""
+    """Returns ``[S, E]`` load times E, averaged into as many cells as can be seen."""
     cells_SE: Floats = load.load_SE * load.load_SE.shape[1]
     for axis, most in ((0, _MAX_COLUMNS), (1, _MAX_ROWS)):
         if cells_SE.shape[axis] > most:
@@ -72,7 +72,7 @@ def _relative(load: LayerLoad) -> Floats:
 
 
 def _top(relative: Sequence[Floats]) -> float:
-    """The end of the scale: twice the uniform load, or what all but 1 in 200 cells stay below."""
+    """Returns the end of the scale: twice the uniform load, or what all but 1 in 200 cells stay below."""
     known = np.concatenate([cells_SE[np.isfinite(cells_SE)] for cells_SE in relative])
     return max(2.0, float(np.ceil(np.percentile(known, 99.5)))) if known.size else 2.0
 
@@ -98,7 +98,7 @@ def _draw(axes: Axes, load: LayerLoad, cells_SE: Floats, top: float, theme: Them
 
 
 def _edges(steps_S: Floats) -> Floats:
-    """Borders between the steps, halfway; outer ones as far out as their neighbours."""
+    """Returns the borders halfway between the steps, the outer ones as far out as their neighbours."""
     if steps_S.size == 1:
         return np.array([steps_S[0] - 0.5, steps_S[0] + 0.5])
     middles = (steps_S[1:] + steps_S[:-1]) / 2

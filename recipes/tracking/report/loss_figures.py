@@ -30,7 +30,7 @@ _BALANCE = (
 
 
 def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
-    """Validation loss over tokens of the upcycled and the dense model; None where no loss was logged."""
+    """Draws validation loss over tokens of upcycled and dense model; None where no loss was logged."""
     stages = [stage for stage in ("cpt", "moe") if stage in record.stages] or [
         stage for stage in ("dense",) if stage in record.stages
     ]
@@ -60,7 +60,7 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
 
 
 def balance_figure(record: RunRecord, theme: Theme) -> Figure | None:
-    """MaxVio, load CV and router entropy over tokens; None where none was logged."""
+    """Draws MaxVio, load CV and router entropy over tokens; None where none was logged."""
     rows = record.stages.get("moe", ())
     shown = [(name, label) for name, label in _BALANCE if series(rows, f"router/{name}")[0].size]
     if not shown:
@@ -95,7 +95,7 @@ def _curves(rows: Sequence[Row]) -> tuple[Pair, Pair]:
 
 
 def _smooth(curve: Pair) -> Pair:
-    """Trailing means: a step's loss is that of a few samples, and its noise would hide the validation."""
+    """Smooths by trailing means, because the noise of single steps would hide the validation loss."""
     tokens, values = curve
     window = max(1, values.size // _SMOOTHING)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -108,7 +108,7 @@ def _name(record: RunRecord, stage: str) -> str:
 
 
 def _dense_loss(record: RunRecord) -> float | None:
-    """Validation loss of the dense checkpoint: of the summary, else the last of its training."""
+    """Returns the validation loss of the dense checkpoint, from the summary or its own training."""
     known = find(read_results(record.summary), "dense").val_loss
     _, values = series(record.stages.get("dense", ()), "val_loss")
     return known if known is not None else (float(values[-1]) if values.size else None)
@@ -117,7 +117,7 @@ def _dense_loss(record: RunRecord) -> float | None:
 def _draw_stage(
     axes: Axes, stage: str, curves: tuple[Pair, Pair], theme: Theme, name: str
 ) -> tuple[float, str, str] | None:
-    """Draws a leg's validation and training loss; returns the label of its end, None without a curve."""
+    """Draws validation and training loss of a stage; returns the label of its end, None without a curve."""
     (val_x, val_y), (train_x, train_y) = curves
     colour = theme.of(stage)
     if train_x.size:
@@ -134,7 +134,7 @@ def _draw_stage(
 
 
 def _limits(curves: Mapping[str, tuple[Pair, Pair]], start: float | None, end: float) -> tuple[float, float]:
-    """Limits that hold all validation losses and all but the spikes of the training losses.
+    """Returns limits that hold all validation losses, and all training losses but spikes.
 
     A method that is not exact may start far above everything that follows; the chart then ends at 1.6 times
     the height of what comes after the first `_WARM_UP` of the tokens, so that this can be read.
@@ -153,7 +153,7 @@ def _limits(curves: Mapping[str, tuple[Pair, Pair]], start: float | None, end: f
 def _mark_high_starts(
     axes: Axes, curves: Mapping[str, Pair], high: float, theme: Theme, record: RunRecord
 ) -> None:
-    """Says where a curve begins that enters the chart from above."""
+    """Notes the start of a curve that enters the chart from above."""
     above = [(stage, float(y[0])) for stage, (_, y) in curves.items() if y.size and y[0] > high]
     for line, (stage, value) in enumerate(above):
         axes.annotate(
@@ -168,12 +168,12 @@ def _mark_high_starts(
 
 
 def _core(values: Floats) -> Floats:
-    """The 1st and 98th percentile."""
+    """Returns the 1st and 98th percentile."""
     return np.percentile(values, [1, 98]) if values.size else values
 
 
 def _thin(tokens: Floats, values: Floats) -> Pair:
-    """At most `_MAX_POINTS` points: means of neighbours."""
+    """Reduces a curve to at most `_MAX_POINTS` means of neighbours."""
     if tokens.size <= _MAX_POINTS:
         return tokens, values
     parts = min(_MAX_POINTS, tokens.size)
@@ -187,7 +187,7 @@ def _layer_keys(rows: Sequence[Row], name: str) -> list[str]:
 
 
 def _dot(tokens: Floats) -> str | None:
-    """A marker where a line would not be seen."""
+    """Returns a marker where a line would not be seen."""
     return "o" if tokens.size == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""What the run found: the models side by side, the sentence above them, and the table for the terminal."""
+"""Results of a run: the models side by side, a headline, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from recipes.tracking.report import formats
 from recipes.tracking.report.formats import NOT_MEASURED, number
+from recipes.tracking.results import LABELS
 
 MODELS = ("dense", "cpt", "moe")
-_LABELS = {"dense": "Dense (start)", "cpt": "Dense, continued", "moe": "Upcycled MoE"}
 _SAME_TOKENS = 0.005  # budgets that differ by less count as equal
 
 
@@ -21,7 +21,7 @@ class Result:
     Attributes:
         model: ``dense``, ``cpt`` or ``moe``.
         label: Its name in tables and figures.
-        val_loss: Validation loss, nats a token.
+        val_loss: Validation loss, nats per token.
         tokens: Trained after the dense checkpoint.
         total_params: Parameters.
         active_params: Parameters that work on a token.
@@ -42,25 +42,25 @@ class Result:
 
 
 def label_of(model: str) -> str:
-    """The name of a model or leg where the summary gives none."""
-    return _LABELS.get(model, model)
+    """Returns the name of a model or stage where the summary gives none."""
+    return LABELS.get(model, model)
 
 
 def read_results(summary: Mapping[str, Any]) -> list[Result]:
-    """The models of ``summary["results"]``, in the order dense, cpt, stage1, moe, others."""
+    """Returns the models of ``summary["results"]``, in the order of `LABELS`, then others."""
     entries = summary.get("results")
     results = [_result(e) for e in entries if isinstance(e, Mapping)] if isinstance(entries, list) else []
-    order = ("dense", "cpt", "stage1", "moe")
+    order = list(LABELS)
     return sorted(results, key=lambda r: order.index(r.model) if r.model in order else len(order))
 
 
 def find(results: Sequence[Result], model: str) -> Result:
-    """The result of a model; one without figures when it is missing."""
+    """Returns the result of a model; one without figures when it is missing."""
     return next((r for r in results if r.model == model), Result(model, label_of(model)))
 
 
 def header() -> list[str]:
-    """The columns of the results, with units."""
+    """Returns the columns of the results, with units."""
     return [
         "model",
         "val. loss (nats/token)",
@@ -75,16 +75,16 @@ def header() -> list[str]:
 
 
 def cells(results: Sequence[Result]) -> list[list[str]]:
-    """The results as text, a row for each model, in the columns of `header`."""
+    """Returns the results as text, a row for each model, in the columns of `header`."""
     start = find(results, "dense").val_loss
     return [_row(result, start) for result in results]
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-    """The results as aligned plain text, for the end of a run.
+    """Returns the results as aligned plain text, for the end of a run.
 
     Args:
-        summary: What ``summary.json`` holds; anything may be missing.
+        summary: Content of ``summary.json``; anything may be missing.
     """
     rows = cells(read_results(summary))
     if not rows:
@@ -100,7 +100,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """The run in one sentence with its figures."""
+    """Describes the run in one sentence with its figures."""
     dense, cpt, moe = (find(results, model) for model in MODELS)
     if not results:
         return "This run has left no results: it was stopped before its summary was written."
@@ -126,13 +126,13 @@ def headline(results: Sequence[Result]) -> str:
 
 
 def different_tokens(results: Sequence[Result]) -> bool:
-    """Whether the dense model was trained on for another number of tokens than the mixture."""
+    """Returns True if the continued dense model and the MoE were trained on different numbers of tokens."""
     cpt, moe = find(results, "cpt").tokens, find(results, "moe").tokens
     return cpt is not None and moe is not None and abs(cpt - moe) > _SAME_TOKENS * max(cpt, moe)
 
 
 def caveats(results: Sequence[Result]) -> list[str]:
-    """What a reader of the table must know."""
+    """Returns remarks on the table."""
     cpt, moe = find(results, "cpt"), find(results, "moe")
     if not different_tokens(results):
         return []
@@ -141,7 +141,7 @@ def caveats(results: Sequence[Result]) -> list[str]:
 
 
 def missing(results: Sequence[Result]) -> list[str]:
-    """The models and figures that a complete run has and this one has not."""
+    """Lists the models and figures that a complete run has and this one lacks."""
     gone = [f"{label_of(m)}: every figure" for m in MODELS if all(r.model != m for r in results)]
     for result in results:
         names = {"validation loss": result.val_loss, "parameters": result.total_params}
@@ -181,6 +181,6 @@ def _two_lines(name: str) -> tuple[str, str]:
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """The first column to the left, figures to the right."""
+    """Aligns the first column to the left, figures to the right."""
     first, *figures = [(text, width) for text, width in zip(line, widths, strict=True)]
     return "  ".join([first[0].ljust(first[1])] + [text.rjust(width) for text, width in figures])

@@ -29,7 +29,7 @@ class LayerLoad:
     """The load of one MoE layer over a run.
 
     Attributes:
-        layer: Index of the layer in the host.
+        layer: Index of the layer in the model.
         steps_S: Steps at which load was logged, ascending.
         load_SE: Share of the routed slots of each expert.
     """
@@ -41,13 +41,13 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that a run directory tells.
+    """Content of a run directory.
 
     Attributes:
         run_dir: The directory.
-        stages: Leg to its rows, in the order of training.
-        loads: The MoE layers of the ``moe`` leg.
-        summary: What ``summary.json`` holds; empty where the run has not finished.
+        stages: Stage -> its rows, in the order of training.
+        loads: Loads of the MoE layers in the stage ``moe``.
+        summary: Content of ``summary.json``; empty where the run has not finished.
         config: Text of ``config.yaml``; None when missing.
     """
 
@@ -58,12 +58,12 @@ class RunRecord:
     config: str | None
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of the summary, empty where it is missing."""
+        """Returns a section of the summary, empty where it is missing."""
         return section(self.summary, name)
 
 
 def section(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """``summary[name]`` when it is a mapping, else an empty one."""
+    """Returns ``summary[name]`` if it is a mapping, else an empty one."""
     value = summary.get(name)
     return value if isinstance(value, Mapping) else {}
 
@@ -93,9 +93,9 @@ def read_run(run_dir: str | Path) -> RunRecord:
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[Floats, Floats]:
-    """A figure over tokens: ``[S]`` tokens and ``[S]`` values of the rows that have both, in order of tokens.
+    """Returns a figure over tokens: ``[S]`` tokens and ``[S]`` values of the rows with both, by tokens.
 
-    A row of step 0 has trained on no tokens, whether it says so or not.
+    A row of step 0 has trained on no tokens, even if it lacks the number.
     """
     points: dict[float, float] = {}
     for row in rows:
@@ -108,7 +108,7 @@ def series(rows: Sequence[Row], name: str) -> tuple[Floats, Floats]:
 
 
 def last(rows: Sequence[Row], name: str) -> float | None:
-    """The last known value of a figure."""
+    """Returns the last known value of a figure."""
     _, values = series(rows, name)
     return float(values[-1]) if values.size else None
 
@@ -125,7 +125,7 @@ def _read_summary(path: Path) -> Mapping[str, Any]:
 
 
 def _read_loads(path: Path) -> list[LayerLoad]:
-    """The layers' load, step by step. A step written twice counts as written last."""
+    """Reads the load of the layers, step by step; the last row of a step counts."""
     layers: dict[int, dict[int, Floats]] = {}
     for row in read_rows(path):
         if row.get("stage", "moe") != "moe" or not isinstance(row.get("step"), int):

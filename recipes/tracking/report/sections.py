@@ -1,4 +1,4 @@
-"""The sections of the report: each turns a run into pieces of HTML, and says where a figure is missing."""
+"""Rows and facts of the report's sections, as plain text for the template."""
 
 from __future__ import annotations
 
@@ -10,19 +10,10 @@ from typing import Any
 import numpy as np
 
 from recipes.tracking.metrics_log import METRICS_FILE
-from recipes.tracking.report import formats, html
+from recipes.tracking.report import formats
 from recipes.tracking.report.formats import NOT_MEASURED, number
-from recipes.tracking.report.results_table import (
-    MODELS,
-    caveats,
-    cells,
-    find,
-    header,
-    headline,
-    missing,
-    read_results,
-)
-from recipes.tracking.report.run_record import CONFIG_FILE, SUMMARY_FILE, RunRecord, section, series
+from recipes.tracking.report.results_table import MODELS, find, missing, read_results
+from recipes.tracking.report.run_record import CONFIG_FILE, SUMMARY_FILE, Row, RunRecord, section, series
 
 _ROUTING = (
     ("maxvio", "MaxVio (largest load / mean - 1)", formats.small),
@@ -32,224 +23,139 @@ _ROUTING = (
     ("dropped_fraction", "routed slots that were dropped", formats.share),
     ("logit_max", "largest router logit", formats.small),
 )
-_TAIL = 0.1  # of a run's steps, over which the routing at its end is averaged
+TAIL = 0.1
+"""Share of a run's steps, at its end, over which the routing is averaged."""
+_STEPS_SHOWN = 12
 
 
-def introduction(record: RunRecord) -> list[str]:
-    """Name, date and the run in one sentence; what is missing in it."""
+def meta(record: RunRecord) -> list[str]:
+    """Returns recipe, start and duration of a run, as far as they are known."""
     run = record.section("run")
     started, lasted = number(run.get("started")), number(run.get("seconds"))
-    meta = [f"recipe {run['recipe']}"] if run.get("recipe") else []
+    parts = [f"recipe {run['recipe']}"] if run.get("recipe") else []
     if started is not None:
-        meta.append(f"started {datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC")
-    if lasted is not None:
-        meta.append(f"took {formats.seconds(lasted)}")
-    results = read_results(record.summary)
-    pieces = [html.title(_name(record)), html.paragraph(" - ".join(meta), "meta") if meta else ""]
-    pieces.append(html.paragraph(headline(results), "lead"))
-    gone = missing_parts(record)
-    if gone:
-        pieces += [html.heading("Not measured in this run"), html.box([html.bullets(gone)])]
-    return pieces
+        parts.append(f"started {datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC")
+    return parts if lasted is None else [*parts, f"took {formats.seconds(lasted)}"]
 
 
 def missing_parts(record: RunRecord) -> list[str]:
-    """What a complete run directory has and this one has not."""
+    """Lists the parts of a complete run directory that this one lacks."""
     gone = []
     if not record.summary:
         gone.append(f"{SUMMARY_FILE}: the run has not come to its end, or was stopped")
     else:
+        parts = [name for name in ("exactness", "export") if not record.section(name)]
         gone += missing(read_results(record.summary))
-        gone += [
-            f"{name} (in {SUMMARY_FILE})" for name in ("exactness", "export") if not record.section(name)
-        ]
+        gone += [f"{name} (in {SUMMARY_FILE})" for name in parts]
     if not record.stages:
         gone.append(f"{METRICS_FILE}: no row, so there are no curves")
     elif not record.loads:
         gone.append("load of the experts over time")
-    if record.config is None:
-        gone.append(f"{CONFIG_FILE}: the configuration")
-    return gone
+    return gone if record.config is not None else [*gone, f"{CONFIG_FILE}: the configuration"]
 
 
-def results(record: RunRecord) -> list[str]:
-    """The models side by side."""
-    found = read_results(record.summary)
-    if not found:
-        return [html.heading("Results"), html.paragraph(f"{NOT_MEASURED}: see above.", "note")]
-    notes = [html.paragraph(text, "note") for text in caveats(found)]
-    return [html.heading("Results"), html.table(header(), cells(found), NOT_MEASURED), *notes]
+def stage_rows(record: RunRecord) -> list[list[str]]:
+    """Returns a row for each stage of a two-stage run, each validated on its own data; else nothing."""
+    return [_stage_row(stage) for stage in record.summary.get("stages", []) if isinstance(stage, Mapping)]
 
 
-def routing(record: RunRecord) -> list[str]:
-    """How balanced the routing was in the end."""
-    rows = record.stages.get("moe", ())
+def _stage_row(stage: Mapping[str, Any]) -> list[str]:
+    data, after = stage.get("data"), number(stage.get("val_loss_stage1"))
+    return [
+        str(stage.get("stage", "?")),
+        ", ".join(map(str, data)) if isinstance(data, list) else str(data),
+        formats.count(stage.get("steps")),
+        formats.count(stage.get("tokens")),
+        formats.small(stage.get("lr")),
+        formats.loss(stage.get("val_loss_before")),
+        formats.loss(stage.get("val_loss")),
+        "-" if after is None else formats.loss(after),
+    ]
+
+
+def routing(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns the router's figures as means over the last `TAIL` of the logged steps."""
     pairs = []
     for name, label, show in _ROUTING:
-        _, values = series(rows, f"router/{name}")
+        _, values = series(record.stages.get("moe", ()), f"router/{name}")
         if values.size:
-            tail = values[-max(1, round(_TAIL * values.size)) :]
-            pairs.append((label, show(float(tail.mean()))))
-    if not pairs:
-        return []
-    text = f"Mean over the MoE layers and the last {100 * _TAIL:g} % of the logged steps:"
-    return [html.paragraph(text, "note"), html.facts(pairs, NOT_MEASURED)]
+            pairs.append((label, show(float(values[-max(1, round(TAIL * values.size)) :].mean()))))
+    return pairs
 
 
-def throughput(record: RunRecord) -> list[str]:
-    """Speed and time of each leg, then of the whole run."""
+def throughput(record: RunRecord) -> list[list[str]]:
+    """Returns steps, speed, utilisation and time of each stage."""
     timings, found = record.section("timings"), read_results(record.summary)
+    known = [m for m in MODELS if m in record.stages or number(timings.get(f"{m}_s")) is not None]
     rows = []
-    for stage in (
-        name for name in MODELS if name in record.stages or number(timings.get(f"{name}_s")) is not None
-    ):
+    for stage in known:
         logged = record.stages.get(stage, ())
         steps = [row["step"] for row in logged if number(row.get("step")) is not None]
-        speed = find(found, stage).tokens_per_s or _median(logged, "tokens_per_s")
+        result = find(found, stage)
         rows.append(
             [
-                "Dense (its own training)" if stage == "dense" else find(found, stage).label,
-                formats.count(max(steps) if steps else None),
-                formats.count(speed),
+                "Dense (its own training)" if stage == "dense" else result.label,
+                formats.count(max(steps, default=None)),
+                formats.count(result.tokens_per_s or _median(logged, "tokens_per_s")),
                 formats.share(_median(logged, "mfu")),
                 formats.seconds(timings.get(f"{stage}_s")),
             ]
         )
-    pieces = [html.heading("Throughput and time")]
-    if rows:
-        head = ["training of", "steps", "tokens/s", "MFU (median)", "time"]
-        pieces.append(html.table(head, rows, NOT_MEASURED))
+    return rows
+
+
+def times(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns times, memory and machine of the whole run."""
+    timings, backend = record.section("timings"), record.section("experts")
     total = timings.get("total_s", record.section("run").get("seconds"))
     facts = [
         ("from start to the end of the first step", formats.seconds(timings.get("first_step_s"))),
         ("the whole run", formats.seconds(total)),
+        ("peak memory, all ranks", formats.size(record.summary.get("peak_memory_bytes"))),
+        *((str(key), _text(value)) for key, value in record.section("machine").items()),
     ]
-    facts.append(("peak memory, all ranks", formats.size(record.summary.get("peak_memory_bytes"))))
-    facts += [(str(key), _text(value)) for key, value in record.section("machine").items()]
-    backend = record.section("experts")
     if backend:
         facts.append(("expert kernels", f"{backend.get('backend')}: {backend.get('reason')}"))
-    return [*pieces, html.facts(facts, NOT_MEASURED)]
+    return facts
 
 
-def exactness(record: RunRecord) -> list[str]:
-    """Whether the conversion kept the function, as measured at step 0."""
-    measured = record.section("exactness")
-    pieces = [html.heading("Exactness of the conversion")]
-    if not measured:
-        return [*pieces, html.box([html.paragraph(f"The drift of the logits was {NOT_MEASURED}.")])]
-    claims = {True: "claims to be exact", False: "does not claim to be exact"}.get(
-        measured.get("claimed_exact") is True, ""
-    )
-    facts = [
-        ("upcycling method", f"{measured.get('method', NOT_MEASURED)}, {claims} under this router"),
-        ("largest difference of a logit", formats.small(measured.get("max_logit_diff"))),
-        ("largest logit of the dense model", formats.small(measured.get("max_logit"))),
-        ("difference relative to it", formats.small(measured.get("relative"))),
+def is_guarded(record: RunRecord) -> bool:
+    """Returns True where steps of the run were guarded; older runs have no such rows."""
+    return any("skipped_steps" in row for rows in record.stages.values() for row in rows)
+
+
+def skipped_rows(record: RunRecord) -> list[list[str]]:
+    """Returns a row for each stage in which steps were skipped."""
+    results = read_results(record.summary)
+    return [
+        [find(results, stage).label, *_skipped(rows)]
+        for stage, rows in record.stages.items()
+        if any(row.get("skipped") for row in rows)
     ]
-    if "kl" in measured:
-        facts.append(("KL divergence (nats/token)", formats.small(measured["kl"])))
-    if "argmax_agreement" in measured:
-        facts.append(("tokens with the same best prediction", formats.share(measured["argmax_agreement"])))
-    text = "Logits of the dense model and of the mixture before its first training step, on real tokens."
-    pieces += [html.paragraph(text, "note"), html.facts(facts, NOT_MEASURED)]
-    layers = measured.get("layers")
-    return (
-        [*pieces, *_layer_drifts(layers)] if layers and measured.get("claimed_exact") is not True else pieces
-    )
 
 
-def _layer_drifts(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What an inexact method did to each layer."""
-    columns = {
-        "relative error": "relative_error",
-        "cosine": "cosine",
-        "gain": "gain",
-        "entropy of the load": "load_entropy",
-    }
-    rows = [
-        [str(row.get("layer")), *(formats.decimal(row.get(key)) for key in columns.values())]
-        for row in layers
-    ]
-    text = (
-        "Each mixture against its dense network on the same input: |moe - dense| / |dense|, the cosine of "
-        "the outputs, |moe| / |dense|, and where the tokens go (1: evenly to all experts)."
-    )
-    return [html.paragraph(text, "note"), html.table(["layer", *columns], rows, NOT_MEASURED)]
+def _skipped(rows: Sequence[Row]) -> list[str]:
+    skipped = [row for row in rows if row.get("skipped")]
+    bad = [row for row in skipped if number(row.get("loss")) is None or number(row.get("grad_norm")) is None]
+    at = ", ".join(formats.count(row.get("step")) for row in skipped[:_STEPS_SHOWN])
+    back = ", ".join(formats.count(row["went_back_to"]) for row in rows if "went_back_to" in row)
+    counts = [formats.count(n) for n in (len(skipped), len(bad), len(skipped) - len(bad))]
+    return [*counts, at + (" ..." if len(skipped) > _STEPS_SHOWN else ""), back or "-"]
 
 
-def export(record: RunRecord) -> list[str]:
-    """How to load the exported model."""
-    exported = record.section("export")
-    pieces = [html.heading("Load the exported model")]
-    if not exported:
-        return [*pieces, html.box([html.paragraph("This run has exported no model.")])]
-    drift = formats.small(exported.get("relative"))
-    text = (
-        f"Format: {exported.get('format', 'unknown')}. Reloaded from its files, its logits differed from the "
-        f"trained model's by {drift} of the largest logit."
-    )
-    if number(exported.get("relative")) is None:
-        text = f"Format: {exported.get('format', 'unknown')}. Its logits after reloading were {NOT_MEASURED}."
-    pieces += [html.paragraph(text), html.code(_snippet(record, exported))]
-    sample = _sample(exported.get("sample"))
-    if sample:
-        pieces += [html.paragraph("What it wrote, word by word the likeliest:", "note"), html.code(sample)]
-    return pieces
-
-
-def configuration(record: RunRecord) -> list[str]:
-    """The resolved configuration, folded."""
-    if record.config is None:
+def drift_rows(exactness: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the drift of each layer under a method that is not exact."""
+    if exactness.get("claimed_exact") is True:
         return []
-    return [html.heading("Configuration"), html.folded(CONFIG_FILE, record.config)]
+    keys = ("relative_error", "cosine", "gain", "load_entropy")
+    return [
+        [str(row.get("layer")), *(formats.decimal(row.get(key)) for key in keys)]
+        for row in exactness.get("layers") or ()
+    ]
 
 
-def _name(record: RunRecord) -> str:
-    return str(record.section("run").get("name") or record.run_dir.resolve().name)
-
-
-def _median(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    _, values = series(rows, name)
-    return float(np.median(values)) if values.size else None
-
-
-def _text(value: Any) -> str:
-    """A value of the machine section as text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_text(item) for item in value)
-    return NOT_MEASURED if value is None else str(value)
-
-
-def _snippet(record: RunRecord, exported: Mapping[str, Any]) -> str:
-    """Python that loads the model: transformers alone, or Graft for its own format."""
-    folder = str(record.run_dir / str(exported.get("path") or "hf"))
-    if exported.get("format") == "graft" or exported.get("native") is False:
-        return (
-            "from pathlib import Path\n\nfrom transformers import AutoTokenizer\n\n"
-            "from recipes.models.export.graft_format import load_graft  # in Graft's folder\n\n"
-            f"path = Path({folder!r})\n"
-            "model = load_graft(path).model\n"
-            "tokenizer = AutoTokenizer.from_pretrained(path)\n"
-        ) + _GENERATE
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"path = {folder!r}\n"
-        "model = AutoModelForCausalLM.from_pretrained(path)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n"
-    ) + _GENERATE
-
-
-_GENERATE = (
-    'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
-)
-
-
-def _sample(sample: Any) -> str:
-    """The text of a generated sample, which is JSON with ``prompt`` and ``text``, or plain."""
+def sample_text(sample: Any) -> str:
+    """Returns the text of a generated sample, which is JSON with ``prompt`` and ``text``, or plain."""
     if not isinstance(sample, str):
         return ""
     try:
@@ -257,3 +163,17 @@ def _sample(sample: Any) -> str:
     except ValueError:
         return sample
     return str(section({"sample": content}, "sample").get("text", "")) or sample
+
+
+def _median(rows: Sequence[Row], name: str) -> float | None:
+    _, values = series(rows, name)
+    return float(np.median(values)) if values.size else None
+
+
+def _text(value: Any) -> str:
+    """Returns a value of the section ``machine`` as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    return NOT_MEASURED if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What may be hooked into the training loop without touching it."""
+"""Callbacks of the training loop."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moe.metrics import LoadReport
 
 @dataclass(frozen=True)
 class StageInfo:
-    """One model's training within a run.
+    """Description of a stage for callbacks.
 
     Attributes:
         name: ``dense``, ``moe`` or ``cpt``; the key of its rows in ``metrics.jsonl``.
-        title: For people.
-        total_steps: Optimizer steps of the whole leg.
-        first_step: Steps already done when it starts (resumed).
-        tokens_per_step: Over all ranks.
+        title: Title for the console.
+        total_steps: Optimizer steps of the whole stage.
+        first_step: Steps that were done before this process started it.
+        tokens_per_step: Tokens of a step, over all ranks.
     """
 
     name: str
@@ -28,16 +28,16 @@ class StageInfo:
 
 
 class Callback:
-    """Hooks of the loop; called on every rank, with figures already reduced over the ranks."""
+    """Callback of the loop, called on every rank with figures over all ranks."""
 
     def on_stage_start(self, stage: StageInfo) -> None:
-        """Before the first step."""
+        """Acts before the first step."""
 
     def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
-        """A step is done (or step 0 was validated); ``row`` holds its figures."""
+        """Takes the figures of a step that is done, or of the validation before the first step."""
 
     def before_checkpoint(self, stage: StageInfo, step: int) -> None:
-        """A checkpoint of this step is about to be saved."""
+        """Acts before a checkpoint is saved."""
 
     def on_stage_end(self, stage: StageInfo) -> None:
-        """After the last step, also when the run stops early."""
+        """Acts after the last step, also if the run stops early."""

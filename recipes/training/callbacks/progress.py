@@ -1,4 +1,4 @@
-"""Progress that a person can follow: a live bar on a terminal, plain lines elsewhere."""
+"""Progress on the console: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from recipes.training.callbacks.base import Callback, StageInfo
 
 
 class Progress(Callback):
-    """For rank 0. Shows loss, tokens/s, utilisation, load imbalance and the time that is left."""
+    """Callback for rank 0 that shows loss, tokens/s, utilisation, load imbalance and the time left."""
 
     def __init__(self, log_every: int) -> None:
-        """Prints a line every ``log_every`` steps where there is no terminal."""
+        """Prints a line every ``log_every`` steps if there is no terminal."""
         self.log_every = log_every
         self._bar: Any = None
         self._started = 0.0
@@ -83,5 +83,5 @@ class Progress(Callback):
 
 
 def _has_terminal() -> bool:
-    """A terminal without a width, as containers have them, would show an empty bar."""
+    """Returns whether a bar can be shown: terminals of containers may have no width."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0

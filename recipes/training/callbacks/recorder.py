@@ -1,4 +1,4 @@
-"""Puts every row of the loop into the run's files and charts."""
+"""Recorder of every row of the loop, in the run's files and charts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from recipes.training.callbacks.base import Callback, StageInfo
 
 
 class Recorder(Callback):
-    """Writes ``metrics.jsonl`` and ``load.jsonl`` first, then the tracker."""
+    """Callback that writes ``metrics.jsonl`` and ``load.jsonl`` first, and then to the tracker."""
 
     def __init__(self, logger: RunLogger, ledger: GoodputLedger | None = None) -> None:
-        """``ledger`` is of the rank that writes."""
+        """Takes a ``ledger`` on the rank that writes."""
         self.logger = logger
         self.ledger = ledger
 
     def on_stage_start(self, stage: StageInfo) -> None:
-        """Drops rows past the checkpoint that is resumed: they are written again."""
+        """Drops the rows behind the resumed checkpoint, which will be written again."""
         dropped = self.logger.truncate_after(stage.name, stage.first_step if stage.first_step else -1)
         if self.ledger is not None and dropped:
             self.ledger.recount()
@@ -41,5 +41,5 @@ class Recorder(Callback):
             self.ledger.recount()
 
     def before_checkpoint(self, stage: StageInfo, step: int) -> None:
-        """The rows up to a checkpoint are on the disk before it is: a resume counts on them."""
+        """Flushes the rows to disk before the checkpoint: a resume counts on them."""
         self.logger.sync()

@@ -1,4 +1,4 @@
-"""What guards a run, as the training loop is given it."""
+"""Guards of a run, as they are passed to the training loop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from recipes.runtime.heartbeat import Heartbeat
 
 @dataclass(frozen=True)
 class RunGuards:
-    """The guards of a run.
+    """Guards of a run.
 
     Attributes:
-        faults: When steps are skipped, and when the run ends.
-        folder: The run directory, where bad batches are written down; None writes none.
-        heartbeat: Is told where training is.
+        faults: Rules by which steps are skipped and the run ends.
+        folder: The run directory, in which bad batches are recorded; None records none.
+        heartbeat: Told where training is.
     """
 
     faults: FaultsConfig = field(default_factory=FaultsConfig)

@@ -1,4 +1,4 @@
-"""Decides, step by step, whether a leg's weights may be updated, and whether the run may go on."""
+"""Guard of a stage: decides whether a step may update the weights, and whether the run may go on."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 from moe.errors import GraftError
-from recipes.engines import Engine
 from recipes.tracking.bad_batch import BadStep, record_bad_batch
 from recipes.tracking.metrics_log import Metric
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.step_guard import NO_UPDATE, StepGuard, StepJudgement, Verdict
 from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
-from recipes.training.stage import Stage
+from recipes.training.hooks.base import StageRun, StepHook, TrainStep
+from recipes.training.hooks.rng import get_rng
 
 STATE = "guard"
-"""Under this name a checkpoint keeps what the judge of the steps remembers."""
+"""Name of the step guard's state in a checkpoint."""
 
 _SHOWN_RANKS = 8
 
 
 class DivergedError(GraftError):
-    """The loss or the gradient is not finite, too often in a row; nothing was updated by it."""
+    """Error of a loss or gradient that is not finite, too often in a row; the weights are unharmed."""
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What a step begins with besides tensors; a step that updates nothing leaves those as they are.
+class StepBeginning:
+    """State at the beginning of a step besides tensors, which skipped steps do not change.
 
     Attributes:
-        step: Steps done before it.
+        step: Steps before it.
         rng: Random states of this rank.
-        state: What the judge remembers.
+        state: State of the step guard.
     """
 
     step: int
@@ -43,97 +43,83 @@ class Begun:
     state: Mapping[str, Any]
 
 
-class StageGuard:
-    """Of one leg in one process; every decision is the same on all ranks.
+class StageGuard(StepHook):
+    """Guard of one stage in one process, whose decisions are the same on all ranks.
 
     Attributes:
-        begun: What the present step began with; of several in a row that are not finite, the first.
-        problem: Why the run may not go on; None while it may.
+        begun: Beginning of the present step, or of the first of several steps in a row that are not finite.
+        problem: Error that ends the run; None while it may go on.
     """
 
-    def __init__(self, engine: Engine[Any], guards: RunGuards, stage: Stage) -> None:
-        """Goes on from what the leg's checkpoint remembers, if anything."""
-        self._engine = engine
+    def __init__(self, run: StageRun, guards: RunGuards) -> None:
+        """Continues from the state in the stage's checkpoint, if any."""
+        super().__init__(run)
         self._guards = guards
-        self._stage = stage
-        self._steps = StepGuard(guards.faults, stage.state.get(STATE))
-        self._files = WatchedFiles(stage.data.files)
-        self._in_a_row = 0
+        self._steps = StepGuard(guards.faults, run.stage.state.get(STATE))
+        self._files = WatchedFiles(run.stage.data.files)
+        self._judgement = StepJudgement(Verdict.UPDATED, 0, self._steps.skipped)
         self._changes = self._files.changes()
-        self.begun: Begun | None = None
+        self.begun: StepBeginning | None = None
         self.problem: GraftError | None = None
 
-    def begin(self, step: int, rng: Mapping[str, Tensor]) -> None:
-        """A step begins."""
-        if self._in_a_row == 0:
-            self.begun = Begun(step, rng, self._steps.state())
+    def before_step(self, step: TrainStep) -> None:
+        """Keeps the beginning of the step, unless the step before was not finite."""
+        if self._judgement.verdict is not Verdict.NONFINITE:
+            self.begun = StepBeginning(step.number, get_rng(self.run.engine.device), self._steps.state())
 
-    def measures(self) -> dict[str, Metric]:
-        """What all ranks must know before the update: whether the data is on each of them what it was."""
+    def after_gradients(self, step: TrainStep) -> dict[str, Metric]:
+        """Returns the number of data files that have changed."""
         self._changes = self._files.changes()
         return {"changed_files": Metric(float(len(self._changes)), "sum")}
 
-    def norm_limit(self, reduced: Mapping[str, float]) -> float:
-        """For `TrainModule.step`.
+    def before_update(self, step: TrainStep) -> None:
+        """Limits the gradient norm, by the loss and the data files of all ranks."""
+        changed, loss = step.reduced["changed_files"], step.reduced["loss"]
+        step.norm_limit = NO_UPDATE if changed else self._steps.norm_limit(loss)
 
-        Args:
-            reduced: ``loss`` and `measures`, over all ranks.
-        """
-        return NO_UPDATE if reduced["changed_files"] else self._steps.norm_limit(reduced["loss"])
-
-    def judge(
-        self,
-        step: int,
-        reduced: Mapping[str, float],
-        norm: float,
-        losses: Sequence[Tensor],
-        samples: Sequence[tuple[int, int]],
-    ) -> StepJudgement:
-        """What became of a step, said on rank 0 where that is nothing. Collective.
-
-        Args:
-            step: Steps before it.
-            reduced: As for `norm_limit`.
-            norm: Of its gradient.
-            losses: Of this rank's micro-batches.
-            samples: First sample and number of samples of each of them.
-        """
-        if reduced["changed_files"]:
-            self.problem = changed_everywhere(self._changes, self._engine.data_group)
-            return StepJudgement(Verdict.SPIKE, 0, self._steps.skipped)
-        found = self._steps.judge(reduced["loss"], norm)
-        self._in_a_row = found.in_a_row if found.verdict is Verdict.NONFINITE else 0
+    def after_update(self, step: TrainStep) -> None:
+        """Judges the step, and reports it on rank 0 if it updated nothing. Collective."""
+        if step.reduced["changed_files"]:
+            self.problem = changed_everywhere(self._changes, self.run.engine.data_group)
+            self._judgement = StepJudgement(Verdict.SPIKE, 0, self._steps.skipped)
+            return
+        loss, norm = step.reduced["loss"], step.grad_norm
+        self._judgement = found = self._steps.judge(loss, norm)
         if found.verdict is Verdict.SPIKE:
-            self._log_spike(step, reduced["loss"], norm, found)
+            self._log_spike(step.done, loss, norm, found)
         elif found.verdict is Verdict.NONFINITE:
-            bad = BadStep(self._stage.name, step + 1, reduced["loss"], norm, found.in_a_row)
-            self._tell_nonfinite(bad, torch.stack(list(losses)).tolist(), samples)
-        return found
+            bad = BadStep(self.run.stage.name, step.done, loss, norm, found.in_a_row)
+            self._report_nonfinite(bad, torch.stack(step.losses).tolist(), step.samples)
 
-    def goes_back(self, found: StepJudgement) -> bool:
-        """Whether there were so many spikes in a row that the weights are to go back."""
-        after = self._guards.faults.rollback_after
+    def figures(self, step: TrainStep) -> dict[str, float]:
+        """Returns the number of skipped steps, and a mark if this step is one of them."""
+        row: dict[str, float] = {"skipped_steps": self._judgement.skipped}
+        return row if self._judgement.verdict is Verdict.UPDATED else row | {"skipped": 1}
+
+    def must_go_back(self) -> bool:
+        """Returns whether there were too many spikes in a row, so that the weights must go back."""
+        after, found = self._guards.faults.rollback_after, self._judgement
         return after is not None and found.verdict is Verdict.SPIKE and found.in_a_row >= after
 
     def went_back(self, state: Mapping[str, Any]) -> None:
-        """The weights are those of the checkpoint that had this state."""
+        """Continues from the state of the checkpoint that the weights went back to."""
         self._steps.went_back(state.get(STATE) or {})
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, by its name there."""
+        """Returns the step guard's state under its name in a checkpoint."""
         return {STATE: self._steps.state()}
 
-    def _tell_nonfinite(
+    def _report_nonfinite(
         self, bad: BadStep, losses: Sequence[float], samples: Sequence[tuple[int, int]]
     ) -> None:
         limit = self._guards.faults.max_nonfinite
-        record = record_bad_batch(bad, losses, samples, self._guards.folder, self._engine.data_group)
+        record = record_bad_batch(bad, losses, samples, self._guards.folder, self.run.engine.data_group)
         where = f"its samples are listed in {record.path}" if record.path else "its samples were not listed"
         if record.problem:
             where += f" ({record.problem})"
         found = (
-            f"{self._stage.title}: at step {bad.step} the loss is {bad.loss} and the gradient norm "
-            f"{bad.grad_norm}{_of_ranks(record.bad_ranks, self._engine.world_size)}"
+            f"{self.run.stage.title}: at step {bad.step} the loss is {bad.loss} and the gradient norm "
+            f"{bad.grad_norm}{_of_ranks(record.bad_ranks, self.run.engine.world_size)}"
         )
         if bad.in_a_row < limit:
             self._log(f"{found}; the step is skipped ({bad.in_a_row} in a row, {limit} end the run); {where}")
@@ -141,7 +127,7 @@ class StageGuard:
         row = "" if limit == 1 else f", the {limit} steps in a row that faults.max_nonfinite allows for"
         self.problem = DivergedError(
             f"{found}{row}; the weights were not updated, and {where}. Checkpoints are in "
-            f"{self._stage.checkpoints}: lower optim.lr (now {self._stage.optim.lr}) or raise "
+            f"{self.run.stage.checkpoints}: lower optim.lr (now {self.run.stage.optim.lr}) or raise "
             "optim.schedule.warmup_steps, and set resume=auto."
         )
 
@@ -153,18 +139,18 @@ class StageGuard:
             if value > limit
         ]
         self._log(
-            f"{self._stage.title}: step {step + 1} is skipped, a spike ({found.in_a_row} in a row): its "
+            f"{self.run.stage.title}: step {step} is skipped, a spike ({found.in_a_row} in a row): its "
             f"{' and its '.join(high)}, {faults.spike_sigma:g} standard deviations over the mean of the last "
             f"{faults.spike_window} steps at most"
         )
 
     def _log(self, line: str) -> None:
-        if self._engine.rank == 0:
+        if self.run.engine.rank == 0:
             print(line, flush=True)
 
 
 def _of_ranks(bad: Sequence[int], count: int) -> str:
-    """Which ranks' own losses are not finite, where that tells anything."""
+    """Names the ranks whose own losses are not finite, unless that says nothing."""
     if count == 1 or len(bad) == count:
         return ""
     if not bad:

@@ -1,9 +1,9 @@
-"""Which steps may update the weights: neither those that are not finite nor, where asked for, spikes.
+"""Judgement of steps: those that are not finite, and optionally spikes, must not update the weights.
 
-The rule for spikes is that of OLMo-core's skip-step optimizers: a step does not count when its loss or
-gradient norm lies k standard deviations above the mean of the steps before it. Skipped spikes enter the
-window too, so that a loss that has moved for good is accepted in the end. Everything is a function of figures
-that all ranks share, so that all decide alike.
+The rule for spikes is that of OLMo-core's skip-step optimizers: a step is skipped if its loss or gradient
+norm is k standard deviations above the mean of the steps before it. Skipped spikes enter the window too, so
+that a permanent shift of the loss is accepted in the end. Everything is a function of figures that all ranks
+share, so that all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from recipes.engines.base import may_update
 from recipes.runtime.config import FaultsConfig
 
-# A limit for the norm that no norm keeps.
+# Limit that no norm can meet.
 NO_UPDATE = -1.0
 
 
 class Verdict(Enum):
-    """What became of a step."""
+    """Verdict on a step."""
 
     UPDATED = "updated"
     NONFINITE = "nonfinite"
@@ -33,13 +33,13 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class StepJudgement:
-    """A step as it was judged.
+    """Judgement of a step.
 
     Attributes:
-        verdict: What became of it.
-        in_a_row: Steps of this kind in a row, this one counted.
-        skipped: Steps of the leg without an update, so far.
-        limits: What loss and norm had to keep; infinite where nothing limits them.
+        verdict: The verdict.
+        in_a_row: Number of steps with this verdict in a row, including this one.
+        skipped: Number of skipped steps of the stage so far.
+        limits: Limits of loss and gradient norm; infinite without a limit.
     """
 
     verdict: Verdict
@@ -49,10 +49,10 @@ class StepJudgement:
 
 
 class StepGuard:
-    """Judges the steps of one leg. What it remembers is part of every checkpoint."""
+    """Judge of the steps of one stage, whose state is part of every checkpoint."""
 
     def __init__(self, config: FaultsConfig, state: Mapping[str, Any] | None = None) -> None:
-        """Goes on from ``state``, as `state` gave it; None begins anew, as with checkpoints without it."""
+        """Continues from what `state` returned; None starts anew, e.g. for checkpoints without it."""
         self.config = config
         known = state or {}
         self.skipped = int(known.get("skipped", 0))
@@ -61,7 +61,7 @@ class StepGuard:
         self._set_windows(known)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint; JSON keeps every float exactly."""
+        """Returns the state for a checkpoint; JSON keeps every float exactly."""
         return {
             "skipped": self.skipped,
             "nonfinite": self._nonfinite,
@@ -76,15 +76,15 @@ class StepGuard:
         self._norms: deque[float] = deque(state.get("norms", ()), maxlen=size)
 
     def went_back(self, state: Mapping[str, Any]) -> None:
-        """The weights are those of a checkpoint again: so is what is usual. Skipped steps stay so."""
+        """Resets the windows to those of the checkpoint that the weights went back to."""
         self._set_windows(state)
         self._spikes = 0
 
     def norm_limit(self, loss: float) -> float:
-        """The largest gradient norm with which a step of this loss may update.
+        """Returns the largest gradient norm with which a step of this loss may update.
 
         Args:
-            loss: Of all ranks; known before the update.
+            loss: Loss over all ranks, known before the update.
         """
         if not math.isfinite(loss) or loss > self._limit(self._losses):
             return NO_UPDATE
@@ -94,8 +94,8 @@ class StepGuard:
         """Counts a step and adds it to the window.
 
         Args:
-            loss: As for `norm_limit`.
-            norm: What `TrainModule.step` returned under that limit.
+            loss: Loss over all ranks.
+            norm: Norm that `TrainModule.step` returned under the `norm_limit`.
         """
         limits = self._limit(self._losses), self._limit(self._norms)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -113,7 +113,7 @@ class StepGuard:
         return StepJudgement(verdict, max(self._nonfinite, self._spikes), self.skipped, limits)
 
     def _limit(self, window: Sequence[float]) -> float:
-        """What a figure must keep, by those before it."""
+        """Returns the limit that the figures before it set."""
         sigma = self.config.spike_sigma
         if sigma is None or len(window) < max(2, self.config.spike_window // 2):
             return math.inf

@@ -1,7 +1,7 @@
-"""Whether the files that training reads are still what they were when it began.
+"""Detection of changes of the files that training reads.
 
-They are mapped into memory: one that shrinks ends a process without a word when its pages are read, and one
-that is written to changes what samples mean.
+The files are mapped into memory: one that shrinks kills a process without a message when its pages are read,
+and one that is written to changes the samples.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class _Seen:
 
 @dataclass
 class WatchedFiles:
-    """Some files, as they were when this was made.
+    """Files whose size, time and inode are compared with those at the beginning.
 
     Attributes:
-        paths: Their paths.
+        paths: Paths of the files.
     """
 
     paths: Sequence[Path]
@@ -43,23 +43,23 @@ class WatchedFiles:
         self._before = {path: _look(path) for path in self.paths}
 
     def changes(self) -> list[Mistake]:
-        """What has become of them; empty where all are as they were. A look at names and sizes only."""
+        """Returns the changes since the beginning; it reads no file."""
         pairs = ((path, before, _look(path)) for path, before in self._before.items())
         return [
-            Mistake("data file", str(path), _what(before, now), _REMEDY)
+            Mistake("data file", str(path), _describe(before, now), _REMEDY)
             for path, before, now in pairs
             if before is not None and now != before
         ]
 
 
 def changed_everywhere(own: Sequence[Mistake], group: ProcessGroup | None) -> DataError:
-    """The error that every rank raises when at least one has found a change. Collective."""
-    told = Ranks(group).gather([(str(m.value), m.rule) for m in own])
+    """Returns the error that every rank raises if at least one has found a change. Collective."""
+    found = Ranks(group).gather([(str(m.value), m.rule) for m in own])
     named: dict[tuple[str, str], list[int]] = {}
-    for rank, mistakes in enumerate(told):
+    for rank, mistakes in enumerate(found):
         for value, rule in mistakes:
             named.setdefault((value, rule), []).append(rank)
-    all_ranks = len(told)
+    all_ranks = len(found)
     return DataError(
         [
             Mistake("data file", value, f"{rule}{_seen_by(ranks, all_ranks)}", _REMEDY)
@@ -82,7 +82,7 @@ def _look(path: Path) -> _Seen | None:
     return _Seen(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
-def _what(before: _Seen, now: _Seen | None) -> str:
+def _describe(before: _Seen, now: _Seen | None) -> str:
     if now is None:
         return "it was there when training began, and cannot be found any more"
     if now.size != before.size:

@@ -20,7 +20,7 @@ from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec
 from recipes.models.hf.ffn_names import FFNNames, MatrixName, ModelNames
 from recipes.models.safetensors.dense_files import DenseFiles
-from recipes.models.safetensors.tensor_files import TensorSpec
+from recipes.runtime.safetensors_codec import TensorSpec
 from recipes.upcycling.convert.moe_plan import (
     LayerTensors,
     MoEPlan,

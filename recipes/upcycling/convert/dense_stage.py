@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from recipes.checkpoint import require_space
-from recipes.checkpoint.offline import CheckpointTensors
+from recipes.checkpoint.reader import CheckpointTensors
 from recipes.models.export.write_export import dtype_keys, publish, write_companions
-from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.models.safetensors.tensor_files import TensorFiles
+from recipes.runtime.safetensors_codec import TensorSpec
 
 # What a model's tensors are called in a checkpoint, beside those of the optimizer.
 MODEL_PREFIX = "model."

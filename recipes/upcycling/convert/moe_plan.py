@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe.errors import ConfigError, Mistake, ModelError
+from moe.errors import ConfigError, FieldError, ModelError
 from moe.routers import Router, router_class
 from moe.routers.base import RouterConfig
 from moe.routing.draws import seeded_generator
@@ -171,7 +171,7 @@ def plan_moe(request: MoERequest, statistics: LayerTensors | None = None, *, rea
 def _method(request: MoERequest, shape: FFNShape) -> UpcycleMethod[Any]:
     method: UpcycleMethod[Any] = upcycle_methods()[request.method.name](request.method)
     if unfit := method.check(request.router, shape):
-        raise ConfigError([Mistake(u.option, u.value, u.rule, u.remedy) for u in unfit])
+        raise ConfigError(unfit)
     return method.for_router(request.router)
 
 
@@ -187,9 +187,8 @@ def _known(method: UpcycleMethod[Any], statistics: LayerTensors, ffn: FFNNames) 
 def _chosen(names: ModelNames, config: UpcycleConfig) -> list[FFNNames]:
     try:
         return [names.ffns[i] for i in config.layer_choice.pick(len(names.ffns))]
-    except ValueError as error:
-        rule, _, remedy = str(error).partition(". ")
-        raise ConfigError.one("upcycle.layers", config.layers, rule, remedy) from error
+    except FieldError as error:
+        raise error.under("upcycle") from error
 
 
 def _draw_router(request: MoERequest, ffn: FFNNames, plan: LayerPlan) -> Router[Any]:

@@ -95,7 +95,7 @@ def test_experts_in_a_module_list() -> None:
 
 def test_expert_modules_are_named() -> None:
     (found,) = expert_modules(Tiny(tied=False))
-    assert (found.name, found.num_experts, found.top_k) == ("moe.experts.experts", 4, 2)
+    assert (found.name, found.num_experts, found.top_k) == ("moe.experts", 4, 2)
 
 
 def test_a_layer_that_cannot_be_counted_is_refused() -> None:

@@ -159,7 +159,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     assert sorted(paths) == ["--batch-size", "--json", "--sequence-length", "CONFIG"]
 
 
-@pytest.mark.parametrize(("text", "rule"), [("[]", "it holds no mapping"), ("{", "it is no JSON")])
+@pytest.mark.parametrize(("text", "rule"), [("[]", "it holds no mapping"), ("{", "it is not JSON")])
 def test_files_that_are_no_configs(text: str, rule: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(text, encoding="utf-8")

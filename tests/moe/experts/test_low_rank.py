@@ -99,7 +99,7 @@ def test_draws_depend_on_their_place_alone() -> None:
 
 
 def test_what_the_config_and_the_widths_refuse() -> None:
-    with pytest.raises(ValueError, match=r"rank=-1 must be 0 or more.*\nalpha=0 must be above 0"):
+    with pytest.raises(ValueError, match=r"rank=-1: must be 0 or more.*\nalpha=0: must be above 0"):
         LoraConfig(rank=-1, alpha=0)
     assert LoraConfig().scale == 0 and LORA.scale == 1.5
     assert rank_unsupported_reason(6, 6, 10) is None

@@ -6,6 +6,7 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -256,8 +257,7 @@ def test_what_does_not_fit_the_experts(fields: dict[str, Any], E: int, message: 
         assert found is None
     else:
         assert found is not None
-        with pytest.raises(ValueError, match=message):
-            raise ValueError(found)
+        assert re.search(message, str(found))
 
 
 GROUPED = [

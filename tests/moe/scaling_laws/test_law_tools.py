@@ -149,7 +149,7 @@ def test_fits_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         plan_upcycle.main([*CHECKPOINT, "--budget-tokens", "1e10", *flags])
     text = str(caught.value)
-    for said in ("it is no JSON", "cannot be read", "do not compare", "no published laws of this name"):
+    for said in ("it is not JSON", "cannot be read", "do not compare", "no published laws of this name"):
         assert said in text
 
 

@@ -249,10 +249,10 @@ def test_moefication_begins_its_router_at_mean_rows() -> None:
 def test_what_does_not_fit_is_told(config: UpcycleConfig, router: RouterConfig, options: list[str]) -> None:
     shape = ffn_shape(make_ffn(F=16))
     method = make_method(config, router)
-    assert [unfit.option for unfit in method.check(router, shape)] == options
+    assert [found.path for found in method.check(router, shape)] == options
     # Without a shape, only what the router lacks.
     known = [option for option in options if option.startswith("router") or option.endswith("rows")]
-    assert [unfit.option for unfit in method.check(router, None)] == known
+    assert [found.path for found in method.check(router, None)] == known
 
 
 @pytest.mark.parametrize(

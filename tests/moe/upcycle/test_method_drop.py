@@ -125,7 +125,7 @@ def test_biases_of_neurons_that_are_drawn_become_zero() -> None:
 def test_a_share_that_is_no_neuron_is_refused() -> None:
     method = make_method(DropConfig(ratio=0.05))
     (found,) = method.check(TopKConfig(), ffn_shape(make_ffn()))
-    assert (found.option, found.value) == ("upcycle.ratio", 0.05)
+    assert (found.path, found.value) == ("upcycle.ratio", 0.05)
     assert found.rule == "of 10 neurons that is not one"
     assert method.check(TopKConfig(), None) == []
 

@@ -133,11 +133,15 @@ def test_what_does_not_fit_is_refused() -> None:
     method = make_method(SharedRoutedConfig(granularity=5, num_shared=2, num_experts=8))
     found = method.check(TopKConfig(), ffn_shape(make_ffn(F=16)))
     # Three experts a group: neither eight experts nor two a token divide by it, nor 16 neurons by five.
-    assert [unfit.option for unfit in found] == ["upcycle.num_experts", "router.top_k", "upcycle.granularity"]
+    assert [m.path for m in found] == [
+        "upcycle.num_experts",
+        "router.top_k",
+        "upcycle.granularity",
+    ]
     (found_sum,) = make_method(SharedRoutedConfig()).check(ReLUConfig(), None)
     assert "differs from token to token" in found_sum.rule and "upcycle=shared_dense" in found_sum.remedy
     (wide,) = make_method(SharedDenseConfig(expert_width=11)).check(TopKConfig(), ffn_shape(make_ffn()))
-    assert (wide.option, wide.value) == ("upcycle.expert_width", 11)
+    assert (wide.path, wide.value) == ("upcycle.expert_width", 11)
 
 
 @pytest.mark.parametrize("shared", [0, 4])

@@ -67,7 +67,7 @@ def test_slices_are_half_as_wide_by_default_and_never_wider_than_the_network() -
     assert build(ShuffleSliceConfig(), make_ffn(F=16)).bank.w_down_EDF.shape == (8, 6, 8)
     method = make_method(ShuffleSliceConfig(expert_width=17))
     (found,) = method.check(TopKConfig(), ffn_shape(make_ffn(F=16)))
-    assert (found.option, found.value, found.remedy) == (
+    assert (found.path, found.value, found.remedy) == (
         "upcycle.expert_width",
         17,
         "Set 16 or less, or null.",
@@ -112,7 +112,7 @@ def test_a_division_is_exact_only_where_all_experts_count_once(biased: bool) -> 
 
 def test_parts_of_one_size_or_none() -> None:
     (found,) = make_method(PartitionConfig(num_experts=3)).check(TopKConfig(), ffn_shape(make_ffn()))
-    assert (found.option, found.value) == ("upcycle.num_experts", 3)
+    assert (found.path, found.value) == ("upcycle.num_experts", 3)
     assert "the 10 neurons of the dense network do not divide by it" in found.rule
 
 

@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_by_name(
 ) -> None:
     method = make_method(VirtualGroupConfig(**config), router)  # type: ignore[arg-type]
     found = method.check(router, ffn_shape(make_ffn(F=16)))
-    assert [unfit.option for unfit in found] == [option]
+    assert [mistake.path for mistake in found] == [option]
     assert rule in found[0].rule
     assert found[0].remedy.startswith(("Set ", "Choose "))
 

@@ -113,8 +113,8 @@ def test_a_good_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "rule"),
     [
-        ("{", "it is no JSON"),
-        ("[1]", "it is no object"),
+        ("{", "it is not JSON"),
+        ("[1]", "it is not an object"),
         ('{"question": 1, "choices": ["a", "b"], "answer": 0}', "it needs a question"),
         ('{"question": "", "choices": ["a"], "answer": 0}', "two choices or more"),
         ('{"question": "", "choices": ["a", ""], "answer": 0}', "two choices or more"),

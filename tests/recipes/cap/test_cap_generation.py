@@ -68,7 +68,7 @@ def test_choices_come_before_answers() -> None:
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("{", "it is no JSON"),
+        ("{", "it is not JSON"),
         ('{"prompt": ""}', "it needs a prompt"),
         ('{"prompt": "a"}', "it needs an answer"),
         ('{"prompt": "a", "answer": []}', "it needs an answer"),

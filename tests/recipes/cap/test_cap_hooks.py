@@ -128,7 +128,7 @@ def test_no_pass_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mixtures_that_cannot_be_watched_are_refused(make_checkpoint: MakeCheckpoint) -> None:
     system = load(make_checkpoint("mixtral", **MIXTURES["mixtral"]))
     assert system.shape is not None
-    with pytest.raises(ModelError, match=r"modules have mixtures of \[6, 6\] experts"):
+    with pytest.raises(ModelError, match=r"modules have MoE layers of \[6, 6\] experts"):
         check_sites(system.sites[:2], system.shape, "x")
 
 

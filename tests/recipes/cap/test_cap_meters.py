@@ -80,4 +80,4 @@ def test_mean_memory_over_time(tmp_path: Path) -> None:
     empty = MemorySampler(CPU, proc=tmp_path / "none")
     with empty:
         pass
-    assert empty.read().value is None and "does not tell" in empty.read().detail
+    assert empty.read().value is None and "does not report" in empty.read().detail

@@ -73,7 +73,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("a: 1\n")
     rules = {
-        "none": "there is no config.json in it, and it is no run",
+        "none": "there is no config.json in it, and it is not a run",
         "bad": "its config.json cannot be read",
         "list": "its config.json holds no mapping",
         "run": "this run has no exported model yet",

@@ -10,7 +10,7 @@ import torch
 
 from moe.accounting.device_peaks import TABLE
 from moe.errors import ConfigError
-from recipes.cap.ceilings import find_ceilings, served_ceilings
+from recipes.tracking.ceilings import find_ceilings, served_ceilings
 from recipes.tracking.measure_peaks import (
     BANDWIDTH,
     last_cache_bytes,

@@ -49,7 +49,7 @@ SYSTEM_KEYS = {
     "model_type",
     "parameters",
     "active_parameters",
-    "moe_blocks",
+    "mixtures",
     "experts",
     "top_k",
     "dtype",
@@ -80,7 +80,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def written(make_checkpoint: MakeCheckpoint, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a dense model, two mixtures of transformers and one of Graft's own, with everything."""
+    """A report of a dense model, two MoEs of transformers and one of Graft's own, with everything."""
     out = tmp_path_factory.mktemp("cap")
     folders = [f"{name}={make_checkpoint(name, **MIXTURES[name])}" for name in ("qwen3_moe", "deepseek_v3")]
     folders.append(f"graft={graft_moe(make_checkpoint, out / 'graft')}")
@@ -128,7 +128,7 @@ def test_the_keys_of_the_schema(report: dict[str, Any]) -> None:
 
 def test_every_system_has_its_figures(report: dict[str, Any]) -> None:
     assert [s["name"] for s in report["systems"]] == ["dense", "qwen3_moe", "deepseek_v3", "graft"]
-    assert [s["moe_blocks"] for s in report["systems"]] == [0, 1, 2, 3]
+    assert [s["mixtures"] for s in report["systems"]] == [0, 1, 2, 3]
     for system in report["systems"]:
         assert system["weights"]["held_bytes"] == system["weights"]["counted_bytes"] > 0
         for point, size in zip(system["points"], (1, 3), strict=True):

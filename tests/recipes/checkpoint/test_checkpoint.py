@@ -22,8 +22,9 @@ from recipes.checkpoint import (
     require_space,
     save_checkpoint,
 )
+from recipes.checkpoint.manifest import FileRecord
 from recipes.checkpoint.shard_layout import Box
-from recipes.checkpoint.stream import write_tensors
+from recipes.runtime.safetensors_codec import write_tensors
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -91,7 +92,7 @@ def test_loading_fills_views_and_parameters_in_place(tmp_path: Path) -> None:
 
 def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     saved = {name: value for name, value in _awkward().items() if value.ndim}
-    record = write_tensors(tmp_path / "file.safetensors", list(saved.items()))
+    record = FileRecord.of(*write_tensors(tmp_path / "file.safetensors", list(saved.items())))
     assert record.size == (tmp_path / "file.safetensors").stat().st_size
     read = load_file(tmp_path / "file.safetensors")
     assert all(_same(saved[name], read[name]) for name in saved)

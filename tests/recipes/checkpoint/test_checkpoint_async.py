@@ -21,9 +21,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe.errors import DiskError, GraftError
 from recipes.checkpoint import Retention, Saver, find_checkpoint, load_checkpoint, verify_checkpoint
-from recipes.checkpoint.host_copies import HostCopies
-from recipes.checkpoint.manifest import FileRecord
-from recipes.checkpoint.stream import write_tensors
+from recipes.checkpoint.background import HostCopies
+from recipes.runtime.safetensors_codec import write_tensors
 from tests.distributed_helper import run_ranks
 from tests.patience import patience
 
@@ -39,7 +38,7 @@ def saver(root: Path, last: int | None = None, *, background: bool = True) -> Sa
 def writing(action: Callable[[], None]) -> Iterator[None]:
     """While open, every file of tensors is written after `action`, which may raise."""
 
-    def write(path: Path, entries: Sequence[tuple[str, Tensor]]) -> FileRecord:
+    def write(path: Path, entries: Sequence[tuple[str, Tensor]]) -> tuple[int, int]:
         action()
         return write_tensors(path, entries)
 

@@ -12,10 +12,9 @@ import torch
 
 from moe.errors import CheckpointError
 from recipes.checkpoint import LocalShard, load_checkpoint, save_checkpoint
-from recipes.checkpoint.manifest import FileRecord, Index, Manifest, StoredBox
-from recipes.checkpoint.names import INDEX, MANIFEST
+from recipes.checkpoint.manifest import INDEX, MANIFEST, FileRecord, Index, Manifest, StoredBox
 from recipes.checkpoint.shard_layout import Box, cover_fault
-from recipes.checkpoint.write_plan import plan
+from recipes.checkpoint.writer import plan_writes
 
 NAME = "model.layers.3.mlp.experts.w_up_EUD"
 SHAPE = (4, 2, 3)
@@ -28,10 +27,13 @@ def _held(*experts: tuple[int, int]) -> dict[str, Any]:
 
 
 def test_every_expert_on_two_ranks() -> None:
-    boxes = plan([_held((0, 2)), _held((2, 2))]).tensors[NAME].boxes
+    boxes = plan_writes([_held((0, 2)), _held((2, 2))]).tensors[NAME].boxes
     assert [(box.rank, box.offset[0], box.size[0]) for box in boxes] == [(0, 0, 2), (1, 2, 2)]
     # Replicas are one: what several ranks hold alike is written once.
-    assert plan([_held((0, 2)), _held((0, 2)), _held((2, 2)), _held((2, 2))]).tensors[NAME].boxes[1].rank == 2
+    assert (
+        plan_writes([_held((0, 2)), _held((0, 2)), _held((2, 2)), _held((2, 2))]).tensors[NAME].boxes[1].rank
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_every_expert_on_two_ranks() -> None:
 )
 def test_missing_and_doubled_experts_are_not_saved(ranks: list[dict[str, Any]], told: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{re.escape(NAME)}=.*{told}.*a row is an expert"):
-        plan(ranks)
+        plan_writes(ranks)
 
 
 def test_a_rank_that_saves_too_few_experts_is_refused(tmp_path: Path) -> None:

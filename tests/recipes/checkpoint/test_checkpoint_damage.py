@@ -17,9 +17,8 @@ import torch
 
 from moe.errors import CheckpointError
 from recipes.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
-from recipes.checkpoint.manifest import FileRecord, Index, Manifest, StoredBox, StoredTensor
-from recipes.checkpoint.names import rank_file
-from recipes.checkpoint.stream import write_tensors
+from recipes.checkpoint.manifest import FileRecord, Index, Manifest, StoredBox, StoredTensor, rank_file
+from recipes.runtime.safetensors_codec import write_tensors
 from tests.paths import ROOT
 
 _FILES = ["index.json", "manifest.json", "rank-00000.safetensors", "state.json"]
@@ -104,7 +103,9 @@ def _as_two_ranks(path: Path, step: int) -> None:
     records = {}
     for rank, half in enumerate(halves):
         (path / rank_file(rank)).unlink(missing_ok=True)
-        records[rank_file(rank)] = write_tensors(path / rank_file(rank), [("global/a#0", half)])
+        records[rank_file(rank)] = FileRecord.of(
+            *write_tensors(path / rank_file(rank), [("global/a#0", half)])
+        )
     boxes = [StoredBox(rank=r, key="global/a#0", offset=(2048 * r,), size=(2048,)) for r in (0, 1)]
     index = Index(tensors={"a": StoredTensor(dtype="float32", shape=(4096,), boxes=boxes)})
     data = index.model_dump_json().encode()
@@ -271,8 +272,9 @@ def test_moved_and_renamed_checkpoints_still_load(root: Path) -> None:
 
 _KILLED_SAVE = """
 import sys, time, torch
-from recipes.checkpoint import save_checkpoint, stream
-append = stream._append
+from recipes.checkpoint import save_checkpoint
+from recipes.runtime import safetensors_codec
+append = safetensors_codec.append
 def slow(file, data, crc):
     crc = append(file, data, crc)
     file.flush()
@@ -280,7 +282,7 @@ def slow(file, data, crc):
     time.sleep(60)
     return crc
 save_checkpoint(sys.argv[1], 1, {"a": torch.ones(4)}, {})
-stream._append = slow
+safetensors_codec.append = slow
 save_checkpoint(sys.argv[1], 2, {"a": torch.zeros(4)}, {})
 """
 

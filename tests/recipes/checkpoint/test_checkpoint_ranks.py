@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe.errors import CheckpointError, DiskError
-from recipes.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, stream
+from recipes.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from recipes.runtime import safetensors_codec
 from tests.distributed_helper import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -152,7 +153,7 @@ def test_any_sharding_on_four_ranks_is_read_into_any_other(tmp_path: Path) -> No
 
 def _one_rank_fails(rank: int, world_size: int, root: str, culprit: int, error: Exception) -> tuple[str, str]:
     save_checkpoint(root, 1, {"a": torch.arange(4)}, {})
-    original = stream._append
+    original = safetensors_codec.append
 
     def full(*args: Any) -> int:
         original(*args)
@@ -160,10 +161,10 @@ def _one_rank_fails(rank: int, world_size: int, root: str, culprit: int, error: 
 
     tensors = {"a": distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (2,)), [Shard(0)])}
     if rank == culprit:
-        stream._append = full
+        safetensors_codec.append = full
     with pytest.raises(DiskError) as caught:
         save_checkpoint(root, 2, tensors, {}, keep_last=1)
-    stream._append = original
+    safetensors_codec.append = original
     dist.barrier()
     assert os.listdir(root) == ["step-00000001"]
 
@@ -220,4 +221,4 @@ def test_damage_and_mistakes_are_the_same_error_on_all_ranks(tmp_path: Path) -> 
     assert "rank-00001.safetensors" in explicit and "damaged" in explicit
     assert "='only on rank 1': 1 tensors of this run are not in the checkpoint" in strict
     assert "the run has float32 [7]" in strict
-    assert "still waits for a reduction" in unreduced
+    assert "still awaits a reduction" in unreduced

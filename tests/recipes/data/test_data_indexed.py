@@ -188,7 +188,7 @@ def test_killed_midway_leaves_no_pair(tmp_path: Path, before: bool) -> None:
             if str(target).endswith(".idx"):
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(source, target)
-        indexed.os.replace = die
+        os.replace = die
         with indexed.IndexedWriter(sys.argv[1], "int32") as writer:
             writer.add_document(range(100000))
             if sys.argv[2] == "writing":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines import TrainModule
+from recipes.engines import MicroBatch, TrainModule
 from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainModule
 from recipes.engines.deepspeed.zero_experts import gather_slices
 from recipes.engines.optim.lr_schedule import ScheduleConfig
@@ -214,7 +214,7 @@ def gradients(train_module: Any) -> dict[str, Tensor]:
     named = {name: p for name, p in train_module.model.module.named_parameters() if p.requires_grad}
     if not isinstance(train_module, DeepSpeedTrainModule):
         return {name: full(param.grad) for name, param in named.items()}
-    spread = train_module.spread
+    spread = train_module.ep
     if train_module.stage == 0:
         return {
             name: gather_slices(param.grad, spread) if name in spread.counts else full(param.grad)
@@ -238,7 +238,7 @@ def take_step(train_module: Any, step: int) -> Tensor:
     engine = train_module.engine
     share = GLOBAL_BATCH // engine.world_size
     batch = samples(step * GLOBAL_BATCH + engine.rank * share, share)
-    loss = train_module.micro_batch_backward(torch.from_numpy(batch), 0, 1)
+    loss = train_module.forward_backward([MicroBatch(torch.from_numpy(batch))])[0]
     train_module.step(1.0)
     dist.all_reduce(loss)
     return loss / engine.world_size
@@ -269,17 +269,17 @@ def _place(folder: Path, layout: Layout) -> Path:
 def _refuses(layout: Layout) -> tuple[bool, float]:
     train_module, fresh = (prepared(ALONE["adamw"], layout) for _ in range(2))
     before = weights_of(train_module)
-    original = train_module._loss
+    original = train_module._losses
     broken = float("nan") if train_module.engine.rank == 1 else 1.0
-    train_module._loss = lambda *args: original(*args) * broken
+    train_module._losses = lambda batch: original(batch) * broken
     share = GLOBAL_BATCH // layout[0]
-    train_module.micro_batch_backward(
-        torch.from_numpy(samples(share * train_module.engine.rank, share)), 0, 1
+    train_module.forward_backward(
+        [MicroBatch(torch.from_numpy(samples(share * train_module.engine.rank, share)))]
     )
     norm = train_module.step(1.0)
-    train_module._loss = original
+    train_module._losses = original
     # Another that is finite, and above what it may be.
-    train_module.micro_batch_backward(torch.from_numpy(samples(0, share)), 0, 1)
+    train_module.forward_backward([MicroBatch(torch.from_numpy(samples(0, share)))])
     limited = train_module.step(1.0, 0.5 * float(train_module.clip_norm or 1.0))
     after = weights_of(train_module)
     held = not bool(torch.isfinite(norm)) and bool(torch.isfinite(limited))

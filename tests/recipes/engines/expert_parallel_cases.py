@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.engines import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
 from tests.recipes.engines import engine_cases
 from tests.recipes.engines.case_list import ALONE
@@ -186,7 +187,7 @@ def _step(train_module: NativeTrainModule, step: int) -> Tensor:
     engine = train_module.engine
     share = GLOBAL_BATCH // engine.data_ranks
     batch = samples(step * GLOBAL_BATCH + engine.data_rank * share, share)
-    train_module.micro_batch_backward(torch.from_numpy(batch), 0, 1)
+    train_module.forward_backward([MicroBatch(torch.from_numpy(batch))])
     return train_module.step(1.0)
 
 
@@ -221,7 +222,7 @@ def _place(folder: Path, layout: Layout) -> Path:
 def _refuses(layout: Layout) -> bool:
     train_module, rank = _prepared(layout), dist.get_rank()
     before = _weights(train_module)
-    train_module.micro_batch_backward(torch.from_numpy(samples(4 * rank, 4)), 0, 1)
+    train_module.forward_backward([MicroBatch(torch.from_numpy(samples(4 * rank, 4)))])
     if rank == 1:
         grad = train_module.model.moe_layers()[0][1].experts.w_up_EUD.grad
         grad.to_local().flatten()[0] = float("nan")
@@ -238,7 +239,7 @@ def _family_error(family: str) -> tuple[float, str]:
     logits = plain(input_ids=ids_BS1[:, :-1]).logits
     F.cross_entropy(logits.flatten(0, 1), ids_BS1[:, 1:].flatten()).backward()
     cut = open_engine(tensor_parallel=2).prepare(make_model(case), case.optim)
-    cut.micro_batch_backward(ids_BS1, 0, 1)
+    cut.forward_backward([MicroBatch(ids_BS1)])
     wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
     errors = [
         (relative(full(parameter.grad), wanted[name]), name)
@@ -254,5 +255,5 @@ def _noisy_loss() -> tuple[float, int]:
     train_module = open_engine(tensor_parallel=2).prepare(make_model(case), case.optim)
     torch.manual_seed(dist.get_rank())
     with CommDebugMode() as counted:
-        loss = train_module.micro_batch_backward(torch.from_numpy(samples(0, GLOBAL_BATCH)), 0, 1)
+        (loss,) = train_module.forward_backward([MicroBatch(torch.from_numpy(samples(0, GLOBAL_BATCH)))])
     return float(loss), counted.get_comm_counts()[torch.ops.c10d_functional.all_reduce]

@@ -19,7 +19,7 @@ from moe.upcycle.copies import Copy, CopyConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines import MicroBatch
 from recipes.engines.megatron.expert_kinds import expert_kinds
-from recipes.engines.megatron.hf_weights import Held, gathered, live_blocks, whereabouts
+from recipes.engines.megatron.hf_weights import LocalParameter, gathered, live_tensors, locate
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
 from recipes.models.hf.hf_model import HFModel, Surgery, swap
 from recipes.runtime.interrupt import StopRequest
@@ -253,17 +253,17 @@ def gradients(train_module: Any) -> dict[str, Tensor]:
     if not hasattr(train_module, "chunk"):
         named = train_module.model.module.named_parameters()
         return {name: full(p.grad) for name, p in named if p.grad is not None}
-    places, divided = train_module.places, train_module.chunk.ddp_config.use_distributed_optimizer
+    groups, divided = train_module.groups, train_module.chunk.ddp_config.use_distributed_optimizer
     held = [
-        Held(each.tensor.main_grad, each.parts, each.over)
-        for each in train_module.held
+        LocalParameter(each.tensor.main_grad, each.blocks, each.sharded_over)
+        for each in train_module.local
         if each.tensor.requires_grad
-        and not (divided and places.holders(each.over, sharded=True)[0].size() > 1)
+        and not (divided and groups.holders(each.sharded_over, sharded=True)[0].size() > 1)
     ]
-    blocks = live_blocks(held)
-    known = whereabouts(blocks, places)
+    blocks = live_tensors(held)
+    known = locate(blocks, groups)
     names = [name for name, _ in train_module.skeleton.module.named_parameters() if name in known]
-    return {name: grad.clone() for name, grad in gathered(blocks, places, names, train_module.device)}
+    return {name: grad.clone() for name, grad in gathered(blocks, groups, names, train_module.device)}
 
 
 def _weights(train_module: Any) -> dict[str, Tensor]:
@@ -273,7 +273,7 @@ def _weights(train_module: Any) -> dict[str, Tensor]:
 def _step(engine: Any, train_module: Any, step: int) -> Tensor:
     share = GLOBAL_BATCH // engine.data_ranks
     batch = samples(step * GLOBAL_BATCH + engine.data_rank * share, share)
-    train_module.forward_backward(iter([MicroBatch(torch.from_numpy(batch))]), 1)
+    train_module.forward_backward([MicroBatch(torch.from_numpy(batch))])
     return train_module.step(1.0)
 
 
@@ -308,9 +308,9 @@ def _refuses(engine: Any, train_module: Any) -> bool:
     batch = torch.from_numpy(samples(engine.data_rank * share, share))
     if engine.rank == 1:
         # An expert's, which no other rank may hold.
-        expert = next(each.tensor for each in train_module.held if each.over == "expert")
+        expert = next(each.tensor for each in train_module.local if each.sharded_over == "expert")
         expert.main_grad.fill_(float("nan"))
-    train_module.forward_backward(iter([MicroBatch(batch)]), 1)
+    train_module.forward_backward([MicroBatch(batch)])
     norm = train_module.step(1.0)
     after = _weights(train_module)
     same = all(torch.equal(after[name], weight) for name, weight in before.items())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.engines.megatron.cpu_patches import PATCHES, cuda_type_names, on_cpu
-from recipes.engines.megatron.rank_groups import ParallelDims, leave
+from recipes.engines.megatron.rank_groups import MegatronDims, leave
 
 
 def _config(**more: Any) -> Any:
@@ -200,12 +200,12 @@ def probe() -> dict[str, tuple[str | None, str | None]]:
     for name, work in PROBES.items():
         # Where nothing is cut but by its own probe.
         cut, stages = 2 if name == "layers" else 1, 2 if name == "tied" else 1
-        ParallelDims(tensor=cut, pipeline=stages, sequence=cut > 1).join()
+        MegatronDims(tp=cut, pp=stages, sequence_parallel=cut > 1).join()
         with on_cpu([other for other in PATCHES if other != name]):
             without = _trouble(work)
         with on_cpu():
             found[name] = (without, _trouble(work))
-    ParallelDims().join()
+    MegatronDims().join()
     with on_cpu():
         without = _trouble(lambda: _optimizer(distributed=True))
         with cuda_type_names():

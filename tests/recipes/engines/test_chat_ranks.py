@@ -107,7 +107,7 @@ def train(folder: Path, way: Way) -> Outcome:
         stage = make_stage(case, train_module, Path(engine.broadcast(checkpoints)))
         stage.data = data
         outcome.notes["before"] = validation_loss(engine, train_module, data, stage.train)
-        with patch("recipes.training.training_loop.Saver.save"):
+        with patch("recipes.training.hooks.stage_saves.Saver.save"):
             Loop(engine, [_Record(outcome)], StopRequest()).run(stage)
         engine.barrier()
     return outcome

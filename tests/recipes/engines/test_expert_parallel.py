@@ -13,7 +13,7 @@ from moe.routers.avg_k import AvgKConfig
 from moe.routers.topk import TopKConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.engines.native.expert_parallel import cut_dim
+from recipes.engines.native.expert_parallel import shard_dim
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.engines.native.tensor_parallel import _require_known, attention_mistakes, attention_plan
 from recipes.models.hf.ffn_blocks import decoder_blocks
@@ -147,10 +147,7 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert NativeEngine.check(NativeConfig(expert_parallel=2, device="cpu")) is None
     unsupported_reason = NativeEngine.check(NativeConfig(expert_parallel=3, device="cpu"))
-    assert (
-        unsupported_reason is not None
-        and "expert_parallel=3: 4 ranks do not divide into groups of so many" in unsupported_reason
-    )
+    assert "expert_parallel=3: 4 ranks do not divide into groups of 3" in str(unsupported_reason)
 
     def mistakes(spread: int, experts: int, router: TopKConfig | AvgKConfig) -> list[str]:
         config = NativeConfig(expert_parallel=spread)
@@ -176,13 +173,13 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("cuts", "rule"),
     [
-        ({"replicas": 3}, "replicas=3: 4 ranks do not divide into so many groups"),
+        ({"replicas": 3}, "replicas=3: 4 ranks do not divide into 3 groups"),
         (
             {"replicas": 2, "expert_parallel": 4},
-            "expert_parallel=4: the 2 ranks of each of 2 replicas do not divide into groups of so many. Set "
+            "expert_parallel=4: the 2 ranks of each of 2 replicas do not divide into groups of 4. Set "
             "a divisor of 2, or start a multiple of 8 ranks",
         ),
-        ({"tensor_parallel": 3}, "tensor_parallel=3: 4 ranks do not divide into groups of so many"),
+        ({"tensor_parallel": 3}, "tensor_parallel=3: 4 ranks do not divide into groups of 3"),
         ({"replicas": 2, "expert_parallel": 2, "tensor_parallel": 2}, None),
     ],
 )
@@ -203,16 +200,18 @@ def test_attention_that_cannot_be_spread_is_refused() -> None:
     # Norms over all heads; latent projections; no plan; no family.
     for family in ("olmo2", "deepseek_v2", "gpt2", "nonsense"):
         assert (
-            f"transformers does not say how attention of '{family}' is cut"
+            f"transformers has no plan that shards the attention of '{family}'"
             in rules({"model_type": family})[0]
         )
     queries, keys = rules({"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 3}, 4)
-    assert "engine.tensor_parallel=4: the 6 attention heads do not divide over so many ranks" in queries
+    assert "engine.tensor_parallel=4: the 6 attention heads do not divide over 4 ranks" in queries
     assert "the 3 key-value heads" in keys
     run = parse_config(compose_config(["+recipe=upcycle", "engine.tensor_parallel=3"]))
     assert "the 4 attention heads" in str(NativeEngine.check_run(run.engine, run)[0])
     run = parse_config(compose_config(["+recipe=upcycle", "engine.tensor_parallel=2", "attention=moe"]))
-    assert "heads that are experts are not spread" in str(NativeEngine.check_run(run.engine, run)[0])
+    assert "attention experts do not support tensor parallelism" in str(
+        NativeEngine.check_run(run.engine, run)[0]
+    )
 
 
 def test_projections_that_the_plan_does_not_know_are_refused() -> None:
@@ -223,14 +222,14 @@ def test_projections_that_the_plan_does_not_know_are_refused() -> None:
     _require_known(attention, plan, 2)
     attention.sinks = torch.nn.Parameter(torch.zeros(4))
     attention.q_proj = torch.nn.Sequential(attention.q_proj)
-    with pytest.raises(ModelError, match="sinks, q_proj of LlamaAttention: it is not known how to cut such"):
+    with pytest.raises(ModelError, match="it is not known how to shard sinks, q_proj of LlamaAttention"):
         _require_known(attention, plan, 2)
 
 
 def test_experts_that_no_axis_divides_are_refused() -> None:
     experts = make_experts(True, torch.float32)  # 8 experts, weights of 10 and 6 rows
-    assert (cut_dim(experts, 4, 2), cut_dim(experts, 2, 8)) == (0, 1)
+    assert (shard_dim(experts, 4, 2), shard_dim(experts, 2, 8)) == (0, 1)
     with pytest.raises(
         ModelError, match=r"neither the 1 experts of a rank nor the rows of their weights .*6"
     ):
-        cut_dim(experts, 4, 8)
+        shard_dim(experts, 4, 8)

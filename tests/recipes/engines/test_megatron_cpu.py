@@ -31,6 +31,6 @@ def test_nothing_is_left_of_the_patches() -> None:
 def test_another_version_is_refused_by_name() -> None:
     require_version("0.16.1")
     with pytest.raises(
-        ConfigError, match=r"engine\.device='cpu': .* knows megatron-core 0\.16\.1, and 0\.17\.0"
+        ConfigError, match=r"engine\.device='cpu': .* supports megatron-core 0\.16\.1, and 0\.17\.0"
     ):
         require_version("0.17.0")

@@ -14,12 +14,12 @@ import pytest
 from moe.routers.mod import MoDConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.engines.megatron.dispatchers import Spread, dispatchers
+from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
 from tests.recipes.engines.megatron_stand_ins import Buffer, GroupedLinear, HybridEPBuffer
 
-FITS = Spread("cuda", "bf16", 2)
+FITS = DispatchSetup("cuda", "bf16", 2)
 _PACKAGES = ("deep_ep", "transformer_engine", "transformer_engine.pytorch")
 
 
@@ -36,13 +36,13 @@ def _install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def _told(name: str, spread: Spread) -> list[str]:
-    return [str(mistake) for mistake in dispatchers()[name].mistakes(spread)]
+def _told(name: str, setup: DispatchSetup) -> list[str]:
+    return [str(mistake) for mistake in dispatchers()[name].mistakes(setup)]
 
 
 def test_what_torch_sends_runs_everywhere() -> None:
     for name in ("alltoall", "allgather"):
-        assert _told(name, Spread("cpu", "fp32", 1)) == _told(name, FITS) == []
+        assert _told(name, DispatchSetup("cpu", "fp32", 1)) == _told(name, FITS) == []
     assert list(dispatchers()) == ["alltoall", "allgather", "deepep", "hybridep"]
     assert list(expert_kinds()) == ["graft", "megatron", "te"]
     for name in ("graft", "megatron"):
@@ -51,7 +51,7 @@ def test_what_torch_sends_runs_everywhere() -> None:
 
 @pytest.mark.parametrize("name", ["deepep", "hybridep"])
 def test_deepep_names_all_that_it_lacks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, ranks, precision = _told(name, Spread("cpu", "fp32", 1))
+    device, ranks, precision = _told(name, DispatchSetup("cpu", "fp32", 1))
     assert device == (
         f"engine.dispatcher={name!r}: its kernels run on GPUs, and the run on cpu. "
         "Set engine.dispatcher=alltoall."
@@ -64,7 +64,7 @@ def test_deepep_names_all_that_it_lacks(name: str, monkeypatch: pytest.MonkeyPat
     assert _told("deepep", FITS) == []
     (missing,) = _told("hybridep", FITS)
     assert "has no attribute 'HybridEPBuffer'" in missing
-    (uneven,) = _told("deepep", Spread("cuda", "bf16", 3))
+    (uneven,) = _told("deepep", DispatchSetup("cuda", "bf16", 3))
     assert "(engine.expert_parallel=3: Unsupported number of EP ranks: 3)" in uneven
     _install(monkeypatch, "deep_ep", HybridEPBuffer=HybridEPBuffer)
     assert _told("hybridep", FITS) == []
@@ -107,7 +107,7 @@ def test_deepep_among_many_experts_needs_weights_above_0() -> None:
 
 def test_a_run_is_told_all_of_it_before_it_starts() -> None:
     for wrong in ("experts", "dispatcher"):
-        with pytest.raises(ValueError, match=rf"{wrong}='none' is none\. Choose \w+, "):
+        with pytest.raises(ValueError, match=rf"{wrong}='none': there is none of this name\. Choose \w+, "):
             MegatronConfig(**{wrong: "none"})  # type: ignore[arg-type]
     overrides = ["+recipe=upcycle", "engine=megatron", "engine.device=cpu", "experts.lora.rank=4"]
     overrides += ["engine.experts=te", "engine.dispatcher=deepep", "engine.expert_parallel=2"]

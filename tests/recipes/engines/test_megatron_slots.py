@@ -23,7 +23,13 @@ from moe.routers.topk import TopKConfig, TopKRouter
 from moe.types import LayerContext, RouterContext, Routing
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.engines.megatron.gpt_shape import family_mistakes, read_shape, split_mistakes
+from recipes.engines.megatron.gpt_shape import (
+    blocks_of_stages,
+    family_mistakes,
+    megatron_layout,
+    read_shape,
+    split_mistakes,
+)
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
 from recipes.engines.megatron.slots import (
     Attention,
@@ -31,10 +37,8 @@ from recipes.engines.megatron.slots import (
     RouterSlot,
     SharedSlot,
     as_map,
-    experts_slot,
     slot_of,
 )
-from recipes.engines.megatron.stages import blocks_of_stages, megatron_layout
 from recipes.engines.optim.optimizer import OptimConfig
 from tests.moe.dispatch.dispatch_cases import make_experts
 from tests.moe.routers.routing_cases import _tell_batch, label, make_layer, router_case
@@ -160,16 +164,18 @@ class _Spec:
 
 def test_experts_fit_both_shapes_of_the_slot() -> None:
     layer, groups = _layer(), SimpleNamespace()
-    spec = experts_slot(layer, (0, 16, 1), _Spec)
+    spec = slot_of(ExpertsSlot, (0, 16, 1), _Spec, {"layer": layer})
     assert isinstance(spec, _Spec)
     # Up to 0.16: the spec's own parameters, and the process groups by keyword.
     old = spec.module(EXPERTS, None, **spec.params, pg_collection=groups)
     # From 0.17 on what is in the slot is called.
-    new = experts_slot(layer, (0, 17, 0), _Spec)(EXPERTS, None, pg_collection=groups, name="experts")
+    new = slot_of(ExpertsSlot, (0, 17, 0), _Spec, {"layer": layer})(
+        EXPERTS, None, pg_collection=groups, name="experts"
+    )
     for slot in (old, new):
         assert isinstance(slot, ExpertsSlot) and slot.experts is layer.experts
     with pytest.raises(AssertionError, match="holds 8 experts, Megatron gives this rank 4"):
-        experts_slot(layer, (0, 19), _Spec)(4, None)
+        slot_of(ExpertsSlot, (0, 19), _Spec, {"layer": layer})(4, None)
     # Megatron's own, which are made of submodules.
     theirs = SimpleNamespace(linear_fc1="up")
     assert slot_of(dict, (0, 16, 1), _Spec, {}, theirs) == _Spec(dict, {}, theirs)  # type: ignore[comparison-overlap]
@@ -263,22 +269,20 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
     config = MegatronConfig(tensor_parallel=2, device="cpu")
     assert MegatronEngine.check(config) is None
     unsupported_reason = MegatronEngine.check(replace(config, tensor_parallel=3))
-    assert unsupported_reason is not None and unsupported_reason.startswith(
-        "tensor_parallel=3: 4 ranks do not divide into groups"
-    )
+    assert str(unsupported_reason).startswith("tensor_parallel=3: 4 ranks do not divide into groups")
     staged = replace(config, pipeline_parallel=2)
     assert MegatronEngine.check(staged) is None
     for wrong, told in (
         ({"pipeline_parallel": 3}, "pipeline_parallel=3: 4 ranks do not divide into stages"),
         (
             {"tensor_parallel": 4},
-            "tensor_parallel=4: the 2 ranks of each of 2 stages do not divide into groups of so many. "
+            "tensor_parallel=4: the 2 ranks of each of 2 stages do not divide into groups of 4. "
             "Set a divisor of 2, or start a multiple of 8 ranks",
         ),
         ({"expert_parallel": 4}, "expert_parallel=4: the 2 ranks of each of 2 stages do not divide"),
     ):
         unsupported_reason = MegatronEngine.check(replace(staged, **wrong))  # type: ignore[arg-type]
-        assert unsupported_reason is not None and unsupported_reason.startswith(told), unsupported_reason
+        assert str(unsupported_reason).startswith(told), unsupported_reason
     mixed = MegatronEngine.check_moe(config, 8, SoftMoEConfig())
     reads = MegatronEngine.check_moe(config, 8, AvgKConfig())
     assert "its experts see mixtures of tokens" in str(mixed) and "it reads the weights of" in str(reads)
@@ -304,7 +308,7 @@ def test_the_rest_of_the_run_must_fit() -> None:
         "4 attention heads",
         "2048 entries of the vocabulary",
         "samples of 128 tokens",
-        "engine.pipeline_parallel=5: the dense model's 4 blocks do not suffice",
+        "engine.pipeline_parallel=5: the dense model's 4 blocks are fewer than 5 stages",
     ):
         assert part in told, part
 
@@ -331,7 +335,7 @@ def test_a_rank_of_a_later_stage_sees_the_samples_of_the_first(monkeypatch: pyte
 
 
 def test_nobody_imports_megatron_before_the_engine_opens() -> None:
-    modules = ("megatron_engine", "megatron_train_module", "prepare")
+    modules = ("megatron_engine", "megatron_train_module")
     code = f"import sys, {', '.join(f'recipes.engines.megatron.{name}' for name in modules)}; "
     code += "sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

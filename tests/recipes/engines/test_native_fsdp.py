@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from recipes.engines import MicroBatch
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.callbacks.base import Callback, StageInfo
@@ -113,7 +114,7 @@ def _refuse_step(rank: int) -> dict[str, bool]:
         case = Case()
         train_module = open_engine(strategy=strategy).prepare(make_model(case), case.optim)
         before = {name: full(tensor) for name, tensor in train_module.full_tensors()}
-        train_module.micro_batch_backward(torch.from_numpy(tokens(4 * rank, 4)), 0, 1)
+        train_module.forward_backward([MicroBatch(torch.from_numpy(tokens(4 * rank, 4)))])
         if rank == 1:
             grad = next(p.grad for p in train_module.model.module.parameters() if p.grad is not None)
             (grad.to_local() if strategy == "fsdp" else grad).flatten()[0] = float("nan")
@@ -143,7 +144,7 @@ def _compiled_and_eager(rank: int, world_size: int) -> dict[str, tuple[float, di
         case = Case(model={"num_hidden_layers": 1})
         engine = open_engine(compile=name == "compiled")
         train_module = engine.prepare(make_model(case), case.optim)
-        loss = train_module.micro_batch_backward(torch.from_numpy(tokens(0, GLOBAL_BATCH)), 0, 1)
+        (loss,) = train_module.forward_backward([MicroBatch(torch.from_numpy(tokens(0, GLOBAL_BATCH)))])
         grads = {key: full(p.grad) for key, p in train_module.model.module.named_parameters()}
         layer = train_module.model.moe_layers()[0][1]
         assert [float(sums[-4]) for sums in layer.stats.sums.values()] == [GLOBAL_BATCH * SEQ_LEN]
@@ -173,5 +174,5 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "2 ranks on this machine and 1 GPUs" in str(NativeEngine.check(NativeConfig()))
-    with pytest.raises(ValueError, match="threads=0 must be at least 1"):
+    with pytest.raises(ValueError, match="threads=0: must be at least 1"):
         NativeConfig(threads=0)

@@ -16,7 +16,7 @@ from moe.accounting.training import StepTouched, training_step_bytes
 from recipes.engines import engine_classes
 from recipes.jobs.accounts import step_costs
 from recipes.runtime.interrupt import StopRequest
-from recipes.tracking.bandwidth import Bandwidth
+from recipes.tracking.ceilings import Ceiling
 from recipes.training.callbacks.base import Callback
 from recipes.training.model_costs import measure_costs, step_model
 from recipes.training.training_loop import Loop
@@ -69,7 +69,7 @@ def _train(engine: Any, model: Any, case: Case) -> dict[str, Any]:
     module, costs = step_model(model), measure_costs(model, SEQ_LEN, PEAK)
     train_module = engine.prepare(model, case.optim)
     session: Any = _Session(engine)
-    steps = step_costs(session, model, module, train_module, Bandwidth(PEAK, "user", "a test"))
+    steps = step_costs(session, model, module, train_module, Ceiling(PEAK, "user", "a test"))
     keep = _Keep()
     with tempfile.TemporaryDirectory() as folder:
         stage = make_stage(case, train_module, Path(engine.broadcast(folder)))

@@ -128,13 +128,13 @@ def _send(stop_at: StopAt, request: Any) -> None:
 def quick() -> Iterator[None]:
     """Leaves out what the tests of resuming do not look at: figures, and the speed of the machine."""
     from moe.accounting.device_peaks import Peak
-    from recipes.tracking.bandwidth import Bandwidth
+    from recipes.tracking.ceilings import Ceiling
 
     peak = Peak(1e10, "user", "cpu", "float32", "a test", 1e10)
     with (
         patch("recipes.tracking.report.build_report", lambda run_dir: Path(run_dir) / "report.html"),
         patch("recipes.jobs.accounts.peak_for", lambda device, dtype: peak),
-        patch("recipes.jobs.accounts.bandwidth_for", lambda device: Bandwidth(1e10, "user", "a test")),
+        patch("recipes.jobs.accounts.bandwidth_for", lambda device: Ceiling(1e10, "user", "a test")),
     ):
         yield
 

@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.paths import ROOT
-
 _NAMES = ("node-a", "node-b")
 _INSIDE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 #: Process ids that hold the namespaces of each machine, for whoever runs inside.
@@ -41,7 +39,7 @@ def with_machines(
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=ROOT,
+        cwd=Path(__file__).resolve().parents[3],
     )
 
 

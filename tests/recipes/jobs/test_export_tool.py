@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import tools.export
 from moe.errors import CheckpointError, ConfigError
-from recipes.checkpoint.offline import open_checkpoint
+from recipes.checkpoint.reader import open_checkpoint
 
 Call = Callable[..., int]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.checkpoint import find_checkpoint
-from recipes.checkpoint.offline import open_checkpoint
+from recipes.checkpoint.reader import open_checkpoint
 from recipes.jobs.export_run import ExportRequest, export_run
 from tests.recipes.jobs.job_runs import job, process, rows, summary
 

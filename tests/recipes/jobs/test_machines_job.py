@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.paths import ROOT, TESTS
 from tests.patience import patience
 from tests.recipes.jobs import machines
-from tests.recipes.jobs.job_runs import ROOT, arguments, job, rows, same_training
+from tests.recipes.jobs.job_runs import arguments, job, rows, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 # Sums in another order over some steps of AdamW, which divides small gradients by themselves.
 ADAPTED = 1e-4
-_SLURM = Path(__file__).parent / "slurm"
+_SLURM = TESTS / "recipes" / "jobs" / "slurm"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.checkpoint.offline import CheckpointTensors, open_checkpoint
+from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.jobs.export_run import ExportRequest, export_run
 from tests.recipes.jobs.job_runs import job
 

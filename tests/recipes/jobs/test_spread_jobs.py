@@ -47,7 +47,7 @@ def test_from_start_to_export_and_on_with_one_rank(
     assert summary(run_dir)["export"]["relative"] < ADAPTED
     more = job(workplace, named | {"train.steps": 6, "resume": "auto"})
     assert more.code == 0, more.err
-    assert "resuming on 1 ranks what 2 ranks saved" in more.out
+    assert "resuming on 1 ranks a checkpoint of 2 ranks" in more.out
     found = rows(run_dir, "moe")
     assert [row["step"] for row in found] == [row["step"] for row in alone]
     for row, same in zip(found, alone, strict=True):
@@ -59,7 +59,7 @@ def test_experts_that_do_not_divide_are_told_before_anything_starts(workplace: P
     ended = job(workplace, {"data.path": text, "engine.expert_parallel": 3, "run.name": "ep-uneven"})
     assert ended.code == 2
     assert "engine.expert_parallel=3: the 4 experts of upcycle.num_experts do not divide" in ended.err
-    assert "1 ranks do not divide into groups of so many" in ended.err
+    assert "1 ranks do not divide into groups of 3" in ended.err
     assert not (workplace / "outputs" / "ep-uneven").exists()
 
 

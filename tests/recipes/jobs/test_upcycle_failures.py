@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint import verify_checkpoint
+from recipes.engines import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.tracking.metrics_log import read_rows
 from recipes.training.training_loop import DivergedError
@@ -37,8 +38,8 @@ def diverging(at_step: int) -> Any:
     original = NativeTrainModule._losses
     trained = [0]
 
-    def losses(self: NativeTrainModule, tokens_BS1: Tensor, metadata: Any) -> Tensor:
-        found = original(self, tokens_BS1, metadata)
+    def losses(self: NativeTrainModule, batch: MicroBatch) -> Tensor:
+        found = original(self, batch)
         trained[0] += torch.is_grad_enabled()
         return found * float("nan") if torch.is_grad_enabled() and trained[0] == at_step else found
 
@@ -77,7 +78,7 @@ def disk_full_in(*writes: int) -> Any:
     written = [0]
 
     def write(*args: Any) -> Any:
-        from recipes.checkpoint.stream import write_tensors
+        from recipes.runtime.safetensors_codec import write_tensors
 
         written[0] += 1
         if written[0] in writes:
@@ -140,7 +141,7 @@ def test_too_little_space_is_said_before_training(
     import shutil
 
     free = shutil.disk_usage(workplace)._replace(free=1000)
-    monkeypatch.setattr("recipes.checkpoint.space.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("recipes.checkpoint.inventory.shutil.disk_usage", lambda path: free)
     ended = go("small")
     assert ended.code == 2
     assert "Traceback" not in ended.err and "checkpoints and the export" in ended.err

@@ -63,7 +63,7 @@ def test_sigterm_to_torchrun(workplace: Path, options: dict[str, Any], straight:
     # The same checkpoint on one rank.
     alone = job(workplace, options | {"run.name": "two-one", "resume": "auto", "train.micro_batch_size": 2})
     assert alone.code == 0, alone.err
-    assert "resuming on 1 ranks what 2 ranks saved" in alone.out
+    assert "resuming on 1 ranks a checkpoint of 2 ranks" in alone.out
     alike(workplace / "outputs" / "two-one", straight)
 
 

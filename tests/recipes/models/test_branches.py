@@ -67,7 +67,7 @@ def test_experts_are_the_branches_and_the_rest_their_mean(
         # Dense layers that stay are of the mean as well.
         mean = torch.stack([state[name] for state in members]).mean(0)
         torch.testing.assert_close(value, mean, rtol=1e-6, atol=1e-7, msg=name)
-    assert (models[0].module.lm_head.weight is models[0].module.module.embed_tokens.weight) == tied
+    assert (models[0].module.lm_head.weight is models[0].module.model.embed_tokens.weight) == tied
     for model, state in zip(models[1:], before[1:], strict=True):
         assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
 

@@ -27,7 +27,8 @@ from recipes.models.export.spec import MoESpec, describe_model
 from recipes.models.export.write_export import export, verify_export
 from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
 from recipes.models.hf.inspection import INDEX_NAME, weight_files
-from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.models.safetensors.tensor_files import TensorFiles
+from recipes.runtime.safetensors_codec import TensorSpec
 from tests.conftest import VOCABULARY, MakeCheckpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

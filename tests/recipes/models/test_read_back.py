@@ -18,7 +18,8 @@ from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.safetensors.tensor_files import TensorFiles, TensorSpec
+from recipes.models.safetensors.tensor_files import TensorFiles
+from recipes.runtime.safetensors_codec import TensorSpec
 from recipes.studies.benchmarks.live_bytes import peak_bytes
 from tests.conftest import MakeCheckpoint
 from tests.recipes.models.test_exporters import some_tokens, trained_model
@@ -64,7 +65,7 @@ def test_one_block_at_a_time_is_in_memory(
 
 
 def test_less_than_no_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="memory_gib=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="memory_gib=-1: must be at least 0"):
         ExportConfig(memory_gib=-1)
 
 

@@ -61,7 +61,7 @@ CASES = {
     ),
     "save": Case(
         1,
-        "recipes.training.training_loop.Loop._save",
+        "recipes.training.hooks.stage_saves.Saver.save",
         "saving",
         # One step, and validations of one batch: nothing here must come within the limit itself.
         {"faults.hang_s": 0.6, "train.eval_samples": 4, "train.steps": 1},

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recipes.runtime import environment
+from recipes.runtime import machine_memory as memory
 from recipes.runtime.environment import (
     Finding,
     check_communication,
@@ -109,7 +110,7 @@ def test_cpu(
 def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     total = psutil.virtual_memory().total
     limits = {"memory.max": total // 2, "memory.current": total // 2 - 2**30}
-    monkeypatch.setattr(environment, "_cgroup_bytes", limits.get)
+    monkeypatch.setattr(memory, "_cgroup_bytes", limits.get)
     (finding,) = check_memory()
     assert finding.status == "warn" and f"of {total / 2 / 2**30:.1f} GiB" in finding.text
 

@@ -11,7 +11,7 @@ from moe.errors import GraftError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.engines import engine_classes
-from recipes.engines.example_layouts import EngineLayout
+from recipes.engines.base import EngineLayout
 from recipes.studies.benchmarks.engine_losses import REFERENCE, Series, compared_layouts, run_layouts
 
 

@@ -16,8 +16,8 @@ from moe.errors import ConfigError, UserError
 from moe.routers.ssr import SSRConfig
 from recipes.studies.benchmarks.live_bytes import LiveBytes, peak_bytes
 from recipes.studies.benchmarks.moe_tax import StepShape
+from recipes.studies.benchmarks.router_candidates import SOLVERS, Shape, read_candidates
 from recipes.studies.benchmarks.router_grid import Grid, Limits, render
-from recipes.studies.benchmarks.router_rivals import SOLVERS, Shape, read_rivals, router_choices
 from recipes.studies.benchmarks.router_step import (
     Expected,
     RouterStep,
@@ -27,6 +27,7 @@ from recipes.studies.benchmarks.router_step import (
     render_steps,
     verdict,
 )
+from recipes.studies.option_lists import conf_choices
 from tools import bench_routers
 
 CPU = torch.device("cpu")
@@ -34,11 +35,11 @@ PLENTY = Limits(rounds=3, seconds=60.0, num_bytes=2**30)
 
 
 def test_labels_are_composed_as_a_run_would() -> None:
-    rivals = read_rivals(
+    candidates = read_candidates(
         ["ssr", "ssr[probability=0.5, cost=linear]", "keyed[edges=[1.0,2.0]]", "solver:sinkhorn"]
     )
-    assert [rival.label for rival in rivals][:2] == ["ssr", "ssr[probability=0.5, cost=linear]"]
-    plain, other, keyed, solver = (rival.config for rival in rivals)
+    assert [candidate.label for candidate in candidates][:2] == ["ssr", "ssr[probability=0.5, cost=linear]"]
+    plain, other, keyed, solver = (candidate.config for candidate in candidates)
     assert plain == SSRConfig()
     assert other == SSRConfig(probability=0.5, cost="linear")
     assert keyed is not None and vars(keyed)["edges"] == [1.0, 2.0]
@@ -47,7 +48,7 @@ def test_labels_are_composed_as_a_run_would() -> None:
 
 def test_mistakes_in_labels_are_told_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        read_rivals(["nope", "ssr[probabilty=1]", "ssr[probability=7]", "top k", "topk", "topk"])
+        read_candidates(["nope", "ssr[probabilty=1]", "ssr[probability=7]", "top k", "topk", "topk"])
     text = str(caught.value)
     assert "--routers nope: router='nope': there is no such choice" in text
     assert "router.probabilty='probabilty': the router has no such option. It has: name, top_k, " in text
@@ -82,23 +83,23 @@ def test_what_autograd_keeps_counts_until_backward() -> None:
         assert live.now == 0
 
 
-@pytest.mark.parametrize("name", [*router_choices(), "ssr[probability=1]", *SOLVERS])
+@pytest.mark.parametrize("name", [*conf_choices("router"), "ssr[probability=1]", *SOLVERS])
 @pytest.mark.usefixtures("one_thread")
 def test_every_choice_runs(name: str) -> None:
-    (rival,) = read_rivals([name])
-    assert rival.unsupported_reason(4) is None
-    once = rival.prepare(Shape(tokens=12, experts=4, width=8), CPU)
+    (candidate,) = read_candidates([name])
+    assert candidate.unsupported_reason(4) is None
+    once = candidate.prepare(Shape(tokens=12, experts=4, width=8), CPU)
     first, second = dict(once.run()), dict(once.run())
     assert first == second and all(isinstance(value, float) for value in first.values())
-    if rival.config is not None:
+    if candidate.config is not None:
         assert first["slots"] >= 1
     assert peak_bytes(once.run, once.known, CPU) == peak_bytes(once.run, once.known, CPU) > 0
 
 
 def test_skewed_logits_are_what_they_are_said_to_be() -> None:
     shape = Shape(tokens=4096, experts=16, width=256, skewed=True)
-    (rival,) = read_rivals(["topk"])
-    once = rival.prepare(shape, CPU)
+    (candidate,) = read_candidates(["topk"])
+    once = candidate.prepare(shape, CPU)
     x_TD, weight_ED = once.known[:2]
     logits_TE = (x_TD @ weight_ED.t()).detach()
     # The weights are 16 draws, so that the spread of 16 offsets is known to a fifth.
@@ -108,8 +109,8 @@ def test_skewed_logits_are_what_they_are_said_to_be() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_grid_measures_skips_and_refuses_by_name() -> None:
-    rivals = read_rivals(["topk", "hash", "skywork", "soft_moe[slots_per_expert=4096]"])
-    grid = Grid(rivals, Limits(rounds=3, seconds=60.0, num_bytes=2**22), CPU)
+    candidates = read_candidates(["topk", "hash", "skywork", "soft_moe[slots_per_expert=4096]"])
+    grid = Grid(candidates, Limits(rounds=3, seconds=60.0, num_bytes=2**22), CPU)
     topk, hashed, skywork, soft = grid.measure(Shape(tokens=16, experts=2, width=8))
     assert topk.left_out is None and topk.seconds is not None and topk.ratio is not None
     assert topk.seconds.rounds == 3 and topk.ratio == Timing(1.0, 1.0, 1.0, 3)
@@ -124,7 +125,7 @@ def test_a_grid_measures_skips_and_refuses_by_name() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_what_takes_too_long_is_skipped_with_its_estimate() -> None:
-    grid = Grid(read_rivals(["sigmoid"]), Limits(rounds=3, seconds=1e-9, num_bytes=2**30), CPU)
+    grid = Grid(read_candidates(["sigmoid"]), Limits(rounds=3, seconds=1e-9, num_bytes=2**30), CPU)
     (cell,) = grid.measure(Shape(tokens=16, experts=2, width=8))
     assert cell.left_out is not None and "s for 3 rounds, and 1e-09 s are allowed." in cell.left_out
     assert grid.baseline == "sigmoid"
@@ -132,17 +133,17 @@ def test_what_takes_too_long_is_skipped_with_its_estimate() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_training_steps_and_the_mean_cost_of_rare_ones() -> None:
-    rivals = read_rivals(
+    candidates = read_candidates(
         ["topk", "ssr[probability=0.25]", "ssr[probability=1]", "skywork", "solver:sinkhorn"]
     )
     shape = StepShape(2, 1, 16, hidden_size=16, num_layers=1, vocab_size=32, batch_size=2, seq_len=8)
-    steps = {step.router: step for step in measure_steps(rivals, shape, 3, CPU)}
+    steps = {step.router: step for step in measure_steps(candidates, shape, 3, CPU)}
     assert list(steps) == ["skywork", "topk", "ssr[probability=0.25]", "ssr[probability=1]"]
     assert steps["skywork"].refused is not None and steps["skywork"].seconds is None
     topk, rare, always = list(steps.values())[1:]
     assert topk.ratio == Timing(1.0, 1.0, 1.0, 3) and topk.ratio_interval == (1.0, 1.0)
     assert topk.alone is not None and topk.alone > 0
-    (mean,) = expected_costs(rivals, list(steps.values()))
+    (mean,) = expected_costs(candidates, list(steps.values()))
     assert rare.ratio is not None and always.ratio is not None
     assert mean.router == "ssr[probability=0.25]"
     assert mean.ratio == pytest.approx(0.75 * rare.ratio.median + 0.25 * always.ratio.median)
@@ -150,7 +151,7 @@ def test_training_steps_and_the_mean_cost_of_rare_ones() -> None:
         RouterStep(s.router, Timing(1.0, 1.0, 1.0, 3), s.ratio, (1.0, 1.0)) for s in (topk, rare, always)
     ]
     worked = [dataclasses.replace(s, alone=t) for s, t in zip(worked, (0.1, 0.2, 0.6), strict=True)]
-    (mean,) = expected_costs(rivals, worked)
+    (mean,) = expected_costs(candidates, worked)
     # A step of 1 s: the routers take 0.75 * 0.2 + 0.25 * 0.6 = 0.3 s in place of 0.1 s.
     assert mean.ratio_by_share == pytest.approx(1.2)
 

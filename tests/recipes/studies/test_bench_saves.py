@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.checkpoint import stream
+from recipes.runtime import safetensors_codec
 from recipes.studies.benchmarks.saves import (
     ASYNC,
     NONE,
-    RIVALS,
     SYNC,
+    WAYS,
     SaveFigures,
     SaveShape,
     measure_saves,
@@ -30,12 +30,12 @@ def test_every_rival_is_timed_and_its_checkpoints_are_what_was_saved(tmp_path: P
     found, size = measure_saves(SHAPE, 2, tmp_path, lines.append)
     # Two layers of 16 x 16 weights and 16 biases in fp32: themselves, two moments and a step count each.
     assert size == 4 * (3 * 2 * (16 * 16 + 16) + 4)
-    assert len(lines) == 2 and all(rival in lines[0] for rival in RIVALS)
-    assert [len(found[rival].steps) for rival in RIVALS] == [2, 2, 2]
+    assert len(lines) == 2 and all(way in lines[0] for way in WAYS)
+    assert [len(found[way].steps) for way in WAYS] == [2, 2, 2]
     assert found[NONE].stalls == found[NONE].saves == []
-    for rival in (SYNC, ASYNC):
-        assert len(found[rival].stalls) == len(found[rival].saves) == 2
-        assert len(list((tmp_path / rival).glob("step-*"))) == 1
+    for way in (SYNC, ASYNC):
+        assert len(found[way].stalls) == len(found[way].saves) == 2
+        assert len(list((tmp_path / way).glob("step-*"))) == 1
 
 
 def test_medians_and_deciles_by_hand() -> None:
@@ -48,11 +48,11 @@ def test_a_simulated_disk_is_slow_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    monkeypatch.setattr(stream, "_append", stream._append)  # put back behind the test
+    monkeypatch.setattr(safetensors_codec, "append", safetensors_codec.append)  # put back behind the test
     for _ in range(2):
         with (tmp_path / "file").open("wb") as file:
             began = time.perf_counter()
-            crc = stream._append(file, memoryview(bytes(range(256)) * 1024), 0)
+            crc = safetensors_codec.append(file, memoryview(bytes(range(256)) * 1024), 0)
             took = time.perf_counter() - began
         written.append((crc, (tmp_path / "file").read_bytes()))
         slow_down(2.0)
@@ -82,4 +82,4 @@ def test_the_command_prints_a_table_and_writes_it(
     assert bench_save.main() == 0
     assert "the disk as it is" in capsys.readouterr().out
     figures = json.loads(target.read_text())
-    assert set(figures["rivals"]) == set(RIVALS) and figures["simulated_disk_mib_s"] is None
+    assert set(figures["rivals"]) == set(WAYS) and figures["simulated_disk_mib_s"] is None

@@ -10,13 +10,14 @@ import pytest
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.studies.comparison.collect_runs import collect, spread
+from recipes.studies.comparison.collect_runs import collect
 from recipes.studies.comparison.comparison_page import table_rows, text_table, write_page
-from recipes.studies.comparison.router_trials import Trial, plan_trials
+from recipes.studies.comparison.router_trials import RouterTrial, plan_trials
+from recipes.studies.study_page import spread
 from tools.compare import _split
 
 
-def finish(trial: Trial, val_loss: float, maxvio: list[float], step_s: float) -> None:
+def finish(trial: RouterTrial, val_loss: float, maxvio: list[float], step_s: float) -> None:
     """Writes what a run that came to its end leaves."""
     trial.folder.mkdir(parents=True)
     row = {"model": "moe", "val_loss": val_loss, "active_params": 7}
@@ -30,7 +31,7 @@ def finish(trial: Trial, val_loss: float, maxvio: list[float], step_s: float) ->
 
 
 @pytest.fixture
-def trials(tmp_path: Path) -> list[Trial]:
+def trials(tmp_path: Path) -> list[RouterTrial]:
     """Two seeds of two routers; the second seed of ssr has failed."""
     planned = plan_trials(tmp_path, ["topk", "ssr"], 2)
     by_name = {trial.folder.name: trial for trial in planned}
@@ -61,7 +62,7 @@ def test_a_trial_varies_router_and_seed_alone(tmp_path: Path) -> None:
     assert first.resume == "auto"
 
 
-def test_means_and_spread(trials: list[Trial]) -> None:
+def test_means_and_spread(trials: list[RouterTrial]) -> None:
     ssr, topk = collect(trials)
     assert (ssr.router, ssr.seeds, ssr.failed) == ("ssr", 1, 1)
     assert (topk.router, topk.seeds, topk.failed) == ("topk", 2, 0)
@@ -75,7 +76,7 @@ def test_means_and_spread(trials: list[Trial]) -> None:
     assert ssr.val_loss.deviation is None
 
 
-def test_the_page(trials: list[Trial], tmp_path: Path) -> None:
+def test_the_page(trials: list[RouterTrial], tmp_path: Path) -> None:
     results = collect(trials)
     cells = {row[0]: row for row in table_rows(results)}
     assert cells["ssr"][1] == "1 (1 not done)"

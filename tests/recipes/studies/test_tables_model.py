@@ -11,12 +11,12 @@ from moe.routers.hash import HashConfig
 from moe.routers.topk import TopKConfig
 from recipes.studies.tables.auc import roc_auc
 from recipes.studies.tables.generate import Rows, TableConfig, generate
-from recipes.studies.tables.table_model import Mixture, ModelConfig, TableModel
+from recipes.studies.tables.table_model import ModelConfig, TableModel, TableMoE
 from recipes.studies.tables.train_table import FitConfig, measure, train_run
 
 TABLE = TableConfig(num_rows=1000, num_users=20, num_items=10)
 WIDTHS = ModelConfig(id_width=4, code_width=2, num_experts=4, expert_width=3, tower_width=5)
-TOPK = Mixture(TopKConfig(top_k=2), 4, 3)
+TOPK = TableMoE(TopKConfig(top_k=2), 4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_row_by_row(splits: dict[str, Rows]) -> None:
 
 def test_only_the_routers_differ() -> None:
     one = TableModel(WIDTHS, TOPK, TABLE, seed=3).state_dict()
-    other = TableModel(WIDTHS, Mixture(CometConfig(), 4, 3), TABLE, seed=3).state_dict()
+    other = TableModel(WIDTHS, TableMoE(CometConfig(), 4, 3), TABLE, seed=3).state_dict()
     shared = [name for name in one if "router" not in name]
     assert shared
     assert all(torch.equal(one[name], other[name]) for name in shared)
@@ -76,7 +76,7 @@ def test_tasks_share_the_experts() -> None:
 
 
 def test_hash_goes_by_user(splits: dict[str, Rows]) -> None:
-    model = TableModel(WIDTHS, Mixture(HashConfig(top_k=2), 4, 3), TABLE, seed=0).eval()
+    model = TableModel(WIDTHS, TableMoE(HashConfig(top_k=2), 4, 3), TABLE, seed=0).eval()
     rows = splits["test"].take(torch.arange(50))
     model(rows)
     routing = model.layers[0].router(torch.zeros(50, 18), model.layers[0].context)
@@ -86,7 +86,7 @@ def test_hash_goes_by_user(splits: dict[str, Rows]) -> None:
 
 def test_what_is_measured(splits: dict[str, Rows]) -> None:
     rows = splits["test"]
-    model = TableModel(WIDTHS, Mixture(HashConfig(top_k=2), 4, 3), TABLE, seed=0)
+    model = TableModel(WIDTHS, TableMoE(HashConfig(top_k=2), 4, 3), TABLE, seed=0)
     found = measure(model, rows)
     assert not model.training
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_what_is_measured(splits: dict[str, Rows]) -> None:
         cvs.append(float(load_E.std(correction=0) / load_E.mean()))
     assert found.load_cv == pytest.approx(sum(cvs) / 2, rel=1e-6)
     assert (
-        measure(TableModel(WIDTHS, Mixture(CometConfig(), 4, 3), TABLE, 0), rows).experts_per_example == 4.0
+        measure(TableModel(WIDTHS, TableMoE(CometConfig(), 4, 3), TABLE, 0), rows).experts_per_example == 4.0
     )
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from moe.errors import ConfigError, DataError
-from recipes.studies.comparison.collect_runs import spread
+from recipes.studies.study_page import spread
 from recipes.studies.tables.generate import Rows, TableConfig, generate
 from recipes.studies.tables.table_model import ModelConfig
-from recipes.studies.tables.table_page import collect, text_table, write_picture
-from recipes.studies.tables.table_routers import parse_mixtures
+from recipes.studies.tables.table_page import collect, text_table, write_page
+from recipes.studies.tables.table_routers import parse_moes
 from recipes.studies.tables.table_runs import (
     Experiment,
     Run,
@@ -40,8 +40,8 @@ def experiment(
     folder: Path, specs: list[str], seeds: int = 2, lrs: tuple[float, ...] = (0.01,)
 ) -> Experiment:
     """A tiny one."""
-    mixtures = parse_mixtures(specs, WIDTHS, FIT.max_steps(TABLE.split_sizes()["train"]))
-    return Experiment(folder, TABLE, WIDTHS, FIT, mixtures, seeds, lrs)
+    moes = parse_moes(specs, WIDTHS, FIT.max_steps(TABLE.split_sizes()["train"]))
+    return Experiment(folder, TABLE, WIDTHS, FIT, moes, seeds, lrs)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def splits() -> dict[str, Rows]:
 def made_up(aucs: dict[tuple[str, int, float], float]) -> Any:
     """Stands in for training: AUC by router name, seed and rate."""
 
-    def train(_splits: Any, _table: Any, _model: Any, mixture: Any, _fit: Any, seed: int, lr: float) -> Any:
-        auc = aucs[mixture.router.name, seed, lr]
+    def train(_splits: Any, _table: Any, _model: Any, moe: Any, _fit: Any, seed: int, lr: float) -> Any:
+        auc = aucs[moe.router.name, seed, lr]
         figures = {"experts_per_example": 2.0, "load_cv": 0.5, "dead_experts": 1.0, "seconds": 3.0}
         return {"validation_auc": [auc, auc], "test_auc": [auc, auc + 0.1], **figures}
 
@@ -81,28 +81,28 @@ def test_every_router_end_to_end(spec: str, splits: dict[str, Rows], tmp_path: P
 
 
 def test_specs() -> None:
-    mixtures = parse_mixtures(
+    moes = parse_moes(
         ["dense", "comet:gamma=5,top_k=3", "comet_plus", "permuted:search.steps=7", "switch"], WIDTHS, 1000
     )
-    dense = mixtures["dense"]
+    dense = moes["dense"]
     # One network of the width of K experts.
     assert (dense.num_experts, dense.expert_width) == (1, 2 * 3)
-    comet: Any = mixtures["comet:gamma=5,top_k=3"].router
+    comet: Any = moes["comet:gamma=5,top_k=3"].router
     assert (comet.gamma, comet.top_k, comet.entropy_coef) == (5.0, 3, 0.1)
-    plus: Any = mixtures["comet_plus"].router
+    plus: Any = moes["comet_plus"].router
     # 5% of 1000 steps.
     assert (plus.inner.name, plus.inner.top_k, plus.search.steps) == ("comet", 2, 50)
-    own: Any = mixtures["permuted:search.steps=7"].router
+    own: Any = moes["permuted:search.steps=7"].router
     assert (own.inner.name, own.search.steps) == ("topk", 7)
 
 
 def test_all_mistakes_in_specs_at_once() -> None:
     wrong = ["foo", "topk:gama=1", "topk:top_k=9", "comet:gamma=-1", "dense:x=1", "topk"]
     with pytest.raises(ConfigError) as caught:
-        parse_mixtures(wrong, WIDTHS, 10)
+        parse_moes(wrong, WIDTHS, 10)
     assert [m.path.split()[1] for m in caught.value.mistakes] == [f"{spec}:" for spec in wrong[:-1]]
     with pytest.raises(ConfigError, match="empty"):
-        parse_mixtures([], WIDTHS, 10)
+        parse_moes([], WIDTHS, 10)
 
 
 def test_the_rate_is_chosen_on_seed_0(splits: dict[str, Rows], tmp_path: Path) -> None:
@@ -154,7 +154,8 @@ def test_a_failed_run_takes_no_other_down(splits: dict[str, Rows], tmp_path: Pat
     assert [results[spec].seeds for spec in ("topk", "hash", "comet")] == [1, 0, 1]
     assert collect(tiny)[-1].spec == "hash"
     assert "0 (1 not done)" in text_table(collect(tiny))
-    assert write_picture(tmp_path, collect(tiny), splits["test"].ceilings()) is not None
+    page = write_page(tmp_path, collect(tiny), splits["test"].ceilings(), {})
+    assert "data:image/png" in page.read_text() and (tmp_path / "tables.png").is_file()
     # The next time only the failed one runs, and its traceback goes.
     assert execute_missing(tuning_runs(tiny), splits, said.append) == 0
     assert len(said) == 4
@@ -173,7 +174,8 @@ def test_files_of_other_settings_are_refused(splits: dict[str, Rows], tmp_path: 
 
 def test_a_picture_of_nothing(tmp_path: Path) -> None:
     tiny = experiment(tmp_path, ["topk"])
-    assert write_picture(tmp_path, collect(tiny), (0.9, 0.9)) is None
+    write_page(tmp_path, collect(tiny), (0.9, 0.9), {})
+    assert not (tmp_path / "tables.png").exists()
     assert "topk" in text_table(collect(tiny))
 
 

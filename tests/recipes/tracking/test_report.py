@@ -320,8 +320,8 @@ def test_unequal_token_budgets_are_said() -> None:
 def test_missing_names_models_and_figures() -> None:
     assert missing(read_results({"results": [{"model": "moe", "val_loss": 3.0}]})) == [
         "Dense (start): every figure",
-        "Dense, continued: every figure",
-        "Upcycled MoE: parameters",
+        "Dense, continued (CPT): every figure",
+        "Upcycled (MoE): parameters",
     ]
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moe.metrics import LoadReport
 from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
 from moe.upcycle.copies import Copy, CopyConfig
 from recipes.checkpoint import find_checkpoint
+from recipes.engines import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.muon import local_part
@@ -129,31 +130,32 @@ def _model(story: Story) -> HFModel:
 
 def poison(train_module: NativeTrainModule, rank: int, faults: Faults) -> None:
     """Makes steps go wrong by the number of the step."""
-    losses, micro_batch_backward = train_module._losses, train_module.micro_batch_backward
+    losses, forward_backward = train_module._losses, train_module.forward_backward
 
     def kind(of: str, everywhere: bool = False) -> bool:
         return faults.get(train_module.model.context.step) == of and (everywhere or rank == FAULTY_RANK)
 
-    def poisoned_losses(tokens_BS1: Tensor, metadata: Any) -> Tensor:
-        found = losses(tokens_BS1, metadata)
+    def poisoned_losses(batch: MicroBatch) -> Tensor:
+        found = losses(batch)
         if not torch.is_grad_enabled():
             return found
         for name, factor in (("nan_loss", math.nan), ("inf_loss", math.inf), ("spike", 1e3), ("higher", 1e6)):
             found = found * factor if kind(name) else found
         return found
 
-    def poisoned(tokens_BS1: Tensor, micro: int, count: int, metadata: Any = None) -> Tensor:
-        loss = micro_batch_backward(tokens_BS1, micro, count, metadata)
+    def poisoned(batches: Sequence[MicroBatch]) -> list[Tensor]:
+        found = forward_backward(batches)
         if kind("inf_loss_finite_gradient"):
-            return torch.full_like(loss, math.inf)
+            return [torch.full_like(loss, math.inf) for loss in found]
         for name, value in (("nan_gradient", math.nan), ("inf_gradient", math.inf)):
-            if kind(name) and micro == count - 1:
+            if kind(name):
                 grads = [p.grad for p in train_module.model.module.parameters() if p.grad is not None]
                 parts = [part for part in map(local_part, grads) if part.numel()]
                 parts[len(parts) // 2].view(-1)[0] = value
-        return loss
+        return found
 
-    train_module._losses, train_module.micro_batch_backward = poisoned_losses, poisoned  # type: ignore[method-assign]
+    train_module._losses = poisoned_losses  # type: ignore[method-assign]
+    train_module.forward_backward = poisoned  # type: ignore[method-assign]
 
 
 def _stage(story: Story, folder: Path, told: Told, stop_at: int | None) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.tracking.metrics_log import MetricsLog
-from recipes.tracking.report.faults_section import faults
-from recipes.tracking.report.run_record import read_run
+from recipes.tracking.report import build_report
 
 
 def said(folder: Path, more: dict[int, dict[str, Any]], goodput: dict[str, float]) -> str:
@@ -23,7 +22,8 @@ def said(folder: Path, more: dict[int, dict[str, Any]], goodput: dict[str, float
         log.append(row | more.get(step, {}))
     log.close()
     (folder / "summary.json").write_text(json.dumps({"goodput": goodput} if goodput else {}))
-    return " ".join(faults(read_run(folder)))
+    page = build_report(folder).read_text()
+    return page.partition("<h2>Faults</h2>")[2].partition("<h2>")[0]
 
 
 def test_a_run_without_faults_says_so(tmp_path: Path) -> None:
@@ -50,4 +50,4 @@ def test_a_run_from_before_says_nothing(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"stage": "moe", "step": 1, "loss": 3.0})
     log.close()
-    assert faults(read_run(tmp_path)) == []
+    assert "<h2>Faults</h2>" not in build_report(tmp_path).read_text()

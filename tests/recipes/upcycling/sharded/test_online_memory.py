@@ -16,7 +16,7 @@ from recipes.studies.benchmarks.shard_memory import (
     write_dense,
 )
 from recipes.studies.benchmarks.shard_rank import PeakMeter
-from tools.bench_online import _line
+from tools.bench_sharded import _line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by Linux alone")
 _MIB = 2**20
@@ -38,8 +38,8 @@ def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None
         assert rank.moe - rank.shard > 2 * rank.layer and rank.dense > rank.layer
         assert 0.95 * rank.shard < rank.making <= rank.shard + rank.layer
         # A layer is gathered beside the buffer that it came in, embeddings stay, and there are activations.
-        assert rank.gate is not None
-        assert rank.making < rank.gate <= rank.shard + 2 * rank.layer + rank.outside + 8 * _MIB
+        assert rank.check is not None
+        assert rank.making < rank.check <= rank.shard + 2 * rank.layer + rank.outside + 8 * _MIB
         # bf16 files: every expert is a copy, so that a rank reads all networks and half of the rest.
         assert rank.dense / 4 < rank.read < 1.1 * rank.dense / 2
     row = {"ranks": 2, "expert_parallel": 1, "whole": False, "by_rank": [vars(rank) for rank in found]}
@@ -66,8 +66,8 @@ def test_other_engines_hold_their_part_and_its_gradients(layout: Layout, tmp_pat
         assert 0.95 * held < rank.making < held + rank.layer
         # What the gate has made is gone before the part is made: together they would not fit.
         gate = rank.moe // layout.ranks + 2 * rank.layer + rank.outside + 8 * _MIB
-        assert rank.gate is not None
-        assert rank.gate < max(gate, held + rank.layer) < held + rank.moe // layout.ranks
+        assert rank.check is not None
+        assert rank.check < max(gate, held + rank.layer) < held + rank.moe // layout.ranks
 
 
 def test_the_meter_sees_what_is_held_for_a_moment() -> None:

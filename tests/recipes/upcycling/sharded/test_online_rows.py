@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from recipes.engines.native.expert_parallel import cut_by_rows
+from recipes.engines.native.expert_parallel import row_sharded
 from tests.recipes.engines.engine_cases import Case, make_model
 from tests.recipes.upcycling.sharded.conftest import LookOnRanks
 from tests.recipes.upcycling.sharded.row_cases import OPTIMIZERS
@@ -37,7 +37,7 @@ def test_three_experts_on_two_ranks(look_on_ranks: LookOnRanks) -> None:
 
 def test_what_divides_is_cut_by_experts() -> None:
     model = make_model(Case())
-    assert not cut_by_rows(model, 2) and not cut_by_rows(model, 4)
+    assert not row_sharded(model, 2) and not row_sharded(model, 4)
     # Neither experts nor rows divide: some ranks hold more than others.
-    assert not cut_by_rows(model, 5)
-    assert cut_by_rows(model, 8) == {p for _, x in model.moe_layers() for p in x.experts.parameters()}
+    assert not row_sharded(model, 5)
+    assert row_sharded(model, 8) == {p for _, x in model.moe_layers() for p in x.experts.parameters()}

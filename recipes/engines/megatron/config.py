@@ -1,0 +1,83 @@
+"""Options of the Megatron engine, and the settings that a model is built with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moe.errors import Rule
+from recipes.engines.megatron.dispatchers import Dispatcher, dispatchers
+from recipes.engines.megatron.expert_kinds import ExpertKind, expert_kinds
+from recipes.engines.process import ProcessConfig
+
+
+@dataclass(frozen=True)
+class MegatronConfig(ProcessConfig):
+    """Options of `MegatronEngine`."""
+
+    name: Literal["megatron"] = "megatron"
+    tensor_parallel: int = 1
+    """Neighbouring ranks over which all matrices but the experts' are sharded; they see the same samples."""
+    sequence_parallel: bool = True
+    """Whether these ranks also shard sequences between the matrices, as Megatron's MoE layers require."""
+    pipeline_parallel: int = 1
+    """Pipeline stages of consecutive blocks; the first ranks hold the first stage."""
+    experts: str = "graft"
+    """``graft``: Graft's stacked experts and their kernels; ``megatron``: Megatron's own, one after the
+    other; ``te``: those of TransformerEngine, by grouped products."""
+    dispatcher: str = "alltoall"
+    """How tokens reach the ranks of their experts: ``alltoall``, ``allgather``, or with DeepEP ``deepep`` or
+    ``hybridep``."""
+    distributed_optimizer: bool = True
+    """Whether the optimizer state is sharded over the data-parallel ranks."""
+
+    def rules(self) -> list[Rule]:
+        """Returns the rules of the options."""
+        return [
+            *super().rules(),
+            (
+                self.tensor_parallel >= 1,
+                "tensor_parallel",
+                "must be at least 1",
+                "Give 1 for whole matrices.",
+            ),
+            (
+                self.tensor_parallel == 1 or self.sequence_parallel,
+                "sequence_parallel",
+                "must be true with tensor_parallel above 1: Megatron's MoE layers do not train without",
+                "Set it to true.",
+            ),
+            (self.pipeline_parallel >= 1, "pipeline_parallel", "must be at least 1", "Give 1 for one stage."),
+            _known("experts", self.experts, expert_kinds()),
+            _known("dispatcher", self.dispatcher, dispatchers()),
+        ]
+
+
+def _known(field: str, value: str, names: Iterable[str]) -> Rule:
+    """Returns the rule that a value is one of some names."""
+    return value in names, field, "there is none of this name", f"Choose {', '.join(names)}."
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Settings that a model is built with, whatever the model.
+
+    Attributes:
+        device: Device of this rank.
+        dtype: Dtype of all parameters but the routers', which are fp32. If it is lower than fp32, the
+            optimizer keeps fp32 weights.
+        experts: The kind of experts.
+        dispatcher: What sends tokens to their experts.
+        distributed: Whether the optimizer state is sharded over the data-parallel ranks.
+        recomputes: Whether the activations of a block are recomputed in backward.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    experts: ExpertKind
+    dispatcher: Dispatcher
+    distributed: bool
+    recomputes: bool

@@ -1,0 +1,38 @@
+"""Samples of one forward pass, and the loss of a model on them.
+
+Letters: B samples of a micro-batch, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from recipes.data.samples import TokenMetadata
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that a rank sees in one forward pass.
+
+    Attributes:
+        tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
+        metadata: Weights, padding and positions of the tokens. The weights are such that the mean over ranks
+            and micro-batches of the weighted sums is the step's loss. None: all tokens count alike.
+    """
+
+    tokens_BS1: Tensor
+    metadata: TokenMetadata | None = None
+
+
+def target_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Returns the ``[B, S]`` cross-entropy of each target, in fp32."""
+    losses = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
+    return losses.view(targets_BS.shape)
+
+
+def batch_loss(losses_BS: Tensor, metadata: TokenMetadata | None) -> Tensor:
+    """Returns the mean of a micro-batch's losses, or their weighted sum where its tokens have weights."""
+    return losses_BS.mean() if metadata is None else (losses_BS * metadata.weights_BS.to(losses_BS)).sum()

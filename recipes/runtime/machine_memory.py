@@ -1,0 +1,59 @@
+"""Memory of this process and of its machine."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+_STATUS = Path("/proc/self/status")
+_CGROUP = Path("/sys/fs/cgroup")
+# The rest of the free memory is left to other programs of the machine.
+_SPARE_SHARE = 0.9
+
+
+def peak_resident_bytes(status: Path = _STATUS) -> int:
+    """Returns the largest resident set of this process since it began or was reset, mapped files included."""
+    try:
+        peak = status_peak_bytes(status)
+    except OSError:
+        peak = None
+    if peak is not None:
+        return peak
+    # The last resort: on Linux this figure includes the process that started this one.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def status_peak_bytes(status: Path) -> int | None:
+    """Reads the peak of the resident set from a ``/proc/PID/status`` file; None if it holds none.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    lines = status.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def free_and_total_bytes() -> tuple[int, int]:
+    """Returns free and total main memory of the machine, or of its container where that has less."""
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total
+    limit = _cgroup_bytes("memory.max")
+    if limit is not None and limit < total:
+        free = min(free, limit - (_cgroup_bytes("memory.current") or 0))
+        total = limit
+    return free, total
+
+
+def spare_bytes() -> int:
+    """Returns the memory that copies of tensors may take."""
+    return int(_SPARE_SHARE * free_and_total_bytes()[0])
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    path = _CGROUP / name
+    content = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
+    return int(content) if content.isdigit() else None
