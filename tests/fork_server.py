@@ -295,7 +295,7 @@ def run_child(fds: list[int]) -> NoReturn:
 def main() -> None:
     """Imports everything, then serves."""
     folder, parent = sys.argv[1:]
-    importlib.import_module("tests.preload")
+    importlib.import_module("tests.preload").preload()
     random.seed()
     Server(Path(folder), int(parent)).serve()
 
