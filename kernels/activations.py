@@ -1,4 +1,4 @@
-"""The activations an expert may use: value and derivative, each able to write into a given buffer."""
+"""Activations of experts: value and derivative, each able to write into a given buffer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function of an expert.
+    """Elementwise function of an expert.
 
     Attributes:
         forward: ``forward(x)``; differentiable by autograd.
         forward_out: ``forward_out(x, out)`` writes the value into ``out``.
         backward_out: ``backward_out(grad, x, out)`` writes ``grad * f'(x)`` into ``out``, which may
             be ``grad`` itself.
-        on_value: Whether the value half of a gated expert goes through the function as well, which then makes
-            no sense without a gate.
+        on_value: Whether the function is applied to the value half of a gated expert as well. Such an
+            activation needs a gate.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ class Activation:
     on_value: bool = False
 
     def hidden(self, gate: Tensor, value: Tensor) -> Tensor:
-        """What the down projection of a gated expert reads: ``f(gate) * value``, or both through f."""
+        """Returns a gated expert's input to down: ``f(gate) * value``, or ``f(gate) * f(value)``."""
         return self.forward(gate) * (self.forward(value) if self.on_value else value)
 
 
@@ -64,8 +64,8 @@ _RELU2 = Activation(
 )
 _GELU_TANH = _gelu("tanh")
 
-#: By the names that transformers' configs use. No mapping proxy: torch.compile cannot read one any more once
-#: the code that it traces has changed any dict.
+#: Activations by the names in transformers' configs. Not a MappingProxyType: torch.compile cannot read one
+#: once the traced code has changed any dict.
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": _SILU,
     "swish": _SILU,
@@ -81,7 +81,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 def activation_unsupported_reason(name: str, gated: bool) -> str | None:
-    """Why experts cannot have this activation, as a clause; None when they can.
+    """Returns why experts cannot have this activation, as a clause; None when they can.
 
     Args:
         name: Any name.
@@ -90,5 +90,5 @@ def activation_unsupported_reason(name: str, gated: bool) -> str | None:
     if name not in ACTIVATIONS:
         return f"there is no activation {name!r}; there are: {', '.join(ACTIVATIONS)}"
     if ACTIVATIONS[name].on_value and not gated:
-        return f"{name} is applied to gate and value alike, and these experts have no gate: relu is its like"
+        return f"{name} is applied to gate and value alike, and these experts have no gate: use relu"
     return None

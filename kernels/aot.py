@@ -1,24 +1,23 @@
-"""Compiles the Triton kernels for GPUs that are not here: ``python -m kernels.aot --help``.
+"""Compiles the Triton kernels for GPUs without having one: ``python -m kernels.aot --help``.
 
 It proves that the kernels compile with the blocks of `kernels.triton.triton_blocks`, how many registers and
-how much shared memory they take, and that they use the matrix unit. It proves neither that they are right nor
-fast.
+how much shared memory they take, and that they use the matrix unit; neither correctness nor speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.text_file import write_text
 from kernels.triton.aot_variants import (
     ADDED,
     PRODUCTLESS,
@@ -31,9 +30,9 @@ from kernels.triton.aot_variants import (
 
 #: Shared memory that a program may take, in bytes, by compute capability times ten.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-#: What shows that the matrix unit is used.
+#: Instruction of the matrix unit.
 _MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
-# What is pointed at, where it is not the experts' own dtype.
+# Element types of pointers, where they are not the experts' own dtype.
 _POINTERS = {
     **dict.fromkeys(("token_ptr", "slot_ptr", "row_ptr", "counts_ptr", "ids_ptr", "totals_ptr"), "*i64"),
     **dict.fromkeys(("tiles_ptr", "ends_ptr", "blocks_ptr"), "*i32"),
@@ -48,16 +47,16 @@ _OF_RANK = {"N", "Q", "b_k", "b_n", "factor_r", "factor_n", "right_r", "out_p", 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out.
+    """Outcome of one compilation.
 
     Attributes:
-        variant: What was compiled.
-        capability: For which GPU, ``major * 10 + minor``.
-        registers: Of a thread.
-        stack: Bytes of a thread that do not fit into registers.
-        shared: Bytes of a program.
+        variant: The launch that was compiled.
+        capability: ``major * 10 + minor`` of the GPU.
+        registers: Registers of a thread.
+        stack: Bytes that a thread spills from registers.
+        shared: Bytes of shared memory of a program.
         instruction: The matrix instruction found, or an empty string.
-        failures: The gates that it fails; empty when all is well.
+        failures: The limits that it exceeds; empty when all is well.
     """
 
     variant: Variant
@@ -70,7 +69,7 @@ class Report:
 
 
 def compile_variant(variant: Variant, capability: int) -> Report:
-    """Compiles one kernel for one GPU and holds it to the gates.
+    """Compiles one kernel for one GPU and checks the limits.
 
     Raises:
         RuntimeError: Under TRITON_INTERPRET=1, where kernels cannot be compiled.
@@ -82,15 +81,31 @@ def compile_variant(variant: Variant, capability: int) -> Report:
     kernel, constants, build = launch_constants(variant, capability)
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter's kernels cannot be compiled")
-    names = kernel.arg_names
-    if variant.ones:
-        sizes = [name for name in names if name not in constants and not name.endswith("_ptr")]
-        constants |= dict.fromkeys(sizes, 1)
-    signature = {name: _type_of(name, constants, variant) for name in names}
     loose = _ANY | (_OF_RANK if variant.rank % 16 else set())
-    aligned = [n for n in names if n not in constants and n not in loose]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
+    signature: dict[str, Any] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def describe(path: tuple[int, ...], name: str, value: object) -> str:
+        """Notes the value or the alignment of one argument, and returns its type."""
+        if value == name and variant.ones and not name.endswith("_ptr"):
+            value = 1
+        if value != name:
+            values[path] = value
+            return "constexpr"
+        if name not in loose:
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type_of(name, variant)
+
+    for i, name in enumerate(kernel.arg_names):
+        value = constants.get(name, name)
+        if isinstance(value, tuple):
+            signature[name] = tuple(
+                describe((i, j), one if isinstance(one, str) else "", one) for j, one in enumerate(value)
+            )
+        else:
+            signature[name] = describe((i,), name, value)
+    source = ASTSource(kernel, signature, values, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build)
     registers, stack = _resources(built.asm["cubin"])
     instruction = _MATRIX[capability] if _MATRIX[capability] in built.asm["ptx"] else ""
@@ -98,9 +113,7 @@ def compile_variant(variant: Variant, capability: int) -> Report:
     return Report(**{**vars(report), "failures": tuple(limit_failures(report))})
 
 
-def _type_of(name: str, constants: Mapping[str, Any], variant: Variant) -> str:
-    if name in constants:
-        return "constexpr"
+def _type_of(name: str, variant: Variant) -> str:
     if name == "out_ptr" and variant.accumulates:
         return "*fp32"
     if name.endswith("_ptr"):
@@ -109,7 +122,7 @@ def _type_of(name: str, constants: Mapping[str, Any], variant: Variant) -> str:
 
 
 def limit_failures(report: Report) -> Iterator[str]:
-    """Which gates a report fails, as clauses."""
+    """Yields the limits that a report exceeds, as clauses."""
     if report.stack:
         yield f"{report.stack} bytes of registers spilled"
     limit = SHARED_LIMITS[report.capability]
@@ -124,7 +137,7 @@ def limit_failures(report: Report) -> Iterator[str]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack of a thread, as the toolkit in Triton's wheel reads them."""
+    """Returns registers and stack of a thread, read by the toolkit in Triton's wheel."""
     import triton.backends.nvidia as nvidia
 
     program = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -139,7 +152,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(variants: Iterable[Variant], capabilities: Iterable[int]) -> Iterator[Report]:
-    """One report after the other."""
+    """Yields the report of every variant on every GPU."""
     targets = list(capabilities)
     for variant in dict.fromkeys(variants):
         for capability in targets:
@@ -162,13 +175,13 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--kernel", nargs="+", default=None, help="only these kernels (default: all)")
     parser.add_argument("--all", action="store_true", help="every dtype, tile height, activation and bias")
-    parser.add_argument("--candidates", action="store_true", help="what kernels.tune chooses from, instead")
+    parser.add_argument("--candidates", action="store_true", help="the choices of kernels.tune instead")
     parser.add_argument("--json", metavar="PATH", default=None, help="write the reports; - for stdout")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Compiles, prints a table, and returns 1 when a gate fails."""
+    """Compiles, prints a table, and returns 1 when a limit is exceeded."""
     arguments = _parse()
     variants = dict.fromkeys(all_variants() if arguments.all else (*REPRESENTATIVE, *ADDED))
     print(f"{'kernel':10}{'dtype':6}{'rows':>5}  {'function':22}{'sm':>4}{'regs':>6}{'stack':>7}{'KiB':>7}  ")
@@ -197,17 +210,6 @@ def main() -> int:
     elif arguments.json is not None:
         write_text(Path(arguments.json), text)
     return 1 if any(report.failures for report in reports) else 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name, flushes to disk, renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

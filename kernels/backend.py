@@ -1,4 +1,4 @@
-"""What a back end of the expert computation is, and what it is given.
+"""Interface between the MoE layer and the back ends that compute its experts.
 
 Letters: T tokens, D model width, E experts, K slots a token, F expert width, U = 2F when gated, else F.
 """
@@ -6,12 +6,14 @@ Letters: T tokens, D model width, E experts, K slots a token, F expert width, U 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.activations import ACTIVATIONS
 from kernels.plan.row_plan import RowPlan
 
 
@@ -19,11 +21,11 @@ from kernels.plan.row_plan import RowPlan
 class LowRank:
     """Low-rank factors beside the stacked weights (LoRA, arXiv 2106.09685): ``W x + scale * B (A x)``.
 
-    The product ``B A`` is never made: each side is two more grouped products of rank r.
+    The matrix ``B A`` is never formed: each side is two more grouped products of rank r.
 
     Attributes:
         a_up_ErD: ``[E, r, D]``.
-        b_up_EUr: ``[E, U, r]``, rows as those of w_up.
+        b_up_EUr: ``[E, U, r]``, rows in the order of those of w_up.
         a_down_ErF: ``[E, r, F]``.
         b_down_EDr: ``[E, D, r]``.
         scale: ``alpha / r``.
@@ -35,15 +37,26 @@ class LowRank:
     b_down_EDr: Tensor
     scale: float
 
+    @staticmethod
+    def of(factors: Sequence[Tensor], scale: float) -> LowRank:
+        """Makes it from the four factors in the order of the fields."""
+        a_up_ErD, b_up_EUr, a_down_ErF, b_down_EDr = factors
+        return LowRank(a_up_ErD, b_up_EUr, a_down_ErF, b_down_EDr, scale)
+
     @property
     def rank(self) -> int:
         """r."""
         return self.a_up_ErD.shape[1]
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four factors, in the order of the fields."""
+        return self.a_up_ErD, self.b_up_EUr, self.a_down_ErF, self.b_down_EDr
+
 
 @dataclass(frozen=True)
 class MainGrads:
-    """fp32 buffers that the weights' gradients are added to; autograd then sees none for the weights.
+    """fp32 buffers that accumulate the weights' gradients, in place of gradients returned by autograd.
 
     Attributes:
         w_up_EUD: ``[E, U, D]`` fp32, contiguous.
@@ -56,7 +69,7 @@ class MainGrads:
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """The stacked weights of E experts, in the layout of nn.Linear: ``[out, in]``.
+    """Stacked weights of E experts, in the layout of nn.Linear: ``[out, in]``.
 
     Attributes:
         w_up_EUD: ``[E, U, D]``; gated: the F gate rows first, then the F up rows.
@@ -65,8 +78,8 @@ class ExpertTensors:
         gated: Whether the expert is ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``.
         b_up_EU: ``[E, U]`` or None.
         b_down_ED: ``[E, D]`` or None.
-        low_rank: Factors beside both weights, or None.
-        main_grads: Where the gradients of both weights are added, or None: they are returned.
+        low_rank: Low-rank factors of both weights, or None.
+        main_grads: Buffers for the gradients of both weights; None returns these gradients.
     """
 
     w_up_EUD: Tensor
@@ -83,18 +96,22 @@ class ExpertTensors:
         """F."""
         return self.w_down_EDF.shape[2]
 
+    def activate(self, h_RU: Tensor) -> Tensor:
+        """Computes the input ``[R, F]`` of the down projection, differentiable by autograd."""
+        act = ACTIVATIONS[self.activation]
+        return act.hidden(*h_RU.chunk(2, dim=-1)) if self.gated else act.forward(h_RU)
+
 
 @dataclass(frozen=True)
 class Workload:
-    """What a back end is chosen by.
+    """Properties of a layer, and of a batch where it is known, that a back end is chosen by.
 
     Attributes:
-        low_rank: The rank of low-rank factors, 0 where there are none.
-        accumulates: Whether the weights' gradients are to be added to fp32 buffers.
+        low_rank: Rank of the low-rank factors; 0 without factors.
+        accumulates: Whether the weights' gradients are added to fp32 buffers.
         gated: Whether the experts have a gate.
-        rows: How many rows are routed to experts, where that is known before they run; None where it is not,
-            or where the answer is to hold for all batches.
-        tokens: Of how many tokens, where the rows are known.
+        rows: Routed rows; None where they are unknown, or the choice must hold for every batch.
+        tokens: Tokens of these rows; None as `rows` is.
     """
 
     device: torch.device
@@ -111,12 +128,12 @@ class Workload:
     tokens: int | None = None
 
     def with_rows(self, plan: RowPlan) -> Workload:
-        """The same with the rows of a plan known."""
+        """Returns the workload with the rows and tokens of a plan filled in."""
         return replace(self, rows=plan.num_rows, tokens=len(plan.row_TK))
 
     @property
     def multiplications(self) -> float:
-        """Of one product of all rows, the mean of up and down; infinite where the rows are not known."""
+        """Multiplications in one product over all rows, averaged over up and down; infinite if unknown."""
         if self.rows is None:
             return math.inf
         up = 2 * self.expert_width if self.gated else self.expert_width
@@ -124,14 +141,14 @@ class Workload:
 
 
 class Backend(Protocol):
-    """One way of computing the experts."""
+    """One implementation of the expert computation."""
 
     @property
     def name(self) -> str:
         """The value of ``experts.backend`` that forces this back end."""
 
     def unsupported_reason(self, work: Workload) -> str | None:
-        """Why this back end cannot run the workload, as a clause; None when it can."""
+        """Returns why the workload cannot run here, as a clause; None when it can."""
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
-        """``out[t] = sum_k weights[t, k] * expert[t, k](x[t])``, ``[T, D]`` in the dtype of x."""
+        """Computes ``out[t] = sum_k weights[t, k] * expert[t, k](x[t])``, ``[T, D]`` in the dtype of x."""

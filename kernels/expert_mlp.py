@@ -1,7 +1,7 @@
-"""The one seam of the expert computation: which back end runs, and why.
+"""Entry point of the expert computation: chooses a back end, and runs it.
 
-The choice depends on device, dtype and shape, and on a CPU on whether the rows are few. It carries its
-reason, and can be forced; a back end that cannot run a workload refuses by name instead of falling back.
+The choice depends on device, dtype and shape, and on a CPU also on the number of rows. It carries its reason
+and can be forced; a forced back end that cannot run a workload is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from kernels.triton.triton_backend import TritonBackend
 
 _GROUPED = GroupedMMBackend()
 
-# Multiplications of a product up to which calls cost a CPU more than arithmetic, in fp32; in bf16 the same
-# holds for so few experts alone, since padded batches win above. The rows of one token are a batch without
-# padding, which wins in both. Measured by `python -m kernels.bench --part layer decode`.
+# Multiplications of a product up to which calls cost a CPU more than arithmetic: in fp32, and in bf16 with at
+# most so many experts, since padded batches win above. The rows of one token form a batch without padding,
+# which wins in both dtypes. Measured by `python -m kernels.bench --part layer decode`.
 _FEW_MULTIPLICATIONS = 50_000_000
 _FEW_EXPERTS = 4
 
-#: Every back end by the name that forces it, other libraries' behind our own. No mapping
-#: proxy: torch.compile cannot read one any more once the code that it traces has changed any dict.
+#: Back ends by the name that forces them, our own before those of third parties. Not a MappingProxyType:
+#: torch.compile cannot read one once the traced code has changed any dict.
 BACKENDS: Mapping[str, Backend] = {
     **{backend.name: backend for backend in (CpuBackend(), TritonBackend(), _GROUPED, LoopBackend())},
     **THIRD_PARTY,
@@ -58,9 +58,9 @@ def choose_backend(work: Workload, forced: str = "auto") -> Choice:
         forced: A key of `BACKENDS`, or ``auto``.
 
     Raises:
-        BackendError: The forced back end is unknown, or refuses the workload; the message says why.
+        BackendError: The forced back end is unknown or cannot run the workload; the message says why.
     """
-    # One by one: torch.compile takes no other form for a constant.
+    # Plain values one by one: the only form of a constant that torch.compile accepts.
     values = work.device, work.dtype, work.num_experts, work.model_width, work.expert_width, work.activation
     flags = work.has_bias, work.low_rank, work.accumulates, work.gated, work.rows, work.tokens
     name, reason = _named(forced, *values, *flags)
@@ -68,14 +68,14 @@ def choose_backend(work: Workload, forced: str = "auto") -> Choice:
 
 
 def few_products(work: Workload) -> bool:
-    """Whether so little is multiplied on a CPU that what a call costs decides."""
+    """Returns whether a CPU multiplies so little that the cost of calls decides."""
     if work.device.type != "cpu" or work.multiplications > _FEW_MULTIPLICATIONS or work.tokens == 1:
         return False
     assert work.rows is not None, work
     return work.dtype == torch.float32 or min(work.rows, work.num_experts) <= _FEW_EXPERTS
 
 
-# Not to be traced by torch.compile: it asks what is installed. Such a call takes what is plain alone.
+# torch.compile must not trace the look-up of installed packages; such a constant call takes plain values.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _named(forced: str, *values: Any) -> tuple[str, str]:
     assert len(values) == len(fields(Workload)), values
@@ -91,7 +91,7 @@ def _named(forced: str, *values: Any) -> tuple[str, str]:
         if few_products(work) and _GROUPED.unsupported_reason(work) is None:
             return "grouped_mm", f"{work.dtype} on CPU, so few products that F.grouped_mm's lighter calls win"
         return "cpu", f"fused path for {work.dtype} on CPU"
-    # On a GPU, triton and the rivals come in here, for the shapes that kernels.bench shows them faster in.
+    # Add triton and third-party back ends here, for the shapes in which kernels.bench shows them faster.
     unsupported_reason = _GROUPED.unsupported_reason(work)
     if unsupported_reason is None:
         how = "one fused kernel" if _GROUPED.is_fused(work) else "a loop over experts inside torch here"
@@ -102,12 +102,12 @@ def _named(forced: str, *values: Any) -> tuple[str, str]:
 def expert_mlp(
     x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors, backend: Backend
 ) -> Tensor:
-    """``out[t] = sum_k weights[t, k] * expert[t, k](x[t])`` over the used slots.
+    """Computes ``out[t] = sum_k weights[t, k] * expert[t, k](x[t])`` over the used slots.
 
     Args:
-        x_TD: ``[T, D]`` tokens, not yet gathered.
+        x_TD: ``[T, D]`` tokens.
         weights_TK: ``[T, K]`` fp32 combine weights; differentiable.
-        plan: The routed rows in expert order, from `kernels.plan.row_plan.make_plan`.
+        plan: Routed rows in expert order, from `kernels.plan.row_plan.make_plan`.
         experts: Stacked weights in the dtype of x.
         backend: From `choose_backend`.
 
@@ -115,7 +115,7 @@ def expert_mlp(
         ``[T, D]`` in the dtype of x.
 
     Raises:
-        BackendError: The activation is unknown, or needs a gate that the experts do not have.
+        BackendError: The activation is unknown, or needs gated experts.
     """
     if (unsupported_reason := activation_unsupported_reason(experts.activation, experts.gated)) is not None:
         raise BackendError(f"no back end can run this: {unsupported_reason}")

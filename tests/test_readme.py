@@ -121,6 +121,12 @@ class TestPage:
                 assert anchor in anchors(linked.read_text()), f"{target}#{anchor}"
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    files = [path for part in SOURCES for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".yaml"}]
+    named = {page for path in files for page in re.findall(r"docs/[\w/]+\.md", path.read_text())}
+    assert not {page for page in named if not (ROOT / page).is_file()}
+
+
 def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands(README.read_text()):

@@ -28,21 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
         "ranks are processes of this machine that talk over gloo.",
     )
     add = parser.add_argument
-    add("--ranks", default="1,2,4", metavar="P,...", help="numbers of ranks (default: %(default)s)")
-    add("--tokens", type=int, default=4096, metavar="T", help="of a rank (default: %(default)s)")
-    add("--width", type=int, default=1024, metavar="D", help="model width (default: %(default)s)")
-    add("--experts", type=int, default=8, metavar="E", help="of all ranks together (default: %(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default: %(default)s)")
+    add("--ranks", default="1,2,4", metavar="P,...", help="numbers of ranks")
+    add("--tokens", type=int, default=4096, metavar="T", help="tokens of a rank")
+    add("--width", type=int, default=1024, metavar="D", help="model width")
+    add("--experts", type=int, default=8, metavar="E", help="experts on all ranks together")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    add("--skewed", action="store_true", help="expert e is chosen by a share of 1/e, not equally often")
-    add(
-        "--shared-width",
-        type=int,
-        default=1024,
-        metavar="F",
-        help="of the shared expert (default: %(default)s)",
-    )
-    add("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: %(default)s)")
+    add("--skewed", action="store_true", help="choose expert e with a share of 1/e, not all equally")
+    add("--shared-width", type=int, default=1024, metavar="F", help="width of the shared expert")
+    add("--rounds", type=int, default=15, metavar="N", help="timed rounds")
     return parser
 
 

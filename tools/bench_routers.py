@@ -46,21 +46,18 @@ def _parse() -> argparse.Namespace:
         "'sinkhorn[top_k=1,tolerance=1e-3]'; and solver:sinkhorn, solver:sns_cg, solver:sns_schur, the "
         "transport solvers alone.",
     )
-    parser.add_argument("--step", action="store_true", help="measure training steps, not routers alone")
-    parser.add_argument("--routers", nargs="+", metavar="ROUTER", help=f"default: {', '.join(_GRID_DEFAULT)}")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384, 65536], metavar="T")
-    parser.add_argument("--experts", nargs="+", type=int, default=[8, 64, 512], metavar="E")
-    parser.add_argument("--width", type=int, default=256, help="model width (default 256)")
-    parser.add_argument(
-        "--skewed", action="store_true", help="logits as of a trained router without balance (grid only)"
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, at most (default 15)")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of a router at one shape, at most (default 10)"
-    )
-    parser.add_argument("--memory-mib", type=float, help="of a pass, at most (default: half of what is free)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add = parser.add_argument
+    add("--step", action="store_true", help="measure training steps, not routers alone")
+    add("--routers", nargs="+", metavar="ROUTER", help=f"default: {', '.join(_GRID_DEFAULT)}")
+    add("--tokens", nargs="+", type=int, default=[1024, 4096, 16384, 65536], metavar="T")
+    add("--experts", nargs="+", type=int, default=[8, 64, 512], metavar="E")
+    add("--width", type=int, default=256, help="model width")
+    add("--skewed", action="store_true", help="use logits of a trained router without balance (grid only)")
+    add("--rounds", type=int, default=15, help="most timed rounds")
+    add("--seconds", type=float, default=10.0, help="most seconds of a router at one shape")
+    add("--memory-mib", type=float, help="most memory of a pass (default: half of what is free)")
+    add("--threads", type=int, help="CPU threads (default: torch's own)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
 
 

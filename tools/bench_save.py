@@ -28,14 +28,15 @@ def _parse() -> argparse.Namespace:
         "saves in the background. All run in one process, interleaved in random order; the checkpoints "
         "are compared with what was saved.",
     )
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a round, with one save (default 20)")
-    parser.add_argument("--width", type=int, default=1024, help="of the model's square layers (default 1024)")
-    parser.add_argument("--layers", type=int, default=8, help="layers (default 8)")
-    parser.add_argument("--batch", type=int, default=256, help="rows of a step (default 256)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
-    parser.add_argument("--disk-mib-s", type=float, default=None, help="simulate a disk of so many MiB/s")
-    parser.add_argument("--folder", default=None, help="on the disk to measure (default: a temporary one)")
+    add = parser.add_argument
+    add("--rounds", type=int, default=9, help="timed rounds of each")
+    add("--steps", type=int, default=20, help="steps of a round, with one save")
+    add("--width", type=int, default=1024, help="width of the square layers")
+    add("--layers", type=int, default=8, help="number of layers")
+    add("--batch", type=int, default=256, help="rows of a step")
+    add("--threads", type=int, help="CPU threads (default: torch's own)")
+    add("--disk-mib-s", type=float, help="simulate a disk with this rate, MiB/s")
+    add("--folder", help="folder on the disk to measure (default: a temporary one)")
     return parser.parse_args()
 
 

@@ -33,11 +33,11 @@ def _parse() -> argparse.Namespace:
         "besides (gradient buffers) and one layer.",
     )
     add = parser.add_argument
-    add("--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary one)")
-    add("--sizes", type=int, default=3, metavar="N", help="the smallest N of three sizes (default 3)")
-    add("--ranks", default="1,2,4", help="numbers of ranks (default 1,2,4)")
-    add("--experts", type=int, default=8, help="experts of each layer (default 8)")
-    add("--method", default="copy", help="an upcycling method that needs no options (default copy)")
+    add("--folder", metavar="DIR", help="where to work (default: the system's temporary one)")
+    add("--sizes", type=int, default=3, metavar="N", help="the smallest N of three sizes")
+    add("--ranks", default="1,2,4", help="numbers of ranks")
+    add("--experts", type=int, default=8, help="experts of each layer")
+    add("--method", default="copy", help="an upcycling method that needs no options")
     add(
         "--whole",
         type=int,
@@ -45,7 +45,7 @@ def _parse() -> argparse.Namespace:
         metavar="N",
         help="for the smallest N sizes also make it whole on each rank first",
     )
-    add("--engine", default="native", metavar="NAME", help="native, deepspeed or megatron (default native)")
+    add("--engine", default="native", metavar="NAME", help="native, deepspeed or megatron")
     add(
         "--option",
         action="append",

@@ -23,9 +23,10 @@ def _parse() -> argparse.Namespace:
         "the same active parameters. All run in one process, interleaved in random order; "
         "logits are compared first.",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each (default 15)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
-    parser.add_argument("--backend", default="auto", help="back end of our experts (default auto)")
+    add = parser.add_argument
+    add("--rounds", type=int, default=15, help="timed rounds of each")
+    add("--threads", type=int, help="CPU threads (default: torch's own)")
+    add("--backend", default="auto", help="back end of our experts")
     return parser.parse_args()
 
 

@@ -29,13 +29,11 @@ def _parse() -> argparse.Namespace:
         "copies each result with cp on the same disk, in turn; prints medians, draws memory against size.",
     )
     add = parser.add_argument
-    add(
-        "--folder", default=None, metavar="DIR", help="where to work (default: the system's temporary folder)"
-    )
-    add("--method", default="copy", help="a choice of conf/upcycle (default copy)")
-    add("--experts", type=int, default=8, help="routed experts (default 8)")
-    add("--rounds", type=int, default=3, help="conversions and copies of each size (default 3)")
-    add("--figure", default=None, metavar="PNG", help="draw memory against size")
+    add("--folder", metavar="DIR", help="where to work (default: the system's temporary folder)")
+    add("--method", default="copy", help="a choice of conf/upcycle")
+    add("--experts", type=int, default=8, help="routed experts")
+    add("--rounds", type=int, default=3, help="conversions and copies of each size")
+    add("--figure", metavar="PNG", help="draw memory against size")
     return parser.parse_args()
 
 

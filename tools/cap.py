@@ -36,45 +36,60 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compare", nargs="+", metavar="JSON", help="measure nothing; put these reports beside each other")
     work = parser.add_argument_group("what is run").add_argument
-    work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="(default: %(default)s)")
-    work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: %(default)s)")
-    work("--new", type=int, default=32, metavar="N", help="written per sequence (default: %(default)s)")
-    work("--rounds", type=int, default=3, metavar="N", help="timed repetitions (default: %(default)s)")
-    work("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    work("--batch-sizes", default="1,4,16", metavar="B,B,...", help="sequences at once")
+    work("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt")
+    work("--new", type=int, default=32, metavar="N", help="tokens to write")
+    work("--rounds", type=int, default=3, metavar="N", help="timed repetitions")
+    work("--device", default="cpu", help="cpu, cuda, cuda:1")
     work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
     work("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
     work(
         "--experts",
         choices=("eager", "batched_mm", "grouped_mm"),
-        help="transformers' way to compute experts (default: its own choice)",
+        help="transformers' implementation of experts (default: its choice)",
     )
-    work("--text", metavar="PATH", help="of prompts and perplexity (default: Python's standard library)")
-    work("--tokenizer", metavar="DIR", help="of all systems (default: each one's own)")
-    work("--overhead", action="store_true", help="measure what watching the experts costs, too")
+    work("--text", metavar="PATH", help="text of prompts and perplexity (default: Python's standard library)")
+    work("--tokenizer", metavar="DIR", help="tokenizer of all systems (default: each one's own)")
+    work("--overhead", action="store_true", help="also measure the overhead of watching the experts")
     _add_more(parser)
     return parser
 
 
 def _add_more(parser: argparse.ArgumentParser) -> None:
     good = parser.add_argument_group("accuracy").add_argument
-    good("--perplexity", type=int, default=0, metavar="N", help="of N samples of the text (default: none)")
-    good("--perplexity-length", type=int, default=256, metavar="N", help="tokens each (default: %(default)s)")
+    good(
+        "--perplexity",
+        type=int,
+        default=0,
+        metavar="N",
+        help="perplexity on N samples of the text (default: none)",
+    )
+    good("--perplexity-length", type=int, default=256, metavar="N", help="tokens of a sample")
     good("--choices", metavar="JSONL", help='lines of {"question": ..., "choices": [...], "answer": 0}')
     good("--answers", metavar="JSONL", help='lines of {"prompt": ..., "answer": ...}, decoded greedily')
-    good("--answer-tokens", type=int, default=64, metavar="N", help="new ones at most (default: %(default)s)")
+    good("--answer-tokens", type=int, default=64, metavar="N", help="most tokens of an answer")
     good("--lm-eval", metavar="TASK,...", help="tasks of lm-evaluation-harness, which must be installed")
     good("--lm-eval-dir", metavar="DIR", help="further task files for it")
     good("--lm-eval-limit", type=int, metavar="N", help="questions of each task (default: all)")
     far = parser.add_argument_group("a server (speed alone; FOLDER gives config and tokenizer)").add_argument
     far("--server", metavar="URL", help="OpenAI-compatible: vLLM, SGLang; streams /v1/completions")
-    far("--model", default="", metavar="NAME", help="as the server calls it")
-    far("--server-device", metavar="NAME", help="such as 'NVIDIA H100 80GB HBM3', for peaks and prices")
-    far("--server-devices", type=int, default=1, metavar="N", help="that hold it (default: %(default)s)")
+    far("--model", default="", metavar="NAME", help="name of the model on the server")
+    far(
+        "--server-device",
+        metavar="NAME",
+        help="name of its device, as 'NVIDIA H100 80GB HBM3', for peaks and prices",
+    )
+    far("--server-devices", type=int, default=1, metavar="N", help="devices that hold the model")
     far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
     top = parser.add_argument_group("peaks").add_argument
-    top("--peaks", default="measured", help="measured now, or of the table (default: %(default)s)")
-    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own, in 10^9 bytes per second")
-    top("--peak-flops", type=float, metavar="GFLOP/S", help="your own, dense, of the dtype that is used")
+    top("--peaks", default="measured", help="measured now, or from the table")
+    top("--peak-bandwidth", type=float, metavar="GB/S", help="your own bandwidth, in 10^9 bytes per second")
+    top(
+        "--peak-flops",
+        type=float,
+        metavar="GFLOP/S",
+        help="your own dense FLOP/s in the dtype of the weights",
+    )
     top(
         "--tier",
         action="append",
@@ -83,17 +98,33 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         help="a memory that the system reads from; the first holds what the others leave (as tools.describe)",
     )
     cost = parser.add_argument_group("cost").add_argument
-    cost("--price-usd", type=float, metavar="USD", help="purchase (default: the table's, else none)")
-    cost("--power-watts", type=float, metavar="W", help="where energy is not measured (default: the table's)")
-    cost("--usd-per-kwh", type=float, metavar="USD", help="electricity (default: the table's)")
-    cost("--pue", type=float, default=1.2, help="of the building (default: %(default)s)")
-    cost("--life-years", type=float, default=4.0, metavar="Y", help="(default: %(default)s)")
-    cost("--busy", type=float, default=0.5, metavar="SHARE", help="of its life (default: %(default)s)")
+    cost("--price-usd", type=float, metavar="USD", help="purchase price (default: the table's, else none)")
+    cost(
+        "--power-watts",
+        type=float,
+        metavar="W",
+        help="power where energy is not measured (default: the table's)",
+    )
+    cost("--usd-per-kwh", type=float, metavar="USD", help="price of electricity (default: the table's)")
+    cost("--pue", type=float, default=1.2, help="power usage effectiveness of the building")
+    cost("--life-years", type=float, default=4.0, metavar="Y", help="years until it is written off")
+    cost("--busy", type=float, default=0.5, metavar="SHARE", help="share of its life in which it works")
     out = parser.add_argument_group("output").add_argument
-    out("--out", metavar="DIR", help="write cap.json, cap.html, curves.png and radar.png there")
-    out("--radar", choices=("fixed", "min-max"), default="fixed", help="ends of axes (default: %(default)s)")
-    out("--radar-batch", type=int, metavar="B", help="(default: the largest that all systems reached)")
-    out("--anchors", nargs="+", default=[], metavar="AXIS=WORSE:BETTER", help="such as tpot_s=1:0.001")
+    out("--out", metavar="DIR", help="folder for cap.json, cap.html, curves.png and radar.png")
+    out("--radar", choices=("fixed", "min-max"), default="fixed", help="ends of the axes")
+    out(
+        "--radar-batch",
+        type=int,
+        metavar="B",
+        help="batch size of the radar (default: the largest that all systems reached)",
+    )
+    out(
+        "--anchors",
+        nargs="+",
+        default=[],
+        metavar="AXIS=WORSE:BETTER",
+        help="ends of an axis, such as tpot_s=1:0.001",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

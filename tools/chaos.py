@@ -20,25 +20,24 @@ def _parse() -> argparse.Namespace:
         "done, training went on from the newest complete checkpoint each time, and nothing differs.",
         epilog="Every other OPTION=VALUE goes to train.py: router=deepseek_v3, engine.expert_parallel=2, ...",
     )
-    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="train.py's")
-    parser.add_argument("--kills", type=int, default=50, help="ranks to kill (default 50)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of the job (default 2)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the job (default 1000)")
-    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default 20)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("--kills", type=int, default=50, help="ranks to kill")
+    add("--ranks", type=int, default=2, help="processes of the job")
+    add("--steps", type=int, default=1000, help="optimizer steps of the job")
+    add("--save-every", type=int, default=20, help="steps between checkpoints")
+    add(
         "--aim",
         choices=AIMS,
         default="mixed",
         help="anywhere: uniform over the steps; saves: while a checkpoint is written; start: while a restart "
         "starts up; mixed (default): half, a third and a sixth of them",
     )
-    parser.add_argument("--sync-save", action="store_true", help="train.async_save=false")
-    parser.add_argument(
-        "--disk-mib-s", type=float, default=None, help="simulate a disk that writes so many MiB/s per rank"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
-    parser.add_argument("--patience", type=float, default=180.0, help="seconds without a step (default 180)")
-    parser.add_argument("--folder", default="outputs/chaos", help="for everything (default outputs/chaos)")
+    add("--sync-save", action="store_true", help="set train.async_save=false")
+    add("--disk-mib-s", type=float, help="simulate a disk with this rate per rank, MiB/s")
+    add("--seed", type=int, default=0, help="seed of moments and victims")
+    add("--patience", type=float, default=180.0, help="seconds without a step before giving up")
+    add("--folder", default="outputs/chaos", help="folder of both runs")
     return parser.parse_intermixed_args()
 
 

@@ -52,11 +52,24 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Formatter that adds the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        without = (
+            action.default in (argparse.SUPPRESS, []) or action.default in (None, "") or action.nargs == 0
+        )
+        return text if without or "default" in text else f"{text} (default: %(default)s)"
+
+
 def tool_parser(
     name: str, description: str, epilog: str | None = None, *, json_flag: bool = True
 ) -> argparse.ArgumentParser:
     """Builds the parser of ``python -m tools.NAME``, with ``--json`` unless left out."""
-    parser = argparse.ArgumentParser(f"python -m tools.{name}", description=description, epilog=epilog)
+    parser = argparse.ArgumentParser(
+        f"python -m tools.{name}", description=description, epilog=epilog, formatter_class=_HelpFormatter
+    )
     if json_flag:
         text = "write the figures as JSON to a file, or to stdout for -"
         parser.add_argument("--json", metavar="PATH", help=text)

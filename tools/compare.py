@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
 from recipes.config.compose import compose_config
-from tools.command import run_command, tool_parser
+from tools.command import check_least, run_command, tool_parser
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
 
@@ -21,13 +21,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
         json_flag=False,
     )
-    parser.add_argument(
-        "options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's"
-    )
-    parser.add_argument("--name", default="routers", help="folder below outputs/compare (default routers)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
-    parser.add_argument("--only-page", action="store_true", help="train nothing, draw what is there")
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's")
+    add("--name", default="routers", help="folder below outputs/compare")
+    add("--ranks", type=int, default=1, help="processes of each run")
+    add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
+    add("--only-page", action="store_true", help="train nothing, draw what is there")
     arguments = parser.parse_intermixed_args()
     return arguments, arguments.options
 
@@ -59,6 +58,8 @@ def main() -> int:
     """Runs the missing trials, then writes the page; returns 1 when a run failed."""
     arguments, options = _parse()
     routers, seeds, overrides = _split(options)
+    if mistakes := check_least(arguments, ranks=1, parallel=1):
+        raise ConfigError(mistakes)
     for router in routers:
         compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
     from recipes.studies.comparison.collect_runs import collect

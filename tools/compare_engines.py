@@ -27,10 +27,10 @@ def _parse() -> argparse.Namespace:
         epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="train.py's")
-    add("--steps", type=int, default=50, metavar="N", help="of each run (default: %(default)s)")
-    add("--only", metavar="WORD", help="layouts whose name has it, besides the first")
-    add("--keep", metavar="DIR", help="where the runs stay (default: they are deleted)")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("--steps", type=int, default=50, metavar="N", help="steps of each run")
+    add("--only", metavar="WORD", help="run only layouts with this word in their name, and the first")
+    add("--keep", metavar="DIR", help="keep the runs in this folder (default: delete them)")
     return parser.parse_intermixed_args()
 
 

@@ -24,17 +24,18 @@ def _parse() -> argparse.Namespace:
         epilog="A router is a choice of conf/router, with options if need be: comet:entropy_coef=1,gamma=5. "
         "'dense' is one network as wide as the experts of a row.",
     )
-    parser.add_argument("--routers", nargs="+", default=list(_ROUTERS), metavar="ROUTER")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each router (default 5)")
-    parser.add_argument("--lrs", nargs="+", type=float, default=list(_LRS), metavar="LR")
-    parser.add_argument("--name", default="default", help="folder below outputs/tables (default 'default')")
-    parser.add_argument("--data-seed", type=int, default=0, help="of the generated set (default 0)")
-    parser.add_argument("--rows", type=int, default=None, help="rows of the set (default 50,000)")
-    parser.add_argument("--epochs", type=int, default=None, help="at most (default 20)")
-    parser.add_argument("--experts", type=int, default=None, help="experts of the layer (default 16)")
-    parser.add_argument("--top-k", type=int, default=None, help="experts per row (default 2)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--only-page", action="store_true", help="train nothing, show what is there")
+    add = parser.add_argument
+    add("--routers", nargs="+", default=list(_ROUTERS), metavar="ROUTER", help="what to compare")
+    add("--seeds", type=int, default=5, help="runs of each router")
+    add("--lrs", nargs="+", type=float, default=list(_LRS), metavar="LR", help="rates to try")
+    add("--name", default="default", help="folder below outputs/tables")
+    add("--data-seed", type=int, default=0, help="seed of the generated set")
+    add("--rows", type=int, help="rows of the set (default: 50,000)")
+    add("--epochs", type=int, help="most epochs of a run (default: 20)")
+    add("--experts", type=int, help="experts of the layer (default: 16)")
+    add("--top-k", type=int, help="experts per row (default: 2)")
+    add("--threads", type=int, default=1, help="CPU threads")
+    add("--only-page", action="store_true", help="train nothing, show what is there")
     return parser.parse_args()
 
 

@@ -21,14 +21,15 @@ def _parse() -> argparse.Namespace:
         "and the differences from it, in a few bits or as one of ten elements. Exact for copies before "
         "training, lossy after it: compare the expanded folder by tools.verify before you delete anything.",
     )
-    parser.add_argument("action", choices=("compress", "expand"))
-    parser.add_argument("source", metavar="SOURCE", help="an MoE; or, to expand, a compressed one")
-    parser.add_argument("out", metavar="OUT", help="the result; must not exist")
+    add = parser.add_argument
+    add("action", choices=("compress", "expand"))
+    add("source", metavar="SOURCE", help="an MoE; or, to expand, a compressed one")
+    add("out", metavar="OUT", help="the result; must not exist")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--bits", type=int, help="1, 2, 4 or 8 bits for each difference (default 2)")
+    kind.add_argument("--bits", type=int, help="1, 2, 4 or 8 bits for each difference (default: 2)")
     kind.add_argument("--one-of", type=int, metavar="B", help="keep one of B differences, drawn at random")
-    parser.add_argument("--rescale", action="store_true", help="with --one-of: multiply what is kept by B")
-    parser.add_argument("--seed", type=int, default=0, help="with --one-of (default 0)")
+    add("--rescale", action="store_true", help="with --one-of: multiply the kept differences by B")
+    add("--seed", type=int, default=0, help="seed of the draw of --one-of")
     return parser.parse_args()
 
 

@@ -27,9 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="config.json, or the folder of a checkpoint that holds one")
-    add("--sequence-length", type=int, default=4096, metavar="N", help="tokens (default: %(default)s)")
-    add("--batch-size", type=int, default=1, metavar="B", help="sequences at once (default: %(default)s)")
-    add("--kv-dtype", default="bfloat16", metavar="DTYPE", help="of the cache (default: %(default)s)")
+    add("--sequence-length", type=int, default=4096, metavar="N", help="tokens of a sequence")
+    add("--batch-size", type=int, default=1, metavar="B", help="sequences at once")
+    add("--kv-dtype", default="bfloat16", metavar="DTYPE", help="dtype of the cache")
     add(
         "--bits",
         nargs="+",

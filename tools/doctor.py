@@ -17,12 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor", "Reports what this machine can run and what is wrong. Exits with 1 if something is bad."
     )
     add = parser.add_argument
-    add(
-        "--cache-dir",
-        default="~/.cache/graft",
-        metavar="DIR",
-        help="cache of the runs (default: %(default)s)",
-    )
+    add("--cache-dir", default="~/.cache/graft", metavar="DIR", help="cache folder of the runs")
     return parser
 
 

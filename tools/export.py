@@ -19,7 +19,7 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's directory")
-    add("--out", required=True, metavar="DIR", help="where the model goes; must not exist")
+    add("--out", required=True, metavar="DIR", help="folder of the model; must not exist")
     stages = ("moe", "cpt")
     add(
         "--stage",
@@ -28,15 +28,20 @@ def _parse() -> argparse.Namespace:
         default="moe",
         help="the MoE, or the dense model trained beside it",
     )
-    add("--step", type=int, default=None, help="of the checkpoint (default: the newest complete one)")
+    add("--step", type=int, help="step of the checkpoint (default: the newest complete one)")
     add(
         "--dtype",
         choices=("source", "fp32", "bf16", "fp16"),
         default="source",
         help="default: the dense one's",
     )
-    add("--target", default="auto", metavar="FORMAT", help="format (default auto: the best exact)")
-    add("--layout", choices=("per_expert", "fused"), default="per_expert", help="of the experts' tensors")
+    add("--target", default="auto", metavar="FORMAT", help="format (default: the best exact)")
+    add(
+        "--layout",
+        choices=("per_expert", "fused"),
+        default="per_expert",
+        help="layout of the experts' tensors",
+    )
     return parser.parse_args()
 
 

@@ -21,17 +21,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         "fit_laws",
         "Fits a scaling law to a table of runs: Huber loss on the logarithm, many starts, "
-        "L-BFGS, bootstrap intervals. docs/laws.md explains laws and columns.",
+        "L-BFGS, bootstrap intervals. docs/scaling_laws.md explains laws and columns.",
     )
     add = parser.add_argument
-    add("runs", nargs="?", metavar="RUNS.csv", help="one line a run, with a header")
-    add("--law", metavar="NAME", help="which; see --list")
+    add("runs", nargs="?", metavar="RUNS.csv", help="table with a line for each run, and a header")
+    add("--law", metavar="NAME", help="name of the law; see --list")
     add("--list", action="store_true", help="print the laws, their inputs and published coefficients")
-    add("--bootstrap", type=int, default=200, metavar="B", help="resamplings, 0 for none (%(default)s)")
-    add("--level", type=float, default=0.95, help="probability of the intervals (%(default)s)")
-    add("--delta", type=float, default=1e-3, help="Huber's delta, of ln loss (%(default)s)")
-    add("--starts", type=int, default=128, help="starting points, at least 4 (%(default)s)")
-    add("--seed", type=int, default=0, help="of starts and resamplings (%(default)s)")
+    add("--bootstrap", type=int, default=200, metavar="B", help="resamplings, 0 for none")
+    add("--level", type=float, default=0.95, help="probability of the intervals")
+    add("--delta", type=float, default=1e-3, help="Huber's delta, of ln loss")
+    add("--starts", type=int, default=128, help="starting points, at least 4")
+    add("--seed", type=int, default=0, help="seed of starts and resamplings")
     add("--figure", metavar="PNG", help="draw predicted against measured losses")
     return parser
 

@@ -25,17 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
         "machine is not quiet.",
     )
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    add("--dtypes", default="fp32,bf16", help=f"of products: {', '.join(_DTYPES)} (default: %(default)s)")
-    add("--rounds", type=int, default=10, metavar="N", help="of bandwidth (default: %(default)s)")
-    add(
-        "--seconds",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="of each of three sweeps of products, about (default: %(default)s)",
-    )
-    add("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's own)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1")
+    add("--dtypes", default="fp32,bf16", help=f"of products: {', '.join(_DTYPES)}")
+    add("--rounds", type=int, default=10, metavar="N", help="rounds of the bandwidth")
+    add("--seconds", type=float, default=0.5, metavar="S", help="seconds of each of three sweeps of products")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
     return parser
 
 

@@ -52,25 +52,32 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         help="config.json, its folder, or the name of a published model",
     )
-    add("--gpu", default="h100", metavar="KIND", help="kind of GPU (default: %(default)s)")
-    add("--gpus", type=int, default=8, metavar="N", help="GPUs (default: %(default)s)")
-    add("--precision", default="bf16", help="bf16, fp8, mxfp8 or nvfp4 (default: %(default)s)")
-    add("--sequence-length", type=int, default=4096, metavar="N", help="tokens (default: %(default)s)")
-    add("--global-batch", type=int, default=512, metavar="N", help="sequences a step (default: %(default)s)")
-    add("--memory-gib", type=float, metavar="GIB", help="of a GPU, instead of its kind's")
-    add("--domain", type=int, metavar="N", help="GPUs that NVLink joins, instead of the kind's")
-    add("--nvlink", type=float, metavar="GB/s", help="of a GPU in one direction, instead of the kind's")
-    add("--network", type=float, metavar="GB/s", help="of a GPU's share in one direction, likewise")
+    add("--gpu", default="h100", metavar="KIND", help="kind of GPU")
+    add("--gpus", type=int, default=8, metavar="N", help="number of GPUs")
+    add("--precision", default="bf16", help="bf16, fp8, mxfp8 or nvfp4")
+    add("--sequence-length", type=int, default=4096, metavar="N", help="tokens of a sequence")
+    add("--global-batch", type=int, default=512, metavar="N", help="sequences of a step")
+    add("--memory-gib", type=float, metavar="GIB", help="memory of a GPU, instead of its kind's")
+    add("--domain", type=int, metavar="N", help="GPUs joined by NVLink, instead of the kind's")
+    add(
+        "--nvlink", type=float, metavar="GB/s", help="NVLink of a GPU in one direction, instead of the kind's"
+    )
+    add("--network", type=float, metavar="GB/s", help="network of a GPU in one direction, likewise")
     add("--only", nargs="+", default=[], metavar="AXIS=N", help=f"fix an axis: {', '.join(_AXES)}")
     add("--overlap", action="store_true", help="the engine hides the exchange of experts behind products")
     add("--graphed", action="store_true", help="the engine runs a step as one CUDA graph")
-    add("--gradient-bytes", type=int, default=4, metavar="B", help="an element (default: %(default)s)")
-    add("--optimizer-bytes", type=int, default=8, metavar="B", help="of states (default: %(default)s)")
+    add("--gradient-bytes", type=int, default=4, metavar="B", help="bytes of a gradient")
+    add("--optimizer-bytes", type=int, default=8, metavar="B", help="bytes of the optimizer's states")
     add(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", dest="settings", help="parameters: docs/plan.md"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="set parameters of docs/plan.md",
     )
-    add("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
-    add("--check-published", action="store_true", help="predicted against published speeds, about a minute")
+    add("--top", type=int, default=10, metavar="N", help="layouts to show")
+    add("--check-published", action="store_true", help="compare with published speeds (about a minute)")
     add("--fit", action="store_true", help="fit the parameters to the published rows and print them")
     return parser
 

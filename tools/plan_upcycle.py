@@ -28,19 +28,21 @@ def build_parser() -> argparse.ArgumentParser:
         "the published laws of one paper, or by laws fitted to your runs (tools.fit_laws --json).",
     )
     add = parser.add_argument
-    add("--law", default=None, metavar="NAME", help="published laws: liew (default) or joint_moe")
-    add("--upcycle-fit", metavar="JSON", help="liew, fitted to your upcycled runs")
+    add("--law", metavar="NAME", help="published laws: liew (default) or joint_moe")
+    add("--upcycle-fit", metavar="JSON", help="law liew fitted to your upcycled runs")
     add("--scratch-fit", metavar="JSON", help="a law fitted to your MoEs from scratch")
     add("--dense-fit", metavar="JSON", help="a law fitted to your dense runs")
     add("--dense-params", type=float, required=True, metavar="N1", help="parameters of the checkpoint")
     add("--dense-tokens", type=float, required=True, metavar="D1", help="tokens it was trained on")
     add("--budget-tokens", type=float, metavar="D2", help="tokens to train on, the same for all")
-    add("--budget-flops", type=float, metavar="F", help="or FLOPs, 6 per token and active parameter")
-    add("--active-params", type=float, metavar="N", help="of the MoE, that a token uses")
-    add("--total-params", type=float, metavar="N", help="of the whole MoE")
-    add("--experts", type=int, default=8, metavar="E", help="routed experts of a layer (%(default)s)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts per token (%(default)s)")
-    add("--granularity", type=float, default=1.0, metavar="G", help="dense over expert width (%(default)s)")
+    add(
+        "--budget-flops", type=float, metavar="F", help="or budget in FLOPs, 6 per token and active parameter"
+    )
+    add("--active-params", type=float, metavar="N", help="parameters of the MoE that a token uses")
+    add("--total-params", type=float, metavar="N", help="parameters of the whole MoE")
+    add("--experts", type=int, default=8, metavar="E", help="routed experts of a layer")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token")
+    add("--granularity", type=float, default=1.0, metavar="G", help="dense over expert width")
     add("--figure", metavar="PNG", help="draw loss against D2 for the three ways")
     return parser
 

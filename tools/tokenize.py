@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from recipes.data.config import DataConfig
     from recipes.data.sources import check_paths
-    from recipes.data.tokenise import refuse_existing, tokenise
+    from recipes.data.tokenise import require_no_files, tokenise
     from recipes.data.tokenizer import check_tokenizer
 
     if not args.text_key:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     mistakes += check_json_target(args.json)
     if mistakes:
         raise DataError(mistakes)
-    refuse_existing(args.output, "--output")
+    require_no_files(args.output, "--output")
     log = log_beside(args.json)
     counts = tokenise(cfg, args.tokenizer, args.output, log)
     rate = counts.tokens / max(counts.seconds, 1e-9)

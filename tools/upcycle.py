@@ -34,36 +34,34 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of the method (upcycle.*) and router.*")
     add("--dense", required=True, metavar="DIR", help="the dense checkpoint")
-    add("--out", default=None, metavar="DIR", help="where the MoE goes; must not exist")
+    add("--out", metavar="DIR", help="folder of the MoE; must not exist")
     add(
         "--compare",
-        default=None,
         metavar="METHODS",
         help="write nothing, measure the drift of several methods on real text: "
         "copy,drop[ratio=0.25],snake[router=one_plus], ...",
     )
-    add("--method", default="copy", help="a choice of conf/upcycle (default copy)")
-    add("--router", default="topk", help="a choice of conf/router (default topk)")
+    add("--method", default="copy", help="a choice of conf/upcycle")
+    add("--router", default="topk", help="a choice of conf/router")
+    add("--experts", type=int, metavar="E", help="routed experts of a layer (default: the method's)")
+    add("--top-k", type=int, metavar="K", help="experts per token (default: the router's)")
+    add("--seed", type=int, default=0, help="seed of routers and of random methods")
     add(
-        "--experts",
-        type=int,
-        default=None,
-        metavar="E",
-        help="routed experts of a layer (default: the method's)",
+        "--dtype",
+        choices=_DTYPES,
+        default="source",
+        help="dtype of the output (default source: as the input)",
     )
-    add("--top-k", type=int, default=None, metavar="K", help="experts per token (default: the router's)")
-    add("--seed", type=int, default=0, help="of routers and of methods that draw (default 0)")
-    add("--dtype", choices=_DTYPES, default="source", help="of the output (default source: as the input)")
+    add("--target", default="auto", metavar="FORMAT", help="format of the output (default: the best exact)")
     add(
-        "--target",
-        default="auto",
-        metavar="FORMAT",
-        help="format of the output (default auto: the best exact)",
+        "--layout",
+        choices=("per_expert", "fused"),
+        default="per_expert",
+        help="layout of the experts' tensors",
     )
-    add("--layout", choices=("per_expert", "fused"), default="per_expert", help="of the experts' tensors")
     add("--untie", action="store_true", help="write the head although it is tied to the embeddings")
     add("--verify", action="store_true", help="load both afterwards and compare their logits on real text")
-    add("--text", default=None, metavar="PATH", help="text to look at (default: Python's standard library)")
+    add("--text", metavar="PATH", help="text for measurements (default: Python's standard library)")
     return parser.parse_intermixed_args()
 
 

@@ -25,9 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="lengths=[...], seeds=N, and train.py's")
-    add("--name", default="default", help="folder below outputs/upcycle_vs_cpt (%(default)s)")
-    add("--ranks", type=int, default=1, help="processes of each run (%(default)s)")
-    add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it (%(default)s)")
+    add("--name", default="default", help="folder below outputs/upcycle_vs_cpt")
+    add("--ranks", type=int, default=1, help="processes of each run")
+    add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
     add("--only-page", action="store_true", help="train nothing, draw what is there")
     return parser
 

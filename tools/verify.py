@@ -24,14 +24,10 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--dense", required=True, metavar="DIR", help="the dense checkpoint, or any other to compare with")
     add("--moe", required=True, metavar="DIR", help="the MoE: in a format of transformers or in Graft's own")
-    add("--text", default=None, metavar="PATH", help="text (default: Python's standard library)")
-    add("--samples", type=int, default=8, help="sequences (default 8)")
-    add("--length", type=int, default=128, help="tokens of each (default 128)")
-    add(
-        "--gradients",
-        action="store_true",
-        help="compare gradients as well (memory for both models')",
-    )
+    add("--text", metavar="PATH", help="text to compare on (default: Python's standard library)")
+    add("--samples", type=int, default=8, help="number of sequences")
+    add("--length", type=int, default=128, help="tokens of a sequence")
+    add("--gradients", action="store_true", help="compare gradients as well (memory for both models')")
     return parser.parse_args()
 
 

@@ -1,0 +1,1 @@
+"""Benchmark of the expert computation by back end: ``python -m kernels.bench``."""

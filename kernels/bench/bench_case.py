@@ -1,4 +1,4 @@
-"""One line of the benchmark, and its tensors.
+"""Cases of the benchmark and their tensors.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -17,14 +17,14 @@ from kernels.plan.row_plan import RowPlan, make_plan
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the benchmark.
+    """One case of the benchmark.
 
     Attributes:
         shape: The layer.
         tokens: T.
-        routing: One of `kernels.bench.bench_shapes.ROUTINGS`.
-        dtype: Of tokens and experts.
-        device: Where it runs.
+        routing: A member of `kernels.bench.bench_shapes.ROUTINGS`.
+        dtype: Dtype of tokens and experts.
+        device: Device of all tensors.
     """
 
     shape: Shape
@@ -36,15 +36,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors of a case.
+    """Tensors of a case.
 
     Attributes:
-        case: What runs.
+        case: Shape, tokens, routing, dtype and device.
         x_TD: Tokens.
         weights_TK: Their combine weights.
         ids_TK: Their experts.
         experts: The weights.
-        grad_TD: What comes back from above.
+        grad_TD: Gradient of the output.
     """
 
     case: Case
@@ -56,11 +56,11 @@ class Layer:
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What gradients are taken of."""
+        """Tensors that gradients are taken of."""
         return self.x_TD, self.weights_TK, self.experts.w_up_EUD, self.experts.w_down_EDF
 
     def first(self, tokens: int) -> Layer:
-        """The same layer with the first tokens alone."""
+        """Returns the same layer with only the first tokens."""
         return replace(
             self,
             case=replace(self.case, tokens=tokens),
@@ -71,12 +71,12 @@ class Layer:
         )
 
     def plan(self, tokens: int) -> RowPlan:
-        """Of the first tokens."""
+        """Returns the plan of the first tokens."""
         return make_plan(self.ids_TK[:tokens], self.case.shape.experts)
 
 
 def make_layer(case: Case) -> Layer:
-    """Random tensors of a case."""
+    """Makes the random tensors of a case."""
     s = case.shape
     g = torch.Generator(case.device).manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Holds a back end to fp64 before it is timed: what computes something else is not.
+"""Checks a back end against fp64 before it is timed; one that is wrong is not timed.
 
 Letters: T tokens, D model width, E experts, K slots a token, F expert width.
 """
@@ -23,14 +23,14 @@ _ROUNDING_STEPS = 10
 
 @dataclass(frozen=True)
 class _Expert:
-    """What one expert contributes, in fp64.
+    """Contribution of one expert, in fp64.
 
     Attributes:
-        index: Which.
+        index: Index of the expert.
         token_N: Its tokens.
-        slot_N: In which slot they have it.
+        slot_N: The slot in which each token has it.
         out_ND: Weighted outputs.
-        grads: By the tokens, their weights, and both matrices.
+        grads: Gradients of the tokens, their weights, and both matrices.
     """
 
     index: int
@@ -41,15 +41,15 @@ class _Expert:
 
 
 def checked_error(layer: Layer, name: str, *, backward: bool) -> float:
-    """Relative error of the output on the first tokens.
+    """Returns the relative error of the output on the first tokens.
 
     Args:
-        layer: What runs.
+        layer: Tensors of the case.
         name: A key of `kernels.expert_mlp.BACKENDS`.
         backward: Whether gradients are checked as well.
 
     Raises:
-        RuntimeError: It, or that of a gradient, is above ten rounding steps.
+        RuntimeError: This error, or that of a gradient, exceeds ten rounding steps.
     """
     few = layer.first(min(_CHECKED_TOKENS, layer.case.tokens))
     with torch.set_grad_enabled(backward):
@@ -64,7 +64,7 @@ def checked_error(layer: Layer, name: str, *, backward: bool) -> float:
 
 
 def _errors(layer: Layer, out_TD: Tensor, grads: tuple[Tensor, ...]) -> dict[str, float]:
-    """By name, relative in the L2 norm; one expert in fp64 at a time, as all would not fit."""
+    """Returns relative errors in the L2 norm by name, with one expert in fp64 at a time to save memory."""
     expected = [torch.zeros(out_TD.shape, dtype=torch.float64, device=out_TD.device) for _ in range(2)]
     dweights_TK = torch.zeros(layer.weights_TK.shape, dtype=torch.float64, device=out_TD.device)
     # Sums of squares of difference and reference for both matrices.

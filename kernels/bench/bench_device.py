@@ -1,4 +1,4 @@
-"""What a measurement on a GPU needs: a cold L2 cache, the device's own clock, and its frequencies."""
+"""Measurement on a GPU: a cold L2 cache, the device's own clock, and its frequencies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-#: What is asked of nvidia-smi: name there -> key in the figures.
+#: Fields of nvidia-smi -> key in the figures.
 _FIELDS = {
     "clocks.sm": "sm_mhz",
     "clocks.mem": "memory_mhz",
@@ -19,20 +19,20 @@ _FIELDS = {
 
 
 class ColdTimer:
-    """Seconds of one run by events of the GPU, after the L2 cache was filled with something else.
+    """Timer of one run by events of the GPU, after the L2 cache was overwritten.
 
-    The flush is enqueued right before, so the host prepares the first launches while it runs: what is
-    measured is the GPU's time, and the host's only where a run waits for it or launches too slowly.
+    The host prepares the first launches while the GPU overwrites its cache. Host time is therefore measured
+    only where a run waits for the host or launches too slowly.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Takes a buffer of twice the L2 cache."""
+        """Allocates a buffer of twice the L2 cache."""
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self._device = device
         self._buffer = torch.empty(2 * max(size, 2**20), dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable[[], object]) -> float:
-        """Runs it once."""
+        """Returns the seconds of one run."""
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self._device)
@@ -45,14 +45,14 @@ class ColdTimer:
 
 
 def clocks(device: torch.device) -> dict[str, float | str]:
-    """Frequencies, temperature and power at this moment, or why they are unknown; empty on a CPU."""
+    """Returns current frequencies, temperature and power, or why they are unknown; empty on a CPU."""
     if device.type != "cuda":
         return {}
     return read_clocks(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def read_clocks(gpu: str) -> dict[str, float | str]:
-    """The same by nvidia-smi's name of a GPU; a figure that it does not have is left out."""
+    """Returns the same by nvidia-smi's name of a GPU, without figures that it does not report."""
     if shutil.which("nvidia-smi") is None:
         return {"unknown": "nvidia-smi is not on the path"}
     command = [

@@ -1,4 +1,4 @@
-"""Bars with their spread as an SVG, by hand: the benchmark needs nothing but torch."""
+"""SVG of bars with their spread, written by hand so that the benchmark needs only torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 _ROW, _LEFT, _WIDTH, _RIGHT = 18, 330, 460, 120
-_COLOURS = (
+_COLOURS = [
     "#31688e",
     "#35b779",
     "#e69f00",
@@ -18,20 +18,20 @@ _COLOURS = (
     "#8c6bb1",
     "#b8a100",
     "#7f3b08",
-)
+]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One measurement.
+    """One bar of the figure.
 
     Attributes:
-        group: Bars of one group stand together under its name and share a scale.
-        name: Who was measured; has one colour everywhere.
-        value: Length.
-        low: Where the spread begins.
-        high: Where it ends.
-        label: Behind the bar.
+        group: Title of the bars that stand together and share a scale.
+        name: Back end; it has the same colour in all groups.
+        value: Length of the bar.
+        low: Lower end of the spread.
+        high: Upper end of the spread.
+        label: Text after the bar.
     """
 
     group: str
@@ -43,7 +43,7 @@ class Bar:
 
 
 def bars_svg(title: str, bars: Sequence[Bar]) -> str:
-    """The picture; every group is scaled to its own longest spread."""
+    """Returns the figure as SVG; every group is scaled to its own longest spread."""
     groups = list(dict.fromkeys(bar.group for bar in bars))
     names = list(dict.fromkeys(bar.name for bar in bars))
     colour = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""The grouped product alone against a dense one of the same size: what small experts cost a CPU.
+"""Times the grouped product against a dense one of the same size: the cost of small experts on a CPU.
 
 Letters: E experts, n rows of an expert, R = E n rows, N output width, K input width.
 """
@@ -24,7 +24,7 @@ class ProductShape:
         rows: n, the same for every expert.
         out_width: N.
         in_width: K.
-        dtype: Of both operands.
+        dtype: Dtype of both operands.
     """
 
     experts: int
@@ -35,12 +35,12 @@ class ProductShape:
 
     @property
     def label(self) -> str:
-        """As in tables."""
+        """Name in tables."""
         kind = str(self.dtype).removeprefix("torch.")
         return f"{self.experts} experts x {self.rows} rows x {self.out_width}x{self.in_width} {kind}"
 
 
-#: Shape and the share of the dense rate that the project aims at.
+#: Shapes and the share of the dense rate that the project aims at.
 GOALS: tuple[tuple[ProductShape, float], ...] = (
     (ProductShape(8, 512, 512, 1024, torch.float32), 0.85),
     (ProductShape(8, 512, 512, 1024, torch.bfloat16), 0.85),
@@ -52,18 +52,18 @@ GOALS: tuple[tuple[ProductShape, float], ...] = (
 
 @dataclass(frozen=True)
 class ProductResult:
-    """What was measured of one rival.
+    """Measurement of one implementation of the product.
 
     Attributes:
-        rival: ``dense``, ``mm`` (one product an expert, as the back end ``cpu`` does), ``bmm`` or
+        name: ``dense``, ``mm`` (one product an expert, as the back end ``cpu`` does), ``bmm`` or
             ``grouped_mm``.
         seconds: Median and spread.
         gflops: Per second, in units of 1e9.
-        share: Its rate over the dense one's, round by round.
-        error: Of the output, relative to fp64; the dense rival computes something else.
+        share: Its rate over that of the dense product, round by round.
+        error: Relative error of the output against fp64; None for dense, which computes another product.
     """
 
-    rival: str
+    name: str
     seconds: Timing
     gflops: float
     share: Timing
@@ -71,10 +71,10 @@ class ProductResult:
 
 
 def measure_products(shape: ProductShape, rounds: int) -> list[ProductResult]:
-    """Checks the rivals against fp64, then times them interleaved.
+    """Checks the implementations against fp64, then times them interleaved.
 
     Raises:
-        RuntimeError: A rival computes something else.
+        RuntimeError: An implementation computes something else.
     """
     g = torch.Generator().manual_seed(0)
     E, n, N, K = shape.experts, shape.rows, shape.out_width, shape.in_width
@@ -83,15 +83,15 @@ def measure_products(shape: ProductShape, rounds: int) -> list[ProductResult]:
     dense_NK = torch.randn(N, K, generator=g).to(shape.dtype)
     expected_RN = torch.bmm(x_RK.view(E, n, K).double(), w_ENK.double().transpose(1, 2)).view(E * n, N)
     out_RN = x_RK.new_empty(E * n, N)
-    rivals = _rivals(x_RK, w_ENK, dense_NK, out_RN)
+    runners = _runners(x_RK, w_ENK, dense_NK, out_RN)
     errors: dict[str, float | None] = {"dense": None}
-    for name, run in rivals.items():
+    for name, run in runners.items():
         if name != "dense":
             error = float((run().double().view_as(expected_RN) - expected_RN).norm() / expected_RN.norm())
             if not error <= 4 * torch.finfo(shape.dtype).eps:
                 raise RuntimeError(f"{name} computes something else: relative error {error:.1e}")
             errors[name] = error
-    seconds = interleave(rivals, rounds)
+    seconds = interleave(runners, rounds)
     operations = 2 * E * n * N * K
     return [
         ProductResult(
@@ -105,7 +105,9 @@ def measure_products(shape: ProductShape, rounds: int) -> list[ProductResult]:
     ]
 
 
-def _rivals(x_RK: Tensor, w_ENK: Tensor, dense_NK: Tensor, out_RN: Tensor) -> dict[str, Callable[[], Tensor]]:
+def _runners(
+    x_RK: Tensor, w_ENK: Tensor, dense_NK: Tensor, out_RN: Tensor
+) -> dict[str, Callable[[], Tensor]]:
     E, N, K = w_ENK.shape
     n = len(x_RK) // E
     ends_E = torch.arange(n, E * n + 1, n, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What the benchmark runs: shapes of published models, routings, and the least time a GPU could take.
+"""Shapes of published models, routings, and the least time that a GPU could take.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """The experts of one layer, gated.
+    """Gated experts of one layer.
 
     Attributes:
-        name: As in tables.
+        name: Name in tables.
         experts: E.
         slots: K.
         width: D.
@@ -32,7 +32,7 @@ class Shape:
     expert_width: int
 
     def divided(self, by: int) -> Shape:
-        """Both widths divided: the same experts and routing, at a size that a CPU can run."""
+        """Returns the same experts with both widths divided, at a size that a CPU can run."""
         if by == 1:
             return self
         return replace(
@@ -43,7 +43,7 @@ class Shape:
         )
 
 
-#: By the name of the command line. Sigma-MoE-Tiny's widths are inferred from its size, not published figures.
+#: Shapes by command-line name. Sigma-MoE-Tiny's widths are inferred from its size, not published.
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         shape.name: shape
@@ -60,14 +60,14 @@ ROUTINGS = ("balanced", "zipf", "hot")
 
 
 def expert_ids(shape: Shape, tokens: int, routing: str, seed: int = 0) -> Tensor:
-    """Distinct experts for each token, ``[T, K]``.
+    """Draws distinct experts for each token, ``[T, K]``.
 
     Args:
         shape: Experts and slots.
         tokens: T.
         routing: ``balanced``: every expert has as many rows, up to one; ``zipf``: expert e is drawn in
             proportion to ``1 / (e + 1)``; ``hot``: every token has expert 0, the rest is uniform.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
     E, K = shape.experts, shape.slots
     generator = torch.Generator().manual_seed(seed)
@@ -84,10 +84,10 @@ def expert_ids(shape: Shape, tokens: int, routing: str, seed: int = 0) -> Tensor
 
 @dataclass(frozen=True)
 class Roof:
-    """What a GPU can do at most.
+    """Limits of a GPU.
 
     Attributes:
-        flops: Per second, in the dtype of the experts.
+        flops: Operations per second, in the dtype of the experts.
         bandwidth: Bytes per second.
     """
 
@@ -95,17 +95,17 @@ class Roof:
     bandwidth: float
 
 
-#: bf16 on an H200.
+#: An H200 in bf16.
 H200 = Roof(790e12, 4.3e12)
 
 
 def floor_seconds(shape: Shape, tokens: int, roof: Roof, *, backward: bool) -> float:
-    """The sum over kernels of the longer of arithmetic and traffic, every tensor moved once by each.
+    """Sums over kernels the longer of arithmetic and traffic, if each moves every tensor once.
 
     Args:
         shape: The layer.
         tokens: T.
-        roof: Of the GPU.
+        roof: Limits of the GPU.
         backward: Whether the backward pass counts too.
     """
     T, R, D, F = tokens, tokens * shape.slots, shape.width, shape.expert_width

@@ -1,4 +1,4 @@
-"""The tables of the benchmark: printed line by line, and kept for the figures.
+"""Tables of the benchmark: printed line by line, and kept for JSON and figures.
 
 Letters: T tokens.
 """
@@ -14,33 +14,30 @@ from typing import Any
 import torch
 
 from kernels.bench.bench_case import Case
-from kernels.bench.bench_decode import BASE, DecodeResult, measure_decode
 from kernels.bench.bench_device import clocks
 from kernels.bench.bench_figure import Bar
-from kernels.bench.bench_layer import PASSES, Result, measure_layer
+from kernels.bench.bench_layer import BASE, PASSES, Result, measure_decode, measure_layer
 from kernels.bench.bench_products import GOALS, ProductResult, measure_products
 from kernels.bench.bench_shapes import Roof
 from kernels.third_party import THIRD_PARTY
 
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LEGEND = (
-    "* is what auto picks; < is the fastest, << the fastest and not ours; what does not run is named once, "
-    "with the first case"
+    "* marks the choice of auto, < the fastest, << the fastest if it is a third party's; back ends that do "
+    "not run are listed once, with the first case"
 )
 
 
 def products_table(rounds: int, bars: list[Bar]) -> list[dict[str, Any]]:
-    """The grouped product alone, against the dense one."""
-    print(
-        f"\n{'grouped product alone':44}{'rival':12}{'GFLOP/s':>9}{'of dense':>10}{'p10':>7}{'p90':>7}  goal"
-    )
+    """Measures the grouped product alone against the dense one; prints a table, returns its rows."""
+    print(f"\n{'grouped product alone':44}{'by':12}{'GFLOP/s':>9}{'of dense':>10}{'p10':>7}{'p90':>7}  goal")
     rows = []
     for shape, goal in GOALS:
         results = measure_products(shape, rounds)
         for r in results:
-            aim = "" if r.rival == "dense" else f"  {goal:.2f}"
+            aim = "" if r.name == "dense" else f"  {goal:.2f}"
             print(
-                f"{shape.label:44}{r.rival:12}{r.gflops:9.0f}{r.share.median:10.2f}{r.share.p10:7.2f}"
+                f"{shape.label:44}{r.name:12}{r.gflops:9.0f}{r.share.median:10.2f}{r.share.p10:7.2f}"
                 f"{r.share.p90:7.2f}{aim}",
                 flush=True,
             )
@@ -51,27 +48,27 @@ def products_table(rounds: int, bars: list[Bar]) -> list[dict[str, Any]]:
 
 def _product_bar(label: str, r: ProductResult) -> Bar:
     s = r.share
-    return Bar(f"{label}: rate", r.rival, s.median, s.p10, s.p90, f"{s.median:.2f} of dense")
+    return Bar(f"{label}: rate", r.name, s.median, s.p10, s.p90, f"{s.median:.2f} of dense")
 
 
 class _Table:
-    """Cases as they come: lines printed, figures and bars kept, wins counted."""
+    """Table that prints a line for each result, and keeps figures, bars and who was the fastest."""
 
     def __init__(self, bars: list[Bar], line: Callable[[Any], str], group: Callable[[Any], str]) -> None:
-        """Begins with nothing.
+        """Starts an empty table.
 
         Args:
-            bars: Where bars are added.
-            line: A result as it is printed, behind its case.
-            group: The bars that a result stands with, behind its case.
+            bars: List that bars are added to.
+            line: Formats a result, after its case.
+            group: Names the group of bars of a result, after its case.
         """
         self.rows: list[dict[str, Any]] = []
         self.first: list[str] = []
         self._bars, self._line, self._group = bars, line, group
-        self._told: set[tuple[str, str]] = set()
+        self._printed: set[tuple[str, str]] = set()
 
-    def add(self, case: Case, label: str, measure: Callable[[], Sequence[Result | DecodeResult]]) -> None:
-        """Measures a case and says what came out."""
+    def add(self, case: Case, label: str, measure: Callable[[], Sequence[Result]]) -> None:
+        """Measures a case and prints its results."""
         try:
             results = measure()
         except torch.OutOfMemoryError:
@@ -88,17 +85,17 @@ class _Table:
         found = [asdict(r) for r in results]
         self.rows.append({"case": label, "results": found, "clocks": clocks(case.device)})
 
-    def _is_news(self, r: Result | DecodeResult) -> bool:
-        """Whether a line is new: what does not run, does not for the same reason in many cases."""
-        is_new = r.seconds is not None or (r.backend, r.why_not) not in self._told
-        self._told.add((r.backend, r.why_not))
+    def _is_news(self, r: Result) -> bool:
+        """Returns False for a back end that did not run for the same reason in an earlier case."""
+        is_new = r.seconds is not None or (r.backend, r.why_not) not in self._printed
+        self._printed.add((r.backend, r.why_not))
         return is_new
 
 
 def layers_table(
     cases: Sequence[Case], names: Sequence[str], rounds: int, roof: Roof, bars: list[Bar]
 ) -> list[dict[str, Any]]:
-    """Whole experts by case, pass and back end; who is the fastest how often below it."""
+    """Measures whole experts by case, pass and back end; prints a table, returns its rows."""
     print(
         f"\n{'experts of a layer':40}{'pass':18}{'back end':15}{'ms':>9}{'p10':>9}{'p90':>9}{'TFLOP/s':>9}"
         f"{'floor':>7}{'saved MB':>10}{'peak MB':>9}{'error':>9}"
@@ -119,7 +116,7 @@ def decode_table(
     roof: Roof,
     bars: list[Bar],
 ) -> list[dict[str, Any]]:
-    """A few tokens by case and back end: against the loop, and on a GPU against its bandwidth."""
+    """Measures a few tokens by case and back end; prints a table, returns its rows."""
     print(
         f"\n{'experts of a layer, a few tokens':40}{'tokens':>7} {'back end':15}{'us':>9}{'p10':>9}{'p90':>9}"
         f"{f'x {BASE}':>9}{'p10':>7}{'p90':>7}{'of bandwidth':>14}{'error':>9}"
@@ -161,7 +158,7 @@ def _line(r: Result) -> str:
     )
 
 
-def _decode_line(r: DecodeResult) -> str:
+def _decode_line(r: Result) -> str:
     name = _name(r.backend, is_auto=r.is_auto, is_fastest=r.is_fastest)
     if r.seconds is None:
         return f"{name:15}not run: {r.why_not}"

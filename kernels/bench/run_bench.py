@@ -1,8 +1,8 @@
 """Times the expert computation by back end: ``python -m kernels.bench --help``.
 
-One process, rivals interleaved in random order, outputs and gradients checked against fp64 before anything
-is timed. It needs torch alone (and triton for the back end of that name); other libraries take part where
-they are installed.
+All back ends run interleaved in random order in one process, after outputs and gradients were checked against
+fp64. It needs only torch (and triton for the back end of that name); third-party back ends take part where
+their libraries are installed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from kernels.aot import write_text
 from kernels.bench.bench_case import Case
 from kernels.bench.bench_device import clocks
 from kernels.bench.bench_figure import Bar, bars_svg
 from kernels.bench.bench_shapes import ROUTINGS, SHAPES, Roof
 from kernels.bench.bench_table import decode_table, layers_table, products_table
 from kernels.expert_mlp import BACKENDS
+from kernels.text_file import write_text
 from kernels.third_party import THIRD_PARTY
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m kernels.bench",
         description="Times the experts of a layer by back end, forward and forward+backward, and for a few "
         "tokens as generation has them; on a CPU at widths divided by --divide, with the grouped product "
-        "alone besides. What refuses says why; the fastest is marked, ours or not.",
+        "alone as well. Back ends that cannot run say why; the fastest is marked.",
     )
     cuda = torch.cuda.is_available()
     many: dict[str, Any] = {"nargs": "+", "default": None}
@@ -44,7 +44,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     routing = "default: all three, and balanced for decode"
     few = "tokens of the part decode (default: 1 2 4 8 16 32 64)"
-    backends = "our own, and other libraries' where they are installed (default: all)"
+    backends = "our own, and third parties' where they are installed (default: all)"
     widths = "divide both widths of a shape (default: 1 on a GPU, 16 on a CPU)"
     peak = "of the GPU in the dtype, for the floor (default 790: H200, bf16)"
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(_DTYPES), **many, help="default: bf16; fp32 too on a CPU")
     parser.add_argument("--backend", choices=list(BACKENDS), nargs="+", default=list(BACKENDS), help=backends)
     parser.add_argument("--divide", type=int, default=None, help=widths)
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of each rival (default 11)")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of each back end (default 11)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
     parser.add_argument("--peak-tflops", type=float, default=790.0, help=peak)
     parser.add_argument(
@@ -65,11 +65,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH", default=None, help="write the figures; - for stdout")
     parser.add_argument("--figure", metavar="PATH", default=None, help="write the bars as SVG")
     arguments = parser.parse_args(argv)
-    _refuse_nonsense(parser, arguments)
+    _check(parser, arguments)
     return _with_defaults(arguments)
 
 
-def _refuse_nonsense(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     counts = {
         "--rounds": [arguments.rounds],
         "--tokens": arguments.tokens or [],
@@ -99,7 +99,7 @@ def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Describes the machine that was measured."""
     found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
     if device == "cuda":
         import triton
@@ -129,7 +129,7 @@ def _cases(arguments: argparse.Namespace, tokens: Sequence[int], routings: Seque
 
 
 def _missing(names: Sequence[str]) -> dict[str, str]:
-    """Adapters whose library is not there, or not in a version that was read, with the reason."""
+    """Returns why libraries of third-party back ends cannot be used: missing, or an unknown version."""
     found = {name: THIRD_PARTY[name].missing() for name in names if name in THIRD_PARTY}
     return {name: why for name, why in found.items() if why is not None}
 
@@ -149,7 +149,7 @@ def _measure(arguments: argparse.Namespace, names: Sequence[str], bars: list[Bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints tables, writes what was asked for."""
+    """Measures, prints tables, and writes the requested files."""
     arguments = _parse(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""Times rivals in one process and run, interleaved: whatever else the machine does hits all alike."""
+"""Times callables interleaved in one process, so that other load on the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one rival.
+    """Seconds of one callable, over its rounds.
 
     Attributes:
-        median: Over the rounds.
+        median: Median.
         p10: Tenth percentile.
         p90: Ninetieth percentile.
-        rounds: How many there were.
+        rounds: Number of rounds.
     """
 
     median: float
@@ -27,33 +27,33 @@ class Timing:
 
 
 def interleave(
-    rivals: Mapping[str, Callable[[], object]],
+    runs: Mapping[str, Callable[[], object]],
     rounds: int,
     warmup: int = 2,
     synchronise: Callable[[], object] = lambda: None,
     seed: int = 0,
     measure: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Runs every rival once a round, in random order.
+    """Runs every callable once a round, in random order.
 
     Args:
-        rivals: Name to what is timed.
-        rounds: Timed rounds, after `warmup` rounds that are not.
+        runs: Callables by name.
+        rounds: Timed rounds, after `warmup` untimed ones.
         warmup: Untimed rounds.
-        synchronise: Waits for the device; the identity on a CPU.
-        seed: Of the order.
-        measure: Seconds of one run; None: by the host's clock, between two calls of `synchronise`.
+        synchronise: Waits for the device; does nothing by default, for a CPU.
+        seed: Seed of the order.
+        measure: Returns the seconds of one run; None uses the host's clock between calls of `synchronise`.
 
     Returns:
         Seconds of each round by name; entries of the same index were measured side by side.
     """
     order = random.Random(seed)
-    names = list(rivals)
+    names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         order.shuffle(names)
         for name in names:
-            taken = _host_seconds(rivals[name], synchronise) if measure is None else measure(rivals[name])
+            taken = _host_seconds(runs[name], synchronise) if measure is None else measure(runs[name])
             if number >= warmup:
                 seconds[name].append(taken)
     return seconds
@@ -68,7 +68,7 @@ def _host_seconds(run: Callable[[], object], synchronise: Callable[[], object]) 
 
 
 def summarise(values: list[float]) -> Timing:
-    """Median and spread."""
+    """Returns median and spread."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return Timing(
@@ -77,5 +77,5 @@ def summarise(values: list[float]) -> Timing:
 
 
 def median_ratio(values: list[float], base: list[float]) -> Timing:
-    """Ratios round by round: drift of the machine cancels."""
+    """Returns ratios round by round, in which drift of the machine cancels."""
     return summarise([value / other for value, other in zip(values, base, strict=True)])

@@ -1,9 +1,9 @@
-"""Products of rows with their expert's weight on a CPU: one by one where experts are large, else batched.
+"""Products of rows and their expert's weight on a CPU: one by one where experts are large, else batched.
 
-A product of few rows costs more in the call than in arithmetic. Neighbouring small experts are therefore
-padded to the same height and multiplied as one batch. With heights that differ by 20%, on one thread of an
-AVX-512 machine with bf16 instructions, that gains 7x (bf16) and 1.7x (fp32) at 4 rows of 128x128, and breaks
-even at the limits below.
+The call of a product of few rows costs more than its arithmetic. Neighbouring small experts are therefore
+padded to the same height and multiplied as one batch. On one thread of an AVX-512 machine with bf16
+instructions, with heights that differ by 20%, this gains 7x (bf16) and 1.7x (fp32) at 4 rows of 128x128, and
+breaks even at the limits below.
 
 Letters: E experts, n rows of one group, g experts of one group, h their height; K and N, P and Q any widths.
 """
@@ -17,26 +17,26 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# A group's buffers together should fit into the third-level cache. A quarter of that costs fine-grained
-# experts up to 10% in fp32, most on two threads, since there are more groups; twice that gains nothing.
+# All buffers of a group should fit into the third-level cache. A quarter of this size costs fine-grained
+# experts up to 10% in fp32, most on two threads, since there are more groups; twice the size gains nothing.
 _GROUP_BYTES = 8 * 2**20
-# Multiplications of one expert's product up to which a batch is faster. Four bytes are slower to multiply and
-# to copy, but not to call.
+# Bytes of an element -> multiplications of one expert's product up to which a batch is faster. Four bytes
+# make arithmetic and copies slower, but not calls.
 _BATCHED_UP_TO = {2: 6_000_000, 4: 100_000, 8: 50_000}
-# Rows and padding together, over rows; and multiplications of padding that cost less than one more group.
+# Largest ratio of padded rows to rows, and multiplications of padding that cost less than one more group.
 _MOST_PADDING = 2
 _FREE_PADDING = 2_000_000
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Neighbouring experts that are handled together.
+    """Neighbouring experts that are computed together.
 
     Attributes:
         start: First row.
         stop: Row after the last.
         spans: ``(expert, first row, row after the last)`` of each expert that has rows.
-        height: Rows of each expert in a batch, padding included; 0: one product for each expert.
+        height: Rows of each expert in a batch, padding included; 0 for one product per expert.
     """
 
     start: int
@@ -46,23 +46,23 @@ class RowGroup:
 
     @property
     def experts(self) -> slice:
-        """From the first to the last, those without rows between them included."""
+        """All experts from the first to the last, including those without rows between them."""
         return slice(self.spans[0][0], self.spans[-1][0] + 1)
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each expert that has any."""
+        """Numbers of rows of the experts that have any."""
         return [b - a for _, a, b in self.spans]
 
     def own(self, all_E: Tensor) -> list[Tensor]:
-        """Of what all experts have, that of each expert with rows."""
+        """Selects the entries of the experts with rows from a tensor of all experts."""
         every = all_E[self.experts].unbind()
         first = self.experts.start
         return [every[expert - first] for expert, _, _ in self.spans]
 
     @cached_property
     def place_n(self) -> Tensor | None:
-        """Where in the batch each row stands; None when all experts have as many rows."""
+        """Index of each row in the padded batch; None when all experts have the same number of rows."""
         first, size = self.experts.start, self.experts.stop - self.experts.start
         if self.stop - self.start == size * self.height:
             return None
@@ -76,7 +76,7 @@ class RowGroup:
 
 
 class GroupRows:
-    """Rows of a group, and the same as a batch: padded with zeros, made when first asked for."""
+    """Rows of a group, and the same rows as a zero-padded batch, which is made on first use."""
 
     def __init__(self, rows_nK: Tensor, group: RowGroup) -> None:
         self.rows_nK = rows_nK
@@ -84,7 +84,7 @@ class GroupRows:
 
     @cached_property
     def batch_ghK(self) -> Tensor:
-        """``[g, h, K]``."""
+        """``[g, h, K]``, padded with zeros."""
         group, width = self.group, self.rows_nK.shape[1]
         size = group.experts.stop - group.experts.start
         if group.place_n is None:
@@ -94,11 +94,11 @@ class GroupRows:
 
     @cached_property
     def parts(self) -> Sequence[Tensor]:
-        """The rows of each expert. Cut at once: a slice for each costs as much as a small product."""
+        """The rows of each expert, split in one call: a slice costs as much as a small product."""
         return torch.split_with_sizes(self.rows_nK, self.group.counts)
 
     def of(self, first: int, last: int) -> Tensor:
-        """The rows between two rows of the layer."""
+        """Returns the rows between two row numbers of the layer."""
         return self.rows_nK[first - self.group.start : last - self.group.start]
 
 
@@ -107,9 +107,9 @@ def row_groups(counts: list[int], row_bytes: int, work_a_row: float, element_siz
 
     Args:
         counts: Rows of each expert.
-        row_bytes: What a row takes in all buffers of a group.
+        row_bytes: Bytes of a row in all buffers of a group.
         work_a_row: Multiplications of one row in one product.
-        element_size: Bytes of a number.
+        element_size: Bytes of an element.
     """
     limits = _Limits(
         rows=max(1, _GROUP_BYTES // row_bytes),
@@ -132,14 +132,14 @@ def row_groups(counts: list[int], row_bytes: int, work_a_row: float, element_siz
 
 @dataclass(frozen=True)
 class _Limits:
-    """Rows of a group, rows of a small expert, and rows of padding that are cheaper than another group."""
+    """Limits in rows: of a group, of a small expert, and of padding that is cheaper than another group."""
 
     rows: float
     small: float
     padding: float
 
     def allow(self, spans: list[tuple[int, int, int]], expert: int, count: int) -> bool:
-        """Whether an expert may join those of a group."""
+        """Returns whether an expert may join a group."""
         rows = spans[-1][2] - spans[0][1] + count
         height = _height(spans)
         if rows > self.rows or (count <= self.small) != (height <= self.small):
@@ -159,7 +159,7 @@ def _group(spans: list[tuple[int, int, int]], limits: _Limits) -> RowGroup:
 
 
 def rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
-    """``out[r] = rows[r] @ weight[expert of r]``."""
+    """Writes ``out[r] = rows[r] @ weight[expert of r]``."""
     group = rows.group
     if group.height == 0:
         for part, weight_KN, out in zip(
@@ -176,7 +176,7 @@ def rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
 
 
 def add_rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
-    """``out[r] += rows[r] @ weight[expert of r]``."""
+    """Adds ``rows[r] @ weight[expert of r]`` to ``out[r]``."""
     group = rows.group
     if group.height == 0:
         for part, weight_KN, out in zip(
@@ -189,13 +189,13 @@ def add_rows_times(rows: GroupRows, weight_EKN: Tensor, out_nN: Tensor) -> None:
 
 
 def add_weight_gradient(left: GroupRows, right: GroupRows, out_EPQ: Tensor) -> None:
-    """``out[e] += left[rows of e].T @ right[rows of e]``, computed in the dtype of out."""
+    """Adds ``left[rows of e].T @ right[rows of e]`` to ``out[e]``, computed in the dtype of out."""
     for e, a, b in left.group.spans:
         out_EPQ[e].addmm_(left.of(a, b).t().to(out_EPQ.dtype), right.of(a, b).to(out_EPQ.dtype))
 
 
 def weight_gradient(left: GroupRows, right: GroupRows, out_EPQ: Tensor) -> None:
-    """``out[e] = left[rows of e].T @ right[rows of e]`` for the experts of the group."""
+    """Writes ``out[e] = left[rows of e].T @ right[rows of e]`` for the experts of the group."""
     group = left.group
     if group.height == 0:
         for part, other, out in zip(left.parts, right.parts, group.own(out_EPQ), strict=True):

@@ -1,4 +1,4 @@
-"""Which routed row belongs to which expert, and how to get back: the index that every back end shares.
+"""Plan of the routed rows: the index, shared by all back ends, from tokens to expert order and back.
 
 Letters: T tokens, E experts, K slots a token, R routed rows (one for each used token-expert pair), N slots.
 """
@@ -19,7 +19,7 @@ _RADIX_SORTABLE_EXPERTS = 2**15 - 1
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The routed rows in expert order. Rows of one expert are contiguous and keep token order.
+    """Routed rows in expert order. Rows of one expert are contiguous and keep token order.
 
     Attributes:
         token_R: ``[R]`` int64, the token that each routed row is a copy of.
@@ -27,8 +27,8 @@ class RowPlan:
         row_TK: ``[T, K]`` int64, the routed row of each slot; unused slots hold R.
         counts_E: ``[E]`` int64 rows of each expert, on the device of the ids.
         has_unused: Whether some slot may be unused, so that ``row_TK`` may hold R.
-        is_padded: Whether rows past the last expert's may exist. They name unused slots, no expert computes
-            them, and what stands in them must reach no result.
+        is_padded: Whether padding rows may follow those of the last expert. They name unused slots, no
+            expert computes them, and their contents must not reach any result.
     """
 
     token_R: Tensor
@@ -49,7 +49,7 @@ class RowPlan:
         return self.counts_E.shape[0]
 
     def is_used_R1(self) -> Tensor:
-        """``[R, 1]`` bool, False in the rows of a padded plan that no expert owns; on the device."""
+        """Returns ``[R, 1]`` bool on the device, False in padding rows."""
         row_R = torch.arange(self.num_rows, device=self.counts_E.device)
         return (row_R < self.counts_E.sum())[:, None]
 
@@ -60,23 +60,23 @@ def make_plan(
     slot_mask_TK: Tensor | None = None,
     num_rows: int | None = None,
 ) -> RowPlan:
-    """Sorts the used slots by expert. On a GPU the host never waits.
+    """Sorts the used slots by expert. With a GPU the CPU never waits.
 
-    With a mask, how many slots are used is known to the device alone. A plan for a GPU is then padded to T*K
-    rows, as is one that ``torch.compile`` traces; on a CPU the slots are counted.
+    With a mask only the device knows how many slots are used. A plan on a GPU, or one that ``torch.compile``
+    traces, is then padded to T*K rows; on a CPU the slots are counted.
 
     Args:
         expert_ids_TK: ``[T, K]`` int64 in ``[0, E)``; ignored where the slot is unused.
         num_experts: E.
         slot_mask_TK: ``[T, K]`` bool, False where a slot is unused. None: all are used.
-        num_rows: How many slots are used, where the host knows it. The plan is then not padded.
+        num_rows: Number of used slots, if the caller knows it. The plan is then not padded.
 
     Returns:
-        The plan; R is T*K without a mask or where the plan is padded, else the number of used slots.
+        The plan; R is T*K without a mask or with padding, else the number of used slots.
 
     Raises:
-        IndexError, RuntimeError: An expert of a used slot does not exist. A GPU stops instead.
-        ValueError: `num_rows` is not the number of used slots. A GPU stops where it is too small.
+        IndexError, RuntimeError: An expert of a used slot does not exist; a GPU kernel traps instead.
+        ValueError: `num_rows` is not the number of used slots; a GPU kernel traps where it is too small.
     """
     slots = expert_ids_TK.numel()
     is_padded = False
@@ -94,9 +94,9 @@ def make_plan(
 def route(
     expert_ids_TK: Tensor, slot_mask_TK: Tensor | None, num_experts: int, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``slot_R``, ``token_R``, ``row_TK`` and ``counts_E`` of a plan of `num_rows` rows, of a `RowPlan`.
+    """Returns ``slot_R``, ``token_R``, ``row_TK`` and ``counts_E`` of a `RowPlan` with `num_rows` rows.
 
-    By Triton kernels on NVIDIA GPUs, by a sort elsewhere: equal to the last number.
+    Triton kernels compute them on NVIDIA GPUs, a sort elsewhere; the results are identical.
     """
     if _has_kernels(expert_ids_TK.device):
         mask_TK = None if slot_mask_TK is None else slot_mask_TK.contiguous()
@@ -120,7 +120,7 @@ def _route_shapes(
 def sorted_route(
     expert_ids_TK: Tensor, slot_mask_TK: Tensor | None, num_experts: int, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same by a stable sort, on any device."""
+    """Returns the same by a stable sort, on any device."""
     T, K = expert_ids_TK.shape
     ids_N = expert_ids_TK.reshape(-1)
     bins = num_experts
@@ -129,7 +129,7 @@ def sorted_route(
         ids_N = ids_N.masked_fill(~slot_mask_TK.reshape(-1), num_experts)
         bins += 1
     slot_R = _stable_order(ids_N, num_experts)[:num_rows]
-    # No bin to spare without a mask: scatter_add_ then refuses an id out of range.
+    # Without a mask there is no spare bin, so that scatter_add_ rejects an id out of range.
     counts = torch.zeros(bins, dtype=torch.int64, device=ids_N.device)
     counts.scatter_add_(0, ids_N, torch.ones_like(ids_N))
     row_R = torch.arange(num_rows, device=ids_N.device)
@@ -159,7 +159,7 @@ def _stable_order(ids_N: Tensor, num_experts: int) -> Tensor:
 
 @cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run there: an NVIDIA GPU of capability 8.0, and Triton installed."""
+    """Returns whether Triton kernels run there: an NVIDIA GPU from capability 8.0, and Triton installed."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     has_triton = importlib.util.find_spec("triton") is not None

@@ -1,8 +1,8 @@
-"""Slots sorted by expert on the device, stably: a counting sort without atomics or a copy to the host.
+"""Stable counting sort of slots by expert on the device, without atomics or a copy to the host.
 
-Three kernels: rows of each expert in every block of slots; what stands before each block, by a prefix sum
-over the blocks; and the place of each slot, which is what its expert starts at, plus the slots of the same
-expert in blocks before, plus those before it in its own block.
+Three kernels: a histogram of each block of slots; a prefix sum over the blocks; and the place of each slot,
+which is the start of its expert, plus the slots of that expert in earlier blocks, plus those before it in its
+own block.
 
 Letters: T tokens, K slots a token, E experts, R rows of the plan, W = E bins, or E + 1 where slots may be
 unused: those come last; B blocks of slots.
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Slots of a program, which compares each of them with each.
+# Slots of a program, which compares them pairwise.
 _SLOTS = 128
-# Bins that a program looks at together; of the prefix sum, blocks that it walks together, and its bins.
+# Bins of one step of a program; of the prefix sum, blocks of one step, and bins of a program.
 _BINS = 32
 _WALKED = 128
 _SCANNED = 16
@@ -28,7 +28,7 @@ _SCANNED = 16
 
 @triton.jit
 def bins_of(ids_ptr, mask_ptr, slot, num_slots, num_experts, MASKED: tl.constexpr):
-    """The bin of each slot, E where it is unused, E + 1 past the last slot; and whether it is used."""
+    """Returns the bin of each slot (E where unused, E + 1 past the last slot) and whether it is used."""
     exists = slot < num_slots
     expert = tl.load(ids_ptr + slot, mask=exists, other=0)
     is_used = exists
@@ -44,7 +44,7 @@ def histogram_kernel(
     num_slots, num_experts, width,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``blocks[b, e]``: the slots of block b that are of bin e."""
+    """Writes ``blocks[b, e]``: how many slots of block b are in bin e."""
     block = tl.program_id(0).to(tl.int64)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, is_used = bins_of(ids_ptr, mask_ptr, slot, num_slots, num_experts, MASKED)
@@ -62,7 +62,7 @@ def scan_kernel(
     num_blocks, width,
     BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``blocks[b, e]`` becomes the slots of bin e in all blocks before b; ``totals[e]`` those of all."""
+    """Replaces ``blocks[b, e]`` by the slots of bin e in all earlier blocks, and writes ``totals[e]``."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for first in range(0, num_blocks, BLOCK_B):
@@ -86,7 +86,7 @@ def place_kernel(
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, is_used = bins_of(ids_ptr, mask_ptr, slot, num_slots, num_experts, MASKED)
     row = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    # How many slots of the same expert stand before this one in the block.
+    # Count the slots of the same expert before this one in the block.
     for first in range(0, BLOCK_N, BLOCK_E):
         other = block * BLOCK_N + first + tl.arange(0, BLOCK_E)
         its, _ = bins_of(ids_ptr, mask_ptr, other, num_slots, num_experts, MASKED)
@@ -107,12 +107,12 @@ def place_kernel(
     tl.store(row_ptr + slot, tl.where(is_used, row, num_rows).to(tl.int64), mask=exists)
 
 
-#: The kernels by name, in the order in which they are launched.
+#: Kernels by name, in launch order.
 KERNELS = MappingProxyType({"histogram": histogram_kernel, "scan": scan_kernel, "place": place_kernel})
 
 
 def options(kernel: str, width: int, is_masked: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a kernel is built with: its constants, and how it is built.
+    """Returns the constants and the build options of a kernel.
 
     Args:
         kernel: A key of `KERNELS`.
@@ -122,7 +122,7 @@ def options(kernel: str, width: int, is_masked: bool) -> tuple[dict[str, Any], d
     bins = min(_BINS, triton.next_power_of_2(width))
     if kernel == "scan":
         return {"BLOCK_B": _WALKED, "BLOCK_E": min(_SCANNED, bins)}, {"num_warps": 4}
-    # An id that no expert has makes the device stop, as torch's own index operations do.
+    # An id that no expert has traps on the device, as in torch's own index operations.
     build = {"num_warps": 4, "debug": True, "sanitize_overflow": False}
     return {"MASKED": is_masked, "BLOCK_N": _SLOTS, "BLOCK_E": bins}, build
 
@@ -130,13 +130,13 @@ def options(kernel: str, width: int, is_masked: bool) -> tuple[dict[str, Any], d
 def route(
     ids_TK: Tensor, slot_mask_TK: Tensor | None, num_experts: int, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sorts the slots by expert; three launches, and the host does not wait.
+    """Sorts the slots by expert in three launches, without waiting on the CPU.
 
     Args:
         ids_TK: ``[T, K]`` int64, contiguous.
         slot_mask_TK: ``[T, K]`` bool, contiguous, False where a slot is unused; None where all are used.
         num_experts: E.
-        num_rows: R, at least as many as slots are used. Rows past those hold unused slots.
+        num_rows: R, at least the number of used slots. Rows past those hold unused slots.
 
     Returns:
         ``slot_R``, ``token_R``, ``row_TK`` and ``counts_E`` of a `kernels.plan.row_plan.RowPlan`.
@@ -151,24 +151,12 @@ def route(
     blocks = triton.cdiv(T * K, _SLOTS)
     blocks_BW = torch.empty(blocks, width, dtype=torch.int32, device=ids_TK.device)
     totals_W = ids_TK.new_empty(width)
-    # Any pointer does where no mask is read.
+    # Without a mask any pointer will do.
     slots = (ids_TK, slot_mask_TK if is_masked else ids_TK)
     built = {name: {**one, **two} for name in KERNELS for one, two in (options(name, width, is_masked),)}
     histogram_kernel[(blocks,)](*slots, blocks_BW, T * K, num_experts, width, **built["histogram"])
     programs = triton.cdiv(width, built["scan"]["BLOCK_E"])
     scan_kernel[(programs,)](blocks_BW, totals_W, blocks, width, **built["scan"])
-    place_kernel[(blocks,)](
-        *slots,
-        blocks_BW,
-        totals_W,
-        slot_R,
-        token_R,
-        row_TK,
-        T * K,
-        num_experts,
-        width,
-        K,
-        num_rows,
-        **built["place"],
-    )
+    tensors = (*slots, blocks_BW, totals_W, slot_R, token_R, row_TK)
+    place_kernel[(blocks,)](*tensors, T * K, num_experts, width, K, num_rows, **built["place"])
     return slot_R, token_R, row_TK, totals_W[:num_experts]

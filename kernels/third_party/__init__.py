@@ -1,7 +1,7 @@
-"""Adapters for other libraries' expert kernels: found by being here, run where their library is installed.
+"""Third-party back ends: adapters for other libraries' expert kernels, discovered in this package.
 
-Each is a `kernels.third_party.adapter.ThirdPartyBackend` in a file of its own. Without its library it refuses
-and says how to get it.
+Each is a `kernels.third_party.adapter.ThirdPartyBackend` in a file of its own. Without its library it rejects
+every workload and says how to install the library.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def _discover() -> dict[str, ThirdPartyBackend]:
     return found
 
 
-#: Every adapter by the name that forces it, whether or not its library is installed.
+#: Adapters by the name that forces them, whether or not their library is installed.
 THIRD_PARTY: Mapping[str, ThirdPartyBackend] = MappingProxyType(_discover())

@@ -1,6 +1,6 @@
-"""What an adapter for another library is: what it needs installed, what it refuses, how it is called.
+"""Base class of third-party back ends: required libraries, supported workloads, and the call.
 
-Libraries are imported when they run, by the names in `Requirement`: none is a dependency of the project.
+Libraries are imported when they run, by the names in `Requirement`; none is a dependency of the project.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width, U = 2F when
 gated, else F.
@@ -27,19 +27,19 @@ from kernels.torch.expert_loop import LoopBackend
 
 
 class ThirdPartyLimitError(RuntimeError):
-    """A batch is beyond what a library can address; known only once the rows are."""
+    """A batch has more rows than a library can address, which is known only once it is routed."""
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A library, and the versions whose source an adapter was written from.
+    """A library and the range of versions whose source an adapter was written from.
 
     Attributes:
-        module: What is imported.
-        distribution: What is installed.
-        at_least: First version that was read.
-        below: First version that nobody has read.
-        install: How to get it.
+        module: Import name.
+        distribution: Name of the package.
+        at_least: First supported version.
+        below: First version that is not supported.
+        install: How to install it.
     """
 
     module: str
@@ -50,11 +50,11 @@ class Requirement:
 
     @property
     def versions(self) -> str:
-        """The range, for people."""
+        """The range of versions, for messages."""
         return f">={_dotted(self.at_least)},<{_dotted(self.below)}"
 
     def unsupported_reason(self) -> str | None:
-        """Why the library cannot be used, as a clause: it is missing, or of another version."""
+        """Returns why the library cannot be used, as a clause: it is missing, or of another version."""
         if importlib.util.find_spec(self.module) is None:
             return f"the package {self.distribution} is not installed ({self.install})"
         try:
@@ -71,21 +71,21 @@ class Requirement:
         return None
 
     def load(self, submodule: str = "") -> Any:
-        """The library, or a module inside it."""
+        """Imports the library, or a module inside it."""
         return importlib.import_module(f"{self.module}.{submodule}" if submodule else self.module)
 
 
 class ThirdPartyBackend(ABC):
-    """A back end that another library computes.
+    """Back end that another library computes.
 
     Attributes:
         name: The value of ``experts.backend`` that forces it.
-        requirements: Everything that must be installed.
-        dtypes: What its kernels multiply.
-        activations: Our name to its name, of gated experts; None: all, as the activation is run by torch.
-        least_capability: Of the GPU.
-        capabilities: The major compute capabilities it has kernels for; empty: all from the least.
-        multiple: What both widths must be multiples of.
+        requirements: Libraries that must be installed.
+        dtypes: Dtypes of its products.
+        activations: Our name -> its name, for gated experts; None: all, as torch computes the activation.
+        least_capability: Least compute capability of the GPU.
+        capabilities: Major compute capabilities that it has kernels for; empty: all from the least.
+        multiple: Both widths must be multiples of it.
         ungated: Whether it runs experts without a gate.
         biased: Whether it takes biases.
         rounds_fp32: Whether its fp32 products are TF32.
@@ -105,12 +105,12 @@ class ThirdPartyBackend(ABC):
     interpretable: ClassVar[bool] = False
 
     def missing(self) -> str | None:
-        """Why its libraries cannot be used, or None: they are installed, in versions that were read."""
+        """Returns why its libraries cannot be used, as a clause; None when they can."""
         found = (requirement.unsupported_reason() for requirement in self.requirements)
         return next((why for why in found if why is not None), None)
 
     def unsupported_reason(self, work: Workload) -> str | None:
-        """See `Backend.unsupported_reason`; the library first, as nothing else matters without it."""
+        """See `kernels.backend.Backend.unsupported_reason`; a missing library is reported first."""
         if (why := self.missing()) is not None:
             return why
         for reason in (
@@ -126,16 +126,16 @@ class ThirdPartyBackend(ABC):
         """See `kernels.backend.Backend.run`.
 
         Raises:
-            ThirdPartyLimitError: The rows are more than the library can address.
+            ThirdPartyLimitError: There are more rows than the library can address.
         """
         if plan.num_rows == 0:
-            # A grid of no programs is an error to some; the loop gives zeros that have gradients.
+            # Some libraries cannot launch an empty grid; the loop returns zeros that have gradients.
             return LoopBackend().run(x_TD, weights_TK, plan, experts)
         return self._compute(x_TD, weights_TK, plan, experts)
 
     @abstractmethod
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
-        """The same, of at least one row."""
+        """Computes the same for at least one row."""
 
     def _kind_unsupported_reason(self, work: Workload) -> str | None:
         if work.dtype not in self.dtypes:
@@ -147,7 +147,7 @@ class ThirdPartyBackend(ABC):
         if work.has_bias and not self.biased:
             return "it takes no bias"
         if not work.gated and not self.ungated:
-            return "it runs gated experts alone"
+            return "it runs gated experts only"
         if self.activations is not None and work.activation not in self.activations:
             return f"it has no activation {work.activation!r}; it has {', '.join(self.activations)}"
         return None

@@ -1,10 +1,10 @@
 """DeepGEMM in bf16: products compiled at run time for Hopper and Blackwell (github.com/deepseek-ai/DeepGEMM).
 
-Read at 2.6.1: `m_grouped_bf16_gemm_nt_contiguous`, the same ``nn`` and `k_grouped_bf16_gemm_tn_contiguous`.
-It has no autograd: forward, dX and dW are three calls, joined here. Weights are not copied. Rows are: each
-expert's are padded with zeros to a multiple that the library names (128 on Hopper), and dW is made in fp32
-and rounded. The rows per expert are wanted on the host: one wait a call. FP8 and the fused kernels are not
-adapted.
+Written from the source of 2.6.1: `m_grouped_bf16_gemm_nt_contiguous`, the same with ``nn``, and
+`k_grouped_bf16_gemm_tn_contiguous`. The library has no autograd: forward, dX and dW are three calls, joined
+here. Weights are not copied; the rows of each expert are, padded with zeros to the library's alignment (128
+on Hopper), and dW is computed in fp32 and rounded. It needs the rows per expert on the host: one wait a call.
+FP8 and the fused kernels are not adapted.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, P padded rows; I and O any
 widths in and out.
@@ -27,7 +27,7 @@ from kernels.third_party.products import by_product, counted
 
 @dataclass(frozen=True)
 class _Padded:
-    """Where the rows stand once every expert has a multiple of the library's alignment.
+    """Layout of rows in which every expert has a multiple of the library's alignment.
 
     Attributes:
         place_R: ``[R]`` int64, the padded row of each row.
@@ -53,21 +53,21 @@ class _Padded:
         expert_P[place_R] = expert_R.to(torch.int32)
         return _Padded(place_R, expert_P, sizes, padded_E.to(torch.int32))
 
-    def spread(self, rows_RI: Tensor) -> Tensor:
-        """``[P, I]``: the rows at their places, zeros between."""
+    def pad(self, rows_RI: Tensor) -> Tensor:
+        """Returns ``[P, I]``: the rows at their places, zeros between."""
         out_PI = rows_RI.new_zeros(len(self.expert_P), rows_RI.shape[1])
         return out_PI.index_copy_(0, self.place_R, rows_RI)
 
 
 class _Product(torch.autograd.Function):
-    """Rows times ``[E, O, I]``, with the library's products for both gradients."""
+    """Product of rows and ``[E, O, I]``, with the library's products for both gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows_RI: Tensor, w_EOI: Tensor, padded: _Padded, library: Any) -> Tensor:
         ctx.save_for_backward(rows_RI, w_EOI)
         ctx.padded, ctx.library = padded, library
         out_PO = rows_RI.new_empty(len(padded.expert_P), w_EOI.shape[1])
-        library.m_grouped_bf16_gemm_nt_contiguous(padded.spread(rows_RI), w_EOI, out_PO, padded.expert_P)
+        library.m_grouped_bf16_gemm_nt_contiguous(padded.pad(rows_RI), w_EOI, out_PO, padded.expert_P)
         return out_PO.index_select(0, padded.place_R)
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows_RI, w_EOI = ctx.saved_tensors
         padded, library = ctx.padded, ctx.library
-        grad_PO = padded.spread(grad_RO)
+        grad_PO = padded.pad(grad_RO)
         drows_RI = dw_EOI = None
         if ctx.needs_input_grad[0]:
             out_PI = rows_RI.new_empty(len(padded.expert_P), w_EOI.shape[2])
@@ -84,14 +84,14 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             sum_EOI = torch.zeros(w_EOI.shape, dtype=torch.float32, device=w_EOI.device)
             library.k_grouped_bf16_gemm_tn_contiguous(
-                grad_PO, padded.spread(rows_RI), sum_EOI, padded.sizes, padded.sizes_E, sum_EOI
+                grad_PO, padded.pad(rows_RI), sum_EOI, padded.sizes, padded.sizes_E, sum_EOI
             )
             dw_EOI = sum_EOI.to(w_EOI.dtype)
         return drows_RI, dw_EOI, None, None
 
 
 class DeepGEMM(ThirdPartyBackend):
-    """Its bf16 products between our gather and our gather-and-sum."""
+    """DeepGEMM's bf16 products between our gather and our gather-and-sum."""
 
     name = "deepgemm"
     requirements = (
@@ -105,7 +105,7 @@ class DeepGEMM(ThirdPartyBackend):
     )
     least_capability = (9, 0)
     capabilities = (9, 10)
-    # Of the summed axis, which is either width in one product or the other.
+    # Alignment of the summed axis, which is each width in one product or the other.
     multiple = 64
 
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:

@@ -1,9 +1,9 @@
 """grouped_gemm: one cuBLAS call an expert, or CUTLASS where it was built so
 (github.com/tgale96/grouped_gemm).
 
-Read at 0.1.6 and 0.3.0, whose sources are the same: `ops.gmm`. Our ``[E, out, in]`` is its transposed
-operand, so nothing is copied. As it is installed by default it wants the rows per expert on the host: one
-wait a call.
+Written from the sources of 0.1.6 and 0.3.0, which are the same: `ops.gmm`. Our ``[E, out, in]`` is its
+transposed operand, so nothing is copied. As installed by default it needs the rows per expert on the host:
+one wait a call.
 
 Letters: T tokens, D model width, E experts, K slots a token; I and O any widths in and out.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 from kernels.backend import ExpertTensors
 from kernels.plan.row_plan import RowPlan
 from kernels.third_party.adapter import Requirement, ThirdPartyBackend
-from kernels.third_party.products import by_product, counted
+from kernels.third_party.products import Product, by_product, counted
 
-#: Needed by MegaBlocks as well.
+#: MegaBlocks needs it as well.
 GROUPED_GEMM = Requirement(
     "grouped_gemm",
     "grouped_gemm",
@@ -27,20 +27,25 @@ GROUPED_GEMM = Requirement(
 )
 
 
+def gmm_product(sizes_E: Tensor) -> Product:
+    """Returns the library's product for these rows per expert, which are on the CPU."""
+    gmm = GROUPED_GEMM.load("ops").gmm
+
+    def product(rows_RI: Tensor, w_EOI: Tensor) -> Tensor:
+        out_RO: Tensor = gmm(rows_RI.contiguous(), w_EOI.contiguous(), sizes_E, trans_b=True)
+        return out_RO
+
+    return product
+
+
 class GroupedGemm(ThirdPartyBackend):
-    """Its product between our gather and our gather-and-sum."""
+    """The product of grouped_gemm between our gather and our gather-and-sum."""
 
     name = "grouped_gemm"
     requirements = (GROUPED_GEMM,)
-    # cuBLAS is told no alignment, and takes rows of 16 bytes without a detour.
+    # cuBLAS is given no alignment, and takes rows of 16 bytes without a detour.
     multiple = 8
 
     def _compute(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
-        gmm = self.requirements[0].load("ops").gmm
         plan, sizes_E = counted(plan)
-
-        def product(rows_RI: Tensor, w_EOI: Tensor) -> Tensor:
-            out_RO: Tensor = gmm(rows_RI.contiguous(), w_EOI.contiguous(), sizes_E, trans_b=True)
-            return out_RO
-
-        return by_product(x_TD, weights_TK, plan, experts, product)
+        return by_product(x_TD, weights_TK, plan, experts, gmm_product(sizes_E))

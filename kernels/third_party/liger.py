@@ -1,9 +1,9 @@
 """Liger: SonicMoE's data flow in Triton (github.com/linkedin/Liger-Kernel).
 
-Read at 0.8.2 and 0.8.5, which are the same here: `LigerFusedMoEFunction`. Its weights are laid out as ours,
-so nothing is copied. It keeps x and the pre-activation. It sorts by expert itself, with one copy of the
-number of tiles to the host, inside the call; the gradient of the combine weights is summed by atomics, in
-the dtype of the gradient from above. 0.8.0 is refused: it addresses with 32 bits.
+Written from the sources of 0.8.2 and 0.8.5, which agree here: `LigerFusedMoEFunction`. Its weights are laid
+out as ours, so nothing is copied. It keeps x and the pre-activation. It sorts by expert inside the call, with
+one copy of the number of tiles to the host. Atomics sum the gradient of the combine weights, in the dtype of
+the output's gradient. 0.8.0 is rejected: it addresses with 32 bits.
 
 Letters: T tokens, D model width, K slots a token.
 """
@@ -20,7 +20,7 @@ from kernels.third_party.routed import every_slot_used
 
 
 class Liger(ThirdPartyBackend):
-    """The fused function, of SwiGLU experts without biases."""
+    """Liger's fused function for SwiGLU experts without biases."""
 
     name = "liger"
     requirements = (

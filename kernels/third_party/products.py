@@ -1,4 +1,4 @@
-"""Experts from another library's grouped product: rows in expert order, two products, a gather-and-sum.
+"""Experts computed with another library's grouped product: gather, two products, gather-and-sum.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, F expert width, U = 2F when
 gated, else F; I and O any widths in and out.
@@ -11,17 +11,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors
 from kernels.plan.row_plan import RowPlan
 from kernels.torch.grouped_mm import CombineRows
 
-#: Rows ``[R, I]`` in expert order times ``[E, O, I]``: ``[R, O]``, differentiable in both.
+#: Multiplies rows ``[R, I]`` in expert order by ``[E, O, I]`` to ``[R, O]``, differentiable in both.
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def counted(plan: RowPlan) -> tuple[RowPlan, Tensor]:
-    """The plan without rows that no expert owns, and the rows of each expert on the host, which waits."""
+    """Returns the plan without padding rows, and the rows of each expert on the host, which waits."""
     sizes_E = plan.counts_E.cpu()
     used = int(sizes_E.sum())
     trimmed = replace(
@@ -35,17 +34,14 @@ def counted(plan: RowPlan) -> tuple[RowPlan, Tensor]:
 
 
 def hidden_to_rows(x_RD: Tensor, experts: ExpertTensors, product: Product) -> Tensor:
-    """Both products of rows that are in expert order already, the activation by torch; not yet weighted."""
-    h_RU = product(x_RD, experts.w_up_EUD)
-    act = ACTIVATIONS[experts.activation]
-    a_RF = act.hidden(*h_RU.chunk(2, dim=1)) if experts.gated else act.forward(h_RU)
-    return product(a_RF, experts.w_down_EDF)
+    """Computes the expert outputs of rows in expert order, unweighted, with torch's activation between."""
+    return product(experts.activate(product(x_RD, experts.w_up_EUD)), experts.w_down_EDF)
 
 
 def by_product(
     x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors, product: Product
 ) -> Tensor:
-    """The whole computation: our gather before, our gather-and-sum behind."""
+    """Computes the experts with our gather before and our gather-and-sum after the products."""
     y_RD = hidden_to_rows(x_TD.index_select(0, plan.token_R), experts, product)
     out: Tensor = CombineRows.apply(y_RD, weights_TK, plan)  # type: ignore[no-untyped-call]
     return out

@@ -1,4 +1,4 @@
-"""Our plan of the rows in the forms that other libraries ask for.
+"""Converts our plan of the rows to the forms that other libraries take.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows.
 """
@@ -18,12 +18,12 @@ class Routed:
     """Tokens, weights and a plan in which every slot is used.
 
     Attributes:
-        x_TD: Tokens.
-        weights_TK: Their combine weights.
+        x_TD: ``[T, D]`` tokens.
+        weights_TK: ``[T, K]`` combine weights.
         slot_R: ``[T * K]`` int64, the flat slot of each row in expert order.
         expert_R: ``[T * K]`` int64, the expert of each row.
-        ends_E: ``[E]`` int64, where each expert's rows end.
-        token_T: Of which token of the layer each row of `x_TD` is a copy; None: they are the layer's own.
+        ends_E: ``[E]`` int64, the row after each expert's last.
+        token_T: The token of the layer that each row of `x_TD` is a copy of; None: `x_TD` is the layer's own.
     """
 
     x_TD: Tensor
@@ -41,7 +41,7 @@ class Routed:
         return ids_N.view(self.weights_TK.shape)
 
     def back(self, out_TD: Tensor, num_tokens: int) -> Tensor:
-        """The layer's output from that of these tokens: the same, or the sum over each token's copies."""
+        """Returns the layer's output from that of these tokens, summing the copies of each token."""
         if self.token_T is None:
             return out_TD
         wide = torch.promote_types(out_TD.dtype, torch.float32)
@@ -50,11 +50,10 @@ class Routed:
 
 
 def every_slot_used(x_TD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Routed:
-    """For libraries that know no unused slots.
+    """Converts a plan for libraries that have no unused slots.
 
     Without a mask nothing is copied. With one, every routed row becomes a token with a single slot: R rows
-    of x are copied, and rows that the plan does not use are zeros with weight zero behind the last
-    expert's.
+    of x are copied, and padding rows are zeros with weight zero after the last expert's rows.
     """
     E, R = plan.num_experts, plan.num_rows
     ends_E = plan.counts_E.cumsum(0)

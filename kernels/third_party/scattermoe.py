@@ -1,10 +1,10 @@
 """ScatterMoE: one Triton kernel that gathers, multiplies and scatters (github.com/shawntan/scattermoe).
 
-Read at 0.3.0: `parallel_linear` and its backward. It takes ``[E, in, out]`` by strides, so our ``[E, out,
-in]`` is passed as a view; it keeps x, the pre-activation, the activation and the expanded output. Two
-properties of its backward that no other back end here has: it overwrites the saved output, so a second pass
-through a retained graph gives a wrong gradient of the combine weights; and rows and weight gradients are
-addressed with 32 bits.
+Written from the source of 0.3.0: `parallel_linear` and its backward. It takes ``[E, in, out]`` by strides, so
+our ``[E, out, in]`` is passed as a view. It keeps x, the pre-activation, the activation and the expanded
+output. Its backward has two limits of its own: it overwrites the saved output, so a second pass through a
+retained graph gives a wrong gradient of the combine weights; and it addresses rows and weight gradients with
+32 bits.
 
 Letters: T tokens, D model width, E experts, K slots a token, R routed rows, U rows of the up projection.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan.row_plan import RowPlan
 from kernels.third_party.adapter import Requirement, ThirdPartyBackend, ThirdPartyLimitError
@@ -24,7 +23,7 @@ _ADDRESSABLE = 2**31
 
 
 class ScatterMoE(ThirdPartyBackend):
-    """`parallel_linear` twice, as its own gated layer does, the activation by torch."""
+    """ScatterMoE's `parallel_linear` twice, as in its own gated layer, with torch's activation between."""
 
     name = "scattermoe"
     requirements = (
@@ -64,15 +63,13 @@ class ScatterMoE(ThirdPartyBackend):
             expert_biases=experts.b_up_EU,
             grouped_out=True,
         )
-        act = ACTIVATIONS[experts.activation]
-        a_RF = act.hidden(*h_RU.chunk(2, dim=1)) if experts.gated else act.forward(h_RU)
         out_TD = parallel_linear(
-            a_RF,
+            experts.activate(h_RU),
             experts.w_down_EDF.transpose(1, 2),
             1,
             *index,
             expert_biases=experts.b_down_ED,
-            # It multiplies them with the output, in that dtype.
+            # They multiply the output, in its dtype.
             gates=routed.weights_TK.to(x_TD.dtype),
             grouped_in=True,
         )

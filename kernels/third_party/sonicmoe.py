@@ -1,9 +1,9 @@
 """SonicMoE: CuTeDSL kernels for Hopper and Blackwell (github.com/Dao-AILab/sonic-moe).
 
-Read at 0.1.2 and 0.1.2.post1, which differ in the version alone: `moe_general_routing_inputs`, the entry
-that takes routing from outside. Its weights are ``[out, in, E]`` with our memory behind them, gate rows
-first with ``concat_layout``, so nothing is copied. It keeps x and the pre-activation, and sorts by expert
-inside the call. Its GeGLU is the tanh form.
+Written from the sources of 0.1.2 and 0.1.2.post1, which differ only in the version:
+`moe_general_routing_inputs`, which takes a routing from outside. Its weights are ``[out, in, E]`` views of
+ours, gate rows first with ``concat_layout``, so nothing is copied. It keeps x and the pre-activation, and
+sorts by expert inside the call. Its GeGLU is the tanh form.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -20,7 +20,7 @@ from kernels.third_party.routed import every_slot_used
 
 
 class SonicMoE(ThirdPartyBackend):
-    """Its experts behind our router."""
+    """SonicMoE's experts after our router."""
 
     name = "sonicmoe"
     requirements = (
@@ -51,24 +51,16 @@ class SonicMoE(ThirdPartyBackend):
         tokens, slots = routed.weights_TK.shape
         token_N = torch.arange(tokens, dtype=torch.int32, device=x_TD.device).repeat_interleave(slots)
         assert self.activations is not None
-        kinds = self.requirements[0].load("enums").ActivationType
-        out_TD, _ = (
-            self.requirements[0]
-            .load()
-            .moe_general_routing_inputs(
-                routed.x_TD.contiguous(),
-                routed.weights_TK.reshape(-1).float(),
-                token_N,
-                routed.ids_TK.reshape(-1).to(torch.int32),
-                experts.w_up_EUD.permute(1, 2, 0),
-                None,
-                experts.w_down_EDF.permute(1, 2, 0),
-                None,
-                plan.num_experts,
-                torch.cuda.current_stream(x_TD.device).cuda_stream if x_TD.is_cuda else 0,
-                kinds(self.activations[experts.activation]),
-                is_inference_mode_enabled=not torch.is_grad_enabled(),
-                concat_layout=True,
-            )
+        sonic = self.requirements[0]
+        activation = sonic.load("enums").ActivationType(self.activations[experts.activation])
+        out_TD, _ = sonic.load().moe_general_routing_inputs(
+            *(routed.x_TD.contiguous(), routed.weights_TK.reshape(-1).float(), token_N),
+            routed.ids_TK.reshape(-1).to(torch.int32),
+            *(experts.w_up_EUD.permute(1, 2, 0), None, experts.w_down_EDF.permute(1, 2, 0), None),
+            plan.num_experts,
+            torch.cuda.current_stream(x_TD.device).cuda_stream if x_TD.is_cuda else 0,
+            activation,
+            is_inference_mode_enabled=not torch.is_grad_enabled(),
+            concat_layout=True,
         )
         return routed.back(out_TD, len(x_TD))

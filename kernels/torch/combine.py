@@ -1,4 +1,4 @@
-"""From tokens to routed rows, and gather-and-sum back, in the fixed order of the slots: no atomics.
+"""Gathers tokens into routed rows, and sums rows back in the fixed order of the slots, without atomics.
 
 Letters: T tokens, D model width, K slots a token, R routed rows.
 """
@@ -13,21 +13,21 @@ from kernels.plan.row_plan import RowPlan
 
 
 def gather_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
-    """``[R, D]``: the token of each routed row; rows that pad the plan are zero and have no gradient."""
+    """Returns ``[R, D]``, the token of each routed row; padding rows are zero and have no gradient."""
     return only_used(x_TD.index_select(0, plan.token_R), plan)
 
 
 def only_used(rows_RD: Tensor, plan: RowPlan) -> Tensor:
-    """The rows, with zeros for those that pad the plan, whatever they hold; the same of their gradient."""
+    """Returns the rows with padding rows, and their gradient, replaced by zeros."""
     return rows_RD.where(plan.is_used_R1(), 0) if plan.is_padded else rows_RD
 
 
 def combine_rows(rows_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None) -> Tensor:
-    """``out[t] = sum_k weights[t, k] * rows[row[t, k]]``, accumulated in at least fp32.
+    """Computes ``out[t] = sum_k weights[t, k] * rows[row[t, k]]``, accumulated in at least fp32.
 
     Args:
         rows_RD: ``[R, D]``, or ``[R + 1, D]`` with a last row of zeros when the plan has unused slots.
-        plan: The plan the rows are ordered by.
+        plan: Plan of the rows.
         weights_TK: ``[T, K]``, or None for a plain sum.
 
     Returns:

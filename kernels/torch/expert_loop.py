@@ -1,6 +1,6 @@
-"""The slow, obvious expert computation: one expert after the other, every dtype, gradients by autograd.
+"""Reference back end: one expert after the other in plain torch, in every dtype, gradients by autograd.
 
-Every other back end is compared with this one.
+Every other back end is compared with it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan.row_plan import RowPlan
 
 
 class LoopBackend:
-    """Runs each expert on its rows with plain torch."""
+    """Plain loop that runs each expert on its rows."""
 
     name = "loop"
 
     def unsupported_reason(self, work: Workload) -> str | None:
-        """Runs everything."""
+        """Returns None: every workload is supported."""
         return None
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
@@ -42,7 +41,6 @@ class LoopBackend:
 
 
 def _expert(x_nD: Tensor, experts: ExpertTensors, e: int) -> Tensor:
-    act = ACTIVATIONS[experts.activation]
     w_up, w_down, low = experts.w_up_EUD[e], experts.w_down_EDF[e], experts.low_rank
     if experts.main_grads is not None:
         w_up = _AddedGradient.apply(w_up, experts.main_grads.w_up_EUD[e])  # type: ignore[no-untyped-call]
@@ -52,7 +50,7 @@ def _expert(x_nD: Tensor, experts: ExpertTensors, e: int) -> Tensor:
     h_nU = F.linear(x_nD, w_up, _row(experts.b_up_EU, e))
     if low is not None:
         h_nU = h_nU + low.scale * F.linear(F.linear(x_nD, low.a_up_ErD[e]), low.b_up_EUr[e])
-    a_nF = act.hidden(*h_nU.chunk(2, dim=-1)) if experts.gated else act.forward(h_nU)
+    a_nF = experts.activate(h_nU)
     y_nD = F.linear(a_nF, w_down, _row(experts.b_down_ED, e))
     if low is not None:
         y_nD = y_nD + low.scale * F.linear(F.linear(a_nF, low.a_down_ErF[e]), low.b_down_EDr[e])
@@ -64,7 +62,7 @@ def _row(bias: Tensor | None, e: int) -> Tensor | None:
 
 
 class _AddedGradient(torch.autograd.Function):
-    """The weight itself, whose gradient is added to a buffer instead of being passed on."""
+    """Identity of a weight that adds its gradient to a buffer instead of passing it on."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, buffer: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts by `torch.nn.functional.grouped_mm`: the path for GPUs where torch fuses it.
+"""Back end on `torch.nn.functional.grouped_mm`, for GPUs on which torch fuses it.
 
 torch 2.13 fuses it for bf16 on compute capability 9.0 and 10.0; elsewhere it is a loop over experts with
 a copy of the offsets to the host. It needs row and column strides that are multiples of 16 bytes.
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan.row_plan import RowPlan
 from kernels.torch.combine import combine_rows, gather_rows, only_used
@@ -25,12 +24,12 @@ _FUSED_CAPABILITIES = (9, 10)
 
 
 class GroupedMMBackend:
-    """Gathers the rows, two grouped products, and a gather-and-sum."""
+    """Gather, two grouped products, and a gather-and-sum."""
 
     name = "grouped_mm"
 
     def unsupported_reason(self, work: Workload) -> str | None:
-        """Refuses what `F.grouped_mm` does not take: dtypes, strides, biases, buffers for gradients."""
+        """Rejects dtypes, strides, biases and gradient buffers that `F.grouped_mm` does not take."""
         if work.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"F.grouped_mm takes fp32, bf16 and fp16, not {work.dtype}"
         if work.has_bias:
@@ -48,22 +47,21 @@ class GroupedMMBackend:
         return None
 
     def is_fused(self, work: Workload) -> bool:
-        """Whether torch runs one fused kernel, and not a loop over experts."""
+        """Returns whether torch runs one fused kernel rather than a loop over experts."""
         if work.device.type != "cuda" or work.dtype != torch.bfloat16:
             return False
         return torch.cuda.get_device_capability(work.device)[0] in _FUSED_CAPABILITIES
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         """See `kernels.backend.Backend.run`."""
-        act = ACTIVATIONS[experts.activation]
         ends_E = plan.counts_E.cumsum(0).to(torch.int32)
         x_RD = gather_rows(x_TD, plan)
         low = experts.low_rank
         h_RU = F.grouped_mm(x_RD, experts.w_up_EUD.transpose(1, 2), offs=ends_E)
         if low is not None:
             h_RU = h_RU + low.scale * _low_rank(x_RD, low.a_up_ErD, low.b_up_EUr, ends_E)
-        a_RF = act.hidden(*h_RU.chunk(2, dim=1)) if experts.gated else act.forward(h_RU)
-        # F.grouped_mm refuses a row stride that is not 16-byte aligned; the product above is contiguous.
+        a_RF = experts.activate(h_RU)
+        # F.grouped_mm rejects row strides that are not 16-byte aligned; the product above is contiguous.
         y_RD = F.grouped_mm(a_RF, experts.w_down_EDF.transpose(1, 2), offs=ends_E)
         if low is not None:
             y_RD = y_RD + low.scale * _low_rank(a_RF, low.a_down_ErF, low.b_down_EDr, ends_E)
@@ -72,13 +70,13 @@ class GroupedMMBackend:
 
 
 def _low_rank(rows_RI: Tensor, a_ErI: Tensor, b_EOr: Tensor, ends_E: Tensor) -> Tensor:
-    """``B A x`` of every row, as two products of rank r."""
+    """Computes ``B A x`` for every row as two products of rank r."""
     z_Rr = F.grouped_mm(rows_RI, a_ErI.transpose(1, 2), offs=ends_E)
     return F.grouped_mm(z_Rr, b_EOr.transpose(1, 2), offs=ends_E)
 
 
 class CombineRows(torch.autograd.Function):
-    """`combine_rows` with the gradient of a gather, free of atomics."""
+    """Autograd function of `combine_rows`, whose backward is a gather without atomics."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:

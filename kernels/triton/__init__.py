@@ -1,0 +1,1 @@
+"""Back end of our own Triton kernels, their launches, block sizes and compilation ahead of time."""

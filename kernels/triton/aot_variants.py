@@ -1,4 +1,4 @@
-"""The ways in which the Triton kernels are launched, for `kernels.aot` to compile them without a GPU."""
+"""Launches of the Triton kernels, described so that `kernels.aot` can compile them without a GPU."""
 
 from __future__ import annotations
 
@@ -22,37 +22,51 @@ from kernels.triton.triton_blocks import (
 )
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-#: Kernels that multiply no matrices.
+#: Kernels without a matrix product.
 PRODUCTLESS = ("combine", "tiles", "histogram", "scan", "place")
 # A layer's widths, far above every block.
 _WIDTH = 2048
-# Kernels with rows -> the strides that are 1 where the weights and factors are stored as they come.
+
+
+def _strides(**axes: str) -> dict[str, tuple[str | int, ...]]:
+    """Returns the stride arguments of tensors, from a letter for each axis, or 1 where the stride is one."""
+    return {
+        f"{tensor}_strides": tuple(1 if axis == "1" else f"{tensor}_{axis}" for axis in letters)
+        for tensor, letters in axes.items()
+    }
+
+
+# Kernels with rows -> strides of contiguous weights and factors.
 _ROWS = {
-    "up": {"x_d": 1, "w_d": 1, "bias_u": 1, "factor_r": 1},
-    "down": {"b_k": 1, "bias_n": 1, "factor_r": 1},
-    "dx": {"b_n": 1, "bias_n": 1, "factor_n": 1},
-    "dh": {"grad_d": 1, "w_f": 1, "bias_d": 1, "factor_n": 1},
+    "up": _strides(x="t1", w="eu1", bias="e1", factor="e1n"),
+    "down": _strides(b="e1n", bias="e1", factor="e1n"),
+    "dx": _strides(b="ek1", bias="e1", factor="er1"),
+    "dh": _strides(grad="t1", w="ed1", bias="e1", factor="er1"),
 }
 # Kernels whose blocks are tuned -> kind of blocks.
 _KINDS = {"up": "up", "down": "rows", "dh": "dh", "dw_up": "dw"}
 # The first product of low-rank factors: with x, with A, and of the gradients of both.
 _LOW = {
-    "low_up": {"GATHER": True, "a_k": 1, "b_k": 1},
-    "low_down": {"GATHER": False, "a_k": 1, "b_k": 1},
-    "low_dy": {"GATHER": True, "a_k": 1, "b_n": 1},
-    "low_dh": {"GATHER": False, "a_k": 1, "b_n": 1},
+    "low_up": {"GATHER": True, **_strides(a="r1", b="e1n")},
+    "low_down": {"GATHER": False, **_strides(a="r1", b="e1n")},
+    "low_dy": {"GATHER": True, **_strides(a="r1", b="ek1")},
+    "low_dh": {"GATHER": False, **_strides(a="r1", b="ek1")},
 }
+
+
+def _gathers(left: bool, right: bool, out: str) -> dict[str, Any]:
+    sides = {"GATHER_LEFT": left, "GATHER_RIGHT": right}
+    return {**sides, **_strides(left="r1", right="r1", out=out)}
+
+
 # Gradients of weights.
-_WEIGHTS = {
-    "dw_up": {"GATHER_LEFT": False, "GATHER_RIGHT": True, "out_q": 1},
-    "dw_down": {"GATHER_LEFT": True, "GATHER_RIGHT": False, "out_q": 1},
-}
+_WEIGHTS = {"dw_up": _gathers(False, True, "ep1"), "dw_down": _gathers(True, False, "ep1")}
 # Gradients of factors A, written transposed, and of factors B.
 _FACTORS = {
-    "da_up": {"GATHER_LEFT": True, "GATHER_RIGHT": False, "out_p": 1},
-    "db_up": {"GATHER_LEFT": False, "GATHER_RIGHT": False, "out_q": 1},
-    "da_down": {"GATHER_LEFT": False, "GATHER_RIGHT": False, "out_p": 1},
-    "db_down": {"GATHER_LEFT": True, "GATHER_RIGHT": False, "out_q": 1},
+    "da_up": _gathers(True, False, "e1q"),
+    "db_up": _gathers(False, False, "ep1"),
+    "da_down": _gathers(False, False, "e1q"),
+    "db_down": _gathers(True, False, "ep1"),
 }
 
 
@@ -66,14 +80,14 @@ class Variant:
             factors: ``low_up``, ``low_down``, ``low_dy``, ``low_dh``, ``da_up``, ``db_up``, ``da_down`` or
             ``db_down``.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
-        height: Rows of a tile; what has no tiles ignores it.
+        height: Rows of a tile; ignored by kernels without tiles.
         gated: Whether the expert is gated.
         bias: Whether it has biases.
         activation: A name inside the kernels.
         ones: Whether every size is 1: Triton makes such arguments constants, which are no tensors.
-        rank: Of low-rank factors; 0: there are none.
+        rank: Rank of low-rank factors; 0 without factors.
         accumulates: Whether a weight's gradient is added to an fp32 buffer.
-        blocks: Other blocks than the table's.
+        blocks: Blocks in place of the table's.
     """
 
     kernel: str
@@ -102,7 +116,7 @@ ADDED = (
 
 
 def all_variants() -> Iterator[Variant]:
-    """Every dtype, tile height, gating, bias, the costliest activations, and low ranks."""
+    """Yields every dtype, tile height, gating, bias, the costliest activations, and low ranks."""
     yield from REPRESENTATIVE
     yield from ADDED
     yield from (Variant(kernel, rank=r) for kernel in (*_ROWS, *_LOW, *_FACTORS) for r in (4, 64, 128))
@@ -122,19 +136,22 @@ def all_variants() -> Iterator[Variant]:
 
 
 def launch_constants(variant: Variant, capability: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The kernel of a variant, its constants and its build options on a GPU."""
+    """Returns the kernel of a variant, its constants and its build options on a GPU.
+
+    Among the constants, strides are tuples that hold a name where a stride may take any value.
+    """
     from kernels.plan import triton_route
     from kernels.triton import triton_backward, triton_forward, triton_lora, triton_tiles
 
     target = _target(variant, capability)
-    arithmetic = {"PRECISION": "ieee", "RAISE": False}
+    arithmetic: dict[str, Any] = {"MATH": "ieee"}
     if variant.kernel == "tiles":
         blocks = {"BLOCK_M": 128, "BLOCK_E": 128, "BLOCK_G": 64}
         return triton_tiles.tiles_kernel, blocks, {"num_warps": 8}
     if variant.kernel in triton_route.KERNELS:
         return triton_route.KERNELS[variant.kernel], *triton_route.options(variant.kernel, 128, True)
     if variant.kernel == "combine":
-        blocks = {"WEIGHTED": True, "RAISE": False, "BLOCK_T": 4, "BLOCK_D": 512}
+        blocks = {**arithmetic, "BLOCK_T": 4, "BLOCK_D": 512}
         return triton_forward.combine_kernel, blocks, {"num_warps": 4}
     if variant.kernel in {**_WEIGHTS, **_FACTORS}:
         options = weight_options(weight_blocks(_WIDTH, variant.rank or _WIDTH, target))
@@ -145,8 +162,11 @@ def launch_constants(variant: Variant, capability: int) -> tuple[Any, dict[str, 
     kind = "rows" if variant.kernel in ("down", "dx") else variant.kernel
     found = row_blocks(kind, variant.height, _WIDTH, _WIDTH, target)
     if kind == "rows":
-        found = with_factor(found, 1 if "factor_n" in _ROWS[variant.kernel] else variant.rank)
-    own = {**_ROWS[variant.kernel], "BIAS": variant.bias, **_term(variant, found.k), **arithmetic}
+        is_across = _ROWS[variant.kernel]["factor_strides"][-1] != 1
+        found = with_factor(found, variant.rank if is_across else 1)
+    own = {**_ROWS[variant.kernel], **_term(variant, found.k), **arithmetic}
+    if not variant.bias:
+        own |= {"bias_ptr": None, "bias_strides": None}
     if kind != "rows":
         activation = "relu" if variant.activation == "drelu" else variant.activation
         own |= {"ACT": activation, "GATED": variant.gated, "ON_VALUE": variant.activation == "drelu"}
@@ -161,7 +181,7 @@ def launch_constants(variant: Variant, capability: int) -> tuple[Any, dict[str, 
 
 
 def candidate_variants(capability: int) -> Iterator[Variant]:
-    """Every candidate that `kernels.tune` may choose on a GPU besides the table's blocks."""
+    """Yields every candidate that `kernels.tune` may choose on a GPU besides the table's blocks."""
     target = Target(capability, torch.bfloat16)
     for kernel, kind in _KINDS.items():
         for height in (0,) if kind == "dw" else (128, 64, 32, 16):
@@ -179,19 +199,18 @@ def _target(variant: Variant, capability: int) -> Target:
 
 
 def _product(variant: Variant) -> dict[str, Any]:
-    """The constants of a weight's or factor's gradient; what a launch leaves out is None."""
-    scales = variant.bias and variant.kernel == "dw_down"
-    flags = {"BIAS": variant.bias, "SCALE_BIAS": scales, "ACCUMULATE": variant.accumulates}
-    absent = ([] if scales else ["slot_ptr", "weights_ptr"]) + ([] if variant.bias else ["bias_ptr"])
-    sides = {**_WEIGHTS, **_FACTORS}[variant.kernel]
-    return {**sides, "left_p": 1, "right_q": 1, **flags, **dict.fromkeys(absent)}
+    """Returns the constants of a weight's or factor's gradient; arguments that a launch omits are None."""
+    absent = [] if variant.bias and variant.kernel == "dw_down" else ["slot_ptr", "weights_ptr"]
+    absent += [] if variant.bias else ["bias_ptr"]
+    own = {**_WEIGHTS, **_FACTORS}[variant.kernel]
+    return {**own, "ACCUMULATE": variant.accumulates, **dict.fromkeys(absent)}
 
 
 def _term(variant: Variant, block_k: int) -> dict[str, Any]:
-    """Returns the constants of the LoRA term, as `triton_launch.term_arguments` has them."""
+    """Returns the constants of the low-rank term, as `triton_launch.term_arguments` has them."""
     if variant.rank:
         return {"RANK": variant.rank, "BLOCK_L": rank_block(variant.rank, block_k)}
-    return {"low_ptr": None, "factor_ptr": None, "RANK": 0, "BLOCK_L": 16}
+    return {**dict.fromkeys(("low_ptr", "factor_ptr", "factor_strides")), "RANK": 0, "BLOCK_L": 16}
 
 
 def _split(

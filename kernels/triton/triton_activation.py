@@ -1,4 +1,4 @@
-"""The activations of `kernels.activations` inside a Triton kernel: value and derivative in fp32.
+"""Activations of `kernels.activations` inside Triton kernels: value and derivative in fp32.
 
 Comparisons are written so that NaN passes them, as torch's do.
 """
@@ -16,13 +16,13 @@ _NORMAL_PEAK = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))``; exp overflows to infinity, which gives the right zero."""
+    """Returns ``1 / (1 + exp(-x))``; exp overflows to infinity, which gives the right zero."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
-    """``f(x)`` for a block in fp32; ACT is a name of `CODES`."""
+    """Returns ``f(x)`` for a block in fp32; ACT is a value of `CODES`."""
     if ACT == "silu":
         y = x * sigmoid(x)
     elif ACT == "gelu":
@@ -41,7 +41,7 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def slope(x, ACT: tl.constexpr):
-    """``f'(x)``; zero where relu and relu2 turn, as in torch."""
+    """Returns ``f'(x)``; zero at the kink of relu and relu2, as in torch."""
     if ACT == "silu":
         s = sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
@@ -59,8 +59,8 @@ def slope(x, ACT: tl.constexpr):
     return y
 
 
-#: By the names of `kernels.activations.ACTIVATIONS`: the name inside the kernels. What goes through the value
-#: half as well is the same function there, with ON_VALUE.
+#: Key of `kernels.activations.ACTIVATIONS` -> name inside the kernels. An activation that is applied to the
+#: value half as well has the same name as without, and ON_VALUE.
 CODES = {
     "silu": "silu",
     "swish": "silu",

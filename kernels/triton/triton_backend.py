@@ -1,6 +1,6 @@
-"""The back end of our own Triton kernels: for GPUs, and for CPU tensors under Triton's interpreter.
+"""Back end of our own Triton kernels: for GPUs, and for CPU tensors under Triton's interpreter.
 
-It saves x and the pre-activation H alone, gathers inside the products, sums the slots of a token in fixed
+It saves only x and the pre-activation H, gathers inside the products, sums the slots of a token in fixed
 order, and never waits for the device. No GPU has run it yet: see docs/kernels.md.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.activations import ACTIVATIONS
 from kernels.backend import ExpertTensors, Workload
 from kernels.plan.row_plan import RowPlan
-from kernels.triton.triton_ops import experts as run_experts
+from kernels.torch.expert_ops import run_operators
 from kernels.triton.tuned_blocks import unsupported_reason as tuned_unsupported_reason
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,12 +25,12 @@ _MOST_EXPERTS = 4096
 
 
 class TritonBackend:
-    """Up, down and gather-and-sum forward; dH, dW and dX backward."""
+    """Triton kernels: up, down and gather-and-sum forward; dH, dW and dX backward."""
 
     name = "triton"
 
     def unsupported_reason(self, work: Workload) -> str | None:
-        """Refuses fp64, what is no NVIDIA GPU of capability 8.0, and machines without Triton."""
+        """Rejects fp64, all but NVIDIA GPUs from compute capability 8.0, and machines without Triton."""
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if work.dtype not in _DTYPES:
@@ -44,25 +44,12 @@ class TritonBackend:
     def run(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, experts: ExpertTensors) -> Tensor:
         """See `kernels.backend.Backend.run`."""
         low, main = experts.low_rank, experts.main_grads
-        factors = [] if low is None else [low.a_up_ErD, low.b_up_EUr, low.a_down_ErF, low.b_down_EDr]
+        factors = [] if low is None else low.factors
         main_grads = [] if main is None else [main.w_up_EUD, main.w_down_EDF]
         kinds = [tensor.dtype for tensor in (*factors, *main_grads)]
         expected = [x_TD.dtype] * len(factors) + [torch.float32] * len(main_grads)
         assert kinds == expected, f"factors and fp32 buffers are {kinds}, beside {x_TD.dtype}"
-        tensors = (
-            x_TD,
-            weights_TK,
-            experts.w_up_EUD,
-            experts.w_down_EDF,
-            experts.b_up_EU,
-            experts.b_down_ED,
-        )
-        leaves = [tensor for tensor in (*tensors, *factors) if tensor is not None]
-        keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-        index = (plan.token_R, plan.slot_R, plan.row_TK.contiguous(), plan.counts_E)
-        function = (experts.activation, experts.gated, 0.0 if low is None else low.scale)
-        out: Tensor = run_experts(*tensors, factors, main_grads, *index, *function, keep)[0]
-        return out
+        return run_operators("triton", x_TD, weights_TK, plan, experts)
 
 
 def _device_unsupported_reason(device: torch.device) -> str | None:
@@ -75,7 +62,7 @@ def _device_unsupported_reason(device: torch.device) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 runs kernels on CPU tensors, and the weights are on cuda"
     if torch.version.hip is not None:
-        return "it was never built for AMD GPUs"
+        return "it is not built for AMD GPUs"
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"

@@ -1,7 +1,7 @@
-"""How large a piece one Triton program computes: a small table by kind of kernel and of GPU.
+"""Block sizes of the Triton kernels: a small table by kind of kernel and of GPU.
 
-What the table was held to is in `kernels.aot`: no spilled registers, shared memory within the limit. None of
-it has been timed on a GPU.
+`kernels.aot` checks the table: no spilled registers, shared memory within the limit. It has not been timed on
+a GPU.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 @dataclass(frozen=True)
 class Blocks:
-    """The shape of a program.
+    """Shape of a program.
 
     Attributes:
-        m: Rows of the output; of a weight's gradient, its first axis.
+        m: Rows of the output; first axis of a weight's gradient.
         n: Columns of the output.
-        k: Steps of the sum are this long.
-        warps: Groups of 32 threads.
-        stages: Steps of the sum that are loaded ahead.
+        k: Length of a step of the sum.
+        warps: Number of warps of 32 threads.
+        stages: Steps of the sum loaded ahead.
     """
 
     m: int
@@ -34,13 +34,13 @@ class Blocks:
 
 #: Kinds of kernel; see `kernels.triton.triton_forward` and `kernels.triton.triton_backward`.
 KINDS = ("up", "rows", "dh", "dw")
-# Bytes of shared memory that the blocks of a candidate may take.
+# Bytes of shared memory that a candidate may take.
 _SHARED_LARGE = 200 * 1024
 _SHARED_SMALL = 88 * 1024
 #: Programs that share rows and weights in cache; see `kernels.triton.triton_tiles.tile_and_column`.
 GROUP = 8
 
-# 227 KiB of shared memory and a matrix unit that reads it: compute capability 9 to 11.
+# Compute capability 9 to 11: 227 KiB of shared memory, and a matrix unit that reads it.
 _LARGE = {
     ("up", 128): Blocks(128, 64, 64, 8, 4),
     ("rows", 128): Blocks(128, 256, 64, 8, 3),
@@ -50,7 +50,7 @@ _LARGE = {
     ("rows", 64): Blocks(64, 128, 64, 4, 4),
     ("dh", 64): Blocks(64, 64, 64, 4, 4),
 }
-# 99 KiB, the least of capability 8 and 12.
+# Capability 8 and 12: at least 99 KiB.
 _SMALL = {
     ("up", 128): Blocks(128, 64, 32, 8, 3),
     ("rows", 128): Blocks(128, 128, 32, 8, 3),
@@ -60,13 +60,13 @@ _SMALL = {
     ("rows", 64): Blocks(64, 128, 32, 4, 3),
     ("dh", 64): Blocks(64, 32, 32, 4, 3),
 }
-# Few rows: everything waits for the weights, so the loads ahead matter and the tile does not.
+# Few rows: time goes into loading weights, so loads ahead matter and the tile does not.
 _FEW = {
     **{(kind, 32): Blocks(32, 64, 64, 4, 3) for kind in KINDS[:3]},
     ("up", 32): Blocks(32, 64, 32, 4, 4),
     **{(kind, 16): Blocks(16, 64, 64, 4, 3) for kind in KINDS[:3]},
 }
-# fp32 has no matrix unit when it is to be true fp32: the registers hold less.
+# True fp32 has no matrix unit, and its registers hold less.
 _FP32 = {
     ("dw", 0): Blocks(64, 64, 16, 8, 2),
     **{(kind, 64): Blocks(64, 64, 16, 8, 2) for kind in KINDS[:3]},
@@ -82,12 +82,12 @@ _INTERPRETED = {
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are built for.
+    """GPU and dtype that kernels are built for.
 
     Attributes:
         capability: ``major * 10 + minor`` of the GPU, 0 for the interpreter.
-        dtype: Of the experts.
-        tuned: Blocks that were measured on this very GPU, by `bucket`; they go before the table's.
+        dtype: Dtype of the experts.
+        tuned: Measured blocks by `bucket`; they take precedence over the table.
     """
 
     capability: int
@@ -95,7 +95,7 @@ class Target:
     tuned: Mapping[str, Blocks] = field(default_factory=dict, hash=False)
 
     def table(self) -> Mapping[tuple[str, int], Blocks]:
-        """Blocks by kind and row height."""
+        """Returns the blocks by kind and row height."""
         if self.capability == 0:
             return MappingProxyType(_INTERPRETED)
         if self.dtype == torch.float32:
@@ -105,17 +105,17 @@ class Target:
 
 
 def row_height(num_rows: int, num_experts: int, target: Target) -> int:
-    """Rows of a tile: on average half a tile of every expert is waste, so few rows get low tiles."""
+    """Returns the rows of a tile; fewer with few rows, as half a tile an expert is wasted on average."""
     mean = num_rows / max(num_experts, 1)
     heights = sorted((height for kind, height in target.table() if kind == "up"), reverse=True)
     return next((height for height in heights if mean >= 1.5 * height), heights[-1])
 
 
 def row_blocks(kind: str, height: int, columns: int, depth: int, target: Target) -> Blocks:
-    """Blocks of a kernel whose output has rows, no wider than the matrices.
+    """Returns the blocks of a kernel whose output has rows, no wider than the matrices.
 
     Args:
-        kind: One of `KINDS`, but ``dw``.
+        kind: A member of `KINDS` other than ``dw``.
         height: From `row_height`.
         columns: Width of the output.
         depth: Length of the sum.
@@ -126,17 +126,17 @@ def row_blocks(kind: str, height: int, columns: int, depth: int, target: Target)
 
 
 def weight_blocks(out: int, inner: int, target: Target) -> Blocks:
-    """Blocks of the gradient of a weight ``[out, inner]``, no wider than it."""
+    """Returns the blocks of the gradient of a weight ``[out, inner]``, no wider than it."""
     found = target.tuned.get(bucket("dw", 0, inner, out)) or target.table()["dw", 0]
     return replace(found, m=min(found.m, _power_of_two(out)), n=min(found.n, _power_of_two(inner)))
 
 
 def with_factor(blocks: Blocks, pitch: int) -> Blocks:
-    """Narrower where a low-rank factor lies across: its addresses fill the registers, in fp32 always.
+    """Narrows the blocks where a strided low-rank factor would fill the registers with its addresses.
 
     Args:
-        blocks: Of rows times weight.
-        pitch: Elements between columns of the factor; 0: there is none.
+        blocks: Blocks of rows times weight.
+        pitch: Elements between columns of the factor; 0 without a factor.
     """
     is_fp32 = blocks.k <= 16
     if pitch <= 1 or (pitch % 16 == 0 and not is_fp32):
@@ -145,36 +145,36 @@ def with_factor(blocks: Blocks, pitch: int) -> Blocks:
 
 
 def rank_block(rank: int, block_k: int) -> int:
-    """Steps of the sum over a low rank: no longer than those of the sum it is added to, in its memory."""
+    """Returns the step of the sum over a low rank, no longer than that of the sum whose memory it shares."""
     return min(block_k, _power_of_two(rank))
 
 
 def bucket(kind: str, height: int, columns: int, depth: int) -> str:
-    """Which shapes share tuned blocks: those with the same powers of two.
+    """Returns the key of tuned blocks; shapes with the same powers of two share it.
 
     Args:
-        kind: One of `KINDS`.
+        kind: A member of `KINDS`.
         height: Rows of a tile, 0 for ``dw``.
         columns: Width of the output.
-        depth: Length of the sum; of ``dw`` the height of the output.
+        depth: Length of the sum; height of the output for ``dw``.
     """
     return f"{kind} {height} {_power_of_two(columns)} {_power_of_two(depth)}"
 
 
 def candidates(kind: str, height: int, target: Target) -> tuple[Blocks, ...]:
-    """The table's blocks, and their neighbours that fit into registers and shared memory.
+    """Returns the table's blocks, and their neighbours that fit into registers and shared memory.
 
-    `kernels.aot` compiles them all for 16-bit dtypes; others have the table's alone.
+    `kernels.aot` compiles them all for 16-bit dtypes; other dtypes have only the table's.
 
     Args:
-        kind: One of `KINDS`.
+        kind: A member of `KINDS`.
         height: Rows of a tile, 0 for ``dw``.
-        target: Of a GPU.
+        target: GPU and dtype.
     """
     base = target.table()[kind, height]
     if target.dtype.itemsize != 2:
         return (base,)
-    # The sums over a short tile of `dh` leave no registers for more loads ahead on the older GPUs.
+    # On older GPUs the sums over a short tile of `dh` leave no registers for more loads ahead.
     more = () if kind == "dh" and height == 32 else (base.stages + 1,)
     near = [
         *(replace(base, n=n) for n in (base.n // 2, base.n * 2)),
@@ -186,7 +186,7 @@ def candidates(kind: str, height: int, target: Target) -> tuple[Blocks, ...]:
 
 
 def _fits(kind: str, blocks: Blocks, target: Target) -> bool:
-    # Of `up` two products run side by side, and the sums of `dh` meet the longest epilogue.
+    # `up` runs two products side by side, and `dh` has the longest epilogue.
     wide, most = {"up": (2, 64), "dh": (1, 32)}.get(kind, (1, 128))
     loaded = blocks.k * (blocks.m + wide * blocks.n) * target.dtype.itemsize
     limit = _SHARED_LARGE if 90 <= target.capability < 120 else _SHARED_SMALL
@@ -196,30 +196,21 @@ def _fits(kind: str, blocks: Blocks, target: Target) -> bool:
 
 
 def rows_options(blocks: Blocks, depth: int) -> dict[str, int | bool]:
-    """What a kernel with rows is built with, besides its function and arithmetic."""
-    return {
-        "EVEN_K": depth % blocks.k == 0,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "BLOCK_K": blocks.k,
-        "GROUP": GROUP,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-    }
+    """Returns the block and build options of a kernel with rows."""
+    sizes = {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "GROUP": GROUP}
+    return {"EVEN_K": depth % blocks.k == 0, **sizes, **_build(blocks)}
 
 
 def weight_options(blocks: Blocks) -> dict[str, int | bool]:
-    """What the kernel of a weight's gradient is built with, besides its operands and arithmetic."""
-    return {
-        "BLOCK_P": blocks.m,
-        "BLOCK_Q": blocks.n,
-        "BLOCK_R": blocks.k,
-        "GROUP": GROUP,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-    }
+    """Returns the block and build options of the kernel of a weight's gradient."""
+    sizes = {"BLOCK_P": blocks.m, "BLOCK_Q": blocks.n, "BLOCK_R": blocks.k, "GROUP": GROUP}
+    return {**sizes, **_build(blocks)}
+
+
+def _build(blocks: Blocks) -> dict[str, int]:
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
 def _power_of_two(width: int) -> int:
-    # 16 is the least that the matrix units take.
+    # Matrix units take at least 16.
     return max(16, 1 << (width - 1).bit_length())

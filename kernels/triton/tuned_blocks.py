@@ -1,9 +1,8 @@
-"""Blocks that `kernels.tune` measured on a GPU: a file by GPU, Triton version and source of the kernels.
+"""Files of blocks that `kernels.tune` measured, one for each GPU model, Triton version and kernel source.
 
-A file is read only where GRAFT_TUNED_BLOCKS says so: ``1`` for the one that `kernels.tune` writes, or a path.
-A file that is not there, is damaged, or was measured on something else is refused by name: whoever asks for
-measured blocks must not get others unawares. Without the variable the table of `kernels.triton.triton_blocks`
-holds.
+GRAFT_TUNED_BLOCKS selects the file: ``1`` for the one that `kernels.tune` writes, or a path. A file that is
+missing, damaged or measured on something else is an error, so that nobody runs other blocks unawares. Without
+the variable the table of `kernels.triton.triton_blocks` holds.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -25,30 +22,31 @@ from typing import Any
 
 import torch
 
+from kernels.text_file import write_text
 from kernels.triton.triton_blocks import Blocks, Target, bucket, candidates
 
-#: Says whether tuned blocks are used, and whose.
+#: Environment variable that selects the file.
 VARIABLE = "GRAFT_TUNED_BLOCKS"
 _FORMAT = 1
-#: The dtypes that are tuned; products in fp32 have one choice of blocks.
+#: Dtypes that are tuned; products in fp32 have one choice of blocks.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16})
 
-#: By dtype and `kernels.triton.triton_blocks.bucket`.
+#: Blocks by dtype and `kernels.triton.triton_blocks.bucket`.
 Tuned = Mapping[str, Mapping[str, Blocks]]
 
 
 class TunedBlocksError(ValueError):
-    """A file of tuned blocks cannot be used; the message names it, and says why and what to do."""
+    """A file of tuned blocks cannot be used; the message gives path, reason and remedy."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a measurement holds for.
+    """GPU and software that a measurement holds for.
 
     Attributes:
-        gpu: Its name, as its driver has it.
+        gpu: Name of the GPU, from its driver.
         capability: ``major * 10 + minor``.
-        triton: Version.
+        triton: Version of Triton.
         source: Hash of the kernels' source files.
     """
 
@@ -58,7 +56,7 @@ class Identity:
     source: str
 
     def path(self) -> Path:
-        """Where `kernels.tune` writes: below ``$XDG_CACHE_HOME``, or ``~/.cache``."""
+        """Returns the file that `kernels.tune` writes, below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         gpu = re.sub(r"[^A-Za-z0-9]+", "-", self.gpu).strip("-").lower()
         return Path(home) / "graft" / "blocks" / f"{gpu}-triton-{self.triton}-{self.source[:12]}.json"
@@ -66,7 +64,7 @@ class Identity:
 
 @cache
 def kernels_hash(folder: Path = Path(__file__).parents[1]) -> str:
-    """SHA-256 over the files below a folder that hold kernels."""
+    """Returns the SHA-256 of the files below a folder that define kernels."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("triton_*.py")):
         content = path.read_bytes()
@@ -76,17 +74,17 @@ def kernels_hash(folder: Path = Path(__file__).parents[1]) -> str:
 
 
 def identity_of(device: torch.device) -> Identity:
-    """Of a GPU of this machine, with the kernels and the Triton that are installed."""
+    """Returns the identity of a GPU of this machine with the installed Triton and kernels."""
     major, minor = torch.cuda.get_device_capability(device)
     name = torch.cuda.get_device_name(device)
     return Identity(name, 10 * major + minor, importlib.metadata.version("triton"), kernels_hash())
 
 
 def tuned_blocks(device: torch.device, dtype: torch.dtype) -> Mapping[str, Blocks]:
-    """What `Target.tuned` is on a GPU: empty unless GRAFT_TUNED_BLOCKS asks for more.
+    """Returns the tuned blocks for a GPU and dtype; empty unless GRAFT_TUNED_BLOCKS selects a file.
 
     Raises:
-        TunedBlocksError: It asks for a file that cannot be used.
+        TunedBlocksError: The selected file cannot be used.
     """
     wish = os.environ.get(VARIABLE, "")
     if wish in ("", "0"):
@@ -102,7 +100,7 @@ def _of_device(wish: str, device: torch.device) -> Tuned:
 
 
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why the tuned blocks that the environment asks for cannot be used on a GPU, as a clause."""
+    """Returns why the selected file cannot be used on a GPU, as a clause; None when it can."""
     try:
         tuned_blocks(device, torch.bfloat16)
     except TunedBlocksError as error:
@@ -111,16 +109,20 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def read(path: Path, identity: Identity) -> Tuned:
-    """Reads a file whole, or refuses it.
+    """Reads a file of tuned blocks.
 
     Args:
         path: The file.
-        identity: What it must have been measured on.
+        identity: GPU and software that it must have been measured on.
 
     Raises:
-        TunedBlocksError: It does not exist, is no such file, holds for something else, or has blocks that are
+        TunedBlocksError: The file is missing, damaged, measured on something else, or holds blocks that are
             no candidates for this GPU.
     """
+    return _tables(_entries(path, identity), identity.capability)
+
+
+def _entries(path: Path, identity: Identity) -> dict[str, dict[str, dict[str, Any]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -133,23 +135,26 @@ def read(path: Path, identity: Identity) -> Tuned:
         if content.get(key) != value:
             raise _error(path, f"holds for {key} {content.get(key)!r}, and here it is {value!r}")
     try:
-        return {
-            name: _table(part, Target(identity.capability, DTYPES[name]))
-            for name, part in content["blocks"].items()
-        }
+        _tables(content["blocks"], identity.capability)
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
         raise _error(path, f"is damaged: {failure!r}") from failure
+    found: dict[str, dict[str, dict[str, Any]]] = content["blocks"]
+    return found
 
 
-def _table(part: Mapping[str, Any], target: Target) -> dict[str, Blocks]:
-    return {at: _blocks(at, entry, target) for at, entry in part.items()}
+def _tables(entries: Mapping[str, Mapping[str, Mapping[str, Any]]], capability: int) -> Tuned:
+    targets = {name: Target(capability, DTYPES[name]) for name in entries}
+    return {
+        name: {at: _blocks(at, entry, targets[name]) for at, entry in part.items()}
+        for name, part in entries.items()
+    }
 
 
 def _blocks(at: str, entry: Mapping[str, Any], target: Target) -> Blocks:
-    """Of one bucket; only what was compiled ahead of time is taken from a file."""
+    """Returns the blocks of one bucket; only candidates, which were compiled ahead of time, are accepted."""
     kind, *sizes = at.split(" ")
     height, columns, depth = map(int, sizes)
-    blocks = Blocks(**{key: entry[key] for key in ("m", "n", "k", "warps", "stages")})
+    blocks = Blocks(**{field.name: entry[field.name] for field in fields(Blocks)})
     if at != bucket(kind, height, columns, depth) or blocks not in candidates(kind, height, target):
         raise ValueError(f"{at!r} has {blocks}, which are not among the candidates")
     return blocks
@@ -163,44 +168,23 @@ def _error(path: Path, why: str) -> TunedBlocksError:
 def add(path: Path, identity: Identity, found: Tuned, seconds: Mapping[str, Mapping[str, Any]]) -> None:
     """Adds measurements to a file, replacing those of the same buckets; atomic, one process after the other.
 
-    What cannot be used here is written anew.
+    A file that cannot be used here is overwritten.
 
     Args:
         path: The file.
-        identity: What was measured on.
+        identity: GPU and software that were measured.
         found: The blocks.
-        seconds: By the same keys, what is kept besides for people.
+        seconds: Further fields to record, by the same keys.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            old: Tuned = read(path, identity)
-            kept = json.loads(path.read_text(encoding="utf-8"))["blocks"]
+            blocks = _entries(path, identity)
         except TunedBlocksError:
-            old, kept = {}, {}
-        blocks: dict[str, dict[str, Any]] = {name: dict(kept[name]) for name in old}
+            blocks = {}
         for name, part in found.items():
             for at, one in part.items():
-                entry = {**asdict(one), **seconds.get(name, {}).get(at, {})}
-                blocks.setdefault(name, {})[at] = entry
-        _replace(path, json.dumps({"format": _FORMAT, **asdict(identity), "blocks": blocks}, indent=1))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+                blocks.setdefault(name, {})[at] = {**asdict(one), **seconds.get(name, {}).get(at, {})}
+        content = {"format": _FORMAT, **asdict(identity), "blocks": blocks}
+        write_text(path, json.dumps(content, indent=1))

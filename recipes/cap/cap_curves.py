@@ -25,12 +25,20 @@ _MORE = {
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHED = (0, (4, 2.5))
 _DOTTED = (0, (1.2, 1.8))
+_STRONG = {"linewidth": 2.0, "markersize": 5, "alpha": 1.0, "zorder": 3}
+_FAINT = {"linewidth": 1.4, "markersize": 3.5, "alpha": 0.75, "zorder": 2}
 Figures = Mapping[str, Any]
 
 
 def colours_of(theme: Theme) -> tuple[str, ...]:
     """Returns the colours of systems in order; with more systems than colours they start over."""
     return (theme.moe, theme.cpt, *_MORE[theme.name], theme.dense)
+
+
+def _look(number: int, theme: Theme) -> dict[str, Any]:
+    """Returns colour and marker of a system."""
+    palette = colours_of(theme)
+    return {"color": palette[number % len(palette)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
 def curves_figure(report: Figures, theme: Theme) -> Figure | None:
@@ -42,18 +50,13 @@ def curves_figure(report: Figures, theme: Theme) -> Figure | None:
     above = ["memory", "compute", *(["experts"] if sparse else [])]
     figure = canvas.new_figure(7.8, theme)
     places = figure.subplot_mosaic([above, ["roof"] * len(above)], height_ratios=[1, 1.15])
-    _draw_shares(
-        places["memory"], shown, theme, [("decode", "s_mbu", "-"), ("decode", "mbu", _DASHED)], "of bandwidth"
-    )
-    _draw_shares(
-        places["compute"],
-        shown,
-        theme,
-        [("decode", "s_mfu", "-"), ("prefill", "s_mfu", _DOTTED)],
-        "of FLOP/s",
-    )
-    canvas.note(places["memory"], "Solid: S-MBU. Dashed: MBU.", theme)
-    canvas.note(places["compute"], "S-MFU. Solid: decode. Dotted: prefill.", theme)
+    memory, compute = places["memory"], places["compute"]
+    bandwidth = [("decode", "s_mbu", "-"), ("decode", "mbu", _DASHED)]
+    flops = [("decode", "s_mfu", "-"), ("prefill", "s_mfu", _DOTTED)]
+    _draw_shares(memory, shown, theme, bandwidth, "of bandwidth")
+    _draw_shares(compute, shown, theme, flops, "of FLOP/s")
+    canvas.note(memory, "Solid: S-MBU. Dashed: MBU.", theme)
+    canvas.note(compute, "S-MFU. Solid: decode. Dotted: prefill.", theme)
     if sparse:
         _draw_experts(places["experts"], shown, theme)
         canvas.note(places["experts"], "Solid: counted. Dotted: uniform bound.", theme)
@@ -74,24 +77,12 @@ def _draw_shares(
     sizes: set[int] = set()
     highest = 0.0
     for number, system in enumerate(systems):
-        colour = colours_of(theme)[number % len(colours_of(theme))]
         for phase, key, dashes in lines:
             points = _measured(system, key, phase)
             x = [point["batch_size"] for point in points]
             y = [100 * point[phase][key] for point in points]
-            marker = _MARKERS[number % len(_MARKERS)]
-            plain = dashes == "-"
-            axes.plot(
-                x,
-                y,
-                color=colour,
-                linestyle=dashes,
-                linewidth=2.0 if plain else 1.4,
-                marker=marker,
-                markersize=5 if plain else 3.5,
-                alpha=1.0 if plain else 0.75,
-                zorder=3 if plain else 2,
-            )
+            look = _look(number, theme) | (_STRONG if dashes == "-" else _FAINT)
+            axes.plot(x, y, linestyle=dashes, **look)
             sizes |= set(x)
             highest = max([highest, *y])
     _batch_axis(axes, sorted(sizes))
@@ -109,9 +100,7 @@ def _draw_experts(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
     canvas.style(axes, theme, x="batch size", y="experts touched per pass (%)")
     sizes: set[int] = set()
     for number, system in enumerate(systems):
-        colour = colours_of(theme)[number % len(colours_of(theme))]
-        marker = _MARKERS[number % len(_MARKERS)]
-        points = _distinct_points(system)
+        look, points = _look(number, theme), _distinct_points(system)
         if not points:
             continue
         x = [point["batch_size"] for point in points]
@@ -119,11 +108,9 @@ def _draw_experts(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
         sizes |= set(x)
         drawn = [point["decode"]["distinct"] for point in points]
         if drawn[0]["source"] == "traced":
-            axes.plot(
-                x, [100 * one["mean"] / most for one in drawn], color=colour, marker=marker, markersize=5
-            )
+            axes.plot(x, [100 * one["mean"] / most for one in drawn], markersize=5, **look)
         bounds = [100 * (one["uniform_bound"] or math.nan) / most for one in drawn]
-        axes.plot(x, bounds, color=colour, linestyle=_DOTTED, linewidth=1.4, alpha=0.75)
+        axes.plot(x, bounds, color=look["color"], linestyle=_DOTTED, linewidth=1.4, alpha=0.75)
     _batch_axis(axes, sorted(sizes))
     axes.set_ylim(0, 105)
 
@@ -144,19 +131,15 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     points = [
-        (
-            number,
-            phase,
-            point["batch_size"],
-            point[phase]["flops_per_byte"],
-            point[phase]["flops_per_s"] / 1e9,
-        )
+        (number, phase, point["batch_size"], point[phase])
         for number, system in enumerate(systems)
         for phase in ("decode", "prefill")
         for point in _measured(system, "flops_per_byte", phase)
     ]
     roofs = sorted({roof for system in systems if (roof := _roof(system)) is not None})
-    low, high = _span([x for _, _, _, x, _ in points] + [flops / width for width, flops in roofs])
+    low, high = _span(
+        [values["flops_per_byte"] for *_, values in points] + [flops / width for width, flops in roofs]
+    )
     grid = np.geomspace(low, high, 200)
     for row, (width, flops) in enumerate(roofs):
         axes.plot(grid, np.minimum(flops, width * grid) / 1e9, color=theme.muted, linewidth=1.6, zorder=1)
@@ -165,14 +148,12 @@ def _draw_roof(axes: Axes, systems: Sequence[Figures], theme: Theme) -> None:
         axes.text(
             0.01, 0.96 - 0.08 * row, text, transform=axes.transAxes, va="top", fontsize=8.5, color=theme.muted
         )
-    for number, phase, size, x, y in points:
-        colour = colours_of(theme)[number % len(colours_of(theme))]
-        face = colour if phase == "decode" else theme.background
-        marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot([x], [y], marker=marker, markersize=6.5, color=colour, markerfacecolor=face, zorder=3)
-        axes.annotate(
-            str(size), xy=(x, y), xytext=(7, -8), textcoords="offset points", fontsize=8, color=colour
-        )
+    for number, phase, size, values in points:
+        look, at = _look(number, theme), (values["flops_per_byte"], values["flops_per_s"] / 1e9)
+        face = look["color"] if phase == "decode" else theme.background
+        axes.plot([at[0]], [at[1]], markersize=6.5, markerfacecolor=face, zorder=3, **look)
+        offset: dict[str, Any] = {"xytext": (7, -8), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(str(size), xy=at, color=look["color"], **offset)
     axes.set_xlim(low, high)
     axes.set_ylim(top=2 * axes.get_ylim()[1])
     canvas.note(axes, "Filled: decode. Hollow: prefill. Numbers: batch size. Line: the roofline.", theme)
@@ -192,23 +173,9 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 def _legend(figure: Figure, systems: Sequence[Figures], theme: Theme) -> None:
     from matplotlib.lines import Line2D
 
-    palette = colours_of(theme)
     handles = [
-        Line2D(
-            [],
-            [],
-            color=palette[number % len(palette)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linewidth=2,
-            label=f"{system['name']} ({system['dtype']})",
-        )
+        Line2D([], [], linewidth=2, label=f"{system['name']} ({system['dtype']})", **_look(number, theme))
         for number, system in enumerate(systems)
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(3, len(handles)),
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.text,
-    )
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": theme.text}
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), **style)

@@ -221,43 +221,24 @@ def _draw_grid(axes: Axes, radar: Radar, theme: Theme) -> None:
     for i, (key, ends) in enumerate(zip(radar.axes, radar.anchors, strict=True)):
         axes.plot(*zip((0, 0), _at(i, 1.0), strict=True), color=theme.grid, linewidth=0.9, zorder=1)
         x, y = _at(i, 1.06)
-        sides = {0: ("center", "bottom"), 1: ("center", "top"), 2: ("center", "top")}
-        across, up = sides[i]
-        x += {0: 0.0, 1: 0.1, 2: -0.1}[i]
+        x, up = x + (0.0, 0.1, -0.1)[i], ("bottom", "top", "top")[i]
         known = any(corners[i].value is not None for _, corners in radar.systems)
         text = _TITLES[key] + ("" if known else "\nnot measured")
-        axes.text(
-            x,
-            y,
-            text,
-            ha=across,
-            va=up,
-            fontsize=9,
-            color=theme.text if known else theme.muted,
-            linespacing=1.3,
-        )
+        colour = theme.text if known else theme.muted
+        axes.text(x, y, text, ha="center", va=up, fontsize=9, color=colour, linespacing=1.3)
         if known:
             for ring, value in ((_LEAST, ends.worse), (1.0, ends.better)):
                 _write_end(axes, i, ring, shown(key, value), theme)
 
 
 def _write_end(axes: Axes, axis: int, ring: float, text: str, theme: Theme) -> None:
-    offset = {0: (5, 0), 1: (2, 7), 2: (-2, 7)}[axis]
-    across = {0: "left", 1: "left", 2: "right"}[axis]
     from matplotlib.patheffects import withStroke
 
-    axes.annotate(
-        text,
-        path_effects=[withStroke(linewidth=3, foreground=theme.background)],
-        zorder=4,
-        xy=_at(axis, ring),
-        xytext=offset,
-        textcoords="offset points",
-        ha=across,
-        va="center",
-        fontsize=7.5,
-        color=theme.muted,
-    )
+    offset, across = ((5, 0), (2, 7), (-2, 7))[axis], ("left", "left", "right")[axis]
+    halo = [withStroke(linewidth=3, foreground=theme.background)]
+    where: dict[str, Any] = {"xy": _at(axis, ring), "xytext": offset, "textcoords": "offset points"}
+    font: dict[str, Any] = {"ha": across, "va": "center", "fontsize": 7.5, "color": theme.muted}
+    axes.annotate(text, path_effects=halo, zorder=4, **where, **font)
 
 
 def _draw_system(axes: Axes, corners: Sequence[Corner], colour: str, alpha: float) -> None:
@@ -282,23 +263,21 @@ def _write_values(axes: Axes, radar: Radar, theme: Theme) -> None:
     if any(_beyond(corner, ends) for _, row in radar.systems for corner, ends in _paired(row, radar)):
         note += "; *: beyond them"
     axes.text(0, 0.98, note, fontsize=8.5, color=theme.muted, va="top")
-    # four lines a system where there is room for them, else two
+    # Four lines per system if there is room for them, else two.
     short = len(radar.systems) > _ROOMY
     step = min(0.27, 0.9 / max(1, len(radar.systems)))
     for number, (name, corners) in enumerate(radar.systems):
         top = 0.9 - step * number
-        axes.text(
-            0, top, name, fontsize=9.5, fontweight="bold", color=palette[number % len(palette)], va="top"
-        )
+        colour = palette[number % len(palette)]
+        axes.text(0, top, name, fontsize=9.5, fontweight="bold", color=colour, va="top")
         lines = [
-            f"{_TITLES[key].partition(chr(10))[0]}: {_told(key, corner, ends)}"
+            f"{_TITLES[key].partition(chr(10))[0]}: {_labelled(key, corner, ends)}"
             for key, corner, ends in zip(radar.axes, corners, radar.anchors, strict=True)
         ]
         if short:
             lines = [", ".join(line.partition(": ")[2] for line in lines)]
-        axes.text(
-            0, top - 0.048, "\n".join(lines), fontsize=8.5, color=theme.text, va="top", linespacing=1.35
-        )
+        values = "\n".join(lines)
+        axes.text(0, top - 0.048, values, fontsize=8.5, color=theme.text, va="top", linespacing=1.35)
 
 
 def _paired(corners: Sequence[Corner], radar: Radar) -> list[tuple[Corner, Anchors]]:
@@ -309,7 +288,7 @@ def _beyond(corner: Corner, ends: Anchors) -> bool:
     return corner.value is not None and not ends.covers(corner.value)
 
 
-def _told(key: str, corner: Corner, ends: Anchors) -> str:
+def _labelled(key: str, corner: Corner, ends: Anchors) -> str:
     if corner.value is None:
         return formats.NOT_MEASURED
     return shown(key, corner.value) + ("*" if _beyond(corner, ends) else "")

@@ -119,7 +119,7 @@ class StoredTensor(_Model):
 
 
 class Index(_Model):
-    """Every global tensor of the checkpoint by name."""
+    """Index of all global tensors of a checkpoint by name."""
 
     tensors: dict[str, StoredTensor]
 

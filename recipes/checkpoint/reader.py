@@ -119,8 +119,8 @@ def _require_no_differences(folder: Path, differences: list[dict[str, list[str]]
     """Raises one error, the same on every rank, for all tensors that any rank misses or no rank expects."""
     missing = dict.fromkeys(name for one in differences for name in one["missing"])
     changed = dict.fromkeys(text for one in differences for text in one["changed"])
-    nobody = set.intersection(*(set(one["unexpected"]) for one in differences))
-    unexpected = [name for name in differences[0]["unexpected"] if name in nobody]
+    common = set.intersection(*(set(one["unexpected"]) for one in differences))
+    unexpected = [name for name in differences[0]["unexpected"] if name in common]
     remedy = "Resume with the configuration that this checkpoint was saved with."
     mistakes = []
     for names, rule in (

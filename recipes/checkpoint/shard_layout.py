@@ -158,7 +158,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """What this rank holds of one global tensor: any number of non-empty pieces, or none."""
+    """Local pieces of one global tensor: any number of non-empty ones, or none."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

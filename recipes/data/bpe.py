@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer, for models that start from nothing."""
+"""Trains a byte-level BPE tokenizer, for models that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def train_byte_level_bpe(
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves beside the folder's files and renames them in, ``tokenizer.json`` last."""
+    """Saves to a temporary folder and renames the files into place, ``tokenizer.json`` last."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:

@@ -1,4 +1,4 @@
-"""The data of a run: training and validation samples, and what they are known by."""
+"""Builds the training and validation samples of a run, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 from moe.errors import DataError
 from recipes.data.chat_build import load_chat
 from recipes.data.config import DataConfig
-from recipes.data.content import content_hash
-from recipes.data.indexed import IndexedDataset
+from recipes.data.indexed import IndexedDataset, content_hash
 from recipes.data.packing import ORDER_VERSION, OrderedDataset, PackedDataset, split_documents
 from recipes.data.samples import Samples
 from recipes.data.tokenise import ensure_tokenised, read_counts
@@ -22,13 +21,13 @@ from recipes.data.tokenise import ensure_tokenised, read_counts
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a run trains and validates on.
+    """Training and validation samples of a run.
 
     Attributes:
         train: Shuffled samples without end.
         validation: Samples in a fixed order.
         fingerprint: Hex sha256 of the tokens and of every setting that decides which tokens sample n holds. A
-            checkpoint keeps it, and a resume against other data is refused.
+            checkpoint stores it, and a run cannot resume with other data.
     """
 
     train: Samples
@@ -47,7 +46,7 @@ class TrainData:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What samples are read from while training."""
+        """Files that samples are read from while training."""
         return tuple(dict.fromkeys((*self.train.files, *self.validation.files)))
 
 
@@ -58,14 +57,14 @@ def load_data(
     vocab_size: int,
     log: Callable[[str], None] = print,
 ) -> TrainData:
-    """All of it: tokenises what is not yet in the cache, checks that the ids fit the model, splits and packs.
+    """Tokenises documents that are not in the cache, checks that ids fit the model, splits and packs.
 
     Args:
         cfg: The data config.
         tokenizer_dir: A local tokenizer folder.
-        cache_dir: Where token files are kept.
+        cache_dir: Folder of the token files.
         vocab_size: Rows of the model's embedding.
-        log: Takes lines on what is done.
+        log: Takes lines on the progress.
 
     Raises:
         DataError: Documents cannot be read, ids do not fit the model, or there is less than one sample.
@@ -89,7 +88,7 @@ def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Pat
     Args:
         cfg: Sample length, split and seed.
         prefix: The token files of ``cfg.path``.
-        validation_prefix: Those of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
+        validation_prefix: Token files of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
 
     Raises:
         DataError: The files are damaged, or training or validation has less than one sample.

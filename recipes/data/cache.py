@@ -1,4 +1,4 @@
-"""Folders of the cache: made once, whole or not at all, whichever processes want them."""
+"""Folders of the cache, each made once, in full or not at all, for all processes that need it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from recipes.runtime.atomic import fsync_folder
 def cached_folder(
     cache_dir: str | Path, key: str, fill: Callable[[Path, Path], None], log: Callable[[str], None]
 ) -> Path:
-    """The folder of a key, made now unless it is there.
+    """Returns the folder of a key, and makes it first if it is missing.
 
-    It appears by one rename, complete. Processes that want the same one wait for the first; should locks not
-    work on the file system, both do the work and the first rename wins.
+    It appears by one rename, complete. Processes that need the same one wait for the first; if the file
+    system does not support locks, all do the work and the first rename wins.
 
     Args:
-        cache_dir: Where entries are kept; created when missing.
-        key: Its name.
-        fill: Makes the entry in the folder that it is given first; the second is where it will lie.
-        log: Takes one line on what was found.
+        cache_dir: The cache; created if missing.
+        key: Name of the entry.
+        fill: Makes the entry in the folder given first; the second is its final path.
+        log: Takes a line on what was found.
 
     Raises:
-        DiskError: The cache may not be written to, or the disk is full.
+        DiskError: The cache cannot be written, or the disk is full.
     """
     cache = Path(cache_dir).expanduser().absolute()
     entry = cache / key

@@ -1,4 +1,4 @@
-"""Chat data of a run: split, cut, packed, and what it is known by."""
+"""Builds the chat samples of a run: split, cut and packed, with their fingerprint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe.errors import DataError
 from recipes.data.chat_samples import CHAT_ORDER_VERSION, ChatSamples, Cut, cut
 from recipes.data.chat_tokens import ChatTokens, ensure_chat_tokens
 from recipes.data.config import DataConfig
-from recipes.data.content import content_hash
+from recipes.data.indexed import content_hash
 from recipes.data.packing import split_documents
 
 
@@ -26,14 +26,14 @@ def load_chat(
     vocab_size: int,
     log: Callable[[str], None] = print,
 ) -> tuple[ChatSamples, ChatSamples, str]:
-    """Training and validation samples, and the fingerprint of what decides them.
+    """Loads training and validation samples, and the fingerprint of everything that decides them.
 
     Args:
         cfg: The data config.
         tokenizer_dir: A local tokenizer folder.
-        cache_dir: Where token files are kept.
+        cache_dir: Folder of the token files.
         vocab_size: Rows of the model's embedding.
-        log: Takes lines on what is done.
+        log: Takes lines on the progress.
 
     Raises:
         DataError: Conversations cannot be read, ids do not fit the model, or no reply fits in a sample.
@@ -59,7 +59,7 @@ def build_chat(
     Args:
         cfg: Sample length, split and seed.
         chat: The conversations of ``cfg.path``.
-        held_out: Those of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
+        held_out: Conversations of ``cfg.validation_path``; None splits by ``cfg.validation_fraction``.
         log: Takes a line on the samples.
 
     Raises:
@@ -75,8 +75,8 @@ def build_chat(
         other = cut(held_out, cfg.seq_len)
         identity += _hashes(held_out)
         parts = (whole.kept, whole.lengths), (other.kept, other.lengths)
-        _tell_cut(other, cfg.seq_len, "validation ", log)
-    _tell_cut(whole, cfg.seq_len, "", log)
+        _log_cut(other, cfg.seq_len, "validation ", log)
+    _log_cut(whole, cfg.seq_len, "", log)
     samples = ChatSamples(chat, cfg.seq_len, cfg.seed, *parts[0], shuffled=True)
     full = samples.num_tokens / (samples.samples_per_epoch * (cfg.seq_len + 1))
     log(
@@ -95,7 +95,7 @@ def _hashes(chat: ChatTokens) -> list[str]:
     return [content_hash(chat.ids), content_hash(chat.counted)]
 
 
-def _tell_cut(found: Cut, seq_len: int, which: str, log: Callable[[str], None]) -> None:
+def _log_cut(found: Cut, seq_len: int, which: str, log: Callable[[str], None]) -> None:
     if found.longer:
         log(
             f"data: {found.longer} {which}conversations are longer than data.seq_len + 1 = {seq_len + 1} "

@@ -1,8 +1,8 @@
-"""From conversations to samples of one length, whole ones side by side.
+"""Packs whole conversations into samples of one length.
 
 Conversations go into samples of S + 1 tokens, the longest first, each where it leaves the least room (best
-fit); what is left of a sample is padding. Longer ones are cut. Which conversations share a sample is a
-function of their lengths alone; the order of the samples is one of the seed and the epoch.
+fit); the rest of a sample is padding. Longer conversations are cut. The packing depends only on the lengths;
+the order of the samples depends on seed and epoch.
 
 Letters: B samples, S sequence length, C conversations.
 """
@@ -24,22 +24,22 @@ from recipes.data.packing import EPOCHS_KEPT, permutation
 from recipes.data.samples import TokenMetadata
 
 CHAT_ORDER_VERSION = 1
-"""Raised whenever the same tokens and settings would be packed or follow one another differently."""
+"""To be increased whenever the same tokens and settings are packed or ordered differently."""
 
-# What the order is for: `packing` has 0 to 2.
+# Purpose of the order; `packing` uses 0 to 2.
 _CHAT_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What samples of one length do to conversations that are longer.
+    """Conversations cut to the length of a sample.
 
     Attributes:
         kept: ``[C]`` ids of the conversations that have a reply left, ascending.
-        lengths: ``[C]`` tokens of each that are kept.
-        longer: How many were cut.
-        dropped: How many of these have no reply left.
-        lost: Tokens cut off.
+        lengths: ``[C]`` number of tokens kept of each.
+        longer: Number of conversations that were cut.
+        dropped: Number of these without a reply left.
+        lost: Number of tokens cut off.
     """
 
     kept: np.ndarray
@@ -50,7 +50,7 @@ class Cut:
 
 
 def cut(chat: ChatTokens, seq_len: int) -> Cut:
-    """Keeps the first S + 1 tokens of every conversation, and those conversations that then have a reply."""
+    """Cuts conversations to S + 1 tokens, and drops those that then have no reply."""
     room = seq_len + 1
     lengths = chat.ids.document_lengths
     offsets = chat.ids.document_offsets
@@ -62,14 +62,14 @@ def cut(chat: ChatTokens, seq_len: int) -> Cut:
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Fills samples, best fit by falling length.
+    """Packs conversations into samples, best fit by decreasing length.
 
     Args:
         lengths: ``[C]`` tokens of each conversation, none above ``room``.
         room: Tokens of a sample.
 
     Returns:
-        For each sample the places in ``lengths`` of what it holds.
+        For each sample the indices of its conversations in ``lengths``.
     """
     samples: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
@@ -99,11 +99,11 @@ class ChatSamples:
 
     Attributes:
         seq_len: S.
-        num_documents: Conversations.
-        num_tokens: Tokens of them, as far as they are kept.
-        samples_per_epoch: Samples that hold them.
-        isolated: Whether positions begin anew with each conversation, so that a host whose attention goes by
-            them keeps conversations apart.
+        num_documents: Number of conversations.
+        num_tokens: Number of their tokens that are kept.
+        samples_per_epoch: Number of samples that hold them.
+        isolated: Whether positions restart with each conversation, by which some models isolate
+            conversations.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class ChatSamples:
         Args:
             chat: The token files.
             seq_len: S.
-            seed: Of the order of the samples.
+            seed: Seed of the order of the samples.
             kept: ``[C]`` ids of the conversations.
-            lengths: ``[C]`` how many tokens of each are taken, at most S + 1.
-            shuffled: Whether every epoch has an order of its own; else samples come as they were packed.
+            lengths: ``[C]`` number of tokens taken of each, at most S + 1.
+            shuffled: Whether each epoch has an order of its own; else samples keep the order of packing.
 
         Raises:
             DataError: There is no conversation.
@@ -145,28 +145,28 @@ class ChatSamples:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What samples are read from."""
+        """Files that samples are read from."""
         return *self._chat.ids.files, *self._chat.counted.files
 
     def sample(self, n: int) -> np.ndarray:
-        """``[S + 1]`` int64, padding being 0 at the end."""
+        """Returns ``[S + 1]`` int64, with 0 as padding at the end."""
         out = np.zeros(self.seq_len + 1, dtype=np.int64)
         for begin, start, length in self._pieces(n):
             out[begin : begin + length] = self._chat.ids.tokens(start, start + length)
         return out
 
     def batch(self, first: int, count: int) -> np.ndarray:
-        """``[count, S + 1]`` int64: the samples first .. first + count - 1."""
+        """Returns ``[count, S + 1]`` int64: the samples first .. first + count - 1."""
         return np.stack([self.sample(n) for n in range(first, first + count)])
 
     def crossing(self) -> ChatSamples:
-        """The same for a host that does not keep conversations apart."""
+        """Returns the same samples for a model that does not isolate conversations."""
         same = copy(self)
         same.isolated = False
         return same
 
     def metadata(self, first: int, count: int) -> TokenMetadata:
-        """Which of their targets count, where padding is, and where conversations begin."""
+        """Returns the weights of targets, the padding mask, and positions in the conversations."""
         counted = np.stack([self._counted(n) for n in range(first, first + count)])
         real = np.zeros((count, self.seq_len + 1), dtype=np.bool_)
         positions = np.empty((count, self.seq_len + 1), dtype=np.int64)
@@ -184,18 +184,18 @@ class ChatSamples:
         )
 
     def num_counted(self, first: int, count: int) -> int:
-        """Targets in samples that are the assistant's."""
+        """Counts the targets in samples that are the assistant's."""
         return sum(int(self._counted(n).sum()) for n in range(first, first + count))
 
     def _counted(self, n: int) -> np.ndarray:
-        """``[S + 1]`` bool, of tokens; the first of a conversation never counts."""
+        """Returns ``[S + 1]`` bool, True for the assistant's tokens; the first of a conversation never is."""
         out = np.zeros(self.seq_len + 1, dtype=np.bool_)
         for begin, start, length in self._pieces(n):
             out[begin : begin + length] = self._chat.counted.tokens(start, start + length)
         return out
 
     def _pieces(self, n: int) -> list[tuple[int, int, int]]:
-        """Where each conversation of a sample begins in it, where in the file, and how long it is."""
+        """Lists each conversation's start in the sample, its start in the file, and its length."""
         assert n >= 0, f"sample {n} comes before the first"
         epoch, place = divmod(n, self.samples_per_epoch)
         pieces, begin = [], 0
@@ -206,7 +206,7 @@ class ChatSamples:
         return pieces
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The packed samples in the order of an epoch."""
+        """Returns the indices of the packed samples in the order of an epoch."""
         if not self._shuffled:
             epoch = 0
         if epoch not in self._orders:

@@ -1,9 +1,9 @@
-"""From a conversation to token ids, and which of them the assistant has written.
+"""Renders a conversation to token ids, and marks those that the assistant has written.
 
-A template with ``{% generation %}`` blocks says so itself. For any other it follows from what the template
-makes of the conversation up to each reply: what stands before the reply's text is the same for any text and
-not the assistant's; what comes from there to the end, the end of turn counted, is. That needs a template that
-does not change earlier turns when later ones are added, which is checked.
+A template with ``{% generation %}`` blocks marks them itself. For others, the conversation is rendered up to
+each reply: the text before the reply's content does not depend on it and is not the assistant's; the rest,
+including the end of turn, is. The template must not change earlier turns when later ones are added, which is
+checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.runtime.atomic import atomic_write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stands for the text of a reply.
+# Placeholder for the text of a reply.
 _ANY = "@@ what the assistant says @@"
 _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -33,11 +33,11 @@ _MEND = f"{_GIVE_ONE}: one whose earlier turns stay as they are, or with {{% gen
 
 
 def check_chat_template(cfg: DataConfig, tokenizer_dir: str | Path | None) -> list[Mistake]:
-    """Whether there is a chat template where one is needed; reads no more than small files.
+    """Checks that there is a chat template if one is needed; reads only small files.
 
     Args:
         cfg: The data config.
-        tokenizer_dir: A local tokenizer folder; None where the tokenizer is yet to be trained.
+        tokenizer_dir: A local tokenizer folder; None if the tokenizer is yet to be trained.
     """
     if cfg.format != "chat":
         return []
@@ -46,11 +46,11 @@ def check_chat_template(cfg: DataConfig, tokenizer_dir: str | Path | None) -> li
             return []
         return [Mistake("data.chat_template", cfg.chat_template, "is no file", "Name a jinja file.")]
     if tokenizer_dir is None:
-        rule = "the embedded default's tokenizer has no chat template"
+        rule = "the default model's tokenizer has no chat template"
         return [Mistake("data.chat_template", None, rule, f"{_GIVE_ONE}, or set dense.")]
     folder = Path(tokenizer_dir).expanduser()
     if not folder.is_dir() or _has_template(folder):
-        return []  # what is no folder is told where the tokenizer is looked at
+        return []  # a missing folder is reported by the check of the tokenizer
     rule = f"the tokenizer in {tokenizer_dir} has no chat template"
     return [Mistake("data.chat_template", None, rule, f"{_GIVE_ONE}.")]
 
@@ -66,7 +66,7 @@ def _has_template(folder: Path) -> bool:
 
 
 def carry_template(cfg: DataConfig, folder: Path) -> None:
-    """Puts a template that the run was given beside an exported model."""
+    """Writes the run's own chat template into an exported model's folder."""
     if cfg.format == "chat" and cfg.chat_template is not None:
         text = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
         atomic_write_text(folder / _TEMPLATE_FILES[0], text)
@@ -78,14 +78,14 @@ class ChatFormat:
     Attributes:
         tokenizer: The tokenizer.
         template: Text of the template.
-        marked: Whether the template itself says what the assistant's is.
+        marked: Whether the template itself marks the assistant's text.
     """
 
     def __init__(self, cfg: DataConfig, tokenizer_dir: str | Path) -> None:
         """Loads both.
 
         Raises:
-            DataError: There is no template, or the tokenizer does not say where its tokens lie in a text.
+            DataError: There is no template, or the tokenizer does not return the offsets of tokens.
         """
         mistakes = check_chat_template(cfg, tokenizer_dir)
         if mistakes:
@@ -95,20 +95,20 @@ class ChatFormat:
             file = Path(cfg.chat_template).expanduser()
             self.tokenizer.chat_template = file.read_text(encoding="utf-8")
         if not self.tokenizer.is_fast:
-            rule = "does not say where in a text its tokens lie"
+            rule = "does not return the offsets of its tokens in a text"
             remedy = "Convert it to a tokenizer.json (transformers' fast kind)."
             raise DataError.one("tokenizer", str(tokenizer_dir), rule, remedy)
         self.template: str = self.tokenizer.get_chat_template()
         self.marked = _MARKED.search(self.template) is not None
 
     def encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a conversation, and which of them are the assistant's.
+        """Encodes a conversation and marks the assistant's tokens.
 
         Returns:
-            ``[n]`` int64 ids and ``[n]`` bool; both empty where the assistant says nothing.
+            ``[n]`` int64 ids and ``[n]`` bool; both empty if the assistant says nothing.
 
         Raises:
-            DataError: The template refuses the conversation, or changes earlier turns; names the row.
+            DataError: The template rejects the conversation, or changes earlier turns; names the row.
         """
         if not any(message["role"] == ASSISTANT for message in conversation.messages):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
@@ -125,7 +125,7 @@ class ChatFormat:
         return np.array(encoded["input_ids"], dtype=np.int64), own
 
     def _spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-        """Where in the text the assistant's replies lie, from its first to behind its last character."""
+        """Finds the assistant's replies in the text, as (first character, one past the last)."""
         messages, place = conversation.messages, conversation.place
         spans = []
         for i, message in enumerate(messages):
@@ -136,17 +136,16 @@ class ChatFormat:
             header = other[: max(other.find(_ANY), 0)]
             if not (_ANY in other and upto.startswith(header) and text.startswith(upto)):
                 rule = (
-                    f"the template does not leave the text up to message {i + 1} as it is when the "
-                    "conversation goes on, so that the reply cannot be told"
+                    f"the template changes the text up to message {i + 1} when the conversation continues, "
+                    "so that the reply cannot be located"
                 )
                 _fail(place, rule, _MEND)
             spans.append((len(header), len(upto)))
         return spans
 
     def _render(self, messages: list[dict[str, str]], place: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text of messages, and the stretches of it that the template marks."""
-        # Not apply_chat_template: where a marked stretch begins with a space that no token holds, it drops
-        # the stretch.
+        """Renders messages; returns the text and the spans that the template marks."""
+        # apply_chat_template drops a marked span that begins with a space that belongs to no token.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -156,8 +155,8 @@ class ChatFormat:
                 return_assistant_tokens_mask=self.marked,
                 **self.tokenizer.special_tokens_map,
             )
-        except Exception as error:  # jinja's own, and whatever a template's expressions run into
-            rule = f"the chat template refuses it ({error})"
+        except Exception as error:  # errors of jinja and of the template's expressions
+            rule = f"the chat template rejects it ({error})"
             _fail(place, rule, f"Mend or leave out the row. {_GIVE_ONE}.")
         return texts[0], [tuple(pair) for pair in stretches[0]] if self.marked else []
 

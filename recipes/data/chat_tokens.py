@@ -1,4 +1,4 @@
-"""Token files of chat data: ids, and beside them which of them the assistant has written."""
+"""Token files of chat data: ids, and flags for those that the assistant has written."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from recipes.data.config import DataConfig
 from recipes.data.conversations import read_conversations
 from recipes.data.indexed import IndexedDataset, IndexedWriter, disk_errors, token_dtype
 from recipes.data.sources import fingerprint, resolve
-from recipes.data.token_progress import Progress
 from recipes.data.tokenizer import tokenizer_fingerprint, vocab_size_of
 from recipes.runtime.atomic import write_synced
+from recipes.runtime.progress import Progress
 
 CHAT_VERSION = 1
-"""Raised whenever the same conversations, tokenizer and template would give other files."""
+"""To be increased whenever the same conversations, tokenizer and template give other files."""
 
 
 @dataclass(frozen=True)
 class ChatCounts:
-    """What tokenising has done.
+    """Counts of a tokenisation.
 
     Attributes:
-        conversations: Written.
-        left_out: Without a token of the assistant's.
-        tokens: Written.
-        counted: The assistant's among them.
+        conversations: Conversations written.
+        left_out: Conversations without a token of the assistant's.
+        tokens: Tokens written.
+        counted: Number of these that are the assistant's.
     """
 
     conversations: int
@@ -45,12 +45,12 @@ class ChatCounts:
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """The token files of some conversations.
+    """Token files of conversations.
 
     Attributes:
-        ids: A conversation is a document.
-        counted: The same documents, 1 where the token is the assistant's. The first token never is: nothing
-            comes before it that it could be told from.
+        ids: Token ids; each conversation is a document.
+        counted: The same documents, with 1 for the assistant's tokens. The first token never counts, since
+            nothing precedes it from which it could be predicted.
     """
 
     ids: IndexedDataset
@@ -60,11 +60,11 @@ class ChatTokens:
 def ensure_chat_tokens(
     cfg: DataConfig, tokenizer_dir: str | Path, cache_dir: str | Path, log: Callable[[str], None] = print
 ) -> ChatTokens:
-    """The token files of ``cfg.path``, made now unless the cache has them.
+    """Returns the token files of ``cfg.path``, and makes them first if the cache lacks them.
 
     Raises:
-        DataError: A row is no conversation or does not fit the template, or there is nothing to learn in any.
-        DiskError: The cache may not be written to, or the disk is full.
+        DataError: A row is no conversation or does not fit the template, or there are no replies.
+        DiskError: The cache cannot be written, or the disk is full.
     """
     chat = ChatFormat(cfg, tokenizer_dir)
     parts = (f"chat {CHAT_VERSION}", fingerprint(cfg), tokenizer_fingerprint(tokenizer_dir), chat.template)
@@ -91,13 +91,13 @@ def tokenise_chat(
     """Writes ``ids`` and ``counted`` in a folder, streaming.
 
     Raises:
-        DataError: As `ensure_chat_tokens`.
-        DiskError: The disk is full or may not be written to.
+        DataError: See `ensure_chat_tokens`.
+        DiskError: The disk is full or cannot be written.
     """
     sources = resolve(cfg)
     written = left_out = tokens = counted = 0
     with (
-        Progress("tokenise", sources.num_bytes, log) as progress,
+        Progress("tokenise", sources.num_bytes, "B", log) as progress,
         IndexedWriter(folder / "ids", token_dtype(vocab_size_of(chat.tokenizer))) as ids_writer,
         IndexedWriter(folder / "counted", np.uint8) as counted_writer,
     ):
@@ -105,15 +105,15 @@ def tokenise_chat(
             for conversation in read_conversations(file):
                 ids, own = chat.encode(conversation)
                 own[:1] = False
-                progress.update(1, ids.size, conversation.consumed)
-                if not own.any():
+                if own.any():
+                    ids_writer.add_document(ids)
+                    counted_writer.add_document(own.astype(np.uint8))
+                    written, tokens, counted = written + 1, tokens + ids.size, counted + int(own.sum())
+                else:
                     left_out += 1
-                    continue
-                ids_writer.add_document(ids)
-                counted_writer.add_document(own.astype(np.uint8))
-                written, tokens, counted = written + 1, tokens + ids.size, counted + int(own.sum())
+                progress.update(conversation.consumed, f"{written + left_out} conversations, {tokens} tokens")
         if not written:
-            # Raised inside the block, so that no files of nothing are committed.
+            # Raised inside the block, so that no empty files are committed.
             rule = f"holds {left_out} conversations, none with a reply of the assistant's"
             raise DataError.one("data.path", cfg.path, rule, "Name conversations with assistant messages.")
     return ChatCounts(written, left_out, tokens, counted)

@@ -1,4 +1,4 @@
-"""What a run is told about its data."""
+"""Config of a run's data."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from moe.types import Config
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """Where the documents are, and how they become samples.
+    """Config of the documents and of their conversion to samples.
 
     Attributes:
         path: A file, a glob (``**`` reaches into folders) or a list of these: plain text (one file is one
             document), JSON lines or JSON (``.gz`` and ``.zst`` too), parquet; or the prefix of a Megatron
             ``.bin``/``.idx`` pair. None is the source of the running Python's standard library.
-        text_key: The field, or column, that holds the text of a JSON or parquet record.
-        seq_len: Tokens a sample, targets not counted.
-        validation_fraction: Share of the training tokens set aside, in whole documents. Not used when
+        text_key: The field or column that holds the text of a JSON or parquet record.
+        seq_len: Tokens per sample, without the last target.
+        validation_fraction: Share of the training tokens set aside, in whole documents. Ignored if
             ``validation_path`` is given.
-        validation_path: Documents to validate on, in any form that ``path`` has; None takes some of ``path``.
-        append_eos: Whether the tokenizer's end-of-sequence token closes every document.
+        validation_path: Documents to validate on, in any form of ``path``; None takes some of ``path``.
+        append_eos: Whether to end each document with the tokenizer's end-of-sequence token.
         seed: Seed of the split and of the order of documents and samples.
         format: ``text``, or ``chat``: JSON lines of ``{"messages": [{"role": ..., "content": ...}, ...]}``,
-            written by the tokenizer's chat template; only the assistant's tokens count for the loss.
-        chat_template: A jinja file in the place of the tokenizer's own chat template.
+            rendered by the tokenizer's chat template; only the assistant's tokens count for the loss.
+        chat_template: A jinja file that replaces the tokenizer's own chat template.
     """
 
     path: str | list[str] | None = None
@@ -43,7 +43,7 @@ class DataConfig(Config):
         """Checks the values that need no file.
 
         Raises:
-            ValueError: One line for each value that breaks its rule, with what to do instead.
+            ValueError: One line for each value that breaks its rule, with a remedy.
         """
         require(
             self,

@@ -23,7 +23,7 @@ _SPEAKERS = {
 
 
 class Conversation(NamedTuple):
-    """Messages with ``role`` and ``content``, where they stand, and bytes read since the one before."""
+    """Messages with ``role`` and ``content``, their place, and bytes read since the previous conversation."""
 
     messages: list[dict[str, str]]
     place: str
@@ -31,7 +31,7 @@ class Conversation(NamedTuple):
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations of a JSON file, one a line or one array of them.
+    """Yields the conversations of a JSON file, one per line or in one array.
 
     Raises:
         DataError: A row is no conversation; the message names file and line.
@@ -41,10 +41,10 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
 
 def peek_conversation(path: Path) -> None:
-    """Reads the first one, to find a mistake early.
+    """Reads the first conversation, to find a mistake early.
 
     Raises:
-        DataError: As `read_conversations`.
+        DataError: See `read_conversations`.
     """
     next(read_conversations(path), None)
 
@@ -76,8 +76,8 @@ def _message(entry: Any, which: str, place: str) -> dict[str, str]:
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        rule = f"has half a surrogate pair in {which}, at character {error.start}, which no encoding holds"
-        _fail(place, rule, "Mend the \\u escape, or leave the row out.")
+        rule = f"has half a surrogate pair in {which}, at character {error.start}, which cannot be encoded"
+        _fail(place, rule, "Correct the \\u escape, or leave the row out.")
     return {"role": role, "content": content}
 
 

@@ -1,7 +1,7 @@
 """Reads the documents of one file: text, JSON lines, JSON, parquet.
 
-JSON is read line by line by the standard library: a fault has a line number, and fields other than the text
-may change their type from record to record, which readers that infer one type for each field refuse.
+JSON is read line by line by the standard library: faults have a line number, and fields other than the text
+may change their type between records, which readers that infer one type per field reject.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _BROKEN = "Repair or fetch the file again, or leave it out."
 
 
 class Document(NamedTuple):
-    """A text, and how many bytes of the file on disk were read since the document before it."""
+    """A text, and the bytes of the file on disk read since the previous document."""
 
     text: str
     consumed: int
 
 
 def read_text(path: Path) -> Document:
-    """The whole file as one document, UTF-8, a byte order mark dropped.
+    """Reads a whole UTF-8 file as one document, without a byte order mark.
 
     Raises:
         DataError: It is not UTF-8, or its compression is damaged.
@@ -48,7 +48,7 @@ def read_text(path: Path) -> Document:
 
 
 class Record(NamedTuple):
-    """A JSON value, where it stands, and bytes read since the one before it."""
+    """A JSON value, its place, and the bytes read since the previous one."""
 
     value: Any
     place: str
@@ -56,7 +56,7 @@ class Record(NamedTuple):
 
 
 def read_json(path: Path, text_key: str) -> Iterator[Document]:
-    """The texts of a JSON file: one record a line, or one array of them.
+    """Yields the texts of a JSON file: one record per line, or one array of records.
 
     Raises:
         DataError: A line is not JSON, or a record lacks the text; the message names file and line.
@@ -66,7 +66,7 @@ def read_json(path: Path, text_key: str) -> Iterator[Document]:
 
 
 def read_json_records(path: Path) -> Iterator[Record]:
-    """The records themselves, whatever they hold.
+    """Yields the records of a JSON file, whatever they hold.
 
     Raises:
         DataError: A line is not JSON; the message names file and line.
@@ -87,7 +87,7 @@ def read_json_records(path: Path) -> Iterator[Record]:
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[Document]:
-    """The rows of a parquet file, streamed by Hugging Face ``datasets``; only the text column is read.
+    """Streams the rows of a parquet file with Hugging Face ``datasets``; reads only the text column.
 
     Raises:
         DataError: The file is damaged, or has no such column of text.
@@ -95,7 +95,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[Document]:
     rows = _parquet_rows(path, text_key)
     from datasets import IterableDataset
 
-    # Not load_dataset, which tells a server of every use; a name with brackets must not be taken for a glob.
+    # load_dataset would report its use to a server; a name with brackets must not be taken for a glob.
     stream = IterableDataset.from_parquet([glob.escape(str(path))], columns=[text_key])
     share, row = path.stat().st_size / max(rows, 1), 0
     batches = iter(stream.iter(batch_size=PARQUET_BATCH))
@@ -116,7 +116,7 @@ def peek_record(path: Path, text_key: str) -> None:
     """Reads the first record of a JSON file, or the columns of a parquet file, to find a mistake early.
 
     Raises:
-        DataError: As `read_json` and `read_parquet`.
+        DataError: See `read_json` and `read_parquet`.
     """
     if path.suffix.lower() == ".parquet":
         _parquet_rows(path, text_key)
@@ -126,7 +126,7 @@ def peek_record(path: Path, text_key: str) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[io.BufferedReader[Any], BinaryIO]]:
-    """The decompressed bytes, and the raw file, whose position says how far reading has come."""
+    """Yields the decompressed stream, and the raw file, whose position shows the progress."""
     with path.open("rb") as raw:
         stream: io.BufferedReader[Any] = raw
         if path.suffix.lower() == ".gz":
@@ -157,7 +157,7 @@ def _parse(raw: bytes, place: str) -> Any:
         _fail(
             place,
             f"is not JSON ({error.msg} at column {error.colno})",
-            "Mend the line: one JSON object on each.",
+            "Correct the line: each must be one JSON object.",
         )
 
 
@@ -176,13 +176,13 @@ def _checked_text(text: Any, text_key: str, place: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        rule = f"has half a surrogate pair at character {error.start}, which no encoding holds"
-        _fail(place, rule, "Mend the \\u escape, or leave the record out.")
+        rule = f"has half a surrogate pair at character {error.start}, which cannot be encoded"
+        _fail(place, rule, "Correct the \\u escape, or leave the record out.")
     return text
 
 
 def _parquet_rows(path: Path, text_key: str) -> int:
-    """The number of rows, when the file is whole and has the column."""
+    """Returns the number of rows; checks that the file is whole and has the column."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,15 +1,17 @@
-"""Token files in Megatron's format: a ``.bin`` of token ids and an ``.idx`` that says where documents are.
+"""Token files in Megatron's format: a ``.bin`` of token ids and an ``.idx`` with the bounds of documents.
 
 The ``.idx``, little-endian throughout: 9 bytes ``MMIDIDX\\0\\0``; u64 version, 1; u8 code of the token type;
 u64 number of sequences; u64 number of document boundaries (documents + 1); i32 length of each sequence in
 tokens; i64 byte offset of each sequence in the ``.bin``; i64 boundaries, counted in sequences, from 0; in
-multimodal files only, an i8 mode of each sequence. A document is a run of sequences; we write one for each.
+multimodal files only, an i8 mode of each sequence. A document is a run of sequences; the writer makes one
+each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import struct
 import uuid
@@ -33,30 +35,34 @@ TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 SCAN_BLOCKS = 256
 SCAN_BLOCK_TOKENS = 1 << 18
-"""Files of up to SCAN_BLOCKS blocks (64 Mi tokens) are scanned whole; of larger ones, so many blocks."""
+"""Largest file, in blocks, that is scanned whole (64 Mi tokens); in larger ones this many are sampled."""
+
+SAMPLED_BLOCKS = 64
+SAMPLED_TOKENS = 4096
+"""Number and length of the evenly spaced blocks of tokens that are hashed."""
 
 _REMEDY = "Tokenise again (python -m tools.tokenize), or name a pair written by Megatron's preprocess_data."
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type Megatron stores the ids of a vocabulary in: two bytes below 65500 entries, else four."""
+    """Returns Megatron's type for the ids of a vocabulary: two bytes below 65500 entries, else four."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """``PREFIX.bin``. A prefix may hold dots of its own."""
+    """Returns ``PREFIX.bin``; a prefix may contain dots."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """``PREFIX.idx``."""
+    """Returns ``PREFIX.idx``; a prefix may contain dots."""
     return Path(f"{prefix}.idx")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk, or one that may not be written to, into a `DiskError` that names the path."""
+    """Turns errors of a full or unwritable disk into a `DiskError` that names the path."""
     try:
         yield
     except OSError as error:
@@ -66,10 +72,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class IndexedWriter:
-    """Writes documents one after another; the pair appears under its name only when it is whole.
+    """Writer of documents; the pair appears under its name only when it is complete.
 
-    Used as a context manager: leaving it normally commits, leaving it by an exception removes everything. A
-    process killed on the way leaves only hidden ``*.tmp-*`` files, which no reader takes for a pair.
+    As a context manager, it commits on a normal exit and removes everything on an exception. A killed process
+    leaves only hidden ``*.tmp-*`` files, which no reader takes for a pair.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
@@ -126,7 +132,7 @@ class IndexedWriter:
             lengths: Tokens of each; they sum to n.
 
         Raises:
-            DiskError: The disk is full or may not be written to.
+            DiskError: The disk is full or cannot be written.
         """
         assert self._stream is not None, "documents are added inside the with block"
         values, counts = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
@@ -147,7 +153,7 @@ class IndexedWriter:
         with self._idx_tmp.open("xb") as index:
             self._write_index(index)
             sync_file(index)
-        # An index of an earlier pair goes first: it must never stand beside the new tokens.
+        # An earlier pair's index is removed first: it must never exist beside the new tokens.
         self._idx.unlink(missing_ok=True)
         rename_file(self._bin_tmp, self._bin)
         rename_file(self._idx_tmp, self._idx)
@@ -162,7 +168,7 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """Reads a ``.bin``/``.idx`` pair by memory mapping.
+    """Reader of a ``.bin``/``.idx`` pair by memory mapping.
 
     Attributes:
         prefix: The path of the pair without suffix.
@@ -192,40 +198,40 @@ class IndexedDataset:
 
     @property
     def files(self) -> tuple[Path, Path]:
-        """The pair itself."""
+        """Both files of the pair."""
         return bin_path(self.prefix), idx_path(self.prefix)
 
     @property
     def num_documents(self) -> int:
-        """Documents in the pair, empty ones counted."""
+        """Number of documents in the pair, including empty ones."""
         return len(self.document_offsets) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the pair."""
+        """Number of tokens in the pair."""
         return int(self.document_offsets[-1])
 
     @property
     def document_lengths(self) -> np.ndarray:
-        """``[documents]`` int64, tokens of each document."""
+        """Number of tokens of each document, ``[documents]`` int64."""
         return np.diff(self.document_offsets)
 
     def document(self, i: int) -> np.ndarray:
-        """The ids of document i, a view of the file."""
+        """Returns the ids of document i, a view of the file."""
         assert 0 <= i < self.num_documents, f"document {i} of {self.num_documents}"
         return self.tokens(int(self.document_offsets[i]), int(self.document_offsets[i + 1]))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids ``[start, stop)`` of all documents end to end, a view of the file."""
+        """Returns the ids ``[start, stop)`` of the concatenated documents, a view of the file."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) of {self.num_tokens}"
         return self._tokens[start:stop]
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """The ids at these places of all documents end to end, copied as int64."""
+        """Returns the ids at these indices of the concatenated documents, copied as int64."""
         return np.asarray(self._tokens[indices], dtype=np.int64)
 
     def token_range(self) -> tuple[int, int]:
-        """The smallest and the largest id: of every token up to 64 Mi, else of evenly spaced blocks."""
+        """Returns the smallest and largest id, of all tokens up to 64 Mi, else of evenly spaced blocks."""
         if not self.num_tokens:
             return 0, 0
         blocks = -(-self.num_tokens // SCAN_BLOCK_TOKENS)
@@ -239,7 +245,7 @@ class IndexedDataset:
 
 
 def _mapped(path: Path, dtype: DTypeLike, offset: int, count: int) -> np.ndarray:
-    """``[count]`` items of a file from a byte offset on, read-only; numpy refuses to map nothing."""
+    """Maps ``[count]`` items of a file from a byte offset, read-only; numpy cannot map zero items."""
     if not count:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray)
@@ -250,7 +256,7 @@ def _wrong(path: Path, rule: str, remedy: str = _REMEDY) -> DataError:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    """The token type and the document offsets, in tokens, of an ``.idx`` file."""
+    """Reads the token type and the document offsets, in tokens, of an ``.idx`` file."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(HEADER.size)
@@ -279,3 +285,15 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
         raise _wrong(path, "has sequences that do not lie one after another")
     return dtype, offsets[bounds]
+
+
+def content_hash(indexed: IndexedDataset) -> str:
+    """Computes a hex sha256 of the index and of sampled tokens, which copies of the files share."""
+    total = hashlib.sha256()
+    with idx_path(indexed.prefix).open("rb") as stream:
+        while block := stream.read(1 << 24):
+            total.update(block)
+    last = max(indexed.num_tokens - SAMPLED_TOKENS, 0)
+    for start in np.unique(np.linspace(0, last, SAMPLED_BLOCKS).astype(np.int64)).tolist():
+        total.update(indexed.tokens(start, min(start + SAMPLED_TOKENS, indexed.num_tokens)).tobytes())
+    return total.hexdigest()

@@ -1,9 +1,9 @@
-"""From documents of any length to samples of one length, as a pure function of (seed, number of the sample).
+"""Packs documents of any length into samples of one length, as a pure function of seed and sample number.
 
-An epoch lays all documents end to end in a shuffled order and cuts the stream every S tokens into samples of
-S + 1, so that neighbours share one token: it is the last target of one and the first input of the next. The
-samples are then shuffled too. Every token but the first and a tail shorter than S is a target once an epoch.
-Order comes from the raw bits of PCG64, which numpy keeps the same across versions, unlike its shuffles.
+An epoch concatenates all documents in a shuffled order and cuts the stream every S tokens into samples of S +
+1, so that neighbours share one token: the last target of one is the first input of the next. The samples are
+then shuffled too. All tokens but the first and a tail shorter than S are targets once per epoch. The order
+comes from the raw bits of PCG64, which numpy keeps the same across versions, unlike its shuffles.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from moe.errors import DataError
 from recipes.data.indexed import IndexedDataset
 
 ORDER_VERSION = 1
-"""Raised whenever the same tokens and settings would split or follow one another differently."""
+"""To be increased whenever the same tokens and settings are split or ordered differently."""
 
 EPOCHS_KEPT = 2
-"""Around the end of an epoch a batch needs the order of two."""
+"""Number of epochs whose order is cached; a batch at the end of an epoch needs two."""
 
 _SPLIT, _DOCUMENTS, _SAMPLES = range(3)
-"""What an order is for; each has random bits of its own."""
+"""Purposes of an order, each with random bits of its own."""
 
 
 def permutation(size: int, seed: int, purpose: int, epoch: int = 0) -> np.ndarray:
-    """``[size]`` int64, a shuffled 0 .. size-1 that depends on nothing but the arguments."""
+    """Returns ``[size]`` int64, a shuffle of 0 .. size-1 that depends only on the arguments."""
     bits = np.random.PCG64(np.random.SeedSequence([seed, purpose, epoch])).random_raw(size)
     return np.argsort(bits, kind="stable")
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of one epoch: document ids, where each ends in the stream, and the cuts in sample order."""
+    """Order of one epoch: document ids, their ends in the stream, and the cuts in sample order."""
 
     documents: np.ndarray
     ends: np.ndarray
@@ -47,8 +47,8 @@ class PackedDataset:
 
     Attributes:
         seq_len: S.
-        num_documents: Documents it draws from.
-        num_tokens: Tokens in them.
+        num_documents: Number of documents it draws from.
+        num_tokens: Number of tokens in them.
         samples_per_epoch: ``(num_tokens - 1) // S``.
     """
 
@@ -58,7 +58,7 @@ class PackedDataset:
         Args:
             indexed: The token files.
             seq_len: S.
-            seed: Of the order of documents and samples.
+            seed: Seed of the order of documents and samples.
             documents: ``[n]`` ids of the documents to draw from.
 
         Raises:
@@ -79,11 +79,11 @@ class PackedDataset:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What samples are read from."""
+        """Files that samples are read from."""
         return self._indexed.files
 
     def sample(self, n: int) -> np.ndarray:
-        """``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""
+        """Returns ``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""
         assert n >= 0, f"sample {n} comes before the first"
         number, place = divmod(n, self.samples_per_epoch)
         epoch = self._epoch(number)
@@ -91,17 +91,17 @@ class PackedDataset:
         return self._read(epoch, cut * self.seq_len)
 
     def batch(self, first: int, count: int) -> np.ndarray:
-        """``[count, S + 1]`` int64: the samples first .. first + count - 1."""
+        """Returns ``[count, S + 1]`` int64: the samples first .. first + count - 1."""
         out = np.empty((count, self.seq_len + 1), dtype=np.int64)
         for row in range(count):
             out[row] = self.sample(first + row)
         return out
 
     def metadata(self, first: int, count: int) -> None:
-        """Every token is real and every target counts alike."""
+        """Returns None: all tokens are real and all targets count alike."""
 
     def num_counted(self, first: int, count: int) -> int:
-        """Targets in samples: all of them."""
+        """Counts the targets in samples, all of which count for the loss."""
         return count * self.seq_len
 
     def _lengths(self, documents: np.ndarray) -> np.ndarray:
@@ -119,26 +119,26 @@ class PackedDataset:
         return self._epochs[number]
 
     def _arrange(self, number: int) -> _Epoch:
-        """The order of an epoch."""
+        """Computes the order of an epoch."""
         documents = self._documents[permutation(self.num_documents, self._seed, _DOCUMENTS, number)]
         samples = permutation(self.samples_per_epoch, self._seed, _SAMPLES, number)
         return _Epoch(documents, np.cumsum(self._lengths(documents)), samples)
 
     def _read(self, epoch: _Epoch, start: int) -> np.ndarray:
-        """The S + 1 tokens of the stream from ``start`` on."""
+        """Reads the S + 1 tokens of the stream from ``start``."""
         stop = start + self.seq_len + 1
         first = np.searchsorted(epoch.ends, start, side="right")
         last = np.searchsorted(epoch.ends, stop, side="left")
         documents, ends = epoch.documents[first : last + 1], epoch.ends[first : last + 1]
         begins = ends - self._lengths(documents)
         counts = np.minimum(ends, stop) - np.maximum(begins, start)
-        # Place in the stream -> place in the file: one shift for each document, the same for all its tokens.
+        # Index in the stream -> index in the file: one shift per document, the same for all its tokens.
         shifts = np.repeat(self._indexed.document_offsets[documents] - begins, counts)
         return self._indexed.gather(np.arange(start, stop) + shifts)
 
 
 class OrderedDataset(PackedDataset):
-    """The same without shuffling: documents as given, samples from front to back, every epoch alike."""
+    """Packed samples without shuffling: documents and samples in order, all epochs alike."""
 
     def _epoch(self, number: int) -> _Epoch:
         return super()._epoch(0)
@@ -150,15 +150,15 @@ class OrderedDataset(PackedDataset):
 def split_documents(
     lengths: np.ndarray, fraction: float, seed: int, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sets documents aside for validation: whole ones, at random, about a share of all tokens.
+    """Sets random whole documents aside for validation, up to a share of all tokens.
 
-    Documents longer than the whole share stay in training; when all are, the shortest one is set aside.
+    Documents longer than the whole share stay in training; if all are longer, the shortest one is set aside.
 
     Args:
         lengths: ``[documents]`` tokens of each.
-        fraction: Share of the tokens that validation gets, in (0, 1); it is approached from below.
-        seed: Of the choice.
-        seq_len: S; either side must hold one sample of S + 1 tokens.
+        fraction: Share of the tokens for validation, in (0, 1), approached from below.
+        seed: Seed of the choice.
+        seq_len: S; each side must hold at least one sample of S + 1 tokens.
 
     Returns:
         The ids of the training and of the validation documents, both ascending.
@@ -184,7 +184,7 @@ def split_documents(
 
 
 def _fill_share(lengths: np.ndarray, order: np.ndarray, target: float) -> np.ndarray:
-    """Document ids in this order, those left out that would take the sum of lengths over the target."""
+    """Chooses document ids in this order, skipping those that would exceed the target sum of lengths."""
     chosen, room, rest = [order[:0]], target, order
     while (rest := rest[lengths[rest] <= room]).size:
         count = int(np.searchsorted(np.cumsum(lengths[rest]), room, side="right"))
@@ -198,16 +198,16 @@ def _fill_share(lengths: np.ndarray, order: np.ndarray, target: float) -> np.nda
 def rank_slice(
     first_sample_of_step: int, micro_index: int, micro_batch_size: int, rank: int, world: int
 ) -> tuple[int, int]:
-    """Which samples a rank takes, so that a step sees the same ones however many ranks share it.
+    """Computes the samples of a rank, such that a step sees the same samples for any number of ranks.
 
-    Micro-batch a of a step takes the next ``world * micro_batch_size`` samples, rank r the r-th of its parts.
+    A micro-batch takes the next ``world * micro_batch_size`` samples of the step; rank r takes the r-th part.
 
     Args:
         first_sample_of_step: ``step * global_batch_size``.
         micro_index: Index of the micro-batch within the step.
-        micro_batch_size: Samples a rank takes at once.
-        rank: Of this process among those that take different data.
-        world: Their number.
+        micro_batch_size: Samples per rank.
+        rank: Rank of this process among those with different data.
+        world: Number of these ranks.
 
     Returns:
         The first sample and the count, for `PackedDataset.batch`.
@@ -217,6 +217,6 @@ def rank_slice(
 
 
 def _too_short(documents: int, tokens: int, seq_len: int) -> tuple[str, str]:
-    """The rule broken by data that gives no sample, and the remedy."""
+    """Returns the rule broken by data of less than one sample, and the remedy."""
     rule = f"{documents} documents of {tokens} tokens in all are less than one sample of {seq_len} + 1 tokens"
     return rule, "Give more documents, a smaller data.seq_len, or another share or path for validation."

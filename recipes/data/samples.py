@@ -1,4 +1,4 @@
-"""What samples are, whatever they were made from, and what they say of their tokens besides the ids.
+"""Interface of samples, and the metadata of their tokens.
 
 Letters: B samples, S sequence length.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenMetadata:
-    """What is known of the tokens of a batch.
+    """Metadata of the tokens of a batch.
 
     Attributes:
-        weights_BS: fp32 weight of each target's loss: 1 or 0 as read, then a share of the step's mean.
-        real_BS: Whether an input is a token, not padding.
-        positions_BS: Place of each input in its conversation, from 0; None where conversations of a sample
-            see one another, as documents of text do.
+        weights_BS: fp32 weight of each target's loss: 1 or 0 when read, then its share of the step's mean.
+        real_BS: True for tokens, False for padding.
+        positions_BS: Position of each input in its conversation, from 0; None if the conversations of a
+            sample see one another, as documents of text do.
     """
 
     weights_BS: Tensor
@@ -31,17 +31,17 @@ class TokenMetadata:
     positions_BS: Tensor | None
 
     def times(self, factor: float) -> TokenMetadata:
-        """With weights times a factor."""
+        """Multiplies the weights by a factor."""
         return replace(self, weights_BS=self.weights_BS * factor)
 
     def after(self, count: int) -> TokenMetadata:
-        """Of the samples behind the first."""
+        """Drops the first ``count`` samples."""
         positions = None if self.positions_BS is None else self.positions_BS[count:]
         return TokenMetadata(self.weights_BS[count:], self.real_BS[count:], positions)
 
     @staticmethod
     def together(parts: Sequence[TokenMetadata | None]) -> TokenMetadata | None:
-        """Of all samples of some batches of one kind; None for samples of which nothing is known."""
+        """Concatenates the metadata of batches of one kind; returns None if they have none."""
         known = [part for part in parts if part is not None]
         if not known:
             return None
@@ -58,9 +58,9 @@ class Samples(Protocol):
 
     Attributes:
         seq_len: S.
-        num_documents: Documents, or conversations, that they are drawn from.
-        num_tokens: Tokens in them.
-        samples_per_epoch: After so many, they come again.
+        num_documents: Number of documents, or conversations, that they are drawn from.
+        num_tokens: Number of tokens in them.
+        samples_per_epoch: Number of samples after which they repeat.
     """
 
     seq_len: int
@@ -70,16 +70,16 @@ class Samples(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What they are read from."""
+        """Files that they are read from."""
 
     def sample(self, n: int) -> np.ndarray:
-        """``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""
+        """Returns ``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""
 
     def batch(self, first: int, count: int) -> np.ndarray:
-        """``[count, S + 1]`` int64: the samples first .. first + count - 1."""
+        """Returns ``[count, S + 1]`` int64: the samples first .. first + count - 1."""
 
     def metadata(self, first: int, count: int) -> TokenMetadata | None:
-        """What is known of them; None where every token is real and every target counts alike."""
+        """Returns their metadata; None if all tokens are real and all targets count alike."""
 
     def num_counted(self, first: int, count: int) -> int:
-        """Targets in them that count for the loss."""
+        """Counts the targets in them that count for the loss."""

@@ -1,6 +1,6 @@
-"""From what ``data.path`` says to documents: resolving and checking the files, and reading them.
+"""Resolves ``data.path`` to files, checks them, and reads their documents.
 
-Resolving touches names and sizes only, so that a mistake is reported at once; reading imports what it needs.
+Resolving touches only names and sizes, so that mistakes are reported at once; imports are left to reading.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEXT_SUFFIXES = frozenset(f".{name}" for name in _TEXT_NAMES.split())
 JSON_SUFFIXES = frozenset((".jsonl", ".ndjson", ".json"))
 COMPRESSIONS = frozenset((".gz", ".zst"))
 SHOWN = 5
-"""Of many files with the same mistake, so many are named."""
+"""Number of files with the same mistake that are named."""
 
 _NOT_STDLIB = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 _READABLE = "Text (.txt .md .py ...), .jsonl, .json (each also .gz or .zst) and .parquet can be read"
@@ -40,11 +40,11 @@ _READABLE = "Text (.txt .md .py ...), .jsonl, .json (each also .gz or .zst) and 
 
 @dataclass(frozen=True)
 class Sources:
-    """Files that have been found and agree in kind.
+    """Files that were found, all of one kind.
 
     Attributes:
-        kind: How they are read.
-        files: Absolute paths in the order they are read; for ``indexed`` the one prefix.
+        kind: Kind of the files, which decides how they are read.
+        files: Absolute paths in the order of reading; for ``indexed`` the one prefix.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class Sources:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files on disk, as stored (compressed where they are)."""
+        """Total size of the files on disk, as stored."""
         return sum(path.stat().st_size for path in self._on_disk())
 
     def _on_disk(self) -> tuple[Path, ...]:
@@ -62,11 +62,11 @@ class Sources:
 
 
 def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
-    """Every mistake in the paths that shows without reading the files through; fast.
+    """Finds all mistakes in the paths that show without reading the files through.
 
     Args:
         cfg: The data config.
-        prefix: Where the config stands in the whole one; mistakes carry ``PREFIX.path``.
+        prefix: Path of the data config in the whole config; mistakes name ``PREFIX.path``.
     """
     train, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg)
     if cfg.validation_path is None:
@@ -82,10 +82,10 @@ def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
 
 
 def resolve(cfg: DataConfig, prefix: str = "data") -> Sources:
-    """The files that ``cfg.path`` names.
+    """Returns the files that ``cfg.path`` names.
 
     Raises:
-        DataError: Every mistake found.
+        DataError: Mistakes were found; it holds all of them.
     """
     sources, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg)
     if mistakes:
@@ -95,14 +95,14 @@ def resolve(cfg: DataConfig, prefix: str = "data") -> Sources:
 
 
 def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Document]:
-    """Streams the documents of ``cfg.path`` in a fixed order; of a conversation, what was said in it.
+    """Streams the documents of ``cfg.path`` in a fixed order; of a conversation, the text of its messages.
 
     Args:
-        cfg: Which files, and the key of the text in a record.
-        log: Told of every file of the standard library that is skipped because it is not UTF-8.
+        cfg: Gives the files, and the key of the text in a record.
+        log: Takes a line on files of the standard library that are skipped because they are not UTF-8.
 
     Raises:
-        DataError: A file cannot be read, with its name and where possible the line.
+        DataError: A file cannot be read; gives its name and, if possible, the line.
     """
     sources = resolve(cfg)
     if sources.kind == "indexed":
@@ -110,7 +110,7 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
             "data.path",
             str(sources.files[0]),
             "is already tokenised",
-            "Use it as it is, or name the text it came from.",
+            "Use it unchanged, or name the text it came from.",
         )
     skipped = []
     for path in sources.files:
@@ -133,9 +133,9 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
 
 
 def fingerprint(cfg: DataConfig) -> str:
-    """A hex sha256 of what tokenising depends on: names, sizes and times of the files, text key, end token.
+    """Computes a hex sha256 of names, sizes and times of the files, text key, and end token.
 
-    The standard library counts by its Python version and the names and sizes of its files.
+    For the standard library, it covers the Python version and the names and sizes of the files.
     """
     sources = resolve(cfg)
     parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos]
@@ -167,7 +167,7 @@ def _stdlib_files() -> tuple[Path, ...]:
 def _inspect(
     given: str | Sequence[str] | None, where: str, cfg: DataConfig
 ) -> tuple[Sources | None, list[Mistake]]:
-    """The sources that a path names, or the mistakes in it."""
+    """Returns the sources that a path names, or the mistakes in it."""
     chat = cfg.format == "chat"
     if given is None and chat:
         return None, [Mistake(where, None, "there is no chat data to fall back on", "Name files of it.")]
@@ -200,7 +200,7 @@ def _inspect(
 
 
 def _expand(entry: str, where: str) -> tuple[dict[Path, Kind], list[Mistake]]:
-    """The files one path or glob names, with their kinds, in sorted order."""
+    """Returns the files that one path or glob names, with their kinds, in sorted order."""
     path = Path(entry).expanduser()
     prefix = _indexed_prefix(path)
     if prefix is not None:
@@ -225,7 +225,7 @@ def _expand(entry: str, where: str) -> tuple[dict[Path, Kind], list[Mistake]]:
 
 
 def _indexed_prefix(path: Path) -> Path | None:
-    """The prefix, when the path means a Megatron pair: by either suffix, or by a pair beside that name."""
+    """Returns the prefix if the path means a Megatron pair, by either suffix or by files beside it."""
     if path.suffix in (".bin", ".idx") and not glob.has_magic(str(path)):
         return path.with_suffix("")
     beside = bin_path(path).is_file() or idx_path(path).is_file()
@@ -257,7 +257,7 @@ def _kind_of(path: Path) -> Kind | None:
 
 
 def _check_together(found: dict[Path, Kind], where: str) -> list[Mistake]:
-    """What is wrong with the files as a set: kinds, permissions, sizes."""
+    """Checks the files as a set: kinds, permissions, sizes."""
     first_of: dict[Kind, Path] = {}
     for path, kind in found.items():
         first_of.setdefault(kind, path)
@@ -278,14 +278,14 @@ def _check_together(found: dict[Path, Kind], where: str) -> list[Mistake]:
     if unreadable:
         return _capped(where, unreadable, "may not be read", "Change its permissions, or leave it out.")
     empty = [path for path in found if path.stat().st_size == 0]
-    # Among many files an empty __init__.py or shard is ordinary; an empty parquet file is always damaged.
+    # Among many files an empty __init__.py or shard is normal; an empty parquet file is always damaged.
     if empty and (kind == "parquet" or len(empty) == len(found)):
         return _capped(where, empty, "is empty", "Write it again, or leave it out.")
     return []
 
 
 def _capped(where: str, paths: Sequence[Path], rule: str, remedy: str) -> list[Mistake]:
-    """One mistake for each path, or for the first few and a count of the others."""
+    """Makes one mistake per path, or for the first few with a count of the others."""
     mistakes = [Mistake(where, str(path), rule, remedy) for path in paths[:SHOWN]]
     if len(paths) > SHOWN:
         last = mistakes[-1]

@@ -1,4 +1,4 @@
-"""From documents to token files, and the cache that spares doing it twice."""
+"""Tokenises documents to token files, and caches the result."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from recipes.data.indexed import (
     token_dtype,
 )
 from recipes.data.sources import fingerprint, read_documents, resolve
-from recipes.data.token_progress import Progress
 from recipes.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size_of
 from recipes.runtime.atomic import write_synced
+from recipes.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE_VERSION = 1
-"""Raised whenever the same documents and tokenizer would give other token files."""
+"""To be increased whenever the same documents and tokenizer give other token files."""
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 21
-"""A batch for the tokenizer closes at either limit, so that memory is bounded whatever the documents."""
+"""Limits of a batch for the tokenizer, which bound memory whatever the documents."""
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What tokenising has done.
+    """Counts of a tokenisation.
 
     Attributes:
         documents: Documents written.
-        empty_documents: Documents without any text, which are left out.
-        tokens: Tokens written, end-of-sequence tokens counted.
+        empty_documents: Documents without text, which are left out.
+        tokens: Tokens written, including end-of-sequence tokens.
         text_bytes: Bytes of text read, as UTF-8.
-        max_token_id: The largest id written; -1 when there is none.
+        max_token_id: The largest id written; -1 if there is none.
         seconds: Wall time.
     """
 
@@ -83,7 +83,7 @@ def tokenise(
     written = empty = tokens = text_bytes = 0
     max_token_id = -1
     with (
-        Progress("tokenise", sources.num_bytes, log) as progress,
+        Progress("tokenise", sources.num_bytes, "B", log) as progress,
         IndexedWriter(prefix, token_dtype(vocab_size_of(tokenizer))) as writer,
     ):
         for batch in _batches(read_documents(cfg, log)):
@@ -95,9 +95,10 @@ def tokenise(
             tokens += flat.size
             text_bytes += sum(len(text.encode()) for text in texts)
             max_token_id = max(max_token_id, int(flat.max(initial=-1)))
-            progress.update(len(batch), flat.size, sum(document.consumed for document in batch))
+            consumed = sum(document.consumed for document in batch)
+            progress.update(consumed, f"{written + empty} documents, {tokens} tokens")
         if not tokens:
-            # Raised inside the block, so that no pair of nothing is committed.
+            # Raised inside the block, so that no empty pair is committed.
             raise DataError.one(
                 "data.path", cfg.path, "holds no text", "Name documents that are not all empty."
             )
@@ -107,24 +108,21 @@ def tokenise(
 def ensure_tokenised(
     cfg: DataConfig, tokenizer_dir: str | Path, cache_dir: str | Path, log: Callable[[str], None] = print
 ) -> Path:
-    """The prefix of the token files of ``cfg.path``, tokenised now unless the cache has them.
-
-    A cache entry is a folder that appears by one rename, complete. Processes that want the same one wait for
-    the first; should locks not work on the file system, both do the work and the first rename wins.
+    """Returns the prefix of the token files of ``cfg.path``; tokenises first if the cache lacks them.
 
     Args:
-        cfg: Which documents. A path that is itself a token file is returned as it is.
-        tokenizer_dir: A local tokenizer folder; its contents, not its place, are part of the key.
-        cache_dir: Where entries are kept; created when missing.
-        log: Takes one line on what was found or done, and progress.
+        cfg: The documents. The prefix of a token file is returned unchanged.
+        tokenizer_dir: A local tokenizer folder; its contents, not its path, are part of the key.
+        cache_dir: The cache, see `cached_folder`; created if missing.
+        log: Takes a line on the outcome, and progress.
 
     Raises:
-        DataError: As `tokenise`, or the cached files are damaged.
-        DiskError: The cache may not be written to, or the disk is full.
+        DataError: See `tokenise`; or the cached files are damaged.
+        DiskError: The cache cannot be written, or the disk is full.
     """
     sources = resolve(cfg)
     if sources.kind == "indexed":
-        log(f"data: {sources.files[0]} is tokenised already and used as it is")
+        log(f"data: {sources.files[0]} is tokenised already and used unchanged")
         return sources.files[0]
     parts = (str(CACHE_VERSION), fingerprint(cfg), tokenizer_fingerprint(tokenizer_dir))
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
@@ -136,7 +134,7 @@ def ensure_tokenised(
 
 
 def read_counts(prefix: str | Path) -> TokenCounts | None:
-    """What was counted when a cache entry was made; None for token files from elsewhere."""
+    """Reads the counts of a cache entry; None for token files from elsewhere."""
     path = Path(prefix).parent / "counts.json"
     if Path(prefix).name != "tokens" or not path.is_file():
         return None
@@ -172,7 +170,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all texts end to end, int64, and how many each has."""
+    """Returns the concatenated ids of all texts, int64, and the number of each."""
     if not texts:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     encoded = tokenizer(
@@ -188,11 +186,11 @@ def _encode(
     return flat, lengths
 
 
-def refuse_existing(prefix: str | Path, where: str) -> None:
-    """Refuses to write over token files.
+def require_no_files(prefix: str | Path, where: str) -> None:
+    """Checks that no token files would be overwritten.
 
     Raises:
-        DataError: There is a file under either name.
+        DataError: A file of either name exists.
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         if path.exists():

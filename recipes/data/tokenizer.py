@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint folder: found, checked against the model, loaded, fingerprinted."""
+"""Finds, checks, loads and fingerprints the tokenizer of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Any of these makes a folder that of a tokenizer."""
+"""Files any of which makes a folder a tokenizer's."""
 
 SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-"""These change ids too, so they count in the fingerprint."""
+"""Files that change ids as well, so that they are part of the fingerprint."""
 
 
 def check_tokenizer(
     tokenizer_dir: str | Path, vocab_size: int | None = None, where: str = "tokenizer"
 ) -> list[Mistake]:
-    """Whether a tokenizer is there and fits a model; fast where there is a ``tokenizer.json``.
+    """Checks that there is a tokenizer that fits a model; fast if there is a ``tokenizer.json``.
 
-    Added tokens beyond the vocabulary are allowed here, since models are published with some that text never
-    gives (Gemma's image token): the ids that documents really give are checked when they have been tokenised.
+    Added tokens beyond the vocabulary are allowed, since some published models have such that text never
+    yields (Gemma's image token); the ids of documents are checked once they are tokenised.
 
     Args:
         tokenizer_dir: A local folder.
-        vocab_size: Rows of the model's embedding; None does not compare.
-        where: The config path or flag that mistakes carry.
+        vocab_size: Rows of the model's embedding; None skips the comparison.
+        where: The config path or flag named in mistakes.
     """
     folder = Path(tokenizer_dir).expanduser()
     if not folder.is_dir():
@@ -55,7 +55,7 @@ def check_tokenizer(
 
 
 def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local folder by transformers; nothing is downloaded, and no code there is run.
+    """Loads the tokenizer of a local folder with transformers; downloads nothing and runs no code from there.
 
     Raises:
         DataError: There is none, or it has no end-of-sequence token although one is to be appended.
@@ -75,12 +75,12 @@ def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTok
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id it can give, added tokens counted."""
+    """Returns one more than the largest id of a tokenizer, including added tokens."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
-    """A hex sha256 of the contents of every file that decides ids; the place of the folder does not count."""
+    """Computes a hex sha256 of the contents of all files that decide ids, whatever the folder's path."""
     folder, total = Path(tokenizer_dir).expanduser(), hashlib.sha256()
     for name in sorted((*MODEL_FILES, *SETTING_FILES)):
         if (folder / name).is_file():
@@ -91,12 +91,12 @@ def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
 
 
 def _largest_base_id(folder: Path) -> int:
-    """The largest id of the vocabulary proper."""
+    """Returns the largest id of the vocabulary without added tokens."""
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Some vocabularies hold added tokens only (a byte table in the model): then these are what there is.
+        # Some vocabularies consist of added tokens only (a byte table in the model).
         vocabulary = tokenizer.get_vocab(with_added_tokens=False) or tokenizer.get_vocab()
         return max(vocabulary.values(), default=-1)
     return _auto_tokenizer(folder).vocab_size - 1

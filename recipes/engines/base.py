@@ -124,14 +124,14 @@ class Engine(ABC, Generic[ConfigT]):
     A subclass sets `name` and `config_class`, and is found by being a module of `recipes.engines`.
 
     Attributes:
-        trains_as_held: Whether `prepare` shards a model as `shard_for_eval` does, so that a model sharded for
-            evaluation can be trained without moving its weights.
+        trains_as_sharded: Whether `prepare` shards a model as `shard_for_eval` does, so that a model sharded
+            for evaluation can be trained without moving its weights.
         compared: Layouts in which ``python -m tools.compare_engines`` runs it.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[EngineConfig]]
-    trains_as_held: ClassVar[bool] = False
+    trains_as_sharded: ClassVar[bool] = False
     compared: ClassVar[tuple[EngineLayout, ...]] = ()
 
     def __init__(self, config: ConfigT) -> None:

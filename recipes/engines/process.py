@@ -144,7 +144,7 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
     def shard_for_eval(self, model: HFModel) -> None:
         """See `Engine.shard_for_eval`; FSDP2 shards the model over all ranks."""
         assert model.weights is not None, "a model that has its memory is sharded already"
-        mesh = ParallelDims(self.world_size).weight_mesh(self.config.device_type())
+        mesh = ParallelDims(self.world_size).meshes(self.config.device_type()).weights
         apply_fsdp(model, mesh, MixedPrecisionPolicy())
         model.weights.give(model.module, self.device)
         model.weights = None

@@ -27,7 +27,8 @@ from recipes.models.hf.attention_blocks import (
 )
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.drift import describe_surgery, summarise_surgery
-from recipes.models.hf.hf_model import HFModel, load_model, swap, upcycle
+from recipes.models.hf.ffn_surgery import swap, upcycle
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.lora_model import add_low_rank, require_rank
 from recipes.tracking.results import stage_label
 from recipes.training.model_costs import measure_costs

@@ -29,7 +29,6 @@ from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense, read_config
-from recipes.models.hf.method_fit import method_mistakes
 from recipes.runtime.relaunch import Launch
 from recipes.upcycling.optim_start import check_optim_start
 from recipes.upcycling.prompts.prompt_rows import check_prompts
@@ -116,7 +115,7 @@ def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     method = upcycle_methods()[config.upcycle.name](config.upcycle)
     mistakes = []
     if not check_router(config):
-        mistakes += method_mistakes(method, config.router, shape) + check_prompts(config)
+        mistakes += method.check(config.router, shape) + check_prompts(config)
     return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 

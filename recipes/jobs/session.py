@@ -21,15 +21,15 @@ from recipes.runtime.heartbeat import Heartbeat
 from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.ranks import Ranks
 from recipes.runtime.relaunch import Launch
+from recipes.runtime.rendezvous import group_store, launch_store
 from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.runtime.stores import group_store, launch_store
 from recipes.runtime.watchdog import Watchdog
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.run_meters import RunMeters
 from recipes.tracking.trackers import RunLogger, start
 from recipes.training.callbacks.base import Callback
-from recipes.training.callbacks.progress import Progress
 from recipes.training.callbacks.recorder import Recorder
+from recipes.training.callbacks.step_progress import Progress
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.training_loop import Loop
 

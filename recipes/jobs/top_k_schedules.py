@@ -11,7 +11,8 @@ from moe.routers import router_class, router_classes
 from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
 from moe.upcycle import UpcycleMethod
 from recipes.config.schema import RunConfig
-from recipes.models.hf.hf_model import HFModel, chosen_sites
+from recipes.models.hf.ffn_surgery import chosen_sites
+from recipes.models.hf.hf_model import HFModel
 from recipes.tracking.step_costs import Costs
 
 

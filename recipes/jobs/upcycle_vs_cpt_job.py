@@ -31,7 +31,8 @@ from recipes.jobs.moe_stage import MoEStage
 from recipes.jobs.serving import serving_costs
 from recipes.jobs.trained_stage import CPTStage, TrainedStage
 from recipes.jobs.upcycle_job import UpcycleJob
-from recipes.models.hf.hf_model import HFModel, swap
+from recipes.models.hf.ffn_surgery import swap
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import read_config
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.model_costs import measure_costs

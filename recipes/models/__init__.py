@@ -1,0 +1,1 @@
+"""Models of transformers: reading, upcycling in memory, low-rank factors, and export."""

@@ -1,6 +1,6 @@
-"""``import recipes.models.auto``: from then on transformers' Auto classes load Graft's own format.
+"""Registers Graft's own format with transformers' Auto classes when imported.
 
-This import is for its effect, and the only one that has any.
+It is the only module with an effect on import.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ class GraftMoEConfig(PretrainedConfig):  # type: ignore[misc]
 
 
 class GraftMoEForCausalLM:
-    """What `AutoModelForCausalLM` calls: loads the dense host with its mixtures in place."""
+    """Loader for `AutoModelForCausalLM`: builds the dense model with its MoE layers in place."""
 
     config_class = GraftMoEConfig
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **options: Any) -> Any:
-        """Loads an export; the model is of the dense host's own class.
+        """Loads an export as a model of the dense model's own class.
 
         Args:
             path: A local folder.
-            args: None are taken.
-            options: ``dtype`` (or ``torch_dtype``) and what the Auto classes add themselves.
+            args: Must be empty.
+            options: ``dtype`` (or ``torch_dtype``), and the options that the Auto classes add.
 
         Raises:
-            ModelError: The folder is no such export, or an option is not known here.
+            ModelError: The folder is no such export, or an option is unknown.
         """
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
         for added in ("config", "local_files_only", "trust_remote_code", "adapter_kwargs", "_from_auto"):
             options.pop(added, None)
-        # The Auto classes hand on what nobody has set.
+        # The Auto classes also pass on options that nobody has set.
         options = {name: value for name, value in options.items() if value is not None}
         if args or options:
             raise _unknown(options)
         model = load_graft(Path(path), dtype if isinstance(dtype, torch.dtype) else None)
-        # The class' own method would write a dense config over a mixture's weights.
+        # The class's own method would write a dense config beside MoE weights.
         model.module.save_pretrained = types.MethodType(_saver(model), model.module)
         return model.module.eval()
 
 
 def _unknown(options: dict[str, Any]) -> ModelError:
-    rule = "they are not known to Graft's own format"
+    rule = "they are unknown to Graft's own format"
     return ModelError.one("options", sorted(options), rule, "Leave them out.")
 
 

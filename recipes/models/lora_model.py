@@ -1,4 +1,4 @@
-"""Low-rank factors in a host: put beside the experts' weights, drawn, and merged into them on export.
+"""Low-rank factors in a model: added beside the experts' weights, initialised, and merged on export.
 
 Letters: E experts, r rank, I and O width in and out.
 """
@@ -32,10 +32,10 @@ RANK_PATH = "experts.lora.rank"
 
 
 def require_rank(spec: ModelSpec, lora: LoraConfig) -> None:
-    """Refuses factors that are larger than what they stand beside.
+    """Checks that the rank of the factors is below the width of the experts.
 
     Raises:
-        ConfigError: A mixture's experts are narrower than the rank.
+        ConfigError: The experts of a layer are narrower than the rank.
     """
     for moe in spec.moe_blocks:
         unsupported_reason = rank_unsupported_reason(lora.rank, moe.expert.model_width, moe.expert.width)
@@ -46,15 +46,15 @@ def require_rank(spec: ModelSpec, lora: LoraConfig) -> None:
 
 
 def add_low_rank(model: HFModel, lora: LoraConfig, seed: int) -> None:
-    """Freezes the routed experts' weights and lets factors train beside them; nothing without a rank.
+    """Freezes the routed experts' weights and adds trainable factors; does nothing at rank 0.
 
-    Everything else of the model (routers, shared experts, attention, norms, embeddings) trains as before.
-    Where the model has no memory yet, each rank draws its own part of the factors when it gets some.
+    All other weights (routers, shared experts, attention, norms, embeddings) train as before. If the model is
+    deferred, each rank initialises its own part of the factors when memory is allocated.
 
     Args:
-        model: Its networks are mixtures already; not spread over ranks.
-        lora: Of the factors.
-        seed: Of the run.
+        model: A model with MoE layers, not yet sharded.
+        lora: Config of the factors.
+        seed: Seed of the run.
     """
     if not lora.rank:
         return
@@ -72,15 +72,15 @@ def add_low_rank(model: HFModel, lora: LoraConfig, seed: int) -> None:
 
 
 class _WithFactors(WeightSource):
-    """Another source, and factors that are drawn."""
+    """Weight source that adds drawn factors to another source."""
 
     def __init__(self, inner: WeightSource, layers: Mapping[str, int], seed: int) -> None:
         """Draws nothing yet.
 
         Args:
-            inner: Of everything else.
-            layers: The block of each factor, by name.
-            seed: Of the run.
+            inner: Source of all other weights.
+            layers: Block index of each factor, by name.
+            seed: Seed of the run.
         """
         self._inner = inner
         self._layers = layers
@@ -98,7 +98,7 @@ class _WithFactors(WeightSource):
 
     @torch.no_grad()
     def give(self, model: nn.Module, device: torch.device) -> None:
-        """See `WeightSource.give`; the other source may hand over what it has."""
+        """See `WeightSource.give`; the other source may hand its tensors over."""
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             for name in FACTOR_NAMES & set(experts._parameters):
                 empty = experts._parameters[name]
@@ -109,13 +109,13 @@ class _WithFactors(WeightSource):
 
 
 def _factors(model: nn.Module) -> dict[str, Placed]:
-    """What this rank holds of every factor."""
+    """Places the local parts of all factors."""
     return {name: place(name, p.data) for name, p in model.named_parameters() if is_factor(name)}
 
 
 @torch.no_grad()
 def _draw(held: Mapping[str, Placed], layers: Mapping[str, int], seed: int) -> None:
-    """Gives what this rank holds of factors their first values."""
+    """Initialises the local parts of factors."""
     for path, placed in held.items():
         name, shape = path.rpartition(".")[2], (placed.shape[1], placed.shape[2])
         for piece in placed.pieces:
@@ -130,12 +130,12 @@ def _draw(held: Mapping[str, Placed], layers: Mapping[str, int], seed: int) -> N
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of one stack of weights.
+    """Names of the factors of one stack of weights.
 
     Attributes:
-        a: Name of A, as the model has it.
-        b: Name of B.
-        scale: Of their product.
+        a: Name of A in the model.
+        b: Name of B in the model.
+        scale: Scale of their product.
     """
 
     a: str
@@ -144,7 +144,7 @@ class Factors:
 
 
 def factors_of(spec: ModelSpec, lora: LoraConfig) -> dict[str, Factors]:
-    """Every stack of weights that has factors, by its name in the model."""
+    """Returns the factors of each stack of weights, by its name in the model."""
     if not lora.rank:
         return {}
     return {
@@ -157,24 +157,24 @@ def factors_of(spec: ModelSpec, lora: LoraConfig) -> dict[str, Factors]:
 
 
 def model_lora(model: HFModel) -> LoraConfig:
-    """Of the factors that a host has; the same in all of its mixtures."""
+    """Returns the config of a model's factors, which is the same in all layers."""
     return next((layer.experts.lora for _, layer in model.moe_layers()), LoraConfig())
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor of the model is a factor."""
+    """Returns True if the name is that of a factor."""
     return name.rpartition(".")[2] in FACTOR_NAMES
 
 
 def without_factors(
     tensors: Iterable[tuple[str, Tensor]], factors: Mapping[str, Factors], *, computes: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors, factors merged into their weights, one layer's held at a time.
+    """Yields a model's tensors with factors merged into their weights, holding one layer's at a time.
 
     Args:
-        tensors: Names and full tensors; a layer's weights and factors come one after the other.
-        factors: From `factors_of`.
-        computes: Whether the caller uses what it is given; where not, weights come as they are.
+        tensors: Names and full tensors; a layer's weights and factors follow one another.
+        factors: The result of `factors_of`.
+        computes: Whether to merge; if False, weights are passed on unchanged.
     """
     owners = {name: weight for weight, pair in factors.items() for name in (weight, pair.a, pair.b)}
     held: dict[str, Tensor] = {}

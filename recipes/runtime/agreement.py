@@ -1,4 +1,4 @@
-"""Refuses to start when ranks were given different configs, or run different code."""
+"""Checks, before a run starts, that all ranks have the same config and the same code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.runtime.source_root import SOURCE_ROOT
 
 _SOURCES = ("train.py", "kernels", "moe", "recipes", "tools")
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton", "deepspeed", "megatron-core")
-# A folder of the machine's own is right.
+# Each machine may have its own cache folder.
 _MAY_DIFFER = frozenset({"cache_dir"})
 _FILES_SHOWN = 5
 _SHOWN = 12
@@ -40,17 +40,17 @@ Facts = dict[str, dict[str, Any]]
 
 
 def facts_of_this_rank(values: Mapping[str, Any]) -> Facts:
-    """What must be the same on all ranks, by kind and name.
+    """Collects the facts that must be the same on all ranks, by kind and name.
 
     Args:
-        values: The config as composed.
+        values: The composed config.
     """
     flat = {path: value for path, value in _flat(values, "") if path not in _MAY_DIFFER}
     return {_CONFIG: flat, _CODE: source_hashes(SOURCE_ROOT), _VERSIONS: _versions()}
 
 
 def source_hashes(root: Path) -> dict[str, str]:
-    """The beginning of every source file's sha256, by its path below the root."""
+    """Computes the first 16 digits of each source file's sha256, by its path below the root."""
     found = {}
     for name in _SOURCES:
         place = root / name
@@ -62,17 +62,17 @@ def source_hashes(root: Path) -> dict[str, str]:
 def require_agreement(
     store: Store, rank: int, world_size: int, facts: Facts, *, patience_s: float = 1800.0
 ) -> None:
-    """Compares all ranks with the first. Collective; sends a hash a rank, and more only where they differ.
+    """Compares all ranks with rank 0. Collective; sends a hash per rank, and facts only where these differ.
 
     Args:
-        store: That all ranks share.
-        rank: Of this process.
+        store: A store that all ranks share.
+        rank: Rank of this process.
         world_size: Number of ranks.
-        facts: Of this rank.
-        patience_s: How long the first rank waits for the others to come.
+        facts: Facts of this rank.
+        patience_s: How long rank 0 waits for the others.
 
     Raises:
-        DisagreementError: On all ranks: what differs and on which, or who has not come.
+        DisagreementError: Ranks differ or are missing; raised on all ranks, and names them.
     """
     if world_size == 1:
         return
@@ -93,7 +93,7 @@ def require_agreement(
         store.set(f"facts/{rank}", text)
     store.wait(["found"], wait)
     found = [Mistake(*mistake) for mistake in json.loads(store.get("found"))]
-    # The store may be the first rank's own: it leaves last.
+    # Rank 0 may hold the store, so it leaves last.
     store.set(f"read/{rank}", "")
     if rank == 0:
         came = [other for other in range(world_size) if store.check([f"hash/{other}"])]
@@ -103,7 +103,7 @@ def require_agreement(
 
 
 def compare(first: Facts, other: Facts, ranks: Sequence[int]) -> list[Mistake]:
-    """What ranks that agree with one another have that the first rank has not."""
+    """Lists how the facts of ranks that agree with one another differ from those of rank 0."""
     who = f"rank{'s' * (len(ranks) > 1)} {_list([str(rank) for rank in ranks])}"
     mistakes = []
     for kind in (_CONFIG, _VERSIONS):
@@ -129,7 +129,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _groups(store: Store, world_size: int) -> dict[str, list[int]]:
-    """Ranks by their hash, the first rank's own first."""
+    """Groups ranks by their hash, that of rank 0 first."""
     groups: dict[str, list[int]] = {}
     for rank in range(world_size):
         groups.setdefault(store.get(f"hash/{rank}").decode(), []).append(rank)
@@ -146,7 +146,7 @@ def _missing(store: Store, world_size: int, patience_s: float) -> list[Mistake]:
 
 
 def _wait_for(keys: list[str], store: Store, seconds: float) -> bool:
-    """Whether all keys are there in time."""
+    """Waits for keys; returns False if some are missing after the time."""
     deadline, pause = time.monotonic() + seconds, 0.002
     while not store.check(keys):
         if time.monotonic() > deadline:

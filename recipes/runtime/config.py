@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong; see docs/faults.md."""
+"""Config of faults: skipped steps, rollback, and hangs; see docs/faults.md."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _LEAST_WINDOW = 4
 
 @dataclass(frozen=True)
 class FaultsConfig(Config):
-    """When a step is skipped, when a run goes back or ends, and when a rank counts as hung.
+    """Rules for skipping steps, rolling back, and ending a run that diverges or hangs.
 
     Attributes:
-        max_nonfinite: Steps in a row whose loss or gradient is not finite, after which the run ends. Those
-            before are skipped. 1: the run ends at the first.
-        spike_sigma: A step is skipped when its loss, or its gradient norm, is more than so many standard
-            deviations above the mean of the window; None never skips for that. OLMo-core takes 6.
-        spike_window: Steps of the window. It must be half full before a step is skipped.
-        rollback_after: Skipped spikes in a row, after which the weights go back to the newest checkpoint;
-            None never goes back.
-        hang_s: Seconds within which a rank must come from one mark of a training step to the next (each
-            micro-batch, the update, the row), or 5 times the longest that one took so far if that is more;
-            then it counts as hung, and the run ends. The first step of a process may take 6 times as long,
-            the first batch of a validation or a save 10 times. None waits for ever.
-        phase_hang_s: In all else (start-up, export, report), where one rank may work for long while others
-            wait for it: seconds within which some rank must make progress, by a line that is said or a part
-            of the work that is done (a batch, a tensor, a document); else the run ends. None waits for ever.
+        max_nonfinite: Number of consecutive steps with a non-finite loss or gradient that ends the run;
+            earlier ones are skipped. 1 ends the run at the first.
+        spike_sigma: A step is skipped if its loss or gradient norm is more than this many standard deviations
+            above the mean of the window; None never skips. OLMo-core uses 6.
+        spike_window: Steps in the window. It must be half full before a step is skipped.
+        rollback_after: Number of consecutive skipped spikes after which the newest checkpoint is restored;
+            None never rolls back.
+        hang_s: Limit in seconds between two beats of a training step (each micro-batch, the update, the row),
+            or 5 times the longest interval so far if that is more; a rank beyond it counts as hung, and the
+            run ends. The first step of a process may take 6 times as long, the first batch of a validation or
+            a save 10 times. None waits for ever.
+        phase_hang_s: Limit in seconds for everything else (start-up, export, report), where one rank may work
+            while others wait: some rank must make progress within it, by logging a line or by completing a
+            part of the work (a batch, a tensor, a document); else the run ends. None waits for ever.
     """
 
     max_nonfinite: int = 3

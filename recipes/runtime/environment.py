@@ -1,6 +1,6 @@
-"""What this machine can run and what is wrong with it, one finding at a time.
+"""Checks of the machine: hardware, packages, disks and network, each with a remedy.
 
-Nothing heavy is imported and nothing is changed: every check reads, and says what to do about it.
+Nothing heavy is imported and nothing is changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from recipes.runtime.source_root import SOURCE_ROOT
 
 Status = Literal["ok", "warn", "bad"]
 GIB = 2**30
-# Packages without which only their own engine is missing.
+# Packages that only their own engine needs.
 ENGINE_PACKAGES = ("deepspeed", "megatron-core")
 LOW_DISK, NO_DISK = 20 * GIB, GIB
 LOW_MEMORY = 4 * GIB
@@ -39,7 +39,7 @@ LOW_MEMORY = 4 * GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a check.
+    """Outcome of a check.
 
     Attributes:
         name: What was looked at, in a word or two.
@@ -55,7 +55,7 @@ class Finding:
 
 
 def inspect_environment(cache_dir: str | Path = "~/.cache/graft") -> list[Finding]:
-    """Runs every check. A check that fails itself becomes a finding, so that the others are still told.
+    """Runs all checks. A check that raises becomes a finding, so that the others are still reported.
 
     Args:
         cache_dir: Where a run keeps its caches (``cache_dir`` of the config).
@@ -85,7 +85,7 @@ def inspect_environment(cache_dir: str | Path = "~/.cache/graft") -> list[Findin
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> list[Finding]:
-    """Whether Python is new enough."""
+    """Checks that Python is new enough."""
     text = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
     if version >= (3, 11):
         return [Finding("python", "ok", text)]
@@ -95,7 +95,7 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> list[Findin
 
 
 def check_pins(pyproject: Path = SOURCE_ROOT / "pyproject.toml") -> list[Finding]:
-    """Whether the installed packages are those the project is tested with.
+    """Checks that the installed packages are the versions the project is tested with.
 
     A build tag after the version (``+cu128``) does not count. Packages that are right share one finding.
     """
@@ -124,7 +124,7 @@ def check_pins(pyproject: Path = SOURCE_ROOT / "pyproject.toml") -> list[Finding
 
 
 def check_kernels_clash() -> list[Finding]:
-    """Whether ``import kernels`` is our folder, and not the package of that name on PyPI.
+    """Checks that ``import kernels`` finds this project's folder, not the PyPI package of that name.
 
     Transformers takes any import named ``kernels`` for that package when its metadata is installed.
     """
@@ -141,7 +141,7 @@ def check_kernels_clash() -> list[Finding]:
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
-    """Cores this process may use, and the vector instructions that matter."""
+    """Reports the cores this process may use, and relevant vector instructions."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch_width = torch.backends.cpu.get_cpu_capability()
     text = f"{usable} usable of {os.cpu_count()} cores, {platform.machine()}, torch runs {torch_width}"
@@ -169,7 +169,7 @@ def check_memory() -> list[Finding]:
 
 
 def check_disk(name: str, folder: Path) -> Finding:
-    """Free space where ``folder`` is or would be made, and whether it may be written."""
+    """Checks free space where ``folder`` is or would be made, and that it can be written."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usage = shutil.disk_usage(place)
     text = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free at {folder}"
@@ -182,7 +182,7 @@ def check_disk(name: str, folder: Path) -> Finding:
 
 
 def check_gpus() -> list[Finding]:
-    """Every GPU with its compute capability and memory, and whether torch can use it."""
+    """Reports each GPU with its compute capability and memory, and whether torch can use it."""
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi") or shutil.which("rocm-smi")
         if driver is None:
@@ -216,7 +216,7 @@ def _gpu(index: int) -> Finding:
 
 
 def check_communication() -> list[Finding]:
-    """Whether ranks can talk: gloo on CPUs, nccl on GPUs, and a host name that resolves."""
+    """Checks that ranks can communicate: gloo on CPUs, nccl on GPUs, and a host name that resolves."""
     if not dist.is_available():
         text = "torch is built without torch.distributed"
         return [Finding("communication", "bad", text, "Install a torch from pytorch.org.")]
@@ -236,7 +236,7 @@ def check_communication() -> list[Finding]:
 
 
 def check_compiler() -> list[Finding]:
-    """What ``engine.compile=true`` needs: a C++ compiler with Python's headers; triton on GPUs."""
+    """Checks the needs of ``engine.compile=true``: a C++ compiler, Python's headers, triton on GPUs."""
     named = os.environ.get("CXX")
     candidates = [named] if named else ["g++", "clang++", "c++"]
     compiler = next((path for path in map(shutil.which, candidates) if path), None)
@@ -261,7 +261,7 @@ def check_compiler() -> list[Finding]:
 
 
 def check_threads(environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """What OMP_NUM_THREADS says. Unset is right: the native engine shares the cores among its ranks."""
+    """Checks OMP_NUM_THREADS. It is best unset: the native engine divides the cores among its ranks."""
     value, cores = environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1
     if value is None:
         return [
@@ -276,7 +276,7 @@ def check_threads(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
 
 def check_engines() -> list[Finding]:
-    """Which engines can run."""
+    """Reports which engines can run."""
     findings = [Finding("engine native", "ok", "part of this project")]
     for engine, package in (("deepspeed", "deepspeed"), ("megatron", "megatron-core")):
         version = _installed(package)
@@ -289,7 +289,7 @@ def check_engines() -> list[Finding]:
 
 
 def check_wandb(environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Whether runs can be sent to Weights & Biases. Keys are looked for, never shown."""
+    """Checks that runs can be sent to Weights & Biases. Keys are never shown."""
     version = _installed("wandb")
     if version is None:
         return [Finding("wandb", "warn", "not installed", "pip install wandb, or set tracker.mode=disabled.")]

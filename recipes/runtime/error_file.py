@@ -1,4 +1,4 @@
-"""What torchrun shows of a failed rank in its summary."""
+"""The file from which torchrun reads a failed rank's message for its summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 
 def write_error_file(message: str) -> None:
-    """Puts a message into the file that torchrun reads; without torchrun there is none."""
+    """Writes a message to the file that torchrun reads; does nothing without torchrun."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return

@@ -1,4 +1,4 @@
-"""Which rank holds up the others, from where each of them is."""
+"""Finds the rank that the others wait for, from the position of each."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _DOING = {
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is.
+    """Position of a rank in the run.
 
     Attributes:
         rank: Its number.
-        metadata: Marks that it has passed. All ranks pass the same ones.
-        where: Of the last mark, in words.
+        beats: Number of beats that it has passed. All ranks pass the same ones.
+        where: Description of the last beat.
         waited_s: Seconds since then.
         at: The line of code that it is in.
-        kind: Whether that line waits for others: a collective, maybe (a backward pass of DDP), or not.
+        kind: Whether that line waits for others: a collective does, a backward pass of DDP may.
     """
 
     rank: int
-    metadata: int
+    beats: int
     where: str
     waited_s: float
     at: str
     kind: Kind
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the fields for JSON."""
         return asdict(self)
 
 
 def describe(position: Position) -> str:
-    """A rank in a line."""
+    """Describes a rank in a line."""
     return (
         f"rank {position.rank} {_DOING[position.kind]}, for {position.waited_s:.1f} s in {position.where}: "
         f"{position.at}"
@@ -50,28 +50,28 @@ def describe(position: Position) -> str:
 
 
 def verdict(
-    told: Sequence[Position], world_size: int, limit_s: float, left: Mapping[int, str] | None = None
+    positions: Sequence[Position], world_size: int, limit_s: float, left: Mapping[int, str] | None = None
 ) -> tuple[str, tuple[int, ...]]:
     """Names the ranks that the others wait for.
 
-    A rank that does not answer is to blame before all others: its process is stopped, or stuck so that none
-    of its threads runs, or gone with its machine. So is one that an error has ended. Then those that have
-    passed the fewest marks, and of them those that do not wait for others themselves.
+    Ranks that do not answer are blamed first (stopped, stuck, or gone with their machine), and ranks that an
+    error has ended. Next come those with the fewest beats, and among them those that do not wait for others
+    themselves.
 
     Args:
-        told: Of the ranks that have answered.
+        positions: Positions of the ranks that have answered.
         world_size: Number of ranks.
-        limit_s: The limit that was passed.
-        left: Of the ranks that have ended, why; empty of those that had come to the end of the run.
+        limit_s: The limit that was exceeded.
+        left: Rank -> why it has ended; empty if it had reached the end of the run.
 
     Returns:
-        The text, and the ranks that are named; none where all wait for one another.
+        The text, and the blamed ranks; none if all wait for one another.
     """
     ended = dict(left or {})
-    silent = sorted(set(range(world_size)) - {position.rank for position in told} - ended.keys())
+    silent = sorted(set(range(world_size)) - {position.rank for position in positions} - ended.keys())
     failed = sorted(rank for rank, why in ended.items() if why)
-    named = sorted([*silent, *failed]) or _behind(told)
-    lines = {position.rank: describe(position) for position in told}
+    named = sorted([*silent, *failed]) or _behind(positions)
+    lines = {position.rank: describe(position) for position in positions}
     lines |= {rank: f"rank {rank} {_SILENT}" for rank in silent}
     lines |= {rank: f"rank {rank} has ended" + (f": {why}" if why else "") for rank, why in ended.items()}
     shown = [*named, *(rank for rank in lines if rank not in named)][:_SHOWN]
@@ -81,15 +81,15 @@ def verdict(
     return "\n".join(text), tuple(named)
 
 
-def _behind(told: Sequence[Position]) -> list[int]:
-    if not told:
+def _behind(positions: Sequence[Position]) -> list[int]:
+    if not positions:
         return []
-    fewest = min(position.metadata for position in told)
-    last = [position for position in told if position.metadata == fewest]
+    fewest = min(position.beats for position in positions)
+    last = [position for position in positions if position.beats == fewest]
     own = [position.rank for position in last if position.kind == "elsewhere"]
     if own:
         return sorted(own)
-    return sorted(position.rank for position in last) if len(last) < len(told) else []
+    return sorted(position.rank for position in last) if len(last) < len(positions) else []
 
 
 def _headline(silent: Sequence[int], failed: Sequence[int], named: Sequence[int], limit_s: float) -> str:
@@ -103,7 +103,7 @@ def _headline(silent: Sequence[int], failed: Sequence[int], named: Sequence[int]
         return f"the run hangs: {who} {have} made no progress for {limit_s:g} s"
     return (
         f"the run hangs: no rank has made progress for {limit_s:g} s, and each waits for others; they may "
-        "have come to different collectives"
+        "have reached different collectives"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run tells of where it is, for whoever watches it."""
+"""Heartbeat of a run: reports where the run is to a watchdog."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import TypeVar
 T = TypeVar("T")
 
 FIRST_STEP = 6.0
-"""So many times as long as others the first step of a leg may take: kernels are compiled, buffers made."""
+"""Patience for the first step of a stage, which compiles kernels and allocates buffers, in usual limits."""
 
 ASIDE = 10.0
-"""So many times as long the first batch of a validation may take, or a save."""
+"""Patience for a save or the first batch of a validation, in usual limits."""
 
 
 class Heartbeat:
-    """Watches nothing. `recipes.runtime.watchdog.Watchdog` does."""
+    """Heartbeat that nobody watches; `recipes.runtime.watchdog.Watchdog` is the one that is watched."""
 
     @contextlib.contextmanager
     def job(self) -> Iterator[None]:
-        """All that a run does once its ranks know each other. Marks are expected inside."""
+        """Encloses everything a run does once its ranks are connected. Beats are expected inside."""
         yield
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Steps, within `job`: here every rank must come from mark to mark in time."""
+        """Encloses training steps, within `job`: here each rank must beat in time."""
         yield
 
     def writes_to(self, folder: Path) -> None:
-        """Where the stacks of a hang are written: before, they are shown alone."""
+        """Sets the folder for the stacks of a hang, which are otherwise only shown."""
 
     def beat(self, where: str, patience: float = 1.0) -> None:
-        """This rank has come so far. All ranks pass the same marks in the same order.
+        """Reports that this rank has come so far. All ranks pass the same beats in the same order.
 
         Args:
-            where: What comes next, in words.
-            patience: How much longer than usual the next mark of a training may take to come.
+            where: Description of what comes next.
+            patience: Factor of the usual limit until the next beat while training.
         """
 
     def progress(self) -> None:
-        """This rank works: a file, a layer, a tensor is done. Other ranks need not do the same."""
+        """Reports work that other ranks need not do: a file, a layer or a tensor is done."""
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each a sign of work."""
+        """Yields the items and reports progress at each."""
         for item in items:
             self.progress()
             yield item
 
 
 class Lines:
-    """Says lines of work that may take long. Each counts as progress, and so does what lies between."""
+    """Log function for long work. Each line counts as progress, as do calls of ``progress`` in between."""
 
     def __init__(self, log: Callable[[str], None], heartbeat: Heartbeat) -> None:
-        """Says by ``say``, and tells ``heartbeat``."""
+        """Passes lines to ``log`` and progress to ``heartbeat``."""
         self._log = log
         self.progress = heartbeat.progress
 
     def __call__(self, line: str) -> None:
-        """Says a line."""
+        """Logs a line."""
         self.progress()
         self._log(line)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal ask a run to stop; the loop saves and ends at the next step."""
+"""Requests to stop: after Ctrl-C, SIGTERM or a closed terminal, the loop saves and ends at the next step."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _NOTICE = b"\nstopping: this step is finished and saved first; Ctrl-C once more 
 
 
 class StopRequest:
-    """While entered, the first signal sets `requested`; a second one interrupts at once.
+    """Handler of stop signals: while entered, the first one sets `requested`, a second one interrupts.
 
     Attributes:
-        requested: Whether a signal has come.
+        requested: Whether a signal has arrived.
     """
 
     def __init__(self, *, verbose: bool = False) -> None:
-        """Says so on stderr when a signal comes, on the rank that ``verbose``."""
+        """Prepares to handle signals; ``verbose`` announces the first one on stderr."""
         self.requested = False
         self._verbose = verbose
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
-            # What the command was told to ignore (SIGHUP under nohup) stays ignored.
+            # A signal that the command ignores (SIGHUP under nohup) stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -41,6 +41,6 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._verbose and not self.requested:
-            os.write(2, _NOTICE)  # not by print: a signal may come while stderr is being written
-        # torchrun passes a SIGTERM on to ranks that already had the terminal's Ctrl-C: that is one request.
+            os.write(2, _NOTICE)  # not by print: a signal may arrive while stderr is being written
+        # torchrun passes SIGTERM on to ranks that already got the terminal's Ctrl-C: that is one request.
         self.requested = True

@@ -1,6 +1,6 @@
-"""All ranks succeed together or fail together: nobody waits for a rank that has given up.
+"""Collective actions that succeed or fail on all ranks, so that no rank waits for one that has failed.
 
-Ranks talk in JSON, not in pickled objects.
+Ranks exchange JSON, never pickled objects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MISTAKES_SHOWN = 8
 
 
 class Ranks:
-    """The processes of a group, or this process alone when no process group is initialised.
+    """Processes of a group, or this process alone if no process group is initialised.
 
     Attributes:
         rank: This process's rank in the group.
@@ -36,11 +36,11 @@ class Ranks:
 
     @property
     def is_rank0(self) -> bool:
-        """True on the one rank that does what is done once."""
+        """True on the rank that does everything that is done once."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` (JSON-able), on every rank, by rank."""
+        """Returns every rank's ``value`` (JSON-able), on every rank, by rank."""
         if self.size == 1:
             return [json.loads(json.dumps(value))]
         device = self._device()
@@ -57,10 +57,10 @@ class Ranks:
         ]
 
     def together(self, what: str, action: Callable[[], Any]) -> list[Any]:
-        """Runs ``action`` on every rank and waits for all; when one fails, every rank raises.
+        """Runs ``action`` on every rank and waits for all; if one fails, every rank raises.
 
         Args:
-            what: What is being done, as in "writing /runs/a/step-00000010".
+            what: Description of the action, as in "writing /runs/a/step-00000010".
             action: Local work without communication; returns something JSON-able.
 
         Returns:
@@ -74,7 +74,7 @@ class Ranks:
         mine: Exception | None = None
         try:
             outcome = {"result": action()}
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # whatever it is, the others must learn of it
             mine, outcome = error, self.describe(what, error)
         outcomes = self.gather(outcome)
         failures = [outcome for outcome in outcomes if "kind" in outcome]
@@ -83,19 +83,19 @@ class Ranks:
         return [outcome["result"] for outcome in outcomes]
 
     def _device(self) -> torch.device:
-        """Where the group's back end wants its tensors."""
+        """Returns the device of tensors for the group's back end."""
         config = str(dist.get_backend_config(self._group))
         return torch.device("cpu" if "cpu:" in config else "cuda")
 
     def store(self) -> dist.Store:
-        """Where ranks may leave word for each other without meeting, also from other threads."""
+        """Returns a store for messages between ranks outside of collectives, also from other threads."""
         if self.size == 1:
             return dist.HashStore()
         group = dist.group.WORLD if self._group is None else self._group
         return _get_process_group_store(group)
 
     def describe(self, what: str, error: Exception) -> dict[str, Any]:
-        """An error as JSON, which `combined` makes an error of again."""
+        """Encodes an error as JSON, which `combined` decodes."""
         if isinstance(error, UserError):
             mistakes = [(m.path, str(m.value), m.rule, m.remedy) for m in error.mistakes]
             return {"kind": "disk" if isinstance(error, DiskError) else "user", "mistakes": mistakes}
@@ -110,11 +110,11 @@ class Ranks:
 
 
 def combined(failures: Sequence[dict[str, Any]]) -> GraftError:
-    """One error for what several ranks report; what they all say is said once."""
+    """Combines the failures of several ranks into one error, without repetitions."""
     bugs = [failure["text"] for failure in failures if failure["kind"] == "bug"]
     if bugs:
         return GraftError("\n".join(bugs[:_MISTAKES_SHOWN]))
-    told = dict.fromkeys(tuple(mistake) for failure in failures for mistake in failure["mistakes"])
-    mistakes = [Mistake(*mistake) for mistake in list(told)[:_MISTAKES_SHOWN]]
+    distinct = dict.fromkeys(tuple(mistake) for failure in failures for mistake in failure["mistakes"])
+    mistakes = [Mistake(*mistake) for mistake in list(distinct)[:_MISTAKES_SHOWN]]
     disk = any(failure["kind"] == "disk" for failure in failures)
     return DiskError(mistakes) if disk else CheckpointError(mistakes)

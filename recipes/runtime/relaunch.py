@@ -1,8 +1,8 @@
-"""Which command has started this process, so that a restart by torchrun goes on with the run it restarts.
+"""Identity of the torchrun command behind this process, so that its restarts resume the same run.
 
-``torchrun --max-restarts`` gives the command once more to new processes. Without a memory of it they would be
-refused (their own run directory is in use) or, under an automatic name, begin a second run. The run directory
-therefore says which command claimed it.
+``torchrun --max-restarts`` runs the command again in new processes. Without a record these would be rejected
+(their own run directory is in use) or, under an automatic name, start a second run. The run directory
+therefore records the command that claimed it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from moe.errors import CheckpointError
 from recipes.runtime.run_file import read_run_file
 
 _KEY = "launch"
-# What torchrun calls every launch whose user gave no --rdzv-id.
+# torchrun's name of a launch without --rdzv-id.
 _UNNAMED = "none"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A torchrun command, as one of its processes sees it.
+    """A torchrun command, as seen by one of its processes.
 
     Attributes:
-        run_id: torchrun's ``--rdzv-id``; drawn at random by ``--standalone``.
-        agent: Host, number and birth of the torchrun process above this one.
+        run_id: torchrun's ``--rdzv-id``; random with ``--standalone``.
+        agent: Machine, process id and start time of the torchrun process above this one.
         process: The same of this process.
     """
 
@@ -38,7 +38,7 @@ class Launch:
 
     @staticmethod
     def of_this_process() -> Launch | None:
-        """The command that started this process; None where it was not torchrun."""
+        """Returns the command that started this process; None if it was not torchrun."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return None
         import psutil
@@ -50,14 +50,14 @@ class Launch:
         )
 
     def record(self) -> dict[str, Any]:
-        """What ``run.json`` keeps of it."""
+        """Returns the entry for ``run.json``."""
         return {_KEY: asdict(self)}
 
     def restarts(self, run_dir: Path) -> bool:
-        """Whether an earlier process of the same command claimed this run directory.
+        """Returns True if an earlier process of the same command claimed this run directory.
 
-        The same torchrun process started both; or, where torchrun has moved the first rank to another
-        machine, both have the same ``--rdzv-id`` and torchrun counts this as a restart.
+        Either the same torchrun process started both or, if torchrun has moved rank 0 to another machine,
+        both have the same ``--rdzv-id`` and torchrun counts this as a restart.
         """
         try:
             kept = read_run_file(run_dir).get(_KEY)
@@ -71,7 +71,7 @@ class Launch:
         return again and self.run_id != _UNNAMED and kept.get("run_id") == self.run_id
 
     def find(self, folders: Iterable[Path]) -> Path | None:
-        """The newest of these run directories that this command claimed before; None where there is none."""
+        """Returns the newest of these run directories that this command claimed before, or None."""
         mine = [folder for folder in folders if self.restarts(folder)]
         return max(mine, key=lambda folder: read_run_file(folder).get("started", 0.0), default=None)
 

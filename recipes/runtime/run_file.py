@@ -1,4 +1,4 @@
-"""``run.json``: what a run must know of itself when it goes on."""
+"""``run.json``: record of a run that it needs to resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FILE = "run.json"
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """``run.json`` of a run; empty where there is none yet.
+    """Reads the ``run.json`` of a run; empty if there is none yet.
 
     Raises:
         CheckpointError: It is damaged.

@@ -66,22 +66,12 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class StoredEntry:
-    """A tensor's entry in a header.
+class StoredTensor:
+    """Place of a tensor in a file, whose bytes begin at ``start``."""
 
-    Attributes:
-        name: Name of the tensor.
-        code: The format's code of its dtype, which `DTYPES` need not have.
-        shape: Its shape.
-        start: Where its bytes begin in the file.
-        stop: Where they end.
-    """
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
+    spec: TensorSpec
+    file: Path
     start: int
-    stop: int
 
 
 def encode_header(
@@ -109,11 +99,11 @@ def encode_header(
     return data, {name: len(data) + start for name, start in starts.items()}
 
 
-def read_header(path: Path) -> list[StoredEntry]:
-    """Reads the entries of a file's header, never its data.
+def read_header(path: Path) -> list[StoredTensor]:
+    """Reads the tensors that a file holds from its header, never its data.
 
     Raises:
-        HeaderError: The header is cut short or is not valid JSON.
+        HeaderError: The header is damaged, a tensor leaves the file, or a dtype is unknown.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -121,16 +111,20 @@ def read_header(path: Path) -> list[StoredEntry]:
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise HeaderError("its header is cut short")
         try:
-            header: Mapping[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = json.loads(file.read(length))
         except ValueError as error:
             raise HeaderError(f"its header is not valid JSON ({error})") from error
-    return [
-        StoredEntry(
-            name, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"])
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
+    header.pop("__metadata__", None)
+    stored = []
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise HeaderError(f"its tensor {name} has the unknown dtype {entry['dtype']}")
+        spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end - begin != spec.num_bytes or end > size:
+            raise HeaderError(f"its tensor {name} does not fit into it")
+        stored.append(StoredTensor(spec, path, begin))
+    return stored
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

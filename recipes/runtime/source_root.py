@@ -1,4 +1,4 @@
-"""Where the code of this project lies."""
+"""Root folder of this project's code."""
 
 from __future__ import annotations
 

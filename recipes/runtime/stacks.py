@@ -1,4 +1,4 @@
-"""Where the code of this process is, and its stacks written down."""
+"""Stacks of this process: the current line of a thread, and dumps of all threads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Literal
 
 from recipes.runtime.source_root import SOURCE_ROOT
 
-# Innermost frames in these wait for other ranks, or may do so.
+# Innermost frames in these folders wait for other ranks, or may do so.
 _COLLECTIVES = "torch/distributed/"
 _BACKWARD = "torch/autograd/"
 
 
 def where_is(thread: int) -> tuple[str, Literal["collective", "backward", "elsewhere"]]:
-    """The innermost line of a thread and the innermost one of ours, and whether it waits for other ranks.
+    """Returns a thread's innermost line, the innermost one of this project, and whether it waits for ranks.
 
     Args:
         thread: Its identifier.
@@ -38,7 +38,7 @@ def where_is(thread: int) -> tuple[str, Literal["collective", "backward", "elsew
 
 
 def stack_of(thread: int) -> str:
-    """The Python stack of a thread, the innermost line last.
+    """Returns the Python stack of a thread, the innermost line last.
 
     Args:
         thread: Its identifier.
@@ -50,7 +50,7 @@ def stack_of(thread: int) -> str:
 def dump_stacks(path: Path, headline: str, *, with_stacks: bool = True) -> None:
     """Writes the headline and the Python stacks of all threads to a file.
 
-    A file that cannot be written is left out: more important things follow.
+    A file that cannot be written is skipped: more important steps follow.
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _is_ours(filename: str) -> bool:
 
 
 def _short(filename: str) -> str:
-    """From our own folder, or from the package's."""
+    """Returns the path below this project's folder, or below the package's."""
     if _is_ours(filename):
         return str(Path(filename).relative_to(SOURCE_ROOT))
     return filename.partition("site-packages/")[2] or filename

@@ -1,10 +1,10 @@
-"""Ends a run in which a rank hangs: by name, with every rank's stack, instead of a long silence.
+"""Watchdog that ends a hanging run, names the rank that hangs, and writes the stacks of all ranks.
 
-A thread of each rank looks at what its rank does. While it trains, the next mark must come in time. In all
-else, where one rank may work for long while the others wait for it, some rank must make progress. The first
-thread that finds this broken calls all ranks, by a store, to write down their stacks; it compares where they
-are, names the rank that holds up the others, and all end with an exit code of their own, on which torchrun's
-``--max-restarts`` starts them again.
+A thread of each rank watches its heartbeat. While training, the next beat must come in time. Otherwise, where
+one rank may work for long while others wait, some rank must make progress. The first thread that finds a
+limit exceeded calls all ranks, through a store, to write their stacks; it compares their positions, names the
+rank that the others wait for, and all exit with a code of their own, after which torchrun's
+``--max-restarts`` restarts them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _TIMES_LONGEST = 5.0  # as long as the slowest part of a step so far
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """The last one of a rank: how many there were, what comes next, and whether it trains."""
+class _Beat:
+    """Last beat of a rank: its number, what comes next, and whether the rank is training."""
 
     count: int
     where: str
@@ -51,7 +51,7 @@ class _Mark:
 
 
 class Watchdog(Heartbeat):
-    """Of one rank. All ranks must use theirs alike."""
+    """Watchdog of one rank. All ranks must use theirs in the same way."""
 
     def __init__(
         self,
@@ -63,16 +63,16 @@ class Watchdog(Heartbeat):
         end: Callable[[int], Any] = os._exit,
         backstop_s: float = 20.0,
     ) -> None:
-        """Does nothing before `job` is entered.
+        """Prepares to watch; does nothing before `job` is entered.
 
         Args:
-            rank: Of this process.
+            rank: Rank of this process.
             world_size: Number of ranks.
-            store: Shared by all, used by nobody else: a blocked call would block the watch as well.
-            faults: Its ``hang_s`` and ``phase_hang_s``, one of which is set.
+            store: A store that all ranks share, with a connection of its own, so that no call blocks it.
+            faults: Gives ``hang_s`` and ``phase_hang_s``, at least one of which is set.
             end: Ends the process with an exit code.
-            backstop_s: So long after the limit a process ends whose Python no longer runs at all, since one
-                call holds the interpreter. A thread of C does it, by the exit code 1.
+            backstop_s: Seconds after the limit at which a process ends, with exit code 1, whose interpreter
+                is held by one call, so that no Python thread runs.
         """
         self.rank = rank
         self.world_size = world_size
@@ -83,9 +83,9 @@ class Watchdog(Heartbeat):
         self._end = end
         self._backstop_s = backstop_s
         self._look_s = min(_LONGEST_LOOK_S, self._step_s / _LOOKS, self._phase_s / _LOOKS)
-        self._beat = _Mark(0, "the start of the run")
+        self._beat = _Beat(0, "the start of the run")
         self._beats = 0
-        self._marked_at = time.monotonic()
+        self._beat_at = time.monotonic()
         self._longest_s = 0.0
         self._waited = 0.0
         self._all_waited = 0.0
@@ -102,9 +102,9 @@ class Watchdog(Heartbeat):
         """See `Heartbeat.beat`."""
         now, last = time.monotonic(), self._beat
         if last.trains and last.patience < ASIDE:
-            self._longest_s = max(self._longest_s, now - self._marked_at)
-        self._marked_at = now
-        self._beat = _Mark(last.count + 1, where, patience, last.trains)
+            self._longest_s = max(self._longest_s, now - self._beat_at)
+        self._beat_at = now
+        self._beat = _Beat(last.count + 1, where, patience, last.trains)
 
     def progress(self) -> None:
         """See `Heartbeat.progress`."""
@@ -145,22 +145,22 @@ class Watchdog(Heartbeat):
 
     def _trains(self, trains: bool) -> None:
         last = self._beat
-        self._beat = _Mark(last.count, last.where, ASIDE, trains)
+        self._beat = _Beat(last.count, last.where, ASIDE, trains)
 
     def _heartbeat(self) -> None:
-        """Looks until the job is over. Time in which this process was stopped does not count as waiting."""
+        """Watches until the job is over. Time in which this process was stopped does not count."""
         seen, before = (-1, -1), time.monotonic()
         while not self._done.wait(self._look_s):
-            now, mark = time.monotonic(), self._beat
+            now, beat = time.monotonic(), self._beat
             passed, before = min(now - before, 2 * self._look_s), now
-            moved, seen = (mark.count, self._beats) != seen, (mark.count, self._beats)
+            moved, seen = (beat.count, self._beats) != seen, (beat.count, self._beats)
             self._waited = 0.0 if moved else self._waited + passed
-            limit = self._allowed(mark)
+            limit = self._allowed(beat)
             try:
                 self._all_waited += passed
                 if self._any_has_moved(moved):
                     self._all_waited = 0.0
-                waited = self._waited if mark.trains else self._all_waited
+                waited = self._waited if beat.trains else self._all_waited
                 self._arm_backstop(limit - waited)
                 if waited > limit:
                     mine = f"{self.rank} {time.strftime('%Y%m%d-%H%M%S')}"
@@ -172,20 +172,20 @@ class Watchdog(Heartbeat):
                     self._stop_alone(str(error))
 
     def _any_has_moved(self, moved: bool) -> bool:
-        """Whether any rank has made progress since this one last asked."""
+        """Returns True if any rank has made progress since the last call."""
         moves, self._moves = self._moves, self._store.add("moves", int(moved))
         return self._moves != moves
 
-    def _allowed(self, mark: _Mark) -> float:
-        """Seconds without progress; while training, more than the limit where steps are slow anyway."""
-        if not mark.trains:
+    def _allowed(self, beat: _Beat) -> float:
+        """Returns the limit in seconds without progress, longer while training with slow steps."""
+        if not beat.trains:
             return self._phase_s
-        return max(self._step_s, _TIMES_LONGEST * self._longest_s) * mark.patience
+        return max(self._step_s, _TIMES_LONGEST * self._longest_s) * beat.patience
 
     def _arm_backstop(self, left_s: float) -> None:
-        """The interpreter may be held by one call for ever: then this thread does not run either.
+        """Arms a timer in C for the case that one call holds the interpreter, so that this thread cannot run.
 
-        Not for a process alone: its user may stop it (Ctrl-Z), which the timer would take for a hang.
+        A single process has none: its user may stop it (Ctrl-Z), which the timer would take for a hang.
         """
         if sys.__stderr__ is None or self.world_size == 1:
             return
@@ -202,7 +202,7 @@ class Watchdog(Heartbeat):
         return Position(self.rank, self._beat.count, self._beat.where, self._waited, at, kind)
 
     def _all_stop(self, call: str) -> None:
-        """Every rank writes its stacks; the caller, who is to blame; all end.
+        """Writes this rank's stacks and ends; the calling rank also names the rank to blame.
 
         Args:
             call: The rank that has called, and when.
@@ -226,17 +226,17 @@ class Watchdog(Heartbeat):
         self._done.set()
 
     def _place(self, when: str) -> Path | None:
-        """The folder of this hang; None where the run has no directory yet."""
+        """Returns the folder of this hang; None if the run has no directory yet."""
         return None if self._folder is None else self._folder / "faults" / f"hang-{when}"
 
     def _dump(self, place: Path | None, headline: str) -> str:
-        """Writes all stacks of this process; returns that of the thread that is watched."""
+        """Writes all stacks of this process; returns that of the watched thread."""
         if place is not None:
             dump_stacks(place / f"rank-{self.rank:05d}.txt", headline)
         return stack_of(self._thread_watched)
 
     def _wait_for(self, what: str) -> None:
-        """Until all ranks that have not left have said it; for a while."""
+        """Waits a while until all ranks that have not left have set their key."""
         missing = list(range(self.world_size))
         deadline = time.monotonic() + 3 * self._look_s + 1.0
         while missing and time.monotonic() < deadline:
@@ -260,17 +260,17 @@ class Watchdog(Heartbeat):
         self._done.set()
 
     def _conclude(self, place: Path | None) -> tuple[str, Sequence[int]]:
-        """What all ranks have told within a while, and who is named."""
+        """Collects the ranks' positions and writes the verdict: its text, and the blamed ranks."""
         self._wait_for("at")
-        told = [Position(**json.loads(text)) for text in self._heard("at").values()]
-        mark = self._beat
+        positions = [Position(**json.loads(text)) for text in self._heard("at").values()]
+        beat = self._beat
         option, limit, times = "phase_hang_s", self._phase_s, 1.0
-        if mark.trains:
-            option, limit, times = "hang_s", self._step_s, mark.patience
-        text, named = verdict(told, self.world_size, limit * times, self._heard("left"))
+        if beat.trains:
+            option, limit, times = "hang_s", self._step_s, beat.patience
+        text, named = verdict(positions, self.world_size, limit * times, self._heard("left"))
         if place is not None:
-            text += f"\nThe stacks of all ranks are in {place}. torchrun --max-restarts=N goes on from the "
-            text += "newest checkpoint by itself."
+            text += f"\nThe stacks of all ranks are in {place}. torchrun --max-restarts=N resumes from the "
+            text += "newest checkpoint automatically."
         here = f", {times:g} times that here" if times > 1 else ""
         text += f"\nThe limit is faults.{option}={limit:g}{here}: raise it if the work shown takes so long."
         self._store.set("verdict", json.dumps([text, named]))

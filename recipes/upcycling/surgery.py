@@ -8,7 +8,7 @@ from moe.dispatch.local import LocalDispatcher
 from moe.routers import Router, router_class
 from moe.upcycle import upcycle_methods
 from recipes.config.schema import RunConfig
-from recipes.models.hf.hf_model import Surgery
+from recipes.models.hf.ffn_surgery import Surgery
 
 
 def make_surgery(config: RunConfig) -> Surgery:

@@ -127,9 +127,9 @@ def workload(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", *, accumulat
 def runs(
     name: str, sizes: Sizes, dtypes: Iterable[torch.dtype] = DTYPES, *, accumulates: bool = False
 ) -> list[tuple[str, torch.dtype]]:
-    """The devices and dtypes that a back end of ours does not refuse for these sizes.
+    """Returns the devices and dtypes that a back end of ours supports for these sizes.
 
-    Other libraries need not keep the contract (a second backward pass, equal bits): test_kernels_rivals.py.
+    For third parties, which need not keep this contract, see test_kernels_third_party.py.
     """
     if name in THIRD_PARTY:
         return []

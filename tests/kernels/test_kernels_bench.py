@@ -20,10 +20,9 @@ from kernels.backend import ExpertTensors
 from kernels.bench import run_bench as bench
 from kernels.bench.bench_case import Case, make_layer
 from kernels.bench.bench_check import checked_error
-from kernels.bench.bench_decode import least_bytes, measure_decode
 from kernels.bench.bench_device import ColdTimer, clocks, read_clocks
 from kernels.bench.bench_figure import Bar, bars_svg
-from kernels.bench.bench_layer import PASSES, measure_layer
+from kernels.bench.bench_layer import PASSES, least_bytes, measure_decode, measure_layer
 from kernels.bench.bench_products import ProductShape, measure_products
 from kernels.bench.bench_shapes import H200, ROUTINGS, SHAPES, expert_ids, floor_seconds
 from kernels.expert_mlp import BACKENDS
@@ -234,14 +233,14 @@ def test_clocks_are_read(
 
 def test_products_are_measured() -> None:
     results = measure_products(ProductShape(3, 8, 16, 32, torch.bfloat16), rounds=2)
-    assert [r.rival for r in results] == ["dense", "mm", "bmm", "grouped_mm"]
+    assert [r.name for r in results] == ["dense", "mm", "bmm", "grouped_mm"]
     assert results[0].share.median == 1.0 and all(r.gflops > 0 for r in results)
 
 
 def test_the_command_writes_table_figures_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = {requirement.module for rival in THIRD_PARTY.values() for requirement in rival.requirements}
+    modules = {requirement.module for backend in THIRD_PARTY.values() for requirement in backend.requirements}
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else real(name))
     data, picture = tmp_path / "new" / "bench.json", tmp_path / "bench.svg"
@@ -283,8 +282,7 @@ def test_another_library_that_wins_is_marked(
     monkeypatch.setattr(type(liger), "unsupported_reason", lambda self, work: None)
     monkeypatch.setattr(type(liger), "missing", lambda self: None)
     monkeypatch.setattr(type(liger), "run", BACKENDS["cpu"].run)
-    for module in ("bench_layer", "bench_decode"):
-        monkeypatch.setattr(f"kernels.bench.{module}.interleave", _made_up_seconds)
+    monkeypatch.setattr("kernels.bench.bench_layer.interleave", _made_up_seconds)
     size = ["--shape", "sigma-tiny", "--tokens", "4", "--decode-tokens", "4", "--divide", "96"]
     size += ["--dtype", "fp32", "--rounds", "3"]
     options = ["--part", "layer", "decode", "--routing", "balanced", "--backend", "liger", "loop"]

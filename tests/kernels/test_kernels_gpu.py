@@ -16,7 +16,7 @@ from kernels.backend import ExpertTensors, LowRank, MainGrads
 from kernels.expert_mlp import BACKENDS
 from kernels.plan.row_plan import make_plan, route, sorted_route
 from kernels.triton.tuned_blocks import VARIABLE, tuned_blocks
-from kernels.tune.run_tune import main
+from kernels.tune import main
 from tests.kernels.expert_reference import Sizes, make_inputs, workload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

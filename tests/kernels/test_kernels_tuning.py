@@ -16,8 +16,7 @@ import torch
 from kernels.triton import tuned_blocks
 from kernels.triton.triton_blocks import Blocks, Target, bucket, candidates, row_blocks, weight_blocks
 from kernels.triton.tuned_blocks import Identity, TunedBlocksError, add, kernels_hash, read
-from kernels.tune.run_tune import main, tune
-from kernels.tune.triton_tune import Case, Layer, cases, choose
+from kernels.tune import Case, Layer, cases, choose, main, tune
 
 HERE = Identity("NVIDIA H100 80GB HBM3", 90, "3.7.1", "5" * 64)
 TARGET = Target(90, torch.bfloat16)

@@ -44,8 +44,7 @@ from recipes.models.hf.deferred_init import (
     persistent_buffers,
     stand_in,
 )
-from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.skeleton import empty_copy
+from recipes.models.hf.hf_model import HFModel, empty_copy
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedEngine", "DeepSpeedTrainModule"]
 
@@ -96,9 +95,7 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
         # DeepSpeed picks its device by itself, and would pick a GPU that the run must not use.
         os.environ["DS_ACCELERATOR"] = self.config.device_type()
         os.environ.setdefault("LOCAL_RANK", "0")
-        from recipes.engines.deepspeed.moe_engine import join
-
-        join()
+        _moe_engine().join()
 
     def prepare(self, model: HFModel, optim: OptimConfig) -> DeepSpeedTrainModule:
         """Shards and wraps the model, and builds its optimizer."""
@@ -120,9 +117,7 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
     def close(self) -> None:
         """Leaves the process group."""
         if dist.is_initialized():
-            from recipes.engines.deepspeed.moe_engine import leave
-
-            leave()
+            _moe_engine().leave()
 
 
 class DeepSpeedTrainModule(HFTrainModule):
@@ -136,8 +131,6 @@ class DeepSpeedTrainModule(HFTrainModule):
         optim: OptimConfig,
         ep: DeepSpeedEP,
     ) -> None:
-        from recipes.engines.deepspeed.moe_engine import release, wrap
-
         self.stage: int = engine.config.zero_stage
         self.ep = ep
         self.clip_norm = optim.clip_norm
@@ -147,10 +140,11 @@ class DeepSpeedTrainModule(HFTrainModule):
         elements = sum(param.numel() for param in model.module.parameters())
         ds_config = make_ds_config(self.stage, engine.config.precision, elements)
         # DeepSpeed's own autocast applies within its forward pass.
-        super().__init__(engine, model, wrap(model, self.optimizer, ds_config, ep), autocast=False)
+        wrapped = _moe_engine().wrap(model, self.optimizer, ds_config, ep)
+        super().__init__(engine, model, wrapped, autocast=False)
         run, optimizer = model.context, self.optimizer
         optimizer.optimizers[0].register_step_pre_hook(lambda *_: optimizer.drop_frozen(run.step))
-        weakref.finalize(self, release, self.wrapped).atexit = False
+        weakref.finalize(self, _moe_engine().release, wrapped).atexit = False
         self.partitions = self._partitions()
         self._counts = StepCounts()
 
@@ -190,8 +184,6 @@ class DeepSpeedTrainModule(HFTrainModule):
 
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
         """See `TrainModule.step`."""
-        from recipes.engines.deepspeed.moe_engine import discard_gradients
-
         self._counts.take()
         norm = clip_parts(self._gradients(), self.clip_norm, self.engine.device)
         if may_update(float(norm), norm_limit):
@@ -199,7 +191,7 @@ class DeepSpeedTrainModule(HFTrainModule):
             self.wrapped.step()
             self._after_update()
         else:
-            discard_gradients(self.wrapped, self.stage)
+            _moe_engine().discard_gradients(self.wrapped, self.stage)
         return norm
 
     def _gradients(self) -> list[tuple[list[Tensor], list[dist.ProcessGroup]]]:
@@ -262,10 +254,15 @@ class DeepSpeedTrainModule(HFTrainModule):
     def _whole(self, param: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return param.data
-        from recipes.engines.deepspeed.moe_engine import gathered
-
-        with gathered(param):
+        with _moe_engine().gathered(param):
             return param.data.clone()
+
+
+def _moe_engine() -> Any:
+    """Imports DeepSpeed, which takes seconds."""
+    from recipes.engines.deepspeed import moe_engine
+
+    return moe_engine
 
 
 def _owner(key: str) -> str:

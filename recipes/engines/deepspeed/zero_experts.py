@@ -78,8 +78,8 @@ def _take_slice(experts: Experts, ranks: int, group_name: str) -> dict[str, int]
     counts = {}
     experts.ranks = ranks
     for name, whole in list(experts.named_parameters()):
-        counts[name], held = len(whole), len(whole) // ranks
-        part: Any = nn.Parameter(whole.data[:held], whole.requires_grad)
+        counts[name], count = len(whole), len(whole) // ranks
+        part: Any = nn.Parameter(whole.data[:count], whole.requires_grad)
         part.allreduce, part.group_name = False, group_name
         # These make ZeRO-3 split a slice over the ranks that hold the same one, and over no others.
         part.ds_zero_placement_family = "autoep_expert"

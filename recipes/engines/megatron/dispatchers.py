@@ -61,7 +61,7 @@ class Dispatcher:
 
     def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:
         """Returns fields of Megatron's ``TransformerConfig``; arguments as for `most_experts`."""
-        return {"moe_token_dispatcher_type": "alltoall", "moe_router_topk": top_k}
+        return {"moe_token_dispatcher_type": self.name, "moe_router_topk": top_k}
 
 
 class AllGather(Dispatcher):
@@ -69,10 +69,6 @@ class AllGather(Dispatcher):
 
     name = "allgather"
     summary = "an all-gather of all tokens"
-
-    def fields(self, num_experts: int, top_k: int) -> dict[str, Any]:
-        """See `Dispatcher.fields`."""
-        return {"moe_token_dispatcher_type": "allgather", "moe_router_topk": top_k}
 
 
 class _DeepEPKernels(Dispatcher):

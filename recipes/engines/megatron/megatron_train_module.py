@@ -48,8 +48,7 @@ from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups
 from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.deferred_init import PresentWeights, WeightSource, drop_memory, stand_in
-from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.skeleton import empty_copy
+from recipes.models.hf.hf_model import HFModel, empty_copy
 
 
 class MegatronTrainModule(TrainModule):

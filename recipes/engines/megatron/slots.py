@@ -65,15 +65,10 @@ class RouterSlot(nn.Module):
         gather: Callable[[Tensor], Tensor] | None = None,
         most: int | None = None,
     ) -> None:
-        """Takes over the router of a layer.
+        """Takes over the router of Graft's MoE layer.
 
-        Args:
-            layer: Graft's MoE layer.
-            ranks: See the class.
-            rank: See the class.
-            gather: Concatenates the parts of all ranks along the sequence, and in backward sums the ranks'
-                gradients of each part; not called on a single rank.
-            most: See the class.
+        ``gather`` concatenates the parts of all ranks along the sequence, and in backward sums the ranks'
+        gradients of each part; it is not called on a single rank.
         """
         super().__init__()
         self.router = layer.router

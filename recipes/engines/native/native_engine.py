@@ -25,8 +25,8 @@ from recipes.engines.hf_train_module import HFTrainModule, model_tensors
 from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.native.config import NativeConfig
 from recipes.engines.native.expert_parallel import gathered
-from recipes.engines.native.parallel_dims import ParallelDims
-from recipes.engines.native.parallelize import GradientSync, Meshes, gather_when_called, parallelize
+from recipes.engines.native.parallel_dims import Meshes, ParallelDims
+from recipes.engines.native.parallelize import GradientSync, gather_when_called, parallelize
 from recipes.engines.native.tensor_parallel import attention_mistakes
 from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer, clip_grad_norm
 from recipes.engines.process import ProcessEngine
@@ -44,7 +44,7 @@ class NativeEngine(ProcessEngine[NativeConfig]):
 
     name = "native"
     config_class = NativeConfig
-    trains_as_held = True
+    trains_as_sharded = True
     compared = (
         EngineLayout(1, ("engine=native",)),
         EngineLayout(2, ("engine=native",)),
@@ -91,8 +91,7 @@ class NativeEngine(ProcessEngine[NativeConfig]):
     def open(self) -> None:
         """Joins the process group and builds the device meshes."""
         super().open()
-        dims = _dims(self.config, self.world_size)
-        self._meshes = Meshes.of(dims, self.config.device_type())
+        self._meshes = _dims(self.config, self.world_size).meshes(self.config.device_type())
         attention = self._meshes.attention
         # Routers that assign the tokens of all ranks must see each token once.
         self._sample_group = self.data_group if attention is None else attention.sample_group()

@@ -18,6 +18,21 @@ from recipes.engines.native.tensor_parallel import AttentionMeshes
 
 
 @dataclass(frozen=True)
+class Meshes:
+    """Device meshes over which a model is sharded.
+
+    Attributes:
+        weights: Mesh of everything but experts and attention: (dp), or (replica, dp).
+        experts: Meshes of the experts; None without expert parallelism.
+        attention: Meshes of the attention; None without tensor parallelism.
+    """
+
+    weights: DeviceMesh
+    experts: ExpertMeshes | None
+    attention: AttentionMeshes | None
+
+
+@dataclass(frozen=True)
 class ParallelDims:
     """Sizes of the groups of ranks.
 
@@ -54,29 +69,22 @@ class ParallelDims:
                 return Mistake(name, value, rule, remedy)
         return None
 
-    def weight_mesh(self, device_type: str) -> DeviceMesh:
-        """Builds the mesh of everything but experts and attention: (dp), or (replica, dp). Collective."""
-        if self.replicas == 1:
-            return init_device_mesh(device_type, (self.group,), mesh_dim_names=("dp",))
-        return init_device_mesh(device_type, (self.replicas, self.group), mesh_dim_names=("replica", "dp"))
-
-    def expert_meshes(self, device_type: str) -> ExpertMeshes | None:
-        """Builds the meshes of the experts; None without expert parallelism. Collective."""
-        if self.expert_parallel == 1:
-            return None
-        return ExpertMeshes(*self._inner(device_type, self.expert_parallel, "ep"))
-
-    def attention_meshes(self, device_type: str) -> AttentionMeshes | None:
-        """Builds the meshes of the attention; None without tensor parallelism. Collective."""
-        if self.tensor_parallel == 1:
-            return None
-        return AttentionMeshes(*self._inner(device_type, self.tensor_parallel, "tp"))
+    def meshes(self, device_type: str) -> Meshes:
+        """Builds the device meshes. Collective."""
+        weights = self._mesh(device_type, (self.group,), ("dp",))
+        ep, tp = self.expert_parallel, self.tensor_parallel
+        experts = None if ep == 1 else ExpertMeshes(*self._inner(device_type, ep, "ep"))
+        attention = None if tp == 1 else AttentionMeshes(*self._inner(device_type, tp, "tp"))
+        return Meshes(weights, experts, attention)
 
     def _inner(self, device_type: str, size: int, name: str) -> tuple[DeviceMesh, DeviceMesh]:
         """Builds the mesh of the ranks that hold the same slice, and that of ``size`` neighbours."""
-        shape, outer = (self.group // size, size), f"{name}_dp"
-        if self.replicas == 1:
-            mesh = init_device_mesh(device_type, shape, mesh_dim_names=(outer, name))
-            return mesh[outer], mesh[name]
-        mesh = init_device_mesh(device_type, (self.replicas, *shape), mesh_dim_names=("replica", outer, name))
-        return mesh["replica", outer], mesh[name]
+        outer = f"{name}_dp"
+        mesh = self._mesh(device_type, (self.group // size, size), (outer, name))
+        return mesh[outer if self.replicas == 1 else ("replica", outer)], mesh[name]
+
+    def _mesh(self, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """Builds a mesh, whose first axis are the replicas if there are several."""
+        if self.replicas > 1:
+            shape, names = (self.replicas, *shape), ("replica", *names)
+        return init_device_mesh(device_type, shape, mesh_dim_names=names)

@@ -12,10 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from recipes.engines.native.expert_parallel import ExpertMeshes, apply_ep, average_gradients, row_sharded
-from recipes.engines.native.parallel_dims import ParallelDims
+from recipes.engines.native.expert_parallel import apply_ep, average_gradients, row_sharded
+from recipes.engines.native.parallel_dims import Meshes
 from recipes.engines.native.tensor_parallel import (
-    AttentionMeshes,
     apply_tp,
     share_random_state,
     split_tokens,
@@ -23,27 +22,6 @@ from recipes.engines.native.tensor_parallel import (
 )
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
-
-
-@dataclass(frozen=True)
-class Meshes:
-    """Device meshes over which a model is sharded.
-
-    Attributes:
-        weights: Mesh of everything but experts and attention, see `ParallelDims.weight_mesh`.
-        experts: Meshes of the experts; None without expert parallelism.
-        attention: Meshes of the attention; None without tensor parallelism.
-    """
-
-    weights: DeviceMesh
-    experts: ExpertMeshes | None
-    attention: AttentionMeshes | None
-
-    @staticmethod
-    def of(dims: ParallelDims, device_type: str) -> Meshes:
-        """Builds the meshes of a layout of ranks. Collective."""
-        weights = dims.weight_mesh(device_type)
-        return Meshes(weights, dims.expert_meshes(device_type), dims.attention_meshes(device_type))
 
 
 @dataclass(frozen=True)

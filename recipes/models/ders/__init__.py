@@ -1,1 +1,1 @@
-"""DeRS as a storage format: a base for all experts of a matrix, and what sets each apart."""
+"""DeRS as a storage format: a base for all experts of a matrix, and each expert's difference from it."""

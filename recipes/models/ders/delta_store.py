@@ -1,4 +1,4 @@
-"""A checkpoint to base and deltas, and back: matrix by matrix, never a whole model in memory."""
+"""Converts a checkpoint to base and deltas, and back, one matrix at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
 from recipes.runtime.safetensors_codec import CODES, DTYPES, TensorSpec
 
-#: What makes a folder one of base and deltas; its config has a name of its own, so that no reader takes it.
+# Files of a folder of base and deltas; the config is not called config.json, so that no other reader loads
+# it.
 RECORD, CONFIG = "ders.json", "moe_config.json"
 _VERSION = 1
 _CODECS: dict[str, type[DeltaCodec]] = {"sparse": SparseDelta, "quantised": QuantisedDelta}
@@ -32,14 +33,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Compression:
-    """What became of a checkpoint.
+    """Result of a compression.
 
     Attributes:
-        source_bytes: Of its tensors.
-        stored_bytes: Of base, deltas and the rest.
-        relative_error: Of the experts, ``|W' - W| / |W|`` over all of them.
-        delta_share: How far experts are from their base, ``|W - base| / |W|`` over all of them.
-        groups: Matrices of experts.
+        source_bytes: Bytes of the checkpoint's tensors.
+        stored_bytes: Bytes of base, deltas and the other tensors.
+        relative_error: Error of the experts, ``|W' - W| / |W|`` over all of them.
+        delta_share: Distance of the experts from their base, ``|W - base| / |W|`` over all of them.
+        groups: Number of expert matrices.
     """
 
     source_bytes: int
@@ -50,13 +51,13 @@ class Compression:
 
 
 def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = lambda n: None) -> Compression:
-    """Writes a mixture as base and deltas.
+    """Writes an MoE checkpoint as base and deltas.
 
     Args:
         source: A checkpoint folder of transformers or in Graft's own format.
-        out: Must not exist.
-        codec: How differences are held.
-        progress: Told of bytes that were read.
+        out: The folder to write; it must not exist.
+        codec: Encoding of the differences.
+        progress: Called with the number of bytes read.
 
     Raises:
         ConfigError: ``out`` exists.
@@ -68,7 +69,7 @@ def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = la
     groups = find_groups(specs)
     if not groups:
         rule = "it has no experts: no tensors are named ...experts.N..., nor stacked as ...experts.NAME"
-        raise ModelError.one("SOURCE", str(source), rule, "Give a mixture.")
+        raise ModelError.one("SOURCE", str(source), rule, "Give an MoE checkpoint.")
     taken = {group.member(e) for group in groups for e in range(group.num_experts)}
     kept = [spec for spec in specs if spec.name not in taken]
     stored = [*kept, *(spec for group in groups for spec in _stored_specs(group, codec))]
@@ -99,16 +100,16 @@ def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = la
 
 
 def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
-    """Writes base and deltas as the checkpoint that they were made of; returns its bytes.
+    """Restores the checkpoint that base and deltas were made from; returns its bytes.
 
     Args:
-        source: A folder of `compress`.
-        out: Must not exist.
-        progress: Told of bytes that were written.
+        source: A folder that `compress` wrote.
+        out: The folder to write; it must not exist.
+        progress: Called with the number of bytes written.
 
     Raises:
         ConfigError: ``out`` exists.
-        ModelError: The source is no such folder, or damaged.
+        ModelError: The source is no such folder, or is damaged.
         DiskError: There is no room.
     """
     codec, groups, specs = _read_record(source)
@@ -168,12 +169,12 @@ def _stored_specs(group: ExpertGroup, codec: DeltaCodec) -> Iterator[TensorSpec]
 def _compress_group(
     group: ExpertGroup, files: DenseFiles, target: TensorFiles, codec: DeltaCodec
 ) -> Iterator[Tensor]:
-    """Squares of errors, differences and weights, expert by expert."""
-    # In fp64, so that the mean of copies is the copy.
+    """Writes one group; yields the sums of squared errors, differences and weights, expert by expert."""
+    # In fp64, so that the mean of equal matrices is that matrix.
     total = torch.zeros(group.shape, dtype=torch.float64)
     for expert in range(group.num_experts):
         total += _read(group, files, expert)
-    # As it is stored: what rounding takes from the base goes to the differences.
+    # Rounded as stored, so that the differences include the base's rounding error.
     base = (total / group.num_experts).to(group.dtype)
     target.write(f"{group.stem}.base", base)
     for expert in range(group.num_experts):

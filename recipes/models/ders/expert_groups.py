@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are experts of one matrix, by their global names."""
+"""Groups the tensors of a checkpoint that hold the experts of one matrix, by their names."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LEAST_AXES = 2
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The experts of one matrix.
+    """Experts of one matrix.
 
     Attributes:
-        name: Theirs, with ``{}`` for the expert's number; without, where they are stacked in one tensor.
-        num_experts: How many.
-        shape: Of one of them.
-        dtype: Of all.
+        name: Name of their tensors, with ``{}`` for the expert's number; without if one tensor stacks them.
+        num_experts: Number of experts.
+        shape: Shape of one expert's matrix.
+        dtype: Dtype of all.
     """
 
     name: str
@@ -34,25 +34,25 @@ class ExpertGroup:
 
     @property
     def stacked(self) -> bool:
-        """Whether one tensor holds all."""
+        """True if one tensor holds all experts."""
         return "{}" not in self.name
 
     def member(self, expert: int) -> str:
-        """The tensor that one expert is in."""
+        """Returns the name of the tensor that holds an expert."""
         return self.name.replace("{}", str(expert))
 
     def key(self, expert: int) -> str:
-        """Names one expert's matrix."""
+        """Returns a unique key of one expert's matrix."""
         return f"{self.name} {expert}"
 
     @property
     def stem(self) -> str:
-        """Begins the names of what is stored of it."""
+        """Prefix of the names of the stored tensors."""
         return f"ders.{self.name.replace('{}', '_')}"
 
 
 def find_groups(specs: Iterable[TensorSpec]) -> list[ExpertGroup]:
-    """The matrices of experts among tensors; biases and single experts stay what they are."""
+    """Finds the expert matrices among tensors; biases and single experts are not grouped."""
     members: dict[str, dict[int, TensorSpec]] = {}
     groups: list[ExpertGroup] = []
     for spec in specs:

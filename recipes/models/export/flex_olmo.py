@@ -1,17 +1,10 @@
-"""OLMo2 hosts as plain FlexOlmo, which has the same norms in the same places."""
+"""OLMo2 models as plain FlexOlmo, which has the same norms in the same places."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from recipes.models.export.carried import (
-    COMMON_KEYS,
-    carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
-    with_old_rope_keys,
-)
-from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
 from recipes.models.export.spec import ModelSpec
 
 
@@ -20,35 +13,17 @@ class FlexOlmoExporter(NativeExporter):
 
     name = "flex_olmo"
     title = "FlexOlmo"
+    family = "FlexOlmo"
     models = ("olmo2",)
+    config_keys = (*COMMON_KEYS, "attention_bias")
+    has_dense_layers = False
 
-    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """FlexOlmo has a softmax router, renormalised or not, in every block."""
-        if spec.dense_layers:
-            count = len(spec.moe_blocks)
-            return f"FlexOlmo has no dense layers, and {count} of {spec.num_layers} are mixtures"
-        if spec.moe_blocks[0].shared_width:
-            return "FlexOlmo has no shared expert, and this mixture has"
-        return refuse_unlike_llama("FlexOlmo", spec) or refuse_other_than_softmax(
-            "FlexOlmo", spec, must_sum_to_one=False
-        )
-
-    def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """The dense config with experts."""
-        from transformers import FlexOlmoConfig
-
+    def config_values(self, spec: ModelSpec) -> dict[str, Any]:
+        """See `NativeExporter.config_values`."""
         moe = spec.moe_blocks[0]
-        config = FlexOlmoConfig(
-            **carried_values(spec.config, (*COMMON_KEYS, "attention_bias")),
-            intermediate_size=moe.expert.width,
-            num_experts=moe.num_experts,
-            num_experts_per_tok=moe.router.top_k,
-            norm_topk_prob=moe.router.weights_sum_to_one,
-            router_aux_loss_coef=moe.router.config.balance_coef,
-        )
-        config.architectures = ["FlexOlmoForCausalLM"]
-        return with_old_rope_keys(config.to_dict())
-
-    def exact_in(self, spec: ModelSpec) -> list[str]:
-        """No other reader is known to hold this family."""
-        return ["transformers"]
+        return {
+            "intermediate_size": moe.expert.width,
+            "num_experts": moe.num_experts,
+            "norm_topk_prob": moe.router.weights_sum_to_one,
+            "router_aux_loss_coef": moe.router.config.balance_coef,
+        }

@@ -1,9 +1,9 @@
-"""Graft's own format, for mixtures that no class of transformers computes exactly.
+"""Graft's own format, for MoE models that no class of transformers computes exactly.
 
-A folder with safetensors under the host's own names, experts by their global number, and a
-``config.json`` of model type ``graft_moe`` that holds the dense host's config and how to rebuild router and
-experts. transformers loads it after ``import recipes.models.auto``, and refuses to load it as something else
-before.
+It is a folder with safetensors under the dense model's names, experts by their global number, and a
+``config.json`` of model type ``graft_moe`` with the dense model's config and the settings of routers and
+experts. transformers loads it after ``import recipes.models.auto``; without that import it rejects the
+unknown type.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from recipes.models.safetensors.dense_files import DenseFiles
 
 MODEL_TYPE = "graft_moe"
 FORMAT_VERSION = 2
-#: Of models with attention experts, which readers of the other would take for dense attention.
+#: Version of models with attention experts, which readers of version 2 would take for dense attention.
 ATTENTION_VERSION = 3
 
 
 class GraftExporter(Exporter):
-    """Writes what any host with any router is, exactly."""
+    """Writes any model with any router exactly."""
 
     name = "graft"
     title = "Graft's own format"
     is_native = False
 
     def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Holds everything."""
+        """Rejects nothing."""
         return None
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """The host's config and, block by block, router and experts."""
-        # Of the weights' dtype config.json tells itself; the cache is off for training alone.
+        """Builds the dense model's config and, block by block, the settings of router and experts."""
+        # config.json states the dtype by itself; the cache is off for training only.
         dense = {k: v for k, v in spec.config.to_dict().items() if k not in ("dtype", "use_cache")}
         dense["architectures"] = [spec.architecture]
         content = {
@@ -73,28 +73,28 @@ class GraftExporter(Exporter):
         return content | {"format_version": ATTENTION_VERSION, "attention_layers": attention}
 
     def expert_name(self, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
-        """By the expert's number over all ranks."""
+        """See `Exporter.expert_name`; experts are numbered over all ranks."""
         return f"{moe.site}.experts.{expert}.{matrix}.{'bias' if bias else 'weight'}"
 
     def shared_name(self, moe: MoESpec, matrix: Matrix, bias: bool) -> str:
-        """Beside the experts."""
+        """See `Exporter.shared_name`."""
         return f"{moe.site}.shared.{matrix}.{'bias' if bias else 'weight'}"
 
     def router_name(self, moe: MoESpec, key: str) -> str:
-        """As in the model."""
+        """Returns the name in the model."""
         return f"{moe.site}.router.{key}"
 
     def keeps_dtype(self, name: str) -> bool:
-        """Routers choose by small differences (a bias moves by 1e-3) that bf16 would round away."""
+        """Keeps routers: they choose by small differences (a bias moves by 1e-3), which bf16 rounds away."""
         return ".router." in name
 
     def open(self, folder: Path) -> Unread:
-        """As `load_graft` reads it."""
+        """See `Exporter.open`; reads as `load_graft` does."""
         return GraftUnread(folder)
 
 
 class GraftUnread(Unread):
-    """Read as `load_graft` reads it, a part of the files at a time."""
+    """Exported model that is read as by `load_graft`, a part of the files at a time."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the config and the names in the files."""
@@ -106,7 +106,7 @@ class GraftUnread(Unread):
         """See `Unread.fill`."""
         self._weights.fill(torch.float32, wanted)
         for module in self.model.modules():
-            # Routers come as they are in the files.
+            # Routers keep the dtype of the files until here.
             for name, parameter in module._parameters.items():
                 if parameter is not None and not parameter.is_meta and parameter.dtype != torch.float32:
                     module._parameters[name] = torch.nn.Parameter(parameter.float(), requires_grad=False)
@@ -142,11 +142,11 @@ def _attention_entry(attention: AttentionSpec) -> dict[str, Any]:
 
 
 def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HFModel:
-    """Loads a folder that `GraftExporter` wrote; the model generates as any of transformers does.
+    """Loads a folder that `GraftExporter` wrote; the model generates like any model of transformers.
 
     Args:
         folder: The export.
-        dtype: Of the floating-point tensors; None as in the files.
+        dtype: Dtype of the floating-point tensors; None as in the files.
 
     Raises:
         ModelError: The folder holds something else, or its tensors do not fit its config.
@@ -157,11 +157,11 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HFModel:
 
 
 def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> HFModel:
-    """The model of a folder's config, its weights still to be read.
+    """Builds the model of a folder's config, without reading its weights.
 
     Args:
         folder: The export.
-        memory: What is open while parameters are made; not those of routers, which compute with theirs.
+        memory: Context in which parameters are made, other than those of routers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -189,7 +189,7 @@ def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nu
 def _cut_attention(
     entry: Mapping[str, Any], model: HFModel, memory: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Puts attention experts in their place; their weights are read later."""
+    """Replaces an attention by experts, whose weights are read later."""
     (site,) = attention_sites(model, [entry["index"]])
     heads, width = model.config.num_key_value_heads, model.config.hidden_size
     cls = router_class(entry["router"]["name"])
@@ -234,7 +234,11 @@ def _empty_shared(entry: Mapping[str, Any], bank: ExpertBank) -> FFNWeights:
 
 
 class _Weights:
-    """Every tensor of a model in the files of a folder; what is missing or left over is a mistake."""
+    """Reader of a model's tensors from the files of a folder.
+
+    Raises:
+        ModelError: A tensor is missing from the files or does not belong to the model.
+    """
 
     def __init__(self, model: HFModel, folder: Path) -> None:
         spec, self._files, self._model = describe_model(model), DenseFiles(folder), model

@@ -1,47 +1,147 @@
-"""A native format of transformers whose experts are named ``mlp.experts.E.{gate,up,down}_proj``."""
+"""Native formats: MoE classes of transformers that hold Llama-like models with gated experts."""
 
 from __future__ import annotations
 
+import re
+from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from moe.upcycle.layer_plan import Matrix
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.read_back import NativeUnread, Unread
-from recipes.models.export.spec import MoESpec
+from recipes.models.export.spec import ModelSpec, MoESpec
+
+#: Config keys with the same name and meaning in the Llama-like families and their MoE classes.
+COMMON_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.mlp")
 
 
 class NativeExporter(Exporter):
-    """What Qwen2-MoE, Qwen3-MoE, FlexOlmo and GLM-4-MoE have in common.
+    """Base of the native formats; experts are named ``mlp.experts.E.{gate,up,down}_proj``.
 
     Attributes:
-        router_keys: Name on disk below ``mlp.gate`` by the key in the router's state.
-        shared_module: What the shared expert is called below ``mlp``; empty where there is none.
+        family: Prefix of transformers' config and model classes.
+        config_keys: Keys of the dense config that are carried over.
+        router_keys: Key in the router's state -> name on disk below ``mlp.gate``.
+        shared_module: Name of the shared expert below ``mlp``; empty if the class has none.
+        has_dense_layers: Whether the class can have dense layers.
+        must_sum_to_one: Whether the class renormalises the gates of the chosen experts.
     """
 
     is_native = True
     layouts: ClassVar[tuple[Layout, ...]] = ("per_expert", "fused")
+    family: ClassVar[str]
+    config_keys: ClassVar[tuple[str, ...]] = COMMON_KEYS
     router_keys: ClassVar[dict[str, str]] = {"weight_ED": "weight"}
     shared_module: ClassVar[str] = ""
+    has_dense_layers: ClassVar[bool] = True
+    must_sum_to_one: ClassVar[bool] = False
+
+    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
+        """See `Exporter`; the class needs like experts in like layers, under the one router that it has."""
+        if reason := self.model_reason(spec):
+            return reason
+        if spec.dense_layers and not self.has_dense_layers:
+            count = len(spec.moe_blocks)
+            return f"{self.title} has no dense layers, and {count} of {spec.num_layers} are MoE layers"
+        if spec.moe_blocks[0].shared_width and not self.shared_module:
+            return f"{self.title} has no shared expert, and this model has"
+        return self._experts_reason(spec) or self.router_reason(spec)
+
+    def model_reason(self, spec: ModelSpec) -> str | None:
+        """Returns why the class cannot hold the model outside its MoE layers; None if it can."""
+        return None
+
+    def router_reason(self, spec: ModelSpec) -> str | None:
+        """Returns why the router is no top-k of a softmax, over all or the chosen experts; None if it is."""
+        router = spec.moe_blocks[0].router
+        if router.name != "topk":
+            return f"{self.title} has a top-k router, not {router.name!r}"
+        if router.config.score != "softmax":
+            return f"{self.title}'s gates are a softmax, and this router's are a {router.config.score}"
+        if self.must_sum_to_one and not router.weights_sum_to_one:
+            return f"{self.title}'s gates are a softmax renormalised to sum to 1, and this router's are not"
+        return None
+
+    def _experts_reason(self, spec: ModelSpec) -> str | None:
+        """Returns why experts are not gated, unbiased, alike and placed as in Llama; None if they are."""
+        first = spec.moe_blocks[0]
+        for moe in spec.moe_blocks:
+            if _BLOCK.fullmatch(moe.site) is None:
+                return f"{self.title} has its experts in model.layers.N.mlp, and this model in {moe.site}"
+            if not moe.expert.gated or moe.expert.up_bias or moe.expert.down_bias:
+                where = f"these are not in layer {moe.index}"
+                return f"{self.title}'s experts are gated and without biases, and {where}"
+            if _kind(moe) != _kind(first):
+                where = f"layer {moe.index} differs"
+                return f"{self.title} has one router and one size of experts, and {where}"
+        return None
+
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Builds the class's config: values of the dense model, then those of the MoE layers."""
+        import transformers
+
+        source, moe = spec.config, spec.moe_blocks[0]
+        values = {key: getattr(source, key) for key in self.config_keys if hasattr(source, key)}
+        values |= {"num_experts_per_tok": moe.router.top_k} | self.config_values(spec)
+        config = getattr(transformers, f"{self.family}Config")(**values)
+        config.architectures = [f"{self.family}ForCausalLM"]
+        return _with_old_rope_keys(config.to_dict())
+
+    @abstractmethod
+    def config_values(self, spec: ModelSpec) -> dict[str, Any]:
+        """Returns the values of the config that are not carried over from the dense model."""
 
     def expert_name(self, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
-        """One tensor for each matrix of each expert."""
-        assert not bias, f"{self.name} has no biases; its refusal says so"
+        """See `Exporter.expert_name`; each matrix of each expert has a tensor of its own."""
+        assert not bias, f"{self.name} has no biases; its unsupported_reason says so"
         return f"{moe.site}.experts.{expert}.{matrix}_proj.weight"
 
     def fused_name(self, moe: MoESpec, matrix: Literal["up", "down"]) -> str:
-        """As transformers 5 holds them; parameters, so that there is no ``.weight``."""
+        """See `Exporter.fused_name`; in transformers 5 they are parameters, without ``.weight``."""
         return f"{moe.site}.experts.{'gate_up_proj' if matrix == 'up' else 'down_proj'}"
 
     def router_name(self, moe: MoESpec, key: str) -> str:
-        """Below ``mlp.gate``."""
+        """See `Exporter.router_name`."""
         return f"{moe.site}.gate.{self.router_keys[key]}"
 
     def shared_name(self, moe: MoESpec, matrix: Matrix, bias: bool) -> str:
-        """A plain feed-forward network."""
-        assert self.shared_module and not bias, f"{self.name}: its refusal says so"
+        """See `Exporter.shared_name`; it is a plain feed-forward network."""
+        assert self.shared_module and not bias, f"{self.name}: its unsupported_reason says so"
         return f"{moe.site}.{self.shared_module}.{matrix}_proj.weight"
 
     def open(self, folder: Path) -> Unread:
-        """By transformers' own loader."""
+        """See `Exporter.open`; uses transformers' own loader."""
         return NativeUnread(folder)
+
+
+def _kind(moe: MoESpec) -> tuple[object, ...]:
+    return (moe.router.config, moe.num_experts, moe.expert, moe.shared_width)
+
+
+def _with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
+    """Adds rope_theta and rope_scaling, since readers before transformers 5 ignore rope_parameters."""
+    rope = content.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        content["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        content["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    return content

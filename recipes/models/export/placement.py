@@ -1,4 +1,4 @@
-"""Where every weight of a mixture goes in a format's files: tensor names, shapes, dtypes and offsets.
+"""Placement of an MoE model's weights in a format's files: tensor names, shapes, dtypes and offsets.
 
 Letters: D model width, E experts, F expert width, U = 2F when gated, else F.
 """
@@ -20,13 +20,13 @@ from recipes.runtime.safetensors_codec import TensorSpec
 
 @dataclass(frozen=True)
 class ExpertTensorKey:
-    """One matrix or bias of one expert.
+    """Key of one matrix or bias of one expert.
 
     Attributes:
         layer: Index of the block.
-        expert: Of the routed expert; None for the shared one.
-        matrix: Which.
-        bias: Its bias instead of the matrix itself.
+        expert: Index of the routed expert; None for the shared one.
+        matrix: Name of the matrix.
+        bias: True for its bias instead of the matrix itself.
     """
 
     layer: int
@@ -37,13 +37,13 @@ class ExpertTensorKey:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a piece goes.
+    """Place of an expert's matrix or bias in the files.
 
     Attributes:
         name: The tensor that holds it.
-        offset: Elements of that tensor before it.
-        shape: Of the piece.
-        factor: What it is multiplied by on the way.
+        offset: Number of elements of that tensor before it.
+        shape: Shape of the matrix or bias.
+        factor: Factor that it is multiplied by when written.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Slot:
 
 
 class Placement:
-    """The tensors of a checkpoint in a format, and the way of every weight into them.
+    """Tensors of a checkpoint in a format, and the place of each weight in them.
 
     Attributes:
-        specs: Every tensor of the checkpoint.
-        constants: Those that the format has and the model has not, by name.
+        specs: All tensors of the checkpoint.
+        constants: Tensors that the format requires and the model lacks, by name.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Placement:
         Args:
             spec: The model.
             exporter: The format.
-            kept: Its tensors outside the mixtures, under their names in the host.
-            dtype: Of the floating-point tensors; None leaves each as it is, and the mixtures as `kept`.
-            layout: One of the exporter's.
+            kept: Its tensors outside the MoE layers, under their names in the model.
+            dtype: Dtype of floating-point tensors; None leaves each as it is, and gives experts that of most.
+            layout: One of the exporter's layouts.
         """
         assert layout in exporter.layouts, (layout, exporter.name, exporter.layouts)
         self._exporter = exporter
@@ -127,7 +127,7 @@ class Placement:
         self._add(name, self._expert_dtype, shape)
 
     def _place_fused(self, moe: MoESpec) -> None:
-        """Gate rows above up rows, experts one after the other: each piece is a run of the stack."""
+        """Stacks gate rows above up rows, expert by expert, so that each matrix is a run of the stack."""
         E, D, F = moe.num_experts, moe.expert.model_width, moe.expert.width
         U = 2 * F if moe.expert.gated else F
         up, down = (self._exporter.fused_name(moe, matrix) for matrix in ("up", "down"))
@@ -147,25 +147,25 @@ class Placement:
             )
 
     def kept(self, name: str) -> str:
-        """The name in the files of a tensor outside the mixtures."""
+        """Returns the name in the files of a tensor outside the MoE layers."""
         return self._kept[name]
 
     def router(self, layer: int, key: str) -> str:
-        """The name in the files of a tensor of a router."""
+        """Returns the name in the files of a router's tensor."""
         return self._routers[layer, key]
 
     def slot(self, piece: ExpertTensorKey) -> Slot:
-        """Where a piece goes."""
+        """Returns the place of a matrix or bias."""
         return self._slots[piece]
 
     @property
     def slots(self) -> Mapping[ExpertTensorKey, Slot]:
-        """Every piece of every mixture."""
+        """Places of all matrices and biases of all experts."""
         return self._slots
 
 
 def pieces(moe: MoESpec) -> Iterator[tuple[ExpertTensorKey, tuple[int, ...]]]:
-    """Every matrix and bias of a mixture's experts with its shape, the shared expert's last."""
+    """Yields all matrices and biases of a layer's experts with their shapes, the shared expert's last."""
     shape, D = moe.expert, moe.expert.model_width
     widths: list[tuple[int | None, int]] = [(e, shape.width) for e in range(moe.num_experts)]
     if moe.shared_width:

@@ -1,7 +1,7 @@
-"""Qwen2 hosts as plain Qwen2-MoE, whose shared expert is always there and always gated.
+"""Qwen2 models as plain Qwen2-MoE, which always has a gated shared expert.
 
-Its gate is a sigmoid of ``x w``: with w = 0 it is 1/2, so the shared expert's down projection is written
-doubled. A mixture without a shared expert gets one of zeros.
+The gate is a sigmoid of ``x w``: with w = 0 it is 1/2, so the shared expert's down projection is written
+doubled. A model without a shared expert gets one of zeros.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from moe.upcycle.layer_plan import Matrix
-from recipes.models.export.carried import (
-    COMMON_KEYS,
-    carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
-    with_old_rope_keys,
-)
-from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
+from recipes.models.export.qwen3_moe import qwen_values
 from recipes.models.export.spec import ModelSpec, MoESpec
 
 # Width of a shared expert of zeros: quantisers and tensor parallelism want a multiple of 256.
@@ -32,50 +26,32 @@ class Qwen2MoEExporter(NativeExporter):
 
     name = "qwen2_moe"
     title = "Qwen2-MoE"
+    family = "Qwen2Moe"
     models = ("qwen2",)
+    config_keys = tuple(key for key in COMMON_KEYS if key != "head_dim")
     shared_module = "shared_expert"
 
-    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Qwen2-MoE has a softmax router, renormalised or not."""
+    def model_reason(self, spec: ModelSpec) -> str | None:
+        """Rejects windows in some of the layers, and heads that do not divide the hidden size."""
         config = spec.config
         if "sliding_attention" in (config.layer_types or ()):
-            return "windows in some layers are counted otherwise by Qwen2-MoE, and the host has such"
+            return "Qwen2-MoE counts layers with windows differently, and the model has such layers"
         head_dim = getattr(config, "head_dim", None)
         if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
-            return "Qwen2-MoE's heads divide the hidden size, and the host's do not"
-        return refuse_unlike_llama("Qwen2-MoE", spec) or refuse_other_than_softmax(
-            "Qwen2-MoE", spec, must_sum_to_one=False
-        )
+            return "Qwen2-MoE's heads divide the hidden size, and the model's do not"
+        return None
 
-    def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """With the flag for renormalisation always written: readers differ in what they assume."""
-        from transformers import Qwen2MoeConfig
-
-        moe, source = spec.moe_blocks[0], spec.config
-        keys = tuple(key for key in COMMON_KEYS if key != "head_dim")
-        config = Qwen2MoeConfig(
-            **carried_values(source, keys),
-            intermediate_size=source.intermediate_size,
-            moe_intermediate_size=moe.expert.width,
-            shared_expert_intermediate_size=moe.shared_width or _IDLE_WIDTH,
-            num_experts=moe.num_experts,
-            num_experts_per_tok=moe.router.top_k,
-            norm_topk_prob=moe.router.weights_sum_to_one,
-            router_aux_loss_coef=moe.router.config.balance_coef,
-            decoder_sparse_step=1,
-            mlp_only_layers=spec.dense_layers,
-            use_sliding_window=False,
-            qkv_bias=True,
-        )
-        config.architectures = ["Qwen2MoeForCausalLM"]
-        return with_old_rope_keys(config.to_dict())
+    def config_values(self, spec: ModelSpec) -> dict[str, Any]:
+        """See `NativeExporter.config_values`."""
+        width = spec.moe_blocks[0].shared_width or _IDLE_WIDTH
+        return qwen_values(spec) | {"shared_expert_intermediate_size": width, "qkv_bias": True}
 
     def factor(self, moe: MoESpec, expert: int | None, matrix: Matrix) -> float:
-        """Undoes the gate of 1/2."""
+        """Returns the factor that undoes the gate of 1/2."""
         return 2.0 if expert is None and matrix == "down" else 1.0
 
     def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-        """The shared experts' gates; where there is no shared expert, one of zeros."""
+        """Yields the shared experts' gates, and shared experts of zeros if the model has none."""
         for moe in spec.moe_blocks:
             D = moe.expert.model_width
             # Over a shared expert of zeros any gate will do, and one reader divides by it.
@@ -87,7 +63,7 @@ class Qwen2MoEExporter(NativeExporter):
                 yield f"{moe.site}.shared_expert.down_proj.weight", torch.zeros(D, _IDLE_WIDTH)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """llama.cpp never renormalises here, has no dense layers, and divides by the shared gate's logit."""
+        """Excludes llama.cpp where it differs: it never renormalises, nor has dense layers or zero gates."""
         found = ["transformers", "vllm"]
         moe = spec.moe_blocks[0]
         if not moe.router.weights_sum_to_one and not spec.dense_layers and not moe.shared_width:

@@ -1,17 +1,10 @@
-"""Qwen3 hosts as plain Qwen3-MoE, with dense layers among the mixtures where there are some."""
+"""Qwen3 models as plain Qwen3-MoE, with dense layers among the MoE layers if there are any."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from recipes.models.export.carried import (
-    COMMON_KEYS,
-    carried_values,
-    refuse_other_than_softmax,
-    refuse_unlike_llama,
-    with_old_rope_keys,
-)
-from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
 from recipes.models.export.spec import ModelSpec
 
 
@@ -20,43 +13,46 @@ class Qwen3MoEExporter(NativeExporter):
 
     name = "qwen3_moe"
     title = "Qwen3-MoE"
+    family = "Qwen3Moe"
     models = ("qwen3",)
+    config_keys = (*COMMON_KEYS, "attention_bias")
 
-    def unsupported_reason_of_its_models(self, spec: ModelSpec) -> str | None:
-        """Qwen3-MoE has a softmax router, renormalised or not, and no shared expert."""
-        config = spec.config
-        if "sliding_attention" in (config.layer_types or ()):
-            return "Qwen3-MoE has one attention for all layers, and the host has windows in some"
-        if spec.moe_blocks[0].shared_width:
-            return "Qwen3-MoE has no shared expert, and this mixture has"
-        return refuse_unlike_llama("Qwen3-MoE", spec) or refuse_other_than_softmax(
-            "Qwen3-MoE", spec, must_sum_to_one=False
-        )
+    def model_reason(self, spec: ModelSpec) -> str | None:
+        """Rejects windows in some of the layers."""
+        if "sliding_attention" in (spec.config.layer_types or ()):
+            return "Qwen3-MoE has one attention for all layers, and the model has windows in some"
+        return None
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Its experts' number under both names that readers look for, and the flag always written."""
-        from transformers import Qwen3MoeConfig
+        """Builds the config, with the number of experts under both names that readers look for."""
+        names = ("num_experts", "num_local_experts")
+        return super().config(spec) | dict.fromkeys(names, spec.moe_blocks[0].num_experts)
 
-        moe, source = spec.moe_blocks[0], spec.config
-        config = Qwen3MoeConfig(
-            **carried_values(source, (*COMMON_KEYS, "attention_bias")),
-            intermediate_size=source.intermediate_size,
-            moe_intermediate_size=moe.expert.width,
-            num_experts=moe.num_experts,
-            num_experts_per_tok=moe.router.top_k,
-            norm_topk_prob=moe.router.weights_sum_to_one,
-            router_aux_loss_coef=moe.router.config.balance_coef,
-            decoder_sparse_step=1,
-            mlp_only_layers=spec.dense_layers,
-            use_sliding_window=False,
-        )
-        config.architectures = ["Qwen3MoeForCausalLM"]
-        content = with_old_rope_keys(config.to_dict())
-        return content | dict.fromkeys(("num_experts", "num_local_experts"), moe.num_experts)
+    def config_values(self, spec: ModelSpec) -> dict[str, Any]:
+        """See `NativeExporter.config_values`."""
+        return qwen_values(spec)
 
     def exact_in(self, spec: ModelSpec) -> list[str]:
-        """llama.cpp always renormalises here and knows no dense layers."""
+        """Excludes llama.cpp where it differs: it always renormalises and has no dense layers."""
         found = ["transformers", "vllm"]
         if spec.moe_blocks[0].router.weights_sum_to_one and not spec.dense_layers:
             found.append("llama.cpp")
         return found
+
+
+def qwen_values(spec: ModelSpec) -> dict[str, Any]:
+    """Returns the config values that Qwen2-MoE and Qwen3-MoE share.
+
+    The flag for renormalisation is always written, since readers' defaults differ.
+    """
+    moe = spec.moe_blocks[0]
+    return {
+        "intermediate_size": spec.config.intermediate_size,
+        "moe_intermediate_size": moe.expert.width,
+        "num_experts": moe.num_experts,
+        "norm_topk_prob": moe.router.weights_sum_to_one,
+        "router_aux_loss_coef": moe.router.config.balance_coef,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": spec.dense_layers,
+        "use_sliding_window": False,
+    }

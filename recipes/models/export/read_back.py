@@ -1,8 +1,7 @@
-"""An export read back block by block: it computes, and no more of it is in memory than is asked for.
+"""Reads an export back block by block, within a limit of memory.
 
-The blocks of a decoder come one after the other. Each gets its weights when it is due and, in a model that is
-larger than the memory it may take, gives them up behind its turn; embeddings, head and what else lies outside
-of the blocks stay.
+The blocks of a decoder run one after the other. Each block is given its weights before it runs; if the model
+exceeds the limit, they are dropped afterwards. Embeddings, head and other weights outside the blocks stay.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Unread(ABC):
     """An exported model in fp32 whose parameters have no memory yet.
 
     Attributes:
-        model: As transformers builds it from the export's config.
+        model: The module that transformers builds from the export's config.
         folder: The export.
     """
 
@@ -38,7 +37,7 @@ class Unread(ABC):
 
     @abstractmethod
     def fill(self, wanted: Callable[[str], bool]) -> None:
-        """Gives the parameters and buffers their values whose names are wanted.
+        """Reads the parameters and buffers whose names are wanted.
 
         Raises:
             ModelError: A tensor of the files does not fit the model.
@@ -46,10 +45,10 @@ class Unread(ABC):
 
 
 class NativeUnread(Unread):
-    """Read by transformers' own loader, a part of the files at a time."""
+    """Exported model that is read by transformers' own loader, a part of the files at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the config alone."""
+        """Reads only the config."""
         from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -70,27 +69,27 @@ class NativeUnread(Unread):
         info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
         if wrong:
-            raise unsupported_reason(self.folder, f"transformers does not know what to do with {wrong[:3]}")
+            raise unsupported_reason(self.folder, f"transformers cannot use {wrong[:3]}")
 
 
 class ReadBack:
-    """The model of an export, which computes.
+    """Exported model that can run.
 
     Attributes:
-        model: In evaluation mode.
-        stays: Whether all of it stays in memory once it is read.
+        model: The module, in evaluation mode.
+        stays: Whether all weights stay in memory once they are read.
     """
 
     def __init__(self, unread: Unread, memory_bytes: float, heartbeat: Heartbeat | None = None) -> None:
-        """Reads what lies outside of the blocks.
+        """Reads the weights outside the blocks.
 
         Args:
             unread: The export.
-            memory_bytes: What the model may take, in fp32; it stays in memory if it takes no more.
-            heartbeat: Is told of every block.
+            memory_bytes: Limit in fp32; a model within it stays in memory.
+            heartbeat: Notified of each block.
 
         Raises:
-            ModelError: The files lack a tensor, or have one that does not fit.
+            ModelError: The files lack a tensor, or hold one that does not fit.
         """
         self._unread = unread
         self._heartbeat = heartbeat or Heartbeat()
@@ -131,5 +130,5 @@ def _drop(block: nn.Module, args: Any, out: Any) -> None:
 
 
 def unsupported_reason(folder: Path, rule: str) -> ModelError:
-    """An export that cannot be read back."""
+    """Makes the error for an export that cannot be read back."""
     return ModelError.one("export", str(folder), rule, "Export the run again: its checkpoints are whole.")

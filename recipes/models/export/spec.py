@@ -1,6 +1,6 @@
-"""What a format must know of a mixture of experts to hold it: nothing of its weights, all of its shape.
+"""Shape of an MoE model, without its weights, as export formats need it.
 
-The same description is made of a trained host in memory and of a checkpoint that is converted file to file.
+It is made from a trained model in memory and from a checkpoint that is converted file to file.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from recipes.models.hf.hf_model import HFModel
 
 @dataclass(frozen=True)
 class MoESpec:
-    """One MoE layer.
+    """Shape of one MoE layer.
 
     Attributes:
-        index: Of its block.
-        site: Module path of the feed-forward network that it takes the place of.
-        router: Its router; of its tensors only names and shapes matter here.
-        num_experts: Routed experts.
+        index: Index of its block.
+        site: Module path of the feed-forward network that it replaces.
+        router: Its router; only names and shapes of its tensors are used.
+        num_experts: Number of routed experts.
         expert: Shape of a routed expert.
-        shared_width: Width of the expert that every token uses; 0 for none.
+        shared_width: Width of the shared expert; 0 for none.
     """
 
     index: int
@@ -38,13 +38,13 @@ class MoESpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One layer of attention experts.
+    """Shape of one layer of attention experts.
 
     Attributes:
-        index: Of its block.
-        site: Module path of the attention that it takes the place of.
+        index: Index of its block.
+        site: Module path of the attention that it replaces.
         router: Its router.
-        scale: What the router's weights are multiplied by.
+        scale: Factor of the router's weights.
     """
 
     index: int
@@ -55,13 +55,13 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder some of whose feed-forward networks, and of whose attention, are mixtures.
+    """Shape of a decoder with MoE layers, and possibly attention experts.
 
     Attributes:
-        config: Of the dense host (transformers').
-        architecture: Name of the host's class.
-        moe_blocks: In the order of their blocks.
-        attention: Those of attention experts.
+        config: transformers' config of the dense model.
+        architecture: Name of the dense model's class.
+        moe_blocks: MoE layers in the order of their blocks.
+        attention: Layers of attention experts.
     """
 
     config: Any
@@ -71,17 +71,17 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
-        """Blocks, mixtures or not."""
+        """Number of blocks, with or without an MoE layer."""
         return int(self.config.num_hidden_layers)
 
     @property
     def dense_layers(self) -> list[int]:
-        """Indices of the blocks that stayed dense."""
+        """Indices of the blocks whose feed-forward networks are dense."""
         return sorted(set(range(self.num_layers)) - {moe.index for moe in self.moe_blocks})
 
 
 def describe_model(model: HFModel) -> ModelSpec:
-    """The description of a host in memory."""
+    """Describes a model in memory."""
     named = {id(layer): name for name, layer in model.module.named_modules() if isinstance(layer, MoELayer)}
     moe_blocks = tuple(_describe(index, named[id(layer)], layer) for index, layer in model.moe_layers())
     attention = tuple(

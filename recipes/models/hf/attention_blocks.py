@@ -1,7 +1,7 @@
-"""Puts attention experts in the place of a transformers decoder's attention.
+"""Replaces the attention of a transformers decoder by attention experts.
 
-The families are listed: what an attention does besides its projections cannot be told from its weights. What
-was recognised is compared with the module itself all the same.
+Families are listed, since weights do not show what an attention computes besides its projections. Each
+replaced attention is nevertheless compared with the module itself.
 
 Letters: B sequences, S positions, T tokens, D model width, E experts (key-value heads).
 """
@@ -40,16 +40,16 @@ from recipes.models.hf.hf_model import HFModel
 
 #: Families whose attention is projections, an optional norm of each head, rotary embedding and softmax.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# What masks the layer can read: of others it is given none, and windows and padding would be lost.
+# Implementations that pass masks to the layer; with others, windows and padding would be lost.
 _IMPLEMENTATIONS = ("sdpa", "eager")
 _SITE = "self_attn"
 
 
 def attention_mistakes(config: AttentionConfig, dense: Mapping[str, Any]) -> list[Mistake]:
-    """Why the attention of a model cannot become experts, from its ``config.json`` alone.
+    """Checks from ``config.json`` alone that a model's attention can become experts.
 
     Args:
-        config: What is asked for.
+        config: The requested attention experts.
         dense: The content of the file.
     """
     family = dense.get("model_type")
@@ -81,9 +81,9 @@ class RoutedSelfAttention(AttentionMoE):
 
         Args:
             dense: transformers' module.
-            router: Over its key-value heads.
-            context: Of the layer.
-            scale: As in `AttentionMoE`.
+            router: Router over its key-value heads.
+            context: Context of the layer.
+            scale: See `AttentionMoE`.
         """
         norms = (getattr(dense, "q_norm", None), getattr(dense, "k_norm", None))
         weights = read_attention(dense)
@@ -99,11 +99,10 @@ class RoutedSelfAttention(AttentionMoE):
         past_key_values: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """As transformers' own; attention probabilities are not given out.
+        """Computes what transformers' own module does, without returning attention probabilities.
 
         Raises:
-            ModelError: The attention implementation or the cache is of a kind that has no masks or no room
-                for experts.
+            ModelError: The attention implementation passes no masks, or the cache cannot hold experts.
         """
         self._require_masks(attention_mask)
         memory = None
@@ -123,7 +122,7 @@ class RoutedSelfAttention(AttentionMoE):
 
 
 def read_attention(dense: Any) -> AttentionWeights:
-    """The weights of transformers' module, cut into experts; they share its memory where they can."""
+    """Splits the weights of transformers' module into experts, which share its memory where possible."""
     projections = (dense.q_proj, dense.k_proj, dense.v_proj, dense.o_proj)
     num_experts = dense.k_proj.out_features // dense.head_dim
     biases = [None if linear.bias is None else linear.bias.detach() for linear in projections]
@@ -133,7 +132,7 @@ def read_attention(dense: Any) -> AttentionWeights:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention of a host.
+    """One attention of a model.
 
     Attributes:
         layer: Index of its block.
@@ -146,27 +145,27 @@ class AttentionSite:
     dense: nn.Module
 
     def replace(self, routed: RoutedSelfAttention) -> None:
-        """Puts experts in its place."""
+        """Replaces it by experts."""
         setattr(self.block, _SITE, routed)
 
 
 def attention_sites(model: HFModel, layers: Sequence[int]) -> list[AttentionSite]:
-    """The dense attention of some blocks."""
+    """Returns the dense attention of some blocks."""
     blocks = decoder_blocks(model.module, model.config)
     return [AttentionSite(i, blocks[i], blocks[i].get_submodule(_SITE)) for i in layers]
 
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """What was done and how exact it is.
+    """Outcome of the surgery on attention, and how exact it is.
 
     Attributes:
         layers: Indices of the blocks whose attention became experts.
         num_experts: E.
-        top_k: Experts a token.
-        scale: What the router's weights are multiplied by.
-        claimed_exact: Whether every token uses all experts and each counts 1.
-        logits: Drift of the logits on real tokens, from those before this surgery.
+        top_k: Experts per token.
+        scale: Factor of the router's weights.
+        claimed_exact: Whether each token uses all experts with weight 1.
+        logits: Drift of the logits on real tokens from those before the surgery.
         drifts: Drift of each layer on its own.
     """
 
@@ -180,7 +179,7 @@ class AttentionReport:
 
 
 def describe_attention(report: AttentionReport) -> str:
-    """One line on what was done."""
+    """Describes the surgery in a line."""
     worst = max(report.drifts, key=lambda drift: drift.relative_error)
     drift = "exact"
     if not report.claimed_exact:
@@ -189,7 +188,7 @@ def describe_attention(report: AttentionReport) -> str:
             f"{worst.relative_error:.2f}, gain {worst.gain:.2f}"
         )
     return (
-        f"attention: {report.top_k} of {report.num_experts} key-value heads a token in layers "
+        f"attention: {report.top_k} of {report.num_experts} key-value heads per token in layers "
         f"{list(report.layers)}, weights times {report.scale:g}; logits differ from those before by "
         f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest): {drift}. FLOPs are not "
         "counted: which keys a query meets depends on the text"
@@ -197,23 +196,23 @@ def describe_attention(report: AttentionReport) -> str:
 
 
 def summarise_attention(report: AttentionReport) -> dict[str, Any]:
-    """The same for ``summary.json``."""
+    """Returns the report for ``summary.json``."""
     return json.loads(json.dumps(asdict(report)))  # type: ignore[no-any-return]
 
 
 def swap_attention(
     model: HFModel, config: AttentionConfig, seed: int
 ) -> list[tuple[AttentionSite, RoutedSelfAttention]]:
-    """Puts attention experts in the place of the chosen layers' attention; returns each with its site.
+    """Replaces the attention of the chosen layers by experts; returns them with their sites.
 
     Args:
-        model: Changed in place; its feed-forward networks may be mixtures already.
-        config: What is asked for.
-        seed: Of the routers' weights.
+        model: Changed in place; it may have MoE layers already.
+        config: The requested attention experts.
+        seed: Seed of the routers' weights.
 
     Raises:
         ConfigError: The model or the router does not fit.
-        ModelError: An attention computes something else than it is taken for.
+        ModelError: An attention computes something else than its family suggests.
     """
     if mistakes := attention_mistakes(config, model.config.to_dict()):
         raise ConfigError(mistakes)
@@ -236,17 +235,17 @@ def swap_attention(
 def upcycle_attention(
     model: HFModel, config: AttentionConfig, seed: int, tokens_BS: Tensor
 ) -> AttentionReport:
-    """Turns a host's attention into experts and measures whether it still computes the same.
+    """Turns a model's attention into experts and measures whether it still computes the same.
 
     Args:
         model: Changed in place.
-        config: What is asked for.
-        seed: Of the routers' weights.
+        config: The requested attention experts.
+        seed: Seed of the routers' weights.
         tokens_BS: ``[B, S]`` real tokens.
 
     Raises:
-        ConfigError: As `swap_attention`.
-        ExactnessError: All heads count 1, and the logits differ.
+        ConfigError: See `swap_attention`.
+        ExactnessError: All heads have weight 1, and the logits differ.
     """
     model.module.eval()
     before = model.module(input_ids=tokens_BS).logits
@@ -275,11 +274,11 @@ def upcycle_attention(
 def _measuring(
     swapped: Sequence[tuple[AttentionSite, RoutedSelfAttention]], drifts: list[LayerDrift]
 ) -> Iterator[None]:
-    """While open, each forward pass of attention experts is compared with the dense one on the same input."""
+    """Compares, while open, each forward pass of attention experts with the dense one on the same input."""
 
     def hook(site: AttentionSite) -> Callable[..., None]:
         def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> None:
-            # One pass from the start: what the experts have remembered of it is not for the dense module.
+            # The pass starts at the first token; the experts' cache is not for the dense module.
             dense = site.dense(*args, **kwargs | {"past_key_values": None})[0]
             drifts.append(layer_drift(site.layer, dense, out[0]))
 
@@ -295,7 +294,7 @@ def _measuring(
 
 @torch.no_grad()
 def _verify(model: HFModel, site: AttentionSite, routed: RoutedSelfAttention) -> None:
-    """Compares all experts together with the dense attention, on random input."""
+    """Compares the sum of all experts with the dense attention, on random input."""
     E, D = routed.experts.num_experts, routed.experts.w_q_EQD.shape[2]
     like = routed.experts.w_q_EQD
     x_1SD = torch.randn(1, 8, D, generator=torch.Generator().manual_seed(0)).to(like)

@@ -1,4 +1,4 @@
-"""transformers' cache with room for attention experts: keys and values of the tokens that each was given."""
+"""Cache layers of transformers for attention experts, with keys and values of the tokens routed to each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moe.errors import ModelError
 
 
 def memory_of(cache: Cache, layer: int) -> KeyMemory:
-    """What a cache holds of a layer of attention experts; a layer that is still empty is made one of them.
+    """Returns the memory of a layer of attention experts; an empty layer of the cache becomes one of them.
 
     Args:
-        cache: As `generate` hands it from pass to pass; of the dynamic kind.
+        cache: The dynamic cache that `generate` passes along.
         layer: Index of the block.
 
     Raises:
@@ -38,10 +38,10 @@ def memory_of(cache: Cache, layer: int) -> KeyMemory:
 
 
 class ExpertCacheLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's `KeyMemory` as a cache keeps layers: it counts all tokens and holds those that were routed.
+    """Cache layer that counts all tokens and holds keys and values of those routed to each expert.
 
     Attributes:
-        memory: What is remembered.
+        memory: The keys and values.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -51,63 +51,63 @@ class ExpertCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_sliding(self) -> bool:
-        """Whether old positions are forgotten."""
+        """True if old positions are dropped."""
         return self.memory.window is not None
 
     @property
     def is_croppable(self) -> bool:
-        """Whether it can go back: what a window has forgotten is gone."""
+        """True if positions can be removed again, which a window does not allow."""
         return self.memory.window is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """Does nothing; the layer is initialised from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Not for dense attention: the experts extend `memory` themselves."""
+        """Always fails: the experts extend `memory` themselves, and dense attention must not."""
         raise AssertionError("a dense attention updates the cache of attention experts")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of a mask and the position of the first, as for dense layers of the same kind."""
+        """Returns the number of columns of a mask and the position of the first, as dense layers do."""
         seen, window = self.memory.num_tokens, self.memory.window
         offset = 0 if window is None else max(seen - window + 1, 0)
         return seen - offset + query_length, offset
 
     def get_seq_length(self) -> int:
-        """Positions seen."""
+        """Returns the number of positions seen."""
         return self.memory.num_tokens
 
     def get_max_length(self) -> int:
-        """As for dense layers."""
+        """Returns the window, or -1 without one, as dense layers do."""
         return -1 if self.memory.window is None else self.memory.window
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Drops all keys and values."""
         self.memory = KeyMemory(self.memory.window)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets so many of the last positions, given as 0 or a negative number.
+        """Drops the last positions, whose number is given as 0 or a negative number.
 
         Raises:
-            ValueError: The number is positive, or a window has forgotten what would be needed again.
+            ValueError: The number is positive, or a window has dropped positions that would be needed again.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the positions to remove as a negative number")
         if tokens_to_remove == 0:
             return
         if not self.is_croppable:
-            raise ValueError("a window has forgotten positions that would be needed again")
+            raise ValueError("a window has dropped positions that would be needed again")
         self.memory.crop(self.memory.num_tokens + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Goes on with other beams."""
+        """Continues with other beams."""
         self.memory.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with some sequences."""
+        """Continues with some of the sequences."""
         self.memory.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence several times, its copies one after the other."""
+        """Repeats each sequence, its copies one after the other."""
         for found in self.memory.experts.values():
             count = len(found.count_B)
             self.memory.take(torch.arange(count, device=found.count_B.device).repeat_interleave(repeats))

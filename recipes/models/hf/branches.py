@@ -1,4 +1,4 @@
-"""Several dense models that become one mixture: whether they fit together, and the mean of their rest."""
+"""Dense models that are merged into one MoE model: checks that they match, and averages shared weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from moe.errors import ConfigError, Mistake
 from recipes.models.hf.inspection import check_dense, read_config
 
-# What may differ between models that compute alike: names, versions, dtypes of files, generation.
+# Config keys that may differ between models of one architecture: names, versions, file dtypes, generation.
 _FREE_KEYS = {
     "_name_or_path",
     "architectures",
@@ -31,19 +31,19 @@ _FREE_KEYS = {
 
 
 def check_sources(folders: Sequence[str], dense: str | None, *, trust_remote_code: bool) -> list[Mistake]:
-    """Every reason why folders cannot be branches of a dense model; reads configs and headers, no weights.
+    """Finds all reasons why folders cannot be branches of a dense model, from configs and headers alone.
 
     Args:
         folders: ``upcycle.sources``.
-        dense: The seed's folder, checked by itself; None for the embedded default.
-        trust_remote_code: Whether folders may bring code.
+        dense: The seed model's folder, checked elsewhere; None for the default model.
+        trust_remote_code: Whether folders may contain code.
     """
     if not folders:
         return []
     mistakes: list[Mistake] = []
     seed = None if dense is None else Path(dense).expanduser()
     if seed is not None and check_dense(str(seed), trust_remote_code=trust_remote_code):
-        seed = None  # told already, as the mistakes of dense
+        seed = None  # already reported as mistakes of dense
     for number, folder in enumerate(folders):
         where = f"upcycle.sources.{number}"
         found = check_dense(folder, trust_remote_code=trust_remote_code)
@@ -81,10 +81,10 @@ def _vocabulary(folder: Path) -> Any:
 
 
 def require_same(model: Any, branches: Sequence[Any], folders: Sequence[str]) -> None:
-    """Holds branches to the dense model's configuration and shapes.
+    """Checks that branches have the dense model's config and shapes.
 
     Raises:
-        ConfigError: They differ; every difference of a config is named, and the first one of the shapes.
+        ConfigError: They differ; all differences of configs are named, and the first one of the shapes.
     """
     mistakes = []
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -105,12 +105,12 @@ def require_same(model: Any, branches: Sequence[Any], folders: Sequence[str]) ->
 
 @torch.no_grad()
 def average(models: Sequence[nn.Module], members: Sequence[int], left_out: Sequence[str]) -> None:
-    """Gives the first model the mean of several models' parameters.
+    """Sets the first model's parameters to the mean over several models.
 
     Args:
-        models: All of one architecture.
-        members: Which of them the mean is of.
-        left_out: Prefixes of the names of parameters that stay as they are.
+        models: Models of one architecture.
+        members: Indices of the models that are averaged.
+        left_out: Name prefixes of parameters that stay unchanged.
     """
     if tuple(members) == (0,):
         return

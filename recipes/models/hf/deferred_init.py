@@ -1,7 +1,7 @@
-"""Models whose parameters have no memory yet, and where they get their weights from once they are spread.
+"""Deferred initialisation: parameters without memory, and the sources that fill them once they are sharded.
 
-A parameter is made on torch's meta device. An engine spreads the model over its ranks, and only then gives
-memory to what this rank holds, and has the model's `WeightSource` fill it: nothing is ever whole.
+A parameter is made on torch's meta device. The engine shards the model, allocates only the local shards, and
+has the model's `WeightSource` fill them, so that no rank ever holds a whole model.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from recipes.checkpoint.shard_layout import Box, Placed, place
 
 
 class WeightSource(ABC):
-    """Where the parameters of an unfilled model come from."""
+    """Source of the weights of a deferred model."""
 
     @abstractmethod
     def fill(self, held: Mapping[str, Placed]) -> None:
-        """Writes weights into what this rank holds, whatever engine's memory that is.
+        """Writes weights into the local shards.
 
         Args:
-            held: By the name that the host gives a tensor, what this rank holds of it; of parameters without
-                memory of their own, and of `buffers`.
+            held: Name in the model -> local pieces, for deferred parameters and for `buffers`.
         """
 
     @property
     def buffers(self) -> Collection[str]:
-        """The buffers that it has values for."""
+        """Names of the buffers that it has values for."""
         return ()
 
     def wanted(self, model: nn.Module) -> set[str]:
-        """What of a model it is to fill: parameters that have no memory, and its own buffers."""
+        """Returns the names to fill in a model: deferred parameters, and this source's `buffers`."""
         empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
         return empty | {name for name, _ in persistent_buffers(model) if name in self.buffers}
 
     def give(self, model: nn.Module, device: torch.device) -> None:
-        """Gives memory, and weights, to every parameter that has none. All ranks call it together.
+        """Allocates and fills all deferred parameters. Collective.
 
         Args:
-            model: Spread over the ranks already; parameters that have memory are left as they are.
-            device: Where this rank computes.
+            model: The sharded model; parameters that have memory are left unchanged.
+            device: The device of this rank.
         """
         wanted = self.wanted(model)
         allocate(model, lambda name, parameter: torch.empty_like(parameter, device=device))
@@ -55,21 +54,21 @@ class WeightSource(ABC):
 
 
 class CheckpointWeights(WeightSource):
-    """Memory alone: a checkpoint is loaded into it."""
+    """Source that only leaves the allocated memory, into which a checkpoint is loaded."""
 
     def fill(self, held: Mapping[str, Placed]) -> None:
         """See `WeightSource.fill`."""
 
 
 class PresentWeights(WeightSource):
-    """What is in memory, whole, and for the rest another source."""
+    """Source of whole tensors in memory, with another source for the others."""
 
     def __init__(self, tensors: Mapping[str, Tensor], rest: WeightSource | None) -> None:
         """Copies nothing yet.
 
         Args:
-            tensors: By name; those on the meta device are the other source's.
-            rest: The other source; None where there is nothing on the meta device.
+            tensors: Tensors by name; those on the meta device are left to the other source.
+            rest: The other source; None if no tensor is on the meta device.
         """
         self._tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
         self._rest = rest
@@ -88,24 +87,24 @@ class PresentWeights(WeightSource):
                 piece.tensor.copy_(self._tensors[name][piece.box.within(whole)])
         others = {name: placed for name, placed in held.items() if name not in self._tensors}
         if others:
-            assert self._rest is not None, f"nobody has weights for {sorted(others)}"
+            assert self._rest is not None, f"no source has weights for {sorted(others)}"
             self._rest.fill(others)
 
 
 class DonatedWeights(WeightSource):
-    """The parameters of another model of the same shape that is spread alike; it is of no use afterwards."""
+    """Source that takes the parameters of another model, sharded alike, which is unusable afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
         for module in model.modules():
-            # A forward pass without backward leaves the outermost weights gathered.
+            # A forward pass without backward leaves the outermost weights unsharded.
             if isinstance(module, FSDPModule):
                 module.reshard()
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(persistent_buffers(model))
 
     def fill(self, held: Mapping[str, Placed]) -> None:
-        """What is spread alike is handed over, and never copied."""
-        raise AssertionError(f"{sorted(held)} are to be taken as they are")
+        """Always fails: parameters are taken over by `give`, never copied."""
+        raise AssertionError(f"{sorted(held)} are taken over, never filled")
 
     @torch.no_grad()
     def give(self, model: nn.Module, device: torch.device) -> None:
@@ -123,35 +122,35 @@ class DonatedWeights(WeightSource):
 
 
 def without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of that shape, dtype and device that takes the memory of one element; not to be written to.
+    """Makes a tensor that takes the memory of one element and must not be written to.
 
-    Unlike a tensor on the meta device it can stand where an engine asks for real ones.
+    Unlike a tensor on the meta device, it is accepted where an engine requires a real one.
     """
     return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether all elements of a tensor have a place of their own; those `without_memory` share one."""
+    """Returns True if all elements of a tensor have their own memory; those `without_memory` share one."""
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def stand_in(model: nn.Module, device: torch.device) -> None:
-    """Puts tensors `without_memory` where a model has parameters on the meta device."""
+    """Replaces a model's parameters on the meta device by tensors `without_memory`."""
     allocate(model, lambda name, parameter: without_memory(parameter.shape, parameter.dtype, device))
 
 
 def drop_memory(parameters: Iterable[Tensor], device: torch.device) -> None:
-    """Leaves parameters shapes alone; whoever else holds what they were keeps it."""
+    """Frees the memory of parameters, unless others hold it, and keeps their shapes."""
     for parameter in parameters:
         parameter.data = without_memory(parameter.shape, parameter.dtype, device)
 
 
 def allocate(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Replaces every parameter without memory, tied ones by one and the same.
+    """Replaces all parameters on the meta device, tied ones by the same tensor.
 
     Args:
-        model: Plain, or under FSDP2.
-        make: From a parameter's name and the parameter to what takes its place.
+        model: A plain model, or one under FSDP2.
+        make: Maps a parameter's name and the parameter to the new tensor.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[int, nn.Parameter] = {}
@@ -164,22 +163,21 @@ def allocate(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
                 made[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             module._parameters[key] = made[id(parameter)]
     if isinstance(model, FSDPModule):
-        # FSDP2 looks at its parameters anew when something has been done to all of them.
+        # FSDP2 re-registers its parameters after a change of all of them.
         model._apply(lambda tensor: tensor)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that are part of a model's state."""
+    """Yields the buffers that are part of a model's state dict."""
     state = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """While open, parameters of new modules have no memory; buffers do, with their values.
+    """Keeps, while open, the parameters of new modules on the meta device; buffers get their values.
 
-    Not torch's meta device for everything: what a model computes into its buffers, as the frequencies of
-    rotary embedding, would be lost.
+    Under torch's meta device, computed buffers such as rotary frequencies would be lost.
     """
 
     def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -195,11 +193,11 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def deferred_model(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """A decoder of transformers in fp32 and evaluation mode, its parameters without memory.
+    """Builds a decoder of transformers in fp32 and evaluation mode, with deferred parameters.
 
     Args:
         config: transformers' config; its dtype is set to fp32.
-        trust_remote_code: Whether the model may bring its own code.
+        trust_remote_code: Whether the model may run its own code.
     """
     from transformers import AutoModelForCausalLM
 

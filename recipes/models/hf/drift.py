@@ -1,4 +1,4 @@
-"""How far each method moves a dense model before any training: per layer and for the logits, on real text.
+"""Measures how far upcycling moves a dense model before training, per layer and for the logits, on real text.
 
 Letters: B samples, S sequence length.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
-from recipes.models.hf.hf_model import HFModel, Surgery, SurgeryReport, chosen_sites, measuring, swap
+from recipes.models.hf.ffn_surgery import Surgery, SurgeryReport, chosen_sites, measuring, swap
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.load_entropy import load_entropies
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
@@ -24,16 +25,16 @@ LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class MethodDrift:
-    """What one method does to a model.
+    """Drift of a model under one method.
 
     Attributes:
-        claims_exact: Whether it claims to keep the function under this router.
+        claims_exact: Whether the method claims to preserve the function under this router.
         logits: Drift of the logits.
         dense_loss: Next-token loss of the dense model, in nats.
-        loss: Of the mixture.
-        layers: Drift of each layer on the input that it sees in the mixture.
-        load_entropy: By layer, entropy of where the tokens go over that of even load: 1 is balanced.
-        parameters: Of the mixture.
+        loss: Next-token loss of the MoE model, in nats.
+        layers: Drift of each layer on the input that it sees in the MoE model.
+        load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
+        parameters: Number of parameters of the MoE model.
     """
 
     claims_exact: bool
@@ -45,7 +46,7 @@ class MethodDrift:
     parameters: int
 
     def mean(self, field: str) -> float:
-        """Mean over the layers of a field of `LayerDrift`."""
+        """Computes the mean over the layers of a field of `LayerDrift`."""
         return statistics.fmean(getattr(layer, field) for layer in self.layers)
 
 
@@ -57,16 +58,16 @@ def measure_drift(
     sources: Sequence[HFModel] = (),
     known: LayerTensors | None = None,
 ) -> MethodDrift:
-    """Makes the mixture, measures it, and leaves the host dense again.
+    """Upcycles a model, measures it, and makes it dense again.
 
-    A method that averages several checkpoints changes the rest of the host too; give it a host of its own.
+    A method that averages several checkpoints changes the other weights too; give it a model of its own.
 
     Args:
         model: The dense decoder.
-        surgery: How it becomes a mixture.
+        surgery: The recipe.
         tokens_BS: ``[B, S]`` real tokens.
         sources: The decoders of the method's own `sources`.
-        known: Statistics by layer, for methods that need some.
+        known: Statistics by layer, for methods that need them.
 
     Raises:
         ConfigError: The method does not fit.
@@ -109,7 +110,7 @@ def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
 
 
 def layer_table(layers: Sequence[LayerDrift], load_entropy: Sequence[float]) -> str:
-    """A line for each layer, for people."""
+    """Formats a table with a line for each layer."""
     lines = [f"{'layer':>7}{'rel. error':>12}{'cosine':>9}{'gain':>8}{'load':>7}"]
     for drift, load in zip(layers, load_entropy, strict=True):
         figures = f"{drift.relative_error:>12.3f}{drift.cosine:>9.3f}{drift.gain:>8.2f}{load:>7.2f}"
@@ -118,20 +119,20 @@ def layer_table(layers: Sequence[LayerDrift], load_entropy: Sequence[float]) -> 
 
 
 def describe_surgery(report: SurgeryReport) -> str:
-    """The step-0 gate in a line, and what an inexact method did to each layer."""
-    head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and mixture differ by "
+    """Describes the step-0 equivalence check in a line, with a table of layers for an inexact method."""
+    head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and MoE differ by "
     figures = f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
     if report.claimed_exact:
         return f"{head}{figures}: exact"
     return (
         f"{head}{figures}, KL {report.logits.kl:.2e}: this method is not exact under this router. Outputs of "
-        "each mixture against its dense network's, and the entropy of its load (1: even):\n"
+        "each MoE layer against its dense network's, and the entropy of its load (1: even):\n"
         f"{layer_table(report.drifts, report.load_entropy)}"
     )
 
 
 def summarise_surgery(report: SurgeryReport) -> dict[str, Any]:
-    """The step-0 gate for ``summary.json``."""
+    """Returns the step-0 equivalence check for ``summary.json``."""
     return {
         "method": report.method,
         "claimed_exact": report.claimed_exact,

@@ -1,8 +1,8 @@
 """Finds the feed-forward network in every block of a decoder, whatever its family.
 
-A network is recognised by the names of its linear layers, and where those are unknown by their shapes; what
-was recognised is then compared with the module itself on random input, so that a network that does
-more than ``down(act(gate(x)) * up(x))`` is refused by name and never silently changed.
+A network is recognised by the names of its linear layers, or by their shapes if the names are unknown. It is
+then compared with the module itself on random input, so that a network that does more than
+``down(act(gate(x)) * up(x))`` is rejected by name and never silently changed.
 
 Letters: T tokens, D model width, F width of the network.
 """
@@ -35,7 +35,7 @@ _KNOWN_NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "up_proj", "down_proj"),  # Nemotron, Arcee
 )
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")
-# What a recomputation in another order of summation may differ by, relative to the largest output.
+# Largest difference due to another order of summation, relative to the largest output.
 _RECOGNITION_TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -46,12 +46,12 @@ _RECOGNITION_TOLERANCE = {
 
 @dataclass(frozen=True)
 class FFNSite:
-    """One feed-forward network in a host.
+    """One feed-forward network of a model.
 
     Attributes:
         layer: Index of the block.
         name: Module path, as in ``model.get_submodule(name)``.
-        weights: Its weights; views of the host's parameters, not copies.
+        weights: Its weights; views of the model's parameters, not copies.
     """
 
     layer: int
@@ -59,21 +59,21 @@ class FFNSite:
     weights: FFNWeights
 
     def replace(self, model: nn.Module, module: nn.Module) -> None:
-        """Puts another module in its place."""
+        """Replaces it by another module."""
         parent, _, child = self.name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
 
 
 def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFNSite]:
-    """The feed-forward network of every block, in order.
+    """Finds the feed-forward network of each block, in order.
 
     Args:
         model: A decoder of transformers.
         config: Its config, for the number of layers and the name of the activation.
-        verify: Whether to compare every network with what it is taken for; not for a model without weights.
+        verify: Whether to compare outputs with those of the module; False for a model without weights.
 
     Raises:
-        ModelError: The blocks or their network cannot be told, or the network computes something else.
+        ModelError: Blocks or networks are not recognised, or a network computes something else.
     """
     prefix, blocks = _blocks(model, config)
     found = [_ffn_of_block(block, f"{prefix}.{layer}", config) for layer, block in enumerate(blocks)]
@@ -82,14 +82,14 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
     for layer, (name, ffn) in enumerate(found):
         weights = _read(ffn, activation)
         if reason := activation_unsupported_reason(activation, weights.gate_FD is not None):
-            raise _refuse(config, reason, "Correct the config's activation.")
+            raise _unsupported(config, reason, "Correct the config's activation.")
         if verify:
             _verify(ffn, weights, f"{prefix}.{layer}.{name}", config)
         sites.append(FFNSite(layer, f"{prefix}.{layer}.{name}", weights))
     return sites
 
 
-def _refuse(config: Any, rule: str, remedy: str) -> ModelError:
+def _unsupported(config: Any, rule: str, remedy: str) -> ModelError:
     return ModelError.one("dense", getattr(config, "model_type", type(config).__name__), rule, remedy)
 
 
@@ -102,15 +102,15 @@ def _blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     ]
     if not lists:
         rule = f"no list of {depth} decoder blocks is found in {type(model).__name__}"
-        raise _refuse(config, rule, "Open an issue that names the model; this family is not supported.")
+        raise _unsupported(config, rule, "Open an issue that names the model; this family is not supported.")
     return lists[0]
 
 
 def decoder_blocks(model: nn.Module, config: Any) -> nn.ModuleList:
-    """The list of a decoder's blocks.
+    """Returns the list of a decoder's blocks.
 
     Raises:
-        ModelError: There is none of the config's depth.
+        ModelError: No list of modules has the config's depth.
     """
     return _blocks(model, config)[1]
 
@@ -121,20 +121,20 @@ def _activation(config: Any) -> str:
         if isinstance(value, str):
             if value not in ACTIVATIONS:
                 rule = f"its activation {key}={value!r} is unknown"
-                raise _refuse(config, rule, f"Known are: {', '.join(ACTIVATIONS)}.")
+                raise _unsupported(config, rule, f"Known are: {', '.join(ACTIVATIONS)}.")
             return value
-    raise _refuse(config, "its config names no activation", f"Set one of {', '.join(_ACTIVATION_KEYS)}.")
+    raise _unsupported(config, "its config names no activation", f"Set one of {', '.join(_ACTIVATION_KEYS)}.")
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a layer is GPT-2's, which stores its weight as ``[in, out]``."""
+    """Returns True for GPT-2's linear layer, which stores its weight as ``[in, out]``."""
     return type(module).__name__ == "Conv1D"
 
 
 def linear_names(network: nn.Module) -> tuple[str | None, str, str]:
-    """The names of gate, up and down among a network's linear layers.
+    """Returns the names of gate, up and down among a network's linear layers.
 
-    Gate is None when the network is not gated, and the name of up when one matrix holds both.
+    Gate is None if the network is not gated, and equals up if one matrix holds both.
     """
     names = _match(network)
     assert names is not None, network
@@ -157,7 +157,7 @@ def _candidates(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _match(module: nn.Module) -> tuple[str | None, str, str] | None:
-    """The names of (gate, up, down) among a module's own linear layers."""
+    """Returns the names of (gate, up, down) among a module's own linear layers, if it has them."""
     linears = _linears(module)
     for known in _KNOWN_NAMES:
         if set(linears) == {name for name in known if name is not None}:
@@ -185,7 +185,7 @@ def _ffn_of_block(block: nn.Module, where: str, config: Any) -> tuple[str, nn.Mo
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         rule = f"one feed-forward network is expected in {where} ({type(block).__name__}), found: {names}"
-        raise _refuse(config, rule, "Open an issue that names the model; this family is not supported.")
+        raise _unsupported(config, rule, "Open an issue that names the model; this family is not supported.")
     name, ffn = found[0]
     required = [
         parameter.name
@@ -197,12 +197,14 @@ def _ffn_of_block(block: nn.Module, where: str, config: Any) -> tuple[str, nn.Mo
         rule = (
             f"{where}.{name} takes {', '.join(required)} where a plain feed-forward network takes one input"
         )
-        raise _refuse(config, rule, "This family adds its residual inside the network and is not supported.")
+        raise _unsupported(
+            config, rule, "This family adds its residual inside the network and is not supported."
+        )
     return name, ffn
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    """``[out, in]``, whichever way the layer stores it."""
+    """Returns the weight as ``[out, in]``, whichever way the layer stores it."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.t() if is_conv1d(linear) else weight
 
@@ -234,7 +236,7 @@ def _detached(bias: Any) -> Tensor | None:
 
 
 def dense_ffn(x_TD: Tensor, weights: FFNWeights) -> Tensor:
-    """The network that the weights describe, in plain torch: ``[T, D] -> [T, D]``."""
+    """Computes the network that the weights describe, in plain torch: ``[T, D] -> [T, D]``."""
     act = ACTIVATIONS[weights.activation]
     hidden_TF = nn.functional.linear(x_TD, weights.up_FD, weights.b_up_F)
     if weights.gate_FD is not None:
@@ -259,4 +261,4 @@ def _verify(ffn: nn.Module, weights: FFNWeights, where: str, config: Any) -> Non
             f"{where} ({type(ffn).__name__}) computes something else than a feed-forward network with "
             f"activation {weights.activation!r}: outputs differ by {error:.1e} of the largest"
         )
-        raise _refuse(config, rule, "Open an issue that names the model; this family is not supported.")
+        raise _unsupported(config, rule, "Open an issue that names the model; this family is not supported.")

@@ -1,8 +1,7 @@
-"""Where the feed-forward networks of a checkpoint are, told from its config alone: names, no weights.
+"""Names of a checkpoint's feed-forward networks, found from its config alone.
 
-The host is built without memory, its networks are found as in a loaded model, and one of them is tried
-out at a small width, so that a family whose network computes something else is refused before anything
-is written.
+The model is built without memory, its networks are found as in a loaded model, and one of them is tested at a
+small width, so that a family whose network computes something else is rejected before anything is written.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from moe.errors import ModelError
 from moe.upcycle.layer_plan import FFNShape, Matrix
 from recipes.models.hf.ffn_blocks import FFNSite, find_ffns, is_conv1d, linear_names
 
-# Of the network that is tried out.
+# Width of the network that is tested.
 _TRIAL_WIDTH = 64
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
 @dataclass(frozen=True)
 class MatrixName:
-    """Where a matrix of a network is.
+    """Place of a matrix of a network.
 
     Attributes:
-        tensor: Name of the tensor, as in the host's state.
-        part: Which of so many equal runs of rows it is, as (index, number).
+        tensor: Name of the tensor in the model's state dict.
+        part: Its run of rows, as (index, number of equal runs in the tensor).
         transposed: Stored as ``[in, out]`` (GPT-2's Conv1D).
     """
 
@@ -41,14 +40,14 @@ class MatrixName:
 
 @dataclass(frozen=True)
 class FFNNames:
-    """One feed-forward network by its names.
+    """Names of one feed-forward network.
 
     Attributes:
         layer: Index of the block.
         site: Module path.
-        shape: Of the network.
-        matrices: Where each of its matrices is.
-        biases: Where each of its biases is.
+        shape: Shape of the network.
+        matrices: Place of each matrix.
+        biases: Place of each bias.
     """
 
     layer: int
@@ -60,17 +59,17 @@ class FFNNames:
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What is known of a host from its config.
+    """Names and shapes of a model's tensors, known from its config.
 
     Attributes:
         config: transformers' config.
         architecture: Name of its class.
         ffns: Its feed-forward networks, in order.
-        state: Name to shape of everything in its state, tied tensors once.
-        tied: Second names of tied tensors, with the first.
-        in_state: From a name in checkpoint files to that in the state; transformers has renamed some, and
-            some files leave out what the names of the base model begin with.
-        ignored: Regular expressions of names that transformers leaves unread.
+        state: Name -> shape of all tensors in its state dict, tied ones once.
+        tied: Second name -> first name of tied tensors.
+        in_state: Maps a name in checkpoint files to that in the state dict; transformers has renamed some,
+            and some files omit the prefix of the base model.
+        ignored: Regular expressions of names that transformers does not read.
     """
 
     config: Any
@@ -83,10 +82,10 @@ class ModelNames:
 
 
 def read_names(folder: Any, *, trust_remote_code: bool = False) -> ModelNames:
-    """Names of the host whose ``config.json`` is in a folder.
+    """Finds the names in the model whose ``config.json`` is in a folder.
 
     Raises:
-        ModelError: transformers does not know the model, or its networks cannot be told.
+        ModelError: transformers does not know the model, or its networks are not recognised.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,7 +120,7 @@ def read_names(folder: Any, *, trust_remote_code: bool = False) -> ModelNames:
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
-    """transformers' own renaming of what it reads."""
+    """Returns transformers' own renaming of tensors that it reads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -138,7 +137,7 @@ def _renaming(model: Any) -> Callable[[str], str]:
 
 
 def _try_out(config: Any, trust_remote_code: bool) -> None:
-    """Compares the network of a narrow block of the family with what it is taken for, on random weights."""
+    """Verifies the network of a narrow block of the family, on random weights."""
     from transformers import AutoModelForCausalLM
 
     small = copy.deepcopy(config)

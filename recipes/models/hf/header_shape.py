@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe.upcycle.layer_plan import FFNShape
 from recipes.models.hf.inspection import read_config, weight_files
-from recipes.runtime.safetensors_codec import read_header
+from recipes.runtime.safetensors_codec import HeaderError, read_header
 
 # Names of the down projection in transformers' families, each with the names of its gate projection.
 _GATES: Mapping[str, tuple[str, ...]] = {
@@ -39,7 +39,10 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
     config = read_config(folder)
     text = config.get("text_config") or config
     width = next((text[key] for key in _WIDTHS if isinstance(text.get(key), int)), None)
-    shapes = _first_block_shapes(folder)
+    try:
+        shapes = _first_block_shapes(folder)
+    except HeaderError:
+        return None
     found = [match for match in map(_DOWN.fullmatch, shapes) if match and "attn" not in match["site"]]
     if width is None or len(found) != 1:
         return None
@@ -58,5 +61,5 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
 
 
 def _first_block_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    entries = (entry for file in weight_files(folder) for entry in read_header(file))
-    return {entry.name: entry.shape for entry in entries if ".0." in entry.name}
+    specs = (stored.spec for file in weight_files(folder) for stored in read_header(file))
+    return {spec.name: spec.shape for spec in specs if ".0." in spec.name}

@@ -1,4 +1,4 @@
-"""What can be said of a dense checkpoint's folder before anything big is read or imported."""
+"""Checks of a checkpoint folder that need neither weights nor heavy imports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from moe.errors import Mistake
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Config keys by which the families of transformers say how many routed experts they have.
+# Config keys for the number of routed experts in the families of transformers.
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json``; call `check_dense` first."""
+    """Reads the folder's ``config.json``; call `check_dense` first."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights.
+    """Returns the safetensors files that hold the weights.
 
     Raises:
         ValueError: The index cannot be read, or names a file outside the folder.
@@ -43,7 +43,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
-    """Every reason why a folder cannot be the dense checkpoint; empty when none is found.
+    """Finds all reasons why a folder cannot be the dense checkpoint.
 
     Reads ``config.json`` and the headers of the weight files, never the weights.
     """
@@ -55,11 +55,11 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
 
 
 def check_checkpoint(path: str, option: str) -> list[Mistake]:
-    """Every reason why a folder is no checkpoint, dense or a mixture.
+    """Finds all reasons why a folder is no checkpoint, dense or MoE.
 
     Args:
         path: The folder.
-        option: The config path or flag that mistakes carry.
+        option: The config path or flag named in mistakes.
     """
     config, mistakes = _read(path)
     if config is not None:

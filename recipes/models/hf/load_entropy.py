@@ -1,4 +1,4 @@
-"""Where tokens go in a pass through a host, for reports that are made before any training.
+"""Entropy of the experts' load in a forward pass, for reports before training.
 
 Letters: T tokens, E experts, K experts a token.
 """
@@ -19,7 +19,7 @@ from moe.types import Routing
 
 @contextmanager
 def load_entropies(layers: Sequence[MoELayer]) -> Iterator[list[float]]:
-    """While open, collects `load_entropy` of every forward pass of every one of the layers, in order."""
+    """Collects, while open, the `load_entropy` of each forward pass of each layer, in order."""
     found: list[float] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
@@ -34,7 +34,7 @@ def load_entropies(layers: Sequence[MoELayer]) -> Iterator[list[float]]:
 
 
 def load_entropy(routing: Routing) -> float:
-    """Entropy of where the slots go over that of even load: 1 is balanced, 0 is one expert for all."""
+    """Computes the entropy of the load over that of even load: 1 is balanced, 0 is one expert for all."""
     if routing.num_experts == 1:
         return 1.0
     used_TK = torch.ones_like(routing.weights_TK, dtype=torch.bool)

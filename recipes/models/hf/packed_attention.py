@@ -1,4 +1,4 @@
-"""Whether a host keeps the conversations of a sample apart, and samples that fit it."""
+"""Measures whether a model isolates the conversations packed in a sample, and fits samples to that."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from recipes.data.build_data import TrainData
 from recipes.data.chat_samples import ChatSamples
 
-# Of what another conversation before it does to the logits of one; the rest is rounding.
-_NOTHING = 1e-2
+# Largest share of the effect of a preceding conversation on the logits that counts as rounding.
+_ROUNDING = 1e-2
 
 
 @torch.no_grad()
 def keeps_apart(model: Any) -> bool:
-    """Whether tokens see no other conversation when positions begin anew with theirs.
+    """Returns True if tokens see no other conversation when positions restart with each conversation.
 
-    Measured: by how much the logits of a second conversation change when the first is another, with positions
-    that begin anew and with those that run on.
+    It measures how much the logits of a second conversation change with the first one, with positions that
+    restart and with positions that continue.
 
     Args:
         model: A decoder of transformers in evaluation mode.
@@ -39,16 +39,16 @@ def keeps_apart(model: Any) -> bool:
         )
         return float((first - second).abs().max())
 
-    return change([0, 1, 2, 0, 1, 2]) <= _NOTHING * change([0, 1, 2, 3, 4, 5])
+    return change([0, 1, 2, 0, 1, 2]) <= _ROUNDING * change([0, 1, 2, 3, 4, 5])
 
 
 def fit_attention(data: TrainData, model: Any, log: Callable[[str], None]) -> TrainData:
-    """The same samples, with positions that begin anew where the model keeps conversations apart by them.
+    """Makes positions restart with each conversation if the model isolates conversations by them.
 
     Args:
-        data: Of the run; text stays as it is.
+        data: Data of the run; text is returned unchanged.
         model: The dense decoder.
-        log: Takes a line on what attention does.
+        log: Takes a line on the outcome.
     """
     if not isinstance(data.train, ChatSamples):
         return data
@@ -63,7 +63,7 @@ def fit_attention(data: TrainData, model: Any, log: Callable[[str], None]) -> Tr
 
 
 def attending_as(data: TrainData, other: TrainData) -> TrainData:
-    """The same samples for the model that others have been fitted to."""
+    """Fits samples to the model that other samples have been fitted to."""
     fitted = other.train
     return data if not isinstance(fitted, ChatSamples) or fitted.isolated else _crossing(data)
 

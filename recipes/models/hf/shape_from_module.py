@@ -1,4 +1,4 @@
-"""What a model costs that the table of families does not know: from the module that transformers builds.
+"""Parameter count and attention of a model of an unlisted family, from the module that transformers builds.
 
 The module is built on the meta device: it takes no memory and reads no weights.
 """
@@ -19,12 +19,12 @@ from moe.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """What a module says about its costs.
+    """Parameter count and attention of a module.
 
     Attributes:
-        count: Exact.
-        attention: Of every layer, where the config says that it is plain; else None, and so are FLOPs and
-            cache: they are never guessed.
+        count: Exact number of parameters.
+        attention: Attention of each layer if the config shows that it is plain; else None, and FLOPs and
+            cache are unknown rather than guessed.
     """
 
     count: ParameterCount
@@ -38,8 +38,8 @@ def shape_from_module(config: Mapping[str, Any]) -> ModuleShape:
         config: The content of the file. Code beside it is not run.
 
     Raises:
-        ConfigError: transformers does not know the family or refuses the config, or its experts cannot be
-            told apart.
+        ConfigError: transformers does not know the family or rejects the config, or its experts are not
+            recognised.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

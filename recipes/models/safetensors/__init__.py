@@ -1,0 +1,1 @@
+"""Weight files of a checkpoint, read and written in parts."""

@@ -6,8 +6,6 @@ Letters: D model width, F width of a feed-forward network.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,28 +14,10 @@ from torch import Tensor
 from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
 from recipes.models.hf.inspection import weight_files
-from recipes.runtime.safetensors_codec import DTYPES, HeaderError, TensorSpec, read_header
+from recipes.runtime.safetensors_codec import HeaderError, StoredTensor, read_header
 
-# fp8 weights have scales beside them, which nothing here applies.
-_READABLE = {
-    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file.
-
-    Attributes:
-        spec: Name, dtype and shape.
-        file: The file that holds it.
-        start: Where its bytes begin there.
-    """
-
-    spec: TensorSpec
-    file: Path
-    start: int
+# Weights of these dtypes have scales beside them, which nothing here applies.
+_SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class DenseFiles:
@@ -120,23 +100,14 @@ class DenseFiles:
         return run
 
 
-def _stored_tensors(path: Path) -> Iterator[StoredTensor]:
+def _stored_tensors(path: Path) -> list[StoredTensor]:
     try:
-        entries = read_header(path)
+        tensors = read_header(path)
     except HeaderError as error:
-        raise _corrupt(path, str(error)) from error
-    size = path.stat().st_size
-    for entry in entries:
-        dtype = DTYPES.get(entry.code)
-        if dtype not in _READABLE:
-            rule = f"its tensor {entry.name} has dtype {entry.code}"
+        raise ModelError.one("dense", str(path), str(error), "Download that file again.") from error
+    for stored in tensors:
+        if stored.spec.dtype in _SCALED:
+            rule = f"its tensor {stored.spec.name} has dtype {stored.spec.dtype}"
             remedy = "Convert the checkpoint to bf16, fp16 or fp32 first."
             raise ModelError.one("dense", str(path), rule, remedy)
-        spec = TensorSpec(entry.name, dtype, entry.shape)
-        if entry.stop - entry.start != spec.num_bytes or entry.stop > size:
-            raise _corrupt(path, f"its tensor {entry.name} does not fit into it")
-        yield StoredTensor(spec, path, entry.start)
-
-
-def _corrupt(path: Path, rule: str) -> ModelError:
-    return ModelError.one("dense", str(path), rule, "Download that file again.")
+    return tensors

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recipes.models.hf.inspection import INDEX_NAME, SINGLE_NAME
 from recipes.runtime.atomic import atomic_write_json, sync_file
-from recipes.runtime.safetensors_codec import TensorSpec, encode_header, tensor_bytes
+from recipes.runtime.safetensors_codec import StoredTensor, TensorSpec, encode_header, tensor_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
 # Errors by which the system says that it cannot copy between two files, e.g. on disks of two kinds.
@@ -33,13 +33,6 @@ class _Run:
     offset: int
     count: int
     checksum: int
-
-
-@dataclass(frozen=True)
-class _Place:
-    file: Path
-    offset: int
-    spec: TensorSpec
 
 
 class TensorFiles:
@@ -71,7 +64,7 @@ class TensorFiles:
         """
         self.folder = folder
         self.total_bytes = sum(spec.num_bytes for spec in specs)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, StoredTensor] = {}
         self._handles: dict[Path, int] = {}
         self._runs: dict[str, list[_Run]] | None = {} if checked else None
         files = list(_split(specs, max_bytes))
@@ -89,7 +82,7 @@ class TensorFiles:
         os.pwrite(handle, header, 0)
         os.ftruncate(handle, len(header) + sum(spec.num_bytes for spec in members))
         for spec in members:
-            self._places[spec.name] = _Place(path, starts[spec.name], spec)
+            self._places[spec.name] = StoredTensor(spec, path, starts[spec.name])
 
     def spec(self, name: str) -> TensorSpec:
         """Returns the dtype and shape of one of the tensors."""
@@ -108,7 +101,7 @@ class TensorFiles:
         content = tensor_bytes(tensor.detach().to("cpu", place.spec.dtype))
         if self._runs is not None:
             self._runs.setdefault(name, []).append(_Run(offset, tensor.numel(), zlib.crc32(content)))
-        _write_all(self._handles[place.file], content, place.offset + offset * place.spec.dtype.itemsize)
+        _write_all(self._handles[place.file], content, place.start + offset * place.spec.dtype.itemsize)
         return tensor.numel()
 
     def problems(self) -> Iterator[str | None]:
@@ -131,9 +124,9 @@ class TensorFiles:
             else:
                 yield None
 
-    def _checksum(self, place: _Place, run: _Run) -> int:
+    def _checksum(self, place: StoredTensor, run: _Run) -> int:
         size = place.spec.dtype.itemsize
-        at, left, found = place.offset + run.offset * size, run.count * size, 0
+        at, left, found = place.start + run.offset * size, run.count * size, 0
         while left:
             data = os.pread(self._handles[place.file], min(left, _READ_BYTES), at)
             if not data:
@@ -152,7 +145,7 @@ class TensorFiles:
         place = self._places[name]
         left, done = place.spec.num_bytes, 0
         while left:
-            moved = _copy_run(source, self._handles[place.file], left, start + done, place.offset + done)
+            moved = _copy_run(source, self._handles[place.file], left, start + done, place.start + done)
             if not moved:
                 raise OSError(f"the file of {name} ends before its tensor does")
             left, done = left - moved, done + moved

@@ -26,7 +26,8 @@ from recipes.checkpoint import local_memory
 from recipes.engines import Engine, TrainModule, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
@@ -172,7 +173,7 @@ def _whole(dense: Path, config: Any) -> HFModel:
 
 def _ready(engine: Engine[Any], model: HFModel) -> TrainModule | HFModel:
     """Moves the MoE to where its weights stay during training."""
-    if not engine.trains_as_held:
+    if not engine.trains_as_sharded:
         return engine.prepare(model, OptimConfig())
     engine.shard_for_eval(model)
     return model
@@ -195,7 +196,7 @@ def _check_peak(engine: Engine[Any], dense: Path, config: Any) -> int:
     gc.disable()
     try:
         _, weights = measure_shards(engine, plan, tokens_BS)
-        if not engine.trains_as_held:
+        if not engine.trains_as_sharded:
             # The checked weights are gone, and are made once more.
             engine.prepare(moe_model(plan, weights=weights), OptimConfig())
         return meter.peak()

@@ -71,7 +71,7 @@ class Cell:
         sunk_flops: FLOPs of the dense model's own training, S D.
         serving: Costs of decode steps of ``dense`` and ``moe``, see `recipes.jobs.serving`; None where the
             family is unknown.
-        sizes: Columns of ``docs/laws.md`` that describe the models.
+        sizes: Columns of ``docs/scaling_laws.md`` that describe the models.
     """
 
     length: int

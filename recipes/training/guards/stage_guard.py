@@ -15,8 +15,7 @@ from recipes.tracking.metrics_log import Metric
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.step_guard import NO_UPDATE, StepGuard, StepJudgement, Verdict
 from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
-from recipes.training.hooks.base import StageRun, StepHook, TrainStep
-from recipes.training.hooks.rng import get_rng
+from recipes.training.hooks.base import StageRun, StepHook, TrainStep, get_rng
 
 STATE = "guard"
 """Name of the step guard's state in a checkpoint."""

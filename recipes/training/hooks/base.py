@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe.metrics import LoadReport
@@ -140,3 +141,18 @@ class StepHook:
 def is_due(step: int, every: int) -> bool:
     """Returns whether work with an interval of ``every`` steps (0: never) is due after this step."""
     return every > 0 and step % every == 0
+
+
+def get_rng(device: torch.device) -> dict[str, Tensor]:
+    """Returns the random states of this rank."""
+    states = {"rng_cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Sets the random states of this rank to what `get_rng` returned."""
+    torch.set_rng_state(states["rng_cpu"])
+    if device.type == "cuda" and "rng_cuda" in states:
+        torch.cuda.set_rng_state(states["rng_cuda"], device)

@@ -11,8 +11,7 @@ from torch import Tensor
 from recipes.checkpoint import Loaded, Retention, Saver, load_checkpoint
 from recipes.engines import Engine
 from recipes.training.guards.stage_guard import STATE, StageGuard, StepBeginning
-from recipes.training.hooks.base import StageRun, StepHook, TrainStep, is_due
-from recipes.training.hooks.rng import get_rng, set_rng
+from recipes.training.hooks.base import StageRun, StepHook, TrainStep, get_rng, is_due, set_rng
 from recipes.training.stage import Stage
 
 

@@ -28,11 +28,12 @@ from recipes.data.build_data import TrainData, load_data
 from recipes.data.samples import Samples, TokenMetadata
 from recipes.engines.console import RankConsole
 from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.hf_model import HFModel, chosen_sites
+from recipes.models.hf.ffn_surgery import chosen_sites
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.interrupt import StopRequest
+from recipes.runtime.progress import Progress
 from recipes.tracking.metrics_log import Metric, reduce_metrics
-from recipes.upcycling.calibration.batch_progress import BatchProgress
 from recipes.upcycling.calibration.observe import Observer
 from recipes.upcycling.calibration.statistics_files import (
     CalibrationFolder,
@@ -200,7 +201,10 @@ class Calibration:
         gradient = needs_gradient(observer.layers[observer.sites[0].layer].passes[number])
         label = "calibration" if count == 1 else f"calibration, pass {number + 1} of {count}"
         shown = self.console.log if self.console.is_rank0 else None
-        with observer.watching(gradient), BatchProgress(label, batches, first_batch, shown) as progress:
+        with (
+            observer.watching(gradient),
+            Progress(label, batches, "batches", shown, done=first_batch) as progress,
+        ):
             for batch in range(first_batch, batches):
                 self._batch(observer, batch, gradient)
                 self.console.heartbeat.progress()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe.errors import CheckpointError, DiskError, Mistake
+from moe.errors import CheckpointError, Mistake
 from recipes.models.hf.inspection import weight_files
-from recipes.runtime.atomic import disk_mistake, fsync_folder
+from recipes.runtime.atomic import atomic_file
 
 # Of each weight file, so much of its beginning and of its end counts in the fingerprint.
 _SAMPLED_BYTES = 1 << 20
@@ -79,22 +78,10 @@ def write_stored(path: Path, stored: Stored) -> None:
     from safetensors.torch import save_file
 
     metadata = {"identity": json.dumps(dict(stored.identity)), "place": json.dumps(stored.place)}
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     # A file holds no two tensors of one storage, and no views with gaps.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in stored.tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary, metadata)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise DiskError([disk_mistake(path, error)]) from error
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def read_stored(path: Path) -> Stored | None:

@@ -21,7 +21,8 @@ from recipes.config.prompts_config import PromptsConfig
 from recipes.config.schema import RunConfig
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.hf_model import HFModel, chosen_sites
+from recipes.models.hf.ffn_surgery import chosen_sites
+from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]

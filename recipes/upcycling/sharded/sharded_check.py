@@ -20,7 +20,8 @@ from recipes.engines import Engine
 from recipes.models.hf.deferred_init import DonatedWeights, WeightSource
 from recipes.models.hf.ffn_blocks import dense_ffn
 from recipes.models.hf.ffn_names import FFNNames
-from recipes.models.hf.hf_model import HFModel, SurgeryReport
+from recipes.models.hf.ffn_surgery import SurgeryReport
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.load_entropy import load_entropies
 from recipes.upcycling.convert.moe_plan import MoEPlan
 from recipes.upcycling.sharded.align import output_gain, scale_outputs
@@ -57,7 +58,7 @@ def measure_shards(
     """
     assert plan.model is not None, "what comes from a checkpoint is not measured"
     report, gains, model = _measured(engine, plan, tokens_BS, backend, schedule)
-    if not engine.trains_as_held:
+    if not engine.trains_as_sharded:
         # FSDP2's modules hold one another: without this they would be there while the rest is made.
         del model
         gc.collect()

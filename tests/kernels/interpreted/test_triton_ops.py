@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import ExpertTensors, LowRank, MainGrads
 from kernels.expert_mlp import BACKENDS
 from kernels.plan.row_plan import make_plan
-from kernels.triton import triton_ops as ops
+from kernels.torch import expert_ops as ops
 from tests.kernels.expert_reference import FACTORS, NAMES, Inputs, Sizes, call, make_inputs, run_backend
 
 BIASED = Sizes(T=5, E=3, D=7, F=5, b_up=True, b_down=True)
@@ -29,15 +29,16 @@ def _arguments(inputs: Inputs, main: MainGrads | None, *, keep: bool) -> tuple[o
     plan = make_plan(inputs.ids_TK, sizes.E, inputs.mask_TK)
     factors = [t[name] for name in FACTORS if name in t]
     main_grads = [] if main is None else [main.w_up_EUD, main.w_down_EDF]
-    index = (plan.token_R, plan.slot_R, plan.row_TK, plan.counts_E)
+    index, flags = [plan.token_R, plan.slot_R, plan.row_TK, plan.counts_E], [plan.has_unused, plan.is_padded]
     leaves = [t.get(name) for name in NAMES]
-    return (*leaves, factors, main_grads, *index, sizes.activation, sizes.gated, sizes.scale, keep)
+    function = (sizes.activation, sizes.gated, sizes.scale, "triton")
+    return (*leaves, factors, main_grads, index, flags, *function, keep)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_without_gradients_nothing_is_kept(rank: int) -> None:
     inputs = make_inputs(Sizes(rank=rank)).to(torch.float32)
-    out_TD, h_RU, low_Rr = ops.experts(*_arguments(inputs, None, keep=False))
+    out_TD, h_RU, low_Rr, _ = ops.experts_op(*_arguments(inputs, None, keep=False))
     assert h_RU.shape == (0, 2 * inputs.sizes.F) and low_Rr.shape == (0, rank)
     assert torch.equal(out_TD, run_backend("triton", inputs)["out"])
 
@@ -69,14 +70,15 @@ def test_operators_pass_opcheck(rich: bool) -> None:
     main = _buffers(inputs) if rich else None
     for value in inputs.tensors.values():
         value.requires_grad_()
-    torch.library.opcheck(ops.experts, _arguments(inputs, main, keep=True))
+    torch.library.opcheck(ops.experts_op, _arguments(inputs, main, keep=True))
     inputs = replace(inputs, tensors={n: v.detach() for n, v in inputs.tensors.items()})
     forward = _arguments(inputs, main, keep=True)
-    kept = ops.experts(*forward)[1:]
-    x, weights, w_up, w_down, _, b_down, factors, main_grads, *rest = forward
-    backward = (inputs.grad_TD, x, weights, w_up, w_down, b_down, factors, main_grads, *kept, *rest[:-1])
+    kept = list(ops.experts_op(*forward)[1:])
+    backward = (inputs.grad_TD, *forward[:8], kept, *forward[8:-1])
     for need in ([True] * 10, [True, False, False, True, False, False, False, True, False, False]):
-        torch.library.opcheck(ops.experts_backward, (*backward, need if rich else [*need[:6], *[False] * 4]))
+        torch.library.opcheck(
+            ops.experts_backward_op, (*backward, need if rich else [*need[:6], *[False] * 4])
+        )
 
 
 @BOTH

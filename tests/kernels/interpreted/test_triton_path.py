@@ -19,7 +19,6 @@ from kernels.expert_mlp import BACKENDS
 from kernels.plan.row_plan import RowPlan, make_plan
 from kernels.triton import triton_launch as launch
 from kernels.triton.triton_blocks import Target
-from kernels.triton.triton_launch_backward import down_backward
 from kernels.triton.triton_tiles import tile_and_column, tiles_kernel
 from tests.kernels.expert_reference import (
     FACTORS,
@@ -189,7 +188,7 @@ def test_rows_beyond_32_bits(gated: bool) -> None:
         gating = launch.Gating("silu", gated)
         h_RU, a_RF = launch.up(x_TD, w_up_EUD, None, rows, tiles, gating, True, launch.LowTerm(z_Rr, b_ErU))
         y_RD = launch.rows_times(a_RF, w_down_EDF.transpose(1, 2), None, tiles)
-        dh_RU, sa_RF, dots_R = down_backward(
+        dh_RU, sa_RF, dots_R = launch.down_backward(
             x_TD, w_down_EDF, None, weights_TK, rows, rows, tiles, h_RU, gating
         )
         v_Rr = launch.low_rows(launch.Side(dh_RU, False), b_ErU.transpose(1, 2), 0.5, rows, tiles)

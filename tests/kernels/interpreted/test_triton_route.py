@@ -15,7 +15,7 @@ from triton.runtime.interpreter import interpreter_builder
 from kernels.plan.row_plan import sorted_route
 from kernels.plan.triton_route import route, scan_kernel
 from kernels.triton.triton_blocks import Target, candidates
-from kernels.tune.triton_tune import GpuTimer, Layer, cases
+from kernels.tune import GpuTimer, Layer, cases
 from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank

@@ -120,7 +120,7 @@ def test_one_turn_needs_no_such_property(tmp_path: Path) -> None:
 
 def test_a_template_that_refuses_a_row_names_it(tmp_path: Path) -> None:
     template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(DataError, match="rows.jsonl:7.*refuses it .no system here"):
+    with pytest.raises(DataError, match="rows.jsonl:7.*rejects it .no system here"):
         encode(tmp_path, template, talk("sys: a", "bot: b"))
 
 

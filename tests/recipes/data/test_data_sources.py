@@ -199,7 +199,7 @@ def test_validation_on_training_files_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("a.jsonl", lines(RECORDS) + b'{"text": "ab\n', r"a.jsonl:4': is not JSON \(.*\). Mend the line"),
+        ("a.jsonl", lines(RECORDS) + b'{"text": "ab\n', r"a.jsonl:4': is not JSON \(.*\). Correct the line"),
         ("a.jsonl", lines(RECORDS) + b'{"text": "\xff"}\n', r"a.jsonl:4': is not UTF-8"),
         (
             "a.jsonl",

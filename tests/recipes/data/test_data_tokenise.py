@@ -68,7 +68,7 @@ def test_batches_do_not_matter(texts_cfg, tokenizer_dir, tmp_path, monkeypatch: 
 def test_progress_is_plain_lines_without_a_terminal(
     texts_cfg, tokenizer_dir, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes.data import token_progress as progress
+    from recipes.runtime import progress
 
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     said: list[str] = []

@@ -28,7 +28,8 @@ from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.attention_blocks import swap_attention
-from recipes.models.hf.hf_model import HFModel, Surgery, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel
 from recipes.models.lora_model import add_low_rank
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.step_costs import Costs

@@ -21,7 +21,8 @@ from recipes.engines import MicroBatch
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.hf_weights import LocalParameter, gathered, live_tensors, locate
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
-from recipes.models.hf.hf_model import HFModel, Surgery, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.training_loop import Loop
 from tests.conftest import random_model

@@ -30,7 +30,7 @@ def run(workplace: Path, text: str, first: Path) -> Path:
     """Uninterrupted; on the default that the first run has trained."""
     ended = job(workplace, ATTENTION | {"data.path": text, "run.name": "attention"}, full=True)
     assert ended.code == 0, ended.err
-    assert "attention: 1 of 2 key-value heads a token in layers [0, 1], weights times 1" in ended.out
+    assert "attention: 1 of 2 key-value heads per token in layers [0, 1], weights times 1" in ended.out
     assert "export: in Graft's own format" in ended.out and "has no attention experts" in ended.out
     return workplace / "outputs" / "attention"
 

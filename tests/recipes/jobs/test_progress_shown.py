@@ -18,7 +18,7 @@ import pytest
 
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.callbacks.base import StageInfo
-from recipes.training.callbacks.progress import Progress
+from recipes.training.callbacks.step_progress import Progress
 
 FIGURES = {"loss": 2.3456, "tokens_per_s": 12345.6, "mfu": 0.4321, "router/maxvio": 0.256}
 
@@ -50,7 +50,7 @@ def test_the_time_left_counts_the_steps_of_this_process(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 30.0])
-    monkeypatch.setattr("recipes.training.callbacks.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("recipes.training.callbacks.step_progress.time.perf_counter", lambda: next(clock))
     progress = Progress(log_every=1)
     progress.on_stage_start(stage(total=100, first=90))
     progress.on_row(stage(total=100, first=90), {"step": 92} | FIGURES, None)

@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_in_its_stage(
         ({"stage2__steps": 0}, "stage2.steps=0: must be at least 1"),
         ({"train__steps": 0}, "train.steps=0: a stage trains"),
         ({"compare__cpt": "true"}, "compare.cpt=True: two stages have no dense baseline"),
-        ({"data__chat_template": None}, "the embedded default's tokenizer has no chat template"),
+        ({"data__chat_template": None}, "the default model's tokenizer has no chat template"),
         ({"data__path": None}, "data.path=None: there is no chat data to fall back on"),
     ],
 )

@@ -19,7 +19,8 @@ from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.branch_train_mix import BranchTrainMix, BranchTrainMixConfig
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import HFModel, Surgery, swap, upcycle
+from recipes.models.hf.ffn_surgery import Surgery, swap, upcycle
+from recipes.models.hf.hf_model import HFModel
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

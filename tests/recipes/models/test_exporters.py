@@ -25,7 +25,8 @@ from recipes.models.export.graft_format import load_graft
 from recipes.models.export.mixtral import MixtralExporter
 from recipes.models.export.spec import MoESpec, describe_model
 from recipes.models.export.write_export import export, verify_export
-from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.hf.inspection import INDEX_NAME, weight_files
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.safetensors_codec import TensorSpec
@@ -217,9 +218,9 @@ def test_bf16_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     ("family", "options", "layers", "router", "reason"),
     [
         ("qwen3", {"tied": True}, "last:1", {"score": "sigmoid"}, "Qwen3-MoE's gates are a softmax"),
-        ("gpt2", {"tied": True}, "all", {}, "no class of transformers holds a mixture in a host of gpt2"),
-        ("gemma3_text", {"tied": True}, "all", {}, "in a host of gemma3_text"),
-        ("llama", {}, "every:2", {}, "2 of 3 are mixtures"),
+        ("gpt2", {"tied": True}, "all", {}, "no class of transformers holds MoE layers in a model of gpt2"),
+        ("gemma3_text", {"tied": True}, "all", {}, "in a model of gemma3_text"),
+        ("llama", {}, "every:2", {}, "2 of 3 are MoE layers"),
         ("llama", {"mlp_bias": True}, "all", {}, "Mixtral has no biases"),
         ("llama", {"attention_bias": True}, "all", {}, "Mixtral has no biases"),
         ("llama", {}, "all", {"score": "sigmoid"}, "this router's are a sigmoid"),

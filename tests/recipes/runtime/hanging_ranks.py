@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.runtime.config import FaultsConfig
-from recipes.runtime.stores import group_store
+from recipes.runtime.rendezvous import group_store
 from recipes.runtime.watchdog import Watchdog
 from tests.patience import patience, slowness
 from tests.recipes.runtime.forked import fork_ranks

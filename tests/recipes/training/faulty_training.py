@@ -30,7 +30,8 @@ from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.muon import local_part
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.hf_model import HFModel, Surgery, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.callbacks.base import Callback, StageInfo

@@ -38,7 +38,8 @@ from recipes.models.export import choose_exporter
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import Surgery, load_model, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import load_model
 from recipes.models.hf.inspection import weight_files
 from recipes.upcycling.convert.conversion import RECORD, convert
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
@@ -276,7 +277,7 @@ def test_fused_layout_computes_the_same(make_checkpoint: MakeCheckpoint, tmp_pat
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"target": "mixtral"}, r"--target='mixtral': Mixtral holds hosts of llama, mistral, not of qwen3"),
+        ({"target": "mixtral"}, r"--target='mixtral': Mixtral holds models of llama, mistral, not of qwen3"),
         ({"target": "graft", "layout": "fused"}, r"--layout='fused': the format graft is written per_expert"),
         ({"method": replace(COPY, layers=[7])}, r"upcycle.layers"),
     ],

@@ -107,7 +107,7 @@ def test_all_mistakes_at_once(make_checkpoint: MakeCheckpoint, tmp_path: Path, c
         (["upcycle.noise=1"], "noise_std"),
         (["--router", "topp"], "router"),
         (["upcycle.layers=[9]"], "upcycle.layers"),
-        (["--target", "mixtral"], "Mixtral holds hosts of llama, mistral, not of qwen3"),
+        (["--target", "mixtral"], "Mixtral holds models of llama, mistral, not of qwen3"),
     ],
 )
 def test_mistakes_have_path_and_remedy(

@@ -18,7 +18,8 @@ from recipes.config.schema import RunConfig, parse_config
 from recipes.data.tokenizer import load_tokenizer
 from recipes.jobs.preflight import check_run
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import load_model, swap
+from recipes.models.hf.ffn_surgery import swap
+from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.convert.folder_check import load_any
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
 from recipes.upcycling.prompts.prompt_rows import prompt_rows, with_prompt_rows

@@ -19,7 +19,8 @@ from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.hf_model import Surgery, SurgeryReport, load_model, upcycle
+from recipes.models.hf.ffn_surgery import Surgery, SurgeryReport, upcycle
+from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.convert.conversion_plan import ExpertWork
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards

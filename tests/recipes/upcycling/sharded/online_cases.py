@@ -22,7 +22,8 @@ from recipes.engines.native.native_engine import NativeEngine
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.deferred_init import DonatedWeights
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.hf_model import HFModel, Surgery, load_model, swap
+from recipes.models.hf.ffn_surgery import Surgery, swap
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.upcycling.convert.moe_plan import (
     LayerTensors,
     MoEPlan,

@@ -1,6 +1,6 @@
 """Adapters for other libraries: found, refused by name, and right in what they pass.
 
-The libraries themselves, where they are installed: installed_rivals.py.
+The libraries themselves, where they are installed: installed_third_party.py.
 Letters: T tokens, D model width, E experts, K slots a token, F expert width.
 """
 
@@ -38,7 +38,7 @@ from tests.kernels.expert_reference import (
     run_reference,
     workload,
 )
-from tests.kernels.rival_stand_ins import STAND_INS
+from tests.kernels.third_party_stand_ins import STAND_INS
 
 CUDA = Workload(torch.device("cuda"), torch.bfloat16, 8, 128, 64, "silu", False)
 
@@ -71,10 +71,10 @@ CASES = {
 
 def fits(name: str, sizes: Sizes) -> bool:
     """Whether an adapter takes experts of this kind, whatever their widths and wherever they are."""
-    rival = THIRD_PARTY[name]
+    backend = THIRD_PARTY[name]
     biased = sizes.b_up or sizes.b_down
-    known = rival.activations is None or sizes.activation in rival.activations
-    return (rival.ungated or sizes.gated) and (rival.biased or not biased) and known
+    known = backend.activations is None or sizes.activation in backend.activations
+    return (backend.ungated or sizes.gated) and (backend.biased or not biased) and known
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every library is there in the first version its adapter is for, on an H200."""
     versions = {
         r.distribution: ".".join(map(str, r.at_least))
-        for rival in THIRD_PARTY.values()
-        for r in rival.requirements
+        for backend in THIRD_PARTY.values()
+        for r in backend.requirements
     }
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleType(name))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name])
@@ -101,7 +101,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_adapters_are_found_by_being_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(THIRD_PARTY) == {"deepgemm", "grouped_gemm", "liger", "megablocks", "scattermoe", "sonicmoe"}
-    assert all(BACKENDS[name] is rival and rival.name == name for name, rival in THIRD_PARTY.items())
+    assert all(BACKENDS[name] is backend and backend.name == name for name, backend in THIRD_PARTY.items())
     source = (Path(kernels.third_party.__file__).parent / "liger.py").read_text()
     (tmp_path / "tiger.py").write_text(source.replace('"liger"', '"tiger"'))
     monkeypatch.setattr(kernels.third_party, "__path__", [*kernels.third_party.__path__, str(tmp_path)])
@@ -121,7 +121,7 @@ def test_what_is_not_installed_says_so_and_how_to_get_it(name: str, monkeypatch:
 
 
 def test_a_run_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {requirement.module for rival in THIRD_PARTY.values() for requirement in rival.requirements}
+    modules = {requirement.module for backend in THIRD_PARTY.values() for requirement in backend.requirements}
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else real(name))
 
@@ -140,14 +140,14 @@ def test_a_run_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_versions_that_nobody_read_are_refused(
     name: str, present: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rival = THIRD_PARTY[name]
-    assert rival.unsupported_reason(CUDA) is None
-    for requirement in rival.requirements:
+    backend = THIRD_PARTY[name]
+    assert backend.unsupported_reason(CUDA) is None
+    for requirement in backend.requirements:
         below = ".".join(map(str, requirement.below))
         for version in ("0.0.1", below, f"{below}.dev0", "main"):
             with monkeypatch.context() as patch:
                 patch.setattr(importlib.metadata, "version", _only(requirement, version))
-                why = rival.unsupported_reason(CUDA)
+                why = backend.unsupported_reason(CUDA)
             range_ = requirement.versions
             assert (
                 why == f"{requirement.distribution} {version} is installed, and the adapter is for {range_}"
@@ -155,8 +155,8 @@ def test_versions_that_nobody_read_are_refused(
         # A source tree on the path is not installed: whose version is it?
         with monkeypatch.context() as patch:
             patch.setattr(importlib.metadata, "version", _only(requirement, None))
-            assert "no package" in str(rival.unsupported_reason(CUDA)) and "version" in str(
-                rival.unsupported_reason(CUDA)
+            assert "no package" in str(backend.unsupported_reason(CUDA)) and "version" in str(
+                backend.unsupported_reason(CUDA)
             )
 
 
@@ -177,7 +177,7 @@ def _only(requirement: Requirement, version: str | None):  # type: ignore[no-unt
     ("name", "change", "message"),
     [
         ("liger", {"activation": "gelu"}, "it has no activation 'gelu'; it has silu, swish"),
-        ("liger", {"gated": False}, "it runs gated experts alone"),
+        ("liger", {"gated": False}, "it runs gated experts only"),
         ("liger", {"has_bias": True}, "it takes no bias"),
         ("liger", {"dtype": torch.float64}, "it runs bfloat16, float16, float32, not torch.float64"),
         ("liger", {"dtype": torch.float32}, "its fp32 products are TF32, and torch.get_float32_matmul"),
@@ -210,7 +210,7 @@ def test_gpus_are_refused_by_capability(present: None, monkeypatch: pytest.Monke
     for capability, refused in [((7, 5), set(THIRD_PARTY)), ((8, 9), {"deepgemm", "sonicmoe"})]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
         assert {
-            name for name, rival in THIRD_PARTY.items() if rival.unsupported_reason(CUDA) is not None
+            name for name, backend in THIRD_PARTY.items() if backend.unsupported_reason(CUDA) is not None
         } == refused
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert THIRD_PARTY["sonicmoe"].unsupported_reason(CUDA) == (
@@ -223,7 +223,7 @@ def test_gpus_are_refused_by_capability(present: None, monkeypatch: pytest.Monke
     )
 
 
-def test_a_forced_rival_is_chosen_and_auto_takes_none(present: None) -> None:
+def test_a_forced_third_party_back_end_is_chosen_and_auto_takes_none(present: None) -> None:
     for name in THIRD_PARTY:
         assert choose_backend(CUDA, name).backend is THIRD_PARTY[name]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,6 +1,6 @@
-"""The libraries that are installed, against fp64: ``python -m pytest tests/kernels/installed_rivals.py``.
+"""Checks installed libraries against fp64: ``python -m pytest tests/kernels/installed_third_party.py``.
 
-Not collected by default: the suite runs on machines without them. On a GPU each runs every dtype it has; on a
+Not collected by default, since most machines lack them. On a GPU each runs every dtype it has; on a
 CPU those whose kernels are Triton run in fp32 and fp16 with ``TRITON_INTERPRET=1`` (Liger also needs
 ``LIGER_FUSED_MOE_AUTOTUNE=0``, as nothing can be tuned there).
 
@@ -26,12 +26,12 @@ from tests.kernels.expert_reference import (
     run_reference,
     workload,
 )
-from tests.kernels.rival_stand_ins import RECORDED
-from tests.kernels.test_kernels_rivals import CASES, fits, with_mask
+from tests.kernels.test_kernels_third_party import CASES, fits, with_mask
+from tests.kernels.third_party_stand_ins import RECORDED
 
 # Multiples of what every library asks for, several tiles of rows, and a ragged last one.
 WIDE = {"wide": Sizes(T=150, E=3, D=192, F=128), "wide, slots masked": Sizes(T=150, E=3, K=3, D=192, F=128)}
-INSTALLED = [name for name, rival in THIRD_PARTY.items() if rival.missing() is None]
+INSTALLED = [name for name, backend in THIRD_PARTY.items() if backend.missing() is None]
 
 
 def _runs(name: str, sizes: Sizes, device: str, dtype: torch.dtype) -> bool:
@@ -51,7 +51,7 @@ REAL = [
 
 
 def test_something_is_installed_and_runs() -> None:
-    assert REAL, {name: rival.missing() for name, rival in THIRD_PARTY.items()}
+    assert REAL, {name: backend.missing() for name, backend in THIRD_PARTY.items()}
 
 
 @pytest.mark.parametrize(("name", "sizes", "masked", "device", "dtype"), REAL)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from moe.metrics import LoadReport
+from recipes.runtime.progress import open_bar
 from recipes.training.callbacks.base import Callback, StageInfo
 
 
@@ -26,18 +25,8 @@ class Progress(Callback):
         """Opens the bar."""
         self._started = time.perf_counter()
         self._val_loss = None
-        if _has_terminal():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=stage.total_steps,
-                initial=stage.first_step,
-                desc=stage.title,
-                unit="step",
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-                "[{elapsed}<{remaining}{postfix}]",
-            )
+        shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = open_bar(stage.title, stage.total_steps, "step", done=stage.first_step, bar_format=shape)
 
     def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """Moves the bar or prints a line."""
@@ -80,8 +69,3 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _has_terminal() -> bool:
-    """Returns whether a bar can be shown: terminals of containers may have no width."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
