@@ -2,23 +2,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
-# Processes that share the tests; many tests start ranks of their own, and some wait for one another. With a thread
-# each: with more, small products take ten times as long.
+# Processes that share the tests; many tests start ranks of their own, and some sleep. With a thread each: with
+# more, small products take ten times as long.
 WORKERS ?= 3
+# Tests that every router, method, dispatcher, back end and config passes.
+CONTRACTS := tests/test_architecture.py tests/moe tests/kernels/test_kernels_contract.py tests/recipes/config
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS)
 # The stamp carries the pins: it is remade when they change, and nothing is installed twice.
 STAMP := $(VENV)/.installed
 
-.PHONY: upcycle test lint setup clean
+.PHONY: upcycle test check types lint setup clean
 
 upcycle: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py +recipe=upcycle $(ARGS)
 
-test: $(STAMP)
+test: types $(STAMP)
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+# Lint, types, and one case of every contract: in a minute or so, before a commit.
+check: types $(STAMP)
+	$(PYTEST) --dist=load --first $(CONTRACTS) $(ARGS)
+
+types: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
-	$(BIN)/python -m pytest -m alone --numprocesses=$(WORKERS) --dist=loadfile $(ARGS) || [ $$? -eq 5 ]  # 5: there are none among ARGS
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

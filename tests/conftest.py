@@ -6,6 +6,7 @@ feed-forward network that is lost or altered shows in the logits.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from typing import Any, Protocol
 
 import pytest
 
+from tests import fork_server, grid
 from tests.parallel import arrange
+from tests.patience import patience, slowness
+from tests.shared_runs import once, shared_folder
 
 # Before anything imports transformers, here or in a process that a test starts.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,45 +58,85 @@ class MakeCheckpoint(Protocol):
     ) -> Path: ...
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options of grids."""
+    grid.add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes ready what all workers share: the speed of the machine, and the server that forks processes."""
+    grid.configure(config)
+    slowness()
+    fork_server.prepare()
+    if config.getoption("numprocesses", 0):
+        # It imports while tests are collected.
+        fork_server.start_server()
+    if config.option.timeout is None:
+        config.option.timeout = patience(float(config.getini("timeout")))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes what the workers of the session have shared, once the last of them has ended."""
+    if not hasattr(config, "workerinput"):
+        fork_server.stop_server()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says how many cases there were: those of grids, and a test without a grid is one."""
+    reports = [
+        report
+        for outcome in ("passed", "failed", "skipped")
+        for report in terminalreporter.stats.get(outcome, [])
+        if getattr(report, "when", "") == "call" and not hasattr(report, "context")
+    ]
+    cases = sum(dict(report.user_properties).get(grid.CASES, 1) for report in reports)
+    terminalreporter.write_line(f"{cases} cases in {len(reports)} tests")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first."""
-    items[:] = arrange(items, Path(__file__).parent)
+    """Begins with what takes longest; with ``--first``, keeps the first case of each test."""
+    if items and items[0].config.getoption("first"):
+        items[:] = grid.first_cases(items)
+    items[:] = arrange(items)
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder() -> Path:
     """A byte-level BPE of at most 300 entries."""
+    return once(_train_tokenizer)
+
+
+def _train_tokenizer() -> Path:
     from recipes.data.bpe import train_byte_level_bpe
 
-    folder = tmp_path_factory.mktemp("tiny-tokenizer")
+    folder = shared_folder("tiny-tokenizer")
     assert train_byte_level_bpe(_TEXTS, VOCABULARY, folder) <= VOCABULARY
     return folder
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> MakeCheckpoint:
-    """A factory of checkpoint folders; what was made is kept for the session, so change only copies of it."""
-    made: dict[Any, Path] = {}
+def make_checkpoint(tokenizer_folder: Path) -> MakeCheckpoint:
+    """A factory of checkpoint folders; all workers of the session share them, so change only copies."""
 
     def make(
         family: str, *, tied: bool = False, sharded: bool = False, dtype: str = "float32", **config: Any
     ) -> Path:
-        key = (family, tied, sharded, dtype, repr(sorted(config.items())))
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family)
-            _save(folder, family, {"tie_word_embeddings": tied} | config, sharded, dtype)
-            shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-            made[key] = folder
-        return made[key]
+        options = {"tie_word_embeddings": tied} | config
+        return once(_save, family, sorted(options.items()), sharded, dtype, tokenizer_folder)
 
     return make
 
 
-def _save(folder: Path, family: str, config: dict[str, Any], sharded: bool, dtype: str) -> None:
+def _save(family: str, config: list[tuple[str, Any]], sharded: bool, dtype: str, tokenizer: Path) -> Path:
     import torch
 
-    model = random_model(family, **config).to(getattr(torch, dtype))
+    name = repr((family, config, sharded, dtype))
+    folder = shared_folder(f"{family}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+    model = random_model(family, **dict(config)).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size="40KB" if sharded else "1GB")
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
 
 
 def random_model(family: str, **config: Any) -> Any:

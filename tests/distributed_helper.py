@@ -15,9 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+
+from tests.fork_server import Forked, inherited
+from tests.patience import patience
 
 _GRACE_SECONDS = 2.0  # how long the others may take to tell their side once one rank has failed
+# Ranks are given up when none of them has computed anything for so long, however long they have run.
+_IDLE_SECONDS = 30.0
+_LOOK_SECONDS = 5.0
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class RanksFailedError(AssertionError):
@@ -28,35 +34,37 @@ class _Worker:
     """One rank: its process, and the pipe on which its outcome arrives."""
 
     def __init__(self, rank: int, arguments: tuple[Any, ...]) -> None:
-        # Forked from a process that has imported what takes seconds, and that has no threads.
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])
-        self.connection, theirs = context.Pipe(duplex=False)
+        ours, theirs = os.pipe()
+        self.connection = Connection(ours, writable=False)
         self.rank = rank
-        here = (theirs, rank, dict(os.environ))
-        self.process = context.Process(target=_work, args=(*here, *arguments), daemon=True)
-        self.process.start()
-        theirs.close()
+        try:
+            self.process = Forked(_work, rank, *arguments, pipes=[theirs])
+        finally:
+            os.close(theirs)
 
     def outcome(self) -> tuple[bool, Any]:
         """(True, what the function returned) or (False, what went wrong). Only when the pipe is readable."""
         try:
             return pickle.loads(self.connection.recv_bytes())
         except EOFError:
-            self.process.join(_GRACE_SECONDS)
-            return False, f"the process died with exit code {self.process.exitcode}"
+            return False, f"the process died with exit code {self.process.wait(patience(_GRACE_SECONDS))}"
+
+    def computed(self) -> int:
+        """Returns the processor time that the rank has used, in ticks; 0 if it has ended."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0
+        return int(fields[11]) + int(fields[12])
 
     def stop(self) -> None:
         """Ends the process, by force if need be, and frees its resources."""
-        self.process.join(_GRACE_SECONDS if not self.process.is_alive() else 0)
-        self.process.kill()
-        self.process.join()
         self.process.close()
         self.connection.close()
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """As `_run_ranks`, once more where the ranks did not find one another: a loaded machine, not the test."""
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float | None = None) -> list[Any]:
+    """Calls `_run_ranks`, once more if the ranks did not find one another: a busy machine, not the test."""
     try:
         return _run_ranks(fn, world_size, *args, timeout=timeout)
     except RanksFailedError as error:
@@ -65,7 +73,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     return _run_ranks(fn, world_size, *args, timeout=timeout)
 
 
-def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float) -> list[Any]:
+def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float | None) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on ``world_size`` new processes with a gloo process group.
 
     Each process uses one thread. The group is destroyed in any case, and no process outlives the call.
@@ -74,7 +82,7 @@ def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: flo
         fn: A function at the top level of a module.
         world_size: Number of processes.
         *args: Picklable arguments.
-        timeout: Seconds until all ranks must have returned, start of the processes included.
+        timeout: Seconds until all ranks must have returned; by default as long as any of them computes.
 
     Returns:
         What the ranks returned (picklable), by rank.
@@ -83,7 +91,7 @@ def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: flo
         RanksFailedError: A rank raised (with its traceback), died, or was not done in time.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        arguments = (world_size, str(Path(folder) / "store"), timeout, fn, args)
+        arguments = (world_size, str(Path(folder) / "store"), fn, args)
         workers = [_Worker(rank, arguments) for rank in range(world_size)]
         try:
             return _collect(workers, timeout)
@@ -92,49 +100,48 @@ def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: flo
                 worker.stop()
 
 
-def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
+def _collect(workers: list[_Worker], timeout: float | None) -> list[Any]:
     """Waits for all outcomes; after the first failure only a moment longer."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     waiting: dict[Connection, _Worker] = {worker.connection: worker for worker in workers}
+    computed, since = -1, time.monotonic()
     while waiting:
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        now = time.monotonic()
+        ready = wait(list(waiting), max(0.0, min(deadline - now, _LOOK_SECONDS)))
         if not ready:
-            break
+            total = sum(worker.computed() for worker in waiting.values())
+            # A hundredth of the time: threads that only look whether something has come use less.
+            if total - computed > _TICKS * _LOOK_SECONDS / 100:
+                computed, since = total, time.monotonic()
+            if time.monotonic() >= deadline or time.monotonic() - since > patience(_IDLE_SECONDS):
+                break
         for connection in ready:
             worker = waiting.pop(connection)
             succeeded, value = worker.outcome()
             (results if succeeded else failures)[worker.rank] = value
+            computed, since = -1, time.monotonic()
             if not succeeded:
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + patience(_GRACE_SECONDS))
     if failures or waiting:
-        late = {worker.rank: f"not done after {timeout:g} seconds" for worker in waiting.values()}
+        limit = "while nothing moves" if timeout is None else f"after {timeout:g} seconds"
+        late = {worker.rank: f"not done {limit}" for worker in waiting.values()}
         told = failures or late
         raise RanksFailedError("\n".join(f"rank {rank}: {told[rank]}" for rank in sorted(told)))
     return [results[rank] for rank in range(len(workers))]
 
 
-def _work(
-    connection: Connection,
-    rank: int,
-    environment: dict[str, str],
-    world_size: int,
-    store_path: str,
-    timeout: float,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    """What each process does: join the group, call, report, leave."""
-    # That of the test, not of the process forked from.
-    os.environ.clear()
-    os.environ.update(environment)
+def _work(rank: int, world_size: int, store_path: str, fn: Callable[..., Any], args: Any) -> None:
+    """Joins the group, calls, reports and leaves: what each process does."""
+    connection = Connection(inherited()[0], readable=False)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(store_path, world_size)
+        # Whoever started the ranks ends them when nothing moves any more.
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1)
         )
         outcome = pickle.dumps((True, fn(rank, world_size, *args)))
     except BaseException:

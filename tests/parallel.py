@@ -1,4 +1,4 @@
-"""In which order files of tests are given to worker processes: those that take longest first.
+"""Order in which files of tests are given to worker processes: those that take longest first.
 
 A file stays on one worker, so that what its tests share is made once.
 """
@@ -6,7 +6,6 @@ A file stays on one worker, so that what its tests share is made once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -14,13 +13,8 @@ import pytest
 _FIRST = ("engines", "jobs", "sharded", "runtime", "kernels", "upcycling", "cap", "studies")
 
 
-def arrange(items: Sequence[pytest.Item], tests: Path) -> list[pytest.Item]:
-    """The tests in the order in which files are to start; within a file as they stand.
-
-    Args:
-        items: As collected.
-        tests: The folder of all tests.
-    """
+def arrange(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Returns the tests in the order in which files are to start; within a file as they stand."""
 
     def place(item: pytest.Item) -> int:
         folder = item.path.parent.name

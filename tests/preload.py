@@ -1,25 +1,37 @@
-"""What tests of several ranks import: done once, in the process that ranks are forked from."""
+"""Everything that ranks, jobs and commands import: done once, in the process that they are forked from."""
 
+import importlib
 import os
+import pkgutil
 import warnings
-
-import torch._dynamo
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.distributed.tensor
-from transformers import AutoModelForCausalLM
-from transformers.models.llama import modeling_llama
-
-import recipes.engines.native.native_engine
-import recipes.training.training_loop
 
 # It looks for a device when it is imported, and says that it has found none.
 os.environ["DS_ACCELERATOR"] = "cpu"
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import deepspeed
-    import megatron.core.distributed
-    import megatron.core.models.gpt
-    import megatron.core.optimizer
 
-__all__ = ["AutoModelForCausalLM", "deepspeed", "megatron", "modeling_llama", "recipes", "torch"]
+_LIBRARIES = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "deepspeed",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+)
+_OURS = ("kernels", "moe", "recipes")
+
+
+def preload() -> None:
+    """Imports the libraries, and all modules of ours but those whose library is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _LIBRARIES:
+            importlib.import_module(name)
+        for package in _OURS:
+            found = importlib.import_module(package)
+            for module in pkgutil.walk_packages(found.__path__, f"{package}."):
+                if not module.name.endswith("__main__"):
+                    importlib.import_module(module.name)

@@ -232,15 +232,19 @@ def errors(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict
 
 def assert_agrees(
     name: str, inputs: Inputs, reference: Mapping[str, Tensor], wanted: Iterable[str], slack: float = 1.0
-) -> None:
+) -> dict[str, Tensor]:
     """Holds a back end to the fp64 reference on inputs that have their dtype already.
 
     fp64: 1e-12 of the norm, some thousand rounding steps for sums of at most 2000 terms that may cancel.
     Narrower: at most twice the error of the plain loop, plus `slack` rounding steps of the norm, for cases so
     small that the loop's error is a matter of luck.
+
+    Returns:
+        What the back end has computed.
     """
     dtype = inputs.tensors["x"].dtype
-    found = errors(run_backend(name, inputs, wanted), reference)
+    computed = run_backend(name, inputs, wanted)
+    found = errors(computed, reference)
     if dtype == torch.float64:
         bounds = {n: 1e-12 * norm for n, (_, norm) in found.items()}
     else:
@@ -249,3 +253,4 @@ def assert_agrees(
         bounds = {n: 2 * error + floor * norm for n, (error, norm) in plain.items()}
     wrong = {n: (error, bounds[n]) for n, (error, _) in found.items() if not error <= bounds[n]}
     assert not wrong, f"{name} in {dtype}, (error, bound) by name: {wrong}"
+    return computed

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from kernels.aot import SHARED_LIMITS, Report, compile_all, compile_variant, limit_failures
 from kernels.triton.aot_variants import ADDED, REPRESENTATIVE, Variant, all_variants, candidate_variants
-from tests.paths import ROOT
+from tests.forked_commands import run_module
 
 WELL = Report(Variant("up"), 90, registers=128, stack=0, shared=1024, instruction="wgmma", failures=())
 
@@ -66,9 +63,9 @@ def test_the_gates_see_what_they_look_for(change: dict[str, object], failure: st
 
 
 def test_the_command_prints_a_table_and_refuses_unknown_capabilities() -> None:
-    command = [sys.executable, "-m", "kernels.aot", "--kernel", "combine", "--capability"]
-    done = subprocess.run([*command, "80"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].split()[:2] == ["combine", "bf16"]
-    done = subprocess.run([*command, "75"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "75" in done.stderr
+    command = ["kernels.aot", "--kernel", "combine", "--capability"]
+    done = run_module(*command, "80")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1].split()[:2] == ["combine", "bf16"]
+    done = run_module(*command, "75")
+    assert done.code == 2 and "75" in done.err

@@ -12,10 +12,12 @@ import sys
 import pytest
 
 from tests.paths import ROOT
+from tests.patience import patience
 
 # What is left out has a smaller counterpart in `interpreted/`: the interpreter takes a millisecond a step.
 PARTS = {
-    "own": (["interpreted"], ""),
+    "low rank": (["interpreted/test_triton_low_rank.py"], ""),
+    "others": (["interpreted"], "not test_triton_low_rank"),
     "shared": (
         ["test_kernels_contract.py", "test_kernels_precision.py"],
         "triton and ((test_kernels_contract and not frozen and not several)"
@@ -37,7 +39,7 @@ def test_the_triton_path_in_the_interpreter(part: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=570,
+        timeout=patience(570),
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,11 +19,12 @@ from moe.routers import RouterConfig
 from moe.routers.topk import TopKConfig
 from moe.upcycle import FFNWeights
 from moe.upcycle.copies import CopyConfig
+from tests.grid import each
 from tests.kernels.expert_reference import FORMULAS, ON_VALUE
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, label, make_ffn, make_layer, make_router
 
 SUM_TO_ONE = [config for config in ROUTER_CONFIGS if make_router(config).weights_sum_to_one]
-every_config = pytest.mark.parametrize("config", ROUTER_CONFIGS, ids=label)
+every_config = each("config", ROUTER_CONFIGS, ids=label)
 
 
 def _tokens(*shape: int, seed: int = 5) -> Tensor:
@@ -43,9 +43,9 @@ def _dense(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
     return hidden @ ffn.down_DF.t() + (0 if ffn.b_down_D is None else ffn.b_down_D)
 
 
-@pytest.mark.parametrize("config", SUM_TO_ONE, ids=label)
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
+@each("config", SUM_TO_ONE, ids=label)
+@each("gated", [True, False])
+@each("biased", [True, False])
 def test_copies_compute_the_dense_network(config: RouterConfig, gated: bool, biased: bool) -> None:
     ffn = make_ffn(gated, biased)
     layer = make_layer(config, CopyConfig(num_experts=4), ffn).eval()
@@ -60,7 +60,7 @@ def test_copies_compute_the_dense_network(config: RouterConfig, gated: bool, bia
     torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@each("activation", list(ACTIVATIONS))
 def test_copies_compute_the_dense_network_with_any_activation(activation: str) -> None:
     ffn = make_ffn(activation=activation)
     x_TD = _tokens(9, 6)
@@ -68,7 +68,7 @@ def test_copies_compute_the_dense_network_with_any_activation(activation: str) -
     torch.testing.assert_close(found, _dense(ffn, x_TD), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("config", SUM_TO_ONE, ids=label)
+@each("config", SUM_TO_ONE, ids=label)
 def test_gradients_of_the_copies_add_up_to_the_dense_gradient(config: RouterConfig) -> None:
     ffn = make_ffn(biased=True)
     parts = [ffn.gate_FD, ffn.up_FD, ffn.down_DF, ffn.b_gate_F, ffn.b_up_F, ffn.b_down_D]
@@ -103,7 +103,7 @@ def _auxiliary(layer: MoELayer, x_TD: Tensor) -> Tensor:
 BALANCED = TopKConfig(balance_coef=0.7, z_coef=0.2)
 
 
-@pytest.mark.parametrize("loss_scale", [1.0, 0.125])
+@each("loss_scale", [1.0, 0.125])
 def test_attached_losses_agree_with_finite_differences(loss_scale: float) -> None:
     layer = make_layer(BALANCED, loss_scale=loss_scale)
     x_TD = _tokens(11, 6)
@@ -147,7 +147,7 @@ def test_coefficients_mean_the_same_under_accumulation() -> None:
 
 
 @every_config
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@each("use_reentrant", [False, True])
 def test_checkpointing_changes_neither_gradients_nor_statistics(
     config: RouterConfig, use_reentrant: bool
 ) -> None:
@@ -217,7 +217,7 @@ def test_a_mask_of_another_batch_is_not_applied() -> None:
     assert layer.stats.sums[0][-4].item() == 10
 
 
-@pytest.mark.parametrize("shape", [(0, 6), (1, 6), (1, 1, 6), (2, 0, 6), (2, 3, 4, 6)])
+@each("shape", [(0, 6), (1, 6), (1, 1, 6), (2, 0, 6), (2, 3, 4, 6)])
 def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     layer = make_layer(BALANCED)
     x = _tokens(*shape).requires_grad_()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import pytest
 from moe.accounting.flops import CONVENTIONS
 from moe.errors import ConfigError, UserError
 from recipes.models.hf.shape_from_module import shape_from_module
+from tests.forked_commands import run_module
 from tests.moe.accounting.family_cases import SMALL
 from tests.moe.accounting.published import DEEPSEEK_V3, GPT_OSS_20B, JAMBA, LLAMA4_SCOUT, MODELS, QWEN3_30B
-from tests.paths import ROOT
 from tools.describe import main
 
 DENSE = {**SMALL, "model_type": "llama"}
@@ -57,11 +55,10 @@ def test_sequence_length_and_dtype_of_the_cache(tmp_path: Path) -> None:
 def test_stdout_holds_json_alone(tmp_path: Path) -> None:
     file = tmp_path / "my.json"
     file.write_text(json.dumps(DENSE), encoding="utf-8")
-    command = [sys.executable, "-m", "tools.describe", str(file), "--json", "-"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parameters"]["per_expert"] == 0
-    assert "cache: 240 bytes a token" in done.stderr  # 5 layers, 2 * 2 * 6 elements, 2 bytes
+    done = run_module("tools.describe", str(file), "--json", "-")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["parameters"]["per_expert"] == 0
+    assert "cache: 240 bytes a token" in done.err  # 5 layers, 2 * 2 * 6 elements, 2 bytes
 
 
 def test_memory_of_training_and_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from moe.routers import Router, RouterConfig
 from moe.types import LayerContext, Routing
+from tests.grid import each
 from tests.moe.routers.router_case import EXCUSES
 from tests.moe.routers.routing_cases import (
     ROUTER_CONFIGS,
@@ -23,7 +23,7 @@ from tests.moe.routers.routing_cases import (
 )
 
 T, D, E = 23, 6, 4
-every_config = pytest.mark.parametrize("config", ROUTER_CONFIGS, ids=label)
+every_config = each("config", ROUTER_CONFIGS, ids=label)
 
 
 def tokens(seed: int = 5, num: int = T) -> Tensor:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moe.routers import RouterConfig, router_class, router_classes
+from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,
     E,
@@ -32,7 +33,7 @@ from tests.moe.routers.routing_cases import (
 )
 
 
-@pytest.mark.parametrize("name", list(router_classes()))
+@each("name", list(router_classes()))
 def test_name_class_and_config_belong_together(name: str) -> None:
     cls = router_class(name)
     assert cls is router_classes()[name] and cls.name == name
@@ -65,7 +66,7 @@ def test_top_k_is_what_a_token_uses(config: RouterConfig) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_a_scheduled_top_k_routes_as_a_router_of_that_top_k(config: RouterConfig, training: bool) -> None:
     cls = router_class(config.name)
     router = make_router(config, D, E).train(training)
@@ -86,8 +87,8 @@ def test_a_scheduled_top_k_routes_as_a_router_of_that_top_k(config: RouterConfig
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e5])
+@each("training", [True, False])
+@each("scale", [0.0, 1e-20, 1.0, 1e5])
 def test_weights_are_finite_and_ids_in_range(config: RouterConfig, training: bool, scale: float) -> None:
     router = make_router(config, D, E).train(training)
     routing = route(router, tokens() * scale)
@@ -96,7 +97,7 @@ def test_weights_are_finite_and_ids_in_range(config: RouterConfig, training: boo
 
 
 @every_config
-@pytest.mark.parametrize("num", [0, 1])
+@each("num", [0, 1])
 def test_few_tokens(config: RouterConfig, num: int) -> None:
     router = make_router(config, D, E)
     routing = route(router, tokens(num=num))
@@ -105,7 +106,7 @@ def test_few_tokens(config: RouterConfig, num: int) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 1)])
+@each("shape", [(0, 5), (3, 0), (3, 1)])
 def test_any_batch_shape(config: RouterConfig, shape: tuple[int, int]) -> None:
     router = make_router(config, D, E)
     num = shape[0] * shape[1]
@@ -118,8 +119,8 @@ def test_any_batch_shape(config: RouterConfig, shape: tuple[int, int]) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("num_experts", [1, 2, 3, 5, 7, 16])
-@pytest.mark.parametrize("training", [True, False])
+@each("num_experts", [1, 2, 3, 5, 7, 16])
+@each("training", [True, False])
 def test_any_number_of_experts(config: RouterConfig, num_experts: int, training: bool) -> None:
     if router_class(config.name).check(config, num_experts) is not None:
         pytest.skip("refused in words")
@@ -145,7 +146,7 @@ def test_all_experts_at_once(config: RouterConfig) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_same_input_same_routing(config: RouterConfig, training: bool) -> None:
     router = make_router(config, D, E).train(training)
     x_TD = tokens()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.routers import Router, RouterConfig
+from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,
     E,
@@ -31,7 +32,7 @@ from tests.moe.routers.routing_cases import (
 
 
 @every_config
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e5])
+@each("scale", [0.0, 1.0, 1e5])
 def test_gradients_stay_finite(config: RouterConfig, scale: float) -> None:
     router = make_router(config, D, E)
     x_TD = (tokens() * scale).requires_grad_()
@@ -47,7 +48,7 @@ def test_gradients_stay_finite(config: RouterConfig, scale: float) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_combine_weights_carry_a_gradient_to_every_parameter(config: RouterConfig, training: bool) -> None:
     router = make_router(config, D, E).train(training)
     routing = route(router, tokens())

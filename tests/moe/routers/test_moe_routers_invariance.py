@@ -19,6 +19,7 @@ from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
 from moe.routers import Router, RouterConfig
+from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,
     E,
@@ -40,7 +41,7 @@ from tests.moe.routers.routing_cases import (
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_permuting_tokens_permutes_the_routing(config: RouterConfig, training: bool) -> None:
     if is_excused(config, "permutation") or (training and is_excused(config, "draws")):
         pytest.skip("excused by its case")
@@ -63,7 +64,7 @@ def _relabelled(name: str, value: Tensor, order_E: Tensor) -> Tensor:
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_relabelling_experts_relabels_the_routing(config: RouterConfig, training: bool) -> None:
     if is_excused(config, "relabelling") or (training and is_excused(config, "draws")):
         pytest.skip("excused by its case")
@@ -78,7 +79,7 @@ def test_relabelling_experts_relabels_the_routing(config: RouterConfig, training
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_padding_does_not_change_where_real_tokens_go(config: RouterConfig, training: bool) -> None:
     router = make_router(config, D, E).train(training)
     mask_T = torch.arange(T) % 4 != 1
@@ -119,7 +120,7 @@ def _assert_same_output(found_TD: Tensor, expected_TD: Tensor) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("training", [True, False])
+@each("training", [True, False])
 def test_padding_does_not_change_the_output_of_real_tokens(config: RouterConfig, training: bool) -> None:
     router = make_router(config, D, E).train(training)
     mask_T = torch.arange(T) % 4 != 1

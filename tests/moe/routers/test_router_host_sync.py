@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.routers import RouterConfig, router_classes
 from moe.types import Routing
+from tests.grid import each
 from tests.moe.routers.routing_cases import (
     ROUTER_CONFIGS,
     batch_fields,
@@ -167,19 +167,19 @@ _DOES_NOT_WAIT: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", _WAITS)
+@each("name", _WAITS)
 def test_what_waits_is_seen(name: str) -> None:
     x = torch.arange(4.0)
     assert _watched(lambda: _WAITS[name](x)).waits, name
 
 
-@pytest.mark.parametrize("name", _DOES_NOT_WAIT)
+@each("name", _DOES_NOT_WAIT)
 def test_what_does_not_wait_is_let_through(name: str) -> None:
     x = torch.arange(4.0)
     assert not _watched(lambda: _DOES_NOT_WAIT[name](x)).waits, name
 
 
-@pytest.mark.parametrize("name", list(router_classes()))
+@each("name", list(router_classes()))
 def test_the_host_waits_only_where_a_router_says_why(name: str) -> None:
     blamed = [
         f"{label(config)}: {culprit} {reason}"
@@ -215,7 +215,7 @@ def _operations(config: RouterConfig, T: int, E: int) -> float:
     return heartbeat.operations / (1 + iterations)
 
 
-@pytest.mark.parametrize("config", ROUTER_CONFIGS, ids=label)
+@each("config", ROUTER_CONFIGS, ids=label)
 def test_operations_do_not_grow_with_tokens_or_experts(config: RouterConfig) -> None:
     # Eight times as many: a Python loop would have eight times the operations. Trees and binary codes have a
     # level for each doubling: 5 in place of 2.

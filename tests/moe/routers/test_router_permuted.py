@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from moe.routers.topk import TopKConfig, TopKRouter
 from moe.routing.permutation import PermutationConfig
 from moe.routing.slots import gates_of_slots, slots_of_gates
 from moe.types import Routing
+from tests.grid import Grid, each
 from tests.moe.routers.routing_cases import label, make_context, make_layer
 
 # The contract's parameters are 30 times the initial ones: at temperature 1 the permutation is soft.
@@ -42,22 +41,17 @@ def _contract() -> Iterator[Any]:
     files = sorted(Path(__file__).parent.glob("test_moe_routers*.py"))
     modules = [importlib.import_module(f"tests.moe.routers.{file.stem}") for file in files]
     for name, test in (item for module in modules for item in vars(module).items()):
-        if (
-            not name.startswith("test_")
-            or name in other
-            or "config" not in inspect.signature(test).parameters
-        ):
+        grid: Grid | None = getattr(test, "grid", None)
+        if not name.startswith("test_") or name in other or grid is None:
             continue
-        axes = [
-            mark.args for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] != "config"
-        ]
-        for values in itertools.product(*(values for _, values in axes)):
-            given = dict(zip((names for names, _ in axes), values, strict=True))
-            yield pytest.param(test, given, id="-".join([name, *map(str, values)]))
+        axes = [axis for axis in grid.axes if axis.names != ["config"]]
+        if len(axes) < len(grid.axes):
+            for case, given in Grid(grid.test, axes).cases():
+                yield pytest.param(grid.test, given, id=f"{name}-{case}")
 
 
-@pytest.mark.parametrize("config", SEARCHING, ids=label)
-@pytest.mark.parametrize(("test", "given"), list(_contract()))
+@each("config", SEARCHING, ids=label)
+@each(("test", "given"), list(_contract()))
 def test_the_contract_holds_during_the_search(
     config: PermutedConfig, test: Any, given: dict[str, Any]
 ) -> None:

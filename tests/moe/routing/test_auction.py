@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe.routing.auction import balanced_assignment, fair_capacities
+from tests.grid import each
 from tests.moe.routing.test_transport import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,11 +44,9 @@ def test_the_popular_experts_get_what_is_left_over() -> None:
     assert counts_E.tolist() == [2, 3, 2]
 
 
-@pytest.mark.parametrize("kind", ["normal", "skewed", "correlated", "equal"])
-@pytest.mark.parametrize(
-    ("T", "E"), [(256, 8), (250, 8), (96, 12), (7, 16), (16, 16), (1, 5), (5, 1), (1, 1), (300, 3)]
-)
-@pytest.mark.parametrize("max_rounds", [100, 2, 0])
+@each("kind", ["normal", "skewed", "correlated", "equal"])
+@each(("T", "E"), [(256, 8), (250, 8), (96, 12), (7, 16), (16, 16), (1, 5), (5, 1), (1, 1), (300, 3)])
+@each("max_rounds", [100, 2, 0])
 def test_exactly_balanced_and_close_to_the_optimum(T: int, E: int, kind: str, max_rounds: int) -> None:
     affinity_TE = normal(T, E)
     if kind == "skewed":
@@ -77,7 +76,7 @@ def test_given_capacities_are_met() -> None:
     assert 0 <= lost <= 60 / 50 * float(affinity_TE.max() - affinity_TE.min())
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@each("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_counts_as_the_smallest(value: float) -> None:
     affinity_TE = normal(12, 3)
     other_TE = affinity_TE.clone()
@@ -88,7 +87,7 @@ def test_what_is_not_finite_counts_as_the_smallest(value: float) -> None:
     assert torch.bincount(nothing.expert_T).tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+@each("scale", [1e-30, 1e-6, 1e6, 1e30])
 def test_any_scale_and_offset(scale: float) -> None:
     found = balanced_assignment((scale * normal(40, 4)).float() + scale * 1e3)
     assert torch.bincount(found.expert_T).tolist() == [10] * 4

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from moe.errors import UserError
 from moe.scaling_laws import laws
 from moe.scaling_laws.columns import Runs
+from tests.forked_commands import run_module
 from tests.moe.scaling_laws.grids import grid, noisy_runs
 from tools import fit_laws, plan_upcycle
 
@@ -157,7 +156,6 @@ def test_fits_that_cannot_be_used(tmp_path: Path) -> None:
 def test_the_command_ends_with_2_on_a_users_mistake(tmp_path: Path) -> None:
     table = tmp_path / "runs.csv"
     table.write_text("loss,params\n3,1e8\n-2,1e9\n")
-    command = [sys.executable, "-m", "tools.fit_laws", str(table), "--law", "chinchilla"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert "runs.csv:3='-2': loss: it must be more than 0." in done.stderr
+    done = run_module("tools.fit_laws", str(table), "--law", "chinchilla")
+    assert done.code == 2 and done.out == "" and "Traceback" not in done.err
+    assert "runs.csv:3='-2': loss: it must be more than 0." in done.err

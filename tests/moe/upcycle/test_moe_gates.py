@@ -17,12 +17,13 @@ from moe.routers.noisy_topk import NoisyTopKConfig
 from moe.routers.relu import ReLUConfig
 from moe.routers.topk import TopKConfig
 from moe.upcycle.gates import keeps_groups, observe
+from tests.grid import each
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, label, make_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("config", ROUTER_CONFIGS, ids=label)
+@each("config", ROUTER_CONFIGS, ids=label)
 def test_declared_sums_are_observed(config: RouterConfig) -> None:
     if router_class(config.name).check(config, 4):
         pytest.skip("not over four experts")
@@ -37,7 +38,7 @@ def test_declared_sums_are_observed(config: RouterConfig) -> None:
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
 
 
-@pytest.mark.parametrize(
+@each(
     ("config", "total", "constant"),
     [
         # A softmax over eight equal logits gives 1/8 each, a sigmoid of 0 a half.

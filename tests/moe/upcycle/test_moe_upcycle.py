@@ -18,6 +18,7 @@ from moe.upcycle import ExpertBank, FFNWeights, UpcycleConfig, upcycle_methods
 from moe.upcycle.build_experts import BuiltLayer, ffn_shape
 from moe.upcycle.copies import CopyConfig
 from moe.upcycle.equivalence import TOLERANCES, layer_drift, logit_drift, require_exact
+from tests.grid import each
 from tests.kernels.expert_reference import FORMULAS
 from tests.moe.routers.routing_cases import (
     METHOD_CONFIGS,
@@ -50,10 +51,8 @@ _TELLING: list[RouterConfig] = [
     TopKConfig(score="sigmoid", renormalise=False),
     DeepSeekV3Config(top_k=4, routed_scaling=2.5),
 ]
-every_config = pytest.mark.parametrize("config", METHOD_CONFIGS, ids=label)
-every_shape = pytest.mark.parametrize(
-    ("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)]
-)
+every_config = each("config", METHOD_CONFIGS, ids=label)
+every_shape = each(("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)])
 
 
 def _network(gated: bool = True, biased: bool = False) -> FFNWeights:
@@ -89,7 +88,7 @@ def _dense(ffn: FFNWeights, x_TD: Tensor) -> Tensor:
     return hidden @ ffn.down_DF.t() + (0 if ffn.b_down_D is None else ffn.b_down_D)
 
 
-@pytest.mark.parametrize("name", list(upcycle_methods()))
+@each("name", list(upcycle_methods()))
 def test_name_class_and_config_belong_together(name: str) -> None:
     cls = upcycle_methods()[name]
     assert cls.name == name and cls.config_class(name=name).name == name
@@ -133,14 +132,14 @@ def _hold_to_claim(config: UpcycleConfig, router: RouterConfig, ffn: FFNWeights)
         assert drift.max_relative > TOLERANCES[torch.float64]
 
 
-@pytest.mark.parametrize(("config", "router"), _PAIRS, ids=label)
+@each(("config", "router"), _PAIRS, ids=label)
 def test_a_claim_to_be_exact_holds_under_every_router(config: UpcycleConfig, router: RouterConfig) -> None:
     _hold_to_claim(config, router, _network(biased=True))
 
 
 @every_config
-@pytest.mark.parametrize("router", _TELLING, ids=label)
-@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, True)])
+@each("router", _TELLING, ids=label)
+@each(("gated", "biased"), [(True, False), (False, True)])
 def test_a_claim_to_be_exact_holds(
     config: UpcycleConfig, router: RouterConfig, gated: bool, biased: bool
 ) -> None:
@@ -180,7 +179,7 @@ def test_randomness_comes_from_the_draws_alone(config: UpcycleConfig) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@each("dtype", [torch.bfloat16, torch.float32])
 def test_dtype_is_kept(config: UpcycleConfig, dtype: torch.dtype) -> None:
     ffn = _network(biased=True)
     narrow = replace(
@@ -254,7 +253,7 @@ def test_copies_claim_exactness_under_the_right_conditions_alone() -> None:
     assert not make_method(CopyConfig(noise_std=1e-9)).is_exact(summing)
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "message"),
     [
         ({"num_experts": 1}, "num_experts=1: a mixture has at least two experts. Set it to 2 or more"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moe.errors import ConfigError, Mistake
 from tests.conftest import MakeCheckpoint
-from tests.paths import ROOT
+from tests.forked_commands import run_module
 from tools.cap import main
 
 
@@ -110,9 +108,8 @@ def test_the_harness_that_is_not_installed_is_named(
 
 
 def test_the_exit_code_is_2() -> None:
-    command = [sys.executable, "-m", "tools.cap", "nowhere", "--rounds", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = done.stderr.splitlines()
+    done = run_module("tools.cap", "nowhere", "--rounds", "0")
+    assert done.code == 2 and done.out == ""
+    lines = done.err.splitlines()
     assert [line.partition("=")[0] for line in lines] == ["error: --rounds", "error: FOLDER"]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err

@@ -15,6 +15,7 @@ import pytest
 from moe.errors import ModelError
 from recipes.cap.server import Reply, Server, ask, ask_together, together
 from tests.conftest import MakeCheckpoint
+from tests.patience import patience
 from tests.recipes.cap.cap_systems import MIXTURES
 from tests.recipes.jobs.job_runs import write_text
 from tools.cap import main
@@ -45,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         if server.barrier is not None:
-            server.barrier.wait(timeout=30)
+            server.barrier.wait(timeout=patience(30))
         with server.slots:
             for number in range(body["max_tokens"] // server.together):
                 time.sleep(STEP)

@@ -19,6 +19,7 @@ import recipes.jobs.session
 from recipes.launch import main
 from tests.conftest import MakeCheckpoint
 from tests.paths import ROOT
+from tests.patience import patience
 
 UPCYCLE = "+recipe=upcycle"
 Change = Callable[[Path], None]
@@ -556,7 +557,7 @@ def test_the_command_itself(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
         check=False,
     )
     assert done.returncode == 2

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedDataset, IndexedWriter
 from recipes.data.tokenise import ensure_tokenised, read_counts, tokenise
 from recipes.data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
-from tests.paths import ROOT
+from tests.forked_commands import run_code
 
 TEXTS = ["hello world", "", "caf\u00e9 \u4f60\u597d\n", "def f(x): return x"]
 
@@ -165,24 +163,11 @@ if sys.argv[4] == "False":
 from recipes.data.config import DataConfig
 print("prefix", tokenise.ensure_tokenised(DataConfig(path=sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
-    root = ROOT
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        texts_cfg.path,
-        str(tokenizer_dir),
-        str(tmp_path / "cache"),
-        str(locks),
-    ]
-    runs = [
-        subprocess.Popen(
-            command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    said = [run.communicate(timeout=100)[0].decode() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
+    arguments = [texts_cfg.path, str(tokenizer_dir), str(tmp_path / "cache"), str(locks)]
+    with ThreadPoolExecutor(2) as threads:
+        runs = list(threads.map(lambda _: run_code(code, *arguments), range(2)))
+    said = [run.out for run in runs]
+    assert [run.code for run in runs] == [0, 0], runs
     assert len({text.split("prefix ")[1] for text in said}) == 1
     if locks:
         assert sum("tokenised 3 documents" in text for text in said) == 1

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moe.errors import DataError, ExactnessError, Mistake
 from recipes.data.indexed import IndexedDataset
-from tests.paths import ROOT
+from tests.forked_commands import Ended, run_module
 from tools.command import run_command
 from tools.tokenize import build_parser, main
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.tokenize", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def run(*flags: str) -> Ended:
+    return run_module("tools.tokenize", *flags)
 
 
 @pytest.fixture
@@ -32,27 +29,27 @@ def flags(tmp_path: Path, tokenizer_dir: Path) -> list[str]:
 
 def test_as_a_module(flags: list[str], tmp_path: Path) -> None:
     done = run(*flags, "--json", "-")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    figures = json.loads(done.out)
     indexed = IndexedDataset(tmp_path / "out")
     assert (figures["documents"], figures["empty_documents"]) == (2, 1)
     assert figures["tokens"] == indexed.num_tokens
     assert figures["text_bytes"] == 2 * 20 * len("the quick brown a\n")
     assert {"seconds", "tokens_per_second", "output"} <= set(figures)
-    assert "2 documents, " in done.stderr
+    assert "2 documents, " in done.err
     assert indexed.document(0)[-1] == 0
     again = run(*flags)
-    assert again.returncode == 2
-    assert again.stderr.startswith("error: --output=")
-    assert "exists already. Delete it, or give another prefix." in again.stderr
-    assert "Traceback" not in again.stderr
+    assert again.code == 2
+    assert again.err.startswith("error: --output=")
+    assert "exists already. Delete it, or give another prefix." in again.err
+    assert "Traceback" not in again.err
 
 
 def test_mistakes_exit_2_with_all_of_them(tokenizer_dir: Path) -> None:
     done = run("--input", "/none.txt", "/none.docx", "--tokenizer", "/none", "--output", "/tmp/never")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
+    assert done.code == 2
+    assert done.out == ""
+    lines = done.err.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("error: --input='/none.txt': does not exist.")
     assert lines[2].startswith("error: --tokenizer='/none': is not a folder.")

@@ -1,4 +1,4 @@
-"""Trains tiny mixtures under DeepSpeed and under the native engine, in one process for all of them.
+"""Trains tiny MoE models under DeepSpeed and under the native engine, each layout on ranks of its own.
 
 A layout is ``(ranks, zero_stage, expert_parallel)``; the native engine's, which has no stage, has None there.
 """
@@ -6,10 +6,10 @@ A layout is ``(ranks, zero_stage, expert_parallel)``; the native engine's, which
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import weakref
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest.mock import patch
@@ -38,6 +38,7 @@ from tests.recipes.engines.engine_cases import (
     open_engine,
 )
 from tests.recipes.engines.engine_cases import tokens as samples
+from tests.shared_runs import Lazily, on_ranks, shared_folder
 
 Layout: TypeAlias = tuple[int, int | None, int]
 
@@ -91,54 +92,69 @@ STEPS = 50
 LONG: tuple[Layout, ...] = ((2, None, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
-    """What a rank has found.
+    """What a rank finds; each part is run when it is first asked for.
 
     Attributes:
-        trained: By layout and case.
-        written: Weights after the step behind the checkpoint, by the layout that wrote it.
-        read: The same, by the layout that wrote the checkpoint and the one that went on from it.
-        refused: By layout, whether a loss that is not finite on one rank, and a norm above the limit, updated
-            nothing on this one; and by how much the step after them differs from one without them.
-        series: Losses by layout.
-        freed: By layout, whether a model that nobody uses any more has given its memory back.
+        world_size: Number of ranks that were started.
+        rank: Which of them this is.
     """
 
-    trained: dict[Layout, dict[str, Outcome]] = field(default_factory=dict)
-    written: dict[Layout, dict[str, Tensor]] = field(default_factory=dict)
-    read: dict[tuple[Layout, Layout], dict[str, Tensor]] = field(default_factory=dict)
-    refused: dict[Layout, tuple[bool, float]] = field(default_factory=dict)
-    series: dict[Layout, list[float]] = field(default_factory=dict)
-    freed: dict[Layout, bool] = field(default_factory=dict)
+    world_size: int
+    rank: int
+
+    def _of(self, fn: Callable[..., Any], *args: Any) -> Any:
+        return on_ranks(self.world_size, fn, *args)[self.rank]
+
+    @property
+    def trained(self) -> Mapping[Layout, dict[str, Outcome]]:
+        """By layout and case."""
+        layouts = [layout for layout in TRAINED if layout[0] == self.world_size]
+        return Lazily(layouts, lambda layout: self._of(train_all, layout))
+
+    @property
+    def written(self) -> Mapping[Layout, dict[str, Tensor]]:
+        """Weights after the step behind the checkpoint, by the layout that wrote it."""
+        return Lazily(READS, lambda layout: self._of(_write, shared_folder("deepspeed"), layout))
+
+    @property
+    def read(self) -> Mapping[tuple[Layout, Layout], dict[str, Tensor]]:
+        """The same, by the layout that wrote the checkpoint and the one that went on from it."""
+
+        def read(pair: tuple[Layout, Layout]) -> dict[str, Tensor]:
+            assert found()[pair[0][0]][0].written[pair[0]]
+            return self._of(_read, shared_folder("deepspeed"), *pair)
+
+        return Lazily([(source, layout) for source in READS for layout in READS[source]], read)
+
+    @property
+    def refused(self) -> dict[Layout, tuple[bool, float]]:
+        """Whether a loss that is not finite on one rank, and a norm above the limit, updated nothing here.
+
+        By layout; and by how much the step after them differs from one without them.
+        """
+        return {layout: self._of(_refuses, layout) for layout in REFUSED}
+
+    @property
+    def series(self) -> dict[Layout, list[float]]:
+        """Losses by layout."""
+        return {layout: self._of(series, layout, STEPS) for layout in LONG}
+
+    @property
+    def freed(self) -> dict[Layout, bool]:
+        """By layout, whether a model that nobody uses any more has given its memory back."""
+        return {layout: self._of(_frees, layout) for layout in FREED}
 
 
-def work(rank: int, world_size: int, folder: str) -> Found:
-    """For `run_ranks`: everything that so many ranks do."""
-    here(rank, world_size)
-    found = Found()
-    for layout, names in TRAINED.items():
-        if layout[0] == world_size:
-            found.trained[layout] = {name: train(CASES[name], layout) for name in names}
-    for layout in READS:
-        if layout[0] == world_size:
-            found.written[layout] = _write(Path(folder), layout)
-    for source, readers in READS.items():
-        for layout in readers:
-            if layout[0] == world_size:
-                found.read[source, layout] = _read(Path(folder), source, layout)
-    if world_size == 2:
-        found.refused = {layout: _refuses(layout) for layout in REFUSED}
-        found.series = {layout: series(layout, STEPS) for layout in LONG}
-    if world_size == 1:
-        found.freed = {layout: _frees(layout) for layout in FREED}
-    return found
+def found() -> dict[int, list[Found]]:
+    """By number of ranks, of every rank."""
+    return {world: [Found(world, rank) for rank in range(world)] for world in (1, 2)}
 
 
-def here(rank: int, world_size: int) -> None:
-    """What torchrun would tell."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    os.environ.setdefault("LOCAL_RANK", str(rank))
+def train_all(layout: Layout) -> dict[str, Outcome]:
+    """Trains every case of a layout."""
+    return {name: train(CASES[name], layout) for name in TRAINED[layout]}
 
 
 def prepared(case: Case, layout: Layout) -> Any:

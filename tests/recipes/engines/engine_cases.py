@@ -1,11 +1,7 @@
-"""Trains a tiny mixture under an engine, and reports everything that must not depend on the ranks.
-
-One process runs many cases: to start it takes longer than to train.
-"""
+"""Trains a tiny MoE model under an engine, and reports everything that must not depend on the ranks."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -275,9 +271,8 @@ def look(train_module: Any) -> dict[str, Any]:
     return {"sharded": sharded, "sharded_after_eval": again, "dtypes": dtypes, "masters": masters}
 
 
-def run_cases(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Outcome]:
-    """For `run_ranks`: all cases, one after the other."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+def run_cases(cases: dict[str, Case]) -> dict[str, Outcome]:
+    """Trains all cases on this rank, one after the other."""
     # Recomputation goes to the end of each block, past where statistics are written, and not only to the last
     # tensor that is needed: which one that is depends on the model.
     with set_checkpoint_early_stop(False):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -29,6 +30,7 @@ from tests.recipes.engines.engine_cases import (
 )
 from tests.recipes.engines.engine_cases import tokens as samples
 from tests.recipes.engines.test_native_ranks import relative
+from tests.shared_runs import Lazily, on_ranks, shared_folder
 
 
 class Layout(NamedTuple):
@@ -80,48 +82,77 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "gpt_neox": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
 }
+LAYOUTS = (*TRAINED, Layout(2))
 # After these many steps a checkpoint is written, and one more step is done.
 SAVED = 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
-    """What the ranks of one start have found.
+    """What a rank finds; each part is run when it is first asked for.
 
     Attributes:
-        trained: By layout and case.
-        written: Weights after the step behind the checkpoint, by the layout that wrote it.
-        read: The same, by the layout that wrote the checkpoint and that which went on from it.
-        refused: By layout, whether a gradient that is not finite on one rank updated nothing on this one.
-        families: By family, the largest error of a gradient when heads are spread, and whose.
-        samples: By layout, the ranks whose tokens routers see together.
-        noisy: The loss under dropout when heads are spread, and how often those ranks summed something.
+        world_size: Number of ranks that were started.
+        rank: Which of them this is.
     """
 
-    trained: dict[Layout, dict[str, Outcome]] = field(default_factory=dict)
-    written: dict[Layout, dict[str, Tensor]] = field(default_factory=dict)
-    read: dict[Read, dict[str, Tensor]] = field(default_factory=dict)
-    refused: dict[Layout, bool] = field(default_factory=dict)
-    families: dict[str, tuple[float, str]] = field(default_factory=dict)
-    samples: dict[Layout, list[int]] = field(default_factory=dict)
-    noisy: tuple[float, int] | None = None
+    world_size: int
+    rank: int
+
+    def _of(self, fn: Callable[..., Any], *args: Any) -> Any:
+        return on_ranks(self.world_size, fn, *args)[self.rank]
+
+    def _layouts(self) -> list[Layout]:
+        return [layout for layout in TRAINED if layout.ranks == self.world_size]
+
+    @property
+    def trained(self) -> Mapping[Layout, dict[str, Outcome]]:
+        """By layout and case."""
+        return Lazily(self._layouts(), lambda layout: self._of(_train, layout))
+
+    @property
+    def written(self) -> Mapping[Layout, dict[str, Tensor]]:
+        """Weights after the step behind the checkpoint, by the layout that wrote it."""
+        return Lazily(self._layouts(), lambda layout: self._of(_write, _folder(), layout))
+
+    @property
+    def read(self) -> Mapping[Read, dict[str, Tensor]]:
+        """The same, by the layout that wrote the checkpoint and that which went on from it."""
+
+        def read(pair: Read) -> dict[str, Tensor]:
+            assert found()[pair[0].ranks][0].written[pair[0]]
+            return self._of(_read, _folder(), *pair)
+
+        return Lazily([(source, layout) for source in TRAINED for layout in LAYOUTS], read)
+
+    @property
+    def refused(self) -> dict[Layout, bool]:
+        """By layout, whether a gradient that is not finite on one rank updated nothing on this one."""
+        return {layout: self._of(_refuses, layout) for layout in REFUSING}
+
+    @property
+    def families(self) -> dict[str, tuple[float, str]]:
+        """By family, the largest error of a gradient when heads are spread, and whose."""
+        return {family: self._of(_family_error, family) for family in FAMILIES}
+
+    @property
+    def samples(self) -> Mapping[Layout, list[int]]:
+        """By layout, the ranks whose tokens routers see together."""
+        return Lazily(self._layouts(), lambda layout: self._of(samples_of, layout))
+
+    @property
+    def noisy(self) -> tuple[float, int]:
+        """The loss under dropout when heads are spread, and how often those ranks summed something."""
+        return self._of(_noisy_loss)
 
 
-def work(rank: int, world_size: int, folder: str, reads: list[Read], trains: bool) -> Found:
-    """For `run_ranks`: what so many ranks train, write and read."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    found = Found()
-    for layout in [layout for layout in TRAINED if layout.ranks == world_size and trains]:
-        found.trained[layout] = _train(rank, layout)
-        found.written[layout] = _write(Path(folder), layout)
-        found.samples[layout] = samples_of(layout)
-    for source, layout in reads:
-        found.read[source, layout] = _read(Path(folder), source, layout)
-    if trains and world_size == 2:
-        found.refused = {layout: _refuses(rank, layout) for layout in REFUSING}
-        found.families = {family: _family_error(family) for family in FAMILIES}
-        found.noisy = _noisy_loss(rank)
-    return found
+def found() -> dict[int, list[Found]]:
+    """By number of ranks, of every rank."""
+    return {world: [Found(world, rank) for rank in range(world)] for world in (1, 2, 4)}
+
+
+def _folder() -> Path:
+    return shared_folder("expert-parallel")
 
 
 def _case(name: str, layout: Layout) -> Case:
@@ -130,12 +161,12 @@ def _case(name: str, layout: Layout) -> Case:
     return replace(case, micro=micro, engine=case.engine | layout.engine)
 
 
-def _train(rank: int, layout: Layout) -> dict[str, Outcome]:
+def _train(layout: Layout) -> dict[str, Outcome]:
     names = TRAINED[layout]
-    done = run_cases(rank, layout.ranks, {n: _case(n, layout) for n in names if n not in FEW})
+    done = run_cases({n: _case(n, layout) for n in names if n not in FEW})
     for name in set(names) & set(FEW):
         with patch.object(engine_cases, "EXPERTS", FEW[name]):
-            done |= run_cases(rank, layout.ranks, {name: _case(name, layout)})
+            done |= run_cases({name: _case(name, layout)})
     return done
 
 
@@ -143,7 +174,7 @@ def samples_of(layout: Layout) -> list[int]:
     """The ranks whose tokens routers see together, of which this one is. Collective."""
     group = _prepared(layout).model.context.group
     assert group is not None
-    return torch.distributed.get_process_group_ranks(group)
+    return dist.get_process_group_ranks(group)
 
 
 def _prepared(layout: Layout, recomputes: bool = False) -> NativeTrainModule:
@@ -188,8 +219,8 @@ def _place(folder: Path, layout: Layout) -> Path:
     return folder / "x".join(str(number) for number in layout)
 
 
-def _refuses(rank: int, layout: Layout) -> bool:
-    train_module = _prepared(layout)
+def _refuses(layout: Layout) -> bool:
+    train_module, rank = _prepared(layout), dist.get_rank()
     before = _weights(train_module)
     train_module.forward_backward([MicroBatch(torch.from_numpy(samples(4 * rank, 4)))])
     if rank == 1:
@@ -218,11 +249,11 @@ def _family_error(family: str) -> tuple[float, str]:
     return max(errors)
 
 
-def _noisy_loss(rank: int) -> tuple[float, int]:
+def _noisy_loss() -> tuple[float, int]:
     """Of the same samples on every rank, whose random states differ before."""
     case = Case(family="gpt_neox", model={"attention_dropout": 0.0, "hidden_dropout": 0.5})
     train_module = open_engine(tensor_parallel=2).prepare(make_model(case), case.optim)
-    torch.manual_seed(rank)
+    torch.manual_seed(dist.get_rank())
     with CommDebugMode() as counted:
         (loss,) = train_module.forward_backward([MicroBatch(torch.from_numpy(samples(0, GLOBAL_BATCH)))])
     return float(loss), counted.get_comm_counts()[torch.ops.c10d_functional.all_reduce]

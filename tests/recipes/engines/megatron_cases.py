@@ -1,11 +1,10 @@
-"""Trains tiny mixtures under megatron-core and under the native engine, in one process for all of them."""
+"""Trains tiny MoE models under megatron-core and under the native engine, each layout on ranks of its own."""
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,83 +61,123 @@ from tests.recipes.engines.megatron_ends import (
 )
 from tests.recipes.engines.megatron_probes import probe
 from tests.recipes.engines.megatron_stand_ins import standing_in
+from tests.shared_runs import Lazily, on_ranks, shared_folder
+
+NATIVE: Layout = (1, 0, 1)
+# Two ranks that cut both matrices and experts.
+PAIR: Layout = (2, 2, 2)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
-    """What a rank has found.
+    """What a rank finds; each part is run when it is first asked for.
 
     Attributes:
-        trained: By layout and case.
-        written: Weights after the step behind the checkpoint, by the layout that wrote it.
-        read: The same, by the layout that wrote the checkpoint and the one that went on from it.
-        refused: Whether a loss that is not finite on one rank updated nothing on this one.
-        drift: By family and whose experts (none: dense; stages: ours, in two stages), how far logits are from
-            the host's.
-        returned: The same, which tensors did not come back as they went in.
-        probed: See `probe`.
-        crossed: Weights behind a checkpoint that TransformerEngine's experts wrote, trained on by them and
-            by ours.
-        left: Whether a rank that left a layout early waited for one that came late, and all was freed.
-        given_up: Whether a rank that left in trouble did not wait for others.
-        built: By case, the classes of a layer's experts, of their first matrices and of what sends to them.
+        world_size: Number of ranks that were started.
+        rank: Which of them this is.
     """
 
-    trained: dict[Layout, dict[str, Outcome]] = field(default_factory=dict)
-    written: dict[Layout, dict[str, Tensor]] = field(default_factory=dict)
-    read: dict[tuple[Layout, Layout], dict[str, Tensor]] = field(default_factory=dict)
-    refused: dict[Layout, bool] = field(default_factory=dict)
-    drift: dict[tuple[str, str], float] = field(default_factory=dict)
-    returned: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    probed: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    crossed: list[dict[str, Tensor]] = field(default_factory=list)
-    left: bool = False
-    given_up: bool = False
-    built: dict[str, list[str]] = field(default_factory=dict)
+    world_size: int
+    rank: int
 
+    def _of(self, fn: Callable[..., Any], *args: Any) -> Any:
+        return on_ranks(self.world_size, fn, *args)[self.rank]
 
-def work(rank: int, world_size: int, folder: str) -> Found:
-    """For `run_ranks`: everything that so many ranks do."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    found = Found()
-    if world_size == 1:
-        own = {name: case for name, case in CASES.items() if name not in SAME}
-        found.trained[1, 0, 1] = {name: train(case, (1, 0, 1)) for name, case in own.items()}
-    for layout, names in TRAINED.items():
-        if layout[0] == world_size:
-            found.trained[layout] = {name: train(CASES[name], layout) for name in names}
-    for layout in READS:
-        if layout[0] == world_size:
-            found.written[layout] = _run(_write, CASES["rich"], layout, Path(folder))
-    for source, readers in READS.items():
-        for layout in readers:
-            if layout[0] == world_size:
-                found.read[source, layout] = _run(_read, CASES["rich"], layout, Path(folder), source)
-    if world_size == 2:
-        found.probed = probe()
+    @property
+    def trained(self) -> Mapping[Layout, dict[str, Outcome]]:
+        """By layout and case."""
+        layouts = [layout for layout in (NATIVE, *TRAINED) if layout[0] == self.world_size]
+        return Lazily(layouts, lambda layout: self._of(train_all, layout))
+
+    @property
+    def written(self) -> Mapping[Layout, dict[str, Tensor]]:
+        """Weights after the step behind the checkpoint, by the layout that wrote it."""
+        return Lazily(READS, lambda layout: self._of(_run, _write, CASES["rich"], layout, _folder()))
+
+    @property
+    def read(self) -> Mapping[tuple[Layout, Layout], dict[str, Tensor]]:
+        """The same, by the layout that wrote the checkpoint and the one that went on from it."""
+
+        def read(pair: tuple[Layout, Layout]) -> dict[str, Tensor]:
+            source, layout = pair
+            assert found()[source[0]][0].written[source]
+            return self._of(_run, _read, CASES["rich"], layout, _folder(), source)
+
+        return Lazily([(source, layout) for source in READS for layout in READS[source]], read)
+
+    @property
+    def refused(self) -> dict[Layout, bool]:
+        """Whether a loss that is not finite on one rank updated nothing on this one."""
         layouts: list[Layout] = [(2, 1, 1), (2, 1, 2), (2, 2, 2), (2, 1, 1, 2)]
-        found.refused = {layout: _run(_refuses, CASES["plain"], layout) for layout in layouts}
-    layout = (world_size, min(2, world_size), min(2, world_size))
-    for family in FAMILIES if world_size < 4 else ():
-        for whose in ("none", "graft", "megatron"):
-            _compare(found, family, whose, layout)
-    if world_size == 2:
-        _compare(found, "qwen2", "stages", (2, 1, 1, 2))
-        _compare(found, "qwen3", "te", layout)
-        place = Path(folder) / "te"
-        found.built = {name: _run(classes, CASES[name], layout) for name in ("te", "deepep", "hybridep_te")}
-        found.crossed = [
-            _run(_write, CASES["te"], layout, place),
-            _run(_read, CASES["plain"], layout, place, layout),
-        ]
-        late, sign = CASES["deepep"], Path(folder) / "sign"
-        found.left = _run(comes_late, late, layout, _step, sign) and came_before(sign)
-        try:
-            _run(comes_never, CASES["plain"], layout, sign)
-        except TroubleError as error:
-            log_gone(rank, sign)
-            found.given_up = error.args[0]
-    return found
+        return {layout: self._of(_run, _refuses, CASES["plain"], layout) for layout in layouts}
+
+    def compared(self, family: str, whose: str) -> tuple[float, list[str]]:
+        """How far logits are from the model's, and which tensors did not come back as they went in.
+
+        By family and whose experts (none: dense; stages: ours, in two stages).
+        """
+        layout: Layout = (self.world_size, min(2, self.world_size), min(2, self.world_size))
+        return self._of(_compare, family, whose, (2, 1, 1, 2) if whose == "stages" else layout)
+
+    @property
+    def probed(self) -> dict[str, tuple[str | None, str | None]]:
+        """See `probe`."""
+        return self._of(probe)
+
+    @property
+    def crossed(self) -> list[dict[str, Tensor]]:
+        """Weights behind a checkpoint of TransformerEngine's experts, trained on by them and by ours."""
+        return self._of(_cross, _folder() / "te")
+
+    @property
+    def left(self) -> bool:
+        """Whether a rank that left a layout early waited for one that came late, and all was freed."""
+        return self._of(_leave, _folder() / "late")
+
+    @property
+    def given_up(self) -> bool:
+        """Whether a rank that left in trouble did not wait for others."""
+        return self._of(_give_up, _folder() / "gone")
+
+    @property
+    def built(self) -> dict[str, list[str]]:
+        """By case, the classes of a layer's experts, of their first matrices and of what sends to them."""
+        return {name: self._of(_run, classes, CASES[name], PAIR) for name in ("te", "deepep", "hybridep_te")}
+
+
+def found() -> dict[int, list[Found]]:
+    """By number of ranks, of every rank."""
+    return {world: [Found(world, rank) for rank in range(world)] for world in (1, 2, 4)}
+
+
+def _folder() -> Path:
+    return shared_folder("megatron")
+
+
+def train_all(layout: Layout) -> dict[str, Outcome]:
+    """Trains every case of a layout."""
+    own = tuple(name for name in CASES if name not in SAME)
+    return {name: train(CASES[name], layout) for name in (own if layout == NATIVE else TRAINED[layout])}
+
+
+def _cross(folder: Path) -> list[dict[str, Tensor]]:
+    return [
+        _run(_write, CASES["te"], PAIR, folder),
+        _run(_read, CASES["plain"], PAIR, folder, PAIR),
+    ]
+
+
+def _leave(sign: Path) -> bool:
+    return _run(comes_late, CASES["deepep"], PAIR, _step, sign) and came_before(sign)
+
+
+def _give_up(sign: Path) -> bool:
+    try:
+        _run(comes_never, CASES["plain"], PAIR, sign)
+    except TroubleError as error:
+        log_gone(dist.get_rank(), sign)
+        return bool(error.args[0])
+    return False
 
 
 def _model(case: Case) -> HFModel:
@@ -279,8 +318,8 @@ def _refuses(engine: Any, train_module: Any) -> bool:
     return same and not bool(torch.isfinite(norm)) and train_module.model.context.step == 0
 
 
-def _compare(found: Found, family: str, whose: str, layout: Layout) -> None:
-    """Logits and weights of a model whose weights went in, against the host that they came from."""
+def _compare(family: str, whose: str, layout: Layout) -> tuple[float, list[str]]:
+    """Compares logits and weights of a model whose weights went in with the model that they came from."""
     case = Case(family=family, model=FAMILIES[family])
     small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2} | FAMILIES[family]
     model = (
@@ -301,8 +340,8 @@ def _compare(found: Found, family: str, whose: str, layout: Layout) -> None:
         engine.open()
     with standing_in(config):
         train_module = engine.prepare(model, SGD)
-    found.drift[family, whose] = float((train_module.logits(ids) - wanted).abs().max() / wanted.abs().max())
+    drift = float((train_module.logits(ids) - wanted).abs().max() / wanted.abs().max())
     back = dict(train_module.full_tensors())
     odd = [name for name in tensors.keys() & back.keys() if not torch.equal(tensors[name], back[name])]
-    found.returned[family, whose] = sorted({*odd, *(tensors.keys() ^ back.keys())})
     engine.leave()
+    return drift, sorted({*odd, *(tensors.keys() ^ back.keys())})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PATIENCE_S = 30.0
+from tests.patience import patience
 
 
 class TroubleError(Exception):
@@ -46,7 +46,7 @@ def comes_never(engine: Any, train_module: Any, sign: Path) -> None:
     """One rank ends in trouble; the other does not come until it is gone."""
     sign.unlink(missing_ok=True)
     engine.barrier()
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience(30.0)
     while engine.rank == 1 and not sign.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     raise TroubleError(engine.rank == 0 or sign.exists())

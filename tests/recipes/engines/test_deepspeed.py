@@ -15,8 +15,8 @@ import torch
 from recipes.engines import engine_classes
 from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
 from recipes.engines.optim.optimizer import OptimConfig
-from tests.distributed_helper import run_ranks
-from tests.recipes.engines.deepspeed_cases import CASES, FREED, READS, TRAINED, Found, Layout, work
+from tests.recipes.engines import deepspeed_cases
+from tests.recipes.engines.deepspeed_cases import CASES, FREED, READS, TRAINED, Found, Layout
 from tests.recipes.engines.engine_cases import EXPERTS, GLOBAL_BATCH, SEQ_LEN
 from tests.recipes.engines.test_native_ranks import (
     ADAPTED,
@@ -34,10 +34,9 @@ LOW = [layout for layout, names in OURS.items() if "bf16" in names]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
-    """By number of ranks, of every rank. One rank reads what two have written."""
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return {world: run_ranks(work, world, folder, timeout=300.0) for world in (2, 1)}
+def found() -> dict[int, list[Found]]:
+    """By number of ranks, of every rank."""
+    return deepspeed_cases.found()
 
 
 class TestRanks:

@@ -18,10 +18,10 @@ from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.engines.native.tensor_parallel import _require_known, attention_mistakes, attention_plan
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from tests.conftest import random_model
-from tests.distributed_helper import run_ranks
 from tests.moe.dispatch.dispatch_cases import make_experts
+from tests.recipes.engines import expert_parallel_cases
 from tests.recipes.engines.engine_cases import GLOBAL_BATCH, SEQ_LEN
-from tests.recipes.engines.expert_parallel_cases import REFUSING, TRAINED, Found, Layout, Read, work
+from tests.recipes.engines.expert_parallel_cases import REFUSING, TRAINED, Found, Layout, Read
 from tests.recipes.engines.test_native_ranks import (
     ADAPTED,
     SUMS,
@@ -32,7 +32,7 @@ from tests.recipes.engines.test_native_ranks import (
 )
 
 ranks = [pytest.mark.distributed, pytest.mark.slow]
-# Who reads whose checkpoint, in the order in which the processes are started.
+# Who reads whose checkpoint, by number of ranks.
 ONE = Layout(1)
 READS: list[tuple[int, list[Read]]] = [
     (1, []),
@@ -59,13 +59,9 @@ SPREAD = [(layout, name) for layout, names in TRAINED.items() if layout.ranks > 
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
+def found() -> dict[int, list[Found]]:
     """By number of ranks, of every rank."""
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    done = {world: run_ranks(work, world, folder, reads, True, timeout=300.0) for world, reads in READS}
-    # Once more alone, for what the others have written.
-    done[1][0].read |= run_ranks(work, 1, folder, ALONE_READS, False)[0].read
-    return done
+    return expert_parallel_cases.found()
 
 
 class TestRanks:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from recipes.engines.megatron.cpu_patches import PATCHES
-from tests.distributed_helper import run_ranks
+from tests.recipes.engines import megatron_cases
 from tests.recipes.engines.megatron_case_list import CASES, FAMILIES, READS, SAME, TRAINED, Layout
-from tests.recipes.engines.megatron_cases import Found, work
+from tests.recipes.engines.megatron_cases import NATIVE, Found
 from tests.recipes.engines.megatron_probes import PROBES
 from tests.recipes.engines.test_native_ranks import (
     ADAPTED,
@@ -25,7 +25,6 @@ from tests.recipes.engines.test_native_ranks import (
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-NATIVE: Layout = (1, 0, 1)
 _ADAPTS = ("rich", "norms", "half")
 # Of logits: a sum over 32 features, two layers and the vocabulary, far below what a wrong weight would do.
 LOGITS = 1e-5
@@ -34,10 +33,9 @@ LONG = 1e-5
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
-    """By number of ranks, of every rank. One rank and four read what two have written."""
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return {world: run_ranks(work, world, folder, timeout=300.0) for world in (2, 1, 4)}
+def found() -> dict[int, list[Found]]:
+    """By number of ranks, of every rank."""
+    return megatron_cases.found()
 
 
 @pytest.mark.parametrize(
@@ -106,21 +104,21 @@ def test_it_computes_what_the_host_computes(
     world_size: int, family: str, whose: str, found: dict[int, list[Found]]
 ) -> None:
     for rank in found[world_size]:
-        assert rank.drift[family, whose] < LOGITS
-        assert rank.returned[family, whose] == []
+        drift, returned = rank.compared(family, whose)
+        assert drift < LOGITS and returned == []
 
 
 def test_stages_compute_what_the_host_computes(found: dict[int, list[Found]]) -> None:
     for rank in found[2]:
-        assert rank.drift["qwen2", "stages"] < LOGITS
-        assert rank.returned["qwen2", "stages"] == []
+        drift, returned = rank.compared("qwen2", "stages")
+        assert drift < LOGITS and returned == []
 
 
 def test_experts_of_transformer_engine_have_the_weights_of_the_host(found: dict[int, list[Found]]) -> None:
     """Over a stand-in for its grouped product; see `megatron_stand_ins`."""
     for rank in found[2]:
-        assert rank.drift["qwen3", "te"] < LOGITS
-        assert rank.returned["qwen3", "te"] == []
+        drift, returned = rank.compared("qwen3", "te")
+        assert drift < LOGITS and returned == []
         # A checkpoint of theirs is one of ours.
         theirs, ours = rank.crossed
         assert {name: relative(ours[name], w) for name, w in theirs.items() if not torch.equal(ours[name], w)}

@@ -16,15 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from tests.forked_commands import Ended, run_forked
 from tests.paths import ROOT
+from tests.patience import patience
 
 _STOP_AT = "GRAFT_TEST_STOP_AT"
 _PATIENCE_S = 60.0
@@ -56,15 +58,6 @@ TINY: dict[str, Any] = {
     "train.save_every": 2,
     "train.log_every": 1,
 }
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ def _send(stop_at: StopAt, request: Any) -> None:
     if stop_at.target == "self" or is_rank0:
         os.kill(os.getpid() if stop_at.target == "self" else os.getppid(), getattr(signal, stop_at.signal))
     # Every rank waits until its signal has come, so that all runs end at the same step.
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience(_PATIENCE_S)
     while not request.requested and time.monotonic() < deadline:
         time.sleep(0.01)
     assert request.requested, f"{stop_at.signal} has not come in {_PATIENCE_S} s"
@@ -179,25 +172,54 @@ def job(
 
 
 def process(
-    folder: Path, changes: Mapping[str, Any] | None = None, stop_at: StopAt | None = None, ranks: int = 0
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+    stop_at: StopAt | None = None,
+    ranks: int = 0,
+    *,
+    command: bool = False,
 ) -> Ended:
-    """Runs it in a process of its own, or with ``ranks`` under torchrun."""
-    command = [sys.executable, __file__]
-    if ranks:
-        torchrun = Path(sys.executable).with_name("torchrun")
-        command = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}", __file__]
+    """Runs it in a process of its own, or with ``ranks`` under torchrun's agent.
+
+    Processes are forked from the server of the session. With ``command``, torchrun and its ranks start as
+    they do for a user, and each of them imports everything.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if stop_at is not None:
         environment[_STOP_AT] = stop_at.text()
-    done = subprocess.run(
-        [*command, *arguments(folder, changes)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=folder,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    given = arguments(folder, changes)
+    if command:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        line = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}", __file__, *given]
+        done = subprocess.run(
+            line, env=environment, capture_output=True, text=True, timeout=patience(240), cwd=folder
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+    if ranks:
+        return run_forked(_agent, ranks, given, environment=environment, cwd=folder)
+    return run_forked(_script, given, environment=environment, cwd=folder)
+
+
+def _agent(ranks: int, given: list[str]) -> None:
+    """Does what the command torchrun does, with ranks that are forked from it."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def forked(config: LaunchConfig, entrypoint: object) -> Callable[..., Any]:
+        config.start_method = "fork"
+        return lambda *_: elastic_launch(config, _rank)(given)
+
+    with patch.object(run, "elastic_launch", forked):
+        record(run.main)(["--standalone", f"--nproc-per-node={ranks}", __file__])
+
+
+def _rank(given: list[str]) -> None:
+    # The agent's own handlers are none of a rank's.
+    for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(name, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _script(given)
 
 
 def write_text(folder: Path, seed: int = 0, suffix: str = "txt") -> str:
@@ -266,14 +288,16 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return content
 
 
-def _script() -> NoReturn:
+def _script(given: list[str]) -> None:
+    """Runs ``train.py`` with the interference that the environment describes."""
     from recipes.launch import end_process, main
 
     stop_at = os.environ.get(_STOP_AT)
     with quick(), interfering(StopAt.read(stop_at) if stop_at else None):
-        code = main(sys.argv[1:])
-    end_process(code)
+        code = main(given)
+    if code or __name__ == "__main__":
+        end_process(code)
 
 
 if __name__ == "__main__":
-    _script()
+    _script(sys.argv[1:])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.paths import ROOT, TESTS
+from tests.patience import patience
 from tests.recipes.jobs import machines
 from tests.recipes.jobs.job_runs import arguments, job, rows, same_training
 
@@ -40,7 +41,7 @@ def submit(workplace: Path, spread_options: dict[str, Any]) -> Callable[..., Pat
             "RANKS_PER_NODE": "2",
         }
         command = ["bash", str(ROOT / "docs" / "upcycle.sbatch"), *overrides]
-        done = machines.with_machines(command, 400, **slurm, **environment)
+        done = machines.with_machines(command, patience(400), **slurm, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return workplace / "outputs" / name
 

@@ -1,4 +1,4 @@
-"""Whole jobs in which a rank sleeps outside of steps: ``python hanging_jobs.py FOLDER``.
+"""Whole jobs in which a rank sleeps outside of steps.
 
 The ranks of all cases are forked from one process, which has imported everything.
 """
@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,13 +18,14 @@ from typing import Any
 from unittest.mock import patch
 
 from recipes.launch import main as launch
+from tests.patience import patience, slowness
 from tests.recipes.jobs.job_runs import arguments, quick, write_text
 from tests.recipes.runtime.forked import fork_ranks
 
 RANKS = 2
-LIMIT_S = 5.0
+# Long enough for every phase that works, also on a slower machine.
+LIMIT_S = round(5.0 * slowness(), 1)
 _FOR_EVER = 200
-_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def ended(running: dict[str, dict[int, int]]) -> dict[str, Any]:
     """Of each case the exit codes by rank, and when its last one ended; ends what is left."""
     left = {pid: (name, rank) for name, ranks in running.items() for rank, pid in ranks.items()}
     found: dict[str, Any] = {name: {"codes": {}, "ended": 0.0} for name in running}
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience(60.0)
     while left and time.monotonic() < deadline:
         for pid, (name, rank) in list(left.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -162,7 +162,3 @@ def main(folder: Path) -> None:
     found = ended({WORKING: start(folder, WORKING)})
     found |= ended({name: start(folder, name) for name in CASES})
     (folder / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

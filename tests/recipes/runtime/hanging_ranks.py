@@ -1,4 +1,4 @@
-"""Ranks that hang, each a process that the watchdog may end: ``python hanging_ranks.py FOLDER``.
+"""Ranks that hang, each a process that the watchdog may end.
 
 The ranks of all cases are forked from one process, which has imported everything: that takes longest.
 """
@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +19,14 @@ import torch.distributed as dist
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.rendezvous import group_store
 from recipes.runtime.watchdog import Watchdog
+from tests.patience import patience, slowness
 from tests.recipes.runtime.forked import fork_ranks
 
 RANKS = 3
 HANGING_RANK = 1
-LIMIT_S = 2.0
+LIMIT_S = round(2.0 * slowness(), 1)
 CASES = ("none", "sleeps", "stopped", "holds", "elsewhere")
 _FOR_EVER = 200
-_PATIENCE_S = 60.0
 
 
 def hang_here(case: str, pair: dist.ProcessGroup) -> None:
@@ -79,7 +78,7 @@ def run(folder: Path, case: str) -> dict[int, int]:
     codes: dict[int, int] = {}
     # Nothing ends a process that is stopped: torchrun would.
     waiting = set(running) - ({HANGING_RANK} if case == "stopped" else set())
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience(60.0)
     while waiting and time.monotonic() < deadline:
         for rank in set(waiting):
             done, status = os.waitpid(running[rank], os.WNOHANG)
@@ -91,7 +90,3 @@ def run(folder: Path, case: str) -> dict[int, int]:
         os.kill(running[rank], signal.SIGKILL)
         os.waitpid(running[rank], 0)
     return codes
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -22,6 +22,7 @@ from recipes.runtime.agreement import (
     source_hashes,
 )
 from tests.paths import ROOT
+from tests.patience import patience
 from tests.recipes.runtime import odd_rank
 
 
@@ -129,7 +130,11 @@ def test_a_run_is_refused_before_a_process_group_is_made(tmp_path: Path) -> None
     ]
     command += [f"output_dir={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}", "engine.device=cpu"]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
     )
     assert done.returncode != 0
     assert "error: engine.expert_parallel=2: this is what rank 1 has, and rank 0 has 1." in done.stderr

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from recipes.runtime.hang import Kind, Position, verdict
 from recipes.runtime.watchdog import HUNG
-from tests.paths import ROOT
+from tests.fork_server import Forked
+from tests.patience import patience
 from tests.recipes.runtime import hanging_ranks
 from tests.recipes.runtime.hanging_ranks import HANGING_RANK, LIMIT_S, RANKS
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 OTHERS = tuple(rank for rank in range(RANKS) if rank != HANGING_RANK)
 
@@ -25,9 +23,8 @@ OTHERS = tuple(rank for rank in range(RANKS) if rank != HANGING_RANK)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes of all cases have left what they wrote."""
     folder = tmp_path_factory.mktemp("hangs")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, hanging_ranks.__file__, str(folder)]
-    subprocess.run(command, env=environment, check=True, timeout=320)
+    with Forked(hanging_ranks.main, folder) as forked:
+        assert forked.wait(patience(240)) == 0
     return folder
 
 

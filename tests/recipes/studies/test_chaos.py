@@ -9,10 +9,10 @@ import pytest
 from recipes.studies.chaos.chaos_settings import ChaosSettings
 from recipes.studies.chaos.experiment import passed, run_chaos
 from recipes.studies.chaos.moments import draw_moments
-from tests.recipes.jobs.job_runs import ROOT, write_text
+from tests.recipes.jobs import job_runs
+from tests.recipes.jobs.job_runs import write_text
 
 
-@pytest.mark.alone
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_kills_one_of_them_in_a_save(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_two_kills_one_of_them_in_a_save(tmp_path: Path) -> None:
         steps=60,
         save_every=5,
         seed=14,
-        program=[str(ROOT / "tests" / "jobs" / "job_runs.py")],
+        program=[job_runs.__file__],
         options=[f"data.path={write_text(tmp_path / 'text')}", "train.async_save=true"],
     )
     assert [moment.kind for moment in draw_moments(settings)] == ["anywhere", "saves"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from recipes.tracking.report.heatmap import load_figure, pick_evenly
 from recipes.tracking.report.loss_figures import balance_figure, loss_figure
 from recipes.tracking.report.results_table import different_tokens, headline, missing, read_results
 from recipes.tracking.report.run_record import LayerLoad, read_run, series
+from tests.forked_commands import run_module
 from tools.report import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -389,7 +388,6 @@ def test_the_command_writes_json_and_nothing_else_to_stdout(
 
 
 def test_the_command_ends_with_2_on_a_users_mistake(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.report", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: run directory=") and "Traceback" not in done.stderr
+    done = run_module("tools.report", str(tmp_path / "none"))
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith("error: run directory=") and "Traceback" not in done.err

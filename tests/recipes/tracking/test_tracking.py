@@ -20,6 +20,7 @@ from recipes.tracking import trackers as tracking
 from recipes.tracking.metrics_log import read_rows
 from recipes.tracking.report.colours import DIVERGING_STOPS, load_image
 from recipes.tracking.trackers import ExpertLoad, NullTracker, RunLogger, Tracker, TrackerConfig, start
+from tests.patience import patience
 
 LOAD = ExpertLoad([1, 3], [[0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
 
@@ -290,7 +291,7 @@ def real_run(tmp_path: Path) -> Any:
 
 def _inspect(folder: Path) -> list[dict[str, Any]]:
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=patience(60)).stdout
     return [json.loads(line) for line in lines.splitlines()]
 
 
@@ -326,7 +327,7 @@ def test_a_killed_wandb_process_does_not_stop_a_run(
     assert services
     for service in services:
         service.kill()
-    psutil.wait_procs(services, timeout=10)
+    psutil.wait_procs(services, timeout=patience(10))
     for step in range(1, 2000):
         logger.log(_row(step))
     logger.finish({})

@@ -38,7 +38,7 @@ STORIES = {
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Told]]:
     """By rank."""
-    return run_ranks(tell_all, 2, str(tmp_path_factory.mktemp("stories")), STORIES, timeout=300.0)
+    return run_ranks(tell_all, 2, str(tmp_path_factory.mktemp("stories")), STORIES)
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,16 +28,13 @@ from recipes.upcycling.sharded.sharded_models import moe_model
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 from tests.conftest import VOCABULARY
 from tests.recipes.engines.engine_cases import open_engine
-from tests.recipes.upcycling.sharded.engine_online_cases import see
 from tests.recipes.upcycling.sharded.online_cases import (
     SEED,
     Case,
-    compare_all,
     differences,
     made_whole,
     plan_of,
 )
-from tests.recipes.upcycling.sharded.row_cases import train_by_rows
 
 COPY, DROP = CopyConfig(num_experts=4), DropConfig(num_experts=4)
 
@@ -120,24 +116,15 @@ def resumed(case: Case) -> list[str]:
     return differences(model, made_whole(case, {}))
 
 
-def look(rank: int, world_size: int, cases: dict[str, Case], dense: Path, gpt2: Path) -> dict[str, Any]:
-    """For `run_ranks`: everything."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    found: dict[str, Any] = {"differences": compare_all(cases)}
-    found["engines"] = see(world_size, dense)
-    if world_size > 2:
-        return found
+def measured(dense: Path, gpt2: Path, world_size: int) -> dict[str, Found]:
+    """Measures every case of the step-0 check."""
     exact = Case(dense, COPY)
-    measured = {
+    cases = {
         "exact": exact,
         "inexact": Case(dense, DROP),
         "some layers": Case(gpt2, replace(COPY, layers=[1])),
         "bf16": replace(exact, engine={"precision": "bf16"}),
     }
     if world_size > 1:
-        measured["spread"] = Case(dense, DROP, engine={"expert_parallel": world_size})
-    found |= {name: gate(case) for name, case in measured.items()}
-    found["unsupported_reason"] = unsupported_reason(exact)
-    found["resumed"] = resumed(Case(dense, replace(COPY, noise_std=0.3)))
-    found["rows"] = train_by_rows(world_size)
-    return found
+        cases["spread"] = Case(dense, DROP, engine={"expert_parallel": world_size})
+    return {name: gate(case) for name, case in cases.items()}
