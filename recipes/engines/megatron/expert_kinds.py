@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe.errors import ConfigError, Mistake
 from moe.layer import MoELayer
+from recipes.engines.megatron.layer_slots import ExpertsSlot, slot_of
 from recipes.engines.megatron.packages import find_optional
-from recipes.engines.megatron.slots import ExpertsSlot, slot_of
 
 # First version of TransformerEngine with the grouped linear layers that Megatron uses.
 _SINCE = "1.9"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moe.layer import MoELayer
 from recipes.engines.megatron.config import BuildSettings
 from recipes.engines.megatron.gpt_shape import GPTShape, blocks_of_stages, megatron_layout, read_shape
+from recipes.engines.megatron.layer_slots import Attention, Norm, RouterSlot, SharedSlot
 from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups
-from recipes.engines.megatron.slots import Attention, Norm, RouterSlot, SharedSlot
 from recipes.models.hf.hf_model import HFModel
 
 

@@ -30,8 +30,7 @@ from recipes.engines.megatron.gpt_shape import (
     read_shape,
     split_mistakes,
 )
-from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
-from recipes.engines.megatron.slots import (
+from recipes.engines.megatron.layer_slots import (
     Attention,
     ExpertsSlot,
     RouterSlot,
@@ -39,6 +38,7 @@ from recipes.engines.megatron.slots import (
     as_map,
     slot_of,
 )
+from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
 from recipes.engines.optim.optimizer import OptimConfig
 from tests.moe.dispatch.dispatch_cases import make_experts
 from tests.moe.routers.routing_cases import _tell_batch, label, make_layer, router_case
