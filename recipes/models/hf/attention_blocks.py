@@ -9,9 +9,9 @@ Letters: B sequences, S positions, T tokens, D model width, E experts (key-value
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from moe.upcycle.equivalence import (
     require_exact,
 )
 from recipes.models.hf.ffn_blocks import decoder_blocks
+from recipes.models.hf.ffn_surgery import comparing
 from recipes.models.hf.hf_model import HFModel
 
 #: Families whose attention is projections, an optional norm of each head, rotary embedding and softmax.
@@ -252,7 +253,8 @@ def upcycle_attention(
     swapped = swap_attention(model, config, seed)
     model.module.eval()
     drifts: list[LayerDrift] = []
-    with _measuring(swapped, drifts):
+    layers = [(site.layer, routed, partial(_dense_output, site)) for site, routed in swapped]
+    with comparing(layers, drifts):
         after = model.module(input_ids=tokens_BS).logits
     first = swapped[0][1]
     exact = all(counts_all_once(routed.router, routed.scale) for _, routed in swapped)
@@ -270,26 +272,10 @@ def upcycle_attention(
     )
 
 
-@contextmanager
-def _measuring(
-    swapped: Sequence[tuple[AttentionSite, RoutedSelfAttention]], drifts: list[LayerDrift]
-) -> Iterator[None]:
-    """Compares, while open, each forward pass of attention experts with the dense one on the same input."""
-
-    def hook(site: AttentionSite) -> Callable[..., None]:
-        def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> None:
-            # The pass starts at the first token; the experts' cache is not for the dense module.
-            dense = site.dense(*args, **kwargs | {"past_key_values": None})[0]
-            drifts.append(layer_drift(site.layer, dense, out[0]))
-
-        return compare
-
-    handles = [routed.register_forward_hook(hook(site), with_kwargs=True) for site, routed in swapped]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _dense_output(site: AttentionSite, *args: Any, **kwargs: Any) -> Tensor:
+    # The pass starts at the first token; the experts' cache is not for the dense module.
+    out: Tensor = site.dense(*args, **kwargs | {"past_key_values": None})[0]
+    return out
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ _KNOWN_NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "fc_in", "fc_out"),  # GPT-J, CodeGen
     (None, "up_proj", "down_proj"),  # Nemotron, Arcee
 )
-_ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 # Largest difference due to another order of summation, relative to the largest output.
 _RECOGNITION_TOLERANCE = {
     torch.float64: 1e-10,
@@ -116,14 +116,14 @@ def decoder_blocks(model: nn.Module, config: Any) -> nn.ModuleList:
 
 
 def _activation(config: Any) -> str:
-    for key in _ACTIVATION_KEYS:
+    for key in ACTIVATION_KEYS:
         value = getattr(config, key, None)
         if isinstance(value, str):
             if value not in ACTIVATIONS:
                 rule = f"its activation {key}={value!r} is unknown"
                 raise _unsupported(config, rule, f"Known are: {', '.join(ACTIVATIONS)}.")
             return value
-    raise _unsupported(config, "its config names no activation", f"Set one of {', '.join(_ACTIVATION_KEYS)}.")
+    raise _unsupported(config, "its config names no activation", f"Set one of {', '.join(ACTIVATION_KEYS)}.")
 
 
 def is_conv1d(module: nn.Module) -> bool:

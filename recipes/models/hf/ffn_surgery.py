@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,18 +195,39 @@ def upcycle(
 
 @contextmanager
 def measuring(swapped: list[tuple[FFNSite, MoELayer]], drifts: list[LayerDrift]) -> Iterator[None]:
-    """Compares, while open, each forward pass of an MoE layer with its dense network on the same input.
+    """Compares, while open, each forward pass of an MoE layer with its dense network on the same input."""
+    layers = [(site.layer, layer, partial(_dense, site)) for site, layer in swapped]
+    with comparing(layers, drifts):
+        yield
+
+
+def _dense(site: FFNSite, x_TD: Tensor) -> Tensor:
+    return dense_ffn(x_TD, site.weights)
+
+
+@contextmanager
+def comparing(
+    layers: Sequence[tuple[int, nn.Module, Callable[..., Tensor]]], drifts: list[LayerDrift]
+) -> Iterator[None]:
+    """Compares, while open, each forward pass of layers with dense functions of the same input.
 
     No activations are kept, so that it works for models of any depth.
+
+    Args:
+        layers: Block index, layer, and the dense function of the layer's arguments.
+        drifts: Takes the drift of each forward pass.
     """
 
-    def hook(site: FFNSite) -> Callable[..., None]:
-        def compare(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            drifts.append(layer_drift(site.layer, dense_ffn(args[0], site.weights), out))
+    def compare(
+        number: int, dense: Callable[..., Tensor], module: Any, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        ours = out[0] if isinstance(out, tuple) else out
+        drifts.append(layer_drift(number, dense(*args, **kwargs), ours))
 
-        return compare
-
-    handles = [layer.register_forward_hook(hook(site)) for site, layer in swapped]
+    handles = [
+        layer.register_forward_hook(partial(compare, number, dense), with_kwargs=True)
+        for number, layer, dense in layers
+    ]
     try:
         yield
     finally:

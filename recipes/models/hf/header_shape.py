@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe.upcycle.layer_plan import FFNShape
+from recipes.models.hf.ffn_blocks import ACTIVATION_KEYS
 from recipes.models.hf.inspection import read_config, weight_files
 from recipes.runtime.safetensors_codec import HeaderError, read_header
 
@@ -26,7 +27,6 @@ _GATES: Mapping[str, tuple[str, ...]] = {
     "fc_out": (),
 }
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
-_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _DOWN = re.compile(rf"(?P<site>.*\.0\..*)\.(?P<down>{'|'.join(_GATES)})\.weight")
 
 
@@ -54,7 +54,7 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
         width=columns if rows == width else rows,
         model_width=width,
         gated=any(f"{site}.{gate}.weight" in shapes for gate in _GATES[down]),
-        activation=next((text[key] for key in _ACTIVATIONS if isinstance(text.get(key), str)), ""),
+        activation=next((text[key] for key in ACTIVATION_KEYS if isinstance(text.get(key), str)), ""),
         up_bias=any(re.fullmatch(rf"{re.escape(site)}\.(?!{down}).*\.bias", name) for name in shapes),
         down_bias=f"{site}.{down}.bias" in shapes,
     )

@@ -215,7 +215,7 @@ def test_validation_on_training_files_is_refused(tmp_path: Path) -> None:
         ("a.jsonl", rb'{"text": "ab\ud83d"}', r"a.jsonl:1': has half a surrogate pair at character 2"),
         ("a.json", b'[{"text": "a"}, {"t": 1}]', r"a.json, record 2': has no 'text'; it has 't'"),
         ("a.json", b'[{"text": "a"}, {', r"a.json': is not JSON"),
-        ("a.json", b'{\n  "text": "a"\n}', r"a.json:1': is not JSON .* one JSON object on each"),
+        ("a.json", b'{\n  "text": "a"\n}', r"a.json:1': is not JSON .* each must be one JSON object"),
         ("a.txt", b"one\ntwo \xe9\n", r"a.txt:2': is not UTF-8 .* Convert it to UTF-8"),
         (
             "a.jsonl.gz",
