@@ -19,14 +19,14 @@ def test_pydantic_reads_it_and_refuses_unknown_keys() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("seq_len", 0, "seq_len=0 must be at least 1. Give"),
-        ("validation_fraction", 0.0, "validation_fraction=0.0 must lie between 0 and 1.*validation_path"),
-        ("validation_fraction", 1.0, "validation_fraction=1.0 must lie between 0 and 1"),
-        ("seed", -1, "seed=-1 must not be negative. Give 0 or more"),
-        ("text_key", "", "text_key is empty. Name"),
-        ("path", "", "path is empty. Name files or a glob"),
-        ("path", [], "path is empty. Name files or a glob"),
-        ("validation_path", "", "validation_path is empty"),
+        ("seq_len", 0, "seq_len=0: must be at least 1. Give"),
+        ("validation_fraction", 0.0, "validation_fraction=0.0: must lie between 0 and 1.*validation_path"),
+        ("validation_fraction", 1.0, "validation_fraction=1.0: must lie between 0 and 1"),
+        ("seed", -1, "seed=-1: must not be negative. Give 0 or more"),
+        ("text_key", "", "text_key='': is empty. Name"),
+        ("path", "", "path='': is empty. Name files or a glob"),
+        ("path", [], r"path=\[\]: is empty. Name files or a glob"),
+        ("validation_path", "", "validation_path='': is empty"),
     ],
 )
 def test_bad_values(field: str, value: object, message: str) -> None:

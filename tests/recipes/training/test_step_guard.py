@@ -68,13 +68,13 @@ def test_the_state_survives_json() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_nonfinite": 0}, "max_nonfinite=0 must be at least 1"),
-        ({"spike_sigma": 0.0}, "spike_sigma=0.0 must be more than 0"),
-        ({"spike_window": 3}, "spike_window=3 must be at least 4"),
-        ({"spike_sigma": 6.0, "rollback_after": 0}, "rollback_after=0 must be at least 1"),
-        ({"rollback_after": 2}, "rollback_after=2 must come with spike_sigma"),
-        ({"hang_s": 0.0}, "hang_s=0.0 must be more than 0 seconds"),
-        ({"phase_hang_s": -1.0}, "phase_hang_s=-1.0 must be more than 0 seconds"),
+        ({"max_nonfinite": 0}, "max_nonfinite=0: must be at least 1"),
+        ({"spike_sigma": 0.0}, "spike_sigma=0.0: must be more than 0"),
+        ({"spike_window": 3}, "spike_window=3: must be at least 4"),
+        ({"spike_sigma": 6.0, "rollback_after": 0}, "rollback_after=0: must be at least 1"),
+        ({"rollback_after": 2}, "rollback_after=2: must come with spike_sigma"),
+        ({"hang_s": 0.0}, "hang_s=0.0: must be more than 0 seconds"),
+        ({"phase_hang_s": -1.0}, "phase_hang_s=-1.0: must be more than 0 seconds"),
     ],
 )
 def test_refused_configs(fields: dict[str, Any], message: str) -> None:
