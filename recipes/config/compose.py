@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.errors import ConfigError, Mistake
+from recipes.config.renamed import check_name
 from recipes.runtime.source_root import SOURCE_ROOT
 
 CONF = SOURCE_ROOT / "conf"
@@ -28,7 +29,11 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: Options or choices do not exist, or overrides cannot be read; all of them at once.
     """
-    unreadable = {override: mistake for override in overrides if (mistake := _unreadable(override))}
+    unreadable = {
+        override: mistake
+        for override in overrides
+        if (mistake := check_name(override) or _unreadable(override))
+    }
     mistakes = list(unreadable.values())
     remaining = [override for override in overrides if override not in unreadable]
     while True:
@@ -53,7 +58,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", list(overrides))
+        config = compose("config", [_sections(), *overrides])
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return values
 
@@ -125,7 +130,13 @@ def _same_leaf(path: str, known: Sequence[str]) -> list[str]:
 
 def _defaults() -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config")
+        return compose("config", [_sections()])
+
+
+def _sections() -> str:
+    """Returns the override that adds the sections of all jobs and methods, before recipes change them."""
+    names = ",".join(sorted(path.stem for path in (CONF / "section").glob("*.yaml")))
+    return f"+section=[{names}]"
 
 
 def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:

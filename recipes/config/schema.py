@@ -1,14 +1,14 @@
-"""The typed config of a run: what the yaml files and overrides are read into, and the rules across sections.
+"""Typed config of a run.
 
-Each component owns its config class; this file only puts them together. Everything wrong with a config
-is reported at once, before a process group, a big file or a download is touched.
+Each component owns its config class; jobs and methods register theirs in `recipes.config.sections`. All
+mistakes of a config are reported at once, before a process group, a big file or a download is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,10 +19,8 @@ from moe.routers import RouterConfig, router_classes
 from moe.routing.top_k_schedule import SparsePhase
 from moe.types import Config
 from moe.upcycle import UpcycleConfig, upcycle_methods
-from recipes.config.calibration_config import CalibrationConfig
-from recipes.config.prompts_config import PromptsConfig
-from recipes.config.stage2 import Stage2Config
-from recipes.config.upcycle_vs_cpt_config import UpcycleVsCPTConfig
+from recipes.config.renamed import with_new_names
+from recipes.config.sections import Section, section_classes
 from recipes.data.config import DataConfig
 from recipes.engines import EngineConfig, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
@@ -32,11 +30,15 @@ from recipes.tracking.trackers import TrackerConfig
 # A byte-level tokenizer has 256 bytes and the end token.
 _SMALLEST_VOCABULARY = 257
 _WRONG_TYPE = "this must be "
+_NO_OPTION = "there is no such option", "Run train.py --cfg to see what there is."
+
+T = TypeVar("T")
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 @dataclass(frozen=True)
 class RunSection(Config):
-    """What the run is called."""
+    """Name of the run."""
 
     name: str | None = None
     """Folder below ``output_dir``. None: the job's name with the next free number."""
@@ -55,7 +57,7 @@ class RunSection(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """How long and in what steps."""
+    """Length of the training, its batches, validations and checkpoints."""
 
     steps: int = 600
     """Optimizer steps; 0 converts, compares and exports without training."""
@@ -72,9 +74,9 @@ class TrainConfig(Config):
     keep_last: int | None = 2
     """Checkpoints that are kept; None keeps all."""
     keep_best: bool = False
-    """Whether the checkpoint of the lowest validation loss is kept besides the last ones."""
+    """Keep the checkpoint of the lowest validation loss besides the last ones?"""
     async_save: bool = True
-    """Whether training goes on while a checkpoint is written, from a copy of each rank's part in memory."""
+    """Train on while a checkpoint is written, from a copy of each rank's part in memory?"""
     log_every: int = 10
     """Steps between lines of progress where there is no terminal."""
 
@@ -104,7 +106,7 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class DefaultModelConfig(Config):
-    """The embedded default: the small Llama that a run trains where no checkpoint is given."""
+    """Default model: the small Llama that a run trains where no checkpoint is given."""
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -114,7 +116,7 @@ class DefaultModelConfig(Config):
     num_kv_heads: int = 4
     tie_embeddings: bool = True
     seed: int = 0
-    """Of its weights; the run's own seed may vary while this model stays."""
+    """Seed of its weights; the run's own seed may vary while this model stays."""
     steps: int = 800
     """Optimizer steps of its training; 0 keeps the weights as they were drawn."""
     lr: float = 3e-3
@@ -156,52 +158,26 @@ class DefaultModelConfig(Config):
 
 
 @dataclass(frozen=True)
-class CompareConfig(Config):
-    """The baseline of the comparison."""
-
-    cpt: bool | Literal["auto"] = "auto"
-    """Whether the dense model is trained on the same tokens as well (continued pre-training); ``auto``:
-    with the embedded default, and not with a checkpoint of your own."""
-
-
-@dataclass(frozen=True)
-class ExportConfig(Config):
-    """The exported model."""
-
-    dtype: Literal["source", "fp32", "bf16"] = "source"
-    """Of the weights in the files; ``source``: as in the dense checkpoint."""
-    memory_gib: float = 4.0
-    """What the export may take of rank 0's memory, in fp32, when it is read back and compared. A larger model
-    is read block by block, and generates no sample."""
-
-    def __post_init__(self) -> None:
-        remedy = "Set 0 to read every model block by block."
-        require(self, (self.memory_gib >= 0, "memory_gib", "must be at least 0", remedy))
-
-
-@dataclass(frozen=True)
 class RunConfig(Config):
-    """Everything a run is told. ``conf/config.yaml`` lists the same sections."""
+    """Config of a run. ``conf/config.yaml`` and ``conf/section`` list the same options."""
 
     job: str
-    """Which job runs: a name of `recipes.jobs`; recipes set it."""
+    """Name of the job; recipes set it."""
     router: RouterConfig
     upcycle: UpcycleConfig
     engine: EngineConfig
     seed: int = 0
     output_dir: str = "outputs"
     cache_dir: str = "~/.cache/graft"
-    """Where token files and the embedded default are kept between runs."""
+    """Folder of token files and default models, kept between runs."""
     resume: str = "none"
     """``none``, ``auto`` (the newest complete checkpoint of the run), or the path of a run directory."""
     dense: str | None = None
-    """Folder of a dense checkpoint in Hugging Face format; None trains the embedded default first."""
+    """Folder of a dense checkpoint in Hugging Face format; None trains the default model first."""
     trust_remote_code: bool = False
     run: RunSection = field(default_factory=RunSection)
     data: DataConfig = field(default_factory=DataConfig)
     model: DefaultModelConfig = field(default_factory=DefaultModelConfig)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     attention: AttentionConfig | None = None
     """Key-value heads as experts; None leaves attention dense."""
@@ -210,16 +186,16 @@ class RunConfig(Config):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
-    stage2: Stage2Config = field(default_factory=Stage2Config)
-    compare: CompareConfig = field(default_factory=CompareConfig)
-    upcycle_vs_cpt: UpcycleVsCPTConfig = field(default_factory=UpcycleVsCPTConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
-    @property
-    def trains_cpt(self) -> bool:
-        """Whether the dense model is trained on as a baseline."""
-        return self.dense is None if self.compare.cpt == "auto" else self.compare.cpt
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """By name, the sections that single jobs and methods read."""
+
+    def section(self, cls: type[SectionT]) -> SectionT:
+        """Returns the section of a job or method."""
+        section = self.sections.get(cls.name, cls())
+        assert isinstance(section, cls), f"{cls.name} is a {type(section)}"
+        return section
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
@@ -230,23 +206,26 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
             components that do not exist; all of them at once.
     """
     mistakes: list[Mistake] = []
-    content = dict(values)
+    content = with_new_names(values)
+    if "sections" in content:
+        mistakes.append(Mistake("sections", content.pop("sections"), *_NO_OPTION))
     families = {"router": router_classes(), "upcycle": upcycle_methods(), "engine": engine_classes()}
-    for section, classes in families.items():
-        content[section] = _parse_family(section, content.get(section), classes, mistakes)
+    for name, classes in families.items():
+        content[name] = _parse_family(name, content.get(name), classes, mistakes)
     content["attention"] = _parse_attention(content.get("attention"), families["router"], mistakes)
+    # A component that failed is left out, so that the mistakes of the others are found as well.
+    missing = [name for name in families if content[name] is None]
+    own = {name: content.pop(name) for name in section_classes() if name in content}
+    found: list[Mistake] = []
+    config = _read(
+        RunConfig, {name: value for name, value in content.items() if name not in missing}, "", found
+    )
+    mistakes += [mistake for mistake in found if mistake.path not in missing]
+    sections = {name: _read(section_classes()[name], value, name, mistakes) for name, value in own.items()}
     if mistakes:
-        # The sections that failed get a stand-in, so that the mistakes of the others are found as well.
-        for section in families:
-            if content[section] is None:
-                content.pop(section)
-        mistakes += [m for m in _validate(RunConfig, content, "") if m.path not in families]
         raise ConfigError(mistakes)
-    try:
-        config: RunConfig = TypeAdapter(RunConfig).validate_python(content)
-    except ValidationError as error:
-        raise ConfigError(_mistakes(error, "")) from None
-    return config
+    assert config is not None, "a config without mistakes is read"
+    return replace(config, sections=sections)
 
 
 def _parse_family(
@@ -260,12 +239,7 @@ def _parse_family(
         rule = f"no {section} has this name"
         mistakes.append(Mistake(f"{section}.name", value["name"], rule, f"Choose one of {_list(classes)}."))
         return None
-    config_class = classes[value["name"]].config_class
-    found = _validate(config_class, dict(value), section)
-    if found:
-        mistakes += found
-        return None
-    return TypeAdapter(config_class).validate_python(dict(value))
+    return _read(classes[value["name"]].config_class, dict(value), section, mistakes)
 
 
 def _parse_attention(value: Any, routers: Mapping[str, Any], mistakes: list[Mistake]) -> Any | None:
@@ -279,26 +253,25 @@ def _parse_attention(value: Any, routers: Mapping[str, Any], mistakes: list[Mist
     router = _parse_family("attention.router", value.get("router"), routers, mistakes)
     if router is None:
         return None
-    content = {**value, "router": router}
-    found = _validate(AttentionConfig, content, "attention")
-    mistakes += found
-    return None if found else TypeAdapter(AttentionConfig).validate_python(content)
+    return _read(AttentionConfig, {**value, "router": router}, "attention", mistakes)
 
 
 def _list(names: Mapping[str, Any]) -> str:
     return ", ".join(sorted(names))
 
 
-def _validate(config_class: Any, content: Mapping[str, Any], prefix: str) -> list[Mistake]:
+def _read(cls: type[T], content: Any, prefix: str, mistakes: list[Mistake]) -> T | None:
+    """Reads a section into its class; None after adding to the mistakes."""
     try:
-        TypeAdapter(config_class).validate_python(content)
+        section: T = TypeAdapter(cls).validate_python(content)
     except ValidationError as error:
-        return _mistakes(error, prefix)
-    return []
+        mistakes += _mistakes(error, prefix)
+        return None
+    return section
 
 
 def _mistakes(error: ValidationError, prefix: str) -> list[Mistake]:
-    """pydantic's findings as sentences with config path, value, rule and remedy."""
+    """Translates pydantic's findings."""
     mistakes: dict[tuple[str, str], Mistake] = {}
     for found in error.errors():
         path = ".".join([prefix] * bool(prefix) + [str(part) for part in _path(found["loc"])])
@@ -308,7 +281,7 @@ def _mistakes(error: ValidationError, prefix: str) -> list[Mistake]:
 
 
 def _without_alternatives(mistakes: list[Mistake]) -> list[Mistake]:
-    """Of a value that may have one of several types, pydantic tells what is wrong with it as each of them."""
+    """Merges what pydantic reports of each type that a value may have."""
     kept: dict[str, Mistake] = {}
     others = []
     for mistake in mistakes:
@@ -337,7 +310,7 @@ def _translate(path: str, found: Any) -> list[Mistake]:
             return [mistake.under(path) for mistake in error.mistakes]
         return [Mistake(path, value, str(error), "Correct it.")]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return [Mistake(path, value, "there is no such option", "Run train.py --cfg to see what there is.")]
+        return [Mistake(path, value, *_NO_OPTION)]
     if kind in ("missing", "missing_argument"):
         return [Mistake(path, None, "this option is required", "Set it.")]
     message = found["msg"].removeprefix("Input should be ").partition(", unable to ")[0]

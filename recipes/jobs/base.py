@@ -85,6 +85,10 @@ class Job(ABC):
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Every mistake that shows before anything expensive starts: seconds, no weights read."""
 
+    def identity(self, config: RunConfig) -> dict[str, Any]:
+        """Returns the options of its own, by path, that a run may not change when it goes on."""
+        return {}
+
     @abstractmethod
     def run(self, session: Session) -> bool:
         """Does it; returns whether it came to its end (False: it was asked to stop)."""

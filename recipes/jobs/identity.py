@@ -1,14 +1,16 @@
-"""What a run may not change when it goes on: everything that decides what its weights mean."""
+"""Identity of a run: the options that decide what its weights mean, and that a resume may not change."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe.errors import CheckpointError, Mistake
 from recipes.config.compose import to_yaml
+from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import TrainData
 from recipes.jobs.base import Session
@@ -23,9 +25,19 @@ _DATA_REMEDY = (
 )
 
 
-def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
-    """The fields by config path, with the values that a checkpoint depends on."""
+def identity(
+    config: RunConfig, dense: Path, data: TrainData, of_job: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the values that a checkpoint depends on, by config path.
+
+    Args:
+        config: The run.
+        dense: Folder of its dense model.
+        data: Its data.
+        of_job: Options of the job's own (`recipes.jobs.base.Job.identity`).
+    """
     fields: dict[str, Any] = {
+        **(of_job or {}),
         "dense": str(dense),
         "data": data.fingerprint,
         "data.seq_len": config.data.seq_len,
@@ -42,16 +54,13 @@ def identity(config: RunConfig, dense: Path, data: TrainData) -> dict[str, Any]:
     if config.experts.lora.rank:
         for key, value in dataclasses.asdict(config.experts.lora).items():
             fields[f"experts.lora.{key}"] = value
-    if config.job == "two_stage":
-        # Where the first stage ends, the second has begun.
-        fields |= {"train.steps": config.train.steps, "stage2.path": config.stage2.path}
-        fields["stage2.validation_path"] = config.stage2.validation_path
     fields["top_k_schedule"] = top_k_schedule_identity(config)
-    return json.loads(json.dumps(fields))
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain
 
 
-def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
-    """Compares the run's identity with the one it began with, on all ranks, and writes down what it is told.
+def refuse_changes(session: Session, dense: Path, data: TrainData, of_job: Mapping[str, Any]) -> None:
+    """Compares the run's identity with the one it began with, and writes it and the config down.
 
     A resume that is refused leaves the run's ``config.yaml`` as it was.
 
@@ -60,11 +69,12 @@ def refuse_changes(session: Session, dense: Path, data: TrainData) -> None:
     """
 
     def compare() -> None:
-        wanted = identity(session.config, dense, data)
+        wanted = identity(session.config, dense, data, of_job)
         run_dir = session.run_dir
         origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
         began = read_run_file(origin).get("identity")
         if began is not None:
+            began = with_new_names(began)
             changed = [
                 Mistake(
                     path,

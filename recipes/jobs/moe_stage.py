@@ -13,6 +13,8 @@ from moe.errors import ConfigError
 from moe.upcycle import UpcycleMethod
 from moe.upcycle.equivalence import TOLERANCES
 from recipes.config.schema import RunConfig
+from recipes.config.sections.export_config import ExportConfig
+from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.chat_template import carry_template
 from recipes.jobs.top_k_schedules import model_schedule, schedule_of, summarise_phases
 from recipes.jobs.trained_stage import TrainedStage
@@ -148,7 +150,7 @@ class MoEStage(TrainedStage):
                 if method.statistics
                 else {}
             )
-        if not method.statistics and self.config.prompts.path is None:
+        if not method.statistics and self.config.section(PromptsConfig).path is None:
             return {}
         self._beat("calibration")
         self.session.log(f"{self.name}: every rank loads the whole dense model, to look at text with it")
@@ -224,7 +226,7 @@ class MoEStage(TrainedStage):
         logits = stage.train_module.logits(tokens)
         loosest = max((dtype, session.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
         session.on_rank_zero(lambda: carry_template(self.config.data, session.run_dir.export))
-        memory, folder = self.config.export.memory_gib * 2**30, session.run_dir.export
+        memory, folder = self.config.section(ExportConfig).memory_gib * 2**30, session.run_dir.export
         report = session.on_rank_zero(
             lambda: verify_export(exporter, folder, tokens, logits, loosest, memory, heartbeat)
         )
@@ -249,4 +251,4 @@ class MoEStage(TrainedStage):
 
 def _export_dtype(config: RunConfig, model: HFModel) -> torch.dtype:
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": model.source_dtype}
-    return named[config.export.dtype]
+    return named[config.section(ExportConfig).dtype]

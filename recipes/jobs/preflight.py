@@ -16,6 +16,7 @@ from moe.routers import router_class
 from moe.upcycle import upcycle_methods
 from moe.upcycle.layer_plan import FFNShape
 from recipes.config.schema import RunConfig
+from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.chat_template import check_chat_template
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
@@ -167,9 +168,10 @@ def check_schedule(config: RunConfig) -> list[Mistake]:
 
 def check_calibration(config: RunConfig) -> list[Mistake]:
     """Text of the calibration's own must be there, as the run's."""
-    if config.calibration.path is None:
+    path = config.section(CalibrationConfig).path
+    if path is None:
         return []
-    own = replace(config.data, path=config.calibration.path, validation_path=None)
+    own = replace(config.data, path=path, validation_path=None)
     return check_paths(own, "calibration")
 
 

@@ -15,6 +15,8 @@ from moe.errors import CheckpointError, FieldError, Mistake
 from moe.upcycle import UpcycleMethod
 from recipes.checkpoint import find_checkpoint, load_checkpoint, local_memory
 from recipes.config.schema import RunConfig
+from recipes.config.sections.compare_config import CompareConfig
+from recipes.config.sections.stage2_config import Stage2Config
 from recipes.data.build_data import TrainData
 from recipes.data.sources import check_paths, resolve
 from recipes.engines.optim.optimizer import FrozenConfig
@@ -40,8 +42,9 @@ class TwoStageJob(UpcycleJob):
         """The second stage's data and schedule too, and what has no meaning over two stages."""
         mistakes = super().check(config, world_size)
         second = stage2_config(config)
-        own = dataclasses.replace(second.data, path=config.stage2.path)
-        if config.stage2.path is None:
+        stage2 = config.section(Stage2Config)
+        own = dataclasses.replace(second.data, path=stage2.path)
+        if stage2.path is None:
             rule = "the second stage has no data"
             mistakes.append(Mistake("stage2.path", None, rule, "Name its files."))
         else:
@@ -49,12 +52,21 @@ class TwoStageJob(UpcycleJob):
             if not mistakes and resolve(config.data).files == resolve(own, "stage2").files:
                 rule = "it is the data of the first stage"
                 remedy = "Name other files, or train one stage by +recipe=upcycle."
-                mistakes.append(Mistake("stage2.path", config.stage2.path, rule, remedy))
+                mistakes.append(Mistake("stage2.path", stage2.path, rule, remedy))
         try:
-            second.optim.schedule.check(config.stage2.steps)
+            second.optim.schedule.check(stage2.steps)
         except FieldError as error:
             mistakes += error.under("stage2").mistakes
         return mistakes + _check_meaning(config)
+
+    def identity(self, config: RunConfig) -> dict[str, Any]:
+        """Returns the first stage's length, at which the second begins, and the second's data."""
+        stage2 = config.section(Stage2Config)
+        return {
+            "train.steps": config.train.steps,
+            "stage2.path": stage2.path,
+            "stage2.validation_path": stage2.validation_path,
+        }
 
     def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
         """The stages."""
@@ -66,9 +78,10 @@ def _check_meaning(config: RunConfig) -> list[Mistake]:
     if config.train.steps < 1:
         rule = "a stage trains"
         mistakes.append(Mistake("train.steps", config.train.steps, rule, "Set 1 or more."))
-    if config.trains_cpt:
+    compare = config.section(CompareConfig)
+    if compare.trains_cpt(config.dense):
         rule = "two stages have no dense baseline"
-        mistakes.append(Mistake("compare.cpt", config.compare.cpt, rule, "Set it to false."))
+        mistakes.append(Mistake("compare.cpt", compare.cpt, rule, "Set it to false."))
     if Path(config.resume).name.startswith("step-"):
         rule = "a checkpoint belongs to one of the two stages, and a run goes on with both"
         mistakes.append(Mistake("resume", config.resume, rule, "Give the run directory."))
@@ -77,7 +90,7 @@ def _check_meaning(config: RunConfig) -> list[Mistake]:
 
 def stage2_config(config: RunConfig) -> RunConfig:
     """A run's config as the second stage sees it: experts a token as the first ended with, nothing frozen."""
-    stage = config.stage2
+    stage = config.section(Stage2Config)
     schedule = dataclasses.replace(config.optim.schedule, warmup_steps=stage.warmup_steps)
     return dataclasses.replace(
         config,
@@ -219,5 +232,5 @@ def _refuse_other_data(session: Session, data: TrainData) -> None:
     if began not in (None, data.fingerprint):
         rule = "the run began with other data for its second stage"
         remedy = "Set it back to go on, or start a new run with resume=none."
-        raise CheckpointError.one("stage2.path", session.config.stage2.path, rule, remedy)
+        raise CheckpointError.one("stage2.path", session.config.section(Stage2Config).path, rule, remedy)
     write_run_file(session.run_dir.path, stage2_data=data.fingerprint)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from moe.errors import Mistake
 from recipes.config.schema import RunConfig
+from recipes.config.sections.compare_config import CompareConfig
 from recipes.data.build_data import TrainData
 from recipes.data.sources import resolve
 from recipes.jobs.accounts import account, find_peaks
@@ -49,7 +50,7 @@ class UpcycleJob(Job):
 
     def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
         """The legs of a run, in order."""
-        return [MoEStage, CPTStage] if config.trains_cpt else [MoEStage]
+        return [MoEStage, CPTStage] if config.section(CompareConfig).trains_cpt(config.dense) else [MoEStage]
 
     def run(self, session: Session) -> bool:
         """Trains what is to be trained, leg by leg; a resumed run skips the legs that are finished."""
@@ -62,7 +63,7 @@ class UpcycleJob(Job):
             vocab_size = session.on_rank_zero(lambda: vocab_size_of(folder))
             data = shared_data(session, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
-        refuse_changes(session, folder, data)
+        refuse_changes(session, folder, data, self.identity(config))
         if config.dense is None and not train_default(session, folder, data):
             return False
         content = session.engine.broadcast(

@@ -23,7 +23,9 @@ from moe.routing.draws import seeded_generator
 from moe.upcycle import upcycle_methods
 from recipes.checkpoint import verify_checkpoint
 from recipes.checkpoint.manifest import parse_step, step_name
+from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
+from recipes.config.sections.upcycle_vs_cpt_config import UpcycleVsCPTConfig
 from recipes.jobs.base import Session
 from recipes.jobs.budget import continued_steps, scratch_steps
 from recipes.jobs.default_model import default_tokenizer, fresh_model
@@ -55,7 +57,7 @@ class UpcycleVsCPTJob(UpcycleJob):
         """What would make the arms incomparable, too."""
         mistakes = super().check(config, world_size) + _check_points(config)
         method = upcycle_methods()[config.upcycle.name](config.upcycle)
-        if config.upcycle_vs_cpt.arms != "continued" and (method.statistics or method.sources):
+        if config.section(UpcycleVsCPTConfig).arms != "continued" and (method.statistics or method.sources):
             rule = "a mixture from scratch has no dense model to look at"
             remedy = "Set upcycle_vs_cpt.arms=continued, or take a method that reads weights alone."
             mistakes.append(Mistake("upcycle.name", config.upcycle.name, rule, remedy))
@@ -68,7 +70,7 @@ class UpcycleVsCPTJob(UpcycleJob):
 
     def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
         """The upcycled model first: it says the others' budgets. Of an arm the longest run first."""
-        arms, sunk = config.upcycle_vs_cpt.arms, sunk_steps(config)
+        arms, sunk = config.section(UpcycleVsCPTConfig).arms, sunk_steps(config)
         stages: list[Callable[..., TrainedStage]] = []
         if arms != "scratch":
             stages += [UpcycledStage, ContinuedStage, EqualTokensStage]
@@ -93,7 +95,8 @@ class UpcycleVsCPTJob(UpcycleJob):
 def sunk_steps(config: RunConfig) -> list[int]:
     """Dense steps whose FLOPs a mixture from scratch gets on top, ascending; 0, for none, is among them."""
     own = config.model.steps if config.dense is None else 0
-    given = [own] if config.upcycle_vs_cpt.sunk_steps is None else config.upcycle_vs_cpt.sunk_steps
+    asked = config.section(UpcycleVsCPTConfig).sunk_steps
+    given = [own] if asked is None else asked
     return sorted({0, *given})
 
 
@@ -119,9 +122,9 @@ def _refuse_other_budgets(session: Session) -> None:
         "upcycle_vs_cpt.sunk_steps": sunk_steps(config),
         "optim.lr": config.optim.lr,
         "optim.schedule": dataclasses.asdict(config.optim.schedule),
-        "upcycle_vs_cpt.scratch_lr": config.upcycle_vs_cpt.scratch_lr,
+        "upcycle_vs_cpt.scratch_lr": config.section(UpcycleVsCPTConfig).scratch_lr,
     }
-    began = read_run_file(path).get("budgets", wanted)
+    began = with_new_names(read_run_file(path).get("budgets", wanted))
     remedy = "Set it back to go on, or start a new run with resume=none."
     changed = [
         Mistake(name, value, f"the run in {path} began with {began[name]!r}", remedy)
@@ -168,7 +171,7 @@ class UpcycledStage(MoEStage):
             shape = shape_from_config(content)
         except ConfigError:
             return None
-        return serving_costs(shape, self.config.upcycle_vs_cpt.batches, self.config.data.seq_len)
+        return serving_costs(shape, self.config.section(UpcycleVsCPTConfig).batches, self.config.data.seq_len)
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:
@@ -247,7 +250,7 @@ class ScratchStage(TrainedStage):
         super().__init__(*parts)
         self.sunk = sunk
         config = self.config
-        lr = config.upcycle_vs_cpt.scratch_lr or config.optim.lr
+        lr = config.section(UpcycleVsCPTConfig).scratch_lr or config.optim.lr
         self.config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
 
     @property
@@ -328,5 +331,5 @@ def _draw(layer: MoELayer, config: RunConfig) -> None:
             if parameter.ndim < axes:
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, config.upcycle_vs_cpt.init_std, generator=generator)
+                parameter.normal_(0.0, config.section(UpcycleVsCPTConfig).init_std, generator=generator)
     layer.router.reset_parameters(seeded_generator(config.seed, "scratch-router", index))

@@ -268,6 +268,8 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError:
         row = None
+    if isinstance(row, dict) and "leg" in row and "stage" not in row:
+        row = {"stage": row.pop("leg"), **row}  # as written before the key was renamed; to be deleted at 1.0
     if not isinstance(row, dict):
         shown = line[:60].decode(errors="replace").rstrip()
         remedy = "Remove that line, or restore the file from a copy."

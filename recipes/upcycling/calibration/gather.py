@@ -24,6 +24,7 @@ from moe.upcycle.statistics.layer_statistics import (
     statistic_bytes,
 )
 from recipes.config.schema import RunConfig
+from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.build_data import TrainData, load_data
 from recipes.data.samples import Samples, TokenMetadata
 from recipes.engines.console import RankConsole
@@ -78,7 +79,7 @@ class Calibration:
         self.model = model
         self.method = method
         self.wanted = Wanted(tuple(method.statistics), method.statistic_options)
-        self.config = config.calibration
+        self.config = config.section(CalibrationConfig)
         self.folder = CalibrationFolder.of_run(folder)
         self.text, text_fingerprint = self._text(data)
         self.identity = self._identity(text_fingerprint)

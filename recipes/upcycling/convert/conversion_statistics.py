@@ -9,6 +9,7 @@ from pathlib import Path
 from moe.errors import CheckpointError
 from moe.upcycle import upcycle_methods
 from recipes.config.schema import RunConfig
+from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
 from recipes.upcycling.calibration.gather import LayerTensors
@@ -23,7 +24,7 @@ def calibration_folder(out: Path) -> Path:
 def needs_statistics(config: RunConfig) -> bool:
     """Whether the config's method looks at text, or its router's rows come from prompts."""
     method = upcycle_methods()[config.upcycle.name](config.upcycle).for_router(config.router)
-    return bool(method.statistics) or config.prompts.path is not None
+    return bool(method.statistics) or config.section(PromptsConfig).path is not None
 
 
 def gather_statistics(config: RunConfig, out: Path) -> LayerTensors | None:

@@ -17,8 +17,8 @@ from moe.errors import ConfigError, Mistake
 from moe.upcycle import UpcycleMethod, upcycle_methods
 from moe.upcycle.gates import observe
 from moe.upcycle.router_start import GIVEN_ROWS
-from recipes.config.prompts_config import PromptsConfig
 from recipes.config.schema import RunConfig
+from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.hf.ffn_blocks import FFNSite
 from recipes.models.hf.ffn_surgery import chosen_sites
@@ -31,7 +31,7 @@ _ROUNDING = 1e-5
 
 def check_prompts(config: RunConfig) -> list[Mistake]:
     """The file must hold prompts for each expert, and router and method must leave rows to be set."""
-    path = config.prompts.path
+    path = config.section(PromptsConfig).path
     if path is None:
         return []
     mistakes = []
@@ -63,11 +63,12 @@ def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> 
     Raises:
         ConfigError: The file cannot be used.
     """
-    if config.prompts.path is None:
+    prompts = config.section(PromptsConfig)
+    if prompts.path is None:
         return known
     method: UpcycleMethod[Any] = upcycle_methods()[config.upcycle.name](config.upcycle)
     sites = chosen_sites(model, method)
-    rows = prompt_rows(model, sites, read_prompts(config.prompts.path), config.prompts)
+    rows = prompt_rows(model, sites, read_prompts(prompts.path), prompts)
     return {layer: {**known.get(layer, {}), GIVEN_ROWS: rows_ED} for layer, rows_ED in rows.items()}
 
 

@@ -262,8 +262,8 @@ def test_what_does_not_fit_is_told(config: UpcycleConfig, router: RouterConfig, 
         (lambda: LlamaMoEConfig(num_shared=0), "num_shared=0: sharing_inter shares at least one"),
         (lambda: LlamaMoEConfig(cluster_tokens=3), "cluster_tokens=3: every cluster needs a token"),
         (lambda: LlamaMoEV2Config(cluster_tokens=3), "cluster_tokens=3: every cluster needs a token"),
-        (lambda: CMoEConfig(activation_top_k=0), "activation_top_k=0 must be at least 1. Raise it"),
-        (lambda: SnakeConfig(num_shared=-1), "num_shared=-1 must be at least 0. Raise it"),
+        (lambda: CMoEConfig(activation_top_k=0), "activation_top_k=0: must be at least 1. Raise it"),
+        (lambda: SnakeConfig(num_shared=-1), "num_shared=-1: must be at least 0. Raise it"),
     ],
 )
 def test_refused_configs(make: Any, message: str) -> None:

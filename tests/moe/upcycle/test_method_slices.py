@@ -136,7 +136,7 @@ def test_parts_that_others_have_found() -> None:
     ("config", "given", "message"),
     [
         (PartitionConfig, {"scale_factor": 0.0}, "scale_factor=0.0: experts that count nothing cannot learn"),
-        (ShuffleSliceConfig, {"expert_width": 0}, "expert_width=0 must be at least 1. Or leave it at null"),
+        (ShuffleSliceConfig, {"expert_width": 0}, "expert_width=0: must be at least 1. Or leave it at null"),
         (ShuffleSliceConfig, {"ratio": 2.0}, "ratio=2.0: it is a share of the neurons"),
     ],
 )

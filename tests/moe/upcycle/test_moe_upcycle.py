@@ -258,7 +258,7 @@ def test_copies_claim_exactness_under_the_right_conditions_alone() -> None:
     [
         ({"num_experts": 1}, "num_experts=1: a mixture has at least two experts. Set it to 2 or more"),
         ({"noise_std": -0.1}, "noise_std=-0.1: a deviation is not negative. Set it to 0 or more"),
-        ({"layers": "some"}, "layers='some' is none of the known forms. Use all, every:N"),
+        ({"layers": "some"}, "layers='some': is none of the known forms. Use all, every:N"),
         ({"layers": [1, 1]}, "names a layer twice"),
     ],
 )

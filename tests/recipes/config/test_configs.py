@@ -16,12 +16,16 @@ from moe.types import Config, LayerContext, RouterContext
 from moe.upcycle import upcycle_methods
 from recipes.config.compose import CONF, compose_config, to_yaml
 from recipes.config.schema import RunConfig, TrainConfig, parse_config
+from recipes.config.sections import section_classes
+from recipes.config.sections.compare_config import CompareConfig
 from recipes.engines import engine_classes
 from recipes.jobs import job_classes
 from recipes.upcycling.surgery import make_surgery
 from tests.moe.routers.routing_cases import make_bank
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "recipe")
+GROUPS = sorted(
+    path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("recipe", "section")
+)
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 FAMILIES = {"router": router_classes, "upcycle": upcycle_methods, "engine": engine_classes}
@@ -50,6 +54,9 @@ def fields(config: Config, prefix: str = "") -> set[str]:
     found = set()
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         path, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if field.name == "sections":
+            found |= {leaf for name, section in value.items() for leaf in fields(section, f"{name}.")}
+            continue
         found |= fields(value, f"{path}.") if dataclasses.is_dataclass(value) else {path}
     return found
 
@@ -92,6 +99,7 @@ def test_every_class_has_a_file_of_its_name() -> None:
 def test_no_file_is_left_over() -> None:
     known = {CONF / "config.yaml", *(CONF / group / f"{choice}.yaml" for group, choice in CHOICES)}
     known |= {CONF / "recipe" / f"{recipe}.yaml" for recipe in RECIPES}
+    known |= {CONF / "section" / f"{section}.yaml" for section in section_classes()}
     assert set(CONF.rglob("*.yaml")) == known
     defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     assert {key for entry in defaults if isinstance(entry, dict) for key in entry} == set(GROUPS)
@@ -168,4 +176,5 @@ def test_micro_batches_by_hand(batch: int, micro: Any, world: int, expected: tup
 def test_the_baseline_is_trained_with_the_default_model_unless_said_otherwise(
     overrides: list[str], trained: bool
 ) -> None:
-    assert parsed(*overrides).trains_cpt is trained
+    config = parsed(*overrides)
+    assert config.section(CompareConfig).trains_cpt(config.dense) is trained

@@ -240,6 +240,22 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["xyzzy=3"],
         ["xyzzy='3': there is no such option. Run train.py --cfg +recipe=upcycle to see them all."],
     ),
+    "the old name of a schedule": (
+        ["sparsify=[{until:0.5,top_k:4}]"],
+        [
+            "sparsify='[{until:0.5,top_k:4}]': the option is now called top_k_schedule. "
+            "Write top_k_schedule=[{until:0.5,top_k:4}]."
+        ],
+    ),
+    "the old name of a section": (
+        ["versus.arms=all", "+versus.batches=[1]"],
+        [
+            "versus.arms='all': the option is now called upcycle_vs_cpt.arms. Write upcycle_vs_cpt.arms=all.",
+            "versus.batches='[1]': the option is now called upcycle_vs_cpt.batches. Write "
+            "+upcycle_vs_cpt.batches=[1].",
+        ],
+    ),
+    "the name of no section": (["+sections={}"], ["sections={}: there is no such option. Run train.py ..."]),
     "appended": (["+data.foo=3"], ["data.foo=3: there is no such option. Run train.py --cfg to see what..."]),
     "no such choice": (
         ["router=nope"],

@@ -158,13 +158,13 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert "engine.expert_parallel=2: the 7 experts of upcycle.num_experts do not divide" in uneven
     assert "router=avg_k reads the weights of all experts" in reads
     for wrong, match in (
-        ({"expert_parallel": 0}, "expert_parallel=0 must be at least 1"),
+        ({"expert_parallel": 0}, "expert_parallel=0: must be at least 1"),
         ({"expert_parallel": 2, "strategy": "ddp"}, "must be 1 under strategy=ddp"),
-        ({"expert_parallel": 2, "compile": True}, "expert_parallel=2 must be 1 with compile"),
-        ({"tensor_parallel": 2, "compile": True}, "tensor_parallel=2 must be 1 with compile"),
-        ({"replicas": 2, "strategy": "ddp"}, "replicas=2 must be 1 under strategy=ddp"),
-        ({"replicas": 0}, "replicas=0 must be at least 1"),
-        ({"tensor_parallel": -1}, "tensor_parallel=-1 must be at least 1"),
+        ({"expert_parallel": 2, "compile": True}, "expert_parallel=2: must be 1 with compile"),
+        ({"tensor_parallel": 2, "compile": True}, "tensor_parallel=2: must be 1 with compile"),
+        ({"replicas": 2, "strategy": "ddp"}, "replicas=2: must be 1 under strategy=ddp"),
+        ({"replicas": 0}, "replicas=0: must be at least 1"),
+        ({"tensor_parallel": -1}, "tensor_parallel=-1: must be at least 1"),
     ):
         with pytest.raises(ValueError, match=match):
             NativeConfig(**wrong)  # type: ignore[arg-type]

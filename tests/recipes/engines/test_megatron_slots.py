@@ -289,9 +289,9 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
     assert MegatronEngine.check_moe(config, 8, TopKConfig()) == []
     assert "has AdamW alone" in str(MegatronEngine.check_optimizer(config, OptimConfig(name="muon")))
     for wrong, match in (
-        ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
-        ({"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False must be true"),
-        ({"pipeline_parallel": 0}, "pipeline_parallel=0 must be at least 1"),
+        ({"tensor_parallel": 0}, "tensor_parallel=0: must be at least 1"),
+        ({"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False: must be true"),
+        ({"pipeline_parallel": 0}, "pipeline_parallel=0: must be at least 1"),
     ):
         with pytest.raises(ValueError, match=match):
             MegatronConfig(**wrong)  # type: ignore[arg-type]

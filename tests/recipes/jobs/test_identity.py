@@ -136,3 +136,14 @@ def test_the_run_file_keeps_what_it_held(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"a": ')
     with pytest.raises(CheckpointError, match=r"resume='.*run.json': it is not valid JSON .* Restore it"):
         read_run_file(tmp_path)
+
+
+def test_a_run_of_before_options_were_renamed_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    check(run)
+    now = read_run_file(tmp_path)["identity"]
+    old = {("sparsify" if path == "top_k_schedule" else path): value for path, value in now.items()}
+    write_run_file(tmp_path, identity=old)
+    assert changes(run, "router.top_k=4") == ["router.top_k"]
+    check(run)
+    assert read_run_file(tmp_path)["identity"] == now

@@ -140,7 +140,7 @@ def test_a_router_by_a_key_that_no_data_has_is_refused() -> None:
     config = parsed("[]", "router=keyed", "router.key=token_ids", "router.edges=[4,8196]")
     (line,) = told(check_router(config))
     assert line.startswith(
-        "router.name='keyed': 2 edges make 3 ranges, and there are 8 experts. Give 7 edges, "
+        "router.edges=[4.0, 8196.0]: 2 edges make 3 ranges, and there are 8 experts. Give 7 edges, "
     )
     config = parsed(
         "[]", "router=keyed", "router.key=token_ids", "router.edges=[4,8196]", "upcycle.num_experts=3"

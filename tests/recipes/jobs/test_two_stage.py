@@ -11,6 +11,7 @@ import torch
 
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.config.sections.stage2_config import Stage2Config
 from recipes.jobs.two_stage_job import stage2_config
 from tests.recipes.jobs.chat_runs import TEMPLATE, chat_options, two_stage_options, write_chat
 from tests.recipes.jobs.job_runs import (
@@ -204,4 +205,4 @@ def test_a_frozen_stage_is_of_the_first_alone() -> None:
     config = parse_config(values)
     second = stage2_config(config)
     assert config.optim.frozen.steps == 5 and second.optim.frozen.steps == 0
-    assert second.train.steps == 40 and second.optim.lr == config.stage2.lr
+    assert second.train.steps == 40 and second.optim.lr == config.section(Stage2Config).lr

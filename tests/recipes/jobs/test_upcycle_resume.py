@@ -63,6 +63,35 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     same_results(outputs / name, first)
 
 
+def test_a_run_directory_of_an_older_version_goes_on_exactly(
+    go: Callable[..., Ended], outputs: Path, first: Path
+) -> None:
+    assert go("older", StopAt("moe", 4, "SIGTERM")).code == 130
+    _in_the_old_form(outputs / "older")
+    resumed = go("older", resume="auto")
+    assert resumed.code == 0, resumed.err
+    for name in ("metrics.jsonl", "load.jsonl"):  # rows of before stay as they were
+        path = outputs / "older" / name
+        path.write_text(path.read_text().replace('"leg": ', '"stage": '))
+    same_training(outputs / "older", first)
+
+
+def _in_the_old_form(run_dir: Path) -> None:
+    """Gives options and keys of a run directory their names of before they were renamed."""
+    for name in ("metrics.jsonl", "load.jsonl"):
+        path = run_dir / name
+        path.write_text(path.read_text().replace('"stage": ', '"leg": '))
+        assert '"leg": "moe"' in path.read_text()
+    changed = {"top_k_schedule": "sparsify", "upcycle_vs_cpt": "versus"}
+    for name in ("config.yaml", "run.json"):
+        path = run_dir / name
+        content = path.read_text()
+        for new, old in changed.items():
+            content = content.replace(f"{new}:", f"{old}:").replace(f'"{new}"', f'"{old}"')
+        assert "sparsify" in content
+        path.write_text(content)
+
+
 def same_results(run_dir: Path, reference: Path) -> None:
     """The summary but for its times."""
     ours, theirs = summary(run_dir), summary(reference)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.errors import ModelError
-from recipes.config.schema import ExportConfig
+from recipes.config.sections.export_config import ExportConfig
 from recipes.models.export import choose_exporter
 from recipes.models.export.read_back import ReadBack
 from recipes.models.export.spec import describe_model

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
-from recipes.config.prompts_config import PromptsConfig
 from recipes.config.schema import RunConfig, parse_config
+from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.tokenizer import load_tokenizer
 from recipes.jobs.preflight import check_run
 from recipes.models.hf.ffn_blocks import find_ffns

@@ -303,7 +303,7 @@ def test_one_step_runs(kind: str) -> None:
 
 
 def test_a_schedule_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="warmup_steps=5 does not fit: the run has 5 steps"):
+    with pytest.raises(ValueError, match="warmup_steps=5: does not fit: the run has 5 steps"):
         lr_factor(0, 5, ScheduleConfig(warmup_steps=5))
     with pytest.raises(ValueError, match="and the decay takes 4. Lower warmup_steps"):
         ScheduleConfig("wsd", warmup_steps=6, decay_fraction=0.4).check(10)

@@ -1,17 +1,19 @@
-"""On which text, and how much of it, a dense model is looked at before it becomes a mixture."""
+"""Section of the calibration: the text that a dense model reads before it becomes an MoE model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moe.errors import require
-from moe.types import Config
+from recipes.config.sections import Section
 
 
 @dataclass(frozen=True)
-class CalibrationConfig(Config):
+class CalibrationConfig(Section):
     """Config of the calibration; only methods that ask for statistics run one."""
 
+    name: ClassVar[str] = "calibration"
     path: str | list[str] | None = None
     """Text, in any form that ``data.path`` has; None takes the run's first training samples."""
     samples: int = 256
@@ -24,11 +26,6 @@ class CalibrationConfig(Config):
     """Memory that the statistics of all layers may take on a rank, in GiB."""
 
     def __post_init__(self) -> None:
-        """Checks the values that need no file.
-
-        Raises:
-            ValueError: One line for each value that breaks its rule, with what to do instead.
-        """
         require(
             self,
             (self.path not in ("", []), "path", "is empty", "Name files or a glob, or leave it at null."),

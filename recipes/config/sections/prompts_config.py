@@ -1,22 +1,23 @@
-"""Which prompts the experts' router rows are made from, and how."""
+"""Section of the prompts from which router rows are made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import require
-from moe.types import Config
+from recipes.config.sections import Section
 
 
 @dataclass(frozen=True)
-class PromptsConfig(Config):
+class PromptsConfig(Section):
     """Config of router rows from prompts; without a path the router draws its rows.
 
     The idea is mergekit's ``gate_mode: hidden``. Rows here are made of what the router will read, the input
     of the feed-forward network behind its norm, and of real tokens alone.
     """
 
+    name: ClassVar[str] = "prompts"
     path: str | None = None
     """A YAML or JSON file: for each expert ``positive_prompts`` and, if any, ``negative_prompts``, lists of
     texts; as a list, or below ``experts`` as in a config of mergekit."""
@@ -29,11 +30,6 @@ class PromptsConfig(Config):
     ``scale * sqrt(D)``."""
 
     def __post_init__(self) -> None:
-        """Checks the values that need no file.
-
-        Raises:
-            ValueError: One line for each value that breaks its rule, with what to do instead.
-        """
         require(
             self,
             (self.path != "", "path", "is empty", "Name a file, or leave it at null."),

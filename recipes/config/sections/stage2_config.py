@@ -1,17 +1,19 @@
-"""What the second of two stages is told; everything else is as in the first."""
+"""Section of the second of two stages; everything else is as in the first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moe.errors import require
-from moe.types import Config
+from recipes.config.sections import Section
 
 
 @dataclass(frozen=True)
-class Stage2Config(Config):
+class Stage2Config(Section):
     """The second stage of ``job: two_stage``: the first's weights, other data, a new optimizer."""
 
+    name: ClassVar[str] = "stage2"
     path: str | list[str] | None = None
     """Its data, in the format of ``data.path``."""
     validation_path: str | list[str] | None = None

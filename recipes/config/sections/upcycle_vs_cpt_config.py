@@ -1,16 +1,16 @@
-"""What the experiment `upcycle_vs_cpt` is told beside what every run is."""
+"""Section of the experiment `upcycle_vs_cpt`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import require
-from moe.types import Config
+from recipes.config.sections import Section
 
 
 @dataclass(frozen=True)
-class UpcycleVsCPTConfig(Config):
+class UpcycleVsCPTConfig(Section):
     """Config of the experiment; no other recipe reads it.
 
     Attributes:
@@ -24,6 +24,7 @@ class UpcycleVsCPTConfig(Config):
         batches: Sequences of the decode steps that serving cost is counted of.
     """
 
+    name: ClassVar[str] = "upcycle_vs_cpt"
     arms: Literal["all", "continued", "scratch"] = "all"
     sunk_steps: list[int] | None = None
     scratch_lr: float | None = None
