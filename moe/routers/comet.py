@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.base import Router, RouterConfig
 from moe.routing.dense_gates import slots_of_gates
 from moe.routing.smooth_step import log_smooth_step
@@ -46,10 +46,7 @@ class CometConfig(RouterConfig):
             self,
             (self.top_k >= 1, "top_k", "a token needs at least one tree", "Set it to 1 or more."),
             (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
-            *(
-                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
-                for name in ("entropy_coef", "balance_coef")
-            ),
+            *not_negative(self, "entropy_coef", "balance_coef"),
         )
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.base import Router, RouterConfig
 from moe.routing.dense_gates import slots_of_gates
 from moe.routing.smooth_step import smooth_step
@@ -55,10 +55,7 @@ class DSelectKConfig(RouterConfig):
             self,
             (self.top_k >= 1, "top_k", "a token needs at least one selector", "Set it to 1 or more."),
             (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
-            *(
-                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
-                for name in ("entropy_coef", "balance_coef", "penalty_coef")
-            ),
+            *not_negative(self, "entropy_coef", "balance_coef", "penalty_coef"),
         )
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import Load, switch_loss
 from moe.routing.chosen import chosen_load, coverage_metrics, slots_of_mask
@@ -44,7 +44,7 @@ class MutualChoiceConfig(ProjectionConfig):
         super().__post_init__()
         require(
             self,
-            (self.balance_coef >= 0, "balance_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            *not_negative(self, "balance_coef"),
             (
                 0 <= self.decay < 1,
                 "decay",

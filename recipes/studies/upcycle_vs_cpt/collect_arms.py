@@ -69,7 +69,7 @@ class Cell:
         curves: By name of the leg: the longest run of an arm, and those that branch off from it.
         dense_tokens: S.
         sunk_flops: Of the dense model's own training, S D.
-        serving: By ``dense`` and ``moe``: costs of decode steps, see `recipes.jobs.serving`; None where
+        serving: By ``dense`` and ``moe``: costs of decode steps, see `recipes.jobs.arm_costs`; None where
             the family is not known.
         sizes: Columns of ``docs/laws.md`` on the models.
     """

@@ -13,10 +13,10 @@ LINE_EVERY = 10.0
 
 
 class BatchProgress:
-    """Counts batches."""
+    """Counter of batches."""
 
     def __init__(self, label: str, total: int, done: int, log: Callable[[str], None] | None) -> None:
-        """Starts at what is done.
+        """Starts at the batches that are done.
 
         Args:
             label: What is being done.
@@ -42,7 +42,7 @@ class BatchProgress:
             self._bar.close()
 
     def update(self) -> None:
-        """Another batch is done."""
+        """Counts a batch."""
         self._done += 1
         if self._bar is not None:
             self._bar.update(1)
