@@ -96,6 +96,17 @@ def require(config: object, *rules: Rule) -> None:
         raise FieldError(broken)
 
 
+def at_least(config: object, low: int, *names: str) -> list[Rule]:
+    """Returns the rules that fields are no smaller than a number."""
+    return [(getattr(config, name) >= low, name, f"must be at least {low}", "Raise it.") for name in names]
+
+
+def not_negative(config: object, *names: str) -> list[Rule]:
+    """Returns the rules that coefficients are not negative."""
+    rule, remedy = "a coefficient is not negative", "Set it to 0 or more."
+    return [(getattr(config, name) >= 0, name, rule, remedy) for name in names]
+
+
 class DataError(UserError):
     """Training data cannot be read or does not fit."""
 

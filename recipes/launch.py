@@ -1,7 +1,6 @@
-"""From the command line to a finished run: compose, check, open the engine, run the job.
+"""Command line of a run: compose the config, check it, open the engine, run the job.
 
-Nothing that can be wrong with the command is found out late: process groups, big files and downloads come
-after every check.
+All mistakes of a command are found at once: process groups, big files and downloads come after every check.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from recipes.config.compose import compose_config, to_yaml
 from recipes.runtime.error_file import write_error_file
 
 INTERRUPTED = 130
-# How long another rank leaves the first one of its machine to report the error that both have.
+# Time that other ranks give the first one of their machine to report an error that all have.
 _SPEAK_FIRST_S = 20.0
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# What a file or folder answers that was removed, taken away or unmounted meanwhile.
+# Errors of a file or folder that was removed or unmounted meanwhile.
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR)
 
 _HELP = """\
 usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
 
-  +recipe=upcycle                      dense checkpoint -> mixture of experts -> training, report, export
+  +recipe=upcycle                      dense checkpoint -> MoE model -> training, report, export
   dense=/path/to/hf/checkpoint         the dense model (without: a small default is trained first)
   data.path=/path/to/*.jsonl           text, jsonl, parquet, or a Megatron .bin/.idx prefix
   upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg +recipe=upcycle
@@ -94,7 +93,7 @@ def _guarded(work: Callable[[], int]) -> int:
 
 
 def _place(error: OSError) -> str:
-    """The innermost line of ours that an error comes from."""
+    """Returns the innermost line of ours in an error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "site-packages" not in frame.filename]
     frame = (ours or frames)[-1]
@@ -102,7 +101,7 @@ def _place(error: OSError) -> str:
 
 
 def _report(lines: list[str], code: int) -> int:
-    """The first rank of a machine speaks; the others wait for torchrun to end them, so that it is heard."""
+    """Prints errors on the first rank of a machine; the others wait until torchrun ends them."""
     if not _verbose():
         threading.Event().wait(_SPEAK_FIRST_S)
     for line in lines:
@@ -116,7 +115,7 @@ def _verbose() -> bool:
 
 
 def _command_started() -> float:
-    """When the command was given: when torchrun started, or this process where there is none.
+    """Returns the start of torchrun, or of this process where there is none.
 
     A process that torchrun has started again begins by itself.
     """

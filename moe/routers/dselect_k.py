@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.base import COUNTS_SLOTS, Router, RouterConfig
 from moe.routing.balance import loss_mean, soft_balance_loss
 from moe.routing.slots import hardening_routing
@@ -54,10 +54,7 @@ class DSelectKConfig(RouterConfig):
             self,
             (self.top_k >= 1, "top_k", "a token needs at least one selector", "Set it to 1 or more."),
             (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
-            *(
-                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
-                for name in ("entropy_coef", "balance_coef", "penalty_coef")
-            ),
+            *not_negative(self, "entropy_coef", "balance_coef", "penalty_coef"),
         )
 
 

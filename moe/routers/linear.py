@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import BalanceScope, balance_loss, count_load, z_loss
 from moe.routing.load_importance import importance_loss
@@ -37,10 +37,7 @@ class LinearRouterConfig(ProjectionConfig):
         super().__post_init__()
         require(
             self,
-            *(
-                (getattr(self, name) >= 0, name, "a coefficient is not negative", "Set it to 0 or more.")
-                for name in ("balance_coef", "importance_coef", "z_coef")
-            ),
+            *not_negative(self, "balance_coef", "importance_coef", "z_coef"),
         )
 
 

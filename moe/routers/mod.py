@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import count_load, figure_mean, loss_mean, switch_loss
 from moe.routing.slots import sequence_shape, top_of_sequences
@@ -55,13 +55,7 @@ class MoDConfig(ProjectionConfig):
                 "it is a share of the tokens",
                 "Set it above 0, to 1 at most.",
             ),
-            (self.balance_coef >= 0, "balance_coef", "a coefficient is not negative", "Set it to 0 or more."),
-            (
-                self.predictor_coef >= 0,
-                "predictor_coef",
-                "a coefficient is not negative",
-                "Set it to 0 or more.",
-            ),
+            *not_negative(self, "balance_coef", "predictor_coef"),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.base import COUNTS_SLOTS, FILED_BY_STEP
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import Load, switch_loss
@@ -44,7 +44,7 @@ class MutualChoiceConfig(ProjectionConfig):
         super().__post_init__()
         require(
             self,
-            (self.balance_coef >= 0, "balance_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            *not_negative(self, "balance_coef"),
             (
                 0 <= self.decay < 1,
                 "decay",

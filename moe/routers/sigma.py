@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import top1_loss
 from moe.types import LayerContext, Routing
@@ -36,7 +36,7 @@ class SigmaConfig(ProjectionConfig):
         super().__post_init__()
         require(
             self,
-            (self.top1_coef >= 0, "top1_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            *not_negative(self, "top1_coef"),
             (self.temperature > 0, "temperature", "logits are divided by it", "Set it above 0."),
         )
 

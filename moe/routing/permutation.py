@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe.errors import require
+from moe.errors import not_negative, require
 from moe.types import Config
 
 #: Half-width of the uniform initial scores.
@@ -47,7 +47,7 @@ class PermutationConfig(Config):
         require(
             self,
             (self.steps >= 0, "steps", "a search cannot be negative", "Set 0 for none."),
-            (self.entropy_coef >= 0, "entropy_coef", "a coefficient is not negative", "Set it to 0 or more."),
+            *not_negative(self, "entropy_coef"),
             *(
                 (getattr(self, name) >= 1, name, "Sinkhorn needs one", "Set it to 1 or more.")
                 for name in ("iterations_start", "iterations_end")

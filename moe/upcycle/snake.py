@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moe.errors import Mistake, require
+from moe.errors import Mistake, at_least, require
 from moe.routers import router_class
 from moe.routers.base import Router, RouterConfig
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
@@ -35,7 +35,7 @@ class SnakeConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, (self.num_shared >= 0, "num_shared", "must be at least 0", "Raise it."))
+        require(self, *at_least(self, 0, "num_shared"))
 
 
 class Snake(UpcycleMethod[SnakeConfig]):

@@ -21,7 +21,7 @@ CONF = SOURCE_ROOT / "conf"
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
-    """The resolved values of a run.
+    """Composes the resolved values of a run.
 
     Args:
         overrides: As on the command line: ``+recipe=upcycle``, ``router.top_k=4``, ``router=sigmoid``.
@@ -68,7 +68,7 @@ def _key(override: str) -> str:
 
 
 def _unreadable(override: str) -> Mistake | None:
-    """What is wrong with the form of an override, whatever it sets."""
+    """Returns the mistake in the form of an override, whatever it sets; None when there is none."""
     path, equals, value = override.lstrip("+~").partition("=")
     if not equals and not override.startswith("~"):
         return Mistake("command line", override, "this sets nothing", "Write OPTION=VALUE.")
@@ -91,7 +91,7 @@ def _text(error: Exception) -> str:
 
 
 def _culprit(error: Exception, overrides: Sequence[str]) -> str | None:
-    """The override that a message of hydra's is about."""
+    """Finds the override that caused an error of hydra's."""
     text = _text(error)
     for override in overrides:
         if re.search(rf"(?<![\w.]){re.escape(_key(override))}(?![\w.]*\w)", text):
@@ -106,7 +106,7 @@ def _culprit(error: Exception, overrides: Sequence[str]) -> str | None:
 
 
 def _explain(error: Exception, culprit: str | None) -> Mistake:
-    """hydra's message as path, value, rule and remedy, with the nearest option that exists."""
+    """Translates hydra's error, and suggests the nearest option that exists."""
     text = _text(error)
     path, _, value = (culprit or "command line").lstrip("+~").partition("=")
     if "No match in the defaults list" in text and (CONF / path).is_dir():
@@ -149,5 +149,5 @@ def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """The values as yaml text."""
+    """Formats the values as yaml."""
     return OmegaConf.to_yaml(OmegaConf.create(values))

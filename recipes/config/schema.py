@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from moe.attention.attention_config import AttentionConfig
-from moe.errors import ConfigError, FieldError, Mistake, require
+from moe.errors import ConfigError, FieldError, Mistake, at_least, require
 from moe.experts.experts import ExpertsConfig
 from moe.routers import RouterConfig, router_classes
 from moe.routing.top_k_schedule import SparsePhase
@@ -128,7 +128,7 @@ class DefaultModelConfig(Config):
         width = self.hidden_size // heads if divides else 2
         require(
             self,
-            *((getattr(self, name) >= 1, name, "must be at least 1", "Raise it.") for name in sizes),
+            *at_least(self, 1, *sizes),
             (self.steps >= 0, "steps", "must be at least 0", "Set 0 to keep the weights as drawn."),
             (
                 self.vocab_size < 1 or self.vocab_size >= _SMALLEST_VOCABULARY,
@@ -189,7 +189,7 @@ class RunConfig(Config):
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     sections: Mapping[str, Any] = field(default_factory=dict)
-    """By name, the sections that single jobs and methods read."""
+    """Sections that single jobs and methods read, by name."""
 
     def section(self, cls: type[SectionT]) -> SectionT:
         """Returns the section of a job or method."""
@@ -209,7 +209,11 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     content = with_new_names(values)
     if "sections" in content:
         mistakes.append(Mistake("sections", content.pop("sections"), *_NO_OPTION))
-    families = {"router": router_classes(), "upcycle": upcycle_methods(), "engine": engine_classes()}
+    families: dict[str, Mapping[str, Any]] = {
+        "router": router_classes(),
+        "upcycle": upcycle_methods(),
+        "engine": engine_classes(),
+    }
     for name, classes in families.items():
         content[name] = _parse_family(name, content.get(name), classes, mistakes)
     content["attention"] = _parse_attention(content.get("attention"), families["router"], mistakes)

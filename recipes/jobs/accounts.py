@@ -1,4 +1,4 @@
-"""What a run used: time, memory, energy and shares of the peaks, for ``summary.json``."""
+"""Time, memory and energy that a run used, and its shares of the peaks, for ``summary.json``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from moe.accounting.device_peaks import peak_for
 from moe.accounting.training import StepModel
-from recipes.engines import TrainModule
+from recipes.engines import Engine, TrainModule
 from recipes.jobs.base import Session
 from recipes.models.hf.hf_model import HFModel
 from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for
 from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
 from recipes.tracking.results import Results
+from recipes.tracking.run_meters import RunMeters
 from recipes.tracking.step_costs import StepCosts
 from recipes.tracking.training_figures import summarise_stage
 from recipes.training.model_costs import expert_readers, local_update_bytes, peak_memory_bytes
@@ -23,10 +26,10 @@ _JOULES_PER_KWH = 3.6e6
 _CUT = "ranks cut the model between them, and who reads which part is not counted"
 
 
-def find_peaks(session: Session) -> Peaks:
-    """Of the device of a rank; the arrays of the measurement are not the run's memory."""
-    device, meters = session.engine.device, session.loop.meters
-    flops = peak_for(device, session.engine.compute_dtype)
+def find_peaks(engine: Engine[Any], meters: RunMeters | None) -> Peaks:
+    """Returns the peaks of a rank's device; arrays of the measurement do not count as the run's memory."""
+    device = engine.device
+    flops = peak_for(device, engine.compute_dtype)
     if meters is None:
         return Peaks(flops, bandwidth_for(device))
     with meters.aside():
@@ -34,34 +37,36 @@ def find_peaks(session: Session) -> Peaks:
 
 
 def step_costs(
-    session: Session, model: HFModel, cost_model: StepModel, train_module: TrainModule, bandwidth: Ceiling
+    engine: Engine[Any],
+    model: HFModel,
+    cost_model: StepModel,
+    train_module: TrainModule,
+    bandwidth: Ceiling,
 ) -> StepCosts:
-    """What the figures of a leg's steps need; all ranks call it together.
+    """Computes the constants of a stage's figures; all ranks call it together.
 
     Args:
-        session: The run.
+        engine: The open engine.
         model: The model.
-        model: Its shape, taken before it was spread over the ranks.
+        cost_model: Its shape, taken before it was sharded over the ranks.
         train_module: The model after that.
-        bandwidth: Of a rank's device.
+        bandwidth: Memory bandwidth of a rank's device.
     """
     local = {"update": Metric(local_update_bytes(train_module), "sum")}
-    moved = reduce_metrics(local, session.engine.data_group)["update"]
+    moved = reduce_metrics(local, engine.data_group)["update"]
     return StepCosts(
         model=dataclasses.replace(cost_model, update_bytes=moved),
-        weight_size=session.engine.compute_dtype.itemsize,
+        weight_size=engine.compute_dtype.itemsize,
         peak_bytes_per_s=bandwidth.value,
         readers=expert_readers(model),
-        uncounted=None if session.engine.data_ranks == session.engine.world_size else _CUT,
+        uncounted=None if engine.data_ranks == engine.world_size else _CUT,
         counts_slots=not any(layer.router.mixes_tokens for layer in model.routed_layers()),
     )
 
 
-def put_training(session: Session, results: Results, stage: str, missing: Mapping[str, str]) -> None:
-    """The figures of a leg as far as it has come, with the reasons of those that are null."""
-    if not session.is_rank0:
-        return
-    rows = [row for row in read_rows(session.run_dir.path / METRICS_FILE) if row.get("stage") == stage]
+def put_training(run_dir: Path, results: Results, stage: str, missing: Mapping[str, str]) -> None:
+    """Writes the figures of a stage as far as it has come, with the reasons of those that are null."""
+    rows = [row for row in read_rows(run_dir / METRICS_FILE) if row.get("stage") == stage]
     figures = summarise_stage(rows)
     reasons = {name: reason for name, reason in missing.items() if figures.get(name) is None}
     stages = results.content.setdefault("training", {})
@@ -70,7 +75,7 @@ def put_training(session: Session, results: Results, stage: str, missing: Mappin
 
 
 def account(session: Session, results: Results) -> None:
-    """Time, memory and energy of this process; of a run that was resumed the sums of its parts."""
+    """Adds time, memory and energy of this process to those of earlier processes of the run."""
     engine, meters = session.engine, session.loop.meters
     peak = float(peak_memory_bytes(engine.device))
     joules, reason = math.nan, "nobody has measured it"
@@ -89,7 +94,7 @@ def account(session: Session, results: Results) -> None:
 
 
 def _put_energy(results: Results, joules: float, reason: str) -> None:
-    """All that the devices used while a process of the run was open; null once a part of it is not known."""
+    """Adds the energy of the devices while this process was open; null once a part of it is not known."""
     before = results.content.get("energy")
     if not math.isfinite(joules):
         results.content["energy"] = {"kwh": None, "reason": reason}

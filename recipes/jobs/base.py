@@ -1,40 +1,37 @@
-"""What every job is, and what it is given. A recipe is a yaml file that names a job and sets its options."""
+"""Base class of jobs, and the run that a job is given. A recipe names a job and sets its options."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from moe.errors import Mistake
 from recipes.config.schema import RunConfig
 from recipes.engines import Engine
 from recipes.engines.console import RankConsole
 from recipes.jobs.run_dir import RunDir
-from recipes.runtime.heartbeat import Heartbeat, Lines
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.trackers import RunLogger
 from recipes.training.training_loop import Loop
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Session:
-    """A run in progress.
+    """Run in progress; jobs pass its parts on.
 
     Attributes:
-        config: What it was told.
+        config: Typed config.
         values: The same as composed, for ``config.yaml``.
-        engine: Open.
-        run_dir: Where it lives.
-        stop: Whether it was asked to stop.
-        logger: Takes rows.
-        loop: Trains legs.
-        started: When the command started, by ``time.time()``.
-        ledger: What the run's time went into; None on the ranks that do not write.
+        engine: Open engine.
+        run_dir: Run directory.
+        stop: Asks for an early end.
+        logger: Writes rows of metrics.
+        loop: Trains stages.
+        started: Time of the command, by ``time.time()``.
+        ledger: Account of the run's time; None on the ranks that do not write.
     """
 
     config: RunConfig
@@ -49,41 +46,18 @@ class Session:
 
     @property
     def console(self) -> RankConsole:
-        """How its ranks speak and act as one."""
-        return RankConsole(self.engine, self.heartbeat)
-
-    @property
-    def is_rank0(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
-        return self.engine.rank == 0
-
-    @property
-    def heartbeat(self) -> Heartbeat:
-        """Is told of where the run is."""
-        return self.loop.guards.heartbeat
-
-    @property
-    def lines(self) -> Lines:
-        """`log` for work that may take long, and tells the watch of what it does between lines."""
-        return self.console.lines
-
-    def log(self, line: str) -> None:
-        """Prints a line, on rank 0."""
-        self.console.log(line)
-
-    def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Does something on rank 0 while the others wait; its result, or its error, is everybody's."""
-        return self.console.on_rank_zero(work)
+        """The run's ranks, which print and act as one."""
+        return RankConsole(self.engine, self.loop.guards.heartbeat)
 
 
 class Job(ABC):
-    """One kind of run. Found by being in a module of `recipes.jobs`."""
+    """Kind of run, found by being in a module of `recipes.jobs`."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Every mistake that shows before anything expensive starts: seconds, no weights read."""
+        """Returns all mistakes that show before anything expensive starts, in seconds."""
 
     def identity(self, config: RunConfig) -> dict[str, Any]:
         """Returns the options of its own, by path, that a run may not change when it goes on."""
@@ -91,4 +65,4 @@ class Job(ABC):
 
     @abstractmethod
     def run(self, session: Session) -> bool:
-        """Does it; returns whether it came to its end (False: it was asked to stop)."""
+        """Runs the job; returns False when it was asked to stop before its end."""

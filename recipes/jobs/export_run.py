@@ -1,4 +1,4 @@
-"""A run's checkpoint as a model for others: tensor by tensor, without building the model."""
+"""Exports a run's checkpoint tensor by tensor, without building the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from moe.experts.lora import merged
 from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
-from recipes.jobs.identity import read_run_file
 from recipes.jobs.run_dir import RunDir
 from recipes.models.export import Exporter
 from recipes.models.export.base import Layout
@@ -28,6 +27,7 @@ from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.run_file import read_run_file
 from recipes.runtime.safetensors_codec import TensorSpec
 from recipes.upcycling.calibration.gather import read_statistics
 from recipes.upcycling.calibration.statistics_files import CalibrationFolder
@@ -38,14 +38,14 @@ from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, dense_dtype, wri
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What a user asks for.
+    """Request of a user.
 
     Attributes:
         run: The run's directory.
-        step: Of the checkpoint; None for the newest complete one.
-        dtype: Of the output; None as the dense checkpoint.
+        step: Step of the checkpoint; None for the newest complete one.
+        dtype: Dtype of the output; None for that of the dense checkpoint.
         target: Name of a format; ``auto`` for the best that holds it exactly.
-        layout: Of the experts' tensors.
+        layout: Layout of the experts' tensors.
         stage: ``moe``, or ``cpt`` for the dense model that was trained on the same tokens.
     """
 
@@ -59,15 +59,15 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Export that was written.
 
     Attributes:
         path: The folder.
-        format: Of it.
-        exact_in: Programs that compute exactly this function from it.
-        checkpoint: Where the weights come from.
-        step: Of the checkpoint.
-        total_bytes: Of the tensors.
+        format: Its format.
+        exact_in: Programs that compute exactly this function.
+        checkpoint: Checkpoint of the weights.
+        step: Its step.
+        total_bytes: Bytes of the tensors.
     """
 
     path: Path
@@ -79,7 +79,7 @@ class Exported:
 
 
 def export_run(request: ExportRequest, out: Path) -> Exported:
-    """Writes the mixture of a run's checkpoint.
+    """Writes the model of a run's checkpoint.
 
     Raises:
         ConfigError: The folder is no run, has no such checkpoint, or the output exists.
@@ -157,22 +157,22 @@ def _checkpoint(request: ExportRequest) -> Path:
 
 @dataclass(frozen=True)
 class Merging:
-    """The model in a checkpoint, low-rank factors merged into their weights as these are read.
+    """Model in a checkpoint, whose low-rank factors are merged into their weights as these are read.
 
     Attributes:
-        tensors: Of the checkpoint.
-        factors: By the names of the weights.
+        tensors: Tensors of the checkpoint.
+        factors: Low-rank factors by the names of their weights.
     """
 
     tensors: CheckpointTensors
     factors: Mapping[str, Factors]
 
     def names(self) -> list[str]:
-        """Of the model's tensors, without the factors."""
+        """Returns the names of the model's tensors, without the factors."""
         return [name for name in self.tensors.names(MODEL_PREFIX) if not is_factor(name)]
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the model."""
+        """Reads a tensor of the model."""
         tensor = self.tensors.read(MODEL_PREFIX + name)
         if name not in self.factors:
             return tensor

@@ -13,7 +13,7 @@ from recipes.config.compose import to_yaml
 from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import TrainData
-from recipes.jobs.base import Session
+from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
 from recipes.runtime.atomic import atomic_write_text
 from recipes.runtime.run_file import read_run_file, write_run_file
@@ -59,37 +59,36 @@ def identity(
     return plain
 
 
-def refuse_changes(session: Session, dense: Path, data: TrainData, of_job: Mapping[str, Any]) -> None:
-    """Compares the run's identity with the one it began with, and writes it and the config down.
+def refuse_changes(run_dir: RunDir, wanted: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Compares a run's identity with the one it began with, and writes it and the config down. For rank 0.
 
     A resume that is refused leaves the run's ``config.yaml`` as it was.
+
+    Args:
+        run_dir: The run directory.
+        wanted: Identity of the config that is asked for.
+        values: That config, as composed.
 
     Raises:
         CheckpointError: A field has changed; every one is named with both values.
     """
-
-    def compare() -> None:
-        wanted = identity(session.config, dense, data, of_job)
-        run_dir = session.run_dir
-        origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
-        began = read_run_file(origin).get("identity")
-        if began is not None:
-            began = with_new_names(began)
-            changed = [
-                Mistake(
-                    path,
-                    wanted.get(path),
-                    f"the run in {origin} began with {began.get(path)!r}",
-                    _DATA_REMEDY if path == "data" else _REMEDY,
-                )
-                for path in sorted(set(began) | set(wanted))
-                if began.get(path) != wanted.get(path)
-            ]
-            if changed:
-                raise CheckpointError(changed)
-        # A run that is killed before its first checkpoint starts from there again.
-        fork = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
-        write_run_file(run_dir.path, identity=wanted, **fork)
-        atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(session.values)))
-
-    session.on_rank_zero(compare)
+    origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
+    began = read_run_file(origin).get("identity")
+    if began is not None:
+        began = with_new_names(began)
+        changed = [
+            Mistake(
+                path,
+                wanted.get(path),
+                f"the run in {origin} began with {began.get(path)!r}",
+                _DATA_REMEDY if path == "data" else _REMEDY,
+            )
+            for path in sorted(set(began) | set(wanted))
+            if began.get(path) != wanted.get(path)
+        ]
+        if changed:
+            raise CheckpointError(changed)
+    # A run that is killed before its first checkpoint starts from there again.
+    fork = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
+    write_run_file(run_dir.path, identity=wanted, **fork)
+    atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(values)))

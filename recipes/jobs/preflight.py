@@ -1,4 +1,4 @@
-"""What can be checked before anything expensive starts. Each check returns every mistake it finds."""
+"""Checks of a run before anything expensive starts. Each returns every mistake that it finds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
-from recipes.jobs.backend_rules import check_library
-from recipes.jobs.lora_rules import check_low_rank
+from recipes.jobs.expert_rules import check_library, check_low_rank
 from recipes.jobs.run_dir import choose_run_dir
 from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
 from recipes.models.hf.attention_blocks import attention_mistakes
@@ -39,7 +38,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
-    """Everything: batch, router, engine, dense checkpoint, tokenizer, data, folders."""
+    """Checks batch, router, engine, dense checkpoint, tokenizer, data and folders."""
     ranks = world_size // engine_classes()[config.engine.name].model_parallel_size(config.engine)
     mistakes = check_batch(config, max(1, ranks)) + check_router(config) + check_engine(config)
     mistakes += (
@@ -64,9 +63,9 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
 
 
 def check_places(values: Mapping[str, Any]) -> list[Mistake]:
-    """The files and folders that a config names, where the rest of it is too wrong to be read."""
+    """Checks the files and folders that a config names, where the rest of it cannot be read."""
     mistakes = []
-    with contextlib.suppress(ValidationError):  # the schema has told what is wrong
+    with contextlib.suppress(ValidationError):  # the schema has reported it
         mistakes += check_paths(TypeAdapter(DataConfig).validate_python(values.get("data")))
     for name in ("output_dir", "cache_dir"):
         if isinstance(folder := values.get(name), str):
@@ -77,7 +76,7 @@ def check_places(values: Mapping[str, Any]) -> list[Mistake]:
 
 
 def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
-    """The global batch must divide over ranks and micro-batches."""
+    """Checks that the global batch divides over ranks and micro-batches."""
     train = config.train
     if train.micro_batch_size == "auto":
         if train.global_batch_size % world_size == 0:
@@ -93,7 +92,7 @@ def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
 
 
 def check_router(config: RunConfig) -> list[Mistake]:
-    """The router must be able to route over so many experts, by what a run knows of its tokens."""
+    """Checks that the router can route over so many experts, by the keys that a run knows of its tokens."""
     cls = router_class(config.router.name)
     mistakes = []
     for key in sorted(cls.needed_keys(config.router)):
@@ -107,11 +106,11 @@ def check_router(config: RunConfig) -> list[Mistake]:
 
 
 def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
-    """The upcycling method must fit the router and the dense network, and its own sources the dense model.
+    """Checks the upcycling method against router and dense network, and its sources against the dense model.
 
     Args:
         config: The run.
-        shape: Of the dense network, where it can be told.
+        shape: Shape of the dense network, where it is known.
     """
     method = upcycle_methods()[config.upcycle.name](config.upcycle)
     mistakes = []
@@ -136,7 +135,7 @@ def _default_model_config(config: RunConfig) -> dict[str, Any]:
 
 
 def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
-    """Attention that is to become experts must be of a kind that can.
+    """Checks that the attention can become experts, where it is to.
 
     Args:
         config: The run.
@@ -146,7 +145,7 @@ def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake
 
 
 def check_engine(config: RunConfig) -> list[Mistake]:
-    """The machine must have what the engine needs, and the engine be able to train the mixture."""
+    """Checks that the machine can run the engine, and that the engine can train the MoE model."""
     engine = engine_classes()[config.engine.name]
     mistakes = engine.check_moe(config.engine, config.upcycle.num_experts, config.router)
     mistakes += engine.check_optimizer(config.engine, config.optim)
@@ -156,7 +155,7 @@ def check_engine(config: RunConfig) -> list[Mistake]:
 
 
 def check_schedule(config: RunConfig) -> list[Mistake]:
-    """Warm-up and decay must fit into the run."""
+    """Checks that warm-up and decay fit into the run."""
     if config.train.steps == 0:
         return []
     try:
@@ -167,7 +166,7 @@ def check_schedule(config: RunConfig) -> list[Mistake]:
 
 
 def check_calibration(config: RunConfig) -> list[Mistake]:
-    """Text of the calibration's own must be there, as the run's."""
+    """Checks that text of the calibration's own exists."""
     path = config.section(CalibrationConfig).path
     if path is None:
         return []
@@ -176,7 +175,7 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
 
 
 def check_model(config: RunConfig) -> list[Mistake]:
-    """The embedded default's own schedule and depth must fit as well."""
+    """Checks schedule and depth of the default model."""
     mistakes = check_layers(config, config.model.num_layers)
     mistakes += check_attention(config, _default_model_config(config))
     if 0 < config.model.steps <= config.model.warmup_steps:
@@ -186,7 +185,7 @@ def check_model(config: RunConfig) -> list[Mistake]:
 
 
 def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
-    """The model must have the layers that are to become mixtures."""
+    """Checks that the model has the layers that are to become MoE layers."""
     try:
         picked = config.upcycle.layer_choice.pick(depth)
     except FieldError as error:
@@ -195,7 +194,7 @@ def check_layers(config: RunConfig, depth: int) -> list[Mistake]:
 
 
 def check_run_dir(config: RunConfig) -> list[Mistake]:
-    """A run that is named anew must not exist, one that is resumed must; rank 0 decides, as when it runs."""
+    """Checks that a new run does not exist and a resumed one does; rank 0 decides, as when it runs."""
     if os.environ.get("RANK", "0") != "0":
         return []
     try:
@@ -206,12 +205,17 @@ def check_run_dir(config: RunConfig) -> list[Mistake]:
 
 
 def check_folders(config: RunConfig) -> list[Mistake]:
-    """Output and cache folder must be writable, or be creatable."""
+    """Checks that output and cache folder can be written or made."""
     return check_folder("output_dir", config.output_dir) + check_folder("cache_dir", config.cache_dir)
 
 
 def check_folder(name: str, value: str) -> list[Mistake]:
-    """One of them, by its config path."""
+    """Checks that a folder can be written or made.
+
+    Args:
+        name: Config path.
+        value: The folder.
+    """
     folder = Path(value).expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
@@ -222,7 +226,7 @@ def check_folder(name: str, value: str) -> list[Mistake]:
 
 
 def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
-    """Tokenizer, layers and sequence length must fit the dense model."""
+    """Checks tokenizer, layers and sequence length against the dense model."""
     text = dense.get("text_config") or dense
     vocab_size = text.get("vocab_size")
     mistakes = check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)

@@ -1,4 +1,4 @@
-"""A mixture of experts from scratch, and the dense model of its shape on the same tokens."""
+"""Job that trains an MoE model from scratch, and the dense model of its shape on the same tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from recipes.jobs.upcycle_job import UpcycleJob
 
 
 class PretrainJob(UpcycleJob):
-    """The legs of the upcycling job on weights as they were drawn."""
+    """Stages of the upcycling job on weights as they were drawn."""
 
     name = "pretrain"
     needs_weights = "there are no trained weights that factors could stand beside"
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Nothing may have been trained before."""
+        """Checks that nothing was trained before."""
         mistakes = super().check(config, world_size)
         if config.dense is not None:
             remedy = "Leave dense out and give the shape by model.*, or use +recipe=upcycle."

@@ -1,4 +1,4 @@
-"""The run directory: what it is called, what lies in it, and which one a resume means."""
+"""Run directory: its name, its files, and the one that a resume goes on with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from recipes.runtime.relaunch import Launch
 
 @dataclass(frozen=True)
 class RunDir:
-    """``outputs/<run.name>/`` and the names of what lies in it.
+    """Directory ``outputs/<run.name>/`` of a run.
 
     Attributes:
         path: The directory.
         resumed: Whether an earlier run goes on in it.
-        fork: A checkpoint of another run that the first leg starts from; None for none.
+        fork: Checkpoint of another run that the first stage starts from; None for none.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class RunDir:
         return self.path / "hf"
 
     def checkpoints(self, stage: str) -> Path:
-        """Checkpoints of a leg: the main model's are the run's own."""
+        """Returns the folder of a stage's checkpoints; those of the main model are the run's own."""
         return self.path / "checkpoints" if stage == "moe" else self.path / stage / "checkpoints"
 
 
@@ -49,7 +49,7 @@ def choose_run_dir(config: RunConfig, launch: Launch | None = None) -> RunDir:
     """Decides where a run lives. Call it on rank 0 alone and broadcast: the answer depends on the disk.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         launch: The torchrun command that started this process. A run directory that it has claimed before is
             gone on with whatever ``resume`` says: torchrun has restarted the run.
 
@@ -78,12 +78,12 @@ def choose_run_dir(config: RunConfig, launch: Launch | None = None) -> RunDir:
 
 
 def _used(path: Path) -> bool:
-    """Whether there is anything in it, but for files that a killed process was just writing."""
+    """Tells if a folder holds anything but files that a killed process was just writing."""
     return path.is_dir() and any(not inner.name.startswith(".tmp-") for inner in path.iterdir())
 
 
 def _claimed(config: RunConfig, outputs: Path, launch: Launch | None) -> Path | None:
-    """The run of this very command, begun by processes that torchrun has replaced by this one."""
+    """Returns the run that earlier processes of this torchrun command have begun."""
     if launch is None:
         return None
     if config.run.name is not None:
@@ -100,7 +100,7 @@ def _numbered(outputs: Path, job: str) -> list[int]:
 
 
 def _from_path(config: RunConfig, outputs: Path, launch: Launch | None) -> RunDir:
-    """``resume=RUN`` goes on in that run, ``resume=RUN/checkpoints/step-N`` starts a new one from there."""
+    """Resumes the run ``resume=RUN``, or starts a new one from ``resume=RUN/checkpoints/step-N``."""
     path = Path(config.resume).expanduser().absolute()
     remedy = "Give a run directory, one of its checkpoints, auto or none."
     if not path.is_dir():

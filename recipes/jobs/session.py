@@ -1,4 +1,4 @@
-"""Opens what a job needs, runs it, and closes everything whatever happens."""
+"""Opens engine, run directory and tracker, runs a job, and closes everything whatever happens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
     """Runs a checked job.
 
     Args:
-        job: What to run.
+        job: The job.
         config: The typed config.
         values: The same as composed, for ``config.yaml`` and the charts.
         started: When the command started, by ``time.time()``.
@@ -101,10 +101,10 @@ def _run_open(
             session = Session(config, values, engine, run_dir, stop, logger, loop, started, ledger)
             finished = job.run(session)
             if not finished:
-                session.log(f"stopped and saved; go on with: resume={run_dir.path}")
+                session.console.log(f"stopped and saved; go on with: resume={run_dir.path}")
         heartbeat.beat("closing the run's records")
     except BaseException as error:
-        # Errors that are told to the user, and a second Ctrl-C, are no failures that a run recovers from.
+        # Errors that are reported to the user, and a second Ctrl-C, are no failures that a run recovers from.
         failed = not isinstance(error, GraftError | KeyboardInterrupt)
         with contextlib.suppress(DiskError):  # the first error is the one to tell
             _close(logger, ledger, spent, failed=failed)
@@ -122,7 +122,7 @@ def _close(logger: RunLogger, ledger: GoodputLedger | None, spent: dict[str, flo
 
 
 def _make_run_dir(engine: Engine[Any], run_dir: RunDir, values: dict[str, Any]) -> None:
-    """Makes it, and tries on every rank whether it can be written to: checkpoints will be, by all of them."""
+    """Makes the run directory, and tries on every rank to write to it, as all of them write checkpoints."""
     ranks = Ranks(None)
 
     def make() -> None:
@@ -159,7 +159,7 @@ def _heartbeat(config: RunConfig, engine: Engine[Any]) -> Heartbeat:
 
 
 def _agree_on_run_dir(engine: Engine[Any], config: RunConfig) -> RunDir:
-    """Rank 0 decides, since the answer depends on what is on the disk; its error is everybody's."""
+    """Returns the run directory that rank 0 chooses, as it depends on the disk; all raise its error."""
     decided: RunDir | UserError | None = None
     if engine.rank == 0:
         try:
@@ -174,7 +174,7 @@ def _agree_on_run_dir(engine: Engine[Any], config: RunConfig) -> RunDir:
 
 
 def _quiet_libraries() -> None:
-    """transformers' own bars and advice would break into ours."""
+    """Silences progress bars and advice of transformers, which would interrupt ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The ``top_k_schedule`` section of a run: what may be wrong with it, and the schedule that it describes."""
+"""Schedule of K that the section ``top_k_schedule`` of a run describes, and its checks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from recipes.tracking.step_costs import Costs
 
 
 def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None:
-    """The schedule of a checked config; None where K stays what it is.
+    """Returns the schedule of a checked config; None where K does not change.
 
     Args:
-        config: Of the run.
-        layers: Indices of the mixture layers in the host, ascending.
+        config: Config of the run.
+        layers: Indices of the MoE layers in the model, ascending.
     """
     if not config.top_k_schedule or config.train.steps == 0:
         return None
@@ -30,17 +30,17 @@ def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None
 
 
 def model_schedule(config: RunConfig, model: HFModel, method: UpcycleMethod[Any]) -> TopKSchedule | None:
-    """The same of a host before its surgery: the step-0 check is then made at the first K."""
+    """Returns the schedule of a model before its surgery: the step-0 check is then made at the first K."""
     return schedule_of(config, [site.layer for site in chosen_sites(model, method)])
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Over all ranks and micro-batches."""
+    """Returns the tokens of a step, over all ranks and micro-batches."""
     return config.train.global_batch_size * config.data.seq_len
 
 
 def top_k_schedule_identity(config: RunConfig) -> list[Any] | None:
-    """What a run may not change of it when it goes on: K, and the steps at which it changes.
+    """Returns the part of the schedule that a resume may not change: K, and the steps at which it changes.
 
     A share of a run that is given more steps is another step: K would rise again. Tokens stay where they are.
     """
@@ -54,7 +54,7 @@ def top_k_schedule_identity(config: RunConfig) -> list[Any] | None:
 
 
 def describe_phases(schedule: TopKSchedule | None, costs: Sequence[tuple[int, Costs]]) -> list[str]:
-    """A line a phase, for people."""
+    """Describes each phase in a line."""
     return [
         f"from step {phase['first_step']} on {phase['top_k']} experts a token, layer by layer, "
         f"{phase['active_params']:,} active parameters"
@@ -65,7 +65,7 @@ def describe_phases(schedule: TopKSchedule | None, costs: Sequence[tuple[int, Co
 def summarise_phases(
     schedule: TopKSchedule | None, costs: Sequence[tuple[int, Costs]]
 ) -> list[dict[str, Any]]:
-    """The phases of a run for ``summary.json``: first step, K by layer from below, cost of a token."""
+    """Returns first step, K by layer from below and cost of a token of each phase, for ``summary.json``."""
     return [
         {
             "first_step": start,
@@ -78,7 +78,7 @@ def summarise_phases(
 
 
 def check_top_k_schedule(config: RunConfig) -> list[Mistake]:
-    """The router must be able to change K, to the numbers that are asked for, and the phases fit the run."""
+    """Checks that the router can change K to these numbers, and that the phases fit the run."""
     if not config.top_k_schedule:
         return []
     if not router_class(config.router.name).varies_top_k:
@@ -90,12 +90,12 @@ def check_top_k_schedule(config: RunConfig) -> list[Mistake]:
 
 
 def check_top_k_schedule_layers(config: RunConfig, num_layers: int) -> list[Mistake]:
-    """Phases name no more layers than there are mixtures."""
+    """Checks that phases name no more layers than there are MoE layers."""
     return [
         Mistake(
             f"top_k_schedule.{place}.{'layers' if isinstance(phase.top_k, int) else 'top_k'}",
             phase.layers if isinstance(phase.top_k, int) else phase.top_k,
-            f"it names {phase.num_listed} layers, and {num_layers} become mixtures",
+            f"it names {phase.num_listed} layers, and {num_layers} become MoE layers",
             f"Name {num_layers} at most.",
         )
         for place, phase in enumerate(config.top_k_schedule)
@@ -104,7 +104,7 @@ def check_top_k_schedule_layers(config: RunConfig, num_layers: int) -> list[Mist
 
 
 def _numbers(config: RunConfig) -> list[Mistake]:
-    """Each K must be one that the router could have had from the start, by the router's own rules."""
+    """Checks each K by the router's own rules."""
     mistakes = []
     for place, phase in enumerate(config.top_k_schedule):
         for top_k in sorted({phase.top_k} if isinstance(phase.top_k, int) else set(phase.top_k)):
@@ -124,7 +124,7 @@ def _check_number(config: RunConfig, top_k: int) -> Mistake | None:
 
 
 def _falls(config: RunConfig) -> list[Mistake]:
-    """K falls from phase to phase and to the router's own, in every layer, or it would not be sparsified."""
+    """Checks that K falls from phase to phase and to the router's own, in every layer."""
     top_k: int = config.router.top_k  # type: ignore[attr-defined]
     named = max(phase.num_listed for phase in config.top_k_schedule)
     last = SparsePhase(until=0.5, top_k=top_k)
@@ -142,7 +142,7 @@ def _falls(config: RunConfig) -> list[Mistake]:
 
 
 def _ends(config: RunConfig) -> list[Mistake]:
-    """Every phase has a step, and one is left behind the last."""
+    """Checks that every phase has a step, and that one is left behind the last."""
     steps, tokens = config.train.steps, tokens_per_step(config)
     if steps == 0:
         return []

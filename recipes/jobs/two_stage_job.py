@@ -1,4 +1,4 @@
-"""A dense checkpoint becomes a mixture, and is trained in two stages on two data sets.
+"""Job that trains an upcycled model in two stages on two data sets.
 
 The post-training of LLaMA-MoE v2 (arXiv 2411.15708): general conversations, then those of mathematics and
 code. The second stage begins with the weights that the first has left; optimizer and schedule are its own.
@@ -7,39 +7,37 @@ code. The second stage begins with the weights that the first has left; optimize
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe.errors import CheckpointError, FieldError, Mistake
-from moe.upcycle import UpcycleMethod
 from recipes.checkpoint import find_checkpoint, load_checkpoint, local_memory
 from recipes.config.schema import RunConfig
 from recipes.config.sections.compare_config import CompareConfig
 from recipes.config.sections.stage2_config import Stage2Config
 from recipes.data.build_data import TrainData
+from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths, resolve
 from recipes.engines.optim.optimizer import FrozenConfig
-from recipes.jobs.base import Session
 from recipes.jobs.default_model import shared_data, vocab_size_of
-from recipes.jobs.moe_stage import MoEStage
-from recipes.jobs.trained_stage import TrainedStage
+from recipes.jobs.moe_stage import build_moe, report_moe
+from recipes.jobs.stage_run import Built, StageInputs, StageParts, StageRun
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.tracking.ceilings import Peaks
-from recipes.tracking.results import Results
 from recipes.training.training_loop import Stage, StageResult, validation_loss
-from recipes.upcycling.calibration.gather import LayerTensors, kept_statistics
+
+_FIRST = "stage1"
 
 
 class TwoStageJob(UpcycleJob):
-    """Two legs of one mixture; the second is the run's model."""
+    """Two stages of one MoE model; the second gives the run's model."""
 
     name = "two_stage"
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """The second stage's data and schedule too, and what has no meaning over two stages."""
+        """Checks the second stage too, and rejects options that have no meaning over two stages."""
         mistakes = super().check(config, world_size)
         second = stage2_config(config)
         stage2 = config.section(Stage2Config)
@@ -68,9 +66,9 @@ class TwoStageJob(UpcycleJob):
             "stage2.validation_path": stage2.validation_path,
         }
 
-    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
-        """The stages."""
-        return [FirstStage, SecondStage]
+    def stages(self, inputs: StageInputs) -> list[StageRun]:
+        """Returns both stages, in order."""
+        return [first_stage(inputs), second_stage(inputs)]
 
 
 def _check_meaning(config: RunConfig) -> list[Mistake]:
@@ -89,7 +87,7 @@ def _check_meaning(config: RunConfig) -> list[Mistake]:
 
 
 def stage2_config(config: RunConfig) -> RunConfig:
-    """A run's config as the second stage sees it: experts a token as the first ended with, nothing frozen."""
+    """Returns the config of the second stage: experts a token as the first ended with, nothing frozen."""
     stage = config.section(Stage2Config)
     schedule = dataclasses.replace(config.optim.schedule, warmup_steps=stage.warmup_steps)
     return dataclasses.replace(
@@ -101,93 +99,51 @@ def stage2_config(config: RunConfig) -> RunConfig:
     )
 
 
-class _TwoStagePart(MoEStage):
-    """What both have in common: the statistics that the experts were planned by are the run's."""
+def first_stage(inputs: StageInputs) -> StageRun:
+    """Returns the stage that upcycles and trains; nothing is exported yet."""
 
-    number: int
+    def report(run: StageRun, stage: Stage, result: StageResult) -> None:
+        run.results.put("exactness", stage.state["exactness"])
+        _put_stage(run, 1, result, result.step * stage.tokens_per_step)
 
-    def _statistics(self, method: UpcycleMethod[Any], source: Path | None) -> LayerTensors | None:
-        if source is None or not method.statistics:
-            return super()._statistics(method, source)
-        return kept_statistics(
-            self.session.console,
-            self.session.run_dir.path,
-            self.session.run_dir.checkpoints("moe") / source.name,
-        )
-
-    def _put_stage(self, result: StageResult, tokens: int, **more: Any) -> None:
-        """A section of the stage, replacing that of an earlier process."""
-        row = {
-            "stage": self.number,
-            "data": self.config.data.path,
-            "steps": result.step,
-            "tokens": tokens,
-            "lr": self.config.optim.lr,
-            "val_loss_before": result.first_val_loss,
-            "val_loss": result.val_loss,
-        }
-        others = [old for old in self.results.content.get("stages", []) if old["stage"] != self.number]
-        self.results.put("stages", sorted([*others, row | more], key=lambda old: old["stage"]))
+    return StageRun(inputs, StageParts(_FIRST, _build, report))
 
 
-class FirstStage(_TwoStagePart):
-    """Upcycles and trains; nothing is exported yet."""
+def second_stage(inputs: StageInputs) -> StageRun:
+    """Returns the stage that goes on with the first's weights, on data of its own."""
+    config, console = stage2_config(inputs.config), inputs.console
+    console.heartbeat.beat("reading the data of stage 2")
+    console.log(f"stage 2: {config.data.path}")
+    vocab_size = console.on_rank_zero(lambda: vocab_size_of(inputs.folder))
+    data = shared_data(config, console, inputs.folder, vocab_size)
+    console.on_rank_zero(lambda: _refuse_other_data(inputs.run_dir.path, config.data, data))
+    train = inputs.config.train
+    parts = StageParts(
+        "moe",
+        partial(_build_second, first_steps=train.steps),
+        partial(_report_second, first_data=inputs.data),
+        label="MoE after stage 2",
+        first_sample=0,  # nothing has been trained on this data
+        earlier_tokens=train.steps * train.global_batch_size * inputs.data.train.seq_len,
+    )
+    return StageRun(dataclasses.replace(inputs, config=config, data=data), parts)
 
-    name = "stage1"
-    number = 1
 
-    def _finish(self, stage: Stage, result: StageResult) -> None:
-        self.results.put("exactness", stage.state["exactness"])
-        self._put_stage(result, result.step * stage.tokens_per_step)
+def _build(run: StageRun, source: Path | None) -> Built | None:
+    """Builds the MoE model; the statistics that its experts were planned by are the run's."""
+    if source is None:
+        return build_moe(run, None)
+    return build_moe(run, source, run.inputs.run_dir.checkpoints("moe") / source.name)
 
 
-class SecondStage(_TwoStagePart):
-    """Goes on with the first stage's weights."""
+def _build_second(run: StageRun, source: Path | None, *, first_steps: int) -> Built | None:
+    if source is not None:
+        return _build(run, source)
+    begun = _end_of_stage1(run, first_steps)
+    built = _build(run, begun)
+    assert built is not None, "nothing is calibrated, so that nothing can be stopped"
 
-    name = "moe"
-    number = 2
-
-    def __init__(
-        self, session: Session, folder: Path, data: TrainData, results: Results, peaks: Peaks
-    ) -> None:
-        config = stage2_config(session.config)
-        own = dataclasses.replace(session, config=config)
-        session.heartbeat.beat("reading the data of stage 2")
-        session.log(f"stage 2: {config.data.path}")
-        second = shared_data(own, folder, session.on_rank_zero(lambda: vocab_size_of(folder)))
-        session.on_rank_zero(lambda: _refuse_other_data(session, second))
-        super().__init__(own, folder, second, results, peaks)
-        self.first_data = data
-        self.first_steps = session.config.train.steps
-        self.first_tokens = (
-            session.config.train.steps * session.config.train.global_batch_size * data.train.seq_len
-        )
-
-    @property
-    def finished(self) -> bool:
-        """Its row counts the tokens of both stages."""
-        row = self.results.row(self.name)
-        own = self.config.train.steps * self.config.train.global_batch_size * self.data.train.seq_len
-        return row is not None and row["tokens"] >= self.first_tokens + own
-
-    def run(self) -> bool:
-        """Trains it, and completes the rows of both stages."""
-        if self.finished:
-            return super().run()
-        if not super().run():
-            return False
-        row = self.results.row(self.name)
-        assert row is not None, "a finished leg has a row"
-        row |= {"label": "MoE after stage 2", "tokens": row["tokens"] + self.first_tokens}
-        self.results.write()
-        return True
-
-    def _build(self, source: Path | None) -> Stage | None:
-        if source is not None:
-            return super()._build(source)
-        begun = self._end_of_stage1()
-        stage = super()._build(begun)
-        assert stage is not None, "nothing is calibrated, so that nothing can be stopped"
+    def begin(stage: Stage) -> None:
         tensors = stage.train_module.checkpoint_tensors()
         loaded = load_checkpoint(begun, tensors, checksums=False)
         for name, tensor in tensors.items():
@@ -195,42 +151,54 @@ class SecondStage(_TwoStagePart):
                 for memory in local_memory(tensor):
                     memory.zero_()  # as before an optimizer's first step
         stage.state |= {key: loaded.state[key] for key in ("exactness", "attention") if key in loaded.state}
-        self.session.log(f"stage 2: begins with the weights of {begun}")
-        return stage
+        run.log(f"stage 2: begins with the weights of {begun}")
 
-    def _end_of_stage1(self) -> Path:
-        folder = self.session.run_dir.checkpoints(FirstStage.name)
-        found = find_checkpoint(folder)
-        if found.path is None or int(found.path.name.removeprefix("step-")) != self.first_steps:
-            rule = "the last checkpoint of the first stage is missing, and the second begins with it"
-            raise CheckpointError.one("resume", str(folder), rule, "Restore it, or start a new run.")
-        return found.path
-
-    def _first_sample(self) -> int:
-        """Nothing has been trained on this data."""
-        return 0
-
-    def _finish(self, stage: Stage, result: StageResult) -> None:
-        engine, train = self.session.engine, self.config.train
-        first = attending_as(self.first_data, self.data)
-        again = validation_loss(engine, stage.train_module, first, train, self.session.heartbeat)
-        self._put_stage(result, result.step * stage.tokens_per_step, val_loss_stage1=again)
-        ended = self.results.content["stages"][0]["val_loss"]
-        self.session.log(
-            f"stage 1: validation loss on its own data {ended:.4f} at its end, {again:.4f} after stage 2"
-        )
-        before = self.results.row(FirstStage.name)
-        assert before is not None, "the second stage comes after the first"
-        # Beside the others, which are validated on the second stage's data.
-        before["val_loss"] = result.first_val_loss
-        super()._finish(stage, result)
+    return dataclasses.replace(built, begin=begin)
 
 
-def _refuse_other_data(session: Session, data: TrainData) -> None:
-    """The data of the second stage may not change when a run goes on, also while it is in the first."""
-    began = read_run_file(session.run_dir.path).get("stage2_data")
+def _end_of_stage1(run: StageRun, first_steps: int) -> Path:
+    folder = run.inputs.run_dir.checkpoints(_FIRST)
+    found = find_checkpoint(folder)
+    if found.path is None or int(found.path.name.removeprefix("step-")) != first_steps:
+        rule = "the last checkpoint of the first stage is missing, and the second begins with it"
+        raise CheckpointError.one("resume", str(folder), rule, "Restore it, or start a new run.")
+    return found.path
+
+
+def _report_second(run: StageRun, stage: Stage, result: StageResult, *, first_data: TrainData) -> None:
+    first = attending_as(first_data, run.data)
+    heartbeat = run.inputs.console.heartbeat
+    again = validation_loss(run.engine, stage.train_module, first, run.config.train, heartbeat)
+    _put_stage(run, 2, result, result.step * stage.tokens_per_step, val_loss_stage1=again)
+    ended = run.results.content["stages"][0]["val_loss"]
+    run.log(f"stage 1: validation loss on its own data {ended:.4f} at its end, {again:.4f} after stage 2")
+    before = run.results.row(_FIRST)
+    assert before is not None, "the second stage comes after the first"
+    # Beside the others, which are validated on the second stage's data.
+    before["val_loss"] = result.first_val_loss
+    report_moe(run, stage, result)
+
+
+def _put_stage(run: StageRun, number: int, result: StageResult, tokens: int, **more: Any) -> None:
+    """Writes the section of a stage in place of that of an earlier process."""
+    row = {
+        "stage": number,
+        "data": run.config.data.path,
+        "steps": result.step,
+        "tokens": tokens,
+        "lr": run.config.optim.lr,
+        "val_loss_before": result.first_val_loss,
+        "val_loss": result.val_loss,
+    }
+    others = [old for old in run.results.content.get("stages", []) if old["stage"] != number]
+    run.results.put("stages", sorted([*others, row | more], key=lambda old: old["stage"]))
+
+
+def _refuse_other_data(run_dir: Path, config: DataConfig, data: TrainData) -> None:
+    """Refuses other data for the second stage when a run goes on, also while it is in the first."""
+    began = read_run_file(run_dir).get("stage2_data")
     if began not in (None, data.fingerprint):
         rule = "the run began with other data for its second stage"
         remedy = "Set it back to go on, or start a new run with resume=none."
-        raise CheckpointError.one("stage2.path", session.config.section(Stage2Config).path, rule, remedy)
-    write_run_file(session.run_dir.path, stage2_data=data.fingerprint)
+        raise CheckpointError.one("stage2.path", config.path, rule, remedy)
+    write_run_file(run_dir, stage2_data=data.fingerprint)

@@ -1,4 +1,4 @@
-"""One cell of `upcycle_vs_cpt`: upcycled, dense continued, and a mixture from scratch, from one dense model.
+"""Job `upcycle_vs_cpt`: from one dense model, upcycled, dense continued, and an MoE model from scratch.
 
 The idea is that of S. Doubov, N. Sardana, V. Chiley, "Sparse Upcycling: Inference Inefficient Finetuning",
 arXiv:2411.08968: what training gains is set against what serving then costs.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ from recipes.checkpoint.manifest import parse_step, step_name
 from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
 from recipes.config.sections.upcycle_vs_cpt_config import UpcycleVsCPTConfig
+from recipes.jobs.arm_costs import continued_steps, scratch_steps, serving_costs
 from recipes.jobs.base import Session
-from recipes.jobs.budget import continued_steps, scratch_steps
 from recipes.jobs.default_model import default_tokenizer, fresh_model
-from recipes.jobs.moe_stage import MoEStage
-from recipes.jobs.serving import serving_costs
-from recipes.jobs.trained_stage import CPTStage, TrainedStage
+from recipes.jobs.moe_stage import MOE, report_moe
+from recipes.jobs.stage_run import CPT, Built, StageInputs, StageParts, StageRun, with_steps
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.ffn_surgery import swap
 from recipes.models.hf.hf_model import HFModel
@@ -43,7 +41,7 @@ from recipes.upcycling.surgery import make_surgery
 
 
 class UpcycleVsCPTJob(UpcycleJob):
-    """The legs that ``upcycle_vs_cpt.arms`` names, each budget a finished run of its own.
+    """Stages that ``upcycle_vs_cpt.arms`` names, each budget a finished run of its own.
 
     Under a schedule that stays and then decays, shorter runs share the constant part of the longest: they
     branch off from its checkpoints, and are to the last bit what they would be on their own.
@@ -54,11 +52,11 @@ class UpcycleVsCPTJob(UpcycleJob):
     needs_weights = "the arms are compared with all of their weights trained"
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """What would make the arms incomparable, too."""
+        """Checks too that the arms can be compared."""
         mistakes = super().check(config, world_size) + _check_points(config)
         method = upcycle_methods()[config.upcycle.name](config.upcycle)
         if config.section(UpcycleVsCPTConfig).arms != "continued" and (method.statistics or method.sources):
-            rule = "a mixture from scratch has no dense model to look at"
+            rule = "an MoE model from scratch has no dense model to look at"
             remedy = "Set upcycle_vs_cpt.arms=continued, or take a method that reads weights alone."
             mistakes.append(Mistake("upcycle.name", config.upcycle.name, rule, remedy))
         if config.top_k_schedule:
@@ -68,32 +66,40 @@ class UpcycleVsCPTJob(UpcycleJob):
             mistakes += _check_flops(config.dense)
         return mistakes
 
-    def kinds(self, config: RunConfig) -> list[Callable[..., TrainedStage]]:
-        """The upcycled model first: it says the others' budgets. Of an arm the longest run first."""
-        arms, sunk = config.section(UpcycleVsCPTConfig).arms, sunk_steps(config)
-        stages: list[Callable[..., TrainedStage]] = []
+    def stages(self, inputs: StageInputs) -> list[StageRun]:
+        """Returns the upcycled model first, which sets the budgets, and of each arm the longest run first."""
+        arms, sunk = inputs.config.section(UpcycleVsCPTConfig).arms, sunk_steps(inputs.config)
+        stages = []
         if arms != "scratch":
-            stages += [UpcycledStage, ContinuedStage, EqualTokensStage]
+            upcycled = dataclasses.replace(MOE, report=_report_upcycled)
+            stages += [
+                StageRun(inputs, parts) for parts in (upcycled, _continued(inputs), _equal_tokens(inputs))
+            ]
         if arms != "continued":
-            stages.append(partial(ScratchStage, sunk=sunk[-1]))
-            stages += [partial(ScratchBranch, sunk=steps) for steps in sunk[:-1]]
+            lr = inputs.config.section(UpcycleVsCPTConfig).scratch_lr or inputs.config.optim.lr
+            optim = dataclasses.replace(inputs.config.optim, lr=lr)
+            scratch = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, optim=optim))
+            stages += [
+                StageRun(scratch, _scratch(scratch, steps, sunk[-1])) for steps in [sunk[-1], *sunk[:-1]]
+            ]
         return stages
 
     def run(self, session: Session) -> bool:
-        """Leaves the newest checkpoint of every leg: those to branch off from have been of use.
+        """Runs the arms, and leaves the newest checkpoint of every stage: the others were to branch off from.
 
         Raises:
-            CheckpointError: The run began with other budgets: what has decayed does not go on.
+            CheckpointError: The run began with other budgets: a model that has decayed does not go on.
         """
-        session.on_rank_zero(lambda: _refuse_other_budgets(session))
+        config, console, path = session.config, session.console, session.run_dir.path
+        console.on_rank_zero(lambda: _refuse_other_budgets(config, path))
         ended = super().run(session)
         if ended:
-            session.on_rank_zero(lambda: _prune(session.run_dir.path))
+            console.on_rank_zero(lambda: _prune(path))
         return ended
 
 
 def sunk_steps(config: RunConfig) -> list[int]:
-    """Dense steps whose FLOPs a mixture from scratch gets on top, ascending; 0, for none, is among them."""
+    """Returns the dense steps whose FLOPs a model from scratch gets on top, ascending from 0, for none."""
     own = config.model.steps if config.dense is None else 0
     asked = config.section(UpcycleVsCPTConfig).sunk_steps
     given = [own] if asked is None else asked
@@ -114,8 +120,7 @@ def _check_points(config: RunConfig) -> list[Mistake]:
     return mistakes
 
 
-def _refuse_other_budgets(session: Session) -> None:
-    config, path = session.config, session.run_dir.path
+def _refuse_other_budgets(config: RunConfig, path: Path) -> None:
     wanted = {
         "train.steps": config.train.steps,
         "train.eval_every": config.train.eval_every,
@@ -152,173 +157,123 @@ def _check_flops(dense: str) -> list[Mistake]:
     return []
 
 
-class UpcycledStage(MoEStage):
-    """The upcycled model, with what serving costs before and after."""
-
-    def _finish(self, stage: Stage, result: StageResult) -> None:
-        super()._finish(stage, result)
-        exported = json.loads((self.session.run_dir.export / "config.json").read_text(encoding="utf-8"))
-        contents = {"dense": read_config(self.folder), "moe": exported}
-        self.results.put("serving", {model: self._serving(content) for model, content in contents.items()})
-        _, layer = stage.train_module.model.moe_layers()[0]
-        experts = self.config.upcycle.num_experts
-        self.results.put("moe", {"num_experts": experts, "top_k": layer.router.top_k})
-        self.results.put("tokens_per_step", stage.tokens_per_step)
-
-    def _serving(self, content: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """None where the accounting does not know the family: a shape is never guessed."""
-        try:
-            shape = shape_from_config(content)
-        except ConfigError:
-            return None
-        return serving_costs(shape, self.config.section(UpcycleVsCPTConfig).batches, self.config.data.seq_len)
+def _report_upcycled(run: StageRun, stage: Stage, result: StageResult) -> None:
+    """Adds the costs of serving before and after to the report of the upcycled model."""
+    report_moe(run, stage, result)
+    exported = json.loads((run.inputs.run_dir.export / "config.json").read_text(encoding="utf-8"))
+    contents = {"dense": read_config(run.inputs.folder), "moe": exported}
+    run.results.put("serving", {model: _serving(run.config, content) for model, content in contents.items()})
+    _, layer = stage.train_module.model.moe_layers()[0]
+    run.results.put("moe", {"num_experts": run.config.upcycle.num_experts, "top_k": layer.router.top_k})
+    run.results.put("tokens_per_step", stage.tokens_per_step)
 
 
-def _with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """A run of so many steps that keeps what can be branched off from."""
-    every = config.train.eval_every
-    train = dataclasses.replace(config.train, steps=steps, save_every=every, keep_last=steps // every + 1)
-    return dataclasses.replace(config, train=train)
+def _serving(config: RunConfig, content: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Returns None where the accounting does not know the family: a shape is never guessed."""
+    try:
+        shape = shape_from_config(content)
+    except ConfigError:
+        return None
+    return serving_costs(shape, config.section(UpcycleVsCPTConfig).batches, config.data.seq_len)
 
 
-def _branch_source(stage: TrainedStage, parent: str) -> Path:
-    """The newest checkpoint of a longer run that lies in the constant part of this one.
+def _constant_steps(run: StageRun) -> int:
+    """Returns the steps before the learning rate decays, a multiple of those between checkpoints."""
+    train, schedule = run.config.train, run.config.optim.schedule
+    constant = max(train.steps - schedule.decay_steps(train.steps), 0)
+    return constant // train.eval_every * train.eval_every
+
+
+def _branch_of(parent: str, run: StageRun) -> Path | None:
+    """Returns the stage's own checkpoint, or the newest of a longer run in the constant part of this one.
 
     The parent decays later, since it is longer: up to there both are one run.
     """
-    train, schedule = stage.config.train, stage.config.optim.schedule
-    constant = max(train.steps - schedule.decay_steps(train.steps), 0)
-    step = constant // train.eval_every * train.eval_every
-    path = stage.session.run_dir.checkpoints(parent) / step_name(step)
+    own, step = run.own_checkpoint(), _constant_steps(run)
+    if own is not None or step == 0:
+        return own
+    path = run.inputs.run_dir.checkpoints(parent) / step_name(step)
     verify_checkpoint(path)
     return path
 
 
-class ContinuedStage(CPTStage):
-    """The dense model, until it has cost what the upcycled model has."""
+def _continued(inputs: StageInputs) -> StageParts:
+    """Returns the parts of the dense model trained on until it has cost as much as the upcycled model."""
 
-    @property
-    def finished(self) -> bool:
-        """Not before the upcycled model has said how far that is."""
-        return self._take_steps() and super().finished
-
-    def run(self) -> bool:
-        """Trains for as many FLOPs as the upcycled model has."""
-        taken = self._take_steps()
-        assert taken, "the upcycled leg comes first and leaves the rows of both models"
-        return super().run()
-
-    def _take_steps(self) -> bool:
-        dense, moe = (self.results.row(name) for name in ("dense", "moe"))
+    def budget(config: RunConfig) -> RunConfig | None:
+        dense, moe = (inputs.results.row(name) for name in ("dense", "moe"))
         if dense is None or moe is None:
-            return False
+            return None
         costs = [row["flops_per_token_train"] for row in (dense, moe)]
-        self.config = _with_steps(self.session.config, self._budget(*costs))
-        return True
+        return with_steps(config, continued_steps(inputs.config.train.steps, *costs))
 
-    def _budget(self, dense_flops: float, moe_flops: float) -> int:
-        return continued_steps(self.session.config.train.steps, dense_flops, moe_flops)
+    return dataclasses.replace(CPT, budget=budget)
 
 
-class EqualTokensStage(ContinuedStage):
-    """The dense model on as many tokens as the upcycled one: the start of the longer run, and its own end."""
+def _equal_tokens(inputs: StageInputs) -> StageParts:
+    """Returns the parts of the dense model on the upcycled model's tokens: a branch of the longer run."""
 
-    name = "cpt_tokens"
+    def budget(config: RunConfig) -> RunConfig | None:
+        known = all(inputs.results.row(name) is not None for name in ("dense", "moe"))
+        return with_steps(config, inputs.config.train.steps) if known else None
 
-    def _budget(self, dense_flops: float, moe_flops: float) -> int:
-        return self.session.config.train.steps
-
-    def _source(self) -> Path | None:
-        own = super()._source()
-        if own is not None or _from_zero(self):
-            return own
-        return _branch_source(self, "cpt")
+    return dataclasses.replace(CPT, name="cpt_tokens", budget=budget, source=partial(_branch_of, "cpt"))
 
 
-def _from_zero(stage: TrainedStage) -> bool:
-    """Whether a run decays before its first checkpoint: then there is nothing to share."""
-    train, schedule = stage.config.train, stage.config.optim.schedule
-    return train.steps - schedule.decay_steps(train.steps) < train.eval_every
+def _scratch(inputs: StageInputs, sunk: int, longest: int) -> StageParts:
+    """Returns the parts of the MoE model on drawn weights, from the first sample on, as the dense model was.
 
+    Args:
+        inputs: Inputs of the run, with the learning rate of this arm.
+        sunk: Dense steps whose FLOPs it gets on top of the upcycled model's steps.
+        longest: Those of the longest run, which the others branch off from.
+    """
 
-class ScratchStage(TrainedStage):
-    """The same mixture on drawn weights, from the first sample on: it sees what the dense model saw."""
-
-    name = "scratch"
-
-    def __init__(self, *parts: Any, sunk: int) -> None:
-        super().__init__(*parts)
-        self.sunk = sunk
-        config = self.config
-        lr = config.section(UpcycleVsCPTConfig).scratch_lr or config.optim.lr
-        self.config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has come to the end of its budget."""
-        return self._take_steps() and super().finished
-
-    def run(self) -> bool:
-        """Trains for the upcycled model's steps and the dense model's FLOPs."""
-        if not self._take_steps():
-            self._count()
-            self._take_steps()
-        return super().run()
-
-    def _take_steps(self) -> bool:
-        flops = self.results.content.get("scratch_flops")
+    def budget(config: RunConfig) -> RunConfig | None:
+        flops = inputs.results.content.get("scratch_flops")
         if flops is None:
-            return False
-        steps = scratch_steps(self.session.config.train.steps, self.sunk, flops["dense"], flops["moe"])
-        self.config = _with_steps(self.config, steps)
-        return True
+            return None
+        return with_steps(
+            config, scratch_steps(inputs.config.train.steps, sunk, flops["dense"], flops["moe"])
+        )
 
-    def _count(self) -> None:
-        """FLOPs of both models: before the steps are known, no leg is."""
-        model = self._drawn()
-        dense = measure_costs(model, self.config.data.seq_len, None).flops_per_token_train
-        swap(model, make_surgery(self.config))
-        moe = measure_costs(model, self.config.data.seq_len, None).flops_per_token_train
-        self.results.put("scratch_flops", {"dense": dense, "moe": moe})
-
-    def _first_sample(self) -> int:
-        return 0
-
-    def _build(self, source: Path | None) -> Stage:
-        model = self._drawn()
-        for _, layer in swap(model, make_surgery(self.config)):
-            _draw(layer, self.config)
-        return self._stage(model, {})
-
-    def _drawn(self) -> HFModel:
-        """The dense model's shape with weights that nobody has trained."""
-        config, seed = self.config, self.config.seed
-        if config.dense is None:
-            model = dataclasses.replace(config.model, seed=seed)
-            return fresh_model(model, config.data.seq_len, default_tokenizer(self.session))
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        trust = config.trust_remote_code
-        shape = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=trust)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust, dtype=torch.float32)
-        built.config.use_cache = False
-        return HFModel(module=built, folder=self.folder, source_dtype=torch.float32)
+    parts = StageParts("scratch", _build_scratch, budget=budget, prepare=_count_flops, first_sample=0)
+    if sunk == longest:
+        return parts
+    return dataclasses.replace(parts, name=f"scratch_{sunk}", source=partial(_branch_of, "scratch"))
 
 
-class ScratchBranch(ScratchStage):
-    """The mixture from scratch at a smaller budget."""
+def _count_flops(run: StageRun) -> None:
+    """Counts the FLOPs of both models: the steps depend on them."""
+    model, seq_len = _drawn(run), run.config.data.seq_len
+    dense = measure_costs(model, seq_len, None).flops_per_token_train
+    swap(model, make_surgery(run.config))
+    moe = measure_costs(model, seq_len, None).flops_per_token_train
+    run.results.put("scratch_flops", {"dense": dense, "moe": moe})
 
-    def __init__(self, *parts: Any, sunk: int) -> None:
-        super().__init__(*parts, sunk=sunk)
-        self.name = f"scratch_{sunk}"
 
-    def _source(self) -> Path | None:
-        own = super()._source()
-        if own is not None or _from_zero(self):
-            return own
-        return _branch_source(self, "scratch")
+def _build_scratch(run: StageRun, source: Path | None) -> Built:
+    model = _drawn(run)
+    for _, layer in swap(model, make_surgery(run.config)):
+        _draw(layer, run.config)
+    return Built(model, {})
+
+
+def _drawn(run: StageRun) -> HFModel:
+    """Builds the dense model's shape with weights as they are drawn."""
+    config, folder = run.config, run.inputs.folder
+    if config.dense is None:
+        model = dataclasses.replace(config.model, seed=config.seed)
+        return fresh_model(model, config.data.seq_len, default_tokenizer(config, run.inputs.console))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = config.trust_remote_code
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust, dtype=torch.float32)
+    built.config.use_cache = False
+    return HFModel(module=built, folder=folder, source_dtype=torch.float32)
 
 
 @torch.no_grad()

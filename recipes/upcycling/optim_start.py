@@ -1,4 +1,4 @@
-"""The optimizer state of the dense model's own training, as what its copies begin with.
+"""Starts the optimizer of copied experts with the state of the dense model's own training.
 
 Each expert begins with the moments of the network that it copies, every other parameter with its own, and the
 routers with none. Sparse Upcycling (arXiv 2212.05055, appendix B.6) found that it helps in vision and changes
@@ -35,7 +35,7 @@ _ROUNDED = 2.0**-7
 
 
 def check_optim_start(config: RunConfig) -> list[Mistake]:
-    """Why a run cannot begin with that state, from config and small files."""
+    """Checks that a run can begin with that state, from config and small files."""
     given = config.optim.start_from
     if given is None:
         return []
@@ -58,12 +58,12 @@ def check_optim_start(config: RunConfig) -> list[Mistake]:
 
 
 def start_optimizer(tensors: Mapping[str, GlobalTensor], spec: ModelSpec, dense: Path, given: Path) -> int:
-    """Fills the optimizer state of a mixture of copies in place; each rank reads what it holds.
+    """Fills the optimizer state of an MoE model of copies in place; each rank reads what it holds.
 
     Args:
         tensors: Weights and optimizer state of this rank under global names, see
-            `recipes.engines.TrainModule.checkpoint_tensors`. The weights are the mixture's already.
-        spec: Of the mixture.
+            `recipes.engines.TrainModule.checkpoint_tensors`. The weights are the MoE model's already.
+        spec: Shape of the MoE model.
         dense: Folder of the dense model.
         given: Folder of the checkpoint that its training has left.
 
@@ -98,7 +98,7 @@ def _fill(name: str, value: GlobalTensor, state: DenseState) -> None:
 
 
 def _check_same(tensors: Mapping[str, GlobalTensor], state: DenseState, given: Path) -> None:
-    """Whether the weights beside the moments are those of the mixture, by the first piece of each here."""
+    """Checks that the weights beside the moments are the MoE model's, by the first box of each."""
     for name, value in tensors.items():
         if not name.startswith(_WEIGHTS) or state.is_new(name) or not state.has(name):
             continue
@@ -116,7 +116,7 @@ def _check_same(tensors: Mapping[str, GlobalTensor], state: DenseState, given: P
 
 
 class DenseState:
-    """A dense training's tensors by the names that they have in the mixture of its copies."""
+    """Tensors of a dense training, by their names in the MoE model of its copies."""
 
     def __init__(self, files: CheckpointTensors, names: ModelNames, spec: ModelSpec) -> None:
         self._files = files
@@ -125,15 +125,15 @@ class DenseState:
         self._live = StateDictMap(spec)
 
     def is_new(self, name: str) -> bool:
-        """Whether no dense model has it: of a router."""
+        """Tells if a tensor is a router's, which no dense model has."""
         return self._live.router(_parameter(name)) is not None
 
     def has(self, name: str) -> bool:
-        """Whether everything of it is there."""
+        """Tells if all parts of a tensor are there."""
         return all(source in self._there for source in self._sources(name))
 
     def read(self, name: str) -> Tensor:
-        """The tensor, whole; of experts a view that repeats one network E times."""
+        """Reads a whole tensor; that of experts is a view that repeats one network E times."""
         pieces = self._live.pieces(_parameter(name))
         if pieces is None:
             return self._files.read(name)
@@ -155,7 +155,7 @@ class DenseState:
         return (network.biases if piece.bias else network.matrices)[piece.matrix]
 
     def _part(self, name: str, live: StateDictPiece) -> Tensor:
-        """``[out, in]`` or ``[out]`` of one matrix."""
+        """Reads one matrix ``[out, in]`` or bias ``[out]``."""
         where = self._place(live)
         whole = self._files.read(_renamed(name, where.tensor))
         part, number = where.part
@@ -165,7 +165,7 @@ class DenseState:
 
 
 def _parameter(name: str) -> str:
-    """Of ``model.NAME`` or ``optim.NAME.KEY``."""
+    """Returns NAME of ``model.NAME`` or ``optim.NAME.KEY``."""
     if name.startswith(_STATE):
         return name.removeprefix(_STATE).rpartition(".")[0]
     return name.removeprefix(_WEIGHTS)

@@ -1,4 +1,4 @@
-"""How a config turns dense networks into mixtures."""
+"""Surgery that a config describes, from dense networks to MoE layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.models.hf.ffn_surgery import Surgery
 
 
 def make_surgery(config: RunConfig) -> Surgery:
-    """The surgery that a config describes."""
+    """Returns the surgery that a config describes."""
 
     def make_router(model_width: int, num_experts: int) -> Router[Any]:
         return router_class(config.router.name)(config.router, model_width, num_experts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe.errors import require
+from moe.errors import at_least, require
 from recipes.config.sections import Section
 
 
@@ -30,7 +30,7 @@ class CalibrationConfig(Section):
             self,
             (self.path not in ("", []), "path", "is empty", "Name files or a glob, or leave it at null."),
             (self.samples >= 1, "samples", "must be at least 1", "Raise it; 256 is little."),
-            (self.batch_size >= 1, "batch_size", "must be at least 1", "Raise it."),
-            (self.save_every >= 0, "save_every", "must be at least 0", "Raise it."),
+            *at_least(self, 1, "batch_size"),
+            *at_least(self, 0, "save_every"),
             (self.max_gib > 0, "max_gib", "leaves no memory", "Set it above 0."),
         )

@@ -22,9 +22,9 @@ class PromptsConfig(Section):
     """A YAML or JSON file: for each expert ``positive_prompts`` and, if any, ``negative_prompts``, lists of
     texts; as a list, or below ``experts`` as in a config of mergekit."""
     take: Literal["mean", "last"] = "mean"
-    """Of a prompt's tokens."""
+    """Reduction over a prompt's tokens."""
     centre: bool = True
-    """Whether the mean over experts is taken off: what all prompts share tells no expert from another."""
+    """Subtract the mean over experts? Features that all prompts share distinguish no expert."""
     scale: float = 1.0
     """Length of a row. Inputs behind an RMSNorm have length about sqrt(D), so that logits stay below
     ``scale * sqrt(D)``."""

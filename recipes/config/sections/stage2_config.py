@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe.errors import require
+from moe.errors import at_least, require
 from recipes.config.sections import Section
 
 
 @dataclass(frozen=True)
 class Stage2Config(Section):
-    """The second stage of ``job: two_stage``: the first's weights, other data, a new optimizer."""
+    """Config of the second stage of ``job: two_stage``: the first's weights, other data, a new optimizer."""
 
     name: ClassVar[str] = "stage2"
     path: str | list[str] | None = None
-    """Its data, in the format of ``data.path``."""
+    """Data of the stage, in the format of ``data.path``."""
     validation_path: str | list[str] | None = None
     """Documents to validate on; None takes some of ``path``, ``data.validation_fraction`` of it."""
     steps: int = 600
@@ -35,7 +35,7 @@ class Stage2Config(Section):
                 "is empty",
                 "Name files or a glob, or leave it at null.",
             ),
-            (self.steps >= 1, "steps", "must be at least 1", "Raise it."),
+            *at_least(self, 1, "steps"),
             (self.lr >= 0, "lr", "must be 0 or more", "2e-5 is usual."),
             (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more", "Give 0 for none."),
         )

@@ -14,14 +14,14 @@ class UpcycleVsCPTConfig(Section):
     """Config of the experiment; no other recipe reads it.
 
     Attributes:
-        arms: ``continued`` (the upcycled model and the dense one trained on), ``scratch`` (the mixture from
-            drawn weights), or ``all``.
-        sunk_steps: Lengths of dense pre-training whose FLOPs the mixture from scratch gets on top of
-            ``train.steps``, each a run of its own, besides one with none; None: that of the embedded default
+        arms: ``continued`` (the upcycled model and the dense one trained on), ``scratch`` (the MoE model
+            from drawn weights), or ``all``.
+        sunk_steps: Lengths of dense pre-training whose FLOPs the model from scratch gets on top of
+            ``train.steps``, each a run of its own, besides one with none; None: that of the default model
             (``model.steps``), none with a checkpoint.
-        scratch_lr: Learning rate of the mixture from scratch; None: ``optim.lr``, as the other arms.
-        init_std: Standard deviation of the experts' weights in the mixture from scratch.
-        batches: Sequences of the decode steps that serving cost is counted of.
+        scratch_lr: Learning rate of the MoE model from scratch; None: ``optim.lr``, as the other arms.
+        init_std: Standard deviation of the experts' weights in the MoE model from scratch.
+        batches: Sequences of the decode steps whose serving costs are counted.
     """
 
     name: ClassVar[str] = "upcycle_vs_cpt"

@@ -28,7 +28,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.errors import require
+from moe.errors import at_least, require
 from moe.types import Config
 from recipes.studies.tables.auc import roc_auc
 
@@ -65,8 +65,8 @@ class TableConfig(Config):
         sizes += ("latent_width", "context_width")
         require(
             self,
-            *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in sizes),
-            (self.num_rows >= 1000, "num_rows", "must be at least 1000", "Raise it."),
+            *at_least(self, 1, *sizes),
+            *at_least(self, 1000, "num_rows"),
             (self.seed >= 0, "seed", "must be 0 or more", "Raise it."),
             (
                 -1 <= self.task_correlation <= 1,

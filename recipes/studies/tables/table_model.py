@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
-from moe.errors import require
+from moe.errors import at_least, require
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
@@ -46,7 +46,7 @@ class ModelConfig(Config):
         sizes = ("id_width", "code_width", "num_experts", "top_k", "expert_width", "tower_width")
         require(
             self,
-            *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in sizes),
+            *at_least(self, 1, *sizes),
             (0 <= self.dropout < 1, "dropout", "must be in [0, 1)", "0 is none."),
         )
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.errors import require
+from moe.errors import at_least, require
 from moe.metrics import LayerStats, report_load
 from moe.types import Config, Routing
 from recipes.studies.tables.auc import roc_auc
@@ -35,7 +35,7 @@ class FitConfig(Config):
 
     def __post_init__(self) -> None:
         names = ("epochs", "patience", "batch_size")
-        require(self, *((getattr(self, n) >= 1, n, "must be at least 1", "Raise it.") for n in names))
+        require(self, *at_least(self, 1, *names))
 
     def max_steps(self, rows: int) -> int:
         """Returns the optimizer steps of a run that is not stopped early."""

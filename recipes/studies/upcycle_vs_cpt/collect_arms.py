@@ -69,7 +69,7 @@ class Cell:
         curves: Curves by stage: the longest run of an arm, and the runs that branch off from it.
         dense_tokens: S.
         sunk_flops: FLOPs of the dense model's own training, S D.
-        serving: Costs of decode steps of ``dense`` and ``moe``, see `recipes.jobs.serving`; None where the
+        serving: Costs of decode steps of ``dense`` and ``moe``, see `recipes.jobs.arm_costs`; None where the
             family is unknown.
         sizes: Columns of ``docs/scaling_laws.md`` that describe the models.
     """

@@ -16,7 +16,7 @@ from recipes.upcycling.calibration.gather import Calibration, LayerTensors
 
 
 def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTensors | None:
-    """The statistics that the config's method asks for.
+    """Gathers the statistics that the config's method asks for.
 
     Args:
         config: Names the method, the text and how much of it.

@@ -49,7 +49,7 @@ LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
 
 class Calibration:
-    """One model's statistics for one method."""
+    """Calibration of one model for one method."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class Calibration:
         method: UpcycleMethod[Any],
         data: TrainData,
     ) -> None:
-        """Takes what it needs of a run.
+        """Prepares the calibration.
 
         Args:
-            config: Of the run.
+            config: Config of the run.
             console: Its ranks.
             stop: Asks for an early end.
             folder: Where state and result are kept.
@@ -136,7 +136,7 @@ class Calibration:
         return loaded.train, loaded.fingerprint
 
     def _identity(self, text_fingerprint: str) -> dict[str, Any]:
-        """What decides the statistics, by config path where it has one."""
+        """Returns the values that the statistics depend on, by config path where there is one."""
         config = self.run_config
         layers = [site.layer for site in chosen_sites(self.model, self.method)]
         dense = self.console.on_rank_zero(lambda: checkpoint_fingerprint(self.model.folder))
@@ -196,7 +196,7 @@ class Calibration:
         return self.engine.data_group if self.engine.world_size > 1 else None
 
     def _pass(self, observer: Observer, number: int, count: int, first_batch: int) -> bool:
-        """One pass over the text; returns whether it came to its end."""
+        """Passes over the text once; returns False when asked to stop before its end."""
         size = self.config.batch_size
         batches = -(-self.config.samples // size)
         gradient = needs_gradient(observer.layers[observer.sites[0].layer].passes[number])
@@ -220,7 +220,7 @@ class Calibration:
         return True
 
     def _batch(self, observer: Observer, batch: int, gradient: bool) -> None:
-        """The samples of a batch are dealt out to the ranks; a rank without any has nothing to do."""
+        """Deals the samples of a batch out to the ranks; a rank without any does nothing."""
         engine, size = self.engine, self.config.batch_size
         every = range(batch * size, min(self.config.samples, (batch + 1) * size))
         own = every[engine.rank :: engine.world_size]
@@ -233,7 +233,7 @@ class Calibration:
         return TokenMetadata.together([self.text.metadata(n, 1) for n in own])
 
     def _asked_to_stop(self) -> bool:
-        """On all ranks when it is on one."""
+        """Returns True on all ranks when it is asked on one."""
         requested = {"stop": Metric(float(self.stop.requested), "max")}
         return reduce_metrics(requested, self.engine.data_group)["stop"] > 0
 
@@ -247,7 +247,7 @@ class Calibration:
         self.console.on_rank_zero(lambda: write_stored(self.folder.state, stored))
 
     def _load(self, layers: Mapping[int, LayerStatistics]) -> tuple[int, int]:
-        """Goes on from a state; returns the pass and the batches of it that are done."""
+        """Resumes from a state; returns the pass and the number of its batches that are done."""
         stored = read_stored(self.folder.state)
         if stored is None:
             return 0, 0
@@ -264,12 +264,12 @@ class Calibration:
 
 
 def read_statistics(folder: CalibrationFolder) -> Stored | None:
-    """The finished statistics of a run; None where there are none."""
+    """Reads the finished statistics of a run; None where there are none."""
     return read_stored(folder.statistics)
 
 
 def kept_statistics(console: RankConsole, run_dir: Path, source: Path) -> LayerTensors:
-    """The statistics that the experts of a checkpoint were planned by.
+    """Reads the statistics by which the experts of a checkpoint were planned.
 
     A run that goes on from another run's checkpoint gets a file of its own.
 

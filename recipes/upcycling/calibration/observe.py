@@ -26,13 +26,13 @@ from recipes.models.hf.hf_model import HFModel
 
 @dataclass
 class Observer:
-    """A dense decoder whose layers' inputs are shown to statistics.
+    """Dense decoder whose layers' inputs are shown to statistics.
 
     Attributes:
         model: The decoder, on the device.
         sites: Its networks that are looked at, as found on that device.
         layers: Their statistics by the index of the block.
-        compute_dtype: Of matrix products.
+        compute_dtype: Dtype of matrix products.
     """
 
     model: HFModel
@@ -45,7 +45,7 @@ class Observer:
     def show(
         self, tokens_BS1: Tensor, first_index_B: Tensor, gradient: bool, metadata: TokenMetadata | None = None
     ) -> None:
-        """Takes a batch through the model.
+        """Runs a batch through the model.
 
         Args:
             tokens_BS1: ``[B, S + 1]`` ids; the last S are the targets of the first S.
@@ -83,7 +83,7 @@ class Observer:
 
     @contextmanager
     def watching(self, gradient: bool) -> Iterator[None]:
-        """While open, `show` reaches the statistics; weights are frozen and in evaluation mode."""
+        """Opens the statistics to `show`; weights are frozen and in evaluation mode."""
         model = self.model.module
         train_module = [parameter for parameter in model.parameters() if parameter.requires_grad]
         training = model.training

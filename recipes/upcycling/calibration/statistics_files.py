@@ -1,4 +1,4 @@
-"""The files of a calibration: one state to go on from, and the finished statistics.
+"""Files of a calibration: one state to go on from, and the finished statistics.
 
 Both are safetensors with what they are of in their metadata, and are written in one step.
 """
@@ -24,18 +24,18 @@ _SAMPLED_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class CalibrationFolder:
-    """``calibration/`` in a run's directory."""
+    """Folder ``calibration/`` of a run."""
 
     path: Path
 
     @staticmethod
     def of_run(run_dir: Path) -> CalibrationFolder:
-        """The folder of a run."""
+        """Returns the folder of a run."""
         return CalibrationFolder(run_dir / "calibration")
 
     @property
     def state(self) -> Path:
-        """What an interrupted calibration goes on from."""
+        """State that an interrupted calibration goes on from."""
         return self.path / "state.safetensors"
 
     @property
@@ -46,7 +46,7 @@ class CalibrationFolder:
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of either file.
+    """Content of either file.
 
     Attributes:
         tensors: By ``LAYER/NAME``.
@@ -59,12 +59,12 @@ class Stored:
     place: tuple[int, int] = (0, 0)
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one layer."""
+        """Returns the tensors of one layer."""
         head = f"{index}/"
         return {key.removeprefix(head): value for key, value in self.tensors.items() if key.startswith(head)}
 
     def by_layer(self) -> dict[int, dict[str, Tensor]]:
-        """The tensors of every layer."""
+        """Returns the tensors of every layer."""
         indices = {int(key.partition("/")[0]) for key in self.tensors}
         return {index: self.layer(index) for index in sorted(indices)}
 
@@ -85,7 +85,7 @@ def write_stored(path: Path, stored: Stored) -> None:
 
 
 def read_stored(path: Path) -> Stored | None:
-    """What a file holds; None where there is none.
+    """Reads a file; None where there is none.
 
     Raises:
         CheckpointError: It is damaged.
@@ -106,7 +106,7 @@ def read_stored(path: Path) -> Stored | None:
 
 
 def require_identity(path: Path, stored: Stored, wanted: Mapping[str, Any]) -> None:
-    """Refuses statistics of another model, text or option.
+    """Rejects statistics of another model, text or option.
 
     Raises:
         CheckpointError: Every field that differs is named with both values.
@@ -122,7 +122,7 @@ def require_identity(path: Path, stored: Stored, wanted: Mapping[str, Any]) -> N
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """A hex sha256 of a checkpoint's config and of both ends of its weight files: a copy has the same."""
+    """Hashes a checkpoint's config and both ends of its weight files; a copy has the same hex SHA-256."""
     total = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(weight_files(folder)):
         size = path.stat().st_size

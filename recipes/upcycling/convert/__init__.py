@@ -1,1 +1,1 @@
-"""From a dense checkpoint on disk to a mixture on disk: file to file, tensor by tensor."""
+"""Conversion of a dense checkpoint to an MoE model on disk, tensor by tensor."""

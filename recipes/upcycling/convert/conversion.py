@@ -1,4 +1,4 @@
-"""Carries a conversion out: one tensor after the other, into files that are laid out already.
+"""Converts one tensor after the other, into files that are laid out already.
 
 Memory holds one dense matrix and one block of an expert's. What is done is journalled, so that a conversion
 that was interrupted goes on; the output has its name only when it is whole.
@@ -46,11 +46,11 @@ _BLOCK_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What was done.
+    """Result of a conversion.
 
     Attributes:
         path: The output.
-        bytes_written: Of its tensors, by this process.
+        bytes_written: Bytes of its tensors, by this process.
         seconds: From the first tensor to the rename.
         resumed: Pieces of work that an earlier process had done.
     """
@@ -64,7 +64,7 @@ class ConversionResult:
 def convert(
     conversion: Conversion, out: Path, progress: Callable[[int], None] = lambda num_bytes: None
 ) -> ConversionResult:
-    """Writes the mixture.
+    """Writes the MoE model.
 
     Args:
         conversion: The plan.
@@ -82,7 +82,7 @@ def convert(
     done = _journal(temporary, identity)
     if not done:
         shutil.rmtree(temporary, ignore_errors=True)
-        require_space(out, conversion.total_bytes, "the mixture")
+        require_space(out, conversion.total_bytes, "the MoE model")
         temporary.mkdir(parents=True)
     started = time.monotonic()
     resumed, written = len(done), 0
@@ -112,7 +112,7 @@ def convert(
 
 
 def _identity(conversion: Conversion) -> str:
-    """A hash of everything that the output depends on."""
+    """Returns a hash of everything that the output depends on."""
     request = conversion.request
     content = {
         "method": asdict(request.method),
@@ -131,7 +131,7 @@ def _identity(conversion: Conversion) -> str:
 
 
 def _journal(temporary: Path, identity: str) -> set[str]:
-    """What an earlier process of the same conversion has done."""
+    """Reads the work that an earlier process of the same conversion has done."""
     try:
         content = json.loads((temporary / _JOURNAL).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -158,7 +158,7 @@ def _record(conversion: Conversion) -> dict[str, Any]:
 
 
 class _Writer:
-    """Reads what a piece of work needs, and writes it to where it goes."""
+    """Worker that reads the tensors of a step of work and writes its result."""
 
     def __init__(self, conversion: Conversion, files: TensorFiles) -> None:
         self._conversion = conversion
@@ -171,7 +171,7 @@ class _Writer:
             source.close()
 
     def write(self, work: Work) -> Iterator[int]:
-        """Does the work; yields bytes as they are written."""
+        """Does a step of work; yields the numbers of bytes as they are written."""
         if isinstance(work, KeptWork):
             yield from self._kept(work)
         elif isinstance(work, ExpertWork):
@@ -221,7 +221,7 @@ class _Writer:
             yield self._put(slot.name, expert_bias(plan, work.matrix, dense) * slot.factor, slot.offset)
 
     def _of_source(self, work: ExpertWork) -> Iterator[tuple[int | None, ExpertPlan]]:
-        """The experts that come out of the work's dense network."""
+        """Returns the experts that are made of the work's dense network."""
         plan = self._conversion.plans[work.ffn.layer]
         experts: list[tuple[int | None, ExpertPlan]] = [*enumerate(plan.experts)]
         if plan.shared is not None:

@@ -1,4 +1,4 @@
-"""What a conversion will do, all of it known before the first weight is read.
+"""Plan of a conversion, complete before the first weight is read.
 
 Letters: D model width, E experts, F width of a feed-forward network.
 """
@@ -32,12 +32,12 @@ from recipes.upcycling.convert.moe_plan import (
 
 @dataclass(frozen=True)
 class ConversionRequest(MoERequest):
-    """What a user asks for; the seed is that of a training run.
+    """Request of a user; the seed is that of a training run.
 
     Attributes:
-        dtype: Of the output; None as the input.
+        dtype: Dtype of the output; None for that of the input.
         target: Name of a format; ``auto`` for the best that holds it exactly.
-        layout: Of the experts' tensors.
+        layout: Layout of the experts' tensors.
         untie: Whether to write a head of its own where the model ties it to the embeddings.
     """
 
@@ -49,10 +49,10 @@ class ConversionRequest(MoERequest):
 
 @dataclass(frozen=True)
 class KeptWork:
-    """A tensor that is carried over.
+    """Tensor that is carried over.
 
     Attributes:
-        name: In the host.
+        name: Name in the model.
         sources: Its name in each of the checkpoints that it is the mean of.
     """
 
@@ -61,17 +61,17 @@ class KeptWork:
 
     @property
     def key(self) -> str:
-        """For the journal."""
+        """Key in the journal."""
         return f"kept {self.name}"
 
 
 @dataclass(frozen=True)
 class ExpertWork:
-    """One matrix (or bias) of one dense network, which goes into all experts of its layer.
+    """Matrix (or bias) of one dense network, which goes into all experts of its layer.
 
     Attributes:
         ffn: The network.
-        source: Of which checkpoint.
+        source: Index of the checkpoint.
         matrix: Which matrix.
         bias: Its bias instead.
         where: In that checkpoint's files.
@@ -85,31 +85,31 @@ class ExpertWork:
 
     @property
     def key(self) -> str:
-        """For the journal."""
+        """Key in the journal."""
         return f"{'bias' if self.bias else 'matrix'} {self.ffn.layer} {self.source} {self.matrix}"
 
 
 @dataclass(frozen=True)
 class RouterWork:
-    """The router of a layer."""
+    """Router of a layer."""
 
     layer: int
 
     @property
     def key(self) -> str:
-        """For the journal."""
+        """Key in the journal."""
         return f"router {self.layer}"
 
 
 @dataclass(frozen=True)
 class ConstantWork:
-    """A tensor that the format has and the model has not."""
+    """Tensor that the format has and the model has not."""
 
     name: str
 
     @property
     def key(self) -> str:
-        """For the journal."""
+        """Key in the journal."""
         return f"constant {self.name}"
 
 
@@ -118,15 +118,15 @@ Work = KeptWork | ExpertWork | RouterWork | ConstantWork
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion, ready to be carried out.
+    """Conversion that is ready to be carried out.
 
     Attributes:
         request: What was asked for.
-        names: Of the dense host.
+        names: Names in the dense model.
         files: The dense checkpoints.
-        spec: The mixture.
-        plans: Of each mixture, by block.
-        routers: Of each mixture, by block; their tensors are what is written.
+        spec: The MoE model.
+        plans: Plan of each MoE layer, by block.
+        routers: Router of each MoE layer, by block; their tensors are written.
         exporter: The format.
         unsupported_reasons: Why native formats were not chosen.
         placement: Where everything goes.
@@ -150,12 +150,12 @@ class Conversion:
 
     @property
     def total_bytes(self) -> int:
-        """Of the output's tensors."""
+        """Bytes of the output's tensors."""
         return sum(spec.num_bytes for spec in self.placement.specs)
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """That of most of the output's bytes."""
+        """Dtype of most of the output's bytes."""
         sizes: dict[torch.dtype, int] = {}
         for spec in self.placement.specs:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bytes
@@ -163,7 +163,7 @@ class Conversion:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``, but for the dtype."""
+        """Returns the content of ``config.json``, but for the dtype."""
         content = self.exporter.config(self.spec)
         if self.request.untie:
             content["tie_word_embeddings"] = False
@@ -215,7 +215,7 @@ def plan_conversion(request: ConversionRequest, statistics: LayerTensors | None 
 
 
 def _kept(moe: MoEPlan, model: StoredModel, untie: bool) -> Iterator[tuple[KeptWork, str, str]]:
-    """What is carried over: the work, the host's own name of the tensor, its name in the first files."""
+    """Lists the tensors to carry over: the work, the name in the model, the name in the first files."""
     taken = tuple(f"{ffn.site}." for ffn in moe.ffns)
     wanted = {name: name for name in model.names.state if not name.startswith(taken)}
     if untie:
@@ -241,7 +241,7 @@ def _exporter(request: ConversionRequest, spec: ModelSpec) -> tuple[Exporter, Se
 
 
 def expert_work(ffns: Sequence[FFNNames], model: StoredModel) -> Iterator[ExpertWork]:
-    """Every matrix and bias of the dense networks that become mixtures, of every checkpoint."""
+    """Lists every matrix and bias of the dense networks that become MoE layers, of every checkpoint."""
     for ffn in ffns:
         for source in range(len(model.files)):
             for bias, where in ((False, ffn.matrices), (True, ffn.biases)):

@@ -1,4 +1,4 @@
-"""What a conversion wants to know of text, if anything: kept beside the output until that is whole."""
+"""Statistics on text that a conversion needs, kept beside the output until that is whole."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from recipes.upcycling.prompts.prompt_rows import with_prompt_rows
 
 
 def calibration_folder(out: Path) -> Path:
-    """Where the statistics of a conversion to ``out`` are until it is done."""
+    """Returns the folder of a conversion's statistics until ``out`` is done."""
     return out.with_name(f".calibration-{out.name}")
 
 
 def needs_statistics(config: RunConfig) -> bool:
-    """Whether the config's method looks at text, or its router's rows come from prompts."""
+    """Tells if the config's method reads text, or if its router's rows come from prompts."""
     method = upcycle_methods()[config.upcycle.name](config.upcycle).for_router(config.router)
     return bool(method.statistics) or config.section(PromptsConfig).path is not None
 
@@ -53,5 +53,5 @@ def gather_statistics(config: RunConfig, out: Path) -> LayerTensors | None:
 
 
 def discard_statistics(out: Path) -> None:
-    """Removes them when the output is whole."""
+    """Removes the statistics when the output is whole."""
     shutil.rmtree(calibration_folder(out), ignore_errors=True)

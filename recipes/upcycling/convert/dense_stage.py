@@ -1,4 +1,4 @@
-"""A dense model that a run has trained on, as a folder for others: tensor by tensor."""
+"""Exports a dense model that a run has trained on, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_PREFIX = "model."
 
 
 def dense_dtype(dense: Path) -> torch.dtype:
-    """As the dense model's config says; fp32 where it says nothing."""
+    """Returns the dtype in the dense model's config; fp32 where there is none."""
     config: dict[str, Any] = json.loads((dense / "config.json").read_text(encoding="utf-8"))
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     assert isinstance(found, torch.dtype), found
@@ -32,7 +32,7 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
     Args:
         tensors: The checkpoint.
         dense: That model.
-        dtype: Of the floating-point tensors.
+        dtype: Dtype of the floating-point tensors.
         out: Where to; it must not exist.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The step-0 gate on two folders: do dense model and mixture compute the same, on real text?
+"""Equivalence check of two folders: do dense model and MoE model compute the same on real text?
 
 Letters: B samples, S sequence length, V vocabulary.
 """
@@ -23,7 +23,7 @@ from recipes.models.export.graft_format import MODEL_TYPE, load_graft
 
 @dataclass(frozen=True)
 class EquivalenceReport:
-    """How two models differ.
+    """Difference of two models.
 
     Attributes:
         logits: On real tokens.
@@ -40,12 +40,12 @@ class EquivalenceReport:
 
     @property
     def agrees(self) -> bool:
-        """Whether both compute the same function, as far as the dtype can tell."""
+        """True when both compute the same function, within the rounding of the dtype."""
         return agree(self.logits, self.dtype)
 
 
 def real_tokens(folder: Path, data: DataConfig, samples: int, length: int) -> Tensor:
-    """``[samples, length]`` ids of real text under a checkpoint's tokenizer.
+    """Returns ids ``[samples, length]`` of real text under a checkpoint's tokenizer.
 
     Raises:
         ModelError: The text is too short.
@@ -67,7 +67,7 @@ def compare_folders(
 
     Args:
         dense: The dense checkpoint.
-        moe: The mixture: a native class of transformers or Graft's own format.
+        moe: The MoE model: a native class of transformers or Graft's own format.
         tokens_BS: Real tokens.
         gradients: Whether to compare the gradients of the parameters that both have, too.
     """
@@ -86,7 +86,7 @@ def compare_folders(
 
 
 def load_any(folder: Path) -> Any:
-    """A folder as its users load it: Graft's own format, or what transformers knows."""
+    """Loads a folder as its users do: Graft's own format, or one that transformers knows."""
     from transformers import AutoModelForCausalLM
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))

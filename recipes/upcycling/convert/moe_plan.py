@@ -1,4 +1,4 @@
-"""The mixture that a dense checkpoint becomes, known from configs and file headers before any weight is read.
+"""Plans the MoE model of a dense checkpoint, from configs and file headers before any weight is read.
 
 The converter writes it into files, and the ranks of a run each make their own part of it.
 """
@@ -35,13 +35,13 @@ LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class MoERequest:
-    """What makes a mixture what it is.
+    """Request that defines an MoE model.
 
     Attributes:
         dense: The dense checkpoint.
-        method: How it becomes a mixture.
+        method: Upcycling method.
         router: The router's config.
-        seed: Of routers and methods.
+        seed: Seed of routers and methods.
         trust_remote_code: Whether the model may bring its own code.
     """
 
@@ -54,12 +54,12 @@ class MoERequest:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """Dense checkpoints of one shape, by what their configs and file headers say.
+    """Dense checkpoints of one shape, described by their configs and file headers.
 
     Attributes:
-        names: Of the host.
+        names: Names in the model.
         files: The checkpoints; the first is the one that is upcycled.
-        stored: For each of them, the names in its files by the names in the host's state.
+        stored: For each of them, the names in its files by the names in the model's state.
         skipped: Tensors of the first that no reader needs.
     """
 
@@ -69,7 +69,7 @@ class StoredModel:
     skipped: tuple[str, ...]
 
     def where(self, source: int, name: MatrixName) -> MatrixName:
-        """Where a matrix is in a checkpoint's files, whose tensors may have other names than the host's."""
+        """Locates a matrix in a checkpoint's files, whose tensors may have other names than the model's."""
         return replace(name, tensor=self.stored[source][name.tensor])
 
     def close(self) -> None:
@@ -80,17 +80,17 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class MoEPlan:
-    """A mixture, layer by layer.
+    """MoE model, layer by layer.
 
     Attributes:
         request: What was asked for.
         method: Told of its router.
-        names: Of the host.
+        names: Names in the model.
         model: Where the dense weights are; None where nobody is to read them.
-        ffns: The networks that become mixtures.
-        plans: Of each mixture, by block.
-        routers: Of each mixture, by block; their tensors are what it begins with.
-        spec: The mixture's shape.
+        ffns: The networks that become MoE models.
+        plans: Plan of each MoE layer, by block.
+        routers: Router of each MoE layer, by block; the model begins with their tensors.
+        spec: The MoE model's shape.
         claims_exact: Whether the method keeps the function under this router.
     """
 
@@ -117,7 +117,7 @@ def open_dense(
     Args:
         dense: The one that is upcycled.
         sources: Others of the same shape.
-        names: Of the host, where they have been read already.
+        names: Names of the model, where they have been read already.
         trust_remote_code: Whether the model may bring its own code.
 
     Raises:
@@ -130,12 +130,12 @@ def open_dense(
 
 
 def plan_moe(request: MoERequest, statistics: LayerTensors | None = None, *, reads: bool = True) -> MoEPlan:
-    """Plans a mixture from configs and file headers; of the weights it reads what routers begin with.
+    """Plans an MoE model from configs and file headers; reads only weights that routers begin with.
 
     Args:
         request: What is asked for.
         statistics: By block, for methods that need some; and the router's rows, where somebody gives them.
-        reads: Whether the dense files are there to be read. Else shapes alone are right, as for a mixture
+        reads: Whether the dense files are there to be read. Else shapes alone are right, as for an MoE model
             whose weights come from a checkpoint.
 
     Raises:
@@ -193,7 +193,7 @@ def _chosen(names: ModelNames, config: UpcycleConfig) -> list[FFNNames]:
 
 
 def _draw_router(request: MoERequest, ffn: FFNNames, plan: LayerPlan) -> Router[Any]:
-    """Converter and training run draw alike, so that both begin alike."""
+    """Draws a router alike in converter and training run, so that both begin alike."""
     cls = router_class(request.router.name)
     router: Router[Any] = cls(request.router, ffn.shape.model_width, len(plan.experts))
     router.reset_parameters(seeded_generator(request.seed, "router", ffn.layer))
@@ -203,7 +203,7 @@ def _draw_router(request: MoERequest, ffn: FFNNames, plan: LayerPlan) -> Router[
 def _start_router(
     router: Router[Any], ffn: FFNNames, plan: LayerPlan, known: Mapping[str, Tensor], model: StoredModel
 ) -> None:
-    """Rows of dense neurons are read from the files."""
+    """Reads rows of dense neurons from the files."""
     dense = {
         matrix: DenseMatrix(model.files[0].read_matrix(model.where(0, ffn.matrices[matrix])))
         for matrix in plan.router.matrices
@@ -233,7 +233,7 @@ def _stored_names(files: DenseFiles, names: ModelNames) -> dict[str, str]:
 
 
 def _left_over(files: DenseFiles, names: ModelNames, used: set[str]) -> tuple[str, ...]:
-    """Tensors that have no place in the host; those that transformers would miss nothing of are skipped."""
+    """Returns the tensors that the model has no place for, but for those that transformers ignores."""
     left = sorted(n for n in set(files.tensors) - used if names.in_state(n) not in names.tied)
     patterns = (*_LEFTOVERS, *names.ignored)
     unknown = [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]

@@ -1,4 +1,4 @@
-"""The file of prompts: read, and what is wrong with it told as mistakes."""
+"""Reads the file of prompts, and reports its mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEYS = ("positive_prompts", "negative_prompts")
 
 @dataclass(frozen=True)
 class ExpertPrompts:
-    """What one expert is for.
+    """Prompts of one expert.
 
     Attributes:
         positive: Texts that are to go to it.

@@ -1,4 +1,4 @@
-"""Router rows from what a dense model makes of prompts.
+"""Router rows from the hidden states of a dense model on prompts.
 
 Letters: S tokens of a prompt, D model width, E experts.
 """
@@ -30,7 +30,7 @@ _ROUNDING = 1e-5
 
 
 def check_prompts(config: RunConfig) -> list[Mistake]:
-    """The file must hold prompts for each expert, and router and method must leave rows to be set."""
+    """Checks that the file has prompts for each expert, and that router and method leave rows to be set."""
     path = config.section(PromptsConfig).path
     if path is None:
         return []
@@ -53,11 +53,11 @@ def check_prompts(config: RunConfig) -> list[Mistake]:
 
 
 def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> LayerTensors:
-    """Adds each mixture's rows to what is known of its layer; nothing where the config names no prompts.
+    """Adds the router rows of each layer to its statistics; nothing where the config names no prompts.
 
     Args:
         known: Statistics by layer.
-        config: Of the run or conversion.
+        config: Config of the run or conversion.
         model: The dense decoder, not yet changed.
 
     Raises:
@@ -76,7 +76,7 @@ def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> 
 def prompt_rows(
     model: HFModel, sites: Sequence[FFNSite], prompts: Sequence[ExpertPrompts], config: PromptsConfig
 ) -> dict[int, Tensor]:
-    """The rows of every layer: ``[E, D]`` fp32, each of length ``config.scale``.
+    """Computes the rows of every layer: ``[E, D]`` fp32, each of length ``config.scale``.
 
     A row is the mean over its positive prompts less that over its negative ones, of what each layer's network
     reads; each prompt passes by itself, so that there is no padding.
@@ -115,7 +115,7 @@ def _rows(means_ED: Tensor, layer: int, config: PromptsConfig) -> Tensor:
 
 
 def _require_more_than_rounding(left: Tensor, layer: int, config: PromptsConfig) -> None:
-    """What is left of a vector of length 1 must be more than rounding leaves, or the row would be noise."""
+    """Rejects a difference of unit vectors that is no more than rounding: the row would be noise."""
     if not float(left) > _ROUNDING:
         rule = f"prompts cancel out in layer {layer}, and leave nothing for a row"
         raise ConfigError.one("prompts.path", config.path, rule, "Give them prompts that differ more.")
@@ -140,7 +140,7 @@ def _mean(
 
 @contextmanager
 def _inputs(model: nn.Module, sites: Sequence[FFNSite]) -> Iterator[dict[int, Tensor]]:
-    """While open, holds what each network read in the last pass: ``[S, D]`` fp32."""
+    """Records the input of each network in the last pass while open: ``[S, D]`` fp32."""
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:

@@ -1,1 +1,1 @@
-"""Models that are made shard by shard: no rank ever holds a whole one."""
+"""Builds models shard by shard: no rank ever holds a whole one."""

@@ -1,4 +1,4 @@
-"""Gives the layers of a mixture the spread of outputs that their dense networks have, channel by channel.
+"""Aligns the variance of MoE layers' outputs with that of their dense networks, channel by channel.
 
 Letters: T tokens, D model width, E experts, F expert width.
 """
@@ -16,10 +16,10 @@ from recipes.models.hf.hf_model import HFModel
 
 
 def output_gain(dense: Tensor, out: Tensor) -> Tensor:
-    """``[D]`` what outputs ``[..., D]`` are multiplied by to vary over tokens as much as the dense network's.
+    """Returns the gains ``[D]`` that make outputs ``[..., D]`` vary as much as the dense network's.
 
     Source: the release of Qu et al. 2024 (LLaMA-MoE v2, arXiv 2411.15708), without its shift of the means,
-    which needs a bias that exported mixtures do not have. 1 where a channel does not vary.
+    which needs a bias that exported models do not have. 1 where a channel does not vary.
     """
     wanted_D, found_D = (value.float().flatten(0, -2).std(0) for value in (dense, out))
     gain_D = wanted_D / found_D
@@ -28,10 +28,10 @@ def output_gain(dense: Tensor, out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scale_outputs(model: HFModel, gains: Mapping[int, Tensor]) -> None:
-    """Multiplies what the layers' down projections write by a gain for each channel; each rank its own part.
+    """Multiplies the layers' down projections by a gain for each channel; each rank its own part.
 
     Args:
-        model: Whose mixtures may be spread over ranks.
+        model: The model; its experts may be sharded over ranks.
         gains: Block index to ``[D]``, the same on all ranks.
     """
     for module in model.module.modules():
@@ -43,10 +43,10 @@ def scale_outputs(model: HFModel, gains: Mapping[int, Tensor]) -> None:
 
 
 def scale_down(name: str, held: Placed, gain_D: Tensor) -> None:
-    """Multiplies what a rank holds of a down projection, or its bias; leaves what is neither.
+    """Multiplies a rank's part of a down projection or of its bias; leaves other tensors alone.
 
     Args:
-        name: Of the tensor; its last letters are its axes.
+        name: Name of the tensor; its last letters are its axes.
         held: What of it is held.
         gain_D: ``[D]`` of all channels.
     """

@@ -1,4 +1,4 @@
-"""The step-0 gate on shards: the dense model's logits and the mixture's, and no rank holds either whole.
+"""Equivalence check at step 0 on shards: no rank holds the dense model or the MoE model whole.
 
 Letters: B samples, S sequence length, D model width.
 """
@@ -37,18 +37,18 @@ def measure_shards(
     backend: str = "auto",
     schedule: TopKSchedule | None = None,
 ) -> tuple[SurgeryReport, WeightSource]:
-    """Makes the mixture and measures whether it still computes the same. All ranks call it together.
+    """Builds the MoE model and measures if it computes the same. All ranks call it together.
 
-    The dense model is spread over the ranks in fp32, looked at and freed, then the mixture. Each layer's
-    dense network is read once more, whole, while its mixture is compared with it. Engines that train a model
-    as they hold it are given what was measured; for others it is freed, and made once more from the plan.
+    The dense model is sharded over the ranks in fp32, measured and freed, then the MoE model. Each layer's
+    dense network is read once more, whole, to compare its MoE layer with it. Engines that train a model as
+    they hold it get the measured one; for others it is freed, and made once more from the plan.
 
     Args:
-        engine: Of the ranks.
-        plan: Of the mixture.
+        engine: Engine of the ranks.
+        plan: Plan of the MoE model.
         tokens_BS: ``[B, S]`` real tokens, the same on all ranks.
-        backend: Of the experts.
-        schedule: Of the experts a token uses.
+        backend: Back end of the experts.
+        schedule: Schedule of the experts a token uses.
 
     Returns:
         The report, and the weights that were measured, for `moe_model` of the same plan.
@@ -71,7 +71,7 @@ def measure_shards(
 def _measured(
     engine: Engine[Any], plan: MoEPlan, tokens_BS: Tensor, backend: str, schedule: TopKSchedule | None
 ) -> tuple[SurgeryReport, dict[int, Tensor] | None, HFModel]:
-    """The report, the gains of the layers' outputs where they are asked for, and the mixture without them."""
+    """Returns the report, the gains of the layers' outputs if asked for, and the model without them."""
     files = plan.model
     assert files is not None, plan
     tokens_BS = tokens_BS.to(engine.device)
@@ -108,7 +108,7 @@ def _logits(engine: Engine[Any], model: HFModel, tokens_BS: Tensor) -> Tensor:
 def _measuring(
     layers: list[MoELayer], plan: MoEPlan, drifts: list[LayerDrift], gains: dict[int, Tensor] | None
 ) -> Iterator[None]:
-    """While open, every pass of a mixture is compared with its dense network on the same input.
+    """Compares every pass of an MoE layer with its dense network on the same input while open.
 
     Where gains are asked for, what follows sees the outputs as they will be.
     """

@@ -1,4 +1,4 @@
-"""Hosts without memory, dense or as mixtures, that know where their weights come from.
+"""Models without memory, dense or MoE, that know the source of their weights.
 
 Letters: D model width, E experts, F expert width, U = 2F when gated, else F.
 """
@@ -26,17 +26,17 @@ from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 
 
 def dense_model(model: StoredModel, *, trust_remote_code: bool = False) -> HFModel:
-    """The dense decoder; each rank will read its part of it."""
+    """Returns the dense decoder; each rank will read its part of it."""
     weights = UpcycledWeights(model)
     return _model(model.names, model.files[0].folder, weights, trust_remote_code=trust_remote_code)
 
 
 def moe_model(plan: MoEPlan, backend: str = "auto", weights: WeightSource | None = None) -> HFModel:
-    """The mixture; each rank will make its part of it.
+    """Returns the MoE model; each rank will make its part of it.
 
     Args:
-        plan: Of the mixture.
-        backend: Of the experts.
+        plan: Plan of the MoE model.
+        backend: Back end of the experts.
         weights: Where parameters come from instead; routers begin as planned in any case.
     """
     if weights is None:

@@ -1,4 +1,4 @@
-"""Makes what a rank holds of a model out of dense files: its boxes, and one matrix at a time.
+"""Makes a rank's part of a model out of dense files: its boxes, and one matrix at a time.
 
 Tensors are made by the same code as the converter's, block of rows by block of rows, so that a weight is the
 same bit for bit whichever rank makes it.
@@ -34,7 +34,7 @@ _Key = tuple[int, int, Matrix, bool]
 
 
 class StoredMatrix(DenseMatrix):
-    """A matrix in files; its rows are read as they are asked for, all of it in fp32 where all is needed."""
+    """Matrix in files, whose rows are read as they are asked for, in fp32 where all are needed."""
 
     def __init__(self, files: DenseFiles, where: MatrixName, shape: tuple[int, int]) -> None:
         self._files = files
@@ -48,26 +48,26 @@ class StoredMatrix(DenseMatrix):
         return self._shape
 
     def rows(self, rows: slice) -> Tensor:
-        """In the dtype of the files: nothing is computed with them. Every copy asks for the same ones."""
+        """Reads rows in the dtype of the files. Every copy asks for the same ones."""
         if self._last is None or self._last[0] != rows:
             self._last = (rows, self._files.read_rows(self._where, rows))
         return self._last[1]
 
     @cached_property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The whole matrix in fp32, as a loaded model has it."""
+        """Reads the whole matrix in fp32, as a loaded model has it."""
         return self._files.read_matrix(self._where).float()
 
 
 @dataclass(frozen=True)
 class _Target:
-    """A part of an expert's matrix or bias that this rank holds.
+    """Part of an expert's matrix or bias that this rank holds.
 
     Attributes:
         expert: Index; None for the shared expert.
-        plan: Of the expert.
-        rows: Of the expert's matrix.
-        columns: Of it; all of a bias.
+        plan: Plan of the expert.
+        rows: Rows of the expert's matrix.
+        columns: Columns of the matrix; all of a bias.
         view: The memory.
     """
 
@@ -79,7 +79,7 @@ class _Target:
 
 
 class UpcycledWeights(WeightSource):
-    """What a dense model holds, or a mixture that is made of it, read and made piece by piece."""
+    """Weights of a dense model, or of an MoE model that is made of it, read and made box by box."""
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class UpcycledWeights(WeightSource):
         moe: MoEPlan | None = None,
         gains: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Reads nothing yet.
+        """Stores the plan; reads nothing yet.
 
         Args:
             model: The dense checkpoints.
             moe: What becomes of them; None for the dense model itself.
-            gains: What the down projections of mixtures are multiplied by, see `scale_down`, by block.
+            gains: Factors of the down projections of MoE layers, see `scale_down`, by block.
         """
         self._model = model
         self._moe = moe
@@ -115,7 +115,7 @@ class UpcycledWeights(WeightSource):
         assert filled == elements, f"{filled} of {elements} elements were filled"
 
     def _keep(self, held: Mapping[str, Placed]) -> int:
-        """Fills what is carried over; returns how many elements."""
+        """Fills the tensors that are carried over; returns the number of elements."""
         filled = 0
         for name, placed in held.items():
             if name in self._model.names.state:
@@ -125,7 +125,7 @@ class UpcycledWeights(WeightSource):
         return filled
 
     def _read(self, name: str, shape: tuple[int, ...], piece: Piece) -> None:
-        """A piece of a carried tensor, some of its first axis' rows at a time."""
+        """Reads a box of a carried tensor, some of its first axis' rows at a time."""
         if not shape:
             piece.tensor.copy_(self._mean(name, 0, 1)[0])
             return
@@ -139,13 +139,13 @@ class UpcycledWeights(WeightSource):
             piece.tensor[start:stop].copy_(run.view(stop - start, *shape[1:])[(slice(None), *within)])
 
     def _mean(self, name: str, start: int, stop: int) -> Tensor:
-        """A run of elements, the mean of all checkpoints that count."""
+        """Reads a range of elements, the mean of all checkpoints that count."""
         model = self._model
         runs = [model.files[s].read_run(model.stored[s][name], start, stop) for s in self._averaged]
         return runs[0] if len(runs) == 1 else torch.stack([run.float() for run in runs]).mean(0)
 
     def _make(self, held: Mapping[str, Placed]) -> int:
-        """Makes what this rank holds of experts, one dense matrix after the other."""
+        """Makes this rank's parts of experts, one dense matrix after the other."""
         moe = self._moe
         if moe is None:
             return 0
@@ -187,7 +187,7 @@ class UpcycledWeights(WeightSource):
 
 
 def _targets(moe: MoEPlan, held: Mapping[str, Placed]) -> dict[_Key, list[_Target]]:
-    """What this rank holds of experts, by what it is made of."""
+    """Groups this rank's parts of experts by the dense matrix that they are made of."""
     live = StateDictMap(moe.spec)
     found: dict[_Key, list[_Target]] = {}
     for name, placed in held.items():
@@ -201,7 +201,7 @@ def _targets(moe: MoEPlan, held: Mapping[str, Placed]) -> dict[_Key, list[_Targe
 
 
 def _overlaps(part: StateDictPiece, plan: ExpertPlan, placed: Placed) -> Iterator[_Target]:
-    """Where this rank holds a piece."""
+    """Locates the parts of a box that this rank holds."""
     lead = 0 if part.expert is None else 1
     start, stop, _ = part.rows.indices(placed.shape[lead])
     outer = () if part.expert is None else (part.expert,)
@@ -218,7 +218,7 @@ def _overlaps(part: StateDictPiece, plan: ExpertPlan, placed: Placed) -> Iterato
 
 
 def read_network(model: StoredModel, ffn: FFNNames, device: torch.device) -> FFNWeights:
-    """A dense feed-forward network, whole, in fp32: what its mixture is compared with."""
+    """Reads a dense feed-forward network, whole, in fp32, to compare its MoE layer with."""
 
     def read(names: Mapping[Matrix, MatrixName], matrix: Matrix) -> Tensor | None:
         if matrix not in names:

@@ -43,13 +43,6 @@ class _Keep(Callback):
         self.rows.append(dict(row))
 
 
-class _Session:
-    """What `step_costs` looks at."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-
-
 def train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Micro-batches of two samples, however many ranks share them."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
@@ -68,8 +61,7 @@ def train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> dic
 def _train(engine: Any, model: Any, case: Case) -> dict[str, Any]:
     module, costs = step_model(model), measure_costs(model, SEQ_LEN, PEAK)
     train_module = engine.prepare(model, case.optim)
-    session: Any = _Session(engine)
-    steps = step_costs(session, model, module, train_module, Ceiling(PEAK, "user", "a test"))
+    steps = step_costs(engine, model, module, train_module, Ceiling(PEAK, "user", "a test"))
     keep = _Keep()
     with tempfile.TemporaryDirectory() as folder:
         stage = make_stage(case, train_module, Path(engine.broadcast(folder)))

@@ -22,11 +22,8 @@ DENSE = Path("/models/dense")
 def check(run: RunDir, *overrides: str, fingerprint: str = "f00d", dense: Path = DENSE) -> None:
     """`refuse_changes` on one rank."""
     values = compose_config(["+recipe=upcycle", *overrides])
-    session: Any = SimpleNamespace(
-        config=parse_config(values), values=values, run_dir=run, on_rank_zero=lambda work: work()
-    )
     data: Any = SimpleNamespace(fingerprint=fingerprint)
-    refuse_changes(session, dense, data)
+    refuse_changes(run, identity(parse_config(values), dense, data), values)
 
 
 def changes(run: RunDir, *overrides: str, **given: Any) -> list[str]:

@@ -6,8 +6,8 @@ from moe.upcycle.layer_plan import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.engines import engine_classes
+from recipes.jobs.expert_rules import check_low_rank
 from recipes.jobs.identity import identity
-from recipes.jobs.lora_rules import check_low_rank
 from recipes.jobs.preflight import check_run
 from recipes.jobs.pretrain_job import PretrainJob
 from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob

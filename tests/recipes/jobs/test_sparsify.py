@@ -126,8 +126,8 @@ def test_phases_name_no_more_layers_than_become_mixtures() -> None:
     config = parsed("[{until:0.5,top_k:[4,4,4]},{until:0.6,top_k:3,layers:3}]", "upcycle.layers=every:2")
     assert check_layers(config, 6) == []
     assert told(check_layers(config, 4)) == [
-        "top_k_schedule.0.top_k=[4, 4, 4]: it names 3 layers, and 2 become mixtures. Name 2 at most.",
-        "top_k_schedule.1.layers=3: it names 3 layers, and 2 become mixtures. Name 2 at most.",
+        "top_k_schedule.0.top_k=[4, 4, 4]: it names 3 layers, and 2 become MoE layers. Name 2 at most.",
+        "top_k_schedule.1.layers=3: it names 3 layers, and 2 become MoE layers. Name 2 at most.",
     ]
 
 

@@ -111,7 +111,7 @@ def test_utilisation_is_the_flops_done_over_those_possible(first: Path) -> None:
 def test_the_second_run_uses_what_the_first_has_cached(workplace: Path, text: str, first: Path) -> None:
     ended = job(workplace, {"data.path": text, "run.name": "second"})
     assert ended.code == 0, ended.err
-    assert "dense: using the embedded default cached" in ended.out
+    assert "dense: using the default model cached" in ended.out
     assert "using the tokens cached" in ended.out
     assert "tokenizer: training" not in ended.out
     second = workplace / "outputs" / "second"

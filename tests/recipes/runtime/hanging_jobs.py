@@ -52,7 +52,7 @@ class Case:
 WORKING = "works"
 CASES = {
     "data": Case(0, "recipes.data.build_data.ensure_tokenised", "reading the data"),
-    "gate": Case(1, "recipes.jobs.moe_stage.measure_shards", "moe: the step-0 gate"),
+    "gate": Case(1, "recipes.jobs.moe_stage.measure_shards", "moe: the equivalence check at step 0"),
     "calibration": Case(
         1,
         "recipes.upcycling.calibration.gather.Calibration._batch",

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from moe.accounting.shape import shape_from_config
-from recipes.jobs.budget import continued_steps, scratch_steps
-from recipes.jobs.serving import serving_costs
+from recipes.jobs.arm_costs import continued_steps, scratch_steps, serving_costs
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -1,4 +1,4 @@
-"""What must hold of a run whose experts train low-rank factors, before anything starts."""
+"""Rules of the experts' back end and low-rank factors, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from kernels.backend import Workload
 from kernels.expert_mlp import BACKENDS
+from kernels.third_party import THIRD_PARTY
 from moe.errors import Mistake
 from moe.experts.lora import rank_unsupported_reason
 from moe.routers import router_class
@@ -18,12 +19,26 @@ from recipes.config.schema import RunConfig
 RANK_PATH = "experts.lora.rank"
 
 
+def check_library(config: RunConfig) -> list[Mistake]:
+    """Rejects a forced back end of another library that is missing, or of an unknown version.
+
+    Whether it can run the layers is known once the model is: `kernels.expert_mlp.choose_backend` says so.
+    """
+    backend = config.experts.backend
+    unsupported_reason = THIRD_PARTY[backend].missing() if backend in THIRD_PARTY else None
+    if unsupported_reason is None:
+        return []
+    return [
+        Mistake("experts.backend", backend, unsupported_reason, "Install it, or set experts.backend=auto.")
+    ]
+
+
 def check_low_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
-    """Why the factors that a run asks for cannot be, or would not be of what is exported.
+    """Rejects low-rank factors that cannot be, or that would not belong to the exported model.
 
     Args:
         config: The run.
-        shape: Of the dense network, where it can be told. Experts may be narrower:
+        shape: Shape of the dense network, where it is known. Experts may be narrower:
             `recipes.models.lora_model` looks at them again.
     """
     rank = config.experts.lora.rank
@@ -49,7 +64,7 @@ def check_low_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
 
 
 def _check_backend(config: RunConfig, shape: FFNShape) -> list[Mistake]:
-    """A back end that is forced must run the rank; what it refuses besides is not of the rank."""
+    """Rejects a forced back end that cannot run the rank; what else it rejects is not about the rank."""
     backend, engine = config.experts.backend, config.engine
     kind = getattr(engine, "device_type", lambda: "cpu")()
     work = Workload(
@@ -73,11 +88,11 @@ def _check_backend(config: RunConfig, shape: FFNShape) -> list[Mistake]:
 
 
 def refuse_low_rank(config: RunConfig, who: str) -> list[Mistake]:
-    """The mistake of asking for factors where somebody has none.
+    """Rejects low-rank factors in a job that has none.
 
     Args:
         config: The run.
-        who: And why, as a clause.
+        who: Reason, as a clause.
     """
     rank: Any = config.experts.lora.rank
     return [Mistake(RANK_PATH, rank, who, "Set it to 0.")] if rank else []
