@@ -72,8 +72,10 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, *kept = ctx.saved_tensors[:5]
-        experts = _experts(ctx.saved_tensors[5:], ctx.function)
+        # Under checkpointing, saved tensors can be read once.
+        saved = ctx.saved_tensors
+        x_TD, weights_TK, *kept = saved[:5]
+        experts = _experts(saved[5:], ctx.function)
         need = dict(zip(GRADIENTS, ctx.needs_input_grad[2:], strict=True))
         inputs = BackwardInputs(grad_TD, x_TD, weights_TK, experts, ctx.plan, kept, need)
         return None, None, *cpu_path.backward(inputs)
