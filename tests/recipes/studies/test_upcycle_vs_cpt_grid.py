@@ -13,6 +13,7 @@ from moe.errors import ConfigError
 from moe.scaling_laws.columns import parse_runs
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.config.sections.upcycle_vs_cpt_config import UpcycleVsCPTConfig
 from recipes.studies.sweep import run_trials
 from recipes.studies.upcycle_vs_cpt.arms_page import cost_rows, loss_rows, run_table, text_tables, write_page
 from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial, keep_options, options_of, plan_trials
@@ -35,7 +36,7 @@ def test_a_trial_varies_weights_alone(tmp_path: Path) -> None:
     assert [c.model.steps for c in configs] == [30, 60, 0, 30, 60, 0]
     assert [c.seed for c in configs] == [c.model.seed for c in configs] == [0, 0, 0, 1, 1, 1]
     assert all(c.data == configs[0].data and c.train.steps == 3 for c in configs)
-    assert [c.upcycle_vs_cpt.sunk_steps for c in configs[:3]] == [[30], [60], [30, 60]]
+    assert [c.section(UpcycleVsCPTConfig).sunk_steps for c in configs[:3]] == [[30], [60], [30, 60]]
     assert {c.optim.schedule.kind for c in configs} == {"wsd"}
 
 
