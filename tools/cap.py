@@ -71,6 +71,11 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     good("--lm-eval", metavar="TASK,...", help="tasks of lm-evaluation-harness, which must be installed")
     good("--lm-eval-dir", metavar="DIR", help="further task files for it")
     good("--lm-eval-limit", type=int, metavar="N", help="questions of each task (default: all)")
+    _add_server(parser)
+    _add_costs(parser)
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
     far = parser.add_argument_group("a server (speed alone; FOLDER gives config and tokenizer)").add_argument
     far("--server", metavar="URL", help="OpenAI-compatible: vLLM, SGLang; streams /v1/completions")
     far("--model", default="", metavar="NAME", help="name of the model on the server")
@@ -97,6 +102,9 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=GB/S[:PART=SHARE,...]",
         help="a memory that the system reads from; the first holds what the others leave (as tools.describe)",
     )
+
+
+def _add_costs(parser: argparse.ArgumentParser) -> None:
     cost = parser.add_argument_group("cost").add_argument
     cost("--price-usd", type=float, metavar="USD", help="purchase price (default: the table's, else none)")
     cost(

@@ -10,21 +10,23 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.errors import Mistake
-from moe.routers import RouterConfig
 from moe.types import Config
-from recipes.checkpoint import GlobalTensor
-from recipes.data.samples import TokenMetadata
-from recipes.engines.micro_batch import MicroBatch
-from recipes.engines.optim.optimizer import OptimConfig
-from recipes.engines.run_options import RunOptions
-from recipes.models.hf.hf_model import HFModel
+
+if TYPE_CHECKING:
+    from moe.errors import Mistake
+    from moe.routers import RouterConfig
+    from recipes.checkpoint import GlobalTensor
+    from recipes.data.samples import TokenMetadata
+    from recipes.engines.micro_batch import MicroBatch
+    from recipes.engines.optim.optimizer import OptimConfig
+    from recipes.engines.run_options import RunOptions
+    from recipes.models.hf.hf_model import HFModel
 
 
 @dataclass(frozen=True)

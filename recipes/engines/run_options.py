@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from moe.attention.attention_config import AttentionConfig
-from moe.experts.experts import ExpertsConfig
-from recipes.data.config import DataConfig
+if TYPE_CHECKING:
+    from moe.attention.attention_config import AttentionConfig
+    from moe.experts.experts import ExpertsConfig
+    from recipes.data.config import DataConfig
 
 
 class DefaultModelShape(Protocol):

@@ -7,20 +7,22 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe.accounting.device_peaks import peak_for
-from moe.accounting.training import StepModel
-from recipes.engines import Engine, TrainModule
-from recipes.jobs.base import Session
-from recipes.models.hf.hf_model import HFModel
 from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for
 from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
-from recipes.tracking.results import Results
-from recipes.tracking.run_meters import RunMeters
 from recipes.tracking.step_costs import StepCosts
 from recipes.tracking.training_figures import summarise_stage
 from recipes.training.model_costs import expert_readers, local_update_bytes, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from moe.accounting.training import StepModel
+    from recipes.engines import Engine, TrainModule
+    from recipes.jobs.base import Session
+    from recipes.models.hf.hf_model import HFModel
+    from recipes.tracking.results import Results
+    from recipes.tracking.run_meters import RunMeters
 
 _JOULES_PER_KWH = 3.6e6
 _CUT = "ranks cut the model between them, and who reads which part is not counted"

@@ -5,17 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe.errors import Mistake
-from recipes.config.schema import RunConfig
-from recipes.engines import Engine
 from recipes.engines.console import RankConsole
-from recipes.jobs.run_dir import RunDir
-from recipes.runtime.interrupt import StopRequest
-from recipes.tracking.goodput import GoodputLedger
-from recipes.tracking.trackers import RunLogger
-from recipes.training.training_loop import Loop
+
+if TYPE_CHECKING:
+    from moe.errors import Mistake
+    from recipes.config.schema import RunConfig
+    from recipes.engines import Engine
+    from recipes.jobs.run_dir import RunDir
+    from recipes.runtime.interrupt import StopRequest
+    from recipes.tracking.goodput import GoodputLedger
+    from recipes.tracking.trackers import RunLogger
+    from recipes.training.training_loop import Loop
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
-from recipes.config.schema import RunConfig
-from recipes.data.build_data import TrainData
 from recipes.data.chat_samples import ChatSamples
-from recipes.engines import Engine
-from recipes.engines.console import RankConsole
 from recipes.jobs.accounts import put_training, step_costs
-from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import describe_phases
 from recipes.models.hf.deferred_init import CheckpointWeights
-from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import fit_attention
-from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.run_file import read_run_file
-from recipes.tracking.ceilings import Peaks
 from recipes.tracking.results import Results, stage_label
 from recipes.training.model_costs import measure_costs, scheduled_costs, step_model
 from recipes.training.stage import Stage, StageResult
-from recipes.training.training_loop import Loop
 from recipes.upcycling.convert.moe_plan import open_dense
 from recipes.upcycling.sharded.sharded_models import dense_model
+
+if TYPE_CHECKING:
+    from recipes.config.schema import RunConfig
+    from recipes.data.build_data import TrainData
+    from recipes.engines import Engine
+    from recipes.engines.console import RankConsole
+    from recipes.jobs.run_dir import RunDir
+    from recipes.models.hf.hf_model import HFModel
+    from recipes.runtime.interrupt import StopRequest
+    from recipes.tracking.ceilings import Peaks
+    from recipes.training.training_loop import Loop
 
 
 @dataclass(frozen=True)

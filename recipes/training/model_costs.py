@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ from moe.attention.routed_attention import attention_layers
 from moe.errors import ConfigError
 from moe.layer import moe_layers
 from recipes.checkpoint import GlobalTensor, global_shape, local_memory
-from recipes.engines import TrainModule
-from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.tracking.step_costs import Costs
+
+if TYPE_CHECKING:
+    from recipes.engines import TrainModule
+    from recipes.models.hf.hf_model import HFModel
 
 
 def measure_costs(

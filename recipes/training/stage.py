@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes.config.schema import TrainConfig
-from recipes.data.build_data import TrainData
-from recipes.engines import TrainModule
-from recipes.engines.optim.optimizer import OptimConfig
-from recipes.tracking.step_costs import Costs, StepCosts
+if TYPE_CHECKING:
+    from recipes.config.schema import TrainConfig
+    from recipes.data.build_data import TrainData
+    from recipes.engines import TrainModule
+    from recipes.engines.optim.optimizer import OptimConfig
+    from recipes.tracking.step_costs import Costs, StepCosts
 
 
 @dataclass

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes.config.schema import TrainConfig
-from recipes.data.build_data import TrainData
 from recipes.data.samples import TokenMetadata
-from recipes.engines import Engine, TrainModule
 from recipes.runtime.heartbeat import ASIDE, Heartbeat
 from recipes.tracking.metrics_log import Metric, reduce_metrics
 from recipes.training.hooks.base import StepHook, TrainStep, is_due
+
+if TYPE_CHECKING:
+    from recipes.config.schema import TrainConfig
+    from recipes.data.build_data import TrainData
+    from recipes.engines import Engine, TrainModule
 
 
 class Validation(StepHook):

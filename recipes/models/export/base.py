@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from moe.upcycle.layer_plan import Matrix
-from recipes.models.export.read_back import Unread
-from recipes.models.export.spec import ModelSpec, MoESpec
+if TYPE_CHECKING:
+    from moe.upcycle.layer_plan import Matrix
+    from recipes.models.export.read_back import Unread
+    from recipes.models.export.spec import ModelSpec, MoESpec
 
 #: ``per_expert``: one tensor for each matrix of each expert, as transformers 4 wrote them and everything
 #: reads them; ``fused``: all experts' matrices stacked, as in transformers 5.

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe.upcycle.expert_rows import expert_shape
 from moe.upcycle.layer_plan import ExpertPlan, Matrix
-from recipes.models.export.base import Exporter, Layout
-from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.runtime.safetensors_codec import TensorSpec
+
+if TYPE_CHECKING:
+    from recipes.models.export.base import Exporter, Layout
+    from recipes.models.export.spec import ModelSpec, MoESpec
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ It is made from a trained model in memory and from a checkpoint that is converte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe.attention.routed_attention import attention_layers
 from moe.layer import MoELayer
-from moe.routers import Router
 from moe.upcycle.layer_plan import FFNShape
-from recipes.models.hf.hf_model import HFModel
+
+if TYPE_CHECKING:
+    from moe.routers import Router
+    from recipes.models.hf.hf_model import HFModel
 
 
 @dataclass(frozen=True)

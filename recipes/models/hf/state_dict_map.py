@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from recipes.models.export.placement import ExpertTensorKey
-from recipes.models.export.spec import ModelSpec, MoESpec
-from recipes.models.hf.hf_model import HFModel
 from recipes.models.lora_model import is_factor
 from recipes.runtime.safetensors_codec import TensorSpec
+
+if TYPE_CHECKING:
+    from recipes.models.export.spec import ModelSpec, MoESpec
+    from recipes.models.hf.hf_model import HFModel
 
 
 @dataclass(frozen=True)

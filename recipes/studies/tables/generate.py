@@ -54,7 +54,7 @@ class TableConfig(Config):
     num_kinds: int = 4
     num_regimes: int = 6
     latent_width: int = 4
-    """Of tastes and properties."""
+    """Width of the vectors of tastes (of users) and properties (of items)."""
     context_width: int = 6
     task_correlation: float = 0.6
     """rho: of the tasks' regimes."""

@@ -31,16 +31,16 @@ class ModelConfig(Config):
     """Widths, the same under every router."""
 
     id_width: int = 32
-    """Of the embeddings of user and item."""
+    """Width of the embeddings of user and item."""
     code_width: int = 8
-    """Of the embeddings of segment and kind."""
+    """Width of the embeddings of segment and kind."""
     num_experts: int = 16
     top_k: int = 2
     """Experts per row, for routers that have the option."""
     expert_width: int = 32
     tower_width: int = 32
     dropout: float = 0.3
-    """Of the columns, and of what a tower reads."""
+    """Probability of dropout on the columns and on the inputs of a tower."""
 
     def __post_init__(self) -> None:
         sizes = ("id_width", "code_width", "num_experts", "top_k", "expert_width", "tower_width")

@@ -7,17 +7,19 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe.metrics import LoadReport
-from recipes.engines import Engine
 from recipes.runtime.heartbeat import ASIDE, Heartbeat
-from recipes.tracking.metrics_log import Metric
-from recipes.tracking.run_meters import RunMeters
-from recipes.training.stage import Stage, StageResult
+
+if TYPE_CHECKING:
+    from moe.metrics import LoadReport
+    from recipes.engines import Engine
+    from recipes.tracking.metrics_log import Metric
+    from recipes.tracking.run_meters import RunMeters
+    from recipes.training.stage import Stage, StageResult
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from recipes.checkpoint import find_checkpoint
-from recipes.training.guards.stage_guard import StageGuard
 from recipes.training.hooks.base import StageRun, StepHook, TrainStep
 from recipes.training.hooks.stage_saves import StageSaves, load_stage
+
+if TYPE_CHECKING:
+    from recipes.training.guards.stage_guard import StageGuard
 
 
 class Recovery(StepHook):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from recipes.checkpoint import Loaded, Retention, Saver, load_checkpoint
-from recipes.engines import Engine
 from recipes.training.guards.stage_guard import STATE, StageGuard, StepBeginning
 from recipes.training.hooks.base import StageRun, StepHook, TrainStep, get_rng, is_due, set_rng
-from recipes.training.stage import Stage
+
+if TYPE_CHECKING:
+    from recipes.engines import Engine
+    from recipes.training.stage import Stage
 
 
 class StageSaves(StepHook):

@@ -6,13 +6,16 @@ Letters: T tokens, D model width, E experts, F expert width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from recipes.checkpoint.shard_layout import Placed, place
-from recipes.models.hf.hf_model import HFModel
+
+if TYPE_CHECKING:
+    from recipes.models.hf.hf_model import HFModel
 
 
 def output_gain(dense: Tensor, out: Tensor) -> Tensor:

@@ -8,25 +8,27 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe.layer import MoELayer
-from moe.routing.top_k_schedule import TopKSchedule
 from moe.upcycle.equivalence import LayerDrift, layer_drift, logit_drift, require_exact
-from recipes.engines import Engine
 from recipes.models.hf.deferred_init import DonatedWeights, WeightSource
 from recipes.models.hf.ffn_blocks import dense_ffn
-from recipes.models.hf.ffn_names import FFNNames
 from recipes.models.hf.ffn_surgery import SurgeryReport
-from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.load_entropy import load_entropies
-from recipes.upcycling.convert.moe_plan import MoEPlan
 from recipes.upcycling.sharded.align import output_gain, scale_outputs
 from recipes.upcycling.sharded.sharded_models import dense_model, moe_model
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights, read_network
+
+if TYPE_CHECKING:
+    from moe.layer import MoELayer
+    from moe.routing.top_k_schedule import TopKSchedule
+    from recipes.engines import Engine
+    from recipes.models.hf.ffn_names import FFNNames
+    from recipes.models.hf.hf_model import HFModel
+    from recipes.upcycling.convert.moe_plan import MoEPlan
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,13 +17,15 @@ from moe.experts.shared import SharedExpert
 from moe.experts.weights import ExpertBank, FFNWeights
 from moe.layer import MoELayer
 from moe.types import LayerContext
-from moe.upcycle.layer_plan import FFNShape
-from recipes.models.export.spec import MoESpec
 from recipes.models.hf.deferred_init import CheckpointWeights, WeightSource, deferred_model
-from recipes.models.hf.ffn_names import ModelNames
 from recipes.models.hf.hf_model import HFModel
-from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
+
+if TYPE_CHECKING:
+    from moe.upcycle.layer_plan import FFNShape
+    from recipes.models.export.spec import MoESpec
+    from recipes.models.hf.ffn_names import ModelNames
+    from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 
 
 def dense_model(model: StoredModel, *, trust_remote_code: bool = False) -> HFModel:

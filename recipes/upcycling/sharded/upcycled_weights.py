@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_rows
 from moe.upcycle.layer_plan import Draws, ExpertPlan, Matrix
 from recipes.checkpoint.shard_layout import Box, Piece, Placed
 from recipes.models.hf.deferred_init import WeightSource
-from recipes.models.hf.ffn_names import FFNNames, MatrixName
 from recipes.models.hf.state_dict_map import StateDictMap, StateDictPiece
-from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.upcycling.convert.conversion_plan import ExpertWork, expert_work
-from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 from recipes.upcycling.sharded.align import scale_down
+
+if TYPE_CHECKING:
+    from recipes.models.hf.ffn_names import FFNNames, MatrixName
+    from recipes.models.safetensors.dense_files import DenseFiles
+    from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 
 # Elements that are read of a tensor at a time: 16 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 22
