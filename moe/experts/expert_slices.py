@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-if TYPE_CHECKING:
-    from moe.experts.experts import Experts
+from moe.experts.experts import Experts
 
 
 @torch.no_grad()
@@ -31,8 +28,3 @@ def keep_slice(experts: Experts, mesh: DeviceMesh) -> None:
         part = whole[mine].clone() if whole.is_meta else whole[mine].to(mesh.device_type, copy=True)
         shard = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
-
-
-def local_tensor(weight: Tensor) -> Tensor:
-    """Returns the part of a weight on this rank: a slice of the experts under expert parallelism."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -10,13 +10,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
 from kernels.expert_mlp import BACKENDS, Choice, expert_mlp
 from moe.dispatch.base import Dispatched
 from moe.errors import require
 from moe.experts.backend_selector import BackendSelector
-from moe.experts.expert_slices import local_tensor
 from moe.experts.lora import FACTORS, LoraConfig, factor_shapes
 from moe.experts.weights import ExpertBank
 from moe.types import Config
@@ -166,3 +166,8 @@ class Experts(nn.Module):
         """Describes the shape when the model is printed."""
         E, D, F = self.shape
         return f"experts={E}, model_width={D}, expert_width={F}, {self.activation}, gated={self.gated}"
+
+
+def local_tensor(weight: Tensor) -> Tensor:
+    """Returns the part of a weight on this rank: a slice of the experts under expert parallelism."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -336,7 +336,7 @@ def test_only_all_heads_at_one_are_exact(config: RouterConfig, exact: bool) -> N
         ("expert_choice", {}, "attention.router.name"),
         ("soft_moe", {}, "attention.router.name"),
         ("analytical", {}, "attention.router.name"),
-        ("deepseek_v3", {"num_groups": 3}, "attention.router"),
+        ("deepseek_v3", {"num_groups": 3}, "attention.router.num_groups"),
     ],
 )
 def test_routers_that_do_not_fit_are_named(name: str, options: dict[str, Any], path: str) -> None:

@@ -109,7 +109,9 @@ def runs(own: list[bool]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("template", [LAST_ONLY, FORGETS])
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, template: str) -> None:
     row = talk("user: a", "bot: b c", "user: d", "bot: e f")
-    with pytest.raises(DataError, match="rows.jsonl:7.*up to message 2 as it is.*data.chat_template"):
+    with pytest.raises(
+        DataError, match="rows.jsonl:7.*up to message 2 when the conversation continues.*data.chat_template"
+    ):
         encode(tmp_path, template, row)
 
 
@@ -137,7 +139,7 @@ def test_a_tokenizer_without_a_template_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no chat template"):
         ChatFormat(cfg, folder)
     [mistake] = check_chat_template(cfg, None)
-    assert "embedded default" in str(mistake)
+    assert "default model's tokenizer" in str(mistake)
     missing = DataConfig(path="x", format="chat", chat_template=str(tmp_path / "no.jinja"))
     [mistake] = check_chat_template(missing, folder)
     assert "is no file" in str(mistake)

@@ -117,7 +117,7 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     unsupported_reason = DeepSpeedEngine.check(config)
     assert "expert_parallel=2: 3 ranks do not divide" in str(unsupported_reason)
     (muon,) = DeepSpeedEngine.check_optimizer(config, OptimConfig(name="muon"))
-    assert "optim.name='muon'" in str(muon) and "needs them whole" in str(muon)
+    assert "optim.name='muon'" in str(muon) and "needs whole matrices" in str(muon)
     assert DeepSpeedEngine.check_optimizer(config, OptimConfig()) == []
     with pytest.raises(ValueError, match="expert_parallel=0: must be at least 1"):
         DeepSpeedConfig(expert_parallel=0)

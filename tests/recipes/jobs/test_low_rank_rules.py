@@ -58,7 +58,7 @@ def test_what_engines_cannot_do_is_told_by_them() -> None:
     zero = ("engine=deepspeed", "engine.zero_stage=3")
     assert told() == told("engine=megatron") == told(*zero) == []
     (spread,) = told(*zero, "engine.expert_parallel=2")
-    assert "ZeRO-3 cannot cut experts that are spread over ranks where some weights are frozen" in spread
+    assert "ZeRO-3 cannot shard expert-parallel experts if some of their weights are frozen" in spread
     (theirs,) = told("engine=megatron", "engine.experts=megatron")
     assert "Megatron's own experts have no low-rank factors" in theirs
 

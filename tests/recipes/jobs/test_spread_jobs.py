@@ -67,7 +67,7 @@ def test_what_deepspeed_cannot_do_is_told_before_anything_starts(workplace: Path
     changes = {"data.path": text, "engine": "deepspeed", "optim": "muon", "run.name": "ds-muon"}
     ended = job(workplace, changes | {"engine.expert_parallel": 3})
     assert ended.code == 2
-    assert "optim.name='muon': engine=deepspeed cuts matrices over the ranks" in ended.err
+    assert "optim.name='muon': engine=deepspeed splits matrices over the ranks" in ended.err
     assert "engine.expert_parallel=3: the 4 experts of upcycle.num_experts do not divide" in ended.err
     wrong = job(workplace, {"data.path": text, "engine": "deepspeed", "engine.zero_stage": 4})
     assert wrong.code == 2 and "engine.zero_stage=4" in wrong.err

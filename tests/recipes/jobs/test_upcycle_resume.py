@@ -72,7 +72,7 @@ def test_a_run_directory_of_an_older_version_goes_on_exactly(
     assert resumed.code == 0, resumed.err
     for name in ("metrics.jsonl", "load.jsonl"):  # rows of before stay as they were
         path = outputs / "older" / name
-        path.write_text(path.read_text().replace('"leg": ', '"stage": '))
+        path.write_text(path.read_text().replace('"leg":', '"stage":'))
     same_training(outputs / "older", first)
 
 
@@ -80,8 +80,8 @@ def _in_the_old_form(run_dir: Path) -> None:
     """Gives options and keys of a run directory their names of before they were renamed."""
     for name in ("metrics.jsonl", "load.jsonl"):
         path = run_dir / name
-        path.write_text(path.read_text().replace('"stage": ', '"leg": '))
-        assert '"leg": "moe"' in path.read_text()
+        path.write_text(path.read_text().replace('"stage":', '"leg":'))
+        assert '"leg":"moe"' in path.read_text()
     changed = {"top_k_schedule": "sparsify", "upcycle_vs_cpt": "versus"}
     for name in ("config.yaml", "run.json"):
         path = run_dir / name

@@ -247,7 +247,7 @@ def test_no_room_is_said_before_anything_is_written(
 ) -> None:
     full = shutil._ntuple_diskusage(100, 100, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(Exception, match="the mixture needs"):
+    with pytest.raises(Exception, match="the MoE model needs"):
         convert(plan_conversion(request(make_checkpoint("llama"))), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
