@@ -267,7 +267,7 @@ def _figures(
         "bytes_written": result.bytes_written,
         "seconds": result.seconds,
         "peak_memory_bytes": peak,
-        "gate": None if check is None else equivalence_figures(check),
+        "equivalence": None if check is None else equivalence_figures(check),
     }
 
 

@@ -23,7 +23,7 @@ from recipes.tracking.run_meters import RunMeters, WindowFigures
 from recipes.training.callbacks.base import Callback, StageInfo
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.stage_guard import DivergedError, StageGuard
-from recipes.training.hooks.base import Pauses, StageRun, StepHook, TrainStep
+from recipes.training.hooks.base import Pauses, StageContext, StepHook, TrainStep
 from recipes.training.hooks.recovery import Recovery
 from recipes.training.hooks.stage_meters import StageMeters
 from recipes.training.hooks.stage_saves import StageSaves, load_stage
@@ -79,7 +79,7 @@ class Loop:
         )
         for callback in self.callbacks:
             callback.on_stage_start(info)
-        run = StageRun(self.engine, stage, result, self._pauses)
+        run = StageContext(self.engine, stage, result, self._pauses)
         guard = StageGuard(run, self.guards)
 
         def before_save(step: int) -> None:

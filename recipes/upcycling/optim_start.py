@@ -47,7 +47,7 @@ def check_optim_start(config: RunConfig) -> list[Mistake]:
         mistakes.append(Mistake(PATH, given, rule, remedy))
     if config.dense is None:
         rule = "the state belongs to a dense model, and dense names none"
-        remedy = "Set dense to that model, which python -m tools.export RUN --leg cpt writes."
+        remedy = "Set dense to that model, which python -m tools.export RUN --stage cpt writes."
         mistakes.append(Mistake(PATH, given, rule, remedy))
     try:
         read_manifest(Path(given).expanduser())
@@ -111,7 +111,7 @@ def _check_same(tensors: Mapping[str, GlobalTensor], state: DenseState, given: P
             theirs = whole[box].to(piece.tensor)
             if (theirs - piece.tensor).norm() > _ROUNDED * theirs.norm():
                 rule = f"its {name} is not that of the dense model: its moments are of other weights"
-                remedy = "Export that very checkpoint: python -m tools.export RUN --leg cpt --step N."
+                remedy = "Export that very checkpoint: python -m tools.export RUN --stage cpt --step N."
                 raise CheckpointError.one(PATH, str(given), rule, remedy)
 
 

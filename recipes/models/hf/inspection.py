@@ -127,7 +127,7 @@ def _check_dense_config(path: str, config: dict[str, Any]) -> list[Mistake]:
     experts = [key for key in _EXPERT_COUNT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
     if not experts:
         return []
-    rule = f"this model is a mixture of experts already ({experts[0]}={config[experts[0]]})"
+    rule = f"this model is an MoE already ({experts[0]}={config[experts[0]]})"
     return [_mistake(path, rule, "Give a dense checkpoint.")]
 
 

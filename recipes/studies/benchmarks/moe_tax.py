@@ -151,7 +151,7 @@ def measure_step(shape: StepShape, rounds: int, backend: str, *, with_optimizer:
     """Checks that the models compute the same, then times them interleaved.
 
     Args:
-        shape: Mixture and batch.
+        shape: MoE and batch.
         rounds: Timed rounds.
         backend: Back end of our experts.
         with_optimizer: If True, include a fused AdamW step, which touches all experts.

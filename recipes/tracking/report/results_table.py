@@ -110,7 +110,7 @@ def headline(results: Sequence[Result]) -> str:
     text = f"The dense model{f' ({about})' if about else ''}"
     if moe not in results:
         return f"{text} was not upcycled in this run."
-    text += " became a mixture of experts"
+    text += " became an MoE"
     if moe.total_params is not None:
         text += f" of {formats.count(moe.total_params)} parameters"
     if moe.active_params is not None:

@@ -15,7 +15,7 @@ from recipes.tracking.metrics_log import Metric
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.step_guard import NO_UPDATE, StepGuard, StepJudgement, Verdict
 from recipes.training.guards.watched_files import WatchedFiles, changed_everywhere
-from recipes.training.hooks.base import StageRun, StepHook, TrainStep, get_rng
+from recipes.training.hooks.base import StageContext, StepHook, TrainStep, get_rng
 
 STATE = "guard"
 """Name of the step guard's state in a checkpoint."""
@@ -50,7 +50,7 @@ class StageGuard(StepHook):
         problem: Error that ends the run; None while it may go on.
     """
 
-    def __init__(self, run: StageRun, guards: RunGuards) -> None:
+    def __init__(self, run: StageContext, guards: RunGuards) -> None:
         """Continues from the state in the stage's checkpoint, if any."""
         super().__init__(run)
         self._guards = guards

@@ -84,7 +84,7 @@ class Pauses:
 
 
 @dataclass(frozen=True)
-class StageRun:
+class StageContext:
     """Stage in training, as its hooks see it.
 
     Attributes:
@@ -107,7 +107,7 @@ class StepHook:
         run: The stage in training.
     """
 
-    def __init__(self, run: StageRun) -> None:
+    def __init__(self, run: StageContext) -> None:
         self.run = run
 
     def at_start(self) -> None:

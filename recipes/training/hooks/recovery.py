@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from recipes.checkpoint import find_checkpoint
-from recipes.training.hooks.base import StageRun, StepHook, TrainStep
+from recipes.training.hooks.base import StageContext, StepHook, TrainStep
 from recipes.training.hooks.stage_saves import StageSaves, load_stage
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Recovery(StepHook):
     """Reaction to the verdicts of a stage's guard."""
 
-    def __init__(self, run: StageRun, guard: StageGuard, saves: StageSaves) -> None:
+    def __init__(self, run: StageContext, guard: StageGuard, saves: StageSaves) -> None:
         super().__init__(run)
         self._guard = guard
         self._saves = saves

@@ -5,13 +5,13 @@ from __future__ import annotations
 from recipes.tracking.metrics_log import reduce_metrics
 from recipes.tracking.run_meters import RunMeters, WindowFigures
 from recipes.tracking.step_figures import StepFigures, StepWork, router_figures
-from recipes.training.hooks.base import StageRun, StepHook, TrainStep, is_due
+from recipes.training.hooks.base import StageContext, StepHook, TrainStep, is_due
 
 
 class StageMeters(StepHook):
     """Utilisation, memory, energy and load figures of a stage's steps."""
 
-    def __init__(self, run: StageRun, meters: RunMeters | None, window: WindowFigures) -> None:
+    def __init__(self, run: StageContext, meters: RunMeters | None, window: WindowFigures) -> None:
         """Starts from what earlier stages have used.
 
         Args:

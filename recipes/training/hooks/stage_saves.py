@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recipes.checkpoint import Loaded, Retention, Saver, load_checkpoint
 from recipes.training.guards.stage_guard import STATE, StageGuard, StepBeginning
-from recipes.training.hooks.base import StageRun, StepHook, TrainStep, get_rng, is_due, set_rng
+from recipes.training.hooks.base import StageContext, StepHook, TrainStep, get_rng, is_due, set_rng
 
 if TYPE_CHECKING:
     from recipes.engines import Engine
@@ -24,7 +24,7 @@ class StageSaves(StepHook):
         saved: Step of the newest checkpoint that this process has saved or resumed.
     """
 
-    def __init__(self, run: StageRun, guard: StageGuard, before_save: Callable[[int], None]) -> None:
+    def __init__(self, run: StageContext, guard: StageGuard, before_save: Callable[[int], None]) -> None:
         """Saves nothing yet.
 
         Args:

@@ -65,7 +65,7 @@ def test_an_export_is_refused_by_name(first: Path, tmp_path: Path, call: Call) -
 def test_the_dense_model_that_was_trained_on(first: Path, tmp_path: Path, call: Call) -> None:
     from transformers import AutoModelForCausalLM
 
-    assert call(first, "--leg", "cpt", "--out", tmp_path / "cpt") == 0
+    assert call(first, "--stage", "cpt", "--out", tmp_path / "cpt") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cpt")
     newest = sorted((first / "cpt" / "checkpoints").glob("step-*"))[-1]
     with open_checkpoint(newest) as tensors:

@@ -68,7 +68,7 @@ def test_a_conversion_with_its_gate(
     assert "qwen3_moe, exact in transformers, vllm, llama.cpp" in said
     assert "1024 tokens: the same function" in said
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["format"] == "qwen3_moe" and figures["claims_exact"] and figures["gate"]["agrees"]
+    assert figures["format"] == "qwen3_moe" and figures["claims_exact"] and figures["equivalence"]["agrees"]
     assert figures["bytes_written"] == figures["total_bytes"]
     # The same gate by itself, and on another function.
     gate = ["--dense", dense, "--text", text, "--samples", 2, "--length", 32]
@@ -85,7 +85,7 @@ def test_figures_on_stdout_are_alone_there(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(tools.upcycle, "--dense", make_checkpoint("llama"), "--out", tmp_path / "moe", "--json", "-")
-    assert json.loads(capsys.readouterr().out)["gate"] is None
+    assert json.loads(capsys.readouterr().out)["equivalence"] is None
 
 
 def test_all_mistakes_at_once(make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call) -> None:
