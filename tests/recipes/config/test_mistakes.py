@@ -151,7 +151,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "a mixture": (
         set_config(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8),
-        "this model is a mixture of experts already (num_local_experts=8). Give a dense checkpoint.",
+        "this model is an MoE already (num_local_experts=8). Give a dense checkpoint.",
     ),
     "a mixture, DeepSeek's key": (set_config(n_routed_experts=64), "already (n_routed_experts=64)"),
     "code of its own": (

@@ -299,12 +299,12 @@ def test_results_table_is_aligned_text() -> None:
 def test_the_headline_says_only_what_is_known() -> None:
     full = headline(read_results(SUMMARY))
     assert full == (
-        "The dense model (10.2 M parameters, validation loss 3.5000) became a mixture of experts of 31.4 M "
+        "The dense model (10.2 M parameters, validation loss 3.5000) became an MoE of 31.4 M "
         "parameters, 13.1 M active for a token. Its validation loss after 81.9 k tokens is 3.2000, that of "
         "the dense model trained on the same tokens 3.3000."
     )
     bare = headline(read_results({"results": [{"model": "moe"}]}))
-    assert bare == "The dense model became a mixture of experts; its validation loss was not measured."
+    assert bare == "The dense model became an MoE; its validation loss was not measured."
     assert "was not upcycled" in headline(read_results({"results": [{"model": "dense"}]}))
     assert "was stopped" in headline([])
 
