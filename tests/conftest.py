@@ -6,9 +6,11 @@ feed-forward network that is lost or altered shows in the logits.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +103,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = arrange(items)
 
 
+_imported = [0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Keeps what was imported out of later garbage collections.
+
+    Jobs ask for several, and each would walk over half a million objects of libraries.
+    """
+    if len(sys.modules) > _imported[0] + 50:
+        gc.collect()
+        gc.freeze()
+        _imported[0] = len(sys.modules)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> Path:
     """A byte-level BPE of at most 300 entries."""
@@ -166,3 +183,4 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+

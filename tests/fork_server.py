@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import os
 import pickle
@@ -50,6 +51,7 @@ class Forked:
         pipes: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
+        path: Sequence[str] | None = None,
     ) -> None:
         """Starts ``fn(*args)``.
 
@@ -61,10 +63,12 @@ class Forked:
             pipes: File descriptors that the process finds under new numbers in `inherited`.
             environment: All variables; by default those of this process.
             cwd: Working directory; by default that of this process.
+            path: Folders of modules, before those of the server; by default all those of this process.
         """
         variables = dict(os.environ if environment is None else environment)
+        where = str(cwd or Path.cwd()), variables
         with tempfile.TemporaryFile() as request:
-            request.write(pickle.dumps((list(sys.path), str(cwd or Path.cwd()), variables)))
+            request.write(pickle.dumps((sys.path if path is None else path, path is None, *where)))
             request.write(pickle.dumps((fn, args)))
             request.seek(0)
             self._socket = _connect()
@@ -270,7 +274,8 @@ def run_child(fds: list[int]) -> NoReturn:
         os.dup2(fds[2], 2)
         _inherited[:] = fds[3:]
         with open(fds[0], "rb") as request:
-            sys.path[:], cwd, variables = pickle.load(request)
+            path, whole, cwd, variables = pickle.load(request)
+            sys.path[:] = path if whole else [*path, *sys.path]
             os.environ.clear()
             os.environ.update(variables)
             os.chdir(cwd)
@@ -296,6 +301,9 @@ def main() -> None:
     """Imports everything, then serves."""
     folder, parent = sys.argv[1:]
     importlib.import_module("tests.preload").preload()
+    # Collections of the processes that it forks neither walk over what was imported, nor copy its pages.
+    gc.collect()
+    gc.freeze()
     random.seed()
     Server(Path(folder), int(parent)).serve()
 

@@ -88,7 +88,7 @@ READS: dict[Layout, tuple[Layout, ...]] = {
 }
 REFUSED: tuple[Layout, ...] = ((2, 2, 2), (2, 3, 2))
 FREED: tuple[Layout, ...] = ((1, 2, 1), (1, 3, 1))
-STEPS = 50
+STEPS = 25
 LONG: tuple[Layout, ...] = ((2, None, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2))
 
 

@@ -61,6 +61,7 @@ class Case:
         model: Fields of the host's config.
         family: Of the host.
         eval_samples: Validation samples.
+        eval_every: Steps between validations; 0 for one before the first step and one behind the last.
         attention: Whether key-value heads are experts as well, two of four a token.
         lora: Rank of factors beside the experts' weights; those that begin as zeros are drawn, so that the
             gradients of the others are none.
@@ -75,6 +76,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     eval_samples: int = 5
+    eval_every: int = 0
     attention: bool = False
     lora: int = 0
 
@@ -169,7 +171,7 @@ def make_stage(case: Case, train_module: TrainModule, checkpoints: Path) -> Stag
         steps=case.steps,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=case.micro,
-        eval_every=1,
+        eval_every=case.eval_every or case.steps,
         eval_samples=case.eval_samples,
         save_every=0,
     )

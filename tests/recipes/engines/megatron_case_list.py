@@ -50,7 +50,7 @@ class Stages(Case):
 
 
 CASES: dict[str, Case] = {
-    "plain": Case(micro=4),
+    "plain": Case(micro=4, eval_every=1),
     "rich": Case(micro=4, optim=RICH, steps=4, engine=_RECOMPUTE),
     "theirs": Case(micro=4, engine=_THEIRS),
     "replicated": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN),
@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
     "hybridep": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN | _HYBRID | _RECOMPUTE),
     "hybridep_te": Case(micro=4, engine=_PLAIN | _TE | _HYBRID),
     "te_bf16": Case(engine={"precision": "bf16"} | _TE | _DEEPEP, steps=2),
-    "long": Case(optim=replace(SGD, lr=0.1), steps=50, eval_samples=4),
+    "long": Case(optim=replace(SGD, lr=0.1), steps=25, eval_samples=4),
 }
 # What a case is on the native engine, where that is another case.
 SAME = {

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 _ADAPTS = ("rich", "norms", "half")
 # Of logits: a sum over 32 features, two layers and the vocabulary, far below what a wrong weight would do.
 LOGITS = 1e-5
-# What fifty steps of SGD make of the order of sums.
+# What 25 steps of SGD make of the order of sums.
 LONG = 1e-5
 
 

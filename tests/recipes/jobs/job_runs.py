@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 
 from tests.forked_commands import Ended, run_forked
+from tests.forked_python import STARTED_BY
 from tests.paths import ROOT
 from tests.patience import patience
 
@@ -116,7 +117,8 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
 def _send(stop_at: StopAt, request: Any) -> None:
     is_rank0 = os.environ.get("RANK", "0") == "0"
     if stop_at.target == "self" or is_rank0:
-        os.kill(os.getpid() if stop_at.target == "self" else os.getppid(), getattr(signal, stop_at.signal))
+        parent = int(os.environ.get(STARTED_BY) or os.getppid())
+        os.kill(os.getpid() if stop_at.target == "self" else parent, getattr(signal, stop_at.signal))
     # Every rank waits until its signal has come, so that all runs end at the same step.
     deadline = time.monotonic() + patience(_PATIENCE_S)
     while not request.requested and time.monotonic() < deadline:

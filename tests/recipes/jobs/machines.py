@@ -14,6 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import fork_server
+from tests.forked_python import interpreter
+from tests.paths import ROOT
+
 _NAMES = ("node-a", "node-b")
 _INSIDE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 #: Process ids that hold the namespaces of each machine, for whoever runs inside.
@@ -34,12 +38,12 @@ def with_machines(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command that finds the machines by `HOLDERS`; nothing that it starts outlives it."""
     return subprocess.run(
-        [*_INSIDE, "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, __file__, *command],
+        [*_INSIDE, "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m", __name__, *command],
         env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=Path(__file__).resolve().parents[3],
+        cwd=ROOT,
     )
 
 
@@ -72,10 +76,17 @@ def main() -> int:
     """Makes the machines, runs the command, and takes them down."""
     with tempfile.TemporaryDirectory() as folder:
         holders = _make(Path(folder))
-        here = os.environ | {HOLDERS: " ".join(str(holder.pid) for holder in holders)}
+        # A server of these machines: processes of the session's would be outside of them.
+        os.environ.pop(fork_server.FOLDER, None)
+        fork_server.start_server()
+        here = os.environ | {
+            HOLDERS: " ".join(str(holder.pid) for holder in holders),
+            "PYTHON_EXEC": interpreter(Path(folder)),
+        }
         try:
             return subprocess.run(sys.argv[1:], env=here).returncode
         finally:
+            fork_server.stop_server()
             for holder in holders:
                 holder.send_signal(signal.SIGKILL)
 

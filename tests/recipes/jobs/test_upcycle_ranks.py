@@ -25,7 +25,7 @@ def options(text: str, first: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def straight(workplace: Path, options: dict[str, Any]) -> Path:
     """An uninterrupted run on two ranks."""
-    ended = process(workplace, options | {"run.name": "two"}, ranks=RANKS, command=True)
+    ended = process(workplace, options | {"run.name": "two"}, ranks=RANKS)
     assert ended.code == 0, ended.err
     return workplace / "outputs" / "two"
 
@@ -69,7 +69,7 @@ def test_sigterm_to_torchrun(workplace: Path, options: dict[str, Any], straight:
 
 def test_ctrl_c(workplace: Path, options: dict[str, Any]) -> None:
     stop_at = StopAt("cpt", 3, "SIGINT", "parent")
-    stopped = process(workplace, options | {"run.name": "two-int"}, stop_at, ranks=RANKS, command=True)
+    stopped = process(workplace, options | {"run.name": "two-int"}, stop_at, ranks=RANKS)
     run_dir = workplace / "outputs" / "two-int"
     assert stopped.code != 0
     assert "stopped and saved" in stopped.out

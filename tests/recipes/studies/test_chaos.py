@@ -9,13 +9,15 @@ import pytest
 from recipes.studies.chaos.chaos_settings import ChaosSettings
 from recipes.studies.chaos.experiment import passed, run_chaos
 from recipes.studies.chaos.moments import draw_moments
+from tests.forked_python import interpreter
 from tests.recipes.jobs import job_runs
 from tests.recipes.jobs.job_runs import write_text
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_kills_one_of_them_in_a_save(tmp_path: Path) -> None:
+def test_two_kills_one_of_them_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", interpreter(tmp_path))
     settings = ChaosSettings(
         folder=tmp_path,
         kills=2,
