@@ -7,7 +7,8 @@ NPROC ?= 2
 WORKERS ?= 3
 # Tests that every router, method, dispatcher, back end and config passes.
 CONTRACTS := tests/test_architecture.py tests/moe tests/kernels/test_kernels_contract.py tests/recipes/config
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS)
+# Many tests start processes: what they import is compiled once.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS)
 # The stamp carries the pins: it is remade when they change, and nothing is installed twice.
 STAMP := $(VENV)/.installed
 

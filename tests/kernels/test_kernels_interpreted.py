@@ -1,4 +1,4 @@
-"""Starts the tests of the Triton back end under its interpreter, in processes of their own.
+"""Starts the tests of the Triton back end under its interpreter, in a process of their own.
 
 Whether Triton interprets is decided when the kernels are imported, so it cannot be switched here.
 """
@@ -14,27 +14,21 @@ import pytest
 from tests.paths import ROOT
 from tests.patience import patience
 
+_FILES = ("interpreted", "test_kernels_contract.py", "test_kernels_precision.py")
 # What is left out has a smaller counterpart in `interpreted/`: the interpreter takes a millisecond a step.
-PARTS = {
-    "low rank": (["interpreted/test_triton_low_rank.py"], ""),
-    "others": (["interpreted"], "not test_triton_low_rank"),
-    "shared": (
-        ["test_kernels_contract.py", "test_kernels_precision.py"],
-        "triton and ((test_kernels_contract and not frozen and not several)"
-        " or (twice and not (float16 and biased) and not (low and (bfloat16 or float32))))",
-    ),
-}
+_SHARED = (
+    "triton and ((test_kernels_contract and not frozen and not several)"
+    " or (twice and not (float16 and biased) and not (low and (bfloat16 or float32))))"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", list(PARTS))
-def test_the_triton_path_in_the_interpreter(part: str) -> None:
-    files, which = PARTS[part]
-    where = [f"tests/kernels/{file}" for file in files]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *where]
+def test_the_triton_path_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/kernels/{file}" for file in _FILES]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-k", which],
+        [*command, "-k", f"interpreted or ({_SHARED})"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
