@@ -50,14 +50,14 @@ class Stages(Case):
 
 
 CASES: dict[str, Case] = {
-    "plain": Case(micro=4, eval_every=1),
+    "plain": Case(micro=4),
     "rich": Case(micro=4, optim=RICH, steps=4, engine=_RECOMPUTE),
     "theirs": Case(micro=4, engine=_THEIRS),
     "replicated": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN),
     "replicated_theirs": Case(micro=4, engine=_PLAIN | _THEIRS),
     "dead_experts": Case(router_weights="equal", steps=1),
     "tied": Case(family="qwen2", model={"tie_word_embeddings": True}),
-    "norms": Case(family="qwen3", optim=RICH, steps=2),
+    "norms": Case(family="qwen3", optim=RICH, steps=2, eval_every=1),
     # Blocks that do not divide over stages, a state of the routers, an embedding in the first and last stage,
     # and so many micro-batches that recomputation in one comes after forward passes of the next.
     "deep": Stages(

@@ -38,7 +38,17 @@ def with_machines(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command that finds the machines by `HOLDERS`; nothing that it starts outlives it."""
     return subprocess.run(
-        [*_INSIDE, "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m", __name__, *command],
+        [
+            *_INSIDE,
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            sys.executable,
+            "-m",
+            __name__,
+            *command,
+        ],
         env=os.environ | environment,
         capture_output=True,
         text=True,
