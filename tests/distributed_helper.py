@@ -106,15 +106,17 @@ def _collect(workers: list[_Worker], timeout: float | None) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     waiting: dict[Connection, _Worker] = {worker.connection: worker for worker in workers}
-    computed, since = -1, time.monotonic()
+    computed, looked = -1, time.monotonic()
+    since = looked
     while waiting:
         now = time.monotonic()
         ready = wait(list(waiting), max(0.0, min(deadline - now, _LOOK_SECONDS)))
         if not ready:
-            total = sum(worker.computed() for worker in waiting.values())
+            total, now = sum(worker.computed() for worker in waiting.values()), time.monotonic()
             # A hundredth of the time: threads that only look whether something has come use less.
-            if total - computed > _TICKS * _LOOK_SECONDS / 100:
-                computed, since = total, time.monotonic()
+            if total - computed > _TICKS * (now - looked) / 100:
+                since = now
+            computed, looked = total, now
             if time.monotonic() >= deadline or time.monotonic() - since > patience(_IDLE_SECONDS):
                 break
         for connection in ready:

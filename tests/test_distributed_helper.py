@@ -40,14 +40,15 @@ def test_results_come_back_by_rank() -> None:
     [
         ("raise", "rank one is out of order", None),
         ("die", "exit code 7", None),
-        ("sleep", "not done after 5 s", 5.0),
+        ("sleep", "not done after 0.1 s", 0.1),
         ("sleep", "not done while nothing moves", None),
     ],
 )
 def test_a_rank_that_fails_ends_all_and_is_named(
     how: str, message: str, timeout: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed_helper, "_IDLE_SECONDS", 0.5)
-    monkeypatch.setattr(distributed_helper, "_LOOK_SECONDS", 1.0)
+    if how == "sleep":
+        monkeypatch.setattr(distributed_helper, "_IDLE_SECONDS", 0.1)
+        monkeypatch.setattr(distributed_helper, "_LOOK_SECONDS", 0.2)
     with pytest.raises(RanksFailedError, match=message):
         run_ranks(_one_fails, 2, how, timeout=timeout)

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store
 
+from recipes.runtime.clock import Clock
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.error_file import write_error_file
 from recipes.runtime.hang import Position, describe, verdict
@@ -62,6 +63,7 @@ class Watchdog(Heartbeat):
         *,
         end: Callable[[int], Any] = os._exit,
         backstop_s: float = 20.0,
+        clock: Clock | None = None,
     ) -> None:
         """Prepares to watch; does nothing before `job` is entered.
 
@@ -73,6 +75,7 @@ class Watchdog(Heartbeat):
             end: Ends the process with an exit code.
             backstop_s: Seconds after the limit at which a process ends, with exit code 1, whose interpreter
                 is held by one call, so that no Python thread runs.
+            clock: Measures all other times; by default that of the machine.
         """
         self.rank = rank
         self.world_size = world_size
@@ -82,10 +85,11 @@ class Watchdog(Heartbeat):
         self._store: Store = PrefixStore("graft/watch", store)
         self._end = end
         self._backstop_s = backstop_s
+        self._clock = clock or Clock()
         self._look_s = min(_LONGEST_LOOK_S, self._step_s / _LOOKS, self._phase_s / _LOOKS)
         self._beat = _Beat(0, "the start of the run")
         self._beats = 0
-        self._beat_at = time.monotonic()
+        self._beat_at = self._clock.now()
         self._longest_s = 0.0
         self._waited = 0.0
         self._all_waited = 0.0
@@ -100,7 +104,7 @@ class Watchdog(Heartbeat):
 
     def beat(self, where: str, patience: float = 1.0) -> None:
         """See `Heartbeat.beat`."""
-        now, last = time.monotonic(), self._beat
+        now, last = self._clock.now(), self._beat
         if last.trains and last.patience < ASIDE:
             self._longest_s = max(self._longest_s, now - self._beat_at)
         self._beat_at = now
@@ -149,9 +153,9 @@ class Watchdog(Heartbeat):
 
     def _heartbeat(self) -> None:
         """Watches until the job is over. Time in which this process was stopped does not count."""
-        seen, before = (-1, -1), time.monotonic()
-        while not self._done.wait(self._look_s):
-            now, beat = time.monotonic(), self._beat
+        seen, before = (-1, -1), self._clock.now()
+        while not self._clock.wait(self._done, self._look_s):
+            now, beat = self._clock.now(), self._beat
             passed, before = min(now - before, 2 * self._look_s), now
             moved, seen = (beat.count, self._beats) != seen, (beat.count, self._beats)
             self._waited = 0.0 if moved else self._waited + passed
@@ -238,10 +242,10 @@ class Watchdog(Heartbeat):
     def _wait_for(self, what: str) -> None:
         """Waits a while until all ranks that have not left have set their key."""
         missing = list(range(self.world_size))
-        deadline = time.monotonic() + 3 * self._look_s + 1.0
-        while missing and time.monotonic() < deadline:
+        deadline = self._clock.now() + 3 * self._look_s + 1.0
+        while missing and self._clock.now() < deadline:
             missing = [r for r in missing if not (self._said(what, r) or self._said("left", r))]
-            time.sleep(self._look_s / 4 if missing else 0.0)
+            self._clock.sleep(self._look_s / 4 if missing else 0.0)
 
     def _said(self, what: str, rank: int) -> bool:
         return bool(self._store.check([f"{what}/{rank}"]))

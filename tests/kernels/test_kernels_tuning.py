@@ -17,6 +17,7 @@ from kernels.triton import tuned_blocks
 from kernels.triton.triton_blocks import Blocks, Target, bucket, candidates, row_blocks, weight_blocks
 from kernels.triton.tuned_blocks import Identity, TunedBlocksError, add, kernels_hash, read
 from kernels.tune import Case, Layer, cases, choose, main, tune
+from tests.patience import patience
 
 HERE = Identity("NVIDIA H100 80GB HBM3", 90, "3.7.1", "5" * 64)
 TARGET = Target(90, torch.bfloat16)
@@ -175,7 +176,7 @@ def test_several_processes_lose_nothing(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(patience(60))
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert len(read(path, HERE)["bf16"]) == 24
 

@@ -5,19 +5,24 @@ Memory that libraries take on first use is excluded: everything first runs once 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from moe.dispatch.local import LocalDispatcher
 from moe.routers.topk import TopKConfig, TopKRouter
@@ -35,6 +40,8 @@ from recipes.upcycling.sharded.sharded_models import moe_model
 
 _TOKENS = 64
 _CLEAR = Path("/proc/self/clear_refs")
+_TASKS = Path("/proc/self/task")
+_LOOK_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,7 @@ def _check_peak(engine: Engine[Any], dense: Path, config: Any) -> int:
     tokens_BS = torch.arange(_TOKENS)[None] % plan.names.config.vocab_size
     # Memory must be freed by reference counts alone, not by chance.
     gc.disable()
+    hook = register_module_forward_pre_hook(_settle)
     try:
         _, weights = measure_shards(engine, plan, tokens_BS)
         if not engine.trains_as_sharded:
@@ -201,7 +209,29 @@ def _check_peak(engine: Engine[Any], dense: Path, config: Any) -> int:
             engine.prepare(moe_model(plan, weights=weights), OptimConfig())
         return meter.peak()
     finally:
+        hook.remove()
         gc.enable()
+
+
+def _settle(module: nn.Module, args: Any) -> None:
+    """Waits before a layer is gathered until no other thread of this process runs.
+
+    A thread of gloo lets go of the buffer of the last layer after that has been waited for: on a busy machine
+    so much later that the next buffer is there as well.
+    """
+    if isinstance(module, FSDPModule):
+        while _others_run():
+            time.sleep(_LOOK_S)
+
+
+def _others_run() -> bool:
+    own = str(threading.get_native_id())
+    for thread in _TASKS.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            state = (thread / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+            if thread.name != own and state == "R":
+                return True
+    return False
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

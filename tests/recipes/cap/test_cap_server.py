@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,45 @@ import pytest
 
 from moe.errors import ModelError
 from recipes.cap.server import Reply, Server, ask, ask_together, together
+from recipes.cap.server import _take as take_line
 from tests.conftest import MakeCheckpoint
 from tests.patience import patience
 from tests.recipes.cap.cap_systems import MIXTURES
 from tests.recipes.jobs.job_runs import write_text
 from tools.cap import main
 
-STEP = 0.01
+STEP = 2.0**-6  # exact in floats
+
+
+class Turns:
+    """Time of server and clients: each token takes `STEP`, and the next is written when it has been read."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._turn, self._read = threading.Lock(), threading.Event()
+
+    def perf_counter(self) -> float:
+        """Stands in for that of `time`."""
+        return self._now
+
+    def token(self, write: Callable[[], None]) -> None:
+        """Writes a token."""
+        with self._turn:
+            self._now += STEP
+            self._read.clear()
+            write()
+            assert self._read.wait(patience(30)), "nobody has read the token"
+
+    def take(self, reply: Reply, line: bytes, now: float) -> None:
+        """Stands in for the function of the client that takes a line."""
+        before = len(reply.arrived)
+        take_line(reply, line, now)
+        if len(reply.arrived) > before:
+            self._read.set()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Writes a token every `STEP` seconds, as the server's fields say."""
+    """Writes tokens as the server's fields say."""
 
     protocol_version = "HTTP/1.1"
 
@@ -49,8 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             server.barrier.wait(timeout=patience(30))
         with server.slots:
             for number in range(body["max_tokens"] // server.together):
-                time.sleep(STEP)
-                self._send({"choices": [{"index": 0, "text": f"t{number}"}], "usage": None})
+                event = {"choices": [{"index": 0, "text": f"t{number}"}], "usage": None}
+                server.turns.token(partial(self._send, event))
         written = body["max_tokens"] - server.short
         if server.counts:
             usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": written}
@@ -64,13 +92,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def fake() -> Iterator[Any]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A server whose behaviour a test sets."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.lock, server.slots, server.barrier = threading.Lock(), threading.Semaphore(64), None
     server.asked, server.failing, server.short, server.counts, server.together = [], 0, 0, True, 1
+    server.turns = Turns()
+    monkeypatch.setattr("recipes.cap.server.time", server.turns)
+    monkeypatch.setattr("recipes.cap.server._take", server.turns.take)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -81,7 +112,7 @@ def fake() -> Iterator[Any]:
 def test_a_request_is_timed_piece_by_piece(fake: Any) -> None:
     reply = ask(Server(f"{fake.url}/v1/", "m", key="secret"), [1, 2, 3], 4)
     assert reply.error is None and (reply.prompt_tokens, reply.tokens, len(reply.arrived)) == (3, 4, 4)
-    assert reply.first >= STEP and reply.each > 0
+    assert (reply.first, reply.each) == pytest.approx((STEP, STEP))
     ((path, body, key),) = fake.asked
     assert (path, key) == ("/v1/completions", "Bearer secret")
     assert body["prompt"] == [1, 2, 3] and body["ignore_eos"] and body["stream_options"]["include_usage"]
@@ -92,7 +123,8 @@ def test_pieces_of_several_tokens_are_counted_by_the_server(fake: Any) -> None:
     fake.together = 2
     reply = ask(Server(fake.url, "m"), [1], 6)
     assert len(reply.arrived) == 3 and reply.tokens == 6
-    assert reply.each == (reply.arrived[-1] - reply.arrived[0]) / 5
+    # Two of the three pieces come after the first, and five of the six tokens.
+    assert reply.each == pytest.approx(2 * STEP / 5)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +171,13 @@ def report(folder: Path, fake: Any, out: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few requests overlap here, utilisations are computed."""
+def however_few_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has utilisations computed for however few requests that decode at once."""
     monkeypatch.setattr("recipes.cap.served._TOGETHER", 0.0)
 
 
 def test_a_report(
-    make_checkpoint: MakeCheckpoint, fake: Any, tmp_path: Path, capsys: Any, on_a_busy_machine: None
+    make_checkpoint: MakeCheckpoint, fake: Any, tmp_path: Path, capsys: Any, however_few_overlap: None
 ) -> None:
     folder = make_checkpoint("mixtral", **MIXTURES["mixtral"])
     name = "NVIDIA H100 80GB HBM3"
@@ -158,8 +190,8 @@ def test_a_report(
     for point, size in zip(system["points"], (1, 3), strict=True):
         assert point["requests"] == {"attempted": 3 * size, "failed": 0}
         assert 0 < point["reached_batch_size"] <= size + 1e-9
-        assert point["tpot_s"]["mean"] > 0 and point["ttft_s"]["mean"] >= STEP
-        assert 0 < point["tokens_per_s"] < size / STEP
+        assert point["tpot_s"]["mean"] >= STEP and point["ttft_s"]["mean"] >= STEP
+        assert point["tokens_per_s"] == pytest.approx(1 / STEP)
         decode = point["decode"]
         # never called a trace: 6 (1 - (1 - 2/6)^B) experts of a layer
         assert decode["distinct"]["source"] == "estimated-uniform-upper-bound"
@@ -184,6 +216,8 @@ def test_a_server_with_fewer_slots_has_no_utilisation(
     ]
     alone, three = system["points"]
     assert alone["decode"]["s_mbu"] > 0
+    # Each decodes for three steps, one after the other: 9 steps of requests in 11.
+    assert three["reached_batch_size"] == pytest.approx(9 / 11)
     assert (
         three["decode"]["s_mbu"] is None
         and "of 3 requests decoded at once" in (three["decode"]["utilisation_reason"])
@@ -192,7 +226,7 @@ def test_a_server_with_fewer_slots_has_no_utilisation(
 
 
 def test_failed_requests_are_counted_and_void_the_point(
-    make_checkpoint: MakeCheckpoint, fake: Any, tmp_path: Path, on_a_busy_machine: None
+    make_checkpoint: MakeCheckpoint, fake: Any, tmp_path: Path, however_few_overlap: None
 ) -> None:
     fake.failing = 1
     folder = make_checkpoint("mixtral", **MIXTURES["mixtral"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -33,26 +34,26 @@ def facts() -> Facts:
     )
 
 
-def meet(everyone: Sequence[Facts | None], patience_s: float = 30.0) -> list[str | None]:
-    """What each rank raises; None of `everyone` is a rank that does not come."""
+def meet(everyone: Sequence[Facts | None], patience_s: float | None = None) -> list[str | None]:
+    """What each rank raises; None of `everyone` is a rank that does not come. Rank 0 comes last."""
+    limit_s = patience(60) if patience_s is None else patience_s
     store = HashStore()
     found: list[str | None] = [None] * len(everyone)
 
     def come(rank: int, facts: Facts) -> None:
         try:
-            require_agreement(store, rank, len(everyone), facts, patience_s=patience_s)
+            require_agreement(store, rank, len(everyone), facts, patience_s=limit_s)
         except DisagreementError as error:
             found[rank] = str(error)
 
-    threads = [
-        threading.Thread(target=come, args=(rank, facts))
-        for rank, facts in enumerate(everyone)
-        if facts is not None
-    ]
-    for thread in threads:
+    coming = {rank: facts for rank, facts in enumerate(everyone) if facts is not None}
+    threads = [threading.Thread(target=come, args=one, daemon=True) for one in coming.items()]
+    for thread in threads[1:]:
         thread.start()
+    store.wait([f"hash/{rank}" for rank in coming if rank], timedelta(seconds=patience(60)))
+    threads[0].start()
     for thread in threads:
-        thread.join(60)
+        thread.join(patience(60))
         assert not thread.is_alive()
     return found
 
@@ -88,9 +89,9 @@ def test_other_packages_and_another_source_are_named(facts: Facts) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(facts: Facts) -> None:
-    found = meet([facts, None, facts, None], patience_s=0.3)
+    found = meet([facts, None, facts, None], patience_s=0.05)
     assert found[0] == found[2]
-    assert found[0] is not None and "ranks='1, 3': they have not come within 0.3 s" in found[0]
+    assert found[0] is not None and "ranks='1, 3': they have not come within 0.05 s" in found[0]
 
 
 def test_a_cache_of_the_machine_may_differ() -> None:

@@ -12,7 +12,7 @@ from recipes.runtime.watchdog import HUNG
 from tests.fork_server import Forked
 from tests.patience import patience
 from tests.recipes.runtime import hanging_ranks
-from tests.recipes.runtime.hanging_ranks import HANGING_RANK, LIMIT_S, RANKS
+from tests.recipes.runtime.hanging_ranks import ALONE, HANGING_RANK, LIMIT_S, RANKS
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +68,9 @@ def test_a_rank_that_does_not_answer_is_named(case: str, place: Path) -> None:
 
 
 def test_a_process_whose_interpreter_is_held_ends_by_itself(place: Path) -> None:
-    assert codes(place, "holds")[HANGING_RANK] == 1
-    said = told(place, "holds")[HANGING_RANK]
-    assert "Timeout" in said and "in hang_here" in said
+    assert codes(place, ALONE) == {0: 1}
+    said = (place / ALONE / "stderr-0").read_text()
+    assert "Timeout" in said and "in hold_alone" in said
 
 
 def test_ranks_in_different_collectives_are_all_shown(place: Path) -> None:

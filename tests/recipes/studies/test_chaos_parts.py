@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def test_what_is_seen_of_a_run(tmp_path: Path) -> None:
             (tmp_path / "checkpoints" / name / "manifest.json").write_text("{}")
     (tmp_path / "checkpoints" / ".tmp-deleted-step-00000001").mkdir()
     assert watch.newest_checkpoint() == 3
-    now = time.time()
+    now = 1e9
     os.utime(tmp_path / "checkpoints" / ".tmp-step-00000009", (now, now))
     assert watch.saving(now - 1) == ".tmp-step-00000009"
     assert watch.saving(now + 1) is None  # left by a process that is gone

@@ -22,6 +22,12 @@ from tests.recipes.studies.invented_runs import LENGTHS, finish_all, grid
 from tools.upcycle_vs_cpt import main, split_options
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the end of a run noticed at once."""
+    monkeypatch.setattr("recipes.studies.sweep._POLL_S", 0.01)
+
+
 def test_seed_by_seed(tmp_path: Path) -> None:
     trials = plan_trials(tmp_path, LENGTHS, 2)
     assert [trial.folder.name for trial in trials] == [
@@ -173,7 +179,7 @@ def test_an_interrupt_asks_the_runs_to_save(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         trial.folder.mkdir(parents=True)
         (trial.folder / "metrics.jsonl").touch()
-        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        started.append(subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]))
         return started[-1]
 
     with pytest.raises(KeyboardInterrupt):

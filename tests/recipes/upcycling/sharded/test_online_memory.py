@@ -27,11 +27,6 @@ _MIB = 2**20
 def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None:
     tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
     found = measure_layout(dense, tiny, Layout(ranks=2))
-    for _ in range(2):
-        # Threads of gloo that wait for a core let go of a layer later: what counts is the lowest peak.
-        if all(rank.making <= rank.shard + rank.layer for rank in found):
-            break
-        found = measure_layout(dense, tiny, Layout(ranks=2))
     assert sum(rank.shard for rank in found) == pytest.approx(found[0].moe, rel=0.01)
     for rank in found:
         # So large that holding it whole, or the dense model besides, could not be missed.
