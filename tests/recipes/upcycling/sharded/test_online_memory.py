@@ -16,14 +16,22 @@ from recipes.studies.benchmarks.shard_memory import (
     write_dense,
 )
 from recipes.studies.benchmarks.shard_rank import PeakMeter
+from tests.forked_python import interpreter
 from tools.bench_sharded import _line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by Linux alone")
 _MIB = 2**20
 
 
+@pytest.fixture
+def forked_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks import nothing: what they hold is measured from where they begin."""
+    monkeypatch.setattr(sys, "executable", interpreter(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None:
     tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
     found = measure_layout(dense, tiny, Layout(ranks=2))
@@ -43,6 +51,7 @@ def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     "layout",
     [
