@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from moe.errors import ConfigError
-from moe.upcycle import UpcycleMethod
+from moe.upcycle import UpcycleMethod, upcycle_method
 from moe.upcycle.equivalence import TOLERANCES
 from recipes.config.sections.export_config import ExportConfig
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.chat_template import carry_template
 from recipes.jobs.stage_run import Built, StageParts, StageRun
-from recipes.jobs.top_k_schedules import model_schedule, schedule_of, summarise_phases
+from recipes.jobs.top_k_schedules import schedule_of, summarise_phases
 from recipes.models.export import choose_exporter
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export, verify_export
@@ -29,20 +29,18 @@ from recipes.models.hf.attention_blocks import (
 )
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.drift import describe_surgery, summarise_surgery
-from recipes.models.hf.ffn_surgery import swap, upcycle
-from recipes.models.hf.hf_model import HFModel, load_model
+from recipes.models.hf.hf_model import load_model
 from recipes.models.lora_model import add_low_rank, require_rank
 from recipes.tracking.results import stage_label
 from recipes.training.model_costs import measure_costs
 from recipes.training.stage import Stage, StageResult
 from recipes.training.validation import validation_loss
 from recipes.upcycling.calibration.gather import Calibration, LayerTensors, kept_statistics
-from recipes.upcycling.convert.moe_plan import MoEPlan, MoERequest, plan_moe
+from recipes.upcycling.convert.moe_plan import MoEPlan, plan_moe, request_of
 from recipes.upcycling.optim_start import start_optimizer
 from recipes.upcycling.prompts.prompt_rows import with_prompt_rows
-from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import moe_model
-from recipes.upcycling.surgery import make_surgery
+from recipes.upcycling.sharded.sharded_check import measure_shards, measure_whole
+from recipes.upcycling.sharded.sharded_models import materialize, moe_model
 
 # Real tokens of the equivalence checks at step 0 and after export.
 _CHECK_SAMPLES = 8
@@ -62,63 +60,51 @@ def build_moe(run: StageRun, source: Path | None, statistics_of: Path | None = N
         None when the run was asked to stop meanwhile.
     """
     run.fit_attention()
-    method = make_surgery(run.config).method
+    method = upcycle_method(run.config.upcycle)
     statistics = _statistics(run, method, statistics_of or source)
     if statistics is None:
         return None
-    if run.config.attention is None:
-        return _with_factors(run, _build_shards(run, source, statistics), source)
-    if method.aligns_outputs:
-        rule = f"it is measured on models in parts, and {_WHOLE}"
-        raise ConfigError.one("upcycle.align_outputs", True, rule, "Set attention=none.")
-    run.log(f"{run.name}: every rank makes the whole MoE model at first: {_WHOLE}")
-    return _with_factors(run, _build_whole(run, source, statistics), source)
+    return _with_factors(run, _build(run, source, statistics), source)
 
 
-def _build_shards(run: StageRun, source: Path | None, statistics: LayerTensors) -> Built:
-    """Builds on each rank the part that it holds; nothing is ever whole."""
+def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Built:
+    """Builds on each rank the part that it holds, or the whole model if its attention becomes experts."""
+    config, attention = run.config, run.config.attention
     plan = _plan(run, source, statistics)
-    require_rank(plan.spec, run.config.experts.lora)
-    backend, schedule = run.config.experts.backend, schedule_of(run.config, list(plan.plans))
-    model, state = moe_model(plan, backend), {}
-    model.schedule = schedule
-    if source is None:
-        run.beat("the equivalence check at step 0")
+    require_rank(plan.spec, config.experts.lora)
+    backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
+    if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
-        report, model.weights = measure_shards(run.engine, plan, _check_tokens(run), backend, schedule)
-        run.log(describe_surgery(report))
-        state = {"exactness": summarise_surgery(report)}
+        model = moe_model(plan, backend)
+        if attention is not None:
+            swap_attention(materialize(model), attention, config.seed, verify=False)
+        model.schedule = schedule
+        return Built(model, {})
+    run.beat("the equivalence check at step 0")
+    tokens_BS = _check_tokens(run)
+    if attention is None:
+        report, weights = measure_shards(run.engine, plan, tokens_BS, backend, schedule)
+        model = moe_model(plan, backend, weights)
+        model.schedule = schedule
+    else:
+        run.log(f"{run.name}: every rank makes the whole MoE model at first: {_WHOLE}")
+        report, model = measure_whole(plan, tokens_BS, backend, schedule)
+    run.log(describe_surgery(report))
+    state = {"exactness": summarise_surgery(report)}
+    if attention is not None:
+        cut = upcycle_attention(model, attention, config.seed, tokens_BS)
+        run.log(describe_attention(cut))
+        state["attention"] = summarise_attention(cut)
     return Built(model, state)
 
 
 def _plan(run: StageRun, source: Path | None, statistics: LayerTensors) -> MoEPlan:
-    config, folder, trust = run.config, run.inputs.folder, run.config.trust_remote_code
-    request = MoERequest(folder, config.upcycle, config.router, config.seed, trust)
-    branches = make_surgery(config).method.sources if source is None else ()
+    config, folder = run.config, run.inputs.folder
+    branches = upcycle_method(config.upcycle).sources if source is None else ()
     # The preflight has no default model to compare them with.
-    if mistakes := check_sources(branches, str(folder), trust_remote_code=trust):
+    if mistakes := check_sources(branches, str(folder), trust_remote_code=config.trust_remote_code):
         raise ConfigError(mistakes)
-    return plan_moe(request, statistics, reads=source is None)
-
-
-def _build_whole(run: StageRun, source: Path | None, statistics: LayerTensors) -> Built:
-    """Builds the whole model on every rank."""
-    config, attention, surgery = run.config, run.config.attention, make_surgery(run.config)
-    assert attention is not None, "a model is only whole for the experts of its attention"
-    model = _load(run, run.inputs.folder)
-    model.schedule = model_schedule(config, model, surgery.method)
-    if source is not None:
-        # The weights come from the checkpoint: exactness was measured when the run began.
-        swap(model, surgery, [model] * len(surgery.method.sources), statistics)
-        swap_attention(model, attention, config.seed)
-        return Built(model, {})
-    run.beat("the equivalence check at step 0")
-    sources = [_load(run, Path(folder).expanduser()) for folder in surgery.method.sources]
-    report = upcycle(model, surgery, _check_tokens(run), sources, statistics)
-    run.log(describe_surgery(report))
-    cut = upcycle_attention(model, attention, config.seed, _check_tokens(run))
-    run.log(describe_attention(cut))
-    return Built(model, {"exactness": summarise_surgery(report), "attention": summarise_attention(cut)})
+    return plan_moe(request_of(config, folder), statistics, reads=source is None)
 
 
 def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
@@ -141,11 +127,6 @@ def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
     return replace(built, begin=begin)
 
 
-def _load(run: StageRun, folder: Path) -> HFModel:
-    """Loads a whole dense model."""
-    return load_model(folder, trust_remote_code=run.config.trust_remote_code)
-
-
 def _statistics(run: StageRun, method: UpcycleMethod[Any], source: Path | None) -> LayerTensors | None:
     """Returns the statistics and router rows that the method needs; None when asked to stop meanwhile."""
     inputs = run.inputs
@@ -155,7 +136,7 @@ def _statistics(run: StageRun, method: UpcycleMethod[Any], source: Path | None) 
         return {}
     run.beat("calibration")
     run.log(f"{run.name}: every rank loads the whole dense model, to look at text with it")
-    model = _load(run, inputs.folder)
+    model = load_model(inputs.folder, trust_remote_code=run.config.trust_remote_code)
     found: LayerTensors | None = {}
     if method.statistics:
         found = Calibration(
