@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, DiskError, ExactnessError, GraftError, ModelError
+from moe.routing.top_k_schedule import TopKSchedule
 from moe.upcycle import UpcycleMethod, upcycle_method
-from moe.upcycle.equivalence import TOLERANCES
 from recipes.config.sections.export_config import ExportConfig
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.chat_template import carry_template
+from recipes.jobs.export_reference import reference_logits
 from recipes.jobs.stage_run import Built, StageParts, StageRun
 from recipes.jobs.top_k_schedules import schedule_of, summarise_phases
 from recipes.models.export import choose_exporter
@@ -28,8 +31,9 @@ from recipes.models.hf.attention_blocks import (
     upcycle_attention,
 )
 from recipes.models.hf.branches import check_sources
+from recipes.models.hf.deferred_init import CheckpointWeights
 from recipes.models.hf.drift import describe_surgery, summarise_surgery
-from recipes.models.hf.hf_model import load_model
+from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.lora_model import add_low_rank, require_rank
 from recipes.tracking.results import stage_label
 from recipes.training.model_costs import measure_costs
@@ -75,11 +79,7 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
     backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
     if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
-        model = moe_model(plan, backend)
-        if attention is not None:
-            swap_attention(materialize(model), attention, config.seed, verify=False)
-        model.schedule = schedule
-        return Built(model, {})
+        return Built(_blank(run, plan, schedule), {}, blank=partial(_blank, run, plan, schedule))
     run.beat("the equivalence check at step 0")
     tokens_BS = _check_tokens(run)
     if attention is None:
@@ -95,7 +95,16 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
         cut = upcycle_attention(model, attention, config.seed, tokens_BS)
         run.log(describe_attention(cut))
         state["attention"] = summarise_attention(cut)
-    return Built(model, state)
+    return Built(model, state, blank=partial(_blank, run, plan, schedule))
+
+
+def _blank(run: StageRun, plan: MoEPlan, schedule: TopKSchedule | None) -> HFModel:
+    """Returns a model of the same shapes, whose weights are none yet."""
+    model = moe_model(plan, run.config.experts.backend, CheckpointWeights())
+    if run.config.attention is not None:
+        swap_attention(materialize(model), run.config.attention, run.config.seed, verify=False)
+    model.schedule = schedule
+    return model
 
 
 def _plan(run: StageRun, source: Path | None, statistics: LayerTensors) -> MoEPlan:
@@ -184,6 +193,21 @@ def _put_dense(run: StageRun) -> None:
 
 
 def _export(run: StageRun, stage: Stage) -> None:
+    """Exports the model, and keeps the error of an export that fails for the end of the run."""
+    try:
+        _write_and_check(run, stage)
+    except (ExactnessError, ModelError, DiskError) as error:
+        run.failure = error
+        run.results.put("export", {"failed": str(error)})
+        run.log(f"export: FAILED, {error}. The run goes on with the rest of its results")
+
+
+def _raise(error: GraftError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _write_and_check(run: StageRun, stage: Stage) -> None:
     console, folder, model = run.inputs.console, run.inputs.run_dir.export, stage.train_module.skeleton
     config, heartbeat = run.config.section(ExportConfig), console.heartbeat
     exporter, unsupported_reasons = choose_exporter(describe_model(model))
@@ -192,21 +216,27 @@ def _export(run: StageRun, stage: Stage) -> None:
     if not exporter.is_native:
         run.log(f"export: in Graft's own format, since {'; '.join(unsupported_reasons)}")
     run.beat("the export")
-    tensors = stage.train_module.full_tensors()
-    export(model, exporter, tensors, folder, dtype, writes=console.is_rank0, heartbeat=heartbeat)
+    tensors, failed = stage.train_module.full_tensors(), None
+    try:
+        export(model, exporter, tensors, folder, dtype, writes=console.is_rank0, heartbeat=heartbeat)
+    except GraftError as error:
+        # The other ranks gather to the end.
+        collections.deque(tensors, maxlen=0)
+        failed = error
+    console.on_rank_zero(partial(_raise, failed))
     run.beat("checking the export")
     tokens = _check_tokens(run)
-    logits = stage.train_module.logits(tokens)
-    loosest = max((dtype, run.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
+    assert run.blank is not None, "the model was built"
+    logits, cost = reference_logits(run.engine, run.blank(), stage.train_module, exporter, dtype, tokens)
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     memory = config.memory_gib * 2**30
-    report = console.on_rank_zero(
-        lambda: verify_export(exporter, folder, tokens, logits, loosest, memory, heartbeat)
-    )
+    report = console.on_rank_zero(lambda: verify_export(exporter, folder, tokens, logits, memory, heartbeat))
     run.log(
         f"export: {report.format} in {report.path}; reloaded, its logits differ by "
         f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
     )
+    if cost is not None:
+        run.log(f"export: {cost.words()}")
     run.results.put(
         "export",
         {
@@ -217,6 +247,7 @@ def _export(run: StageRun, stage: Stage) -> None:
             "max_diff": report.logits.max_diff,
             "kl": report.logits.kl,
             "argmax_agreement": report.logits.argmax_agreement,
+            "rounding": None if cost is None else cost.row(),
             "sample": report.sample,
         },
     )
