@@ -156,7 +156,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
-    from moe.upcycle import upcycle_methods
+    from moe.upcycle import upcycle_method
     from recipes.data.sources import check_paths
     from recipes.jobs.preflight import check_folder, check_router
     from recipes.models.export import exporters
@@ -174,7 +174,7 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
             )
     elif arguments.compare is None:
         mistakes.append(Mistake("--out", None, "it names the folder of the MoE", "Give it, or --compare."))
-    if upcycle_methods()[config.upcycle.name](config.upcycle).aligns_outputs:
+    if upcycle_method(config.upcycle).aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
         mistakes.append(Mistake("upcycle.align_outputs", True, "a converter sees no outputs", remedy))
     if config.attention is not None:

@@ -8,9 +8,14 @@ from moe.experts.weights import ExpertBank, FFNWeights
 from moe.registry import discover
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 
-__all__ = ["ExpertBank", "FFNWeights", "UpcycleConfig", "UpcycleMethod", "upcycle_methods"]
+__all__ = ["ExpertBank", "FFNWeights", "UpcycleConfig", "UpcycleMethod", "upcycle_method", "upcycle_methods"]
 
 
 def upcycle_methods() -> dict[str, type[UpcycleMethod[Any]]]:
     """Returns every upcycling method by its name."""
     return discover(__name__, UpcycleMethod)
+
+
+def upcycle_method(config: UpcycleConfig) -> UpcycleMethod[Any]:
+    """Returns the method that a config names."""
+    return upcycle_methods()[config.name](config)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import ConfigError
-from moe.upcycle import UpcycleMethod
-from moe.upcycle.equivalence import TOLERANCES
+from moe.errors import ConfigError, DiskError, ExactnessError, GraftError, ModelError
+from moe.routing.top_k_schedule import TopKSchedule
+from moe.upcycle import UpcycleMethod, upcycle_method
 from recipes.config.sections.export_config import ExportConfig
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.chat_template import carry_template
+from recipes.jobs.export_reference import reference_logits
 from recipes.jobs.stage_run import Built, StageParts, StageRun
-from recipes.jobs.top_k_schedules import model_schedule, schedule_of, summarise_phases
+from recipes.jobs.top_k_schedules import schedule_of, summarise_phases
 from recipes.models.export import choose_exporter
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export, verify_export
@@ -28,8 +31,8 @@ from recipes.models.hf.attention_blocks import (
     upcycle_attention,
 )
 from recipes.models.hf.branches import check_sources
+from recipes.models.hf.deferred_init import CheckpointWeights
 from recipes.models.hf.drift import describe_surgery, summarise_surgery
-from recipes.models.hf.ffn_surgery import swap, upcycle
 from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.lora_model import add_low_rank, require_rank
 from recipes.tracking.results import stage_label
@@ -37,12 +40,11 @@ from recipes.training.model_costs import measure_costs
 from recipes.training.stage import Stage, StageResult
 from recipes.training.validation import validation_loss
 from recipes.upcycling.calibration.gather import Calibration, LayerTensors, kept_statistics
-from recipes.upcycling.convert.moe_plan import MoEPlan, MoERequest, plan_moe
+from recipes.upcycling.convert.moe_plan import MoEPlan, plan_moe, request_of
 from recipes.upcycling.optim_start import start_optimizer
 from recipes.upcycling.prompts.prompt_rows import with_prompt_rows
-from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import moe_model
-from recipes.upcycling.surgery import make_surgery
+from recipes.upcycling.sharded.sharded_check import measure_shards, measure_whole
+from recipes.upcycling.sharded.sharded_models import materialize, moe_model
 
 # Real tokens of the equivalence checks at step 0 and after export.
 _CHECK_SAMPLES = 8
@@ -62,63 +64,56 @@ def build_moe(run: StageRun, source: Path | None, statistics_of: Path | None = N
         None when the run was asked to stop meanwhile.
     """
     run.fit_attention()
-    method = make_surgery(run.config).method
+    method = upcycle_method(run.config.upcycle)
     statistics = _statistics(run, method, statistics_of or source)
     if statistics is None:
         return None
-    if run.config.attention is None:
-        return _with_factors(run, _build_shards(run, source, statistics), source)
-    if method.aligns_outputs:
-        rule = f"it is measured on models in parts, and {_WHOLE}"
-        raise ConfigError.one("upcycle.align_outputs", True, rule, "Set attention=none.")
-    run.log(f"{run.name}: every rank makes the whole MoE model at first: {_WHOLE}")
-    return _with_factors(run, _build_whole(run, source, statistics), source)
+    return _with_factors(run, _build(run, source, statistics), source)
 
 
-def _build_shards(run: StageRun, source: Path | None, statistics: LayerTensors) -> Built:
-    """Builds on each rank the part that it holds; nothing is ever whole."""
+def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Built:
+    """Builds on each rank the part that it holds, or the whole model if its attention becomes experts."""
+    config, attention = run.config, run.config.attention
     plan = _plan(run, source, statistics)
-    require_rank(plan.spec, run.config.experts.lora)
-    backend, schedule = run.config.experts.backend, schedule_of(run.config, list(plan.plans))
-    model, state = moe_model(plan, backend), {}
-    model.schedule = schedule
-    if source is None:
-        run.beat("the equivalence check at step 0")
+    require_rank(plan.spec, config.experts.lora)
+    backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
+    if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
-        report, model.weights = measure_shards(run.engine, plan, _check_tokens(run), backend, schedule)
-        run.log(describe_surgery(report))
-        state = {"exactness": summarise_surgery(report)}
-    return Built(model, state)
+        return Built(_blank(run, plan, schedule), {}, blank=partial(_blank, run, plan, schedule))
+    run.beat("the equivalence check at step 0")
+    tokens_BS = _check_tokens(run)
+    if attention is None:
+        report, weights = measure_shards(run.engine, plan, tokens_BS, backend, schedule)
+        model = moe_model(plan, backend, weights)
+        model.schedule = schedule
+    else:
+        run.log(f"{run.name}: every rank makes the whole MoE model at first: {_WHOLE}")
+        report, model = measure_whole(plan, tokens_BS, backend, schedule)
+    run.log(describe_surgery(report))
+    state = {"exactness": summarise_surgery(report)}
+    if attention is not None:
+        cut = upcycle_attention(model, attention, config.seed, tokens_BS)
+        run.log(describe_attention(cut))
+        state["attention"] = summarise_attention(cut)
+    return Built(model, state, blank=partial(_blank, run, plan, schedule))
+
+
+def _blank(run: StageRun, plan: MoEPlan, schedule: TopKSchedule | None) -> HFModel:
+    """Returns a model of the same shapes, whose weights are none yet."""
+    model = moe_model(plan, run.config.experts.backend, CheckpointWeights())
+    if run.config.attention is not None:
+        swap_attention(materialize(model), run.config.attention, run.config.seed, verify=False)
+    model.schedule = schedule
+    return model
 
 
 def _plan(run: StageRun, source: Path | None, statistics: LayerTensors) -> MoEPlan:
-    config, folder, trust = run.config, run.inputs.folder, run.config.trust_remote_code
-    request = MoERequest(folder, config.upcycle, config.router, config.seed, trust)
-    branches = make_surgery(config).method.sources if source is None else ()
+    config, folder = run.config, run.inputs.folder
+    branches = upcycle_method(config.upcycle).sources if source is None else ()
     # The preflight has no default model to compare them with.
-    if mistakes := check_sources(branches, str(folder), trust_remote_code=trust):
+    if mistakes := check_sources(branches, str(folder), trust_remote_code=config.trust_remote_code):
         raise ConfigError(mistakes)
-    return plan_moe(request, statistics, reads=source is None)
-
-
-def _build_whole(run: StageRun, source: Path | None, statistics: LayerTensors) -> Built:
-    """Builds the whole model on every rank."""
-    config, attention, surgery = run.config, run.config.attention, make_surgery(run.config)
-    assert attention is not None, "a model is only whole for the experts of its attention"
-    model = _load(run, run.inputs.folder)
-    model.schedule = model_schedule(config, model, surgery.method)
-    if source is not None:
-        # The weights come from the checkpoint: exactness was measured when the run began.
-        swap(model, surgery, [model] * len(surgery.method.sources), statistics)
-        swap_attention(model, attention, config.seed)
-        return Built(model, {})
-    run.beat("the equivalence check at step 0")
-    sources = [_load(run, Path(folder).expanduser()) for folder in surgery.method.sources]
-    report = upcycle(model, surgery, _check_tokens(run), sources, statistics)
-    run.log(describe_surgery(report))
-    cut = upcycle_attention(model, attention, config.seed, _check_tokens(run))
-    run.log(describe_attention(cut))
-    return Built(model, {"exactness": summarise_surgery(report), "attention": summarise_attention(cut)})
+    return plan_moe(request_of(config, folder), statistics, reads=source is None)
 
 
 def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
@@ -141,11 +136,6 @@ def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
     return replace(built, begin=begin)
 
 
-def _load(run: StageRun, folder: Path) -> HFModel:
-    """Loads a whole dense model."""
-    return load_model(folder, trust_remote_code=run.config.trust_remote_code)
-
-
 def _statistics(run: StageRun, method: UpcycleMethod[Any], source: Path | None) -> LayerTensors | None:
     """Returns the statistics and router rows that the method needs; None when asked to stop meanwhile."""
     inputs = run.inputs
@@ -155,7 +145,7 @@ def _statistics(run: StageRun, method: UpcycleMethod[Any], source: Path | None) 
         return {}
     run.beat("calibration")
     run.log(f"{run.name}: every rank loads the whole dense model, to look at text with it")
-    model = _load(run, inputs.folder)
+    model = load_model(inputs.folder, trust_remote_code=run.config.trust_remote_code)
     found: LayerTensors | None = {}
     if method.statistics:
         found = Calibration(
@@ -203,6 +193,21 @@ def _put_dense(run: StageRun) -> None:
 
 
 def _export(run: StageRun, stage: Stage) -> None:
+    """Exports the model, and keeps the error of an export that fails for the end of the run."""
+    try:
+        _write_and_check(run, stage)
+    except (ExactnessError, ModelError, DiskError) as error:
+        run.failure = error
+        run.results.put("export", {"failed": str(error)})
+        run.log(f"export: FAILED, {error}. The run goes on with the rest of its results")
+
+
+def _raise(error: GraftError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _write_and_check(run: StageRun, stage: Stage) -> None:
     console, folder, model = run.inputs.console, run.inputs.run_dir.export, stage.train_module.skeleton
     config, heartbeat = run.config.section(ExportConfig), console.heartbeat
     exporter, unsupported_reasons = choose_exporter(describe_model(model))
@@ -211,21 +216,27 @@ def _export(run: StageRun, stage: Stage) -> None:
     if not exporter.is_native:
         run.log(f"export: in Graft's own format, since {'; '.join(unsupported_reasons)}")
     run.beat("the export")
-    tensors = stage.train_module.full_tensors()
-    export(model, exporter, tensors, folder, dtype, writes=console.is_rank0, heartbeat=heartbeat)
+    tensors, failed = stage.train_module.full_tensors(), None
+    try:
+        export(model, exporter, tensors, folder, dtype, writes=console.is_rank0, heartbeat=heartbeat)
+    except GraftError as error:
+        # The other ranks gather to the end.
+        collections.deque(tensors, maxlen=0)
+        failed = error
+    console.on_rank_zero(partial(_raise, failed))
     run.beat("checking the export")
     tokens = _check_tokens(run)
-    logits = stage.train_module.logits(tokens)
-    loosest = max((dtype, run.engine.compute_dtype), key=lambda kind: TOLERANCES[kind])
+    assert run.blank is not None, "the model was built"
+    logits, cost = reference_logits(run.engine, run.blank(), stage.train_module, exporter, dtype, tokens)
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     memory = config.memory_gib * 2**30
-    report = console.on_rank_zero(
-        lambda: verify_export(exporter, folder, tokens, logits, loosest, memory, heartbeat)
-    )
+    report = console.on_rank_zero(lambda: verify_export(exporter, folder, tokens, logits, memory, heartbeat))
     run.log(
         f"export: {report.format} in {report.path}; reloaded, its logits differ by "
         f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
     )
+    if cost is not None:
+        run.log(f"export: {cost.words()}")
     run.results.put(
         "export",
         {
@@ -236,6 +247,7 @@ def _export(run: StageRun, stage: Stage) -> None:
             "max_diff": report.logits.max_diff,
             "kl": report.logits.kl,
             "argmax_agreement": report.logits.argmax_agreement,
+            "rounding": None if cost is None else cost.row(),
             "sample": report.sample,
         },
     )

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe.errors import FieldError, Mistake, UserError
 from moe.routers import router_class
-from moe.upcycle import upcycle_methods
+from moe.upcycle import upcycle_method
 from moe.upcycle.layer_plan import FFNShape
 from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
@@ -112,7 +112,7 @@ def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
         config: The run.
         shape: Shape of the dense network, where it is known.
     """
-    method = upcycle_methods()[config.upcycle.name](config.upcycle)
+    method = upcycle_method(config.upcycle)
     mistakes = []
     if not check_router(config):
         mistakes += method.check(config.router, shape) + check_prompts(config)

@@ -23,6 +23,7 @@ from recipes.upcycling.convert.moe_plan import open_dense
 from recipes.upcycling.sharded.sharded_models import dense_model
 
 if TYPE_CHECKING:
+    from moe.errors import GraftError
     from recipes.config.schema import RunConfig
     from recipes.data.build_data import TrainData
     from recipes.engines import Engine
@@ -76,11 +77,13 @@ class Built:
         model: The model.
         state: State of the run that checkpoints carry.
         begin: Changes the prepared stage before its first step; None for nothing.
+        blank: Makes a model of its shapes, without low-rank factors; None where nothing is exported.
     """
 
     model: HFModel
     state: dict[str, Any]
     begin: Callable[[Stage], None] | None = None
+    blank: Callable[[], HFModel] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class StageRun:
         name: Name of the stage.
         config: The run's config with the stage's own length.
         data: Samples, with attention fitted to the model once it is built.
+        blank: As `Built.blank`, once the model is built.
+        failure: Error of an export that failed behind the training; what else the run makes is made.
     """
 
     def __init__(self, inputs: StageInputs, parts: StageParts) -> None:
@@ -129,6 +134,8 @@ class StageRun:
         self.results = inputs.results
         self.engine = inputs.engine
         self.log = inputs.console.log
+        self.blank: Callable[[], HFModel] | None = None
+        self.failure: GraftError | None = None
 
     @property
     def finished(self) -> bool:
@@ -158,6 +165,7 @@ class StageRun:
         built = self.parts.build(self, source)
         if built is None:
             return False
+        self.blank = built.blank
         stage = self._prepare(built)
         if source is not None:
             self.log(f"{self.name}: going on from {source}")

@@ -9,10 +9,7 @@ from typing import Any
 from moe.errors import FieldError, Mistake
 from moe.routers import router_class, router_classes
 from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
-from moe.upcycle import UpcycleMethod
 from recipes.config.schema import RunConfig
-from recipes.models.hf.ffn_surgery import chosen_sites
-from recipes.models.hf.hf_model import HFModel
 from recipes.tracking.step_costs import Costs
 
 
@@ -27,11 +24,6 @@ def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None
         return None
     top_k: int = config.router.top_k  # type: ignore[attr-defined]
     return make_schedule(config.top_k_schedule, layers, top_k, config.train.steps, tokens_per_step(config))
-
-
-def model_schedule(config: RunConfig, model: HFModel, method: UpcycleMethod[Any]) -> TopKSchedule | None:
-    """Returns the schedule of a model before its surgery: the step-0 check is then made at the first K."""
-    return schedule_of(config, [site.layer for site in chosen_sites(model, method)])
 
 
 def tokens_per_step(config: RunConfig) -> int:

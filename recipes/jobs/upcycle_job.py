@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from moe.errors import Mistake
+from moe.errors import ExactnessError, Mistake
 from recipes.config.schema import RunConfig
 from recipes.config.sections.compare_config import CompareConfig
 from recipes.data.build_data import TrainData
@@ -99,7 +99,18 @@ class UpcycleJob(Job):
             account(session, results)
         if ended:
             console.on_rank_zero(lambda: _conclude(run_dir, results))
+        _raise_failure(stages, run_dir)
         return ended
+
+
+def _raise_failure(stages: list[StageRun], run_dir: RunDir) -> None:
+    """Raises the error of an export that failed, once all else is done."""
+    for stage in stages:
+        if stage.failure is not None:
+            raise ExactnessError(
+                f"{stage.failure}. All else of the run is done and kept. Export it again from its "
+                f"checkpoint: python -m tools.export {run_dir.path} --out DIR --dtype fp32"
+            )
 
 
 def _describe(config: RunConfig, console: RankConsole, data: TrainData) -> None:

@@ -19,7 +19,7 @@ from moe.accounting.shape import attention_from_config, shape_from_config
 from moe.errors import CheckpointError, ConfigError, Mistake
 from moe.layer import MoELayer
 from moe.routing.draws import seeded_generator
-from moe.upcycle import upcycle_methods
+from moe.upcycle import upcycle_method
 from recipes.checkpoint import verify_checkpoint
 from recipes.checkpoint.manifest import parse_step, step_name
 from recipes.config.renamed import with_new_names
@@ -31,13 +31,14 @@ from recipes.jobs.default_model import default_tokenizer, fresh_model
 from recipes.jobs.moe_stage import MOE, report_moe
 from recipes.jobs.stage_run import CPT, Built, StageInputs, StageParts, StageRun, with_steps
 from recipes.jobs.upcycle_job import UpcycleJob
-from recipes.models.hf.ffn_surgery import swap
+from recipes.models.hf.deferred_init import CheckpointWeights
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import read_config
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.model_costs import measure_costs
 from recipes.training.training_loop import Stage, StageResult
-from recipes.upcycling.surgery import make_surgery
+from recipes.upcycling.convert.moe_plan import plan_moe, request_of
+from recipes.upcycling.sharded.sharded_models import insert_moe_layers, materialize
 
 
 class UpcycleVsCPTJob(UpcycleJob):
@@ -54,7 +55,7 @@ class UpcycleVsCPTJob(UpcycleJob):
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks too that the arms can be compared."""
         mistakes = super().check(config, world_size) + _check_points(config)
-        method = upcycle_methods()[config.upcycle.name](config.upcycle)
+        method = upcycle_method(config.upcycle)
         if config.section(UpcycleVsCPTConfig).arms != "continued" and (method.statistics or method.sources):
             rule = "an MoE model from scratch has no dense model to look at"
             remedy = "Set upcycle_vs_cpt.arms=continued, or take a method that reads weights alone."
@@ -247,16 +248,25 @@ def _count_flops(run: StageRun) -> None:
     """Counts the FLOPs of both models: the steps depend on them."""
     model, seq_len = _drawn(run), run.config.data.seq_len
     dense = measure_costs(model, seq_len, None).flops_per_token_train
-    swap(model, make_surgery(run.config))
+    _plan_scratch(run, model)
     moe = measure_costs(model, seq_len, None).flops_per_token_train
     run.results.put("scratch_flops", {"dense": dense, "moe": moe})
 
 
 def _build_scratch(run: StageRun, source: Path | None) -> Built:
     model = _drawn(run)
-    for _, layer in swap(model, make_surgery(run.config)):
+    _plan_scratch(run, model)
+    materialize(model)
+    for _, layer in model.moe_layers():
         _draw(layer, run.config)
     return Built(model, {})
+
+
+def _plan_scratch(run: StageRun, model: HFModel) -> None:
+    """Replaces the networks by MoE layers, of which the method plans nothing but the shapes."""
+    plan = plan_moe(request_of(run.config, run.inputs.folder), reads=False)
+    insert_moe_layers(model, plan, run.config.experts.backend)
+    model.weights = CheckpointWeights()
 
 
 def _drawn(run: StageRun) -> HFModel:

@@ -47,16 +47,17 @@ def sync_file(file: IO[Any] | int) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Makes the names in ``folder`` (creations, renames, deletions) survive a power cut."""
-    _sync_path(folder)
+    sync_path(folder)
 
 
 def sync_contents(folder: Path) -> None:
     """Waits until the disk has all files of a folder and their names."""
     for path in [*folder.iterdir(), folder]:
-        _sync_path(path)
+        sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,7 +103,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _sync_path(temporary)
+            sync_path(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorLocation:
     """Place of a tensor in a file, whose bytes begin at ``start``."""
 
     spec: TensorSpec
@@ -99,7 +99,7 @@ def encode_header(
     return data, {name: len(data) + start for name, start in starts.items()}
 
 
-def read_header(path: Path) -> list[StoredTensor]:
+def read_header(path: Path) -> list[TensorLocation]:
     """Reads the tensors that a file holds from its header, never its data.
 
     Raises:
@@ -123,7 +123,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         if end - begin != spec.num_bytes or end > size:
             raise HeaderError(f"its tensor {name} does not fit into it")
-        stored.append(StoredTensor(spec, path, begin))
+        stored.append(TensorLocation(spec, path, begin))
     return stored
 
 

@@ -1,8 +1,12 @@
-"""Compares upcycling methods on one dense checkpoint, before a GPU hour is spent."""
+"""Compares upcycling methods on one dense checkpoint, before a GPU hour is spent.
+
+Letters: B samples, S sequence length, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import re
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,21 +14,53 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from moe.errors import ConfigError, Mistake, UserError
+from moe.upcycle import upcycle_method
+from moe.upcycle.equivalence import LayerDrift, LogitDrift
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_router
-from recipes.models.hf.drift import MethodDrift, measure_drift
+from recipes.models.hf.branches import check_sources
 from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.studies.option_lists import conf_choices, split_list
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
+from recipes.upcycling.convert.moe_plan import plan_moe, request_of
 from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
-from recipes.upcycling.surgery import make_surgery
+from recipes.upcycling.sharded.sharded_check import measure
+from recipes.upcycling.sharded.sharded_models import materialize
 
 # Widths of the columns after the method's name.
 _WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
 _ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
+
+
+@dataclass(frozen=True)
+class MethodDrift:
+    """Drift of a model under one method.
+
+    Attributes:
+        claims_exact: Whether the method claims to preserve the function under this router.
+        logits: Drift of the logits.
+        dense_loss: Next-token loss of the dense model, in nats.
+        loss: Next-token loss of the MoE model, in nats.
+        layers: Drift of each layer on the input that it sees in the MoE model.
+        load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
+        parameters: Number of parameters of the MoE model.
+    """
+
+    claims_exact: bool
+    logits: LogitDrift
+    dense_loss: float
+    loss: float
+    layers: tuple[LayerDrift, ...]
+    load_entropy: tuple[float, ...]
+    parameters: int
+
+    def mean(self, field: str) -> float:
+        """Computes the mean over the layers of a field of `LayerDrift`."""
+        return statistics.fmean(getattr(layer, field) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -97,19 +133,32 @@ def compare_methods(
 
 
 def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
-    surgery = make_surgery(config)
-    if surgery.method.aligns_outputs:
+    method = upcycle_method(config.upcycle)
+    if method.aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
         raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
-    sources = [load_model(Path(folder).expanduser()) for folder in surgery.method.sources]
-    if sources:
-        # The rest of the model becomes a mean.
-        model = load_model(model.folder)
+    if mistakes := check_sources(method.sources, str(model.folder), trust_remote_code=False):
+        raise ConfigError(mistakes)
     with tempfile.TemporaryDirectory() as folder:
         known = calibrate_alone(config, model, Path(folder))
     if known is None:
         raise KeyboardInterrupt
-    return measure_drift(model, surgery, tokens_BS, sources, with_prompt_rows(known, config, model))
+    plan = plan_moe(request_of(config, model.folder), with_prompt_rows(known, config, model))
+    found = measure(plan, tokens_BS, materialize, config.experts.backend)
+    return MethodDrift(
+        claims_exact=plan.claims_exact,
+        logits=found.report.logits,
+        dense_loss=_loss(found.dense_logits, tokens_BS),
+        loss=_loss(found.logits, tokens_BS),
+        layers=found.report.drifts,
+        load_entropy=found.report.load_entropy,
+        parameters=sum(parameter.numel() for parameter in found.model.module.parameters()),
+    )
+
+
+def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
+    flat = logits_BSV[:, :-1].flatten(0, 1).float()
+    return float(functional.cross_entropy(flat, tokens_BS[:, 1:].flatten()))
 
 
 def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import DataError, DiskError
-from recipes.runtime.atomic import disk_mistake, fsync_folder, write_synced
+from recipes.runtime.atomic import atomic_file, disk_mistake, sync_file
 
 _LOG = logging.getLogger("graft.metrics")
 METRICS_FILE = "metrics.jsonl"
@@ -189,7 +189,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Waits until the disk has every row. Call it when a checkpoint is written."""
         try:
-            os.fsync(self._descriptor)
+            sync_file(self._descriptor)
         except OSError as error:
             raise DiskError([disk_mistake(self.path, error)]) from error
 
@@ -205,20 +205,11 @@ class MetricsLog:
 
     def _replace(self, data: bytes) -> None:
         """Puts ``data`` in the place of the file, and appends to the new one from now on."""
-        temporary = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
-        try:
-            try:
-                write_synced(temporary, data)
-                descriptor = _open(temporary)
-                temporary.replace(self.path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            os.close(self._descriptor)
-            self._descriptor = descriptor
-            fsync_folder(self.path.parent)
-        except OSError as error:
-            raise DiskError([disk_mistake(self.path, error)]) from error
+        with atomic_file(self.path) as temporary:
+            temporary.write_bytes(data)
+            descriptor = _open(temporary)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -35,8 +35,8 @@ from moe.upcycle.equivalence import (
     logit_drift,
     require_exact,
 )
+from recipes.models.hf.drift import comparing
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.ffn_surgery import comparing
 from recipes.models.hf.hf_model import HFModel
 
 #: Families whose attention is projections, an optional norm of each head, rotary embedding and softmax.
@@ -202,7 +202,7 @@ def summarise_attention(report: AttentionReport) -> dict[str, Any]:
 
 
 def swap_attention(
-    model: HFModel, config: AttentionConfig, seed: int
+    model: HFModel, config: AttentionConfig, seed: int, *, verify: bool = True
 ) -> list[tuple[AttentionSite, RoutedSelfAttention]]:
     """Replaces the attention of the chosen layers by experts; returns them with their sites.
 
@@ -210,6 +210,7 @@ def swap_attention(
         model: Changed in place; it may have MoE layers already.
         config: The requested attention experts.
         seed: Seed of the routers' weights.
+        verify: Whether to compare with the dense attention; False for a model without weights.
 
     Raises:
         ConfigError: The model or the router does not fit.
@@ -226,7 +227,8 @@ def swap_attention(
         router.reset_parameters(seeded_generator(seed, "attention router", site.layer))
         scale = attention_scale(config, router.num_experts)
         routed = RoutedSelfAttention(site.dense, router, AttentionContext(model.context, site.layer), scale)
-        _verify(model, site, routed)
+        if verify:
+            _verify(model, site, routed)
         site.replace(routed)
         swapped.append((site, routed))
     return swapped

@@ -1,4 +1,4 @@
-"""Dense models that are merged into one MoE model: checks that they match, and averages shared weights."""
+"""Checks that dense models can be merged into one MoE model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from moe.errors import ConfigError, Mistake
+from moe.errors import Mistake
 from recipes.models.hf.inspection import check_dense, read_config
 
 # Config keys that may differ between models of one architecture: names, versions, file dtypes, generation.
@@ -78,43 +75,3 @@ def _vocabulary(folder: Path) -> Any:
     if not path.is_file():
         return None
     return json.loads(path.read_text(encoding="utf-8")).get("model", {}).get("vocab")
-
-
-def require_same(model: Any, branches: Sequence[Any], folders: Sequence[str]) -> None:
-    """Checks that branches have the dense model's config and shapes.
-
-    Raises:
-        ConfigError: They differ; all differences of configs are named, and the first one of the shapes.
-    """
-    mistakes = []
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    for number, (branch, folder) in enumerate(zip(branches, folders, strict=True)):
-        where = f"upcycle.sources.{number}"
-        mistakes += _config_mistakes(where, folder, model.config.to_dict(), branch.config.to_dict())
-        theirs = {name: tuple(value.shape) for name, value in branch.named_parameters()}
-        differing = [name for name in sorted(shapes | theirs) if shapes.get(name) != theirs.get(name)]
-        if differing:
-            name = differing[0]
-            rule = f"its {name} has shape {theirs.get(name)}, the dense model's has {shapes.get(name)}"
-            mistakes.append(
-                Mistake(where, folder, rule, "Give models that were trained on from the dense one.")
-            )
-    if mistakes:
-        raise ConfigError(mistakes)
-
-
-@torch.no_grad()
-def average(models: Sequence[nn.Module], members: Sequence[int], left_out: Sequence[str]) -> None:
-    """Sets the first model's parameters to the mean over several models.
-
-    Args:
-        models: Models of one architecture.
-        members: Indices of the models that are averaged.
-        left_out: Name prefixes of parameters that stay unchanged.
-    """
-    if tuple(members) == (0,):
-        return
-    states = [dict(models[member].named_parameters()) for member in members]
-    for name, parameter in models[0].named_parameters():
-        if not name.startswith(tuple(left_out)):
-            parameter.copy_(torch.stack([state[name] for state in states]).mean(0))

@@ -91,14 +91,40 @@ class PresentWeights(WeightSource):
             self._rest.fill(others)
 
 
+@torch.no_grad()
+def refill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Replaces the weights and buffers of a model that has memory; each rank keeps its part. Collective.
+
+    Args:
+        model: A plain model, or one that is sharded over the ranks.
+        tensors: Names and whole tensors, as an engine gathers them; all ranks exhaust it together.
+    """
+    reshard(model)
+    live = dict(model.named_parameters()) | dict(persistent_buffers(model))
+    missing = set(live)
+    for name, tensor in tensors:
+        placed = place(name, live[name])
+        for piece in placed.pieces:
+            piece.tensor.copy_(tensor[piece.box.within(Box((0,) * len(placed.shape), placed.shape))])
+        missing.remove(name)
+    assert not missing, f"no tensors came for {sorted(missing)}"
+
+
+def reshard(model: nn.Module) -> None:
+    """Returns the weights of a model under FSDP2 to their shards.
+
+    A forward pass without backward leaves the outermost ones unsharded.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class DonatedWeights(WeightSource):
     """Source that takes the parameters of another model, sharded alike, which is unusable afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
-        for module in model.modules():
-            # A forward pass without backward leaves the outermost weights unsharded.
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(persistent_buffers(model))
 

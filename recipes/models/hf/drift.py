@@ -1,112 +1,67 @@
-"""Measures how far upcycling moves a dense model before training, per layer and for the logits, on real text.
-
-Letters: B samples, S sequence length.
-"""
+"""Reports how far surgery moves a dense model, per layer and for the logits, on real text."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
-from recipes.models.hf.ffn_surgery import Surgery, SurgeryReport, chosen_sites, measuring, swap
-from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.load_entropy import load_entropies
-
-LayerTensors = Mapping[int, Mapping[str, Tensor]]
+from moe.upcycle.equivalence import LayerDrift, LogitDrift, layer_drift
 
 
 @dataclass(frozen=True)
-class MethodDrift:
-    """Drift of a model under one method.
+class SurgeryReport:
+    """Outcome of the surgery, and how exact it is.
 
     Attributes:
-        claims_exact: Whether the method claims to preserve the function under this router.
-        logits: Drift of the logits.
-        dense_loss: Next-token loss of the dense model, in nats.
-        loss: Next-token loss of the MoE model, in nats.
-        layers: Drift of each layer on the input that it sees in the MoE model.
+        method: Name of the upcycling method.
+        layers: Indices of the blocks that became MoE layers.
+        claimed_exact: Whether the method claims to preserve the function under this router.
+        logits: Drift of the logits on real tokens.
+        drifts: Drift of each layer on its own.
         load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
-        parameters: Number of parameters of the MoE model.
     """
 
-    claims_exact: bool
+    method: str
+    layers: tuple[int, ...]
+    claimed_exact: bool
     logits: LogitDrift
-    dense_loss: float
-    loss: float
-    layers: tuple[LayerDrift, ...]
+    drifts: tuple[LayerDrift, ...]
     load_entropy: tuple[float, ...]
-    parameters: int
-
-    def mean(self, field: str) -> float:
-        """Computes the mean over the layers of a field of `LayerDrift`."""
-        return statistics.fmean(getattr(layer, field) for layer in self.layers)
-
-
-@torch.no_grad()
-def measure_drift(
-    model: HFModel,
-    surgery: Surgery,
-    tokens_BS: Tensor,
-    sources: Sequence[HFModel] = (),
-    known: LayerTensors | None = None,
-) -> MethodDrift:
-    """Upcycles a model, measures it, and makes it dense again.
-
-    A method that averages several checkpoints changes the other weights too; give it a model of its own.
-
-    Args:
-        model: The dense decoder.
-        surgery: The recipe.
-        tokens_BS: ``[B, S]`` real tokens.
-        sources: The decoders of the method's own `sources`.
-        known: Statistics by layer, for methods that need them.
-
-    Raises:
-        ConfigError: The method does not fit.
-    """
-    model.module.eval()
-    dense_logits = model.module(input_ids=tokens_BS).logits
-    with _swapped(model, surgery, sources, known) as swapped:
-        drifts: list[LayerDrift] = []
-        with measuring(swapped, drifts), load_entropies([layer for _, layer in swapped]) as loads:
-            logits = model.module(input_ids=tokens_BS).logits
-        return MethodDrift(
-            claims_exact=all(surgery.method.is_exact(layer.router) for _, layer in swapped),
-            logits=logit_drift(dense_logits, logits),
-            dense_loss=_loss(dense_logits, tokens_BS),
-            loss=_loss(logits, tokens_BS),
-            layers=tuple(drifts),
-            load_entropy=tuple(loads),
-            parameters=sum(parameter.numel() for parameter in model.module.parameters()),
-        )
 
 
 @contextmanager
-def _swapped(
-    model: HFModel, surgery: Surgery, sources: Sequence[HFModel], known: LayerTensors | None
-) -> Iterator[Any]:
-    sites = chosen_sites(model, surgery.method)
-    dense = [model.module.get_submodule(site.name) for site in sites]
+def comparing(
+    layers: Sequence[tuple[int, nn.Module, Callable[..., Tensor]]], drifts: list[LayerDrift]
+) -> Iterator[None]:
+    """Compares, while open, each forward pass of layers with dense functions of the same input.
+
+    No activations are kept, so that it works for models of any depth.
+
+    Args:
+        layers: Block index, layer, and the dense function of the layer's arguments.
+        drifts: Takes the drift of each forward pass.
+    """
+
+    def compare(
+        number: int, dense: Callable[..., Tensor], module: Any, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        ours = out[0] if isinstance(out, tuple) else out
+        drifts.append(layer_drift(number, dense(*args, **kwargs), ours))
+
+    handles = [
+        layer.register_forward_hook(partial(compare, number, dense), with_kwargs=True)
+        for number, layer, dense in layers
+    ]
     try:
-        swapped = swap(model, surgery, sources, known)
-        model.module.eval()
-        yield swapped
+        yield
     finally:
-        for site, module in zip(sites, dense, strict=True):
-            site.replace(model.module, module)
-
-
-def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
-    flat = logits_BSV[:, :-1].flatten(0, 1).float()
-    return float(functional.cross_entropy(flat, tokens_BS[:, 1:].flatten()))
+        for handle in handles:
+            handle.remove()
 
 
 def layer_table(layers: Sequence[LayerDrift], load_entropy: Sequence[float]) -> str:

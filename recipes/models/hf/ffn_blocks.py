@@ -12,14 +12,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.activations import ACTIVATIONS, activation_unsupported_reason
-from moe.errors import ModelError
+from moe.errors import FieldError, ModelError
 from moe.experts.weights import FFNWeights
+
+if TYPE_CHECKING:
+    from moe.upcycle import UpcycleConfig
+    from recipes.models.hf.hf_model import HFModel
 
 # (gate, up, down) by the names that the families of transformers use; gate None: not gated;
 # gate == up: one matrix holds the gate rows first, then the up rows.
@@ -87,6 +91,20 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
             _verify(ffn, weights, f"{prefix}.{layer}.{name}", config)
         sites.append(FFNSite(layer, f"{prefix}.{layer}.{name}", weights))
     return sites
+
+
+def chosen_sites(model: HFModel, config: UpcycleConfig) -> list[FFNSite]:
+    """Returns the feed-forward networks that ``upcycle.layers`` chooses.
+
+    Raises:
+        ConfigError: The choice names layers that the model does not have.
+        ModelError: The model's networks are not recognised.
+    """
+    sites = find_ffns(model.module, model.config)
+    try:
+        return [sites[i] for i in config.layer_choice.pick(len(sites))]
+    except FieldError as error:
+        raise error.under("upcycle") from error
 
 
 def _unsupported(config: Any, rule: str, remedy: str) -> ModelError:

@@ -64,6 +64,10 @@ class StateDictMap:
             for name, piece in _live(moe, expert):
                 self._pieces.setdefault(name, []).append(piece)
 
+    def names(self) -> list[str]:
+        """Returns the names of all tensors of MoE layers."""
+        return [*self._routers, *self._pieces]
+
     def router(self, name: str) -> StateDictRouter | None:
         """Returns the router's tensor of that name, or None if it is none."""
         return self._routers.get(name)

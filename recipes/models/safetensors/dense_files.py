@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
 from recipes.models.hf.inspection import weight_files
-from recipes.runtime.safetensors_codec import HeaderError, StoredTensor, read_header
+from recipes.runtime.safetensors_codec import HeaderError, TensorLocation, read_header
 
 # Weights of these dtypes have scales beside them, which nothing here applies.
 _SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -35,10 +35,10 @@ class DenseFiles:
             ModelError: A file is no safetensors file, is cut short, or holds an unknown dtype.
         """
         self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, TensorLocation] = {}
         self._handles: dict[Path, int] = {}
         for path in weight_files(folder):
-            for stored in _stored_tensors(path):
+            for stored in _tensors_of(path):
                 self.tensors[stored.spec.name] = stored
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class DenseFiles:
         return run
 
 
-def _stored_tensors(path: Path) -> list[StoredTensor]:
+def _tensors_of(path: Path) -> list[TensorLocation]:
     try:
         tensors = read_header(path)
     except HeaderError as error:

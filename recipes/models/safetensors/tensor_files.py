@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recipes.models.hf.inspection import INDEX_NAME, SINGLE_NAME
 from recipes.runtime.atomic import atomic_write_json, sync_file
-from recipes.runtime.safetensors_codec import StoredTensor, TensorSpec, encode_header, tensor_bytes
+from recipes.runtime.safetensors_codec import TensorLocation, TensorSpec, encode_header, tensor_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
 # Errors by which the system says that it cannot copy between two files, e.g. on disks of two kinds.
@@ -64,7 +64,7 @@ class TensorFiles:
         """
         self.folder = folder
         self.total_bytes = sum(spec.num_bytes for spec in specs)
-        self._places: dict[str, StoredTensor] = {}
+        self._places: dict[str, TensorLocation] = {}
         self._handles: dict[Path, int] = {}
         self._runs: dict[str, list[_Run]] | None = {} if checked else None
         files = list(_split(specs, max_bytes))
@@ -82,7 +82,7 @@ class TensorFiles:
         os.pwrite(handle, header, 0)
         os.ftruncate(handle, len(header) + sum(spec.num_bytes for spec in members))
         for spec in members:
-            self._places[spec.name] = StoredTensor(spec, path, starts[spec.name])
+            self._places[spec.name] = TensorLocation(spec, path, starts[spec.name])
 
     def spec(self, name: str) -> TensorSpec:
         """Returns the dtype and shape of one of the tensors."""
@@ -124,7 +124,7 @@ class TensorFiles:
             else:
                 yield None
 
-    def _checksum(self, place: StoredTensor, run: _Run) -> int:
+    def _checksum(self, place: TensorLocation, run: _Run) -> int:
         size = place.spec.dtype.itemsize
         at, left, found = place.start + run.offset * size, run.count * size, 0
         while left:

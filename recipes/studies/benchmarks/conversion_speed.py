@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.runtime.atomic import sync_path
 from recipes.runtime.source_root import SOURCE_ROOT
 
 
@@ -121,11 +121,7 @@ def _copy(source: Path, target: Path) -> tuple[float, float]:
     copied = time.monotonic() - started
     for path in target.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(path)
     return copied, time.monotonic() - started
 
 

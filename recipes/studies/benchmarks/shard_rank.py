@@ -24,19 +24,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moe.dispatch.local import LocalDispatcher
-from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routers.topk import TopKConfig
 from moe.upcycle import upcycle_methods
 from recipes.checkpoint import local_memory
 from recipes.engines import Engine, TrainModule, engine_classes
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.ffn_surgery import Surgery, swap
-from recipes.models.hf.hf_model import HFModel, load_model
+from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
 from recipes.upcycling.sharded.sharded_check import measure_shards
-from recipes.upcycling.sharded.sharded_models import moe_model
+from recipes.upcycling.sharded.sharded_models import materialize, moe_model
 
 _TOKENS = 64
 _CLEAR = Path("/proc/self/clear_refs")
@@ -137,9 +135,9 @@ def _read_bytes() -> int:
 def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
     """Makes an MoE and measures its memory. Collective."""
     config = upcycle_methods()[task.method].config_class(name=task.method, num_experts=task.experts)
-    make = _whole if task.whole else _in_parts
     read, meter = _read_bytes(), PeakMeter(engine.device)
-    made = _ready(engine, make(dense, config))
+    model = moe_model(plan_moe(MoERequest(dense, config, TopKConfig())))
+    made = _ready(engine, materialize(model) if task.whole else model)
     making, read, held = meter.peak(), _read_bytes() - read, meter.held()
     model = made.skeleton if isinstance(made, TrainModule) else made
     blocks = [_bytes(block.parameters()) for block in decoder_blocks(model.module, model.config)]
@@ -159,23 +157,6 @@ def measure(engine: Engine[Any], task: RankTask, dense: Path) -> RankMemory:
         check=check,
         read=read,
     )
-
-
-def _in_parts(dense: Path, config: Any) -> HFModel:
-    return moe_model(plan_moe(MoERequest(dense, config, TopKConfig())))
-
-
-def _whole(dense: Path, config: Any) -> HFModel:
-    model = load_model(dense)
-    surgery = Surgery(
-        method=upcycle_methods()[config.name](config),
-        make_router=lambda width, experts: TopKRouter(TopKConfig(), width, experts),
-        make_dispatcher=LocalDispatcher,
-        backend="auto",
-        seed=0,
-    )
-    swap(model, surgery)
-    return model
 
 
 def _ready(engine: Engine[Any], model: HFModel) -> TrainModule | HFModel:

@@ -6,14 +6,12 @@ matplotlib is imported where a figure is made.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from moe.errors import DiskError
-from recipes.runtime.atomic import disk_mistake, fsync_folder, write_synced
+from recipes.runtime.atomic import atomic_write_bytes
 from recipes.tracking.report import formats
 from recipes.tracking.report.colours import Theme
 
@@ -128,16 +126,5 @@ def write_png(figure: Figure, path: Path) -> bytes:
         DiskError: The file cannot be written.
     """
     data = png(figure)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_synced(temporary, data)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise DiskError([disk_mistake(path, error)]) from error
+    atomic_write_bytes(path, data)
     return data

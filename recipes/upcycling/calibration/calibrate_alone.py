@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe.upcycle import upcycle_methods
+from moe.upcycle import upcycle_method
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import load_data
 from recipes.engines import engine_classes
@@ -26,7 +26,7 @@ def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTen
     Returns:
         By layer and name; None when it was asked to stop, with the state saved.
     """
-    method = upcycle_methods()[config.upcycle.name](config.upcycle).for_router(config.router)
+    method = upcycle_method(config.upcycle).for_router(config.router)
     if not method.statistics:
         return {}
     folder.mkdir(parents=True, exist_ok=True)

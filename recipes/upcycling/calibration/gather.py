@@ -28,8 +28,7 @@ from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.build_data import TrainData, load_data
 from recipes.data.samples import Samples, TokenMetadata
 from recipes.engines.console import RankConsole
-from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.ffn_surgery import chosen_sites
+from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.interrupt import StopRequest
@@ -103,7 +102,7 @@ class Calibration:
         self.model.module.to(device)
         try:
             # Found again: on another device the weights are other tensors.
-            sites = chosen_sites(self.model, self.method)
+            sites = chosen_sites(self.model, self.method.config)
             self._require_memory(sites)
             finished = self._gather(sites)
         finally:
@@ -138,7 +137,7 @@ class Calibration:
     def _identity(self, text_fingerprint: str) -> dict[str, Any]:
         """Returns the values that the statistics depend on, by config path where there is one."""
         config = self.run_config
-        layers = [site.layer for site in chosen_sites(self.model, self.method)]
+        layers = [site.layer for site in chosen_sites(self.model, self.method.config)]
         dense = self.console.on_rank_zero(lambda: checkpoint_fingerprint(self.model.folder))
         return {
             "calibration.samples": self.config.samples,

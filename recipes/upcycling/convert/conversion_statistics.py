@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe.errors import CheckpointError
-from moe.upcycle import upcycle_methods
+from moe.upcycle import upcycle_method
 from recipes.config.schema import RunConfig
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.models.hf.hf_model import load_model
@@ -23,7 +23,7 @@ def calibration_folder(out: Path) -> Path:
 
 def needs_statistics(config: RunConfig) -> bool:
     """Tells if the config's method reads text, or if its router's rows come from prompts."""
-    method = upcycle_methods()[config.upcycle.name](config.upcycle).for_router(config.router)
+    method = upcycle_method(config.upcycle).for_router(config.router)
     return bool(method.statistics) or config.section(PromptsConfig).path is not None
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from moe.errors import ConfigError, FieldError, ModelError
 from moe.routers import Router, router_class
 from moe.routers.base import RouterConfig
 from moe.routing.draws import seeded_generator
-from moe.upcycle import UpcycleMethod, upcycle_methods
+from moe.upcycle import UpcycleMethod, upcycle_method
 from moe.upcycle.base import UpcycleConfig
 from moe.upcycle.build_experts import router_start
 from moe.upcycle.expert_rows import DenseMatrix
@@ -26,6 +26,9 @@ from moe.upcycle.router_start import start_rows, take_given_rows
 from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.hf.ffn_names import FFNNames, MatrixName, ModelNames, read_names
 from recipes.models.safetensors.dense_files import DenseFiles
+
+if TYPE_CHECKING:
+    from recipes.config.schema import RunConfig
 
 # Left over from versions of transformers that saved them; every reader computes them anew.
 _LEFTOVERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
@@ -105,6 +108,11 @@ class MoEPlan:
     claims_exact: bool
 
 
+def request_of(config: RunConfig, dense: Path) -> MoERequest:
+    """Returns the request that a config describes, for a dense checkpoint."""
+    return MoERequest(dense, config.upcycle, config.router, config.seed, config.trust_remote_code)
+
+
 def open_dense(
     dense: Path,
     sources: Sequence[str] = (),
@@ -170,7 +178,7 @@ def plan_moe(request: MoERequest, statistics: LayerTensors | None = None, *, rea
 
 
 def _method(request: MoERequest, shape: FFNShape) -> UpcycleMethod[Any]:
-    method: UpcycleMethod[Any] = upcycle_methods()[request.method.name](request.method)
+    method = upcycle_method(request.method)
     if unfit := method.check(request.router, shape):
         raise ConfigError(unfit)
     return method.for_router(request.router)

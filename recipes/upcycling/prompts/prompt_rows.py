@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from moe.errors import ConfigError, Mistake
-from moe.upcycle import UpcycleMethod, upcycle_methods
+from moe.upcycle import upcycle_methods
 from moe.upcycle.gates import observe
 from moe.upcycle.router_start import GIVEN_ROWS
 from recipes.config.schema import RunConfig
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.tokenizer import load_tokenizer
-from recipes.models.hf.ffn_blocks import FFNSite
-from recipes.models.hf.ffn_surgery import chosen_sites
+from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
 
@@ -66,8 +65,7 @@ def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> 
     prompts = config.section(PromptsConfig)
     if prompts.path is None:
         return known
-    method: UpcycleMethod[Any] = upcycle_methods()[config.upcycle.name](config.upcycle)
-    sites = chosen_sites(model, method)
+    sites = chosen_sites(model, config.upcycle)
     rows = prompt_rows(model, sites, read_prompts(prompts.path), prompts)
     return {layer: {**known.get(layer, {}), GIVEN_ROWS: rows_ED} for layer, rows_ED in rows.items()}
 

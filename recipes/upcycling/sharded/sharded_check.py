@@ -1,4 +1,4 @@
-"""Equivalence check at step 0 on shards: no rank holds the dense model or the MoE model whole.
+"""Equivalence check at step 0: on shards, so that no rank holds a whole model, or in the memory of one.
 
 Letters: B samples, S sequence length, D model width.
 """
@@ -6,8 +6,9 @@ Letters: B samples, S sequence length, D model width.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from moe.upcycle.equivalence import LayerDrift, layer_drift, logit_drift, require_exact
 from recipes.models.hf.deferred_init import DonatedWeights, WeightSource
+from recipes.models.hf.drift import SurgeryReport
 from recipes.models.hf.ffn_blocks import dense_ffn
-from recipes.models.hf.ffn_surgery import SurgeryReport
 from recipes.models.hf.load_entropy import load_entropies
 from recipes.upcycling.sharded.align import output_gain, scale_outputs
-from recipes.upcycling.sharded.sharded_models import dense_model, moe_model
+from recipes.upcycling.sharded.sharded_models import dense_model, materialize, moe_model
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights, read_network
 
 if TYPE_CHECKING:
@@ -29,6 +30,35 @@ if TYPE_CHECKING:
     from recipes.models.hf.ffn_names import FFNNames
     from recipes.models.hf.hf_model import HFModel
     from recipes.upcycling.convert.moe_plan import MoEPlan
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Dense model and MoE model on the same tokens.
+
+    Attributes:
+        report: Differences between them.
+        dense_logits: Logits of the dense model.
+        logits: Logits of the MoE model.
+        gains: Gains of the layers' outputs by block, if the method asks for them.
+        model: The MoE model, without these gains.
+    """
+
+    report: SurgeryReport
+    dense_logits: Tensor
+    logits: Tensor
+    gains: dict[int, Tensor] | None
+    model: HFModel
+
+    def require_exact(self) -> None:
+        """Checks what the method claims.
+
+        Raises:
+            ExactnessError: The method claims to be exact under this router and is not.
+        """
+        report = self.report
+        if report.claimed_exact:
+            require_exact(report.method, report.logits, report.drifts, self.logits.dtype)
 
 
 @torch.no_grad()
@@ -59,25 +89,62 @@ def measure_shards(
         ExactnessError: The method claims to be exact under this router and is not.
     """
     assert plan.model is not None, "what comes from a checkpoint is not measured"
-    report, gains, model = _measured(engine, plan, tokens_BS, backend, schedule)
+    found = measure(plan, tokens_BS.to(engine.device), engine.shard_for_eval, backend, schedule)
+    found.require_exact()
+    report, gains = found.report, found.gains
     if not engine.trains_as_sharded:
         # FSDP2's modules hold one another: without this they would be there while the rest is made.
-        del model
+        del found
         gc.collect()
         return report, UpcycledWeights(plan.model, plan, gains)
     if gains is not None:
-        scale_outputs(model, gains)
-    return report, DonatedWeights(model.module)
+        scale_outputs(found.model, gains)
+    return report, DonatedWeights(found.model.module)
 
 
-def _measured(
-    engine: Engine[Any], plan: MoEPlan, tokens_BS: Tensor, backend: str, schedule: TopKSchedule | None
-) -> tuple[SurgeryReport, dict[int, Tensor] | None, HFModel]:
-    """Returns the report, the gains of the layers' outputs if asked for, and the model without them."""
+@torch.no_grad()
+def measure_whole(
+    plan: MoEPlan, tokens_BS: Tensor, backend: str = "auto", schedule: TopKSchedule | None = None
+) -> tuple[SurgeryReport, HFModel]:
+    """Builds the whole MoE model in the memory of this rank, and measures if it computes the same.
+
+    Args:
+        plan: See `measure_shards`.
+        tokens_BS: See `measure_shards`.
+        backend: See `measure_shards`.
+        schedule: See `measure_shards`.
+
+    Raises:
+        ExactnessError: The method claims to be exact under this router and is not.
+    """
+    found = measure(plan, tokens_BS, materialize, backend, schedule)
+    found.require_exact()
+    if found.gains is not None:
+        scale_outputs(found.model, found.gains)
+    return found.report, found.model
+
+
+@torch.no_grad()
+def measure(
+    plan: MoEPlan,
+    tokens_BS: Tensor,
+    fill: Callable[[HFModel], object],
+    backend: str = "auto",
+    schedule: TopKSchedule | None = None,
+) -> Measurement:
+    """Runs the dense model, frees it, and runs the MoE model.
+
+    Args:
+        plan: Plan of the MoE model.
+        tokens_BS: ``[B, S]`` real tokens, on the device of the models.
+        fill: Gives a model its weights, sharded or whole.
+        backend: Back end of the experts.
+        schedule: Schedule of the experts a token uses.
+    """
     files = plan.model
     assert files is not None, plan
-    tokens_BS = tokens_BS.to(engine.device)
-    dense_logits = _logits(engine, dense_model(files, **_trust(plan)), tokens_BS)
+    trust = plan.request.trust_remote_code
+    dense_logits = _logits(fill, dense_model(files, trust_remote_code=trust), tokens_BS)
     gc.collect()
     model = moe_model(plan, backend)
     model.schedule = schedule
@@ -85,23 +152,16 @@ def _measured(
     gains: dict[int, Tensor] | None = {} if plan.method.aligns_outputs else None
     layers = [layer for _, layer in model.moe_layers()]
     with _measuring(layers, plan, drifts, gains), load_entropies(layers) as loads:
-        moe_logits = _logits(engine, model, tokens_BS)
+        moe_logits = _logits(fill, model, tokens_BS)
     files.close()
     logits = logit_drift(dense_logits, moe_logits)
-    method = plan.method
-    if plan.claims_exact:
-        require_exact(method.name, logits, drifts, moe_logits.dtype)
     indices = tuple(ffn.layer for ffn in plan.ffns)
-    report = SurgeryReport(method.name, indices, plan.claims_exact, logits, tuple(drifts), tuple(loads))
-    return report, gains, model
+    report = SurgeryReport(plan.method.name, indices, plan.claims_exact, logits, tuple(drifts), tuple(loads))
+    return Measurement(report, dense_logits, moe_logits, gains, model)
 
 
-def _trust(plan: MoEPlan) -> dict[str, bool]:
-    return {"trust_remote_code": plan.request.trust_remote_code}
-
-
-def _logits(engine: Engine[Any], model: HFModel, tokens_BS: Tensor) -> Tensor:
-    engine.shard_for_eval(model)
+def _logits(fill: Callable[[HFModel], object], model: HFModel, tokens_BS: Tensor) -> Tensor:
+    fill(model)
     logits: Tensor = model.module(input_ids=tokens_BS).logits
     return logits
 

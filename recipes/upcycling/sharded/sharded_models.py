@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from recipes.models.hf.ffn_names import ModelNames
     from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 
+_CPU = torch.device("cpu")
+
 
 def dense_model(model: StoredModel, *, trust_remote_code: bool = False) -> HFModel:
     """Returns the dense decoder; each rank will read its part of it."""
@@ -45,9 +47,22 @@ def moe_model(plan: MoEPlan, backend: str = "auto", weights: WeightSource | None
     if weights is None:
         weights = CheckpointWeights() if plan.model is None else UpcycledWeights(plan.model, plan)
     model = _model(plan.names, plan.request.dense, weights, trust_remote_code=plan.request.trust_remote_code)
+    insert_moe_layers(model, plan, backend)
+    return model
+
+
+def insert_moe_layers(model: HFModel, plan: MoEPlan, backend: str = "auto") -> None:
+    """Replaces the planned networks of a dense decoder by MoE layers, whose experts have no memory yet."""
     for spec in plan.spec.moe_blocks:
         parent, _, child = spec.site.rpartition(".")
         setattr(model.module.get_submodule(parent), child, _moe(spec, model, backend))
+
+
+def materialize(model: HFModel, device: torch.device = _CPU) -> HFModel:
+    """Gives a model all of its weights on this rank; returns it."""
+    assert model.weights is not None, "a model without a source has its weights"
+    model.weights.give(model.module, device)
+    model.weights = None
     return model
 
 

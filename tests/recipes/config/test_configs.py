@@ -20,8 +20,8 @@ from recipes.config.sections import section_classes
 from recipes.config.sections.compare_config import CompareConfig
 from recipes.engines import engine_classes
 from recipes.jobs import job_classes
-from recipes.upcycling.surgery import make_surgery
 from tests.moe.routers.routing_cases import make_bank
+from tests.recipes.models.whole_surgery import make_surgery
 
 GROUPS = sorted(
     path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("recipe", "section")

@@ -28,7 +28,6 @@ from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.attention_blocks import swap_attention
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.lora_model import add_low_rank
 from recipes.runtime.interrupt import StopRequest
@@ -36,6 +35,7 @@ from recipes.tracking.step_costs import Costs
 from recipes.training.callbacks.base import Callback, StageInfo
 from recipes.training.training_loop import Loop, Stage
 from tests.conftest import random_model
+from tests.recipes.models.whole_surgery import Surgery, swap
 
 SEQ_LEN = 12
 GLOBAL_BATCH = 8

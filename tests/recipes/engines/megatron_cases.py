@@ -21,7 +21,6 @@ from recipes.engines import MicroBatch
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.hf_weights import LocalParameter, gathered, live_tensors, locate
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.training_loop import Loop
@@ -61,6 +60,7 @@ from tests.recipes.engines.megatron_ends import (
 )
 from tests.recipes.engines.megatron_probes import probe
 from tests.recipes.engines.megatron_stand_ins import standing_in
+from tests.recipes.models.whole_surgery import Surgery, swap
 from tests.shared_runs import Lazily, on_ranks, shared_folder
 
 NATIVE: Layout = (1, 0, 1)

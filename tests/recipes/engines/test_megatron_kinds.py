@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from moe.routers.mod import MoDConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
+from recipes.engines.megatron import expert_kinds as found
 from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
@@ -44,9 +46,26 @@ def test_what_torch_sends_runs_everywhere() -> None:
     for name in ("alltoall", "allgather"):
         assert _told(name, DispatchSetup("cpu", "fp32", 1)) == _told(name, FITS) == []
     assert list(dispatchers()) == ["alltoall", "allgather", "deepep", "hybridep"]
-    assert list(expert_kinds()) == ["graft", "megatron", "te"]
     for name in ("graft", "megatron"):
         assert expert_kinds()[name].mistakes("cpu") == []
+
+
+@pytest.mark.parametrize("name", expert_kinds())
+def test_every_kind_is_described_and_names_itself_where_it_cannot_be_used(name: str) -> None:
+    kind = expert_kinds()[name]
+    assert kind.summary and all(key.isidentifier() for key in kind().fields())
+    for device in ("cpu", "cuda"):
+        for mistake in kind.mistakes(device):
+            assert (
+                (mistake.path, mistake.value) == ("engine.experts", name) and mistake.rule and mistake.remedy
+            )
+
+
+def test_a_kind_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (Path(found.__path__[0]) / "graft_experts.py").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(text.replace('name = "graft"', 'name = "mine"'), encoding="utf-8")
+    monkeypatch.setattr(found, "__path__", [*found.__path__, str(tmp_path)])
+    assert list(expert_kinds()) == ["graft", "megatron", "mine", "te"]
 
 
 @pytest.mark.parametrize("name", ["deepep", "hybridep"])

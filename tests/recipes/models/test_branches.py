@@ -19,9 +19,9 @@ from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.branch_train_mix import BranchTrainMix, BranchTrainMixConfig
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.ffn_surgery import Surgery, swap, upcycle
 from recipes.models.hf.hf_model import HFModel
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
+from tests.recipes.models.whole_surgery import Surgery, swap, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,16 +78,6 @@ def test_the_mixture_of_branches_claims_nothing_and_drifts() -> None:
     tokens = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     report = upcycle(models[0], surgery_of(num_experts=4, sources=["a"]), tokens, models[1:])
     assert not report.claimed_exact and report.logits.relative > 1e-3
-
-
-def test_models_that_do_not_agree_are_named() -> None:
-    models = [model_of(0), model_of(0, rope_theta=5.0), model_of(0, intermediate_size=40)]
-    with pytest.raises(ConfigError) as caught:
-        swap(models[0], surgery_of(num_experts=3, sources=["a", "b"]), models[1:])
-    message = str(caught.value)
-    assert "upcycle.sources.1='b': its intermediate_size is 40, the dense model's is 48" in message
-    assert "has shape (32, 40), the dense model's has (32, 48)" in message
-    assert "upcycle.sources.0='a': its rope_" in message
 
 
 def test_models_that_do_not_fit_the_experts_are_refused_by_the_surgery() -> None:

@@ -25,12 +25,12 @@ from recipes.models.export.graft_format import load_graft
 from recipes.models.export.mixtral import MixtralExporter
 from recipes.models.export.spec import MoESpec, describe_model
 from recipes.models.export.write_export import export, verify_export
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.hf.inspection import INDEX_NAME, weight_files
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.safetensors_codec import TensorSpec
 from tests.conftest import VOCABULARY, MakeCheckpoint
+from tests.recipes.models.whole_surgery import Surgery, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +90,7 @@ def write(model: HFModel, folder: Path, dtype: torch.dtype = torch.float32) -> P
     if dtype == torch.float32:
         with torch.no_grad():
             logits = model.module(input_ids=some_tokens()).logits
-        assert verify_export(exporter, folder, some_tokens(), logits, dtype, 0).sample is None
+        assert verify_export(exporter, folder, some_tokens(), logits, 0).sample is None
     return folder
 
 
@@ -281,13 +281,13 @@ def test_the_verification_reloads_and_generates(make_checkpoint: MakeCheckpoint,
     tokens = some_tokens()
     with torch.no_grad():
         logits = model.module(input_ids=tokens).logits
-    report = verify_export(MixtralExporter(), folder, tokens, logits, torch.float32)
+    report = verify_export(MixtralExporter(), folder, tokens, logits)
     assert (report.format, report.is_native, report.path) == ("mixtral", True, folder)
     assert report.logits.relative <= 1e-4
     sample = json.loads(report.sample)
     assert sample["text"].startswith(sample["prompt"])
     with pytest.raises(ExactnessError, match=r"as mixtral does not compute what was trained"):
-        verify_export(MixtralExporter(), folder, tokens, logits * 1.001, torch.float32)
+        verify_export(MixtralExporter(), folder, tokens, logits * 1.001)
 
 
 def test_a_swapped_gate_would_be_found(

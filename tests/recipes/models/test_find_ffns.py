@@ -19,9 +19,9 @@ from moe.routers.topk import TopKConfig, TopKRouter
 from moe.upcycle.copies import Copy, CopyConfig
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from recipes.models.hf.ffn_blocks import dense_ffn, find_ffns
-from recipes.models.hf.ffn_surgery import Surgery, swap, upcycle
 from recipes.models.hf.hf_model import HFModel, load_model
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model
+from tests.recipes.models.whole_surgery import Surgery, swap, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

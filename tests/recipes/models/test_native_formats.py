@@ -22,10 +22,10 @@ from recipes.models.export import choose_exporter, exporters
 from recipes.models.export.read_back import ReadBack
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import HFModel, load_model
 from tests.conftest import MakeCheckpoint
 from tests.recipes.models.test_exporters import assert_same_logits, names_in, reload
+from tests.recipes.models.whole_surgery import Surgery, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

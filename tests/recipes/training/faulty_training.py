@@ -30,7 +30,6 @@ from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.muon import local_part
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.interrupt import StopRequest
@@ -40,6 +39,7 @@ from recipes.training.stage import StageResult
 from recipes.training.training_loop import Loop
 from tests.conftest import random_model
 from tests.recipes.engines.engine_cases import EXPERTS, VOCABULARY, Case, full, make_stage, open_engine
+from tests.recipes.models.whole_surgery import Surgery, swap
 
 FAULTY_RANK = 1
 BIAS_RATE = 0.01

@@ -38,7 +38,6 @@ from recipes.models.export import choose_exporter
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import load_model
 from recipes.models.hf.inspection import weight_files
 from recipes.upcycling.convert.conversion import RECORD, convert
@@ -46,6 +45,7 @@ from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_co
 from recipes.upcycling.convert.folder_check import compare_folders, load_any
 from tests.conftest import VOCABULARY, MakeCheckpoint
 from tests.moe.dispatch.gathered import gathered
+from tests.recipes.models.whole_surgery import Surgery, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,13 +18,12 @@ from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.tokenizer import load_tokenizer
 from recipes.jobs.preflight import check_run
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.ffn_surgery import swap
 from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.convert.folder_check import load_any
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
 from recipes.upcycling.prompts.prompt_rows import prompt_rows, with_prompt_rows
-from recipes.upcycling.surgery import make_surgery
 from tests.conftest import MakeCheckpoint
+from tests.recipes.models.whole_surgery import make_surgery, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = (ExpertPrompts(("the dog", "a fox jumps"), ("return x",)), ExpertPrompts(("def f(x):",)))

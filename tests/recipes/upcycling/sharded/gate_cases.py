@@ -19,7 +19,7 @@ from moe.upcycle.copies import CopyConfig
 from moe.upcycle.drop import DropConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
 from recipes.engines.optim.optimizer import OptimConfig
-from recipes.models.hf.ffn_surgery import Surgery, SurgeryReport, upcycle
+from recipes.models.hf.drift import SurgeryReport
 from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.convert.conversion_plan import ExpertWork
 from recipes.upcycling.convert.moe_plan import MoERequest, plan_moe
@@ -28,6 +28,7 @@ from recipes.upcycling.sharded.sharded_models import moe_model
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 from tests.conftest import VOCABULARY
 from tests.recipes.engines.engine_cases import open_engine
+from tests.recipes.models.whole_surgery import Surgery, upcycle
 from tests.recipes.upcycling.sharded.online_cases import (
     SEED,
     Case,

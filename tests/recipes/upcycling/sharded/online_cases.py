@@ -22,7 +22,6 @@ from recipes.engines.native.native_engine import NativeEngine
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.deferred_init import DonatedWeights
 from recipes.models.hf.ffn_blocks import find_ffns
-from recipes.models.hf.ffn_surgery import Surgery, swap
 from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.upcycling.convert.moe_plan import (
     LayerTensors,
@@ -34,6 +33,7 @@ from recipes.upcycling.convert.moe_plan import (
 from recipes.upcycling.sharded.sharded_models import dense_model, moe_model
 from tests.moe.dispatch.gathered import gathered
 from tests.recipes.engines.engine_cases import full, open_engine
+from tests.recipes.models.whole_surgery import Surgery, swap
 
 SEED = 3
 # The first that a method takes: most average, some sum.

@@ -1,4 +1,4 @@
-"""Surgery on a decoder: turns its feed-forward networks into MoE layers and measures what that changes.
+"""Surgery on a whole decoder in memory, the obvious way: the reference that planned models are compared with.
 
 Letters: B sequences, S positions.
 """
@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch import Dispatcher
-from moe.errors import ConfigError, FieldError
+from moe.dispatch.local import LocalDispatcher
+from moe.errors import ConfigError
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
 from moe.layer import MoELayer
-from moe.routers import Router
+from moe.routers import Router, router_class
 from moe.routing.draws import seeded_generator
 from moe.types import LayerContext, RouterContext
-from moe.upcycle import UpcycleMethod
+from moe.upcycle import UpcycleMethod, upcycle_method
 from moe.upcycle.build_experts import ffn_shape
-from moe.upcycle.equivalence import LayerDrift, LogitDrift, layer_drift, logit_drift, require_exact
+from moe.upcycle.equivalence import LayerDrift, logit_drift, require_exact
 from moe.upcycle.layer_plan import Draws
 from moe.upcycle.router_start import start_rows, take_given_rows
-from recipes.models.hf.branches import average, require_same
-from recipes.models.hf.ffn_blocks import FFNSite, dense_ffn, find_ffns
+from recipes.config.schema import RunConfig
+from recipes.models.hf.drift import SurgeryReport, comparing
+from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites, dense_ffn
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.load_entropy import load_entropies
 
@@ -51,27 +53,6 @@ class Surgery:
     make_dispatcher: Callable[[], Dispatcher]
     backend: str
     seed: int
-
-
-@dataclass(frozen=True)
-class SurgeryReport:
-    """Outcome of the surgery, and how exact it is.
-
-    Attributes:
-        method: Name of the upcycling method.
-        layers: Indices of the blocks that became MoE layers.
-        claimed_exact: Whether the method claims to preserve the function under this router.
-        logits: Drift of the logits on real tokens.
-        drifts: Drift of each layer on its own.
-        load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
-    """
-
-    method: str
-    layers: tuple[int, ...]
-    claimed_exact: bool
-    logits: LogitDrift
-    drifts: tuple[LayerDrift, ...]
-    load_entropy: tuple[float, ...]
 
 
 def make_layer(
@@ -108,20 +89,6 @@ def make_layer(
     return MoELayer(router, surgery.make_dispatcher(), experts, LayerContext(context, layer), shared)
 
 
-def chosen_sites(model: HFModel, method: UpcycleMethod[Any]) -> list[FFNSite]:
-    """Returns the feed-forward networks that ``upcycle.layers`` chooses.
-
-    Raises:
-        ConfigError: The choice names layers that the model does not have.
-        ModelError: The model's networks are not recognised.
-    """
-    sites = find_ffns(model.module, model.config)
-    try:
-        return [sites[i] for i in method.config.layer_choice.pick(len(sites))]
-    except FieldError as error:
-        raise error.under("upcycle") from error
-
-
 def swap(
     model: HFModel,
     surgery: Surgery,
@@ -137,12 +104,11 @@ def swap(
         statistics: Statistics that the method needs, by layer index.
 
     Raises:
-        ConfigError: The method does not fit, or its sources are of other shapes.
+        ConfigError: The method does not fit.
     """
     method, found = surgery.method, statistics or {}
     assert len(sources) == len(method.sources), (len(sources), method.sources)
-    require_same(model.module, [source.module for source in sources], method.sources)
-    models = [chosen_sites(one, method) for one in (model, *sources)]
+    models = [chosen_sites(one, method.config) for one in (model, *sources)]
     # The networks themselves become experts, so they are not averaged.
     average(
         [one.module for one in (model, *sources)], method.averaged, [f"{site.name}." for site in models[0]]
@@ -205,31 +171,33 @@ def _dense(site: FFNSite, x_TD: Tensor) -> Tensor:
     return dense_ffn(x_TD, site.weights)
 
 
-@contextmanager
-def comparing(
-    layers: Sequence[tuple[int, nn.Module, Callable[..., Tensor]]], drifts: list[LayerDrift]
-) -> Iterator[None]:
-    """Compares, while open, each forward pass of layers with dense functions of the same input.
+def make_surgery(config: RunConfig) -> Surgery:
+    """The surgery that a config describes."""
 
-    No activations are kept, so that it works for models of any depth.
+    def make_router(model_width: int, num_experts: int) -> Router[Any]:
+        return router_class(config.router.name)(config.router, model_width, num_experts)
+
+    return Surgery(
+        method=upcycle_method(config.upcycle),
+        make_router=make_router,
+        make_dispatcher=LocalDispatcher,
+        backend=config.experts.backend,
+        seed=config.seed,
+    )
+
+
+@torch.no_grad()
+def average(models: Sequence[nn.Module], members: Sequence[int], left_out: Sequence[str]) -> None:
+    """Sets the first model's parameters to the mean over several models.
 
     Args:
-        layers: Block index, layer, and the dense function of the layer's arguments.
-        drifts: Takes the drift of each forward pass.
+        models: Models of one architecture.
+        members: Indices of the models that are averaged.
+        left_out: Name prefixes of parameters that stay unchanged.
     """
-
-    def compare(
-        number: int, dense: Callable[..., Tensor], module: Any, args: Any, kwargs: Any, out: Any
-    ) -> None:
-        ours = out[0] if isinstance(out, tuple) else out
-        drifts.append(layer_drift(number, dense(*args, **kwargs), ours))
-
-    handles = [
-        layer.register_forward_hook(partial(compare, number, dense), with_kwargs=True)
-        for number, layer, dense in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    if tuple(members) == (0,):
+        return
+    states = [dict(models[member].named_parameters()) for member in members]
+    for name, parameter in models[0].named_parameters():
+        if not name.startswith(tuple(left_out)):
+            parameter.copy_(torch.stack([state[name] for state in states]).mean(0))
