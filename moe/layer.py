@@ -5,17 +5,19 @@ Letters: T tokens, D model width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from moe.dispatch.base import Dispatcher
-from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.metrics import LayerStats
 from moe.routers.base import Router
 from moe.routing.balance import attach_loss
 from moe.types import LayerContext
+
+if TYPE_CHECKING:
+    from moe.experts.experts import Experts
 
 
 class MoELayer(nn.Module):

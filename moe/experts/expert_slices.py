@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from moe.experts.experts import Experts
+if TYPE_CHECKING:
+    from moe.experts.experts import Experts
 
 
 @torch.no_grad()

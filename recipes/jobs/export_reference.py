@@ -1,4 +1,4 @@
-"""What an export must compute: the trained weights in the files' dtypes, run in fp32 on any engine.
+"""Reference of an export: the trained weights in the files' dtypes, run in fp32 on any engine.
 
 Engines compute in bf16 at will, and files may hold fewer bits than what was trained. The check of an export
 is about neither, so both are taken out of it; what the files' dtype costs is measured apart.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError
-from recipes.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from recipes.config.schema import RunConfig
 from recipes.runtime.relaunch import Launch
 
 

@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.upcycle.layer_plan import Matrix
 from recipes.checkpoint import verify_checkpoint
 from recipes.engines import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
+from recipes.models.export.mixtral import MixtralExporter
+from recipes.models.export.spec import MoESpec
 from recipes.tracking.metrics_log import read_rows
 from recipes.training.training_loop import DivergedError
-from tests.recipes.jobs.job_runs import Ended, job, rows, same_training, steps
+from tests.recipes.jobs.job_runs import Ended, job, rows, same_training, steps, summary
 
 
 @pytest.fixture
@@ -175,6 +178,41 @@ def test_a_surgery_that_is_not_exact_is_refused(go: Callable[..., Ended], workpl
     assert ended.code == 1
     assert "Traceback" not in ended.err and "layer" in ended.err
     assert rows(workplace / "outputs" / "inexact", "moe") == []
+
+
+def test_a_failed_export_ends_nothing_else(
+    go: Callable[..., Ended], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = MixtralExporter.expert_name
+
+    def swapped(self: MixtralExporter, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
+        other: dict[Matrix, Matrix] = {"gate": "up", "up": "gate", "down": "down"}
+        return plain(self, moe, expert, other[matrix] if expert == 0 else matrix, bias)
+
+    monkeypatch.setattr(MixtralExporter, "expert_name", swapped)
+    ended = go("bad-export", {"compare.cpt": True})
+    run_dir = workplace / "outputs" / "bad-export"
+    assert ended.code == 1 and "Traceback" not in ended.err
+    assert "does not compute what was trained" in ended.err
+    assert f"python -m tools.export {run_dir} --out DIR --dtype fp32" in ended.err
+    found = summary(run_dir)
+    assert [row["model"] for row in found["results"]] == ["dense", "cpt", "moe"]
+    assert "does not compute" in found["export"]["failed"]
+    # The report as well (tests replace its drawing by its path).
+    assert "report: " in ended.out
+
+
+def test_engine_and_files_in_bf16_are_no_reason_to_fail(go: Callable[..., Ended], workplace: Path) -> None:
+    # Large steps, so that the weights of bf16 are others.
+    options = {"engine.precision": "bf16", "export.dtype": "bf16", "optim.lr": 0.05}
+    ended = go("low", options)
+    assert ended.code == 0, ended.err
+    export = summary(workplace / "outputs" / "low")["export"]
+    assert export["relative"] < 1e-4
+    cost = export["rounding"]
+    assert cost["dtype"] == "bfloat16" and 0 < cost["kl"] < 0.1 and 0 <= cost["choices_changed"] < 0.5
+    assert cost["loss_rounded"] == pytest.approx(cost["loss_trained"], rel=0.05)
+    assert "export.dtype=fp32 keeps what was trained" in ended.out
 
 
 def test_a_method_that_is_not_exact_says_how_far_off_it_is(go: Callable[..., Ended]) -> None:
