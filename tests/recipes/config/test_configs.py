@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,16 @@ ABSENT = {"attention": "attention.name"}
 ONLY_WITH = {"optim.muon": ("optim", "muon")}
 
 
+@functools.cache
+def composed(*overrides: str) -> tuple[dict[str, Any], RunConfig]:
+    """Values of a command line, and the config that they make; do not change them."""
+    values = compose_config(["+recipe=upcycle", *overrides])
+    return values, parse_config(values)
+
+
 def parsed(*overrides: str) -> RunConfig:
     """The typed config of a command line."""
-    return parse_config(compose_config(["+recipe=upcycle", *overrides]))
+    return composed(*overrides)[1]
 
 
 def leaves(values: Any, prefix: str = "") -> set[str]:
@@ -68,8 +76,7 @@ def test_every_recipe_parses_and_names_a_job(recipe: str) -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_parses(group: str, choice: str) -> None:
-    values = compose_config(["+recipe=upcycle", f"{group}={choice}"])
-    config = parse_config(values)
+    values, config = composed(f"{group}={choice}")
     own = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
     for key, value in own.items():
         if key not in ("defaults", "seed"):  # data.seed follows seed
@@ -80,8 +87,7 @@ def test_every_choice_parses(group: str, choice: str) -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_files_show_every_option_and_no_other(group: str, choice: str) -> None:
-    values = compose_config(["+recipe=upcycle", f"{group}={choice}"])
-    config = parse_config(values)
+    values, config = composed(f"{group}={choice}")
     hidden = {path for path, only in ONLY_WITH.items() if only != (group, choice)}
     expected = {
         ABSENT.get(path, path) for path in fields(config) if not any(path.startswith(f"{h}.") for h in hidden)
