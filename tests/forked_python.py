@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> NoReturn:
         code = forked.wait()
         assert code is not None, "it waits without a limit"
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

@@ -81,24 +81,6 @@ def agree(logits: LogitDrift, dtype: torch.dtype) -> bool:
     return logits.relative <= TOLERANCES[dtype]
 
 
-def same_function(one_TV: Tensor, other_TV: Tensor) -> bool:
-    """Returns True if two fp32 evaluations of equal weights differ by rounding alone.
-
-    A router whose choices are nearly tied may send single tokens to other experts when sums are taken in
-    another order. So either all logits agree, within `TOLERANCES` of the largest, or those of most tokens
-    do, and the predictions of all tokens differ by as little on average, in KL divergence.
-
-    Args:
-        one_TV: ``[..., V]`` logits.
-        other_TV: ``[..., V]`` logits on the same tokens.
-    """
-    tolerance = TOLERANCES[torch.float32]
-    drift = logit_drift(one_TV, other_TV)
-    off_T = (one_TV - other_TV).abs().amax(-1) / max(drift.max_logit, 1e-30)
-    within = float((off_T <= tolerance).float().mean())
-    return within == 1.0 or (within > 0.5 and drift.kl <= tolerance)
-
-
 def layer_drift(layer: int, dense_TD: Tensor, moe_TD: Tensor) -> LayerDrift:
     """Compares a layer's outputs, both ``[..., D]``."""
     dense, moe = dense_TD.double().flatten(), moe_TD.double().flatten()

@@ -23,7 +23,6 @@ from recipes.upcycling.convert.moe_plan import open_dense
 from recipes.upcycling.sharded.sharded_models import dense_model
 
 if TYPE_CHECKING:
-    from moe.errors import GraftError
     from recipes.config.schema import RunConfig
     from recipes.data.build_data import TrainData
     from recipes.engines import Engine
@@ -122,7 +121,6 @@ class StageRun:
         config: The run's config with the stage's own length.
         data: Samples, with attention fitted to the model once it is built.
         blank: As `Built.blank`, once the model is built.
-        failure: Error of an export that failed behind the training; what else the run makes is made.
     """
 
     def __init__(self, inputs: StageInputs, parts: StageParts) -> None:
@@ -135,7 +133,6 @@ class StageRun:
         self.engine = inputs.engine
         self.log = inputs.console.log
         self.blank: Callable[[], HFModel] | None = None
-        self.failure: GraftError | None = None
 
     @property
     def finished(self) -> bool:

@@ -99,18 +99,12 @@ class UpcycleJob(Job):
             account(session, results)
         if ended:
             console.on_rank_zero(lambda: _conclude(run_dir, results))
-        _raise_failure(stages, run_dir)
+            if failed := results.content.get("export", {}).get("failed"):
+                raise ExactnessError(
+                    f"{failed}. All else of the run is done and kept. Export it again from its checkpoint: "
+                    f"python -m tools.export {run_dir.path} --out DIR --dtype fp32"
+                )
         return ended
-
-
-def _raise_failure(stages: list[StageRun], run_dir: RunDir) -> None:
-    """Raises the error of an export that failed, once all else is done."""
-    for stage in stages:
-        if stage.failure is not None:
-            raise ExactnessError(
-                f"{stage.failure}. All else of the run is done and kept. Export it again from its "
-                f"checkpoint: python -m tools.export {run_dir.path} --out DIR --dtype fp32"
-            )
 
 
 def _describe(config: RunConfig, console: RankConsole, data: TrainData) -> None:
@@ -137,4 +131,6 @@ def _conclude(run_dir: RunDir, results: Results) -> None:
             f"\ntime:   {timings['total_s']:.0f} s in all, {timings['first_step_s']:.0f} s from the command "
             f"to the end of the first step; peak memory of all ranks {memory / 2**30:.2f} GiB"
         )
-    print(f"report: {path}\nmodel:  {run_dir.export}")
+    print(f"report: {path}")
+    if "failed" not in results.content.get("export", {}):
+        print(f"model:  {run_dir.export}")

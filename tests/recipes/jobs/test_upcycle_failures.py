@@ -180,8 +180,9 @@ def test_a_surgery_that_is_not_exact_is_refused(go: Callable[..., Ended], workpl
     assert rows(workplace / "outputs" / "inexact", "moe") == []
 
 
+@pytest.mark.usefixtures("first")
 def test_a_failed_export_ends_nothing_else(
-    go: Callable[..., Ended], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = MixtralExporter.expert_name
 
@@ -190,7 +191,7 @@ def test_a_failed_export_ends_nothing_else(
         return plain(self, moe, expert, other[matrix] if expert == 0 else matrix, bias)
 
     monkeypatch.setattr(MixtralExporter, "expert_name", swapped)
-    ended = go("bad-export", {"compare.cpt": True})
+    ended = job(workplace, {"data.path": text, "run.name": "bad-export"}, full=True)
     run_dir = workplace / "outputs" / "bad-export"
     assert ended.code == 1 and "Traceback" not in ended.err
     assert "does not compute what was trained" in ended.err
@@ -198,8 +199,12 @@ def test_a_failed_export_ends_nothing_else(
     found = summary(run_dir)
     assert [row["model"] for row in found["results"]] == ["dense", "cpt", "moe"]
     assert "does not compute" in found["export"]["failed"]
-    # The report as well (tests replace its drawing by its path).
-    assert "report: " in ended.out
+    assert "report: " in ended.out and "model:  " not in ended.out
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "The export failed: " in page and "from_pretrained" not in page
+    # Once more: nothing is left to do, and the failure is still one.
+    again = job(workplace, {"data.path": text, "run.name": "bad-export", "resume": "auto"})
+    assert again.code == 1 and "--dtype fp32" in again.err
 
 
 def test_engine_and_files_in_bf16_are_no_reason_to_fail(go: Callable[..., Ended], workplace: Path) -> None:
