@@ -12,12 +12,16 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --n
 # The stamp carries the pins: it is remade when they change, and nothing is installed twice.
 STAMP := $(VENV)/.installed
 
-.PHONY: upcycle test check types lint setup clean
+.PHONY: upcycle test tests check types lint setup clean
 
 upcycle: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py +recipe=upcycle $(ARGS)
 
-test: types $(STAMP)
+# The type checker runs beside the tests, which leave a processor free while they import.
+test: $(STAMP)
+	$(MAKE) --no-print-directory --jobs=2 types tests
+
+tests: $(STAMP)
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 # Lint, types, and one case of every contract: in a minute or so, before a commit.

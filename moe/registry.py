@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,8 +22,12 @@ def discover(package: str, base: Any, module: str = "{name}") -> dict[str, Any]:
     Returns:
         Name to class, in alphabetical order.
     """
+    return dict(_discover(package, base, module, tuple(importlib.import_module(package).__path__)))
+
+
+@functools.cache
+def _discover(package: str, base: Any, module: str, path: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    path = importlib.import_module(package).__path__
     for info in sorted(pkgutil.iter_modules(path), key=lambda info: info.name):
         place = f"{package}.{module.format(name=info.name)}"
         if "." in module and (not info.ispkg or importlib.util.find_spec(place) is None):

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests import fork_server, grid
+from tests import fork_server, grid, yaml_cache
 from tests.parallel import arrange
 from tests.patience import patience, slowness
 from tests.shared_runs import once, shared_folder
@@ -68,6 +69,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Makes ready what all workers share: the speed of the machine, and the server that forks processes."""
+    # Tests send signals; a shell starts what runs in the background (`make test &`) with some ignored.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+    # Collecting imports everything, and each garbage collection would walk over all of it.
+    gc.disable()
+    yaml_cache.install()
     grid.configure(config)
     slowness()
     fork_server.prepare()
@@ -104,6 +112,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _imported = [0]
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage again from here on."""
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

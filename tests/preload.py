@@ -5,6 +5,9 @@ import os
 import pkgutil
 import warnings
 
+from recipes.config.compose import compose_config
+from tests import yaml_cache
+
 # It looks for a device when it is imported, and says that it has found none.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -35,3 +38,5 @@ def preload() -> None:
             for module in pkgutil.walk_packages(found.__path__, f"{package}."):
                 if not module.name.endswith("__main__"):
                     importlib.import_module(module.name)
+    yaml_cache.install()
+    compose_config(["+recipe=upcycle"])
