@@ -17,14 +17,31 @@ _LIBRARIES = (
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "torch.distributed.tensor",
+    "torch.profiler",
     "transformers.models.llama.modeling_llama",
     "transformers.models.mixtral.modeling_mixtral",
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_config",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "megatron.core.distributed",
+    "megatron.core.fusions.fused_bias_dropout",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
+    "megatron.core.transformer.attention",
 )
 _OURS = ("kernels", "moe", "recipes")
+# What the ranks of most tests run.
+_CASES = (
+    "tests.distributed_helper",
+    "tests.forked_python",
+    "tests.recipes.engines.deepspeed_cases",
+    "tests.recipes.engines.expert_parallel_cases",
+    "tests.recipes.engines.megatron_cases",
+    "tests.recipes.jobs.job_runs",
+)
 
 
 def preload() -> None:
@@ -38,5 +55,7 @@ def preload() -> None:
             for module in pkgutil.walk_packages(found.__path__, f"{package}."):
                 if not module.name.endswith("__main__"):
                     importlib.import_module(module.name)
+        for name in _CASES:
+            importlib.import_module(name)
     yaml_cache.install()
     compose_config(["+recipe=upcycle"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from io import TextIOWrapper
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,11 +19,10 @@ def install() -> None:
 
 
 def _load_once(file: Any) -> Any:
-    name = getattr(file, "name", None)
-    if not isinstance(name, str):
+    if not isinstance(file, TextIOWrapper):
         return _load(file)
     status = os.fstat(file.fileno())
-    key = name, status.st_mtime_ns, status.st_size
+    key = file.name, status.st_mtime_ns, status.st_size
     if key not in _contents:
         _contents[key] = _load(file)
     return copy.deepcopy(_contents[key])
