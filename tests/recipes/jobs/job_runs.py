@@ -28,6 +28,7 @@ from tests.forked_commands import Ended, run_forked
 from tests.forked_python import STARTED_BY
 from tests.paths import ROOT
 from tests.patience import patience
+from tests.recipes.jobs.composed_once import composed_once
 
 _STOP_AT = "GRAFT_TEST_STOP_AT"
 _PATIENCE_S = 60.0
@@ -165,6 +166,7 @@ def job(
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
+            stack.enter_context(composed_once())
             stack.enter_context(contextlib.nullcontext() if full else quick())
             stack.enter_context(interfering(stop_at))
             code = main(arguments(folder, changes))

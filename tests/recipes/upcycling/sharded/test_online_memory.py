@@ -17,6 +17,7 @@ from recipes.studies.benchmarks.shard_memory import (
 )
 from recipes.studies.benchmarks.shard_rank import PeakMeter
 from tests.forked_python import interpreter
+from tests.shared_runs import once, shared_folder
 from tools.bench_sharded import _line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by Linux alone")
@@ -29,11 +30,16 @@ def forked_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", interpreter(tmp_path))
 
 
+def _written() -> tuple[Path, Path]:
+    tiny, (dense,) = write_dense(SIZES[:1], shared_folder("online-memory"))
+    return tiny, dense
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("forked_ranks")
-def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None:
-    tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
+def test_two_ranks_hold_their_part_and_less_than_a_layer() -> None:
+    tiny, dense = once(_written)
     found = measure_layout(dense, tiny, Layout(ranks=2))
     assert sum(rank.shard for rank in found) == pytest.approx(found[0].moe, rel=0.01)
     for rank in found:
@@ -60,8 +66,8 @@ def test_two_ranks_hold_their_part_and_less_than_a_layer(tmp_path: Path) -> None
     ],
     ids=lambda layout: layout.engine,
 )
-def test_other_engines_hold_their_part_and_its_gradients(layout: Layout, tmp_path: Path) -> None:
-    tiny, (dense,) = write_dense(SIZES[:1], tmp_path)
+def test_other_engines_hold_their_part_and_its_gradients(layout: Layout) -> None:
+    tiny, dense = once(_written)
     for rank in measure_layout(dense, tiny, layout):
         assert rank.moe - rank.shard > 1.5 * rank.layer
         # Both have laid out a gradient for every weight of the part by then.
