@@ -111,14 +111,6 @@ def shared_data(config: RunConfig, console: RankConsole, tokenizer: Path, vocab_
     return load_data(config.data, tokenizer, cache, vocab_size, lambda line: None)
 
 
-def vocab_size_of(folder: Path) -> int:
-    """Returns the number of rows of a checkpoint's embedding."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return int(config.get_text_config().vocab_size)
-
-
 def _train(config: RunConfig, console: RankConsole, loop: Loop, folder: Path, data: TrainData) -> bool:
     tokenizer = default_tokenizer(config, console)
     model = fresh_model(config.model, config.data.seq_len, tokenizer)

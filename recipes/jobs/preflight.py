@@ -25,11 +25,14 @@ from recipes.engines import engine_classes
 from recipes.jobs.expert_rules import check_library, check_low_rank
 from recipes.jobs.run_dir import choose_run_dir
 from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
+from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
+from recipes.models.hf.config_file import read_config
 from recipes.models.hf.header_shape import read_ffn_shape
-from recipes.models.hf.inspection import check_dense, read_config
+from recipes.models.hf.inspection import check_dense
 from recipes.runtime.relaunch import Launch
+from recipes.upcycling.convert.moe_plan import open_dense
 from recipes.upcycling.optim_start import check_optim_start
 from recipes.upcycling.prompts.prompt_rows import check_prompts
 
@@ -59,7 +62,16 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     folder = Path(config.dense).expanduser()
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
-    return mistakes + check_fit(config, read_config(folder))
+    return mistakes + (check_fit(config, read_config(folder)) or check_opens(config, folder))
+
+
+def check_opens(config: RunConfig, folder: Path) -> list[Mistake]:
+    """Checks that transformers builds the model, that the files hold it, and that they may be copied."""
+    try:
+        open_dense(folder, trust_remote_code=config.trust_remote_code)
+    except UserError as error:
+        return list(error.mistakes)
+    return check_companions(config.dense or "")
 
 
 def check_places(values: Mapping[str, Any]) -> list[Mistake]:
@@ -216,7 +228,11 @@ def check_folder(name: str, value: str) -> list[Mistake]:
         name: Config path.
         value: The folder.
     """
-    folder = Path(value).expanduser().absolute()
+    try:
+        folder = Path(value).expanduser().absolute()
+        folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a NUL in it, an unknown user
+        return [Mistake(name, value, f"it is no path ({error})", "Give another folder.")]
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         return [Mistake(name, value, f"{existing} is a file", "Give another folder.")]

@@ -20,10 +20,11 @@ from recipes.data.build_data import TrainData
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths, resolve
 from recipes.engines.optim.optimizer import FrozenConfig
-from recipes.jobs.default_model import shared_data, vocab_size_of
+from recipes.jobs.default_model import shared_data
 from recipes.jobs.moe_stage import build_moe, report_moe
 from recipes.jobs.stage_run import Built, StageInputs, StageParts, StageRun
 from recipes.jobs.upcycle_job import UpcycleJob
+from recipes.models.hf.config_file import vocabulary_size
 from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.training_loop import Stage, StageResult, validation_loss
@@ -114,7 +115,8 @@ def second_stage(inputs: StageInputs) -> StageRun:
     config, console = stage2_config(inputs.config), inputs.console
     console.heartbeat.beat("reading the data of stage 2")
     console.log(f"stage 2: {config.data.path}")
-    vocab_size = console.on_rank_zero(lambda: vocab_size_of(inputs.folder))
+    trust = config.trust_remote_code
+    vocab_size = console.on_rank_zero(lambda: vocabulary_size(inputs.folder, trust_remote_code=trust))
     data = shared_data(config, console, inputs.folder, vocab_size)
     console.on_rank_zero(lambda: _refuse_other_data(inputs.run_dir.path, config.data, data))
     train = inputs.config.train

@@ -13,13 +13,14 @@ from recipes.data.sources import resolve
 from recipes.engines.console import RankConsole
 from recipes.jobs.accounts import account, find_peaks
 from recipes.jobs.base import Job, Session
-from recipes.jobs.default_model import default_dense, shared_data, train_default, vocab_size_of
+from recipes.jobs.default_model import default_dense, shared_data, train_default
 from recipes.jobs.expert_rules import refuse_low_rank
 from recipes.jobs.identity import identity, refuse_changes
 from recipes.jobs.moe_stage import MOE
 from recipes.jobs.preflight import check_run
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.stage_run import CPT, StageInputs, StageRun
+from recipes.models.hf.config_file import vocabulary_size
 from recipes.tracking.results import Results
 
 
@@ -64,7 +65,8 @@ class UpcycleJob(Job):
             folder, data = default_dense(config, console)
         else:
             folder = Path(config.dense).expanduser().absolute()
-            vocab_size = console.on_rank_zero(lambda: vocab_size_of(folder))
+            trust = config.trust_remote_code
+            vocab_size = console.on_rank_zero(lambda: vocabulary_size(folder, trust_remote_code=trust))
             data = shared_data(config, console, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         wanted = identity(config, folder, data, self.identity(config))

@@ -31,9 +31,9 @@ from recipes.jobs.default_model import default_tokenizer, fresh_model
 from recipes.jobs.moe_stage import MOE, report_moe
 from recipes.jobs.stage_run import CPT, Built, StageInputs, StageParts, StageRun, with_steps
 from recipes.jobs.upcycle_job import UpcycleJob
+from recipes.models.hf.config_file import load_config, read_config
 from recipes.models.hf.deferred_init import CheckpointWeights
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import read_config
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.model_costs import measure_costs
 from recipes.training.training_loop import Stage, StageResult
@@ -275,10 +275,10 @@ def _drawn(run: StageRun) -> HFModel:
     if config.dense is None:
         model = dataclasses.replace(config.model, seed=config.seed)
         return fresh_model(model, config.data.seq_len, default_tokenizer(config, run.inputs.console))
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     trust = config.trust_remote_code
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    shape = load_config(folder, trust_remote_code=trust)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust, dtype=torch.float32)

@@ -27,8 +27,9 @@ from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups, leave
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import DefaultModelShape, RunOptions
+from recipes.models.hf.config_file import read_config
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import check_dense, read_config
+from recipes.models.hf.inspection import check_dense
 
 __all__ = ["MegatronConfig", "MegatronEngine"]
 

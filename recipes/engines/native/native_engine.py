@@ -31,9 +31,10 @@ from recipes.engines.native.tensor_parallel import attention_mistakes
 from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer, clip_grad_norm
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import RunOptions
+from recipes.models.hf.config_file import read_config
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import check_dense, read_config
+from recipes.models.hf.inspection import check_dense
 from recipes.tracking.metrics_log import Metric, reduce_metrics
 
 __all__ = ["NativeConfig", "NativeEngine", "NativeTrainModule"]

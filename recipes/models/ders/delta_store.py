@@ -17,7 +17,7 @@ from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from recipes.checkpoint import require_space
 from recipes.models.ders.expert_groups import ExpertGroup, find_groups
 from recipes.models.export.write_export import publish, write_companions
-from recipes.models.hf.inspection import read_config
+from recipes.models.hf.config_file import read_config
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json

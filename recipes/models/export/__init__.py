@@ -20,7 +20,7 @@ def choose_exporter(spec: ModelSpec) -> tuple[Exporter, list[str]]:
     Returns:
         The exporter; if it is not native, also the reason against each native one for this type of model.
     """
-    family = spec.config.model_type
+    family = spec.read.model_type
     fitting = [e for e in exporters().values() if not e.models or family in e.models]
     unsupported_reasons = []
     for exporter in sorted(fitting, key=lambda exporter: not exporter.is_native):

@@ -38,8 +38,8 @@ class Exporter(ABC):
 
     def unsupported_reason(self, spec: ModelSpec) -> str | None:
         """Returns a clause on why this format cannot hold the model exactly; None if it can."""
-        if self.models and spec.config.model_type not in self.models:
-            return f"{self.title} holds models of {', '.join(self.models)}, not of {spec.config.model_type}"
+        if self.models and spec.read.model_type not in self.models:
+            return f"{self.title} holds models of {', '.join(self.models)}, not of {spec.read.model_type}"
         if spec.attention and self.is_native:
             return f"{self.title} has no attention experts"
         return self.unsupported_reason_of_its_models(spec)

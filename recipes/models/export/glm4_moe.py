@@ -29,7 +29,7 @@ class Glm4MoEExporter(NativeExporter):
 
     def model_reason(self, spec: ModelSpec) -> str | None:
         """Rejects other routers, a bias on the attention's output, and windows."""
-        config, router = spec.config, spec.moe_blocks[0].router
+        config, router = spec.read, spec.moe_blocks[0].router
         if router.name != "deepseek_v3":
             return f"GLM-4-MoE has DeepSeek-V3's router, not {router.name!r}"
         biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
@@ -63,7 +63,7 @@ class Glm4MoEExporter(NativeExporter):
 
     def config_values(self, spec: ModelSpec) -> dict[str, Any]:
         """See `NativeExporter.config_values`; norms of queries and keys are as in the model."""
-        moe, source = spec.moe_blocks[0], spec.config
+        moe, source = spec.moe_blocks[0], spec.read
         router = moe.router.config
         values = {
             "rope_parameters": dict(source.rope_parameters) | {"partial_rotary_factor": 1.0},

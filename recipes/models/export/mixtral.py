@@ -29,7 +29,7 @@ class MixtralExporter(NativeExporter):
 
     def model_reason(self, spec: ModelSpec) -> str | None:
         """Rejects biases."""
-        if getattr(spec.config, "attention_bias", False) or getattr(spec.config, "mlp_bias", False):
+        if getattr(spec.read, "attention_bias", False) or getattr(spec.read, "mlp_bias", False):
             return "Mixtral has no biases, and the model has"
         return None
 
@@ -39,7 +39,7 @@ class MixtralExporter(NativeExporter):
         return {
             "intermediate_size": moe.expert.width,
             "num_local_experts": moe.num_experts,
-            "sliding_window": getattr(spec.config, "sliding_window", None),
+            "sliding_window": getattr(spec.read, "sliding_window", None),
             "router_aux_loss_coef": moe.router.config.balance_coef,
             "router_jitter_noise": 0.0,
         }

@@ -99,7 +99,7 @@ class NativeExporter(Exporter):
         """Builds the class's config: values of the dense model, then those of the MoE layers."""
         import transformers
 
-        source, moe = spec.config, spec.moe_blocks[0]
+        source, moe = spec.read, spec.moe_blocks[0]
         values = {key: getattr(source, key) for key in self.config_keys if hasattr(source, key)}
         values |= {"num_experts_per_tok": moe.router.top_k} | self.config_values(spec)
         config = getattr(transformers, f"{self.family}Config")(**values)

@@ -33,7 +33,7 @@ class Qwen2MoEExporter(NativeExporter):
 
     def model_reason(self, spec: ModelSpec) -> str | None:
         """Rejects windows in some of the layers, and heads that do not divide the hidden size."""
-        config = spec.config
+        config = spec.read
         if "sliding_attention" in (config.layer_types or ()):
             return "Qwen2-MoE counts layers with windows differently, and the model has such layers"
         head_dim = getattr(config, "head_dim", None)

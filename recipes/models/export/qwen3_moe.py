@@ -19,7 +19,7 @@ class Qwen3MoEExporter(NativeExporter):
 
     def model_reason(self, spec: ModelSpec) -> str | None:
         """Rejects windows in some of the layers."""
-        if "sliding_attention" in (spec.config.layer_types or ()):
+        if "sliding_attention" in (spec.read.layer_types or ()):
             return "Qwen3-MoE has one attention for all layers, and the model has windows in some"
         return None
 
@@ -47,7 +47,7 @@ def qwen_values(spec: ModelSpec) -> dict[str, Any]:
     """
     moe = spec.moe_blocks[0]
     return {
-        "intermediate_size": spec.config.intermediate_size,
+        "intermediate_size": spec.read.intermediate_size,
         "moe_intermediate_size": moe.expert.width,
         "num_experts": moe.num_experts,
         "norm_topk_prob": moe.router.weights_sum_to_one,

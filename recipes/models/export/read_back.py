@@ -17,9 +17,10 @@ from safetensors import safe_open
 from torch import nn
 
 from moe.errors import ModelError
+from recipes.models.hf.config_file import load_config
 from recipes.models.hf.deferred_init import deferred_model
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.inspection import weight_files
+from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.heartbeat import Heartbeat
 
 
@@ -49,10 +50,9 @@ class NativeUnread(Unread):
 
     def __init__(self, folder: Path) -> None:
         """Reads only the config."""
-        from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        super().__init__(deferred_model(AutoConfig.from_pretrained(folder, local_files_only=True)), folder)
+        super().__init__(deferred_model(load_config(folder)), folder)
         self._mapping = get_model_conversion_mapping(self.model)
 
     def fill(self, wanted: Callable[[str], bool]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe.attention.routed_attention import attention_layers
 from moe.layer import MoELayer
 from moe.upcycle.layer_plan import FFNShape
+from recipes.models.hf.declared_config import DeclaredConfig
 
 if TYPE_CHECKING:
     from moe.routers import Router
@@ -70,6 +71,11 @@ class ModelSpec:
     architecture: str
     moe_blocks: tuple[MoESpec, ...]
     attention: tuple[AttentionSpec, ...] = ()
+
+    @property
+    def read(self) -> Any:
+        """The config with the keys alone that the dense model's class reads, as formats must take it."""
+        return DeclaredConfig(self.config)
 
     @property
     def num_layers(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe.errors import ExactnessError
 from moe.upcycle.equivalence import TOLERANCES, LogitDrift, agree, logit_drift
 from recipes.models.export.base import Exporter, Layout
+from recipes.models.export.companions import copy_companions
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import ReadBack, unsupported_reason
 from recipes.models.export.spec import describe_model
@@ -26,19 +27,6 @@ from recipes.models.lora_model import factors_of, model_lora, without_factors
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json, replace_folder, sync_contents
 from recipes.runtime.heartbeat import Heartbeat
-
-# Files that accompany a checkpoint besides weights and config.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "tekken.json",
-)
 
 
 def export(
@@ -121,10 +109,7 @@ def write_live(
 def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None:
     """Writes ``config.json`` and copies the tokenizer and other files that accompany a checkpoint."""
     atomic_write_json(folder / "config.json", config)
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    copy_companions(source, folder)
 
 
 def publish(temporary: Path, folder: Path) -> None:

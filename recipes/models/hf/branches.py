@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import Mistake
-from recipes.models.hf.inspection import check_dense, read_config
+from recipes.models.hf.config_file import read_config
+from recipes.models.hf.inspection import check_dense
 
 # Config keys that may differ between models of one architecture: names, versions, file dtypes, generation.
 _FREE_KEYS = {

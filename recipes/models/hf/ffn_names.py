@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import nn
 
 from moe.errors import ModelError
 from moe.upcycle.layer_plan import FFNShape, Matrix
+from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.ffn_blocks import FFNSite, find_ffns, is_conv1d, linear_names
+from recipes.models.hf.tied_weights import unlike_pairs
 
 # Width of the network that is tested.
 _TRIAL_WIDTH = 64
@@ -70,6 +73,7 @@ class ModelNames:
         in_state: Maps a name in checkpoint files to that in the state dict; transformers has renamed some,
             and some files omit the prefix of the base model.
         ignored: Regular expressions of names that transformers does not read.
+        whole: Names of the tensors of whole numbers.
     """
 
     config: Any
@@ -79,33 +83,34 @@ class ModelNames:
     tied: Mapping[str, str]
     in_state: Callable[[str], str]
     ignored: tuple[str, ...]
+    whole: frozenset[str] = frozenset()
+
+    def is_float(self, name: str) -> bool:
+        """Tells whether the model computes with a tensor, rather than counts by it."""
+        return name not in self.whole
 
 
-def read_names(folder: Any, *, trust_remote_code: bool = False) -> ModelNames:
+def read_names(folder: Path, *, trust_remote_code: bool = False) -> ModelNames:
     """Finds the names in the model whose ``config.json`` is in a folder.
 
     Raises:
         ModelError: transformers does not know the model, or its networks are not recognised.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        remedy = "Check config.json, and that this version of transformers knows the model."
-        raise ModelError.one(
-            "dense", str(folder), f"transformers cannot build it ({first})", remedy
-        ) from error
-    _try_out(config, trust_remote_code)
+    trust = trusts(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model = _build(folder, config, trust)
+    doubled = _doubled(model)
+    if differing := unlike_pairs(folder, doubled, _renaming(model)):
+        # As transformers does: where the files hold two tensors that differ, the config is wrong.
+        config.tie_word_embeddings = False
+        model = _build(folder, config, trust)
+        doubled = _doubled(model)
+        if still := sorted(set(differing) & set(doubled)):
+            rule = f"its model ties {still[0]} to {doubled[still[0]]}, and its files hold both, unlike"
+            remedy = "Delete one of the two from its files, or give the config.json of these weights."
+            raise ModelError.one("dense", str(folder), rule, remedy)
+    _try_out(folder, config, trust)
     sites = find_ffns(model, config, verify=False)
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    doubled = {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
     state = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in doubled}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return ModelNames(
@@ -116,7 +121,23 @@ def read_names(folder: Any, *, trust_remote_code: bool = False) -> ModelNames:
         tied=doubled,
         in_state=_renaming(model),
         ignored=tuple(ignored),
+        whole=frozenset(n for n, t in model.state_dict().items() if not t.is_floating_point()),
     )
+
+
+def _build(folder: Path, config: Any, trust: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    remedy = "Check config.json, and that this version of transformers knows the model."
+    with library_reads("dense", folder, remedy, "build it"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def _doubled(model: nn.Module) -> dict[str, str]:
+    """Returns the second names of tied parameters, each with the first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
@@ -136,10 +157,8 @@ def _renaming(model: Any) -> Callable[[str], str]:
     return in_state
 
 
-def _try_out(config: Any, trust_remote_code: bool) -> None:
+def _try_out(folder: Path, config: Any, trust: bool) -> None:
     """Verifies the network of a narrow block of the family, on random weights."""
-    from transformers import AutoModelForCausalLM
-
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
     if getattr(small, "layer_types", None):
@@ -147,8 +166,7 @@ def _try_out(config: Any, trust_remote_code: bool) -> None:
     for key in _WIDTH_KEYS:
         if isinstance(getattr(small, key, None), int):
             setattr(small, key, _TRIAL_WIDTH)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+    model = _build(folder, small, trust)
     generator = torch.Generator().manual_seed(0)
     for site in find_ffns(model, small, verify=False):
         network = model.get_submodule(site.name).to_empty(device="cpu")

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe.upcycle.layer_plan import FFNShape
+from recipes.models.hf.config_file import read_config
 from recipes.models.hf.ffn_blocks import ACTIVATION_KEYS
-from recipes.models.hf.inspection import read_config, weight_files
+from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.safetensors_codec import HeaderError, read_header
 
 # Names of the down projection in transformers' families, each with the names of its gate projection.

@@ -20,6 +20,7 @@ from moe.errors import ModelError
 from moe.layer import MoELayer, moe_layers
 from moe.routing.top_k_schedule import TopKSchedule
 from moe.types import RouterContext
+from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.deferred_init import WeightSource
 
 
@@ -92,25 +93,20 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     Raises:
         ModelError: transformers does not know the model, or the files lack some of its weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    remedy = "Check that the folder is complete and that this version of transformers knows the model."
+    with library_reads("dense", folder, remedy, "load it"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trusts(folder, trust_remote_code),
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        remedy = "Check that the folder is complete and that this version of transformers knows the model."
-        raise ModelError.one(
-            "dense", str(folder), f"transformers cannot load it ({first})", remedy
-        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
@@ -122,7 +118,6 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
         )
         raise ModelError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
     model.config.use_cache = False
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return HFModel(module=model, folder=folder, source_dtype=dtype)
 
 

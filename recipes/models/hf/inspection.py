@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from moe.errors import Mistake, ModelError
+from recipes.models.hf.config_file import brings_code, code_keys, read_config
+from recipes.models.hf.weight_files import check_weights
 
-from moe.errors import Mistake
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 # Config keys for the number of routed experts in the families of transformers.
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads the folder's ``config.json``; call `check_dense` first."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files that hold the weights.
-
-    Raises:
-        ValueError: The index cannot be read, or names a file outside the folder.
-    """
-    index = folder / INDEX_NAME
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{INDEX_NAME} cannot be read ({error})") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{INDEX_NAME} names {name!r}, which is not a plain file name")
-    return [folder / name for name in names]
+_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer")
+# More than any model has; a list of so many layers or an embedding of so many rows is never made.
+_MOST = {"num_hidden_layers": 10**4, "n_layer": 10**4}
+_LARGEST = 10**8
 
 
 def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
@@ -51,7 +28,7 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     if config is None:
         return mistakes
     mistakes = _check_config(path, config, trust_remote_code) + _check_dense_config(path, config)
-    return mistakes + _check_weights(path, Path(path).expanduser())
+    return mistakes + check_weights(path, Path(path).expanduser())
 
 
 def check_checkpoint(path: str, option: str) -> list[Mistake]:
@@ -64,32 +41,26 @@ def check_checkpoint(path: str, option: str) -> list[Mistake]:
     config, mistakes = _read(path)
     if config is not None:
         mistakes = _check_config(path, config, trust_remote_code=False)
-        mistakes += _check_weights(path, Path(path).expanduser())
+        mistakes += check_weights(path, Path(path).expanduser())
     return [replace(mistake, path=option) for mistake in mistakes]
 
 
 def _read(path: str) -> tuple[dict[str, Any] | None, list[Mistake]]:
     folder = Path(path).expanduser()
-    if not folder.exists():
+    try:
+        exists, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        return None, [_mistake(path, f"it is no path ({error})", "Give the path of a local folder.")]
+    if not exists:
         rule, remedy = "the folder does not exist", "Give the path of a local checkpoint folder."
         return None, [_mistake(path, rule, remedy)]
-    if not folder.is_dir():
+    if not is_folder:
         rule, remedy = "this is a file, not a folder", "Give the folder that holds config.json."
         return None, [_mistake(path, rule, remedy)]
     try:
-        config = read_config(folder)
-    except FileNotFoundError:
-        rule, remedy = "there is no config.json in it", "Give a checkpoint in Hugging Face format."
-        return None, [_mistake(path, rule, remedy)]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        rule = f"its config.json is not valid JSON ({error})"
-        return None, [_mistake(path, rule, "Download it again.")]
-    except OSError as error:
-        rule = f"its config.json cannot be read ({error.strerror})"
-        return None, [_mistake(path, rule, "Check permissions.")]
-    if not isinstance(config, dict):
-        return None, [_mistake(path, "its config.json is not a JSON object", "Download it again.")]
-    return config, []
+        return read_config(folder), []
+    except ModelError as error:
+        return None, [replace(mistake, value=path) for mistake in error.mistakes]
 
 
 def _mistake(path: str, rule: str, remedy: str) -> Mistake:
@@ -97,10 +68,10 @@ def _mistake(path: str, rule: str, remedy: str) -> Mistake:
 
 
 def _check_config(path: str, config: dict[str, Any], trust_remote_code: bool) -> list[Mistake]:
-    family = config.get("model_type")
-    if not family:
-        return [_mistake(path, "its config.json names no model_type", "Give a transformers checkpoint.")]
-    mistakes = []
+    mistakes = list(_check_types(path, config))
+    if mistakes:
+        return mistakes
+    family = config["model_type"]
     architectures = config.get("architectures") or []
     decoder = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     if config.get("is_encoder_decoder") or (architectures and not decoder):
@@ -112,12 +83,58 @@ def _check_config(path: str, config: dict[str, Any], trust_remote_code: bool) ->
                 "Give a causal language model (architectures: ...ForCausalLM), such as Llama or Qwen.",
             )
         )
-    if "auto_map" in config and not trust_remote_code:
+    if not trust_remote_code:
+        mistakes += _check_code(path, config)
+    if config.get("quantization_config"):
+        rule = "its config.json has a quantization_config"
+        remedy = "Give the checkpoint that it was quantised from; if its weights are plain, delete the key."
+        mistakes.append(_mistake(path, rule, remedy))
+    return mistakes
+
+
+def _check_types(path: str, config: dict[str, Any]) -> Iterator[Mistake]:
+    """Checks the fields that are read before transformers has seen the config."""
+    correct = "Correct it: give the config.json that the model was published with."
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        yield _mistake(path, "its config.json names no model_type", "Give a transformers checkpoint.")
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        yield _mistake(path, f"its config.json has text_config={text!r}, which is no object", correct)
+        text = None
+    if not isinstance(config.get("architectures") or [], list):
+        shown = config["architectures"]
+        yield _mistake(path, f"its config.json has architectures={shown!r}, which is no list", correct)
+    sizes = config | (text or {})
+    for key in _COUNTS:
+        value = sizes.get(key)
+        if isinstance(value, bool | str | float | dict):
+            yield _mistake(path, f"its config.json has {key}={value!r}, which is no whole number", correct)
+        elif isinstance(value, int) and not 0 < value <= _MOST.get(key, _LARGEST):
+            yield _mistake(path, f"its config.json has {key}={_short(value)}, which no model has", correct)
+    pad, rows = sizes.get("pad_token_id"), sizes.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        rule = f"its config.json has pad_token_id={_short(pad)}, beyond vocab_size={_short(rows)}"
+        remedy = "Set pad_token_id to a token of the vocabulary, such as eos_token_id, or to null."
+        yield _mistake(path, rule, remedy)
+
+
+def _short(number: int) -> str:
+    return str(number) if abs(number) < 10**12 else f"{'-' if number < 0 else ''}10^12 or more"
+
+
+def _check_code(path: str, config: dict[str, Any]) -> list[Mistake]:
+    """Checks that nothing would be fetched or run that the user has not trusted."""
+    trust = "If you have read and trust that code, set trust_remote_code=true."
+    mistakes = []
+    if keys := code_keys(config):
+        rule = f"its config.json asks for code of a hub ({keys[0]})"
+        mistakes.append(_mistake(path, rule, f"Delete the key. {trust}"))
+    if brings_code(config):
         mistakes.append(
             _mistake(
                 path,
                 "it brings its own code (auto_map in config.json)",
-                "If you have read and trust that code, set trust_remote_code=true.",
+                trust,
             )
         )
     return mistakes
@@ -129,25 +146,3 @@ def _check_dense_config(path: str, config: dict[str, Any]) -> list[Mistake]:
         return []
     rule = f"this model is an MoE already ({experts[0]}={config[experts[0]]})"
     return [_mistake(path, rule, "Give a dense checkpoint.")]
-
-
-def _check_weights(path: str, folder: Path) -> list[Mistake]:
-    try:
-        files = weight_files(folder)
-    except ValueError as error:
-        return [_mistake(path, str(error), "Download the checkpoint again.")]
-    if not files:
-        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        found = f"there are {', '.join(other[:3])}, which are pickles" if other else "it holds no weights"
-        return [_mistake(path, f"no *.safetensors file: {found}", "Save it with safe_serialization=True.")]
-    mistakes = []
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except FileNotFoundError:
-            mistakes.append(_mistake(path, f"{file.name}, named in {INDEX_NAME}, is missing", "Download it."))
-        except (SafetensorError, OSError) as error:
-            rule = f"{file.name} is corrupt or cut short ({error})"
-            mistakes.append(_mistake(path, rule, "Download that file again."))
-    return mistakes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
-from recipes.models.hf.inspection import weight_files
+from recipes.models.hf.weight_files import FolderError, weight_files
 from recipes.runtime.safetensors_codec import HeaderError, TensorLocation, read_header
 
 # Weights of these dtypes have scales beside them, which nothing here applies.
@@ -37,7 +37,11 @@ class DenseFiles:
         self.folder = folder
         self.tensors: dict[str, TensorLocation] = {}
         self._handles: dict[Path, int] = {}
-        for path in weight_files(folder):
+        try:
+            files = weight_files(folder)
+        except FolderError as error:
+            raise ModelError.one("dense", str(folder), str(error), error.remedy) from error
+        for path in files:
             for stored in _tensors_of(path):
                 self.tensors[stored.spec.name] = stored
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recipes.models.hf.inspection import INDEX_NAME, SINGLE_NAME
+from recipes.models.hf.weight_files import INDEX_NAME, SINGLE_NAME
 from recipes.runtime.atomic import atomic_write_json, sync_file
 from recipes.runtime.safetensors_codec import TensorLocation, TensorSpec, encode_header, tensor_bytes
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from moe.errors import CheckpointError, Mistake
-from recipes.models.hf.inspection import weight_files
+from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.atomic import atomic_file
 
 # Of each weight file, so much of its beginning and of its end counts in the fingerprint.

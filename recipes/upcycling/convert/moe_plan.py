@@ -228,12 +228,20 @@ def _moe(ffn: FFNNames, plan: LayerPlan, router: Router[Any]) -> MoESpec:
 
 def _stored_names(files: DenseFiles, names: ModelNames) -> dict[str, str]:
     there = {names.in_state(stored): stored for stored in files.tensors}
+    for second, first in names.tied.items():
+        # transformers ties both ways: files with the head alone give the embeddings, too.
+        if first not in there and second in there:
+            there[first] = there[second]
     missing = [name for name in names.state if name not in there]
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
         raise ModelError.one("dense", str(files.folder), rule, "Download the checkpoint again.")
     for name, shape in names.state.items():
-        found = files.tensors[there[name]].spec.shape
+        found, dtype = files.tensors[there[name]].spec.shape, files.tensors[there[name]].spec.dtype
+        if not dtype.is_floating_point and names.is_float(name):
+            rule = f"{name} is {str(dtype).removeprefix('torch.')} in its files: it is quantised"
+            remedy = "Give the checkpoint that it was quantised from."
+            raise ModelError.one("dense", str(files.folder), rule, remedy)
         if found != shape:
             rule = f"{name} is {list(found)} in its files and {list(shape)} by config.json"
             raise ModelError.one("dense", str(files.folder), rule, "Give the config.json of these weights.")

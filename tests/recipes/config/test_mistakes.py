@@ -120,11 +120,18 @@ def with_index(*files: Any) -> Change:
     """Adds an index that names files, the first of them the real one."""
 
     def change(folder: Path) -> None:
-        names = ["model.safetensors", *files]
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        names = ["model-00001-of-00002.safetensors", *files]
         index = {"weight_map": {f"tensor.{i}": name for i, name in enumerate(names)}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return change
+
+
+def without_a_map(folder: Path) -> None:
+    """An index that maps nothing."""
+    with_index()(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
 
 
 def only_bin(folder: Path) -> None:
@@ -134,8 +141,8 @@ def only_bin(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Change, str]] = {
     "no config": (remove("config.json"), "there is no config.json in it. Give a checkpoint in Hugging Face"),
-    "broken JSON": (write("config.json", '{"a": '), "its config.json is not valid JSON (Expecting value"),
-    "not text": (write("config.json", b"\xff\xfe\x00"), "its config.json is not valid JSON ("),
+    "broken JSON": (write("config.json", '{"a": '), "its config.json is not JSON (Expecting value"),
+    "not text": (write("config.json", b"\xff\xfe\x00"), "its config.json is not UTF-8 ("),
     "a JSON list": (write("config.json", "[]"), "its config.json is not a JSON object. Download it again."),
     "no model_type": (
         set_config(model_type=None),
@@ -155,7 +162,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "a mixture, DeepSeek's key": (set_config(n_routed_experts=64), "already (n_routed_experts=64)"),
     "code of its own": (
-        set_config(auto_map={"AutoModelForCausalLM": "modeling.Mine"}),
+        set_config(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"}),
         "it brings its own code (auto_map in config.json). If you have read and trust that code, set",
     ),
     "a pickle": (
@@ -179,8 +186,8 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "the folder above": (with_index(".."), "names '..', which is not a plain file name"),
     "no name": (with_index(7), "model.safetensors.index.json"),
     "a broken index": (
-        write("model.safetensors.index.json", "{}"),
-        "model.safetensors.index.json cannot be read ('weight_map'). Download the checkpoint again.",
+        without_a_map,
+        "model.safetensors.index.json has no weight_map. Download the checkpoint again.",
     ),
     "no tokenizer": (remove("tokenizer.json"), "holds no tokenizer. Copy its files there (tokenizer.json"),
     "a damaged tokenizer": (write("tokenizer.json", "{}"), "holds a tokenizer that cannot be read ("),

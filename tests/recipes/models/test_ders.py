@@ -19,7 +19,7 @@ from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from moe.routers.topk import TopKConfig
 from moe.upcycle.copies import CopyConfig
 from recipes.models.ders.delta_store import CONFIG, compress, expand
-from recipes.models.hf.inspection import weight_files
+from recipes.models.hf.weight_files import weight_files
 from recipes.upcycling.convert.conversion import convert
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
 from recipes.upcycling.convert.folder_check import compare_folders

@@ -49,7 +49,7 @@ def test_weights_of_another_shape_are_refused(checkpoint: Path) -> None:
 
 def test_an_unknown_family_is_refused(checkpoint: Path) -> None:
     edit_config(checkpoint, model_type="frobnicate")
-    with pytest.raises(ModelError, match="transformers cannot load it .*frobnicate"):
+    with pytest.raises(ModelError, match="transformers cannot use its config.json .*frobnicate"):
         load_model(checkpoint)
 
 

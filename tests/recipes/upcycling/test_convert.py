@@ -39,7 +39,7 @@ from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import find_ffns
 from recipes.models.hf.hf_model import load_model
-from recipes.models.hf.inspection import weight_files
+from recipes.models.hf.weight_files import weight_files
 from recipes.upcycling.convert.conversion import RECORD, convert
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
 from recipes.upcycling.convert.folder_check import compare_folders, load_any

@@ -1,0 +1,77 @@
+"""Files that accompany a checkpoint's weights and config: found, checked, copied.
+
+A link that leaves the folder is not followed: what it shows would be published with the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe.errors import Mistake, ModelError
+
+_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "tekken.json",
+)
+
+
+def check_companions(path: str, option: str = "dense") -> list[Mistake]:
+    """Finds the files of a folder that an export would copy and must not.
+
+    Args:
+        path: The folder.
+        option: Config path or flag that names it.
+    """
+    folder = Path(path).expanduser()
+    return [
+        Mistake(option, path, f"its {file.name} {rule}", "Copy the file into the folder, or delete it.")
+        for file in _found(folder)
+        if (rule := _refused(folder, file)) is not None
+    ]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies the tokenizer and other files that accompany a checkpoint.
+
+    Raises:
+        ModelError: One of them is a link that leaves the folder.
+    """
+    for file in _found(source):
+        if (rule := _refused(source, file)) is not None:
+            raise ModelError.one("dense", str(file), f"it {rule}", "Copy the file into the folder.")
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _found(folder: Path) -> Iterator[Path]:
+    for pattern in _PATTERNS:
+        yield from sorted(folder.glob(pattern))
+
+
+def _refused(folder: Path, file: Path) -> str | None:
+    """Returns why a file must not be copied; None where it may be."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return "is a link to nothing"
+    if stat.S_ISDIR(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        return "is no regular file"
+    home = folder.resolve()
+    # The hub's cache keeps a snapshot's files beside it, under models--NAME/blobs.
+    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    target = file.resolve()
+    if any(target.is_relative_to(place) for place in allowed):
+        return None
+    return f"is a link out of the folder, to {target}"

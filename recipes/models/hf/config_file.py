@@ -1,0 +1,142 @@
+"""Reads ``config.json`` of a checkpoint folder: as it stands, and as transformers takes it.
+
+Whatever a library raises over a user's file becomes one sentence here, and nothing is fetched or run that
+the user has not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe.errors import GraftError, ModelError
+from recipes.runtime.user_json import UserJsonError, read_json_file
+
+_AGAIN = "Download it again."
+_GIVE = "Give the config.json that the model was published with."
+# Keys by which transformers fetches or runs code of others, at any depth: a name with a slash is a
+# repository of the hub.
+_CODE_KEYS = ("attn_implementation", "experts_implementation", "kernel")
+
+
+@contextmanager
+def library_reads(option: str, path: Path | str, remedy: str, what: str = "read it") -> Iterator[None]:
+    """Turns whatever a library raises over a user's file into one sentence about the file.
+
+    Args:
+        option: Config path or flag that names the file.
+        path: The file or folder.
+        remedy: What the user can do.
+        what: What transformers could not do.
+
+    Raises:
+        ModelError: The library has raised something.
+    """
+    try:
+        yield
+    except (GraftError, MemoryError):
+        raise
+    except Exception as error:  # each library and version raises others
+        rule = f"transformers cannot {what} ({first_line(error)})"
+        raise ModelError.one(option, str(path), rule, remedy) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text that says something, shortened, or its type."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = ": ".join([line for line in lines if line][:2]) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def read_config(folder: Path, option: str = "dense") -> dict[str, Any]:
+    """Reads the folder's ``config.json``.
+
+    Args:
+        folder: The checkpoint.
+        option: Config path or flag that names it.
+
+    Raises:
+        ModelError: There is none, it is no regular file, or it holds no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        content = read_json_file(path)
+    except UserJsonError as error:
+        rule, remedy = f"its config.json {error.clause}", _AGAIN
+        if not path.exists():
+            rule, remedy = "there is no config.json in it", "Give a checkpoint in Hugging Face format."
+        raise ModelError.one(option, str(folder), rule, remedy) from None
+    if not isinstance(content, dict):
+        raise ModelError.one(option, str(folder), "its config.json is not a JSON object", _AGAIN)
+    return content
+
+
+def code_keys(config: Mapping[str, Any]) -> list[str]:
+    """Lists the keys, at any depth, whose values make transformers fetch and run code of a hub."""
+    found: list[str] = []
+    todo: list[tuple[str, Any]] = [("", config)]
+    while todo:
+        place, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(f"{place}.{key}" if place else str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(place, inner) for inner in value]
+        elif isinstance(value, str) and "/" in value and any(key in place for key in _CODE_KEYS):
+            found.append(f"{place}={value}")
+    return sorted(found)
+
+
+def brings_code(config: Mapping[str, Any]) -> bool:
+    """Tells whether a model needs code of its folder: transformers has no class for it.
+
+    Many published folders name code (``auto_map``) that transformers has long had itself.
+    """
+    return "auto_map" in config and not _is_native(config)
+
+
+def trusts(folder: Path, trust_remote_code: bool) -> bool:
+    """Tells whether transformers is to run the code of a folder.
+
+    It does so where the user trusts it and it is there; a folder of a family that transformers has, without
+    the files of its code, is loaded by transformers' own class.
+    """
+    if not trust_remote_code:
+        return False
+    config = read_config(folder)
+    return brings_code(config) or any(folder.glob("*.py"))
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False, option: str = "dense") -> Any:
+    """Reads the config as transformers takes it.
+
+    Args:
+        folder: The checkpoint.
+        trust_remote_code: Whether the folder may bring its own code.
+        option: Config path or flag that names it.
+
+    Raises:
+        ModelError: transformers refuses it; the message begins with the field where it says so.
+    """
+    from transformers import AutoConfig
+
+    trust = trusts(folder, trust_remote_code)
+    with library_reads(option, folder, _GIVE, "use its config.json"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    if not trust:
+        # Names of code that nobody has trusted: models built of this config would fetch and run it.
+        config._attn_implementation = config._experts_implementation = None
+        vars(config).pop("auto_map", None)
+    return config
+
+
+def vocabulary_size(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Returns the number of rows of a checkpoint's embedding."""
+    return int(load_config(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
+
+
+def _is_native(config: Mapping[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
