@@ -123,12 +123,12 @@ def read_config(given: str, remedy: str) -> tuple[dict[str, Any], list[Mistake]]
     """Reads a ``config.json``, or the one in a folder; returns its content, and the mistakes."""
     path = Path(given).expanduser()
     path = path / "config.json" if path.is_dir() else path
+    from recipes.runtime.user_json import UserJsonError, read_json_file
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        rule = f"it cannot be read ({error.strerror})"
-    except ValueError as error:
-        rule = f"it is not JSON ({error})"
+        content = read_json_file(path)
+    except UserJsonError as error:
+        rule = f"it {error.clause}"
     else:
         if isinstance(content, dict):
             return content, []

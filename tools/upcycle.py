@@ -60,7 +60,12 @@ def _parse() -> argparse.Namespace:
         help="layout of the experts' tensors",
     )
     add("--untie", action="store_true", help="write the head although it is tied to the embeddings")
-    add("--verify", action="store_true", help="load both afterwards and compare their logits on real text")
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="load both afterwards, as transformers does, and compare their logits on real text "
+        "(default: where the method is exact and memory suffices)",
+    )
     add("--text", metavar="PATH", help="text for measurements (default: Python's standard library)")
     return parser.parse_intermixed_args()
 
@@ -89,20 +94,21 @@ def main() -> int:
     discard_statistics(out)
     peak = peak_resident_bytes()
     print(_conclude(conversion, result, peak), file=stream)
-    check = _verify(arguments, config, out) if arguments.verify else None
-    if check is not None:
-        print(describe_equivalence(check), file=stream)
+    check = _verify(arguments, config, conversion, out)
+    print(describe_equivalence(check) if check is not None else _unverified(conversion), file=stream)
     write_json(arguments.json, _figures(conversion, result, peak, check))
     return 0 if check is None or check.agrees or not conversion.claims_exact else 1
 
 
 def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
+    from recipes.models.hf.config_file import context_length, read_config
     from recipes.studies.compare_methods import compare_methods, drift_figures, drift_table, parse_candidates
     from recipes.upcycling.convert.folder_check import real_tokens
 
     candidates = parse_candidates(arguments.compare)
     dense = Path(arguments.dense).expanduser().absolute()
-    tokens = real_tokens(dense, config.data, samples=8, length=128)
+    length = min(128, context_length(read_config(dense)) or 128)
+    tokens = real_tokens(dense, config.data, samples=8, length=length)
     stream = stream_beside(arguments.json)
     print(
         f"{tokens.numel()} tokens of real text. Relative error, cosine and gain of each layer's output, "
@@ -145,27 +151,31 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     """Returns the flags as overrides of train.py."""
+    from recipes.config.compose import quoted
+
     overrides = [f"seed={arguments.seed}"]
     if arguments.experts is not None:
         overrides.append(f"upcycle.num_experts={arguments.experts}")
     if arguments.top_k is not None:
         overrides.append(f"router.top_k={arguments.top_k}")
     if arguments.text is not None:
-        overrides.append(f"data.path={arguments.text}")
+        overrides.append(f"data.path={quoted(arguments.text)}")
     return [*overrides, *arguments.options]
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
     from moe.upcycle import upcycle_method
     from recipes.data.sources import check_paths
-    from recipes.jobs.preflight import check_folder, check_router
+    from recipes.jobs.preflight import check_folder, check_opens, check_router
     from recipes.models.export import exporters
     from recipes.models.hf.inspection import check_dense
     from recipes.upcycling.convert.conversion_statistics import needs_statistics
     from recipes.upcycling.prompts.prompt_rows import check_prompts
 
     mistakes = check_json_target(arguments.json) + check_router(config) + check_prompts(config)
-    mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code)
+    mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code) or check_opens(
+        config
+    )
     if arguments.out is not None:
         mistakes += check_folder("--out", str(Path(arguments.out).expanduser().absolute().parent))
         if Path(arguments.out).expanduser().exists():
@@ -181,7 +191,7 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
         remedy = "Leave attention=none, or run train.py with attention=moe train.steps=0."
         mistakes.append(Mistake("attention", config.attention.name, "only networks are converted", remedy))
     mistakes += check_format(arguments.target, exporters())
-    if arguments.verify or arguments.compare is not None or needs_statistics(config):
+    if arguments.verify is not False or arguments.compare is not None or needs_statistics(config):
         mistakes += check_paths(config.data)
     return mistakes
 
@@ -216,11 +226,22 @@ def _convert(conversion: Conversion, out: Path) -> ConversionResult:
         return convert(conversion, out, bar.update)
 
 
-def _verify(arguments: argparse.Namespace, config: RunConfig, out: Path) -> EquivalenceReport:
-    from recipes.upcycling.convert.folder_check import compare_folders, real_tokens
+def _verify(
+    arguments: argparse.Namespace, config: RunConfig, conversion: Conversion, out: Path
+) -> EquivalenceReport | None:
+    """Compares both folders; None where the user, the method or the memory leaves it out."""
+    from recipes.upcycling.convert.folder_check import compare_folders, fits, telling_tokens
 
     dense = Path(arguments.dense).expanduser()
-    return compare_folders(dense, out, real_tokens(dense, config.data, samples=8, length=128))
+    by_default = conversion.claims_exact and not config.trust_remote_code and fits(dense, out)
+    if not (by_default if arguments.verify is None else arguments.verify):
+        return None
+    return compare_folders(dense, out, telling_tokens(dense, config.data))
+
+
+def _unverified(conversion: Conversion) -> str:
+    claim = "exact by construction, not verified" if conversion.claims_exact else "not compared"
+    return f"{claim}: python -m tools.verify --dense DENSE --moe OUT compares the two"
 
 
 def _describe(conversion: Conversion) -> str:

@@ -60,7 +60,19 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
     for option in ("dense", "moe"):
         mistakes += check_checkpoint(getattr(arguments, option), f"--{option}")
+    if not mistakes:
+        mistakes += _check_length(arguments)
     return mistakes + check_least(arguments, samples=1, length=1)
+
+
+def _check_length(arguments: argparse.Namespace) -> list[Mistake]:
+    from recipes.models.hf.config_file import context_length, read_config
+
+    context = context_length(read_config(Path(arguments.dense).expanduser()))
+    if context is None or arguments.length <= context:
+        return []
+    rule = f"the dense model takes {context} tokens at most"
+    return [Mistake("--length", arguments.length, rule, f"Give {context} or less.")]
 
 
 def describe_equivalence(report: EquivalenceReport) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from moe.errors import CheckpointError, Mistake
 from recipes.checkpoint import find_checkpoint
 from recipes.jobs.run_dir import RunDir
 from recipes.runtime.run_file import read_run_file
+from recipes.runtime.user_json import UserJsonError, read_json_file
 
 _SETTINGS = "config.yaml"
 _DENSE, _CONTINUED = "dense", "cpt"
@@ -77,10 +77,9 @@ def _stage(given: Path) -> Source | Mistake:
 def read_config(source: Source) -> Mapping[str, Any] | Mistake:
     """Returns the content of ``config.json``."""
     try:
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        rule = f"its config.json cannot be read ({error})"
-        return Mistake("FOLDER", str(source.given), rule, "Fetch it again.")
+        config = read_json_file(source.folder / "config.json")
+    except UserJsonError as error:
+        return Mistake("FOLDER", str(source.given), f"its config.json {error.clause}", "Fetch it again.")
     if not isinstance(config, dict):
         return Mistake("FOLDER", str(source.given), "its config.json holds no mapping", "Fetch it again.")
     return config

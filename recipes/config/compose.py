@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,17 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def quoted(value: str) -> str:
+    """Writes any text, such as a path, so that an override has it as it stands.
+
+    hydra reads ``=``, commas, brackets and blanks, and OmegaConf interpolations, where they are not quoted.
+    """
+    # Backslashes count before a quote alone, and hydra's end with one.
+    text = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + ("\\" + found[2]) * bool(found[2]), value)
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+    return f'"{text}"'
+
+
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
@@ -72,13 +84,13 @@ def _unreadable(override: str) -> Mistake | None:
     path, equals, value = override.lstrip("+~").partition("=")
     if not equals and not override.startswith("~"):
         return Mistake("command line", override, "this sets nothing", "Write OPTION=VALUE.")
-    quoted = f"""Quote it, with the shell's quotes outside: '{path}="{value}"'."""
+    remedy = f"Quote it, with the shell's quotes outside: {shlex.quote(f'{path}={quoted(value)}')}"
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        return Mistake(path, value, "it holds characters that have a meaning of their own", quoted)
+        return Mistake(path, value, "it holds characters that have a meaning of their own", f"{remedy}.")
     if parsed.is_sweep_override():
-        remedy = f"{quoted[:-1]}, or write a list: '{path}=[{value}]'."
+        remedy += f", or write a list: {shlex.quote(f'{path}=[{value}]')}."
         return Mistake(path, value, "a comma outside of a list", remedy)
     return None
 

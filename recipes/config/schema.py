@@ -239,7 +239,7 @@ def _parse_family(
     if not isinstance(value, Mapping) or "name" not in value:
         mistakes.append(Mistake(section, value, "the section must hold a name", f"One of {_list(classes)}."))
         return None
-    if value["name"] not in classes:
+    if not isinstance(value["name"], str) or value["name"] not in classes:
         rule = f"no {section} has this name"
         mistakes.append(Mistake(f"{section}.name", value["name"], rule, f"Choose one of {_list(classes)}."))
         return None

@@ -28,7 +28,7 @@ from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_sched
 from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
-from recipes.models.hf.config_file import read_config
+from recipes.models.hf.config_file import context_length, read_config
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.runtime.relaunch import Launch
@@ -37,7 +37,6 @@ from recipes.upcycling.optim_start import check_optim_start
 from recipes.upcycling.prompts.prompt_rows import check_prompts
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
@@ -62,13 +61,13 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     folder = Path(config.dense).expanduser()
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
-    return mistakes + (check_fit(config, read_config(folder)) or check_opens(config, folder))
+    return mistakes + (check_fit(config, read_config(folder)) or check_opens(config))
 
 
-def check_opens(config: RunConfig, folder: Path) -> list[Mistake]:
+def check_opens(config: RunConfig) -> list[Mistake]:
     """Checks that transformers builds the model, that the files hold it, and that they may be copied."""
     try:
-        open_dense(folder, trust_remote_code=config.trust_remote_code)
+        open_dense(Path(config.dense or "").expanduser(), trust_remote_code=config.trust_remote_code)
     except UserError as error:
         return list(error.mistakes)
     return check_companions(config.dense or "")
@@ -249,7 +248,7 @@ def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
     depth = _first(text, _DEPTH_KEYS)
     if depth is not None:
         mistakes += check_layers(config, depth)
-    context = _first(text, _CONTEXT_KEYS)
+    context = context_length(dense)
     if context is not None and config.data.seq_len > context:
         rule = f"the dense model takes {context} tokens at most"
         mistakes.append(Mistake("data.seq_len", config.data.seq_len, rule, f"Set {context} or less."))

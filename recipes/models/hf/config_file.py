@@ -16,13 +16,14 @@ from recipes.runtime.user_json import UserJsonError, read_json_file
 
 _AGAIN = "Download it again."
 _GIVE = "Give the config.json that the model was published with."
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Keys by which transformers fetches or runs code of others, at any depth: a name with a slash is a
 # repository of the hub.
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "kernel")
 
 
 @contextmanager
-def library_reads(option: str, path: Path | str, remedy: str, what: str = "read it") -> Iterator[None]:
+def library_reads(option: str, path: object, remedy: str, what: str = "read it") -> Iterator[None]:
     """Turns whatever a library raises over a user's file into one sentence about the file.
 
     Args:
@@ -129,6 +130,18 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, option: str = 
         config._attn_implementation = config._experts_implementation = None
         vars(config).pop("auto_map", None)
     return config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Returns the tokens that a model takes at most, where its config says so."""
+    text = config.get("text_config") or config
+    return next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
+
+
+def longest_window(config: Mapping[str, Any]) -> int:
+    """Returns the longest window of attention that a config names, read or not; 0 for none."""
+    text = config.get("text_config") or config
+    return max((v for key, v in text.items() if "window" in key and type(v) is int), default=0)
 
 
 def vocabulary_size(folder: Path, *, trust_remote_code: bool = False) -> int:

@@ -15,6 +15,7 @@ from moe.accounting.mixers import Mixer
 from moe.accounting.params import ParameterCount, count_parameters
 from moe.accounting.shape import attention_from_config
 from moe.errors import ConfigError
+from recipes.models.hf.config_file import library_reads
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,17 @@ def shape_from_module(config: Mapping[str, Any]) -> ModuleShape:
         config: The content of the file. Code beside it is not run.
 
     Raises:
-        ConfigError: transformers does not know the family or rejects the config, or its experts are not
+        ModelError: transformers does not know the family or rejects the config, or its experts are not
             recognised.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = dict(config)
     family = content.pop("model_type", None)
-    try:
-        built = AutoConfig.for_model(family, **content)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(built)
+    remedy = "Check that the file is complete and that this version of transformers knows the model."
+    with library_reads("model_type", family, remedy, "build it for counting"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(built := AutoConfig.for_model(family, **content))
         count = count_parameters(model)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "Check that the file is complete and that this version of transformers knows the model."
-        raise ConfigError.one(
-            "model_type", family, f"transformers cannot build it for counting ({first})", remedy
-        ) from error
     try:
         attention = attention_from_config(built.to_dict())
     except ConfigError:

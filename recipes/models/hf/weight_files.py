@@ -103,6 +103,7 @@ def require_regular(path: Path) -> None:
 
 
 def _no_weights(folder: Path) -> FolderError:
+    require_regular(folder / SINGLE_NAME)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         rule = (

@@ -5,7 +5,6 @@ Letters: B samples, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,13 @@ from recipes.data.config import DataConfig
 from recipes.data.sources import read_documents
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.export.graft_format import MODEL_TYPE, load_graft
+from recipes.models.hf.config_file import context_length, library_reads, longest_window, read_config
+from recipes.models.hf.weight_files import weight_files
+from recipes.runtime.machine_memory import spare_bytes
+
+# Tokens that are compared, of samples at least so long, and how far these reach beyond a window.
+_TOKENS, _LEAST_LENGTH, _BEYOND = 1024, 256, 64
+_ACTIVATIONS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,47 @@ def real_tokens(folder: Path, data: DataConfig, samples: int, length: int) -> Te
     Raises:
         ModelError: The text is too short.
     """
+    ids = _ids(folder, data, samples * length)
+    if len(ids) == samples * length:
+        return torch.tensor(ids).view(samples, length)
+    rule = f"it has {len(ids)} tokens, and {samples} samples of {length} are wanted"
+    raise ModelError.one("--text", data.path, rule, "Give more text, or fewer or shorter samples.")
+
+
+def telling_tokens(folder: Path, data: DataConfig) -> Tensor:
+    """Returns real tokens ``[B, S]`` on which models of a folder that differ anywhere show it.
+
+    They reach beyond every window of attention that the config names, as far as the model takes them.
+
+    Raises:
+        ModelError: There is no text.
+    """
+    config = read_config(folder)
+    length = max(_LEAST_LENGTH, longest_window(config) + _BEYOND)
+    length = min(length, context_length(config) or length)
+    there = _ids(folder, data, max(length, _TOKENS))
+    length = min(length, len(there))
+    if length < 2:
+        raise ModelError.one("--text", data.path, "it has fewer than two tokens", "Give more text.")
+    samples = len(there) // length
+    return torch.tensor(there[: samples * length]).view(samples, length)
+
+
+def fits(dense: Path, moe: Path) -> bool:
+    """Tells whether either of two folders fits into free memory in fp32, with what loading it takes."""
+    largest = max(sum(file.stat().st_size for file in weight_files(folder)) for folder in (dense, moe))
+    # In fp32 beside the files' own dtype, and activations.
+    return 3 * largest + _ACTIVATIONS < spare_bytes()
+
+
+def _ids(folder: Path, data: DataConfig, number: int) -> list[int]:
     tokenizer = load_tokenizer(folder, append_eos=False)
     ids: list[int] = []
     for document in read_documents(data, lambda line: None):
         ids += tokenizer(document.text)["input_ids"]
-        if len(ids) >= samples * length:
-            return torch.tensor(ids[: samples * length]).view(samples, length)
-    rule = f"it has {len(ids)} tokens, and {samples} samples of {length} are wanted"
-    raise ModelError.one("--text", data.path, rule, "Give more text, or fewer or shorter samples.")
+        if len(ids) >= number:
+            break
+    return ids[:number]
 
 
 def compare_folders(
@@ -89,10 +128,11 @@ def load_any(folder: Path) -> Any:
     """Loads a folder as its users do: Graft's own format, or one that transformers knows."""
     from transformers import AutoModelForCausalLM
 
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if content.get("model_type") == MODEL_TYPE:
+    if read_config(folder).get("model_type") == MODEL_TYPE:
         return load_graft(folder).module.eval()
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    with library_reads("dense", folder, "Give a complete checkpoint.", "load it"):
+        # Not by our reader, which is what is judged.
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
 
 
 def _evaluate(

@@ -84,8 +84,13 @@ def test_a_conversion_with_its_gate(
 def test_figures_on_stdout_are_alone_there(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(tools.upcycle, "--dense", make_checkpoint("llama"), "--out", tmp_path / "moe", "--json", "-")
-    assert json.loads(capsys.readouterr().out)["equivalence"] is None
+    arguments = ("--dense", make_checkpoint("llama"))
+    call(tools.upcycle, *arguments, "--out", tmp_path / "moe", "--json", "-")
+    assert json.loads(capsys.readouterr().out)["equivalence"]["agrees"]
+    assert call(tools.upcycle, *arguments, "--out", tmp_path / "unseen", "--no-verify", "--json", "-") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["equivalence"] is None
+    assert "exact by construction, not verified" in captured.err
 
 
 def test_all_mistakes_at_once(make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call) -> None:
