@@ -5,6 +5,7 @@ Letters: B samples, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import tempfile
@@ -19,20 +20,22 @@ from torch.nn import functional
 from moe.errors import ConfigError, Mistake, UserError
 from moe.upcycle import upcycle_method
 from moe.upcycle.equivalence import LayerDrift, LogitDrift
+from moe.upcycle.layer_plan import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_router
 from recipes.models.hf.branches import check_sources
+from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.studies.option_lists import conf_choices, split_list
 from recipes.upcycling.calibration.calibrate_alone import calibrate_alone
-from recipes.upcycling.convert.moe_plan import plan_moe, request_of
+from recipes.upcycling.convert.moe_plan import MoEPlan, plan_moe, request_of
 from recipes.upcycling.prompts.prompt_rows import check_prompts, with_prompt_rows
 from recipes.upcycling.sharded.sharded_check import measure
 from recipes.upcycling.sharded.sharded_models import materialize
 
 # Widths of the columns after the method's name.
-_WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9)
+_WIDTHS = (9, 10, 8, 8, 12, 13, 8, 7, 7, 9, 8)
 _ENTRY = re.compile(r"(\w+)(?:\[(.*)\])?")
 
 
@@ -48,6 +51,9 @@ class MethodDrift:
         layers: Drift of each layer on the input that it sees in the MoE model.
         load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
         parameters: Number of parameters of the MoE model.
+        active_share: Neurons of experts that a token uses over those of the dense network; methods with other
+            shares do not compare by their KL alone.
+        guess_loss: Loss of a guess, in nats: the logarithm of the vocabulary.
     """
 
     claims_exact: bool
@@ -57,6 +63,8 @@ class MethodDrift:
     layers: tuple[LayerDrift, ...]
     load_entropy: tuple[float, ...]
     parameters: int
+    active_share: float
+    guess_loss: float
 
     def mean(self, field: str) -> float:
         """Computes the mean over the layers of a field of `LayerDrift`."""
@@ -117,12 +125,12 @@ def compare_methods(
         log: Takes every result at once.
     """
     found: dict[str, MethodDrift | UserError] = {}
-    model = load_model(dense)
+    model, shape = load_model(dense), read_ffn_shape(dense)
     for candidate in candidates:
         try:
             values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
             config = parse_config(values | {"dense": str(dense)})
-            if mistakes := check_router(config) + check_prompts(config):
+            if mistakes := _check(config, shape):
                 raise ConfigError(mistakes)
             result: MethodDrift | UserError = _measure(config, model, tokens_BS)
         except UserError as error:
@@ -132,13 +140,17 @@ def compare_methods(
     return found
 
 
-def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
+def _check(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
+    """Finds why a method does not fit, before text is spent on calibrating it."""
     method = upcycle_method(config.upcycle)
+    mistakes = check_router(config) or [*method.check(config.router, shape), *check_prompts(config)]
     if method.aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
-        raise ConfigError.one("upcycle.align_outputs", True, "methods are compared without it", remedy)
-    if mistakes := check_sources(method.sources, str(model.folder), trust_remote_code=False):
-        raise ConfigError(mistakes)
+        mistakes.append(Mistake("upcycle.align_outputs", True, "methods are compared without it", remedy))
+    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=False)
+
+
+def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
     with tempfile.TemporaryDirectory() as folder:
         known = calibrate_alone(config, model, Path(folder))
     if known is None:
@@ -153,7 +165,17 @@ def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrif
         layers=found.report.drifts,
         load_entropy=found.report.load_entropy,
         parameters=sum(parameter.numel() for parameter in found.model.module.parameters()),
+        active_share=_active_share(plan),
+        guess_loss=math.log(found.logits.shape[-1]),
     )
+
+
+def _active_share(plan: MoEPlan) -> float:
+    shares = (
+        (block.router.top_k * block.expert.width + block.shared_width) / ffn.shape.width
+        for block, ffn in zip(plan.spec.moe_blocks, plan.ffns, strict=True)
+    )
+    return statistics.fmean(shares)
 
 
 def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
@@ -166,7 +188,19 @@ def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
     rows = [(label, drift) for label, drift in results.items() if isinstance(drift, MethodDrift)]
     rows.sort(key=lambda row: (row[1].logits.kl, -row[1].claims_exact))
     width = max([len(label) for label in results] + [6])
-    heads = ("claims", "KL", "loss", "dense", "rel. error", "worst layer", "cosine", "gain", "load", "params")
+    heads = (
+        "claims",
+        "KL",
+        "loss",
+        "dense",
+        "rel. error",
+        "worst layer",
+        "cosine",
+        "gain",
+        "load",
+        "params",
+        "active",
+    )
     lines = [f"{'method':{width}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, _WIDTHS, strict=True))]
     for label, drift in rows:
         worst = max(drift.layers, key=lambda layer: layer.relative_error)
@@ -182,8 +216,15 @@ def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
             f"{drift.mean('gain'):.2f}",
             f"{load:.2f}",
             f"{drift.parameters / 1e6:.1f}M",
+            f"{drift.active_share:.2f}",
         )
         lines.append(f"{label:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True)))
+    if worse := [label for label, drift in rows if drift.loss > drift.guess_loss]:
+        lines.append(f"worse than guessing (loss {rows[0][1].guess_loss:.3f}): {', '.join(worse)}")
+    if len({drift.active_share for _, drift in rows}) > 1:
+        lines.append(
+            "active: share of the dense network's neurons that a token uses; a larger one drifts less"
+        )
     for label, error in results.items():
         if isinstance(error, UserError):
             lines += [f"{label:{width}}  does not fit: {mistake}" for mistake in error.mistakes]

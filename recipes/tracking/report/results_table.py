@@ -109,7 +109,7 @@ def headline(results: Sequence[Result]) -> str:
     about = ", ".join(part for part in (size, start) if part)
     text = f"The dense model{f' ({about})' if about else ''}"
     if moe not in results:
-        return f"{text} was not upcycled in this run."
+        return f"{text} has no results of an MoE here: the run ended before they were written."
     text += " became an MoE"
     if moe.total_params is not None:
         text += f" of {formats.count(moe.total_params)} parameters"
