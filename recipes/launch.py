@@ -17,7 +17,10 @@ from typing import NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
 from recipes.config.compose import compose_config, to_yaml
+from recipes.runtime.clock import steady_time
 from recipes.runtime.error_file import write_error_file
+from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
+from recipes.runtime.machine_memory import is_out_of_memory
 
 INTERRUPTED = 130
 # Time that other ranks give the first one of their machine to report an error that all have.
@@ -76,23 +79,43 @@ def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except GraftError as error:
+        if (line := lost_rank(error)) is not None:
+            return _report([line], error.exit_code, speaks=speaks_for_the_rest())
         lines = [str(m) for m in error.mistakes] if isinstance(error, UserError) else [str(error)]
         return _report(lines, error.exit_code)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" for {error.filename}" if error.filename else ""
-            line = f"no space left on the disk{where}. Free some, or set output_dir and cache_dir."
-        elif error.errno in _GONE and error.filename:
-            line = (
-                f"{error.filename}: {error.strerror}, in {_place(error)}. It was there, or could be used, "
-                "when the run was checked: put it back, then set resume=auto."
-            )
-        else:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (line := lost_rank(error)) is not None:
+            return _report([line], 1, speaks=speaks_for_the_rest())
+        if is_out_of_memory(error):
+            return _report([_memory_line(error)], 1)
+        line = _disk_line(error) if isinstance(error, OSError) else None
+        if line is None:
             raise
         return _report([line], 2)
 
 
-def _place(error: OSError) -> str:
+def _memory_line(error: Exception) -> str:
+    cause = str(error).strip().partition("\n")[0] or "memory is used up"
+    return (
+        f"not enough memory, in {_place(error)}: {cause}. Set a smaller train.micro_batch_size, "
+        "engine.activation_checkpointing=true or more ranks, then resume=auto."
+    )
+
+
+def _disk_line(error: OSError) -> str | None:
+    """Returns a sentence about a disk that is full or has changed; None for other errors."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}. Free some, or set output_dir and cache_dir."
+    if error.errno in _GONE and error.filename:
+        return (
+            f"{error.filename}: {error.strerror}, in {_place(error)}. It was there, or could be used, "
+            "when the run was checked: put it back, then set resume=auto."
+        )
+    return None
+
+
+def _place(error: Exception) -> str:
     """Returns the innermost line of ours in an error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "site-packages" not in frame.filename]
@@ -100,9 +123,9 @@ def _place(error: OSError) -> str:
     return f"{os.path.relpath(frame.filename, _ROOT)}:{frame.lineno} {frame.name}"
 
 
-def _report(lines: list[str], code: int) -> int:
+def _report(lines: list[str], code: int, speaks: bool | None = None) -> int:
     """Prints errors on the first rank of a machine; the others wait until torchrun ends them."""
-    if not _verbose():
+    if not (_verbose() if speaks is None else speaks):
         threading.Event().wait(_SPEAK_FIRST_S)
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -124,7 +147,7 @@ def _command_started() -> float:
     process = psutil.Process()
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         process = process.parent() or process
-    return process.create_time()
+    return min(process.create_time(), steady_time())
 
 
 def _run(arguments: Sequence[str], started: float) -> int:

@@ -81,17 +81,19 @@ def main() -> int:
     if arguments.compare is not None:
         return _compare(arguments, config)
 
+    from recipes.runtime.claim import claim, lock_beside
     from recipes.runtime.machine_memory import peak_resident_bytes
     from recipes.upcycling.convert.conversion_plan import plan_conversion
-    from recipes.upcycling.convert.conversion_statistics import discard_statistics
+    from recipes.upcycling.convert.conversion_statistics import calibration_folder, discard_statistics
 
     out = Path(arguments.out).expanduser().absolute()
-    conversion = plan_conversion(_request(arguments, config), _statistics(config, out))
     # Figures on stdout are for programs: nothing else goes there.
     stream = stream_beside(arguments.json)
-    print(_describe(conversion), file=stream)
-    result = _convert(conversion, out)
-    discard_statistics(out)
+    with claim(lock_beside(calibration_folder(out)), "--out", out):
+        conversion = plan_conversion(_request(arguments, config), _statistics(config, out))
+        print(_describe(conversion), file=stream)
+        result = _convert(conversion, out)
+        discard_statistics(out)
     peak = peak_resident_bytes()
     print(_conclude(conversion, result, peak), file=stream)
     check = _verify(arguments, config, conversion, out)
@@ -266,6 +268,8 @@ def _describe(conversion: Conversion) -> str:
 def _conclude(conversion: Conversion, result: ConversionResult, peak: int) -> str:
     rate = result.bytes_written / max(result.seconds, 1e-9) / 2**20
     went_on = f", going on from {result.resumed} finished tensors" if result.resumed else ""
+    if result.lost:
+        went_on += f" ({result.lost} more were damaged, and made again)"
     claim = "exact" if conversion.claims_exact else "another function than the dense model"
     return (
         f"wrote {_size(result.bytes_written)} in {result.seconds:.1f} s ({rate:.0f} MiB/s), flushed to "

@@ -59,7 +59,8 @@ def _is_run(folder: Path) -> bool:
 def _stage(given: Path) -> Source | Mistake:
     run = given.parent
     try:
-        dense = read_run_file(run).get("identity", {}).get("dense")
+        record = read_run_file(run)
+        dense = record.get("identity", {}).get("dense")
     except CheckpointError as error:
         return Mistake("FOLDER", str(given), f"{run} cannot be read ({error})", "Restore it.")
     if dense is None or not (Path(dense) / "config.json").exists():
@@ -67,7 +68,7 @@ def _stage(given: Path) -> Source | Mistake:
         return Mistake("FOLDER", str(given), rule, "Give the folder of the dense checkpoint itself.")
     if given.name == _DENSE:
         return Source(given, Path(dense))
-    trained = find_checkpoint(RunDir(run).checkpoints(_CONTINUED)).path
+    trained = find_checkpoint(RunDir(run).checkpoints(_CONTINUED), run=record.get("run_id")).path
     if trained is None:
         rule = f"{run} has no complete checkpoint of it"
         return Mistake("FOLDER", str(given), rule, "Train it: compare.cpt=true.")

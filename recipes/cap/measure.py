@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels.bench.timing import interleave, median_ratio, summarise
@@ -23,6 +22,7 @@ from recipes.cap.decode import Rollout, roll_out
 from recipes.cap.efficiency import efficiency
 from recipes.cap.loading import System
 from recipes.cap.phases import phase_figures, unmeasured_phase
+from recipes.runtime.machine_memory import is_out_of_memory
 from recipes.tracking.meters import EnergyMeter, MemoryMeter, MemorySampler, Reading
 
 _WARM_UP_TOKENS = 3
@@ -75,7 +75,7 @@ def measure_point(
         with held:
             runs = [roll_out(system.model, prompt_BS, work.new, sites) for _ in range(work.rounds)]
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise _refused(system, error) from error
         return point | unmeasured_point(rates, "out of memory")
     joules, elapsed = energy.read()
@@ -103,10 +103,6 @@ def _refused(system: System, error: RuntimeError) -> Exception:
         return error
     rule = f"the model does not run with it ({str(error).strip().splitlines()[0]})"
     return ModelError.one("--experts", way, rule, "Give --experts eager.")
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def unmeasured_point(rates: Rates, reason: str) -> dict[str, Any]:

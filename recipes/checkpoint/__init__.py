@@ -5,9 +5,12 @@ from recipes.checkpoint.inventory import (
     Retention,
     checkpoint_bytes,
     find_checkpoint,
+    own_checkpoints,
     require_space,
+    retain,
     verify_checkpoint,
 )
+from recipes.checkpoint.manifest import Origin, step_name
 from recipes.checkpoint.reader import Loaded, load_checkpoint
 from recipes.checkpoint.saver import Saver
 from recipes.checkpoint.shard_layout import (
@@ -25,6 +28,7 @@ __all__ = [
     "Found",
     "GlobalTensor",
     "Loaded",
+    "Origin",
     "Retention",
     "Saver",
     "LocalBlocks",
@@ -34,7 +38,10 @@ __all__ = [
     "global_shape",
     "load_checkpoint",
     "local_memory",
+    "own_checkpoints",
     "require_space",
+    "retain",
     "save_checkpoint",
+    "step_name",
     "verify_checkpoint",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -16,12 +15,14 @@ import torch.distributed as dist
 from moe.errors import CheckpointError, ConfigError, DiskError
 from recipes.checkpoint.manifest import (
     MANIFEST,
-    STATE,
     TEMPORARY,
     all_at_once,
     check_file,
+    parse_manifest,
     parse_step,
     read_manifest,
+    read_state,
+    require_own,
 )
 from recipes.checkpoint.shard_layout import GlobalTensor, global_shape, local_memory
 from recipes.runtime.ranks import Ranks
@@ -35,34 +36,50 @@ class Found:
 
     Attributes:
         path: Its folder; None if there is no complete one.
-        rejected: Newer folders that are damaged or unfinished, each with the reason.
+        rejected: Newer folders that are damaged, unfinished, misnamed or of another run, with reasons.
     """
 
     path: Path | None
     rejected: list[tuple[Path, str]]
 
+    def lines(self) -> list[str]:
+        """Returns a line for each folder that was rejected."""
+        return [f"passing over the checkpoint {path}: {reason}" for path, reason in self.rejected]
 
-def verify_checkpoint(path: str | Path, *, group: dist.ProcessGroup | None = None) -> None:
+
+def verify_checkpoint(
+    path: str | Path, *, run: str | None = None, group: dist.ProcessGroup | None = None
+) -> None:
     """Reads all of a checkpoint and compares it with its manifest; the ranks share the work. Collective.
 
+    Args:
+        path: Its folder.
+        run: Id of the run that it must belong to; None for any.
+        group: The ranks that take part; None is all of them, or this process alone.
+
     Raises:
-        CheckpointError: It is missing, incomplete or damaged; the message names the file and what is wrong.
+        CheckpointError: It is missing, incomplete, damaged, named as another step, or of another run; the
+            message names the file and what is wrong.
     """
     folder, ranks = Path(path), Ranks(group)
 
     def check() -> None:
         manifest = read_manifest(folder)
+        require_own(folder, manifest, run)
         mine = sorted(manifest.files)[ranks.rank :: ranks.size]
         all_at_once(partial(check_file, folder / name, manifest.files[name]) for name in mine)
 
     ranks.together(f"verifying {folder}", check)
 
 
-def find_checkpoint(root: str | Path, *, group: dist.ProcessGroup | None = None) -> Found:
-    """Finds the checkpoint of the highest step that is complete and undamaged. Collective.
+def find_checkpoint(
+    root: str | Path, *, run: str | None = None, group: dist.ProcessGroup | None = None
+) -> Found:
+    """Finds a run's checkpoint of the highest step that is complete and undamaged. Collective.
 
     Args:
         root: The run's ``checkpoints`` folder; it need not exist.
+        run: Id of the run; None for any.
         group: The ranks that take part; None is all of them, or this process alone.
     """
     root, ranks = Path(root), Ranks(group)
@@ -74,7 +91,7 @@ def find_checkpoint(root: str | Path, *, group: dist.ProcessGroup | None = None)
             rejected.append((path, "the save was interrupted before it was complete"))
             continue
         try:
-            verify_checkpoint(path, group=group)
+            verify_checkpoint(path, run=run, group=group)
         except CheckpointError as error:
             reasons = (f"{Path(m.path).name}: {m.rule} (it is {m.value})" for m in error.mistakes)
             rejected.append((path, "; ".join(reasons)))
@@ -114,19 +131,34 @@ class Retention:
             )
 
 
-def retain(root: Path, newest: Path, keep: Retention) -> None:
+def own_checkpoints(root: Path, run: str | None = None) -> list[Path]:
+    """Returns the folders whose manifests have the step of their name and are of the run, newest first.
+
+    Their other files are not looked at.
+    """
+    return [path for name in _list(root) if is_own(path := root / name, run)]
+
+
+def is_own(folder: Path, run: str | None) -> bool:
+    """Returns True if a folder's manifest can be read, has the step of its name, and is of the run."""
+    if parse_step(folder.name) is None:
+        return False
+    try:
+        require_own(folder, parse_manifest(folder), run)
+    except CheckpointError:
+        return False
+    return True
+
+
+def retain(root: Path, newest: Path, keep: Retention, run: str | None = None) -> None:
     """Deletes checkpoints that the rule does not keep. Call it once ``newest`` is complete under its name.
 
-    A failure is only logged, since the new checkpoint is safe.
+    Nothing is deleted for its name alone: what has no readable manifest, or that of another step or run,
+    stays. A failure is only logged, since the new checkpoint is safe.
     """
     if keep.last is None:
         return
-    complete = [
-        path
-        for path in root.iterdir()
-        if parse_step(path.name) is not None and path != newest and (path / MANIFEST).is_file()
-    ]
-    complete.sort(key=lambda path: parse_step(path.name) or 0, reverse=True)
+    complete = [path for path in own_checkpoints(root, run) if path != newest]
     best = None if keep.best is None else best_checkpoint([newest, *complete], keep.best)
     for path in complete[keep.last - 1 :]:
         if path == best:
@@ -151,8 +183,8 @@ def best_checkpoint(folders: Sequence[Path], key: str) -> Path | None:
 
 def _number(folder: Path, key: str) -> float | None:
     try:
-        value = json.loads((folder / STATE).read_bytes()).get(key)
-    except (OSError, ValueError):
+        value = read_state(folder).get(key)
+    except CheckpointError:
         return None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

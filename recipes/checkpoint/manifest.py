@@ -5,7 +5,8 @@ A checkpoint is a folder ``step-<n>``::
     rank-00000.safetensors   written by rank 0: ``global/<name>#<i>`` boxes and ``rank/<name>`` tensors
     index.json               dtype and shape of every global tensor, and which rank wrote which box of it
     state.json               the caller's JSON state
-    manifest.json            format, step, world size, size and CRC-32 of every other file; written last
+    manifest.json            format, step, world size, run, its parent, size and CRC-32 of every other file;
+                             written last
 
 Files are checked by CRC-32: it finds every burst of up to 32 wrong bits and misses other damage once in
 2^32. It guards against broken disks and broken copies, not against forgery. Measured on one core, zlib's runs
@@ -19,6 +20,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -27,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moe.errors import CheckpointError, Mistake
 from recipes.checkpoint.shard_layout import Box, cover_fault
+from recipes.runtime.own_json import parse_json, read_regular
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
@@ -34,7 +37,7 @@ STATE = "state.json"
 TEMPORARY = ".tmp-"
 """Prefix of folders that are no complete checkpoint, or none any more."""
 FORMAT = "graft-checkpoint"
-VERSION = 1
+VERSION = 2
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 8 * 2**20
 _REMEDY = "Resume from another checkpoint, or restore this one from a copy."
@@ -124,25 +127,47 @@ class Index(_Model):
     tensors: dict[str, StoredTensor]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Origin of a checkpoint.
+
+    Attributes:
+        run: Id of the run that saves it; None where nobody has given it one.
+        parent: The checkpoint that its training went on from, as ``RUN/step-N``; None for none.
+    """
+
+    run: str | None = None
+    parent: str | None = None
+
+
 class Manifest(_Model):
-    """Manifest that makes a folder a complete checkpoint. ``checksum`` is that of the other fields."""
+    """Manifest that makes a folder a complete checkpoint. ``checksum`` is that of the other fields.
+
+    Version 1 had neither ``run`` nor ``parent``.
+    """
 
     format: Literal["graft-checkpoint"] = "graft-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    run: str | None = None
+    parent: str | None = None
     step: Count
     world_size: Annotated[int, Field(ge=1)]
     files: dict[str, FileRecord]
     checksum: str
 
     @classmethod
-    def of(cls, step: int, world_size: int, files: dict[str, FileRecord]) -> Self:
+    def of(
+        cls, step: int, world_size: int, files: dict[str, FileRecord], origin: Origin | None = None
+    ) -> Self:
         """Makes the manifest of ``files``."""
-        draft = cls(step=step, world_size=world_size, files=files, checksum="")
+        run, parent = (None, None) if origin is None else (origin.run, origin.parent)
+        draft = cls(step=step, world_size=world_size, files=files, run=run, parent=parent, checksum="")
         return draft.model_copy(update={"checksum": draft.own_checksum()})
 
     def own_checksum(self) -> str:
         """Computes the CRC-32 of all fields but the checksum."""
-        text = json.dumps(self.model_dump(exclude={"checksum"}), sort_keys=True)
+        later = {"run", "parent"} if self.version == 1 else set()
+        text = json.dumps(self.model_dump(exclude={"checksum", *later}), sort_keys=True)
         return f"{zlib.crc32(text.encode()):08x}"
 
 
@@ -173,14 +198,42 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: No checkpoint, an incomplete one, or one of another format version.
     """
+    manifest = parse_manifest(folder)
+    all_at_once(partial(_check_size, folder / name, record) for name, record in manifest.files.items())
+    return manifest
+
+
+def require_own(folder: Path, manifest: Manifest, run: str | None) -> None:
+    """Refuses a checkpoint whose folder is named as another step, or that another run has saved.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        run: Id of the run; None for any. Checkpoints of before there were ids belong to every run.
+
+    Raises:
+        CheckpointError: It is one of these.
+    """
+    path, named = folder / MANIFEST, parse_step(folder.name)
+    if named not in (None, manifest.step):
+        remedy = f"Name the folder {step_name(manifest.step)}, or remove it."
+        raise damaged(path, f"of step {manifest.step}", f"is of another step than {folder.name}", remedy)
+    if run is not None and manifest.run not in (None, run):
+        remedy = "Put back the run's own checkpoint, or remove this one."
+        raise damaged(path, f"of run {manifest.run}", f"belongs to another run than this, {run}", remedy)
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """Reads ``folder/manifest.json`` alone.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of another format version.
+    """
     if not folder.is_dir():
         raise damaged(folder, "missing", "there is no such checkpoint folder", "Check the path.")
     path = folder / MANIFEST
     data = _read(path, "without it the checkpoint was never completed, or is being deleted")
-    try:
-        raw = json.loads(data)
-    except ValueError as error:
-        raise damaged(path, str(error), "is not JSON") from None
+    raw = _json(path, data)
     version = raw.get("version") if isinstance(raw, dict) and raw.get("format") == FORMAT else None
     if isinstance(version, int) and version > VERSION:
         raise damaged(
@@ -194,7 +247,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(
             path, odd[:5], f"does not list the files of {manifest.world_size} ranks, and only those"
         )
-    all_at_once(partial(_check_size, folder / name, record) for name, record in manifest.files.items())
     return manifest
 
 
@@ -215,11 +267,17 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads ``folder/state.json``."""
     path = folder / STATE
+    state = _json(path, _read(path, "is missing"))
+    if not isinstance(state, dict):
+        raise damaged(path, type(state).__name__, "does not hold a JSON object")
+    return state
+
+
+def _json(path: Path, data: bytes) -> Any:
     try:
-        state: dict[str, Any] = json.loads(_read(path, "is missing"))
+        return parse_json(data)
     except ValueError as error:
         raise damaged(path, str(error), "is not JSON") from None
-    return state
 
 
 def check_file(path: Path, record: FileRecord) -> None:
@@ -250,7 +308,9 @@ def _check_size(path: Path, record: FileRecord) -> None:
 
 def _read(path: Path, why_needed: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
+    except ValueError as error:
+        raise damaged(path, str(error), "cannot be read") from None
     except FileNotFoundError:
         raise damaged(path, "missing", why_needed) from None
     except OSError as error:

@@ -41,12 +41,14 @@ class Loaded:
         state: The caller's state, as it was given to `save_checkpoint`.
         rank_tensors: Tensors that this rank saved as ``rank_tensors``; None if the number of ranks has
             changed.
+        run: Id of the run that saved it; None where it had none.
     """
 
     step: int
     world_size: int
     state: dict[str, Any]
     rank_tensors: dict[str, Tensor] | None
+    run: str | None = None
 
 
 def load_checkpoint(
@@ -94,7 +96,8 @@ def load_checkpoint(
                     _fill(piece, index.tensors[name].boxes, files)
             same = manifest.world_size == ranks.size
             own = files.rank_tensors(ranks.rank) if same else None
-        loaded.append(Loaded(manifest.step, manifest.world_size, read_state(folder), own))
+        state = read_state(folder)
+        loaded.append(Loaded(manifest.step, manifest.world_size, state, own, manifest.run))
 
     ranks.together(what, read)
     return loaded[0]

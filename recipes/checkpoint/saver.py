@@ -20,6 +20,7 @@ from torch import Tensor
 from moe.errors import DiskError, GraftError
 from recipes.checkpoint.background import BackgroundSave, HostCopies
 from recipes.checkpoint.inventory import Retention, readable
+from recipes.checkpoint.manifest import Origin
 from recipes.checkpoint.shard_layout import GlobalTensor
 from recipes.checkpoint.writer import PreparedSave, prepare_save, write_and_publish
 from recipes.runtime.machine_memory import spare_bytes
@@ -35,6 +36,7 @@ class Saver:
         keep: Retention,
         *,
         background: bool,
+        origin: Origin | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """Prepares to save; touches nothing yet.
@@ -43,11 +45,13 @@ class Saver:
             root: The folder of the checkpoints, on a file system that all ranks see.
             keep: Rule by which older checkpoints are kept.
             background: Whether training goes on while a checkpoint is written.
+            origin: The run, and what it went on from; None for none.
             group: The ranks that take part; None is all of them, or this process alone.
         """
         self._root = root
         self._keep = keep
         self._background = background
+        self._origin = origin or Origin()
         self._ranks = Ranks(group)
         self._copies = HostCopies()
         self._pending: BackgroundSave | None = None
@@ -82,7 +86,9 @@ class Saver:
         started = time.perf_counter()
         self.settle()
         try:
-            prepared = prepare_save(self._root, step, tensors, state, rank_tensors, self._keep, self._ranks)
+            prepared = prepare_save(
+                self._root, step, tensors, state, rank_tensors, self._keep, self._origin, self._ranks
+            )
             if self._background and not final:
                 self._begin(prepared, started)
             else:

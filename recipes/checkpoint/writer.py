@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import CheckpointError, DiskError, GraftError, Mistake
-from recipes.checkpoint.inventory import Retention, retain
+from recipes.checkpoint.inventory import Retention, is_own, retain
 from recipes.checkpoint.manifest import (
     INDEX,
     MANIFEST,
@@ -24,8 +26,10 @@ from recipes.checkpoint.manifest import (
     FileRecord,
     Index,
     Manifest,
+    Origin,
     StoredBox,
     StoredTensor,
+    parse_manifest,
     rank_file,
     step_name,
 )
@@ -51,6 +55,7 @@ class PreparedSave:
             copied.
         state_json: The caller's state.
         keep: Rule by which older checkpoints are kept.
+        origin: Its run, and what that went on from.
     """
 
     ranks: Ranks
@@ -60,6 +65,7 @@ class PreparedSave:
     entries: Sequence[tuple[str, Tensor]]
     state_json: bytes
     keep: Retention
+    origin: Origin
 
     @property
     def final(self) -> Path:
@@ -105,11 +111,21 @@ class PreparedSave:
                 remedy = "Use a folder on a disk that all machines share."
                 raise DiskError.one("file", str(path), rule, remedy)
         # The manifest comes last: it makes the folder a checkpoint.
-        manifest = Manifest.of(self.step, self.ranks.size, records)
+        manifest = Manifest.of(self.step, self.ranks.size, records, self.origin)
         write_synced(self.temporary / MANIFEST, manifest.model_dump_json(indent=1).encode())
         fsync_folder(self.temporary)
+        self._set_aside_foreign()
         replace_folder(self.temporary, self.final, self.root / f"{TEMPORARY}replaced-{self.final.name}")
-        retain(self.root, self.final, self.keep)
+        retain(self.root, self.final, self.keep, self.origin.run)
+
+    def _set_aside_foreign(self) -> None:
+        """Renames a folder that has the checkpoint's name and is another's."""
+        with contextlib.suppress(CheckpointError):  # damaged, or not there: nobody can use it
+            parse_manifest(self.final)
+            if not is_own(self.final, self.origin.run):
+                aside = self.root / f"foreign-{self.final.name}-{uuid.uuid4().hex[:8]}"
+                self.final.rename(aside)
+                _LOG.warning("%s is not of this run, and is now %s", self.final, aside.name)
 
     def discard(self) -> None:
         """Removes what was written; the next save removes any rest. Only rank 0 calls it."""
@@ -124,6 +140,7 @@ def save_checkpoint(
     rank_tensors: Mapping[str, Tensor] | None = None,
     *,
     keep_last: int | None = None,
+    origin: Origin | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes ``root/step-<step>``, or nothing. Collective.
@@ -138,6 +155,7 @@ def save_checkpoint(
         state: JSON-able, keys are strings, the same on all ranks. Tuples come back as lists.
         rank_tensors: Tensors that belong to this rank only, such as random-number states.
         keep_last: Keep this checkpoint and the ``keep_last - 1`` others of the highest steps; None keeps all.
+        origin: The run, and what it went on from; None for none.
         group: The ranks that take part; None is all of them, or this process alone.
 
     Returns:
@@ -150,7 +168,9 @@ def save_checkpoint(
         GraftError: A rank failed in another way.
     """
     keep = Retention(keep_last)
-    save = prepare_save(Path(root), step, tensors, state, rank_tensors or {}, keep, Ranks(group))
+    save = prepare_save(
+        Path(root), step, tensors, state, rank_tensors or {}, keep, origin or Origin(), Ranks(group)
+    )
     return write_and_publish(save)
 
 
@@ -161,6 +181,7 @@ def prepare_save(
     state: Mapping[str, Any],
     rank_tensors: Mapping[str, Tensor],
     keep: Retention,
+    origin: Origin,
     ranks: Ranks,
 ) -> PreparedSave:
     """Plans the writes and makes the temporary folder. Collective; see `save_checkpoint`."""
@@ -175,7 +196,7 @@ def prepare_save(
 
     index = plan_writes(ranks.together(f"preparing {root / step_name(step)}", describe))
     entries = _entries(index, ranks.rank, placed, rank_tensors)
-    save = PreparedSave(ranks, root, step, index, entries, bytes(state_json), keep)
+    save = PreparedSave(ranks, root, step, index, entries, bytes(state_json), keep, origin)
     made = save.temporary
     ranks.together(f"making {made}", lambda: _make(root, made) if ranks.is_rank0 else None)
     return save

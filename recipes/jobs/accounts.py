@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.accounting.device_peaks import peak_for
-from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for
+from recipes.runtime.clock import steady_time
+from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for, unless_short_of_memory
 from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
 from recipes.tracking.step_costs import StepCosts
 from recipes.tracking.training_figures import summarise_stage
@@ -31,11 +32,9 @@ _CUT = "ranks cut the model between them, and who reads which part is not counte
 def find_peaks(engine: Engine[Any], meters: RunMeters | None) -> Peaks:
     """Returns the peaks of a rank's device; arrays of the measurement do not count as the run's memory."""
     device = engine.device
-    flops = peak_for(device, engine.compute_dtype)
-    if meters is None:
-        return Peaks(flops, bandwidth_for(device))
-    with meters.aside():
-        return Peaks(flops, bandwidth_for(device))
+    flops = unless_short_of_memory(lambda: peak_for(device, engine.compute_dtype))
+    with contextlib.nullcontext() if meters is None else meters.aside():
+        return Peaks(flops, unless_short_of_memory(lambda: bandwidth_for(device)))
 
 
 def step_costs(
@@ -89,9 +88,9 @@ def account(session: Session, results: Results) -> None:
     before = results.content.get("peak_memory_bytes", 0)
     results.content["peak_memory_bytes"] = max(before, int(used["bytes"]))
     _put_energy(results, used["joules"], reason)
-    results.add_time("total_s", time.time() - session.started)
+    results.add_time("total_s", steady_time() - session.started)
     if session.ledger is not None:
-        results.content["goodput"] = session.ledger.figures(time.time(), session.loop.spent)
+        results.content["goodput"] = session.ledger.figures(session.ledger.now(), session.loop.spent)
     results.write()
 
 

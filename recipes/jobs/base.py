@@ -32,7 +32,7 @@ class Session:
         stop: Asks for an early end.
         logger: Writes rows of metrics.
         loop: Trains stages.
-        started: Time of the command, by ``time.time()``.
+        started: Time of the command, by `steady_time`.
         ledger: Account of the run's time; None on the ranks that do not write.
     """
 

@@ -5,17 +5,19 @@ A run upcycles it where no checkpoint is given, so that the whole job runs on an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recipes.checkpoint import find_checkpoint
+from recipes.checkpoint import Origin, find_checkpoint
 from recipes.config.schema import DefaultModelConfig, RunConfig
 from recipes.data.bpe import train_byte_level_bpe
 from recipes.data.build_data import TrainData, load_data
@@ -23,6 +25,8 @@ from recipes.data.sources import fingerprint, read_documents
 from recipes.engines.console import RankConsole
 from recipes.engines.optim.optimizer import OptimConfig, ScheduleConfig
 from recipes.models.hf.hf_model import HFModel
+from recipes.runtime.claim import GaveUpError, lock_beside, wait_for
+from recipes.runtime.interrupt import StopRequest
 from recipes.training.model_costs import measure_costs
 from recipes.training.training_loop import Loop, Stage, StageResult
 
@@ -47,17 +51,35 @@ def default_tokenizer(config: RunConfig, console: RankConsole) -> Path:
     def train() -> None:
         if folder.is_dir():
             return
-        console.log(f"tokenizer: training a byte-level BPE of {config.model.vocab_size} entries")
-        temporary = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        read = console.heartbeat.each(read_documents(config.data, console.lines))
-        documents = (document.text for document in read)
-        train_byte_level_bpe(documents, config.model.vocab_size, temporary)
-        temporary.rename(folder)
+        with wait_for(lock_beside(folder), console.log, _keep_waiting(console)):
+            if folder.is_dir():
+                return
+            console.log(f"tokenizer: training a byte-level BPE of {config.model.vocab_size} entries")
+            temporary = _fresh(folder)
+            read = console.heartbeat.each(read_documents(config.data, console.lines))
+            documents = (document.text for document in read)
+            train_byte_level_bpe(documents, config.model.vocab_size, temporary)
+            temporary.rename(folder)
 
     console.on_rank_zero(train)
     return folder
+
+
+def _fresh(folder: Path) -> Path:
+    """Returns the name under which the holder of the folder's lock makes it, with nothing there."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def _keep_waiting(console: RankConsole, stop: StopRequest | None = None) -> Callable[[], bool]:
+    """Returns what is called while another process makes the same: waiting is no hang, and ends at a stop."""
+
+    def keep_on() -> bool:
+        console.heartbeat.progress()
+        return stop is None or not stop.requested
+
+    return keep_on
 
 
 def cache_dir(config: RunConfig) -> Path:
@@ -93,11 +115,26 @@ def train_default(config: RunConfig, console: RankConsole, loop: Loop, dense: Pa
     if console.on_rank_zero(lambda: (dense / "config.json").is_file()):
         console.log(f"dense: using the default model cached in {dense}")
         return True
-    started = time.time()
+    started = time.monotonic()
     console.heartbeat.beat("making the dense default")
-    finished = _train(config, console, loop, dense.parent, data)
-    console.log(f"dense: the default model took {time.time() - started:.0f} s")
+    with contextlib.ExitStack() as claimed:
+        if not console.on_rank_zero(lambda: _claim(dense.parent, console, loop.stop, claimed)):
+            return False
+        if console.on_rank_zero(lambda: (dense / "config.json").is_file()):
+            console.log(f"dense: another process has made the default model: {dense}")
+            return True
+        finished = _train(config, console, loop, dense.parent, data)
+    console.log(f"dense: the default model took {time.monotonic() - started:.0f} s")
     return finished
+
+
+def _claim(folder: Path, console: RankConsole, stop: StopRequest, claimed: contextlib.ExitStack) -> bool:
+    """Claims the default model's folder until ``claimed`` is closed; returns False when asked to stop."""
+    try:
+        claimed.enter_context(wait_for(lock_beside(folder), console.log, _keep_waiting(console, stop)))
+    except GaveUpError:
+        return False
+    return True
 
 
 def shared_data(config: RunConfig, console: RankConsole, tokenizer: Path, vocab_size: int) -> TrainData:
@@ -127,9 +164,12 @@ def _train(config: RunConfig, console: RankConsole, loop: Loop, folder: Path, da
         train_module=console.engine.prepare(model, optim),
         costs=costs,
         checkpoints=folder / "checkpoints",
+        origin=Origin(folder.name),
         seed=config.model.seed,
     )
-    found = find_checkpoint(stage.checkpoints)
+    found = find_checkpoint(stage.checkpoints, run=folder.name)
+    for line in found.lines():
+        console.log(f"dense: {line}")
     if found.path is not None:
         console.log(f"dense: going on from {found.path}")
         stage.state |= loop.resume(stage, found.path)
@@ -175,12 +215,11 @@ def _save(console: RankConsole, stage: Stage, result: StageResult, folder: Path,
     console.heartbeat.beat("saving the dense default")
     full = console.heartbeat.each(stage.train_module.full_tensors())
     weights = {name: tensor.cpu() for name, tensor in full}
-    temporary = folder / ".tmp-hf"
 
     def save() -> None:
         from transformers import LlamaForCausalLM
 
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _fresh(folder / "hf")
         shutil.copytree(tokenizer, temporary)
         plain = LlamaForCausalLM(stage.train_module.model.config)
         plain.load_state_dict(weights, strict=False)

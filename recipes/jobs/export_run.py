@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.run_dir import RunDir
 from recipes.models.export import Exporter
 from recipes.models.export.base import Layout
+from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec
-from recipes.models.export.write_export import dtype_keys, publish, write_companions, write_live
+from recipes.models.export.write_export import dtype_keys, write_companions, write_live
 from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
 from recipes.models.safetensors.tensor_files import TensorFiles
@@ -85,8 +87,7 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
         ConfigError: The folder is no run, has no such checkpoint, or the output exists.
         CheckpointError: The checkpoint is damaged.
     """
-    if out.exists():
-        raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
+    refuse_existing(out, "--out")
     config, dense = _read_run(request.run)
     if request.stage == "cpt":
         return _export_dense(request, dense, out)
@@ -94,7 +95,7 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
         rule = "its key-value heads are experts, which only the run itself exports"
         raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
     checkpoint = _checkpoint(request)
-    verify_checkpoint(checkpoint)
+    verify_checkpoint(checkpoint, run=read_run_file(request.run).get("run_id"))
     statistics = read_statistics(CalibrationFolder.of_run(request.run))
     conversion = plan_conversion(
         ConversionRequest(
@@ -119,7 +120,7 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
 
 def _export_dense(request: ExportRequest, dense: Path, out: Path) -> Exported:
     checkpoint = _checkpoint(request)
-    verify_checkpoint(checkpoint)
+    verify_checkpoint(checkpoint, run=read_run_file(request.run).get("run_id"))
     with open_checkpoint(checkpoint) as tensors:
         total = write_dense(tensors, dense, request.dtype or dense_dtype(dense), out)
         step = tensors.step
@@ -142,12 +143,14 @@ def _read_run(run: Path) -> tuple[RunConfig, Path]:
 def _checkpoint(request: ExportRequest) -> Path:
     folder = RunDir(request.run).checkpoints(request.stage)
     if request.step is None:
-        found = find_checkpoint(folder).path
-        if found is None:
+        found = find_checkpoint(folder, run=read_run_file(request.run).get("run_id"))
+        for line in found.lines():
+            print(line, file=sys.stderr, flush=True)
+        if found.path is None:
             rule = f"it has no complete checkpoint of {request.stage}"
             remedy = "Resume the run." if request.stage == "moe" else "Run it with compare.cpt=true."
             raise ConfigError.one("run", str(request.run), rule, remedy)
-        return found
+        return found.path
     path = folder / f"step-{request.step:08d}"
     if not path.is_dir():
         there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
@@ -198,19 +201,17 @@ def _write(
     ]
     placement = Placement(spec, exporter, kept, dtype, layout)
     total = sum(tensor.num_bytes for tensor in placement.specs)
-    require_space(out, total, "the model")
-    temporary = out.with_name(f".tmp-{out.name}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    files = TensorFiles(temporary, placement.specs)
-    for name in names:
-        write_live(files, name, merging.read(name), live, placement)
-    for name, constant in placement.constants.items():
-        files.write(name, constant)
-    files.finish()
-    config: dict[str, Any] = exporter.config(spec) | dtype_keys(dtype)
-    write_companions(temporary, config, dense)
-    record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
-    router = asdict(spec.moe_blocks[0].router.config)
-    atomic_write_json(temporary / RECORD, record | {"router": router})
-    publish(temporary, out)
+    with output_folder(out) as temporary:
+        require_space(out, total, "the model")
+        files = TensorFiles(temporary, placement.specs)
+        for name in names:
+            write_live(files, name, merging.read(name), live, placement)
+        for name, constant in placement.constants.items():
+            files.write(name, constant)
+        files.finish()
+        config: dict[str, Any] = exporter.config(spec) | dtype_keys(dtype)
+        write_companions(temporary, config, dense)
+        record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
+        router = asdict(spec.moe_blocks[0].router.config)
+        atomic_write_json(temporary / RECORD, record | {"router": router})
     return total

@@ -13,6 +13,9 @@ from recipes.config.compose import to_yaml
 from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import TrainData
+from recipes.data.config import DataConfig
+from recipes.data.indexed import bin_path, idx_path
+from recipes.data.sources import resolve
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
 from recipes.runtime.atomic import atomic_write_text
@@ -23,6 +26,9 @@ _DATA_REMEDY = (
     "The files of data.path, or how they are split, are not those of then: put them back to go on, or start "
     "a new run with resume=none."
 )
+_SHOWN = 3
+# More files are not listed one by one.
+_MOST_FILES = 2000
 
 
 def identity(
@@ -59,7 +65,58 @@ def identity(
     return plain
 
 
-def refuse_changes(run_dir: RunDir, wanted: dict[str, Any], values: Mapping[str, Any]) -> None:
+def data_parts(config: DataConfig) -> dict[str, Any]:
+    """Returns the options and files that decide a run's data, so that a refusal can name what has changed."""
+    options = {f"data.{key}": value for key, value in dataclasses.asdict(config).items()}
+    paths = {path for one in (config, _validation(config)) if one is not None for path in _on_disk(one)}
+    stats = {str(path): path.stat() for path in sorted(paths)} if len(paths) <= _MOST_FILES else {}
+    files = {path: stat.st_size for path, stat in stats.items()}
+    times = {path: stat.st_mtime_ns for path, stat in stats.items()}
+    plain: dict[str, Any] = json.loads(json.dumps({"options": options, "files": files, "times": times}))
+    return plain
+
+
+def _validation(config: DataConfig) -> DataConfig | None:
+    if config.validation_path is None:
+        return None
+    return dataclasses.replace(config, path=config.validation_path, validation_path=None)
+
+
+def _on_disk(config: DataConfig) -> list[Path]:
+    sources = resolve(config)
+    if sources.kind == "indexed":
+        return [bin_path(sources.files[0]), idx_path(sources.files[0])]
+    return list(sources.files)
+
+
+def _changes(then: Any, now: Mapping[str, Any]) -> list[str]:
+    """Lists what differs between the data of then and now, the first few of many."""
+    if not isinstance(then, Mapping) or not now:
+        return []
+    found = []
+    for kind, unit in (("options", ""), ("files", " bytes"), ("times", "")):
+        old, new = then.get(kind), now[kind]
+        if not isinstance(old, Mapping) or (kind == "times" and found):
+            continue
+        for name in sorted(old.keys() | new.keys()):
+            if name not in new:
+                found.append(f"{name} is gone")
+            elif name not in old:
+                found.append(f"{name} is new")
+            elif old[name] != new[name] and kind == "times":
+                found.append(f"{name} was written to since")
+            elif old[name] != new[name]:
+                found.append(f"{name} was {old[name]!r}{unit} and is {new[name]!r}")
+    more = [f"{len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return [*found[:_SHOWN], *more]
+
+
+def refuse_changes(
+    run_dir: RunDir,
+    wanted: dict[str, Any],
+    values: Mapping[str, Any],
+    parts: Mapping[str, Any] | None = None,
+) -> None:
     """Compares a run's identity with the one it began with, and writes it and the config down. For rank 0.
 
     A resume that is refused leaves the run's ``config.yaml`` as it was.
@@ -68,12 +125,14 @@ def refuse_changes(run_dir: RunDir, wanted: dict[str, Any], values: Mapping[str,
         run_dir: The run directory.
         wanted: Identity of the config that is asked for.
         values: That config, as composed.
+        parts: Parts of its data, see `data_parts`.
 
     Raises:
         CheckpointError: A field has changed; every one is named with both values.
     """
     origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
-    began = read_run_file(origin).get("identity")
+    record = read_run_file(origin)
+    began = record.get("identity")
     if began is not None:
         began = with_new_names(began)
         changed = [
@@ -81,14 +140,27 @@ def refuse_changes(run_dir: RunDir, wanted: dict[str, Any], values: Mapping[str,
                 path,
                 wanted.get(path),
                 f"the run in {origin} began with {began.get(path)!r}",
-                _DATA_REMEDY if path == "data" else _REMEDY,
+                _REMEDY,
             )
+            if path != "data"
+            else _other_data(origin, wanted, began, _changes(record.get("data_parts"), parts or {}))
             for path in sorted(set(began) | set(wanted))
             if began.get(path) != wanted.get(path)
         ]
         if changed:
             raise CheckpointError(changed)
     # A run that is killed before its first checkpoint starts from there again.
-    fork = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
-    write_run_file(run_dir.path, identity=wanted, **fork)
+    more: dict[str, Any] = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
+    more |= {} if parts is None else {"data_parts": parts}
+    write_run_file(run_dir.path, identity=wanted, **more)
     atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(values)))
+
+
+def _other_data(
+    origin: Path, wanted: Mapping[str, Any], began: Mapping[str, Any], changes: list[str]
+) -> Mistake:
+    if not changes:
+        rule = f"the run in {origin} began with {began.get('data')!r}"
+        return Mistake("data", wanted.get("data"), rule, _DATA_REMEDY)
+    rule = f"the run in {origin} began with other data"
+    return Mistake("data", "; ".join(changes), rule, _REMEDY)

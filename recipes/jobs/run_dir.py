@@ -1,17 +1,26 @@
-"""Run directory: its name, its files, and the one that a resume goes on with."""
+"""Run directory: its name, its files, its claim, and the one that a resume goes on with."""
 
 from __future__ import annotations
 
 import re
+import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError
+from recipes.checkpoint import own_checkpoints
+from recipes.checkpoint.manifest import parse_manifest
+from recipes.runtime.claim import LOCK, InUseError, claim
+from recipes.runtime.relaunch import Launch
+from recipes.runtime.run_file import read_run_file
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
-from recipes.runtime.relaunch import Launch
+
+# torchrun gives the processes that it ends half a minute.
+_RESTART_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -22,11 +31,13 @@ class RunDir:
         path: The directory.
         resumed: Whether an earlier run goes on in it.
         fork: Checkpoint of another run that the first stage starts from; None for none.
+        run_id: Name of the run that no other has, also none of the same path; None until it is claimed.
     """
 
     path: Path
     resumed: bool = False
     fork: Path | None = None
+    run_id: str | None = None
 
     @property
     def name(self) -> str:
@@ -80,9 +91,52 @@ def choose_run_dir(config: RunConfig, launch: Launch | None = None) -> RunDir:
     return RunDir(outputs / f"{config.job}-{max(taken, default=0) + 1}")
 
 
+def claim_run_dir(config: RunConfig, launch: Launch | None, held: ExitStack) -> RunDir:
+    """Chooses the run directory as `choose_run_dir` does, and claims it until ``held`` is closed.
+
+    Raises:
+        ConfigError: As for `choose_run_dir`.
+        InUseError: Another process trains in it.
+        DiskError: It cannot be written to.
+    """
+    while True:
+        chosen = choose_run_dir(config, launch)
+        begins = not chosen.resumed
+        restarts = launch is not None and launch.restarts(chosen.path)
+        own = ExitStack()
+        try:
+            patience_s = _RESTART_PATIENCE_S if restarts else 0.0
+            named = ("resume", config.resume) if config.run.name is None else ("run.name", config.run.name)
+            own.enter_context(claim(chosen.path / LOCK, *named, patience_s=patience_s))
+        except InUseError:
+            if begins and config.run.name is None:
+                continue  # another command has just taken this number
+            raise
+        with own:
+            if begins and _used(chosen.path):
+                continue  # another command was faster, and has ended since
+            held.enter_context(own.pop_all())
+        return chosen
+
+
+def run_id_of(run_dir: RunDir) -> str:
+    """Returns the id of a run: that of its record, else of its newest checkpoint, else a new one.
+
+    Raises:
+        CheckpointError: The record is damaged.
+    """
+    kept = read_run_file(run_dir.path).get("run_id")
+    if kept is None and run_dir.resumed:
+        for path in own_checkpoints(run_dir.checkpoints("moe")):
+            kept = kept or parse_manifest(path).run
+    return kept or uuid.uuid4().hex[:16]
+
+
 def _used(path: Path) -> bool:
-    """Tells if a folder holds anything but files that a killed process was just writing."""
-    return path.is_dir() and any(not inner.name.startswith(".tmp-") for inner in path.iterdir())
+    """Tells if a folder holds anything but its lock and files that a killed process was just writing."""
+    return path.is_dir() and any(
+        not inner.name.startswith(".tmp-") and inner.name != LOCK for inner in path.iterdir()
+    )
 
 
 def _claimed(config: RunConfig, outputs: Path, launch: Launch | None) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from recipes.config.compose import to_yaml
 from recipes.config.schema import RunConfig
 from recipes.engines import Engine, engine_classes
 from recipes.jobs.base import Job, Session
-from recipes.jobs.run_dir import RunDir, choose_run_dir
+from recipes.jobs.run_dir import RunDir, claim_run_dir, run_id_of
 from recipes.runtime.agreement import facts_of_this_rank, require_agreement
 from recipes.runtime.atomic import atomic_write_text, write_synced
+from recipes.runtime.clock import steady_time
 from recipes.runtime.heartbeat import Heartbeat
 from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.ranks import Ranks
@@ -43,7 +44,7 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
         job: The job.
         config: The typed config.
         values: The same as composed, for ``config.yaml`` and the charts.
-        started: When the command started, by ``time.time()``.
+        started: When the command started, by `steady_time`.
 
     Returns:
         The exit code: 0 when the job came to its end, 130 when it was asked to stop and has saved.
@@ -55,14 +56,14 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
     engine.open()
     try:
         heartbeat = _heartbeat(config, engine)
-        with heartbeat.job():
+        with contextlib.ExitStack() as claimed, heartbeat.job():
             if store is None:
                 _agree_on_start(group_store(), engine, values)
             # Dropout and the like differ between ranks; weights do not come from this state.
             torch.manual_seed(config.seed + engine.rank)
             _quiet_libraries()
             heartbeat.beat("choosing the run's directory")
-            run_dir = _agree_on_run_dir(engine, config)
+            run_dir = _agree_on_run_dir(engine, config, claimed)
             _make_run_dir(engine, run_dir, values)
             heartbeat.writes_to(run_dir.path)
             return _run_open(job, config, values, engine, run_dir, heartbeat, started)
@@ -85,7 +86,7 @@ def _run_open(
         tracker_id = read_run_file(run_dir.path).get("wandb_run_id")
     tracker = start(config.tracker, run_dir.path, run_dir.name, values, tracker_id, engine.rank)
     if engine.rank == 0:
-        write_run_file(run_dir.path, wandb_run_id=tracker.run_id, recipe=config.job, started=time.time())
+        write_run_file(run_dir.path, wandb_run_id=tracker.run_id, recipe=config.job, started=steady_time())
     logger = RunLogger(run_dir.path, tracker, engine.rank)
     ledger = GoodputLedger(run_dir.path, started) if engine.rank == 0 else None
     callbacks: list[Callback] = [Recorder(logger, ledger)]
@@ -129,8 +130,9 @@ def _make_run_dir(engine: Engine[Any], run_dir: RunDir, values: dict[str, Any]) 
         if engine.rank:
             return
         run_dir.path.mkdir(parents=True, exist_ok=True)
-        if launch := Launch.of_this_process():  # first of all: killed from here on, it is found again
-            write_run_file(run_dir.path, **launch.record())
+        launch = Launch.of_this_process()
+        # First of all: killed from here on, it is found again.
+        write_run_file(run_dir.path, run_id=run_dir.run_id, **(launch.record() if launch else {}))
         if not run_dir.resumed:  # else when the resume has turned out to be allowed
             atomic_write_text(run_dir.path / "config.yaml", to_yaml(values))
 
@@ -158,12 +160,13 @@ def _heartbeat(config: RunConfig, engine: Engine[Any]) -> Heartbeat:
     return Watchdog(engine.rank, engine.world_size, group_store(), config.faults)
 
 
-def _agree_on_run_dir(engine: Engine[Any], config: RunConfig) -> RunDir:
-    """Returns the run directory that rank 0 chooses, as it depends on the disk; all raise its error."""
+def _agree_on_run_dir(engine: Engine[Any], config: RunConfig, claimed: contextlib.ExitStack) -> RunDir:
+    """Returns the run directory that rank 0 chooses and claims; all raise its error."""
     decided: RunDir | UserError | None = None
     if engine.rank == 0:
         try:
-            decided = choose_run_dir(config, Launch.of_this_process())
+            chosen = claim_run_dir(config, Launch.of_this_process(), claimed)
+            decided = dataclasses.replace(chosen, run_id=run_id_of(chosen))
         except UserError as error:
             decided = error
     decided = engine.broadcast(decided)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.checkpoint import checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
+from recipes.checkpoint import Origin, checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
 from recipes.data.chat_samples import ChatSamples
 from recipes.jobs.accounts import put_training, step_costs
 from recipes.jobs.top_k_schedules import describe_phases
@@ -48,7 +48,7 @@ class StageInputs:
         data: Samples of the run.
         results: Content of ``summary.json``.
         peaks: Peak rates of a rank's device.
-        started: Time of the command, by ``time.time()``.
+        started: Time of the command, by `steady_time`.
     """
 
     config: RunConfig
@@ -154,7 +154,7 @@ class StageRun:
             self.log(f"{self.name}: finished by an earlier process of this run")
             return True
         gc.collect()
-        started = time.time()
+        started = time.monotonic()
         loop = self.inputs.loop
         self.beat("looking for a checkpoint")
         source = self.parts.source(self)
@@ -172,7 +172,7 @@ class StageRun:
         self.beat("its results")
         if self.inputs.console.is_rank0:
             put_training(self.inputs.run_dir.path, self.results, self.name, result.missing)
-        self.results.add_time(f"{self.name}_s", time.time() - started)
+        self.results.add_time(f"{self.name}_s", time.monotonic() - started)
         if loop.first_step_time is not None:
             seconds = loop.first_step_time - self.inputs.started
             self.results.content["timings"].setdefault("first_step_s", seconds)
@@ -189,9 +189,9 @@ class StageRun:
         """Returns the stage's newest checkpoint; for the model's own stage also that of another run."""
         run_dir = self.inputs.run_dir
         if run_dir.resumed:
-            found = find_checkpoint(run_dir.checkpoints(self.name))
-            for path, reason in found.rejected:
-                self.log(f"{self.name}: passing over the checkpoint {path}: {reason}")
+            found = find_checkpoint(run_dir.checkpoints(self.name), run=run_dir.run_id)
+            for line in found.lines():
+                self.log(f"{self.name}: {line}")
             if found.path is not None:
                 return found.path
         fork = self.inputs.console.on_rank_zero(lambda: read_run_file(run_dir.path).get("fork"))
@@ -245,6 +245,7 @@ class StageRun:
             scheduled_costs=later,
             step_costs=step_costs(engine, model, cost_model, train_module, bandwidth),
             checkpoints=self.inputs.run_dir.checkpoints(self.name),
+            origin=Origin(self.inputs.run_dir.run_id),
             state=built.state,
             first_sample=self._first_sample(),
             seed=self.config.seed,
@@ -252,8 +253,7 @@ class StageRun:
         self._require_space(stage)
         self.log(
             f"{self.name}: {costs.total_params:,} parameters, {costs.active_params:,} active a token; "
-            f"utilisation is of {peak.value / 1e9:,.0f} GFLOP/s a rank ({peak.source}: {peak.detail}) and of "
-            f"{bandwidth.words()}"
+            f"utilisation is of {peaks.words()}"
         )
         for line in describe_phases(model.schedule, stage.scheduled_costs):
             self.log(f"{self.name}: {line}")

@@ -160,7 +160,9 @@ def _build_second(run: StageRun, source: Path | None, *, first_steps: int) -> Bu
 
 def _end_of_stage1(run: StageRun, first_steps: int) -> Path:
     folder = run.inputs.run_dir.checkpoints(_FIRST)
-    found = find_checkpoint(folder)
+    found = find_checkpoint(folder, run=run.inputs.run_dir.run_id)
+    for line in found.lines():
+        run.log(f"{_FIRST}: {line}")
     if found.path is None or int(found.path.name.removeprefix("step-")) != first_steps:
         rule = "the last checkpoint of the first stage is missing, and the second begins with it"
         raise CheckpointError.one("resume", str(folder), rule, "Restore it, or start a new run.")

@@ -15,7 +15,7 @@ from recipes.jobs.accounts import account, find_peaks
 from recipes.jobs.base import Job, Session
 from recipes.jobs.default_model import default_dense, shared_data, train_default
 from recipes.jobs.expert_rules import refuse_low_rank
-from recipes.jobs.identity import identity, refuse_changes
+from recipes.jobs.identity import data_parts, identity, refuse_changes
 from recipes.jobs.moe_stage import MOE
 from recipes.jobs.preflight import check_run
 from recipes.jobs.run_dir import RunDir
@@ -70,7 +70,7 @@ class UpcycleJob(Job):
             data = shared_data(config, console, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         wanted = identity(config, folder, data, self.identity(config))
-        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values))
+        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, data_parts(config.data)))
         if config.dense is None and not train_default(config, console, loop, folder, data):
             return False
         content = session.engine.broadcast(Results.read(run_dir.summary) if console.is_rank0 else None)

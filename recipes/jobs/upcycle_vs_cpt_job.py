@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from moe.errors import CheckpointError, ConfigError, Mistake
 from moe.layer import MoELayer
 from moe.routing.draws import seeded_generator
 from moe.upcycle import upcycle_method
-from recipes.checkpoint import verify_checkpoint
-from recipes.checkpoint.manifest import parse_step, step_name
+from recipes.checkpoint import Retention, own_checkpoints, retain, step_name, verify_checkpoint
 from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
 from recipes.config.sections.upcycle_vs_cpt_config import UpcycleVsCPTConfig
@@ -29,6 +27,7 @@ from recipes.jobs.arm_costs import continued_steps, scratch_steps, serving_costs
 from recipes.jobs.base import Session
 from recipes.jobs.default_model import default_tokenizer, fresh_model
 from recipes.jobs.moe_stage import MOE, report_moe
+from recipes.jobs.run_dir import RunDir
 from recipes.jobs.stage_run import CPT, Built, StageInputs, StageParts, StageRun, with_steps
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.config_file import load_config, read_config
@@ -95,7 +94,7 @@ class UpcycleVsCPTJob(UpcycleJob):
         console.on_rank_zero(lambda: _refuse_other_budgets(config, path))
         ended = super().run(session)
         if ended:
-            console.on_rank_zero(lambda: _prune(path))
+            console.on_rank_zero(lambda: _prune(session.run_dir))
         return ended
 
 
@@ -142,11 +141,10 @@ def _refuse_other_budgets(config: RunConfig, path: Path) -> None:
     write_run_file(path, budgets=wanted)
 
 
-def _prune(run_dir: Path) -> None:
-    for checkpoints in (*run_dir.glob("checkpoints"), *run_dir.glob("*/checkpoints")):
-        steps = sorted(path for path in checkpoints.iterdir() if parse_step(path.name) is not None)
-        for path in steps[:-1]:
-            shutil.rmtree(path)
+def _prune(run_dir: RunDir) -> None:
+    for checkpoints in (*run_dir.path.glob("checkpoints"), *run_dir.path.glob("*/checkpoints")):
+        if own := own_checkpoints(checkpoints, run_dir.run_id):
+            retain(checkpoints, own[0], Retention(last=1), run_dir.run_id)
 
 
 def _check_flops(dense: str) -> list[Mistake]:
@@ -194,7 +192,7 @@ def _branch_of(parent: str, run: StageRun) -> Path | None:
     if own is not None or step == 0:
         return own
     path = run.inputs.run_dir.checkpoints(parent) / step_name(step)
-    verify_checkpoint(path)
+    verify_checkpoint(path, run=run.inputs.run_dir.run_id)
     return path
 
 

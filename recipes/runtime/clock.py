@@ -1,9 +1,19 @@
-"""Clock by which a watchdog waits; tests give it one that they move."""
+"""Clocks: the time of day that never goes back, and the one by which a watchdog waits, which tests move."""
 
 from __future__ import annotations
 
 import threading
 import time
+
+_OFFSET = time.time() - time.monotonic()
+
+
+def steady_time() -> float:
+    """Returns the time of day as it was when this process began, plus what has gone by since.
+
+    It goes on evenly when somebody sets the machine's clock.
+    """
+    return _OFFSET + time.monotonic()
 
 
 class Clock:

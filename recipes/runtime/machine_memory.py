@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import sys
 from pathlib import Path
@@ -12,6 +13,18 @@ _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 # The rest of the free memory is left to other programs of the machine.
 _SPARE_SHARE = 0.9
+# Words of torch's allocators, of oneDNN and of C++.
+_NO_MEMORY = ("not enough memory", "out of memory", "t allocate memory", "not allocate", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns True for an error by which Python, torch or the system says that memory is short."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
 def peak_resident_bytes(status: Path = _STATUS) -> int:

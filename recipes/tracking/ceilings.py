@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from moe.accounting.device_peaks import TABLE_DATE as FLOPS_DATE
 from moe.accounting.device_peaks import Peak, device_name, math_mode, table_peak
 from moe.accounting.utilisation import Machine
+from recipes.runtime.machine_memory import is_out_of_memory
 from recipes.tracking.measure_peaks import (
     TABLE_DATE,
     Rate,
@@ -20,6 +21,7 @@ from recipes.tracking.measure_peaks import (
     table_bandwidth,
 )
 
+T = TypeVar("T")
 Origin = Literal["measured", "table"]
 ORIGINS: tuple[Origin, ...] = ("measured", "table")
 # For the start of a run: larger arrays would take seconds, and memory that the run may not have.
@@ -54,8 +56,16 @@ class Ceiling:
 class Peaks:
     """Ceilings of the device of one rank in training."""
 
-    flops: Peak
+    flops: Peak | Ceiling
     bandwidth: Ceiling
+
+    def words(self) -> str:
+        """Describes both for the log of a run."""
+        flops = f"no peak FLOP/s ({self.flops.detail})"
+        if self.flops.value is not None:
+            rate = f"{self.flops.value / 1e9:,.0f} GFLOP/s a rank"
+            flops = f"{rate} ({self.flops.source}: {self.flops.detail})"
+        return f"{flops} and of {self.bandwidth.words()}"
 
     def figures(self) -> dict[str, dict[str, float | str | None]]:
         """Returns the figures for ``summary.json``."""
@@ -81,6 +91,16 @@ class Ceilings:
     def figures(self) -> dict[str, Any]:
         """Returns the figures for programs."""
         return {"bytes_per_s": vars(self.bytes_per_s).copy(), "flops": vars(self.flops).copy()}
+
+
+def unless_short_of_memory(measure: Callable[[], T]) -> T | Ceiling:
+    """Measures for a figure, which is left out where the measurement has no memory."""
+    try:
+        return measure()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Ceiling(None, None, "there is not enough memory to measure it")
 
 
 def bandwidth_for(device: torch.device) -> Ceiling:

@@ -14,11 +14,12 @@ was asked to stop, or ended by an error of its user, has not failed.
 from __future__ import annotations
 
 import math
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.runtime.clock import steady_time
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 
@@ -29,22 +30,29 @@ _SPENT = ("evaluation", "saving")
 class GoodputLedger:
     """The parts of a run, on the rank that writes. Open it before rows are dropped by a resume."""
 
-    def __init__(self, run_dir: Path, started: float) -> None:
+    def __init__(self, run_dir: Path, started: float, now: float | None = None) -> None:
         """Ends the part of a killed process, and begins that of this one.
 
         Args:
             run_dir: The run directory.
-            started: Time of the command, by ``time.time()``.
+            started: Time of the command, by `steady_time`.
+            now: The same of this moment; None to look at the clock. If the run has seen a later time, the
+                clock was set back: stderr says so, and all times of this process count from then on.
         """
         self._run_dir = run_dir
         before: list[dict[str, Any]] = read_run_file(run_dir).get(_PARTS, [])
         rows = list(read_rows(run_dir / METRICS_FILE)) if before else []
         self._failed_at = _failed_at(before, rows)
         self._before = [_ended(part, rows) for part in before]
-        self._part: dict[str, Any] = {"started": started, "steps_s": 0.0}
+        self._offset_s = _set_back(run_dir, self._before, rows, steady_time() if now is None else now)
+        self._part: dict[str, Any] = {"started": started + self._offset_s, "steps_s": 0.0}
         self._kept_s = 0.0
         self.recount()
         self._write()
+
+    def now(self) -> float:
+        """Returns the time for rows and figures, which is never before that of an earlier process."""
+        return steady_time() + self._offset_s
 
     def recount(self) -> None:
         """Recounts the steps after rows were dropped."""
@@ -59,35 +67,35 @@ class GoodputLedger:
         """Returns the seconds of a recovery at the first step after a failure, else None.
 
         Args:
-            now: By ``time.time()``.
+            now: From `now`.
         """
         if self._failed_at is None:
             return None
-        seconds, self._failed_at = now - self._failed_at, None
+        seconds, self._failed_at = max(0.0, now - self._failed_at), None
         self._part["recovery_s"] = seconds
         self._write()
         return seconds
 
     def goodput(self, now: float) -> float:
         """Returns the goodput up to now."""
-        return self._kept_s / max(now - self._first, 1e-9)
+        return _share(self._kept_s, now - self._first)
 
     def figures(self, now: float, spent: Mapping[str, float]) -> dict[str, float | int]:
         """Returns the goodput and the uses of the other time in seconds, for ``summary.json``.
 
         Args:
-            now: By ``time.time()``.
+            now: From `now`.
             spent: Seconds of this process, see `recipes.training.training_loop.Loop.spent`.
         """
         parts = [*self._before, self._part | dict(spent) | {"ended": now}]
-        wall = now - self._first
+        wall = max(0.0, now - self._first)
         alive = _alive(parts)
         stepped = sum(part["steps_s"] for part in parts)
         recoveries = [part["recovery_s"] for part in parts if "recovery_s" in part]
         aside = {kind: sum(part.get(kind, 0.0) for part in parts) for kind in _SPENT}
         return {
-            "goodput": self._kept_s / max(wall, 1e-9),
-            "goodput_while_running": self._kept_s / max(alive, 1e-9),
+            "goodput": _share(self._kept_s, wall),
+            "goodput_while_running": _share(self._kept_s, alive),
             "wall_s": wall,
             "steps_s": self._kept_s,
             "lost_steps_s": max(0.0, stepped - self._kept_s),
@@ -107,16 +115,32 @@ class GoodputLedger:
             spent: Seconds of this process, as for `figures`.
             failed: True if the process neither finished, was asked to stop, nor met a user's error.
         """
-        self._part |= dict(spent) | {"ended": time.time(), "failed": failed}
+        self._part |= dict(spent) | {"ended": self.now(), "failed": failed}
         self._write()
 
     @property
     def _first(self) -> float:
-        first: float = [*self._before, self._part][0]["started"]
-        return first
+        return min(float(part["started"]) for part in [*self._before, self._part])
 
     def _write(self) -> None:
         write_run_file(self._run_dir, **{_PARTS: [*self._before, self._part]})
+
+
+def _share(seconds: float, whole: float) -> float:
+    """Returns a share of a time; where a clock was set, the time may be shorter than its part."""
+    return seconds / max(seconds, whole, 1e-9)
+
+
+def _set_back(
+    run_dir: Path, parts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], now: float
+) -> float:
+    """Returns the seconds that the clock is behind the last time that the run has seen, and says so."""
+    seen = [part["ended"] for part in parts] + [row.get("time") for row in rows]
+    behind = max([0.0, *(time - now for time in seen if isinstance(time, int | float))])
+    if behind > 1.0:
+        line = f"the clock is {behind:.0f} s behind the run's last record; its times go on from there"
+        print(f"{run_dir}: {line}", file=sys.stderr, flush=True)
+    return behind
 
 
 def _ended(part: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.own_json import read_json_object
 from recipes.tracking.step_costs import Costs
 
 LABELS = {
@@ -17,6 +20,10 @@ LABELS = {
     "moe": "Upcycled (MoE)",
     "scratch": "MoE from scratch",
 }
+
+
+# Keys of the row of a model.
+_REQUIRED = {"model", "label", "val_loss", "tokens", "tokens_per_s"}
 
 
 class Results:
@@ -35,10 +42,18 @@ class Results:
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
-        """Reads the results of an earlier process of the run; empty where there are none."""
-        if not path.is_file():
+        """Reads the results of an earlier process of the run; empty where there are none.
+
+        A damaged file is named on stderr and made anew, since it holds results alone.
+        """
+        if not os.path.lexists(path):
             return {}
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = read_json_object(path)
+            _check_types(content)
+        except (OSError, ValueError) as error:
+            print(f"{path}: {error}; it is made anew from here on", file=sys.stderr, flush=True)
+            return {}
         return content
 
     def row(self, model: str) -> dict[str, Any] | None:
@@ -70,6 +85,33 @@ class Results:
         """Writes the file, atomically."""
         if self._writes:
             atomic_write_json(self.path, self.content)
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Raises ValueError for what later processes of the run could not add to."""
+    rows, timings = content.get("results", []), content.get("timings", {})
+    kinds: list[tuple[Any, type]] = [
+        (rows, list),
+        (timings, dict),
+        (content.get("stages", []), list),
+        *(
+            (content.get(name, {}), dict)
+            for name in ("training", "export", "exactness", "peaks", "goodput", "energy")
+        ),
+    ]
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise ValueError("its sections are not those of a summary")
+    if not all(isinstance(row, dict) and row.keys() >= _REQUIRED for row in rows):
+        raise ValueError("its results are no rows of models")
+    if not all(
+        isinstance(row, dict) and {"stage", "val_loss"} <= row.keys() for row in content.get("stages", [])
+    ):
+        raise ValueError("its stages are no rows of stages")
+    if any(str(row["model"]).partition("_")[0] not in LABELS for row in rows):
+        raise ValueError("its results name no models of a run")
+    numbers = [*timings.values(), content.get("peak_memory_bytes", 0), *(row["tokens"] for row in rows)]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("it has words in the place of numbers")
 
 
 def stage_label(model: str) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.checkpoint import Origin
+
 if TYPE_CHECKING:
     from recipes.config.schema import TrainConfig
     from recipes.data.build_data import TrainData
@@ -31,6 +33,7 @@ class Stage:
             change.
         step_costs: Inputs of the sparsity-aware figures; None leaves these out.
         checkpoints: Folder of its checkpoints.
+        origin: Run that they belong to, and what it went on from.
         state: State that every checkpoint has besides tensors: identity of the run, reports.
         first_step: Steps done already.
         first_sample: First sample of step 0, behind those that the model was trained on before.
@@ -46,6 +49,7 @@ class Stage:
     train_module: TrainModule
     costs: Costs
     checkpoints: Path
+    origin: Origin = Origin()
     state: dict[str, Any] = field(default_factory=dict)
     scheduled_costs: Sequence[tuple[int, Costs]] = ()
     step_costs: StepCosts | None = None

@@ -7,6 +7,7 @@ the step.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 
 from moe.metrics import LoadReport, report_load
+from recipes.checkpoint import step_name
 from recipes.engines import Engine
 from recipes.engines.optim.optimizer import lr_factor
+from recipes.runtime.clock import steady_time
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.metrics_log import Metric, reduce_metrics
 from recipes.tracking.run_meters import RunMeters, WindowFigures
@@ -38,7 +41,7 @@ class Loop:
     """Trains stages, one after the other, on one engine.
 
     Attributes:
-        first_step_time: ``time.time()`` at the end of the first step of this process.
+        first_step_time: `steady_time` at the end of the first step of this process.
         spent: Seconds of this process between steps, by kind: ``evaluation``, ``saving``, ``going_back``.
     """
 
@@ -68,6 +71,8 @@ class Loop:
     def resume(self, stage: Stage, path: Path) -> dict[str, Any]:
         """Fills a stage from a checkpoint, and returns the state that was saved with it."""
         loaded = load_stage(self.engine, stage, path)
+        parent = f"{loaded.run or 'unknown'}/{step_name(loaded.step)}"
+        stage.origin = dataclasses.replace(stage.origin, parent=parent)
         stage.first_step = stage.train_module.model.context.step = loaded.step
         return loaded.state
 
@@ -114,7 +119,7 @@ class Loop:
             step = self.train_step(stage, result.step, hooks)
             speeds.append(step.row["tokens_per_s"])
             result.tokens_per_s = sorted(speeds)[len(speeds) // 2]
-            self.first_step_time = self.first_step_time or time.time()
+            self.first_step_time = self.first_step_time or steady_time()
             stopping = step.last = step.done == stage.train.steps or step.reduced["stop"] > 0
             for hook in hooks:
                 hook.after_step(step)

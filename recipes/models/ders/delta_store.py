@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import ConfigError, ModelError
+from moe.errors import ModelError
 from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
 from recipes.checkpoint import require_space
 from recipes.models.ders.expert_groups import ExpertGroup, find_groups
-from recipes.models.export.write_export import publish, write_companions
+from recipes.models.export.output_folder import output_folder
+from recipes.models.export.write_export import write_companions
 from recipes.models.hf.config_file import read_config
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.models.safetensors.tensor_files import TensorFiles
@@ -73,22 +73,21 @@ def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = la
     taken = {group.member(e) for group in groups for e in range(group.num_experts)}
     kept = [spec for spec in specs if spec.name not in taken]
     stored = [*kept, *(spec for group in groups for spec in _stored_specs(group, codec))]
-    temporary = _begin(out, sum(spec.num_bytes for spec in stored))
-    target = TensorFiles(temporary, stored)
-    for spec in kept:
-        target.write(spec.name, files.read(spec.name))
-        progress(spec.num_bytes)
-    totals = torch.zeros(3, dtype=torch.float64)
-    for group in groups:
-        for sums in _compress_group(group, files, target, codec):
-            totals += sums
-            progress(group.dtype.itemsize * torch.Size(group.shape).numel())
-    target.finish()
-    files.close()
-    atomic_write_json(temporary / RECORD, _record(groups, specs, codec))
-    write_companions(temporary, read_config(source), source)
-    (temporary / "config.json").rename(temporary / CONFIG)
-    publish(temporary, out)
+    with output_folder(out, "OUT") as temporary:
+        target = _lay_out(out, temporary, stored)
+        for spec in kept:
+            target.write(spec.name, files.read(spec.name))
+            progress(spec.num_bytes)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for group in groups:
+            for sums in _compress_group(group, files, target, codec):
+                totals += sums
+                progress(group.dtype.itemsize * torch.Size(group.shape).numel())
+        target.finish()
+        files.close()
+        atomic_write_json(temporary / RECORD, _record(groups, specs, codec))
+        write_companions(temporary, read_config(source), source)
+        (temporary / "config.json").rename(temporary / CONFIG)
     wrong, apart, whole = totals.tolist()
     return Compression(
         source_bytes=sum(spec.num_bytes for spec in specs),
@@ -115,27 +114,31 @@ def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
     codec, groups, specs = _read_record(source)
     files = DenseFiles(source)
     _require_whole(source, files, codec, groups, specs)
-    temporary = _begin(out, sum(spec.num_bytes for spec in specs))
-    target = TensorFiles(temporary, specs)
-    for spec in specs:
-        if spec.name in files.tensors:
-            target.write(spec.name, files.read(spec.name))
-            progress(spec.num_bytes)
-    for group in groups:
-        base = files.read(f"{group.stem}.base").float()
-        for expert in range(group.num_experts):
-            parts = {
-                part: files.read(f"{group.stem}.{expert}.{part}")
-                for part in codec.parts(group.shape, group.dtype)
-            }
-            matrix = base + codec.decode(parts, group.shape, group.key(expert))
-            offset = expert * matrix.numel() if group.stacked else 0
-            progress(target.write(group.member(expert), matrix, offset) * group.dtype.itemsize)
-    target.finish()
-    files.close()
-    write_companions(temporary, json.loads((source / CONFIG).read_text(encoding="utf-8")), source)
-    publish(temporary, out)
+    with output_folder(out, "OUT") as temporary:
+        target = _lay_out(out, temporary, specs)
+        for spec in specs:
+            if spec.name in files.tensors:
+                target.write(spec.name, files.read(spec.name))
+                progress(spec.num_bytes)
+        for group in groups:
+            for expert, matrix in _expanded(group, files, codec):
+                offset = expert * matrix.numel() if group.stacked else 0
+                progress(target.write(group.member(expert), matrix, offset) * group.dtype.itemsize)
+        target.finish()
+        files.close()
+        write_companions(temporary, json.loads((source / CONFIG).read_text(encoding="utf-8")), source)
     return target.total_bytes
+
+
+def _expanded(group: ExpertGroup, files: DenseFiles, codec: DeltaCodec) -> Iterator[tuple[int, Tensor]]:
+    """Yields the matrices of a group's experts, each base and difference together."""
+    base = files.read(f"{group.stem}.base").float()
+    for expert in range(group.num_experts):
+        parts = {
+            part: files.read(f"{group.stem}.{expert}.{part}")
+            for part in codec.parts(group.shape, group.dtype)
+        }
+        yield expert, base + codec.decode(parts, group.shape, group.key(expert))
 
 
 def _require_whole(
@@ -149,14 +152,9 @@ def _require_whole(
         raise ModelError.one("SOURCE", str(source), rule, "Restore its files, or compress again.")
 
 
-def _begin(out: Path, num_bytes: int) -> Path:
-    if out.exists():
-        raise ConfigError.one("OUT", str(out), "it exists already", "Give another folder, or delete it.")
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    require_space(out, num_bytes, "the result")
-    temporary.mkdir(parents=True)
-    return temporary
+def _lay_out(out: Path, temporary: Path, specs: list[TensorSpec]) -> TensorFiles:
+    require_space(out, sum(spec.num_bytes for spec in specs), "the result")
+    return TensorFiles(temporary, specs)
 
 
 def _stored_specs(group: ExpertGroup, codec: DeltaCodec) -> Iterator[TensorSpec]:

@@ -18,14 +18,15 @@ from moe.errors import ExactnessError
 from moe.upcycle.equivalence import TOLERANCES, LogitDrift, agree, logit_drift
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.companions import copy_companions
+from recipes.models.export.output_folder import output_folder
 from recipes.models.export.placement import Placement
-from recipes.models.export.read_back import ReadBack, unsupported_reason
+from recipes.models.export.read_back import ReadBack
 from recipes.models.export.spec import describe_model
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.state_dict_map import StateDictMap, kept_specs, tied_names
 from recipes.models.lora_model import factors_of, model_lora, without_factors
 from recipes.models.safetensors.tensor_files import TensorFiles
-from recipes.runtime.atomic import atomic_write_json, replace_folder, sync_contents
+from recipes.runtime.atomic import atomic_write_json
 from recipes.runtime.heartbeat import Heartbeat
 
 
@@ -63,17 +64,11 @@ def export(
     if not writes:
         collections.deque(merged, maxlen=0)
         return
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    files = TensorFiles(temporary, placement.specs, checked=True)
-    _write_all(files, merged, live, placement, tied_names(model))
-    problems = [problem for problem in heartbeat.each(files.problems()) if problem is not None]
-    files.finish()
-    if problems:
-        raise unsupported_reason(folder, "; ".join(problems[:3]))
-    write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), model.folder)
-    publish(temporary, folder)
+    with output_folder(folder, "export", replaces=True) as temporary:
+        files = TensorFiles(temporary, placement.specs)
+        _write_all(files, merged, live, placement, tied_names(model))
+        files.finish(heartbeat)
+        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), model.folder)
 
 
 def _write_all(
@@ -110,12 +105,6 @@ def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None
     """Writes ``config.json`` and copies the tokenizer and other files that accompany a checkpoint."""
     atomic_write_json(folder / "config.json", config)
     copy_companions(source, folder)
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Gives a finished folder its name and replaces an older one."""
-    sync_contents(temporary)
-    replace_folder(temporary, folder, folder.with_name(f".old-{folder.name}"))
 
 
 def dtype_keys(dtype: torch.dtype) -> dict[str, str]:

@@ -10,14 +10,16 @@ import errno
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe.errors import ModelError
 from recipes.models.hf.weight_files import INDEX_NAME, SINGLE_NAME
 from recipes.runtime.atomic import atomic_write_json, sync_file
+from recipes.runtime.heartbeat import Heartbeat
 from recipes.runtime.safetensors_codec import TensorLocation, TensorSpec, encode_header, tensor_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -26,10 +28,10 @@ _NOT_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _READ_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
-class _Run:
+class WrittenRun(NamedTuple):
     """Elements of a tensor that were written in one call, and the CRC-32 of their bytes."""
 
+    name: str
     offset: int
     count: int
     checksum: int
@@ -41,23 +43,16 @@ class TensorFiles:
     Attributes:
         folder: The checkpoint folder.
         total_bytes: Bytes of all tensors.
+        runs: What was written so far, in that order.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        specs: Sequence[TensorSpec],
-        max_bytes: int = MAX_FILE_BYTES,
-        *,
-        checked: bool = False,
-    ) -> None:
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_bytes: int = MAX_FILE_BYTES) -> None:
         """Lays the files out, or finds them as an earlier process left them.
 
         Args:
             folder: The checkpoint folder.
             specs: All tensors.
             max_bytes: Largest size of one file.
-            checked: Whether to record checksums of what is written, for `problems`.
 
         Raises:
             OSError: The disk has no room for them.
@@ -66,7 +61,7 @@ class TensorFiles:
         self.total_bytes = sum(spec.num_bytes for spec in specs)
         self._places: dict[str, TensorLocation] = {}
         self._handles: dict[Path, int] = {}
-        self._runs: dict[str, list[_Run]] | None = {} if checked else None
+        self.runs: list[WrittenRun] = []
         files = list(_split(specs, max_bytes))
         for number, members in enumerate(files, start=1):
             name = SINGLE_NAME
@@ -99,10 +94,16 @@ class TensorFiles:
         place = self._places[name]
         assert offset + tensor.numel() <= torch.Size(place.spec.shape).numel(), (name, offset, tensor.shape)
         content = tensor_bytes(tensor.detach().to("cpu", place.spec.dtype))
-        if self._runs is not None:
-            self._runs.setdefault(name, []).append(_Run(offset, tensor.numel(), zlib.crc32(content)))
+        self.runs.append(WrittenRun(name, offset, tensor.numel(), zlib.crc32(content)))
         _write_all(self._handles[place.file], content, place.start + offset * place.spec.dtype.itemsize)
         return tensor.numel()
+
+    def adopt(self, runs: Sequence[WrittenRun]) -> bool:
+        """Takes over what an earlier process has written, if the files still hold it; else returns False."""
+        if not all(run.name in self._places and self._holds(run) for run in runs):
+            return False
+        self.runs += runs
+        return True
 
     def problems(self) -> Iterator[str | None]:
         """Reads all tensors back; checks that each element was written once and that the bytes are intact.
@@ -110,29 +111,27 @@ class TensorFiles:
         Yields:
             For each tensor a description of what is wrong with it, or None.
         """
-        assert self._runs is not None, "writes are only recorded with checked=True"
-        for name, place in self._places.items():
-            runs = sorted(self._runs.get(name, []), key=lambda run: run.offset)
+        written: dict[str, list[WrittenRun]] = {name: [] for name in self._places}
+        for run in self.runs:
+            written[run.name].append(run)
+        for name, found in written.items():
+            runs = sorted(found, key=lambda run: run.offset)
             ends = [0, *(run.offset + run.count for run in runs)]
-            starts = [*(run.offset for run in runs), torch.Size(place.spec.shape).numel()]
+            starts = [*(run.offset for run in runs), torch.Size(self.spec(name).shape).numel()]
             gaps = [start - end for end, start in zip(ends, starts, strict=True)]
             if any(gaps):
                 missing, doubled = sum(g for g in gaps if g > 0), -sum(g for g in gaps if g < 0)
                 yield f"{name}: {missing} of its elements were not written, and {doubled} twice"
-            elif any(self._checksum(place, run) != run.checksum for run in runs):
+            elif not all(map(self._holds, runs)):
                 yield f"{name}: its bytes in the file are not those that were written"
             else:
                 yield None
 
-    def _checksum(self, place: TensorLocation, run: _Run) -> int:
+    def _holds(self, run: WrittenRun) -> bool:
+        place = self._places[run.name]
         size = place.spec.dtype.itemsize
-        at, left, found = place.start + run.offset * size, run.count * size, 0
-        while left:
-            data = os.pread(self._handles[place.file], min(left, _READ_BYTES), at)
-            if not data:
-                return -1
-            at, left, found = at + len(data), left - len(data), zlib.crc32(data, found)
-        return found
+        start = place.start + max(0, run.offset) * size
+        return _checksum(self._handles[place.file], start, run.count * size) == run.checksum
 
     def copy(self, name: str, source: int, start: int) -> None:
         """Copies a tensor's bytes from an open file, inside the kernel where the file systems allow it.
@@ -149,16 +148,29 @@ class TensorFiles:
             if not moved:
                 raise OSError(f"the file of {name} ends before its tensor does")
             left, done = left - moved, done + moved
+        checksum = _checksum(source, start, place.spec.num_bytes)
+        self.runs.append(WrittenRun(name, 0, torch.Size(place.spec.shape).numel(), checksum))
 
     def sync(self) -> None:
         """Waits until everything written so far is on the disk."""
         for handle in self._handles.values():
             sync_file(handle)
 
-    def finish(self) -> None:
-        """Syncs and closes the files, and writes the index if there are several."""
+    def finish(self, heartbeat: Heartbeat | None = None) -> None:
+        """Checks the files, syncs and closes them, and writes the index if there are several.
+
+        Args:
+            heartbeat: Notified of each tensor that was read back.
+
+        Raises:
+            ModelError: They do not hold every element once, as it was written.
+        """
         self.sync()
+        found = list((heartbeat or Heartbeat()).each(self.problems()))
         self.close()
+        if wrong := [problem for problem in found if problem is not None]:
+            remedy = "Give the command again; if it fails again, check the disk."
+            raise ModelError.one("files", str(self.folder), "; ".join(wrong[:3]), remedy)
         if self._index is not None:
             content = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._index}
             atomic_write_json(self.folder / INDEX_NAME, content)
@@ -180,6 +192,17 @@ def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorS
         pending.append(spec)
         size += spec.num_bytes
     yield pending
+
+
+def _checksum(handle: int, start: int, count: int) -> int:
+    """Returns the CRC-32 of bytes in a file; -1 where it ends before them."""
+    found = 0
+    while count > 0:
+        data = os.pread(handle, min(count, _READ_BYTES), start)
+        if not data:
+            return -1
+        start, count, found = start + len(data), count - len(data), zlib.crc32(data, found)
+    return found
 
 
 def _copy_run(source: int, target: int, count: int, start: int, offset: int) -> int:

@@ -45,7 +45,7 @@ def run_chaos(settings: ChaosSettings, log: Callable[[str], None]) -> dict[str, 
     shutil.rmtree(settings.run_dir("upcycle-1"), ignore_errors=True)
     save_s = _undisturbed(settings, log)
     run_dir = settings.run_dir("upcycle-1")
-    started = time.time()
+    started = time.monotonic()
     with _start(settings, None, len(moments) + 5) as job:
         killer = Killer(job, RunWatch(run_dir), save_s, settings.patience_s, log)
         code = killer.run(moments, settings.ranks)
@@ -62,7 +62,7 @@ def run_chaos(settings: ChaosSettings, log: Callable[[str], None]) -> dict[str, 
         "simulated_disk_mib_s": settings.disk_mib_s,
         "seed": settings.seed,
         "save_s": save_s,
-        "wall_s": time.time() - started,
+        "wall_s": time.monotonic() - started,
         "undisturbed_steps_s": _steps_s(settings.run_dir(_REFERENCE)),
         "difference": difference(run_dir, settings.run_dir(_REFERENCE)),
         "second_runs": second,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from moe.metrics import LoadReport
+from recipes.runtime.clock import steady_time
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.trackers import ExpertLoad, RunLogger
 from recipes.training.callbacks.base import Callback, StageInfo
@@ -29,7 +29,7 @@ class Recorder(Callback):
     def on_row(self, stage: StageInfo, row: Mapping[str, float], load: LoadReport | None) -> None:
         """Writes the row."""
         experts = None if load is None else ExpertLoad(load.layers, load.load)
-        now = time.time()
+        now = steady_time() if self.ledger is None else self.ledger.now()
         line: dict[str, Any] = {"stage": stage.name, **row, "time": now}
         if self.ledger is not None and "step_s" in row:
             self.ledger.add_step(row["step_s"], counts="skipped" not in row)

@@ -39,13 +39,16 @@ class Recovery(StepHook):
         run = self.run
         with run.pauses.pause("going_back"):
             self._saves.settle()
-            path = find_checkpoint(run.stage.checkpoints).path
+            found = find_checkpoint(run.stage.checkpoints, run=run.stage.origin.run)
+            path = found.path
             if path is not None:
                 loaded = load_stage(run.engine, run.stage, path)
                 self._guard.went_back(loaded.state)
                 step.row["went_back_to"] = loaded.step
         if run.engine.rank == 0:
-            found = f"went back to {path}; the samples since then are not taken again"
+            for line in found.lines():
+                print(f"{run.stage.title}: {line}", flush=True)
+            words = f"went back to {path}; the samples since then are not taken again"
             print(
-                f"{run.stage.title}: {found if path else 'there is no checkpoint to go back to'}", flush=True
+                f"{run.stage.title}: {words if path else 'there is no checkpoint to go back to'}", flush=True
             )

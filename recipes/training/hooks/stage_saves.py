@@ -36,7 +36,7 @@ class StageSaves(StepHook):
         train = run.stage.train
         keep = Retention(train.keep_last, "val_loss" if train.keep_best else None)
         self.saved = run.stage.first_step
-        self._saver = Saver(run.stage.checkpoints, keep, background=train.async_save)
+        self._saver = Saver(run.stage.checkpoints, keep, background=train.async_save, origin=run.stage.origin)
         self._guard = guard
         self._before_save = before_save
 

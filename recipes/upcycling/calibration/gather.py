@@ -97,7 +97,7 @@ class Calibration:
         if kept is not None:
             require_identity(self.folder.statistics, kept, self.identity)
             return kept.by_layer()
-        started = time.time()
+        started = time.monotonic()
         device = self.engine.device
         self.model.module.to(device)
         try:
@@ -111,7 +111,7 @@ class Calibration:
             return None
         self.console.log(
             f"calibration: {', '.join(self.wanted.names)} of {len(sites)} layers on "
-            f"{self.config.samples * self.text.seq_len:,} tokens took {time.time() - started:.0f} s"
+            f"{self.config.samples * self.text.seq_len:,} tokens took {time.monotonic() - started:.0f} s"
         )
         kept = read_statistics(self.folder)
         assert kept is not None, self.folder.statistics

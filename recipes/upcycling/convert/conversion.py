@@ -1,7 +1,8 @@
 """Converts one tensor after the other, into files that are laid out already.
 
-Memory holds one dense matrix and one block of an expert's. What is done is journalled, so that a conversion
-that was interrupted goes on; the output has its name only when it is whole.
+Memory holds one dense matrix and one block of an expert's. What is done is journalled with checksums, so that
+a conversion that was interrupted goes on with what is still there; the output has its name only when it is
+whole.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.errors import ModelError
 from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_blocks
 from moe.upcycle.layer_plan import Draws, ExpertPlan
 from recipes.checkpoint import require_space
+from recipes.models.export.output_folder import output_folder
 from recipes.models.export.placement import ExpertTensorKey
-from recipes.models.export.write_export import dtype_keys, publish, write_companions
-from recipes.models.safetensors.tensor_files import TensorFiles
+from recipes.models.export.write_export import dtype_keys, write_companions
+from recipes.models.safetensors.tensor_files import TensorFiles, WrittenRun
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.own_json import read_json_object
 from recipes.upcycling.convert.conversion_plan import (
     ConstantWork,
     Conversion,
@@ -43,6 +46,9 @@ _JOURNAL_INTERVAL_S = 10.0
 # Elements of a tensor that is converted at a time.
 _BLOCK_ELEMENTS = 1 << 23
 
+#: Finished pieces of work, and what each has written.
+_Done = dict[str, list[WrittenRun]]
+
 
 @dataclass(frozen=True)
 class ConversionResult:
@@ -53,12 +59,14 @@ class ConversionResult:
         bytes_written: Bytes of its tensors, by this process.
         seconds: From the first tensor to the rename.
         resumed: Pieces of work that an earlier process had done.
+        lost: Pieces that it had done, that the files no longer held, and that were made again.
     """
 
     path: Path
     bytes_written: int
     seconds: float
     resumed: int
+    lost: int = 0
 
 
 def convert(
@@ -73,42 +81,60 @@ def convert(
 
     Raises:
         ConfigError: The output exists already.
+        InUseError: Another process is writing it.
         DiskError: There is no room for it.
+        ModelError: The files do not hold what was written.
     """
-    if out.exists():
-        raise ConfigError.one("--out", str(out), "it exists already", "Give another folder, or delete it.")
-    temporary = out.with_name(f".tmp-{out.name}")
-    identity = _identity(conversion)
-    done = _journal(temporary, identity)
-    if not done:
-        shutil.rmtree(temporary, ignore_errors=True)
-        require_space(out, conversion.total_bytes, "the MoE model")
-        temporary.mkdir(parents=True)
     started = time.monotonic()
-    resumed, written = len(done), 0
-    files = TensorFiles(temporary, conversion.placement.specs)
+    with output_folder(out, resumes=True) as temporary:
+        identity = _identity(conversion)
+        earlier = _read_journal(temporary, identity)
+        if not earlier:
+            shutil.rmtree(temporary)
+            temporary.mkdir()
+            require_space(out, conversion.total_bytes, "the MoE model")
+        files = TensorFiles(temporary, conversion.placement.specs)
+        done = {key: runs for key, runs in earlier.items() if files.adopt(runs)}
+        resumed = len(done)
+        written = _write(conversion, files, progress, done, temporary, identity)
+        try:
+            files.finish()
+        except ModelError:
+            (temporary / _JOURNAL).unlink(missing_ok=True)  # nothing of it is taken over once more
+            raise
+        config = conversion.config | dtype_keys(conversion.main_dtype)
+        write_companions(temporary, config, conversion.request.dense)
+        atomic_write_json(temporary / RECORD, _record(conversion))
+        (temporary / _JOURNAL).unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    return ConversionResult(out, written, seconds, resumed, len(earlier) - resumed)
+
+
+def _write(
+    conversion: Conversion,
+    files: TensorFiles,
+    progress: Callable[[int], None],
+    done: _Done,
+    temporary: Path,
+    identity: str,
+) -> int:
+    """Does the work that is not done yet; returns the bytes written."""
+    written, last = 0, time.monotonic()
     writer = _Writer(conversion, files)
-    last = time.monotonic()
     for work in conversion.work:
         if work.key in done:
             continue
+        first = len(files.runs)
         for num_bytes in writer.write(work):
             written += num_bytes
             progress(num_bytes)
-        done.add(work.key)
+        done[work.key] = files.runs[first:]
         if time.monotonic() - last > _JOURNAL_INTERVAL_S:
             files.sync()
-            _write_journal(temporary, identity, done)
+            atomic_write_json(temporary / _JOURNAL, {"identity": identity, "done": done})
             last = time.monotonic()
-    files.finish()
     writer.close()
-    write_companions(
-        temporary, conversion.config | dtype_keys(conversion.main_dtype), conversion.request.dense
-    )
-    atomic_write_json(temporary / RECORD, _record(conversion))
-    (temporary / _JOURNAL).unlink(missing_ok=True)
-    publish(temporary, out)
-    return ConversionResult(out, written, time.monotonic() - started, resumed)
+    return written
 
 
 def _identity(conversion: Conversion) -> str:
@@ -130,17 +156,19 @@ def _identity(conversion: Conversion) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _journal(temporary: Path, identity: str) -> set[str]:
-    """Reads the work that an earlier process of the same conversion has done."""
+def _read_journal(temporary: Path, identity: str) -> _Done:
+    """Reads what an earlier process of the same conversion has done; nothing where that is not known."""
     try:
-        content = json.loads((temporary / _JOURNAL).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return set()
-    return set(content["done"]) if content["identity"] == identity else set()
+        content = read_json_object(temporary / _JOURNAL)
+        if content["identity"] != identity:
+            return {}
+        return {key: [_run(*entry) for entry in entries] for key, entries in content["done"].items()}
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+        return {}
 
 
-def _write_journal(temporary: Path, identity: str, done: set[str]) -> None:
-    atomic_write_json(temporary / _JOURNAL, {"identity": identity, "done": sorted(done)})
+def _run(name: str, offset: int, count: int, checksum: int) -> WrittenRun:
+    return WrittenRun(str(name), int(offset), int(count), int(checksum))
 
 
 def _record(conversion: Conversion) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 
 from recipes.checkpoint import require_space
 from recipes.checkpoint.reader import CheckpointTensors
-from recipes.models.export.write_export import dtype_keys, publish, write_companions
+from recipes.models.export.output_folder import output_folder
+from recipes.models.export.write_export import dtype_keys, write_companions
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.safetensors_codec import TensorSpec
 
@@ -40,6 +41,7 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
 
     Raises:
         DiskError: There is not enough space.
+        InUseError: Another process is writing it.
     """
     specs = []
     for name in tensors.names(MODEL_PREFIX):
@@ -47,14 +49,12 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
         kind = dtype if stored.is_floating_point else stored
         specs.append(TensorSpec(name, kind, tensors.shape(MODEL_PREFIX + name)))
     total = sum(spec.num_bytes for spec in specs)
-    require_space(out, total, "the model")
-    temporary = out.with_name(f".tmp-{out.name}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    files = TensorFiles(temporary, specs)
-    for spec in specs:
-        files.write(spec.name, tensors.read(MODEL_PREFIX + spec.name))
-    files.finish()
-    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
-    write_companions(temporary, config | dtype_keys(dtype), dense)
-    publish(temporary, out)
+    with output_folder(out) as temporary:
+        require_space(out, total, "the model")
+        files = TensorFiles(temporary, specs)
+        for spec in specs:
+            files.write(spec.name, tensors.read(MODEL_PREFIX + spec.name))
+        files.finish()
+        config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+        write_companions(temporary, config | dtype_keys(dtype), dense)
     return total

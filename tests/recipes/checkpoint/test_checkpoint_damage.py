@@ -174,6 +174,35 @@ def test_fifty_damages(of_two_ranks: Path, tmp_path: Path, name: str, damage: st
     assert torch.equal(whole, torch.arange(4096.0))
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+_ODD: dict[str, Callable[[Path], None]] = {
+    "deep": lambda path: path.write_text("[" * 100_000),  # type: ignore[dict-item]
+    "deep object": lambda path: path.write_text('{"a":' * 100_000),  # type: ignore[dict-item]
+    "list": lambda path: path.write_text("[]"),  # type: ignore[dict-item]
+    "null": lambda path: path.write_text("null"),  # type: ignore[dict-item]
+    "zeros": lambda path: path.write_bytes(bytes(300)),  # type: ignore[dict-item]
+    "long number": lambda path: path.write_text('{"step": ' + "9" * 9999 + "}"),  # type: ignore[dict-item]
+    "pipe": _pipe,
+    "folder": lambda path: (path.unlink(), path.mkdir()),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "index.json"])
+@pytest.mark.parametrize("odd", _ODD)
+def test_odd_json_is_named_and_passed_over(root: Path, name: str, odd: str) -> None:
+    _ODD[odd](root / "step-00000002" / name)
+    found = find_checkpoint(root)
+    assert found.path == root / "step-00000001"
+    [(rejected, reason)] = found.rejected
+    assert rejected.name == "step-00000002" and name in reason
+    save_checkpoint(root, 3, {}, {}, keep_last=1)
+    assert (root / "step-00000003").is_dir()
+
+
 def test_several_damaged_files_are_reported_at_once(root: Path) -> None:
     path = root / "step-00000002"
     _flip(path / "state.json")
@@ -259,8 +288,8 @@ def test_a_forged_index_is_refused(root: Path, change: Callable[[dict], None], m
 def test_a_newer_format_is_refused_by_version(root: Path) -> None:
     path = root / "step-00000002" / "manifest.json"
     raw = json.loads(path.read_text())
-    path.write_text(json.dumps({**raw, "version": 2, "unknown": True}))
-    with pytest.raises(CheckpointError, match="newer than version 1.*Update Graft"):
+    path.write_text(json.dumps({**raw, "version": 3, "unknown": True}))
+    with pytest.raises(CheckpointError, match="newer than version 2.*Update Graft"):
         verify_checkpoint(path.parent)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,18 +14,26 @@ import pytest
 from moe.errors import CheckpointError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.jobs.identity import identity, refuse_changes
+from recipes.data.config import DataConfig
+from recipes.jobs.identity import data_parts, identity, refuse_changes
 from recipes.jobs.run_dir import RunDir
 from recipes.runtime.run_file import read_run_file, write_run_file
 
 DENSE = Path("/models/dense")
 
 
-def check(run: RunDir, *overrides: str, fingerprint: str = "f00d", dense: Path = DENSE) -> None:
+def check(
+    run: RunDir,
+    *overrides: str,
+    fingerprint: str = "f00d",
+    dense: Path = DENSE,
+    data_config: DataConfig | None = None,
+) -> None:
     """`refuse_changes` on one rank."""
     values = compose_config(["+recipe=upcycle", *overrides])
     data: Any = SimpleNamespace(fingerprint=fingerprint)
-    refuse_changes(run, identity(parse_config(values), dense, data), values)
+    parts = None if data_config is None else data_parts(data_config)
+    refuse_changes(run, identity(parse_config(values), dense, data), values, parts)
 
 
 def changes(run: RunDir, *overrides: str, **given: Any) -> list[str]:
@@ -144,3 +154,53 @@ def test_a_run_of_before_options_were_renamed_goes_on(tmp_path: Path) -> None:
     assert changes(run, "router.top_k=4") == ["router.top_k"]
     check(run)
     assert read_run_file(tmp_path)["identity"] == now
+
+
+def _grow(folder: Path) -> DataConfig:
+    (folder / "a.txt").write_text("longer than before")
+    return DataConfig(path=str(folder / "*.txt"))
+
+
+def _remove(folder: Path) -> DataConfig:
+    (folder / "b.txt").unlink()
+    return DataConfig(path=str(folder / "*.txt"))
+
+
+def _add(folder: Path) -> DataConfig:
+    (folder / "c.txt").write_text("new")
+    return DataConfig(path=str(folder / "*.txt"))
+
+
+def _rewrite(folder: Path) -> DataConfig:
+    (folder / "a.txt").write_text("EARLY")
+    os.utime(folder / "a.txt", ns=(1, 1))
+    return DataConfig(path=str(folder / "*.txt"))
+
+
+def _split(folder: Path) -> DataConfig:
+    return DataConfig(path=str(folder / "*.txt"), validation_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_grow, "{}/a.txt was 5 bytes and is 18"),
+        (_remove, "{}/b.txt is gone"),
+        (_add, "{}/c.txt is new"),
+        (_rewrite, "{}/a.txt was written to since"),
+        (_split, "data.validation_fraction was 0.02 and is 0.5"),
+    ],
+)
+def test_a_refusal_names_the_file_or_option_that_changed(
+    tmp_path: Path, change: Callable[[Path], DataConfig], words: str
+) -> None:
+    run, folder = RunDir(tmp_path / "run", resumed=True), tmp_path / "text"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("early")
+    check(run, data_config=DataConfig(path=str(folder / "*.txt")))
+    with pytest.raises(CheckpointError) as caught:
+        check(run, fingerprint="beef", data_config=change(folder))
+    [mistake] = caught.value.mistakes
+    assert (mistake.path, mistake.value) == ("data", words.format(folder))
+    assert "began with other data" in mistake.rule and "beef" not in str(mistake)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.jobs.run_dir import RunDir, choose_run_dir
+from recipes.jobs.run_dir import RunDir, choose_run_dir, claim_run_dir
+from recipes.runtime.claim import LOCK, InUseError, claim
 
 
 def choose(outputs: Path, *overrides: str) -> RunDir:
@@ -17,6 +19,12 @@ def choose(outputs: Path, *overrides: str) -> RunDir:
     return choose_run_dir(
         parse_config(compose_config(["+recipe=upcycle", f"output_dir={outputs}", *overrides]))
     )
+
+
+def claimed(held: ExitStack, outputs: Path, *overrides: str) -> RunDir:
+    """The answer for a command line that trains there until ``held`` is closed."""
+    config = parse_config(compose_config(["+recipe=upcycle", f"output_dir={outputs}", *overrides]))
+    return claim_run_dir(config, None, held)
 
 
 def used(path: Path) -> Path:
@@ -89,3 +97,48 @@ def test_what_lies_where() -> None:
 def test_names_stay_in_the_output_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"run.name='.*': must be a plain name"):
         choose(tmp_path, f'run.name="{name}"')
+
+
+@pytest.mark.parametrize("override", ["resume=auto", "resume=PATH", "run.name=upcycle-3"])
+def test_a_run_in_training_is_not_taken_over(tmp_path: Path, override: str) -> None:
+    run = used(tmp_path / "upcycle-3")
+    given = override.replace("PATH", str(run))
+    more = ["resume=auto"] if "name" in given else []
+    with ExitStack() as held:
+        assert claimed(held, tmp_path, given, *more).path == run
+        with pytest.raises(InUseError, match=f"{run} is in use by process"), ExitStack() as second:
+            claimed(second, tmp_path, given, *more)
+        assert claimed(held, tmp_path, "run.name=other").path == tmp_path / "other"
+    with ExitStack() as held:
+        assert claimed(held, tmp_path, given, *more) == RunDir(run, resumed=True)
+
+
+def test_two_commands_without_a_name_get_two_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has looked for a free number before the first has taken it."""
+    answers = [choose(tmp_path), choose(tmp_path)]
+    assert answers[0] == answers[1]
+    monkeypatch.setattr(
+        "recipes.jobs.run_dir.choose_run_dir",
+        lambda *given: answers.pop() if answers else choose_run_dir(*given),
+    )
+    with ExitStack() as held:
+        assert [claimed(held, tmp_path).name for _ in "ab"] == ["upcycle-1", "upcycle-2"]
+
+
+def test_a_run_that_came_and_ended_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = choose(tmp_path, "run.name=a")
+    used(tmp_path / "a")
+    answers = [early]
+    monkeypatch.setattr(
+        "recipes.jobs.run_dir.choose_run_dir",
+        lambda *given: answers.pop() if answers else choose_run_dir(*given),
+    )
+    with pytest.raises(ConfigError, match="holds a run already"), ExitStack() as held:
+        claimed(held, tmp_path, "run.name=a")
+
+
+def test_the_lock_alone_is_no_run(tmp_path: Path) -> None:
+    with claim(tmp_path / "a" / LOCK, "run.name", "a"):
+        assert choose(tmp_path, "run.name=a") == RunDir(tmp_path / "a")

@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 import pytest
 
-from recipes.runtime.run_file import read_run_file
+from recipes.runtime.clock import steady_time
+from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.tracking.goodput import GoodputLedger
 from recipes.tracking.metrics_log import MetricsLog
 from recipes.tracking.training_figures import summarise_stage
@@ -67,7 +68,7 @@ def test_a_killed_run_and_its_lost_steps(tmp_path: Path) -> None:
 def test_a_stopped_run_says_when_it_ended(tmp_path: Path) -> None:
     ledger = GoodputLedger(tmp_path, started=100.0)
     ledger.add_step(5.0)
-    with patch("recipes.tracking.goodput.time.time", lambda: 120.0):
+    with patch("recipes.tracking.goodput.steady_time", lambda: 120.0):
         ledger.close({"evaluation": 2.0, "saving": 0.0})
     write(tmp_path, [(1, 5.0, 110.0)])
     found = GoodputLedger(tmp_path, started=150.0).figures(160.0, {})
@@ -93,7 +94,7 @@ def test_a_recovery_lasts_from_the_last_step_to_the_next(tmp_path: Path) -> None
 @pytest.mark.parametrize(("failed", "recovery"), [(False, None), (True, 50.0)])
 def test_only_failures_are_recovered_from(failed: bool, recovery: float | None, tmp_path: Path) -> None:
     ledger = GoodputLedger(tmp_path, started=100.0)
-    with patch("recipes.tracking.goodput.time.time", lambda: 125.0):
+    with patch("recipes.tracking.goodput.steady_time", lambda: 125.0):
         ledger.close({}, failed=failed)
     write(tmp_path, [(1, 5.0, 120.0)])
     assert GoodputLedger(tmp_path, started=150.0).recovery(170.0) == recovery
@@ -102,7 +103,7 @@ def test_only_failures_are_recovered_from(failed: bool, recovery: float | None, 
 def test_a_failure_before_any_step_begins_with_its_process(tmp_path: Path) -> None:
     # Stopped by its user at 125 s; begun again at 900 s and killed before a step.
     ledger = GoodputLedger(tmp_path, started=100.0)
-    with patch("recipes.tracking.goodput.time.time", lambda: 125.0):
+    with patch("recipes.tracking.goodput.steady_time", lambda: 125.0):
         ledger.close({})
     write(tmp_path, [(1, 5.0, 120.0)])
     GoodputLedger(tmp_path, started=900.0)
@@ -135,3 +136,39 @@ def test_a_stage_is_a_ratio_of_sums() -> None:
     assert found["mfu"] is None and found["s_mfu"] is None
     assert (found["memory_bytes"], found["energy_j"], found["joules_per_token"]) == (7, 40, 2)
     assert set(summarise_stage([]).values()) == {None}
+
+
+def test_a_clock_that_was_set_back_between_two_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GoodputLedger(tmp_path, started=8000.0)
+    write(tmp_path, [(1, 10.0, 8015.0), (2, 10.0, 8030.0)])
+    # Two hours back: the process began at 800 s, 5 s before now, and its times go on behind 8030 s.
+    ledger = GoodputLedger(tmp_path, started=800.0, now=805.0)
+    assert capsys.readouterr().err.count("the clock is 7225 s behind the run's last record") == 1
+    with patch("recipes.tracking.goodput.steady_time", lambda: 825.0):
+        assert ledger.now() == 8050.0
+        ledger.add_step(10.0)
+        assert ledger.recovery(ledger.now()) == 20.0
+        found = ledger.figures(ledger.now(), {})
+        ledger.close({})
+    assert (found["goodput"], found["wall_s"], found["down_s"]) == (30 / 50, 50.0, 0.0)
+    assert read_run_file(tmp_path)["parts"][-1]["ended"] == 8050.0
+    # The third sees the clock put right again.
+    later = GoodputLedger(tmp_path, started=8100.0, now=8105.0)
+    assert later.figures(8110.0, {})["wall_s"] == 110.0
+    assert capsys.readouterr().err == ""
+
+
+def test_files_of_a_clock_that_was_set_give_no_odd_shares(tmp_path: Path) -> None:
+    write_run_file(tmp_path, parts=[{"started": 9000.0, "ended": 1800.0, "steps_s": 50.0}])
+    write(tmp_path, [(1, 50.0, 1790.0)])
+    found = GoodputLedger(tmp_path, started=1800.0, now=1800.0).figures(1805.0, {})
+    assert 0 <= found["goodput"] <= 1 and 0 <= found["goodput_while_running"] <= 1
+    assert min(found.values()) >= 0
+
+
+def test_the_steady_time_does_not_follow_the_clock() -> None:
+    before = steady_time()
+    with patch("time.time", lambda: 0.0):
+        assert steady_time() >= before

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from recipes.models.export.write_export import export
 from recipes.models.hf.ffn_blocks import find_ffns
 from recipes.models.hf.hf_model import load_model
 from recipes.models.hf.weight_files import weight_files
+from recipes.runtime.claim import InUseError
 from recipes.upcycling.convert.conversion import RECORD, convert
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
 from recipes.upcycling.convert.folder_check import compare_folders, load_any
@@ -207,11 +209,11 @@ def _dies_after(count: int) -> Any:
     return progress
 
 
+@pytest.mark.usefixtures("journalled")
 @pytest.mark.parametrize("count", [0, 7, 40])
 def test_an_interrupted_conversion_goes_on(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, count: int
 ) -> None:
-    monkeypatch.setattr("recipes.upcycling.convert.conversion._JOURNAL_INTERVAL_S", 0.0)
     dense = make_checkpoint("llama")
     method = replace(COPY, noise_std=0.2)
     whole = convert(plan_conversion(request(dense, method)), tmp_path / "whole")
@@ -225,10 +227,118 @@ def test_an_interrupted_conversion_goes_on(
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_what_another_conversion_left_is_not_gone_on_with(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _zero(path: Path) -> None:
+    """Loses the first half of a file's data."""
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    with path.open("r+b") as file:
+        file.seek(8 + length)
+        file.write(bytes((path.stat().st_size - 8 - length) // 2))
+
+
+_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "zeros": lambda folder: _zero(folder / "model.safetensors"),
+    "cut": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "missing": lambda folder: (folder / "model.safetensors").unlink(),
+}
+
+
+@pytest.fixture
+def journalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece of work is journalled at once."""
     monkeypatch.setattr("recipes.upcycling.convert.conversion._JOURNAL_INTERVAL_S", 0.0)
+
+
+@pytest.mark.usefixtures("journalled")
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_pieces_that_were_lost_meanwhile_are_made_again(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, damage: str
+) -> None:
+    dense = make_checkpoint("llama")
+    whole = convert(plan_conversion(request(dense)), tmp_path / "whole")
+    with pytest.raises(_KilledError):
+        convert(plan_conversion(request(dense)), tmp_path / "out", _dies_after(40))
+    _DAMAGES[damage](tmp_path / ".tmp-out")
+    result = convert(plan_conversion(request(dense)), tmp_path / "out")
+    assert result.lost > 0
+    assert_same_files(result.path, whole.path)
+
+
+def _interrupted(dense: Path, out: Path) -> Path:
+    with pytest.raises(_KilledError):
+        convert(plan_conversion(request(dense)), out, _dies_after(9))
+    return out.with_name(f".tmp-{out.name}") / "progress.json"
+
+
+@pytest.mark.usefixtures("journalled")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda old: b"[" * 100_000,
+        lambda old: b"[]",
+        lambda old: b'{"identity": 5}',
+        lambda old: old[: len(old) // 2],
+        lambda old: json.dumps(json.loads(old) | {"done": ["a"]}).encode(),
+        lambda old: json.dumps(json.loads(old) | {"done": {"a": [["x", "y", 1]]}}).encode(),
+        lambda old: json.dumps(json.loads(old) | {"done": {"a": [["gone", -1, 5, 0]]}}).encode(),
+    ],
+)
+def test_a_damaged_journal_is_not_believed(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    dense = make_checkpoint("llama", num_hidden_layers=1)
+    journal = _interrupted(dense, tmp_path / "out")
+    journal.write_bytes(change(journal.read_bytes()))
+    assert convert(plan_conversion(request(dense)), tmp_path / "out").resumed == 0
+
+
+@pytest.mark.usefixtures("journalled")
+def test_a_piece_that_the_journal_forgot_is_found_before_the_end(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    dense = make_checkpoint("llama", num_hidden_layers=1)
+    journal = _interrupted(dense, tmp_path / "out")
+    content = json.loads(journal.read_text())
+    next(iter(content["done"].values())).pop()
+    journal.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="of its elements were not written"):
+        convert(plan_conversion(request(dense)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # What led there is not taken over once more.
+    assert convert(plan_conversion(request(dense)), tmp_path / "out").resumed == 0
+
+
+def test_a_second_conversion_to_the_same_folder_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    dense = make_checkpoint("llama", num_hidden_layers=1)
+
+    def again(num_bytes: int) -> None:
+        with pytest.raises(InUseError, match=r"--out='.*out': it is in use by process"):
+            convert(plan_conversion(request(dense)), tmp_path / "out")
+        raise _KilledError
+
+    with pytest.raises(_KilledError):
+        convert(plan_conversion(request(dense)), tmp_path / "out", again)
+    convert(plan_conversion(request(dense)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    dense, kept = make_checkpoint("llama", num_hidden_layers=1), tmp_path / "out" / "kept"
+
+    def appears(num_bytes: int) -> None:
+        kept.parent.mkdir(exist_ok=True)
+        kept.touch()
+
+    with pytest.raises(ConfigError, match="it exists already"):
+        convert(plan_conversion(request(dense)), tmp_path / "out", appears)
+    assert [path.name for path in kept.parent.iterdir()] == ["kept"]
+
+
+@pytest.mark.usefixtures("journalled")
+def test_what_another_conversion_left_is_not_gone_on_with(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     dense = make_checkpoint("llama")
     with pytest.raises(_KilledError):
         convert(plan_conversion(request(dense)), tmp_path / "out", _dies_after(20))
