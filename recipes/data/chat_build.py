@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe.errors import DataError
-from recipes.data.chat_samples import CHAT_ORDER_VERSION, ChatSamples, Cut, cut
+from recipes.data.chat_samples import CHAT_ORDER_VERSION, ChatSamples, Cut, cut, require_replies
 from recipes.data.chat_tokens import ChatTokens, ensure_chat_tokens
 from recipes.data.config import DataConfig
 from recipes.data.indexed import content_hash
@@ -66,6 +66,7 @@ def build_chat(
         DataError: Training or validation has no reply within a sample.
     """
     whole = cut(chat, cfg.seq_len)
+    require_replies(whole.kept, cfg.seq_len)
     identity: list[Any] = [*_hashes(chat), cfg.seq_len, cfg.seed, CHAT_ORDER_VERSION]
     if held_out is None:
         held_out, identity = chat, [*identity, cfg.validation_fraction]

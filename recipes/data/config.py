@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moe.errors import require
@@ -27,6 +27,7 @@ class DataConfig(Config):
         format: ``text``, or ``chat``: JSON lines of ``{"messages": [{"role": ..., "content": ...}, ...]}``,
             rendered by the tokenizer's chat template; only the assistant's tokens count for the loss.
         chat_template: A jinja file that replaces the tokenizer's own chat template.
+        ignored_fields: Fields of chat rows and messages that are treated as if they were not there.
     """
 
     path: str | list[str] | None = None
@@ -38,6 +39,7 @@ class DataConfig(Config):
     seed: int = 0
     format: Literal["text", "chat"] = "text"
     chat_template: str | None = None
+    ignored_fields: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Checks the values that need no file.
@@ -75,5 +77,12 @@ class DataConfig(Config):
                 "chat_template",
                 "is for chat data",
                 "Set data.format=chat.",
+            ),
+            (
+                not {"messages", "conversations", "role", "content", "from", "value"}
+                & {*self.ignored_fields},
+                "ignored_fields",
+                "names a field that holds the conversation itself",
+                "Name other fields of rows and messages, such as 'name'.",
             ),
         )

@@ -115,8 +115,9 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
     skipped = []
     for path in sources.files:
         if cfg.format == "chat":
-            for messages, _, consumed in read_conversations(path):
-                yield Document("\n".join(message["content"] for message in messages), consumed)
+            for conversation in read_conversations(path, cfg.ignored_fields):
+                text = "\n".join(message["content"] for message in conversation.messages)
+                yield Document(text, conversation.consumed)
         elif sources.kind == "json":
             yield from read_json(path, cfg.text_key)
         elif sources.kind == "parquet":
@@ -140,7 +141,7 @@ def fingerprint(cfg: DataConfig) -> str:
     sources = resolve(cfg)
     parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos]
     if cfg.format == "chat":
-        parts = ["chat"]
+        parts = ["chat", sorted(cfg.ignored_fields)]
     if sources.kind == "stdlib":
         root = _stdlib_root()
         parts += [platform.python_version()]
@@ -191,7 +192,7 @@ def _inspect(
     try:
         if kind in ("json", "parquet"):
             first = next(path for path in found if path.stat().st_size)
-            peek_conversation(first) if chat else peek_record(first, cfg.text_key)
+            peek_conversation(first, cfg.ignored_fields) if chat else peek_record(first, cfg.text_key)
         elif kind == "indexed":
             IndexedDataset(sources.files[0])
     except DataError as error:

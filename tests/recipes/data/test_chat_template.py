@@ -179,7 +179,10 @@ def test_the_other_form_of_rows(tmp_path: Path) -> None:
         ({"messages": "a"}, "has a str under 'messages', not a list"),
         ({"messages": ["a"]}, "has a str as message 1, not an object"),
         ({"messages": [{"role": "user"}]}, "has str and NoneType as role and content of message 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has str and list as role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "has a part of type 'image' in message 1",
+        ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
             "calls a tool in message 1",
