@@ -17,6 +17,7 @@ from recipes.data.chat_tokens import ChatTokens, ensure_chat_tokens
 from recipes.data.config import DataConfig
 from recipes.data.indexed import content_hash
 from recipes.data.packing import split_documents
+from recipes.data.same_files import require_other_tokens
 
 
 def load_chat(
@@ -75,6 +76,7 @@ def build_chat(
     else:
         other = cut(held_out, cfg.seq_len)
         identity += _hashes(held_out)
+        require_other_tokens(content_hash(chat.ids), content_hash(held_out.ids), cfg)
         parts = (whole.kept, whole.lengths), (other.kept, other.lengths)
         _log_cut(other, cfg.seq_len, "validation ", log)
     _log_cut(whole, cfg.seq_len, "", log)
