@@ -140,12 +140,12 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
 
 
 def fingerprint(cfg: DataConfig) -> str:
-    """Computes a hex sha256 of names, sizes and times of the files, text key, and end token.
+    """Computes a hex sha256 of names, sizes and times of the files, text key, and what is put around texts.
 
     For the standard library, it covers the Python version and the names and sizes of the files.
     """
     sources = resolve(cfg)
-    parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos]
+    parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos, cfg.prepend_bos]
     if cfg.format == "chat":
         parts = ["chat", sorted(cfg.ignored_fields)]
     if sources.kind == "stdlib":
