@@ -31,6 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--text-key", default="text", metavar="KEY", help="field or column of the text (default: text)")
     add("--no-eos", action="store_true", help="do not close each document with the end-of-sequence token")
+    add(
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether each document begins with the beginning-of-sequence token <bos> (default: auto, as the "
+        "tokenizer does by itself)",
+    )
     return parser
 
 
@@ -48,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.text_key:
         raise DataError.one("--text-key", args.text_key, "is empty", "Name the field that holds the text.")
-    cfg = DataConfig(path=args.input, text_key=args.text_key, append_eos=not args.no_eos)
+    bos = {"auto": "auto", "yes": True, "no": False}[args.bos]
+    cfg = DataConfig(path=args.input, text_key=args.text_key, append_eos=not args.no_eos, prepend_bos=bos)
     mistakes = [Mistake("--input", m.value, m.rule, m.remedy) for m in check_paths(cfg)]
     mistakes += check_tokenizer(args.tokenizer, where="--tokenizer")
     mistakes += check_json_target(args.json)
@@ -58,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     log = log_beside(args.json)
     counts = tokenise(cfg, args.tokenizer, args.output, log)
     rate = counts.tokens / max(counts.seconds, 1e-9)
+    if counts.begin:
+        log(f"each document begins with {counts.begin} (--bos)")
     if counts.empty_documents:
         log(f"{counts.empty_documents} empty documents left out")
     log(

@@ -15,6 +15,7 @@ from recipes.data.chat_build import load_chat
 from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedDataset, content_hash
 from recipes.data.packing import ORDER_VERSION, OrderedDataset, PackedDataset, split_documents
+from recipes.data.same_files import require_other_tokens
 from recipes.data.samples import Samples
 from recipes.data.tokenise import ensure_tokenised, read_counts
 
@@ -102,6 +103,7 @@ def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Pat
     else:
         held_out = IndexedDataset(validation_prefix)
         identity = [content_hash(indexed), content_hash(held_out)]
+        require_other_tokens(*identity, cfg)
         train_ids, validation_ids = np.arange(indexed.num_documents), np.arange(held_out.num_documents)
     identity += [cfg.seq_len, cfg.seed, ORDER_VERSION]
     return TrainData(

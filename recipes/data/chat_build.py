@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from moe.errors import DataError
-from recipes.data.chat_samples import CHAT_ORDER_VERSION, ChatSamples, Cut, cut
+from recipes.data.chat_samples import CHAT_ORDER_VERSION, ChatSamples, Cut, cut, require_replies
 from recipes.data.chat_tokens import ChatTokens, ensure_chat_tokens
 from recipes.data.config import DataConfig
 from recipes.data.indexed import content_hash
 from recipes.data.packing import split_documents
+from recipes.data.same_files import require_other_tokens
 
 
 def load_chat(
@@ -66,6 +67,7 @@ def build_chat(
         DataError: Training or validation has no reply within a sample.
     """
     whole = cut(chat, cfg.seq_len)
+    require_replies(whole.kept, cfg.seq_len)
     identity: list[Any] = [*_hashes(chat), cfg.seq_len, cfg.seed, CHAT_ORDER_VERSION]
     if held_out is None:
         held_out, identity = chat, [*identity, cfg.validation_fraction]
@@ -74,6 +76,7 @@ def build_chat(
     else:
         other = cut(held_out, cfg.seq_len)
         identity += _hashes(held_out)
+        require_other_tokens(content_hash(chat.ids), content_hash(held_out.ids), cfg)
         parts = (whole.kept, whole.lengths), (other.kept, other.lengths)
         _log_cut(other, cfg.seq_len, "validation ", log)
     _log_cut(whole, cfg.seq_len, "", log)

@@ -61,6 +61,18 @@ def cut(chat: ChatTokens, seq_len: int) -> Cut:
     return Cut(kept, np.minimum(lengths, room)[kept], len(longer), len(empty), lost)
 
 
+def require_replies(kept: np.ndarray, seq_len: int) -> None:
+    """Checks that conversations are left after the cut.
+
+    Raises:
+        DataError: There is none.
+    """
+    if not len(kept):
+        rule = f"no conversation has a reply within {seq_len} + 1 tokens"
+        remedy = "Raise data.seq_len, or give more conversations."
+        raise DataError.one("data.seq_len", seq_len, rule, remedy)
+
+
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     """Packs conversations into samples, best fit by decreasing length.
 
@@ -129,10 +141,7 @@ class ChatSamples:
         Raises:
             DataError: There is no conversation.
         """
-        if not len(kept):
-            rule = f"no conversation has a reply within {seq_len} + 1 tokens"
-            remedy = "Raise data.seq_len, or give more conversations."
-            raise DataError.one("data.seq_len", seq_len, rule, remedy)
+        require_replies(kept, seq_len)
         self._chat, self._seed, self._shuffled = chat, seed, shuffled
         self._ids, self._lengths = kept, lengths
         self._packed = pack(lengths, seq_len + 1)

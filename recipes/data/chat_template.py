@@ -1,35 +1,49 @@
 """Renders a conversation to token ids, and marks those that the assistant has written.
 
 A template with ``{% generation %}`` blocks marks them itself. For others, the conversation is rendered up to
-each reply: the text before the reply's content does not depend on it and is not the assistant's; the rest,
-including the end of turn, is. The template must not change earlier turns when later ones are added, which is
-checked.
+each reply, see `recipes.data.reply_spans`: what the template writes before any reply is not the assistant's;
+the reply is, up to and with the token that ends its turn. The template must not change earlier turns when
+later ones are added, which is checked.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from moe.errors import DataError, Mistake
 from recipes.data.config import DataConfig
 from recipes.data.conversations import ASSISTANT, Conversation
+from recipes.data.reply_spans import (
+    Messages,
+    Span,
+    SpanError,
+    check_replies,
+    check_written,
+    counted_replies,
+    find_span,
+)
+from recipes.data.time_limit import TimeIsUp, time_limit
 from recipes.data.tokenizer import load_tokenizer
 from recipes.runtime.atomic import atomic_write_text
+from recipes.runtime.user_json import UserJsonError, read_json_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Placeholder for the text of a reply.
-_ANY = "@@ what the assistant says @@"
+RENDER_SECONDS = 60.0
+"""Longest time that a template may take over one conversation."""
+
 _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATE_FILE = "chat_template.jinja"
 _GIVE_ONE = "Give a jinja file by data.chat_template"
-_MEND = f"{_GIVE_ONE}: one whose earlier turns stay as they are, or with {{% generation %}} blocks."
+_MEND = (
+    f"{_GIVE_ONE}: one that writes all and leaves earlier turns as they are; or leave the row out, or list "
+    "fields that may be dropped in data.ignored_fields."
+)
 
 
 def check_chat_template(cfg: DataConfig, tokenizer_dir: str | Path | None) -> list[Mistake]:
@@ -42,34 +56,62 @@ def check_chat_template(cfg: DataConfig, tokenizer_dir: str | Path | None) -> li
     if cfg.format != "chat":
         return []
     if cfg.chat_template is not None:
-        if Path(cfg.chat_template).expanduser().is_file():
+        fault = _read_template(cfg.chat_template)[1]
+        if fault is None:
             return []
-        return [Mistake("data.chat_template", cfg.chat_template, "is no file", "Name a jinja file.")]
+        return [Mistake("data.chat_template", cfg.chat_template, fault, "Name a jinja file.")]
     if tokenizer_dir is None:
         rule = "the default model's tokenizer has no chat template"
         return [Mistake("data.chat_template", None, rule, f"{_GIVE_ONE}, or set dense.")]
     folder = Path(tokenizer_dir).expanduser()
-    if not folder.is_dir() or _has_template(folder):
+    lack = _lacks_template(folder) if folder.is_dir() else None
+    if lack is None:
         return []  # a missing folder is reported by the check of the tokenizer
-    rule = f"the tokenizer in {tokenizer_dir} has no chat template"
+    rule = f"the tokenizer in {tokenizer_dir} {lack}"
     return [Mistake("data.chat_template", None, rule, f"{_GIVE_ONE}.")]
 
 
-def _has_template(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in _TEMPLATE_FILES):
-        return True
+def _read_template(name: str) -> tuple[str, str | None]:
+    """Returns the text of a jinja file, and what is wrong with it."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return "", "is no file"
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+        return path.read_text(encoding="utf-8"), None
+    except (OSError, UnicodeDecodeError) as error:
+        return "", f"cannot be read ({error})"
+
+
+def _lacks_template(folder: Path) -> str | None:
+    """Returns why transformers finds no template in a tokenizer's folder, or None if it does."""
+    if (folder / _TEMPLATE_FILE).is_file():
+        return None
+    names = [path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")]
+    try:
+        settings = read_json_file(folder / "tokenizer_config.json")
+    except UserJsonError:
+        settings = None  # reported by the check of the tokenizer, if the file is there
+    given = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(given, str) and given and not names:
+        return None
+    if isinstance(given, list) and not names:
+        if not all(isinstance(one, dict) and isinstance(one.get("template"), str) for one in given):
+            return "has a list of chat templates that are not all a name and a template"
+        names = [str(one.get("name")) for one in given]
+    if "default" in names:
+        return None
+    if names:
+        return f"has chat templates named {', '.join(sorted(names))}, and none named default"
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            return f"has no chat template of its own; that in {name} is a processor's"
+    return "has no chat template"
 
 
 def carry_template(cfg: DataConfig, folder: Path) -> None:
     """Writes the run's own chat template into an exported model's folder."""
     if cfg.format == "chat" and cfg.chat_template is not None:
-        text = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
-        atomic_write_text(folder / _TEMPLATE_FILES[0], text)
+        atomic_write_text(folder / _TEMPLATE_FILE, _read_template(cfg.chat_template)[0])
 
 
 class ChatFormat:
@@ -78,7 +120,7 @@ class ChatFormat:
     Attributes:
         tokenizer: The tokenizer.
         template: Text of the template.
-        marked: Whether the template itself marks the assistant's text.
+        tool_template: The same for conversations with tools; most tokenizers have one for all.
     """
 
     def __init__(self, cfg: DataConfig, tokenizer_dir: str | Path) -> None:
@@ -92,29 +134,36 @@ class ChatFormat:
             raise DataError(mistakes)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_dir, append_eos=False)
         if cfg.chat_template is not None:
-            file = Path(cfg.chat_template).expanduser()
-            self.tokenizer.chat_template = file.read_text(encoding="utf-8")
+            self.tokenizer.chat_template = _read_template(cfg.chat_template)[0]
         if not self.tokenizer.is_fast:
             rule = "does not return the offsets of its tokens in a text"
             remedy = "Convert it to a tokenizer.json (transformers' fast kind)."
             raise DataError.one("tokenizer", str(tokenizer_dir), rule, remedy)
         self.template: str = self.tokenizer.get_chat_template()
-        self.marked = _MARKED.search(self.template) is not None
+        self.tool_template: str = self.tokenizer.get_chat_template(tools=[])
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._ends = [*special, str(self.tokenizer.eos_token or "")]
 
     def encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a conversation and marks the assistant's tokens.
 
         Returns:
-            ``[n]`` int64 ids and ``[n]`` bool; both empty if the assistant says nothing.
+            ``[n]`` int64 ids and ``[n]`` bool; both empty if the assistant says nothing that counts.
 
         Raises:
-            DataError: The template rejects the conversation, or changes earlier turns; names the row.
+            DataError: The template rejects the conversation, changes earlier turns, does not write all that
+                was said, or does not end; names the row.
         """
-        if not any(message["role"] == ASSISTANT for message in conversation.messages):
+        if not counted_replies(conversation):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
-        text, spans = self._render(conversation.messages, conversation.place)
-        if not self.marked:
-            spans = self._spans(conversation, text)
+        try:
+            with time_limit(RENDER_SECONDS):
+                text, spans = self._render_checked(conversation)
+        except SpanError as error:
+            _fail(conversation.place, str(error), _MEND)
+        except TimeIsUp:
+            rule = f"the chat template does not end within {RENDER_SECONDS:g} seconds"
+            _fail(conversation.place, rule, f"Mend its loops, or leave out the row. {_GIVE_ONE}.")
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
         )
@@ -124,41 +173,62 @@ class ChatFormat:
             own |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         return np.array(encoded["input_ids"], dtype=np.int64), own
 
-    def _spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-        """Finds the assistant's replies in the text, as (first character, one past the last)."""
-        messages, place = conversation.messages, conversation.place
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
-            upto, _ = self._render(messages[: i + 1], place)
-            other, _ = self._render([*messages[:i], {"role": ASSISTANT, "content": _ANY}], place)
-            header = other[: max(other.find(_ANY), 0)]
-            if not (_ANY in other and upto.startswith(header) and text.startswith(upto)):
-                rule = (
-                    f"the template changes the text up to message {i + 1} when the conversation continues, "
-                    "so that the reply cannot be located"
-                )
-                _fail(place, rule, _MEND)
-            spans.append((len(header), len(upto)))
-        return spans
+    def _render_checked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Renders a conversation; returns the text and the spans of the replies that count."""
 
-    def _render(self, messages: list[dict[str, str]], place: str) -> tuple[str, list[tuple[int, int]]]:
-        """Renders messages; returns the text and the spans that the template marks."""
+        def render(messages: Messages, *, tools: bool = True, prompt: bool = False) -> str:
+            return self._render(messages, conversation.tools if tools else None, prompt)[0]
+
+        text, marked = self._render(conversation.messages, conversation.tools)
+        spans: dict[int, Span] | list[Span]
+        if marked is None:
+            messages, counted = conversation.messages, counted_replies(conversation)
+            spans = {i: find_span(render, messages, i, text, self._ends) for i in counted}
+        else:
+            spans = _spans_of_counted(conversation, marked)
+        check_replies(conversation, text, spans)
+        check_written(render, conversation, text)
+        return text, list(spans.values()) if isinstance(spans, dict) else spans
+
+    def _render(
+        self, messages: Messages, tools: list[dict[str, Any]] | None, prompt: bool = False
+    ) -> tuple[str, list[Span] | None]:
+        """Renders messages; returns the text, and the spans that the template marks, if it marks any."""
         # apply_chat_template drops a marked span that begins with a space that belongs to no token.
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        template = self.tool_template if tools else self.template
+        marked = _MARKED.search(template) is not None
         try:
             texts, stretches = render_jinja_template(
                 conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.marked,
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # errors of jinja and of the template's expressions
-            rule = f"the chat template rejects it ({error})"
-            _fail(place, rule, f"Mend or leave out the row. {_GIVE_ONE}.")
-        return texts[0], [tuple(pair) for pair in stretches[0]] if self.marked else []
+            raise SpanError(f"the chat template rejects it ({error})") from None
+        return texts[0], [tuple(pair) for pair in stretches[0]] if marked else None
+
+
+def _spans_of_counted(conversation: Conversation, marked: list[Span]) -> dict[int, Span] | list[Span]:
+    """Assigns the spans that a template marks to replies, one each; other numbers are for all together.
+
+    Raises:
+        SpanError: Some replies do not count, and it cannot be told which spans are theirs.
+    """
+    replies = [i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
+    counted = counted_replies(conversation)
+    if len(replies) == len(marked):
+        return {i: span for i, span in zip(replies, marked, strict=True) if i in counted}
+    if len(replies) == len(counted):
+        return marked
+    raise SpanError(
+        f"the template marks {len(marked)} stretches for {len(replies)} replies, so that those that do not "
+        "count cannot be told from the others"
+    )
 
 
 def _fail(place: str, rule: str, remedy: str) -> NoReturn:

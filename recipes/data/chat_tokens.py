@@ -22,7 +22,7 @@ from recipes.data.tokenizer import tokenizer_fingerprint, vocab_size_of
 from recipes.runtime.atomic import write_synced
 from recipes.runtime.progress import Progress
 
-CHAT_VERSION = 1
+CHAT_VERSION = 2
 """To be increased whenever the same conversations, tokenizer and template give other files."""
 
 
@@ -32,7 +32,7 @@ class ChatCounts:
 
     Attributes:
         conversations: Conversations written.
-        left_out: Conversations without a token of the assistant's.
+        left_out: Conversations without a token of the assistant's that counts.
         tokens: Tokens written.
         counted: Number of these that are the assistant's.
     """
@@ -67,7 +67,13 @@ def ensure_chat_tokens(
         DiskError: The cache cannot be written, or the disk is full.
     """
     chat = ChatFormat(cfg, tokenizer_dir)
-    parts = (f"chat {CHAT_VERSION}", fingerprint(cfg), tokenizer_fingerprint(tokenizer_dir), chat.template)
+    parts = (
+        f"chat {CHAT_VERSION}",
+        fingerprint(cfg),
+        tokenizer_fingerprint(tokenizer_dir),
+        chat.template,
+        chat.tool_template,
+    )
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     folder = cached_folder(cache_dir, key, lambda folder, final: _fill(folder, final, cfg, chat, log), log)
     return ChatTokens(IndexedDataset(folder / "ids"), IndexedDataset(folder / "counted"))
@@ -81,7 +87,7 @@ def _fill(folder: Path, final: Path, cfg: DataConfig, chat: ChatFormat, log: Cal
     log(
         f"data: tokenised {counts.conversations} conversations to {counts.tokens} tokens, {counts.counted} "
         f"of them the assistant's, in {time.perf_counter() - started:.1f} s ({counts.left_out} without a "
-        f"reply left out), kept in {final}"
+        f"reply that counts left out), kept in {final}"
     )
 
 
@@ -96,13 +102,15 @@ def tokenise_chat(
     """
     sources = resolve(cfg)
     written = left_out = tokens = counted = 0
+    unread: set[str] = set()
     with (
         Progress("tokenise", sources.num_bytes, "B", log) as progress,
         IndexedWriter(folder / "ids", token_dtype(vocab_size_of(chat.tokenizer))) as ids_writer,
         IndexedWriter(folder / "counted", np.uint8) as counted_writer,
     ):
         for file in sources.files:
-            for conversation in read_conversations(file):
+            for conversation in read_conversations(file, cfg.ignored_fields):
+                unread.update(conversation.unread)
                 ids, own = chat.encode(conversation)
                 own[:1] = False
                 if own.any():
@@ -116,4 +124,6 @@ def tokenise_chat(
             # Raised inside the block, so that no empty files are committed.
             rule = f"holds {left_out} conversations, none with a reply of the assistant's"
             raise DataError.one("data.path", cfg.path, rule, "Name conversations with assistant messages.")
+    if unread:
+        log(f"data: fields of rows that are not read: {', '.join(sorted(unread))}")
     return ChatCounts(written, left_out, tokens, counted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moe.errors import require
@@ -23,10 +23,13 @@ class DataConfig(Config):
             ``validation_path`` is given.
         validation_path: Documents to validate on, in any form of ``path``; None takes some of ``path``.
         append_eos: Whether to end each document with the tokenizer's end-of-sequence token.
+        prepend_bos: Whether to begin each document with the tokenizer's beginning-of-sequence token; ``auto``
+            does as the tokenizer does by itself.
         seed: Seed of the split and of the order of documents and samples.
         format: ``text``, or ``chat``: JSON lines of ``{"messages": [{"role": ..., "content": ...}, ...]}``,
             rendered by the tokenizer's chat template; only the assistant's tokens count for the loss.
         chat_template: A jinja file that replaces the tokenizer's own chat template.
+        ignored_fields: Fields of chat rows and messages that are treated as if they were not there.
     """
 
     path: str | list[str] | None = None
@@ -35,9 +38,11 @@ class DataConfig(Config):
     validation_fraction: float = 0.02
     validation_path: str | list[str] | None = None
     append_eos: bool = True
+    prepend_bos: bool | Literal["auto"] = "auto"
     seed: int = 0
     format: Literal["text", "chat"] = "text"
     chat_template: str | None = None
+    ignored_fields: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Checks the values that need no file.
@@ -75,5 +80,18 @@ class DataConfig(Config):
                 "chat_template",
                 "is for chat data",
                 "Set data.format=chat.",
+            ),
+            (
+                self.prepend_bos == "auto" or self.format == "text",
+                "prepend_bos",
+                "is for documents of text",
+                "Leave it at auto; a chat template writes the token itself.",
+            ),
+            (
+                not {"messages", "conversations", "role", "content", "from", "value"}
+                & {*self.ignored_fields},
+                "ignored_fields",
+                "names a field that holds the conversation itself",
+                "Name other fields of rows and messages, such as 'name'.",
             ),
         )

@@ -1,13 +1,19 @@
-"""Reads conversations: JSON lines of messages."""
+"""Reads conversations: JSON lines of messages, and what else a row says of them.
+
+Every field of a message, and every field of a row that changes what is said or learned, is honoured or
+refused. Other fields of a row (ids, sources) are listed, so that it is told that they are not read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from moe.errors import DataError
 from recipes.data.documents import read_json_records
+from recipes.runtime.user_json import UserJsonError, read_json_text
 
 ASSISTANT = "assistant"
 
@@ -20,65 +26,193 @@ _SPEAKERS = {
     ASSISTANT: ASSISTANT,
     "system": "system",
 }
+# Roles that mean the assistant under a name that no loss would count.
+_MISNAMED = frozenset((ASSISTANT, "gpt", "chatgpt", "bot", "chatbot", "model", "ai"))
+_WEIGHTS = ("weight", "train", "loss_mask", "trainable", "loss")
+_SYSTEM = ("system", "system_prompt")
+# Fields of a row that change what is said or learned, and cannot be honoured.
+_REFUSED = (
+    *("functions", "function_call", "tool_calls", "documents", "chat_template_kwargs"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
+_CALLS = ("tool_calls", "function_call")
+_LEAVE = "Remove the field, or list it in data.ignored_fields to train without it."
+_CALL_REMEDY = (
+    "Write the call as the text of the reply, in the form of the chat template, or leave the row out."
+)
 
 
 class Conversation(NamedTuple):
-    """Messages with ``role`` and ``content``, their place, and bytes read since the previous conversation."""
+    """A conversation.
 
-    messages: list[dict[str, str]]
+    Attributes:
+        messages: Each with ``role``, ``content``, and what else it says for the chat template to write.
+        place: File and line.
+        consumed: Bytes read since the previous conversation.
+        tools: Tools that the assistant may call, for the chat template to write.
+        uncounted: Indices of messages that the row takes out of the loss.
+        unread: Fields of the row that are not read.
+    """
+
+    messages: list[dict[str, Any]]
     place: str
     consumed: int
+    tools: list[dict[str, Any]] | None = None
+    uncounted: frozenset[int] = frozenset()
+    unread: tuple[str, ...] = ()
 
 
-def read_conversations(path: Path) -> Iterator[Conversation]:
+def read_conversations(path: Path, ignored: Collection[str] = ()) -> Iterator[Conversation]:
     """Yields the conversations of a JSON file, one per line or in one array.
 
+    Args:
+        path: The file.
+        ignored: Fields of rows and messages that are treated as if they were not there.
+
     Raises:
-        DataError: A row is no conversation; the message names file and line.
+        DataError: A row is no conversation, or says what cannot be honoured; names file, line and field.
     """
     for record in read_json_records(path):
-        yield Conversation(_messages(record.value, record.place), record.place, record.consumed)
+        yield _conversation(record.value, record.place, record.consumed, ignored)
 
 
-def peek_conversation(path: Path) -> None:
+def peek_conversation(path: Path, ignored: Collection[str] = ()) -> None:
     """Reads the first conversation, to find a mistake early.
 
     Raises:
         DataError: See `read_conversations`.
     """
-    next(read_conversations(path), None)
+    next(read_conversations(path, ignored), None)
 
 
-def _messages(row: Any, place: str) -> list[dict[str, str]]:
+def _conversation(row: Any, place: str, consumed: int, ignored: Collection[str]) -> Conversation:
     if not isinstance(row, dict):
         _fail(place, f"is a JSON {type(row).__name__}, not an object")
-    key = next((name for name in ("messages", "conversations") if name in row), None)
-    if key is None:
-        _fail(place, f"has no 'messages'; it has {', '.join(map(repr, row)) or 'no fields'}")
-    if not isinstance(row[key], list):
-        _fail(place, f"has a {type(row[key]).__name__} under {key!r}, not a list of messages")
-    return [_message(entry, f"message {number}", place) for number, entry in enumerate(row[key], start=1)]
+    keys = [name for name in ("messages", "conversations") if name in row]
+    if len(keys) != 1:
+        rule = "has both 'messages' and 'conversations'" if keys else "has no 'messages'"
+        _fail(place, f"{rule}; it has {', '.join(map(repr, row)) or 'no fields'}")
+    said = _said(row, ignored)
+    entries = said.pop(keys[0], None)
+    if not isinstance(entries, list):
+        _fail(place, f"has a {type(entries).__name__} under {keys[0]!r}, not a list of messages")
+    read = [_message(entry, f"message {i}", place, ignored) for i, entry in enumerate(entries, start=1)]
+    messages, uncounted = [message for message, _ in read], {i for i, (_, on) in enumerate(read) if not on}
+    prompt = _system_prompt(said, messages, place)
+    if prompt:
+        messages, uncounted = [prompt, *messages], {i + 1 for i in uncounted}
+    tools = _tools(said.pop("tools", None), place)
+    for name in _REFUSED:
+        if name in said:
+            _fail(place, f"has the field {name!r}, which is not read", _LEAVE)
+    if not _counts(said, "the row", place):
+        uncounted = set(range(len(messages)))
+    return Conversation(messages, place, consumed, tools, frozenset(uncounted), tuple(said))
 
 
-def _message(entry: Any, which: str, place: str) -> dict[str, str]:
+def _said(fields: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """Returns the fields that say something: neither empty nor ignored."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in ignored and not (value is None or value in ("", [], {}))
+    }
+
+
+def _message(entry: Any, which: str, place: str, ignored: Collection[str]) -> tuple[dict[str, Any], bool]:
+    """Returns a message, and whether the row leaves it in the loss."""
     if not isinstance(entry, dict):
         _fail(place, f"has a {type(entry).__name__} as {which}, not an object")
-    role, content = entry.get("role"), entry.get("content")
-    if "role" not in entry and "from" in entry:
-        role, content = _SPEAKERS.get(str(entry["from"]).lower()), entry.get("value")
+    names = ("role", "content") if "role" in entry or "from" not in entry else ("from", "value")
+    role, content = (entry.get(name) for name in names)
+    if names[0] == "from":
+        role = _SPEAKERS.get(str(role).lower())
         if role is None:
             _fail(place, f"has {entry['from']!r} as the speaker of {which}, not one of {sorted(_SPEAKERS)}")
-    if entry.get("tool_calls"):
-        _fail(place, f"calls a tool in {which}, which is not read", "Leave conversations with tools out.")
+    more = {name: value for name, value in _said(entry, ignored).items() if name not in names}
+    for name in _CALLS:
+        if name in more:
+            _fail(place, f"calls a tool in {which} by the field {name!r}, which is not read", _CALL_REMEDY)
+    if isinstance(content, list):
+        content = _joined(content, which, place)
     if not isinstance(role, str) or not isinstance(content, str):
         kinds = f"{type(role).__name__} and {type(content).__name__}"
         _fail(place, f"has {kinds} as role and content of {which}, not two texts")
+    if role != ASSISTANT and role.strip().lower() in _MISNAMED:
+        _fail(place, f"has the role {role!r} in {which}", f"Name the role {ASSISTANT!r}.")
+    on = _counts(more, which, place, may_ask=role == ASSISTANT)
+    message = {"role": role, "content": content, **more}
+    _check_encodable(message, which, place)
+    return message, on
+
+
+def _joined(parts: list[Any], which: str, place: str) -> str:
+    """Joins the parts of a content that is a list, as chat templates do; all must be text."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            _fail(place, f"has a part of type {kind!r} in {which}, and only text is read")
+        more = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+        if more:
+            _fail(place, f"has the field {more[0]!r} in a part of {which}, which is not read")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _counts(fields: dict[str, Any], which: str, place: str, may_ask: bool = True) -> bool:
+    """Takes out the fields that say whether something counts for the loss; returns what they say."""
+    on = True
+    for name in _WEIGHTS:
+        if name not in fields:
+            continue
+        value = fields.pop(name)
+        if value not in (0, 1) or not isinstance(value, int | float):
+            _fail(place, f"has {name}={value!r} in {which}; only 0, 1, true and false are read", _LEAVE)
+        if value and not may_ask:
+            _fail(place, f"has {name}={value!r} in {which}, and only the assistant's can be learned", _LEAVE)
+        on = on and bool(value)
+    return on
+
+
+def _system_prompt(said: dict[str, Any], messages: list[dict[str, Any]], place: str) -> dict[str, Any] | None:
+    """Takes a system prompt that is a field of the row; returns it as a message."""
+    found = [(name, said.pop(name)) for name in _SYSTEM if name in said]
+    if not found:
+        return None
+    name, text = found[0]
+    if not isinstance(text, str):
+        _fail(place, f"has a {type(text).__name__} under {name!r}, not a text")
+    if len(found) > 1 or any(message["role"] == "system" for message in messages):
+        _fail(place, f"has several system prompts, one of them under {name!r}", "Keep one of them.")
+    message = {"role": "system", "content": text}
+    _check_encodable(message, repr(name), place)
+    return message
+
+
+def _tools(value: Any, place: str) -> list[dict[str, Any]] | None:
+    """Checks the tools of a row: a list of objects, or its JSON."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = read_json_text(value, place)
+        except UserJsonError as error:
+            _fail(place, f"has a text under 'tools' that {error.clause}", _LEAVE)
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        _fail(place, "has no list of objects under 'tools'", _LEAVE)
+    _check_encodable(value, "'tools'", place)
+    return value or None
+
+
+def _check_encodable(value: Any, which: str, place: str) -> None:
     try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        rule = f"has half a surrogate pair in {which}, at character {error.start}, which cannot be encoded"
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        rule = f"has half a surrogate pair in {which}, which cannot be encoded"
         _fail(place, rule, "Correct the \\u escape, or leave the row out.")
-    return {"role": role, "content": content}
+    except RecursionError:
+        _fail(place, f"nests lists and objects too deeply in {which}", "Leave the row out.")
 
 
 def _fail(

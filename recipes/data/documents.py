@@ -6,10 +6,8 @@ may change their type between records, which readers that infer one type per fie
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from moe.errors import DataError
+from recipes.runtime.user_json import UserJsonError, read_json_text
 
 PARQUET_BATCH = 256
 """Rows read from parquet at a time."""
+
+LARGEST_LINE = 1 << 28
+LARGEST_WHOLE = 1 << 32
+"""Most bytes, decompressed, of a JSON line and of what is read at once: a text file, a JSON array."""
 
 _BROKEN = "Repair or fetch the file again, or leave it out."
 
@@ -38,7 +41,7 @@ def read_text(path: Path) -> Document:
         DataError: It is not UTF-8, or its compression is damaged.
     """
     with _opened(path) as (stream, _):
-        raw = stream.read()
+        raw = _read_whole(stream, path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -73,13 +76,16 @@ def read_json_records(path: Path) -> Iterator[Record]:
     """
     with _opened(path) as (stream, raw):
         if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            yield from _read_array(stream.read(), path)
+            yield from _read_array(_read_whole(stream, path), path)
             return
         before = 0
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter(lambda: stream.readline(LARGEST_LINE + 1), b""), start=1):
+            place = f"{path}:{number}"
+            if len(line) > LARGEST_LINE:
+                rule = f"is a line of more than {LARGEST_LINE >> 20} MiB, which is not read as one record"
+                _fail(place, rule, "Write one record a line, and split larger ones.")
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
             value = _parse(line, place)
             position = raw.tell()
             yield Record(value, place, position - before)
@@ -87,26 +93,22 @@ def read_json_records(path: Path) -> Iterator[Record]:
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[Document]:
-    """Streams the rows of a parquet file with Hugging Face ``datasets``; reads only the text column.
+    """Streams the rows of a parquet file; reads only the text column.
 
     Raises:
         DataError: The file is damaged, or has no such column of text.
     """
     rows = _parquet_rows(path, text_key)
-    from datasets import IterableDataset
-
-    # load_dataset would report its use to a server; a name with brackets must not be taken for a glob.
-    stream = IterableDataset.from_parquet([glob.escape(str(path))], columns=[text_key])
     share, row = path.stat().st_size / max(rows, 1), 0
-    batches = iter(stream.iter(batch_size=PARQUET_BATCH))
+    batches = _parquet_texts(path, text_key)
     while True:
         try:
-            batch = next(batches, None)
-        except Exception as error:  # datasets raises errors of pyarrow, fsspec and its own
+            texts = next(batches, None)
+        except Exception as error:  # pyarrow's, and Python's own for bytes that are no text
             _fail(str(path), f"cannot be read after row {row} ({error})", _BROKEN)
-        if batch is None:
+        if texts is None:
             return
-        for text in batch[text_key]:
+        for text in texts:
             row += 1
             text = _checked_text(text, text_key, f"{path}, row {row}")
             yield Document(text, int(share * row) - int(share * (row - 1)))
@@ -141,6 +143,24 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader[Any], BinaryIO]]:
             _fail(str(path), f"cannot be read ({error})", _BROKEN)
 
 
+def _parquet_texts(path: Path, text_key: str) -> Iterator[list[Any]]:
+    """Yields the values of a column in batches."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(PARQUET_BATCH, columns=[text_key]):
+            yield batch.column(text_key).to_pylist()
+
+
+def _read_whole(stream: BinaryIO | io.BufferedReader[Any], path: Path) -> bytes:
+    """Reads all that a stream holds, up to a limit."""
+    raw = stream.read(LARGEST_WHOLE + 1)
+    if len(raw) > LARGEST_WHOLE:
+        rule = f"holds more than {LARGEST_WHOLE >> 20} MiB that would be read at once"
+        _fail(str(path), rule, "Split it into several files, or write JSON lines.")
+    return raw
+
+
 def _read_array(raw: bytes, path: Path) -> Iterator[Record]:
     records = _parse(raw, str(path))
     share = path.stat().st_size / max(len(records), 1)
@@ -150,15 +170,9 @@ def _read_array(raw: bytes, path: Path) -> Iterator[Record]:
 
 def _parse(raw: bytes, place: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        _fail(place, f"is not UTF-8 ({error.reason})", "Convert the file to UTF-8, or leave it out.")
-    except json.JSONDecodeError as error:
-        _fail(
-            place,
-            f"is not JSON ({error.msg} at column {error.colno})",
-            "Correct the line: each must be one JSON object.",
-        )
+        return read_json_text(raw, place)
+    except UserJsonError as error:
+        _fail(place, error.clause, "Correct the line: each must be one JSON object, in UTF-8.")
 
 
 def _text_of(record: Any, text_key: str, place: str) -> str:
@@ -188,16 +202,27 @@ def _parquet_rows(path: Path, text_key: str) -> int:
 
     try:
         metadata = pyarrow.parquet.read_metadata(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        schema = metadata.schema.to_arrow_schema()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         _fail(str(path), f"is not a whole parquet file ({error})", _BROKEN)
-    schema = metadata.schema.to_arrow_schema()
     if text_key not in schema.names:
         _fail_key(str(path), text_key, schema.names)
+    if schema.names.count(text_key) > 1:
+        _fail(str(path), f"has several columns {text_key!r}", "Write it again with one of them.")
     kind = schema.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        rule = f"has a column {text_key!r} of {kind}, not of text"
-        _fail(str(path), rule, f"Set data.text_key to one of {schema.names}.")
+    if not _is_text(kind):
+        others = [field.name for field in schema if _is_text(field.type)]
+        remedy = f"Set data.text_key to one of {others}." if others else "Write the column as strings."
+        _fail(str(path), f"has a column {text_key!r} of {kind}, not of text", remedy)
     return int(metadata.num_rows)
+
+
+def _is_text(kind: Any) -> bool:
+    """Returns whether a type of Arrow holds text, as such or by numbers into a dictionary (categories)."""
+    from pyarrow import types
+
+    held = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(held) or types.is_large_string(held) or types.is_string_view(held))
 
 
 def _fail_key(place: str, text_key: str, keys: list[str]) -> NoReturn:

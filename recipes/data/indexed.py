@@ -279,7 +279,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     bounds = _mapped(path, "<i8", HEADER.size + 12 * sequences, boundaries)
     offsets = np.zeros(sequences + 1, dtype=np.int64)
     np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
-    whole = bounds.size and bounds[0] == 0 and bounds[-1] == sequences and (np.diff(bounds) >= 0).all()
+    whole = bounds.size and bounds[0] == 0 and bounds[-1] == sequences
+    whole = whole and (bounds[:-1] <= bounds[1:]).all()  # differences could overflow
     if not whole or (sequences and lengths.min() < 0):
         raise _wrong(path, "has document boundaries or lengths that make no sense")
     if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):

@@ -152,7 +152,8 @@ def split_documents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sets random whole documents aside for validation, up to a share of all tokens.
 
-    Documents longer than the whole share stay in training; if all are longer, the shortest one is set aside.
+    Documents longer than the whole share stay in training; if all are longer, the shortest one that is not
+    empty is set aside.
 
     Args:
         lengths: ``[documents]`` tokens of each.
@@ -164,13 +165,12 @@ def split_documents(
         The ids of the training and of the validation documents, both ascending.
 
     Raises:
-        DataError: There are fewer than two documents, or a side holds less than one sample.
+        DataError: There are fewer than two documents with text, or a side holds less than one sample.
     """
-    if len(lengths) < 2:
+    full = np.count_nonzero(lengths)
+    if full < 2:
         remedy = "Give validation documents by data.validation_path, or cut the document into several."
-        raise DataError.one(
-            "data.path", f"{len(lengths)} documents", "cannot be split for validation", remedy
-        )
+        raise DataError.one("data.path", f"{full} documents", "cannot be split for validation", remedy)
     order = permutation(len(lengths), seed, _SPLIT)
     target = fraction * int(lengths.sum())
     validation = np.sort(_fill_share(lengths, order, target))
@@ -192,7 +192,10 @@ def _fill_share(lengths: np.ndarray, order: np.ndarray, target: float) -> np.nda
         room -= int(lengths[rest[:count]].sum())
         rest = rest[count:]
     ids = np.concatenate(chosen)
-    return ids if ids.size else order[[np.argmin(lengths[order])]]
+    if lengths[ids].any():
+        return ids
+    full = order[lengths[order] > 0]
+    return full[[np.argmin(lengths[full])]]
 
 
 def rank_slice(

@@ -21,6 +21,7 @@ from recipes.data.config import DataConfig
 from recipes.data.conversations import peek_conversation, read_conversations
 from recipes.data.documents import Document, peek_record, read_json, read_parquet, read_text
 from recipes.data.indexed import IndexedDataset, bin_path, idx_path
+from recipes.data.same_files import shared_files
 
 Kind = Literal["stdlib", "text", "json", "parquet", "indexed"]
 
@@ -55,6 +56,11 @@ class Sources:
         """Total size of the files on disk, as stored."""
         return sum(path.stat().st_size for path in self._on_disk())
 
+    @property
+    def of_tokens(self) -> tuple[Path, ...]:
+        """Files that hold the text or the tokens."""
+        return self._on_disk()[:1] if self.kind == "indexed" else self.files
+
     def _on_disk(self) -> tuple[Path, ...]:
         if self.kind == "indexed":
             return (bin_path(self.files[0]), idx_path(self.files[0]))
@@ -75,9 +81,9 @@ def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
     validation, more = _inspect(cfg.validation_path, where, cfg)
     mistakes += more
     if train and validation:
-        shared = sorted(set(train.files) & set(validation.files))
+        shared = shared_files(train.of_tokens, validation.of_tokens)
         remedy = "Leave it out of one of them; a model is not validated on what it was trained on."
-        mistakes += _capped(where, shared, f"is also in {prefix}.path", remedy)
+        mistakes += _capped(where, shared, f"is also in {prefix}.path, by name, link or content", remedy)
     return mistakes
 
 
@@ -115,8 +121,9 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
     skipped = []
     for path in sources.files:
         if cfg.format == "chat":
-            for messages, _, consumed in read_conversations(path):
-                yield Document("\n".join(message["content"] for message in messages), consumed)
+            for conversation in read_conversations(path, cfg.ignored_fields):
+                text = "\n".join(message["content"] for message in conversation.messages)
+                yield Document(text, conversation.consumed)
         elif sources.kind == "json":
             yield from read_json(path, cfg.text_key)
         elif sources.kind == "parquet":
@@ -133,14 +140,14 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
 
 
 def fingerprint(cfg: DataConfig) -> str:
-    """Computes a hex sha256 of names, sizes and times of the files, text key, and end token.
+    """Computes a hex sha256 of names, sizes and times of the files, text key, and what is put around texts.
 
     For the standard library, it covers the Python version and the names and sizes of the files.
     """
     sources = resolve(cfg)
-    parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos]
+    parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos, cfg.prepend_bos]
     if cfg.format == "chat":
-        parts = ["chat"]
+        parts = ["chat", sorted(cfg.ignored_fields)]
     if sources.kind == "stdlib":
         root = _stdlib_root()
         parts += [platform.python_version()]
@@ -191,7 +198,7 @@ def _inspect(
     try:
         if kind in ("json", "parquet"):
             first = next(path for path in found if path.stat().st_size)
-            peek_conversation(first) if chat else peek_record(first, cfg.text_key)
+            peek_conversation(first, cfg.ignored_fields) if chat else peek_record(first, cfg.text_key)
         elif kind == "indexed":
             IndexedDataset(sources.files[0])
     except DataError as error:
@@ -217,7 +224,7 @@ def _expand(entry: str, where: str) -> tuple[dict[Path, Kind], list[Mistake]]:
     if not glob.has_magic(entry):
         return {}, [Mistake(where, entry, "does not exist", f"Check the name; relative to {Path.cwd()}.")]
     matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    matches = [match for match in matches if match.is_file()]
+    matches = [match for match in matches if not match.is_dir()]
     if not matches:
         remedy = f"Check the pattern; relative to {Path.cwd()}, and ** reaches into folders."
         return {}, [Mistake(where, entry, "matches no file", remedy)]
@@ -234,6 +241,9 @@ def _indexed_prefix(path: Path) -> Path | None:
 
 def _by_kind(paths: Sequence[Path], where: str) -> tuple[dict[Path, Kind], list[Mistake]]:
     found: dict[Path, Kind] = {}
+    odd = [path for path in paths if not path.is_file()]
+    if odd:  # reading a pipe may wait for ever
+        return {}, _capped(where, odd, "is no regular file", "Write what it holds to a file, and name that.")
     unknown = []
     for path in paths:
         kind = _kind_of(path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe.errors import DataError
-from recipes.data.cache import cached_folder
+from recipes.data.cache import cached_folder, entry_fault
 from recipes.data.config import DataConfig
 from recipes.data.documents import Document
 from recipes.data.indexed import (
@@ -25,14 +25,15 @@ from recipes.data.indexed import (
     token_dtype,
 )
 from recipes.data.sources import fingerprint, read_documents, resolve
-from recipes.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size_of
+from recipes.data.tokenizer import first_tokens, load_tokenizer, tokenizer_fingerprint, vocab_size_of
 from recipes.runtime.atomic import write_synced
 from recipes.runtime.progress import Progress
+from recipes.runtime.user_json import UserJsonError, read_json_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """To be increased whenever the same documents and tokenizer give other token files."""
 
 BATCH_DOCUMENTS = 1024
@@ -47,10 +48,11 @@ class TokenCounts:
     Attributes:
         documents: Documents written.
         empty_documents: Documents without text, which are left out.
-        tokens: Tokens written, including end-of-sequence tokens.
+        tokens: Tokens written, including those that begin and end documents.
         text_bytes: Bytes of text read, as UTF-8.
         max_token_id: The largest id written; -1 if there is none.
         seconds: Wall time.
+        begin: The tokens that each document begins with, such as ``<bos>``; empty if there are none.
     """
 
     documents: int
@@ -59,6 +61,7 @@ class TokenCounts:
     text_bytes: int
     max_token_id: int
     seconds: float
+    begin: str = ""
 
 
 def tokenise(
@@ -67,7 +70,7 @@ def tokenise(
     """Tokenises the documents of ``cfg.path`` into ``PREFIX.bin`` and ``PREFIX.idx``, streaming.
 
     Args:
-        cfg: Which documents, and whether the end-of-sequence token closes each.
+        cfg: Which documents, and which tokens begin and close each.
         tokenizer_dir: A local folder that transformers' AutoTokenizer loads.
         prefix: The path of the pair without suffix; an earlier pair is replaced when the new one is whole.
         log: Takes progress where stderr is no terminal.
@@ -79,6 +82,7 @@ def tokenise(
     started = time.perf_counter()
     sources = resolve(cfg)
     tokenizer = load_tokenizer(tokenizer_dir, cfg.append_eos)
+    bos = first_tokens(tokenizer, cfg.prepend_bos)
     eos = [tokenizer.eos_token_id] if cfg.append_eos else []
     written = empty = tokens = text_bytes = 0
     max_token_id = -1
@@ -88,7 +92,7 @@ def tokenise(
     ):
         for batch in _batches(read_documents(cfg, log)):
             texts = [document.text for document in batch if document.text]
-            flat, lengths = _encode(tokenizer, texts, eos)
+            flat, lengths = _encode(tokenizer, texts, bos, eos)
             writer.add_documents(flat, lengths)
             written += len(texts)
             empty += len(batch) - len(texts)
@@ -102,7 +106,8 @@ def tokenise(
             raise DataError.one(
                 "data.path", cfg.path, "holds no text", "Name documents that are not all empty."
             )
-    return TokenCounts(written, empty, tokens, text_bytes, max_token_id, time.perf_counter() - started)
+    seconds, begin = time.perf_counter() - started, "".join(tokenizer.convert_ids_to_tokens(bos))
+    return TokenCounts(written, empty, tokens, text_bytes, max_token_id, seconds, begin)
 
 
 def ensure_tokenised(
@@ -117,7 +122,7 @@ def ensure_tokenised(
         log: Takes a line on the outcome, and progress.
 
     Raises:
-        DataError: See `tokenise`; or the cached files are damaged.
+        DataError: See `tokenise`.
         DiskError: The cache cannot be written, or the disk is full.
     """
     sources = resolve(cfg)
@@ -134,11 +139,14 @@ def ensure_tokenised(
 
 
 def read_counts(prefix: str | Path) -> TokenCounts | None:
-    """Reads the counts of a cache entry; None for token files from elsewhere."""
-    path = Path(prefix).parent / "counts.json"
-    if Path(prefix).name != "tokens" or not path.is_file():
+    """Reads the counts of a cache entry; None for token files from elsewhere, whatever lies beside them."""
+    folder = Path(prefix).parent
+    if Path(prefix).name != "tokens" or entry_fault(folder) is not None:
         return None
-    return TokenCounts(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return TokenCounts(**read_json_file(folder / "counts.json"))
+    except (TypeError, UserJsonError):
+        return None
 
 
 def _fill(
@@ -150,7 +158,8 @@ def _fill(
         write_synced(folder / "counts.json", json.dumps(asdict(counts), indent=2).encode())
     log(
         f"data: tokenised {counts.documents} documents to {counts.tokens} tokens in {counts.seconds:.1f} s "
-        f"({counts.empty_documents} empty ones left out), kept in {final}"
+        f"({counts.empty_documents} empty ones left out), "
+        f"{f'each after {counts.begin}' if counts.begin else 'without a token before each'}, kept in {final}"
     )
 
 
@@ -168,7 +177,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: list[int]
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], bos: list[int], eos: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the concatenated ids of all texts, int64, and the number of each."""
     if not texts:
@@ -180,7 +189,7 @@ def _encode(
         return_token_type_ids=False,
         verbose=False,
     )
-    lists = [ids + eos for ids in encoded["input_ids"]]
+    lists = [bos + ids + eos for ids in encoded["input_ids"]]
     lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
     flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int64, count=int(lengths.sum()))
     return flat, lengths

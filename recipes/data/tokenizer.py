@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moe.errors import DataError, Mistake
+from recipes.runtime.user_json import UserJsonError, read_json_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 MODEL_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files any of which makes a folder a tokenizer's."""
 
-SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTING_FILES = (*SETTINGS, "merges.txt")
 """Files that change ids as well, so that they are part of the fingerprint."""
 
 
@@ -39,6 +41,17 @@ def check_tokenizer(
     if not any((folder / name).is_file() for name in MODEL_FILES):
         remedy = "Copy its files there (tokenizer.json, tokenizer_config.json), or name another folder."
         return [Mistake(where, str(tokenizer_dir), "holds no tokenizer", remedy)]
+    odd = [path for name in MODEL_FILES if (path := folder / name).exists() and not path.is_file()]
+    if odd:
+        return [Mistake(where, str(odd[0]), "is no regular file", "Fetch the tokenizer's files again.")]
+    for name in SETTINGS:
+        try:
+            settings = read_json_file(folder / name) if (folder / name).exists() else {}
+            clause = None if isinstance(settings, dict) else "holds no JSON object"
+        except UserJsonError as error:
+            clause = error.clause
+        if clause is not None:
+            return [Mistake(where, str(folder / name), clause, "Fetch or save the tokenizer's files again.")]
     try:
         largest = _largest_base_id(folder)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -63,7 +76,12 @@ def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTok
     mistakes = check_tokenizer(tokenizer_dir)
     if mistakes:
         raise DataError(mistakes)
-    tokenizer = _auto_tokenizer(Path(tokenizer_dir).expanduser())
+    try:
+        tokenizer = _auto_tokenizer(Path(tokenizer_dir).expanduser())
+    except Exception as error:  # whatever transformers makes of settings that it does not understand
+        rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
+        remedy = "Fetch or save its files again; code of its own is not run."
+        raise DataError.one("tokenizer", str(tokenizer_dir), rule, remedy) from error
     if append_eos and tokenizer.eos_token_id is None:
         raise DataError.one(
             "tokenizer",
@@ -72,6 +90,27 @@ def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTok
             "Set eos_token in its tokenizer_config.json, or data.append_eos=false (--no-eos).",
         )
     return tokenizer
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | Literal["auto"]) -> list[int]:
+    """Returns the tokens to begin each document with.
+
+    Args:
+        tokenizer: The tokenizer.
+        prepend_bos: True for its beginning-of-sequence token, False for none, ``auto`` for what the tokenizer
+            puts before a text by itself.
+
+    Raises:
+        DataError: It has no such token although one is asked for.
+    """
+    if prepend_bos == "auto":
+        whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        before = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        return list(whole[: before[0]]) if before else []
+    if prepend_bos and tokenizer.bos_token_id is None:
+        rule = "the tokenizer has no beginning-of-sequence token"
+        raise DataError.one("data.prepend_bos", True, rule, "Set it to auto or false.")
+    return [tokenizer.bos_token_id] if prepend_bos else []
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:

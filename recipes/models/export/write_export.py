@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path

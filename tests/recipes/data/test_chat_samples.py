@@ -97,7 +97,9 @@ def test_long_ones_are_cut_and_those_without_a_reply_left_out(tmp_path: Path, wo
     said: list[str] = []
     load_data(replace(cfg, validation_fraction=0.5), words, tmp_path / "cache", 12, said.append)
     assert any("2 conversations are longer than data.seq_len + 1 = 8 tokens: 7 tokens" in s for s in said)
-    with pytest.raises(DataError, match=r"cannot be split for validation|no conversation has a reply"):
+    with pytest.raises(
+        DataError, match=r"seq_len=3: no conversation has a reply within 3 \+ 1 tokens. Raise"
+    ):
         load_data(replace(cfg, seq_len=3), words, tmp_path / "cache", 12, said.append)
 
 
@@ -137,7 +139,7 @@ def test_load_data_splits_caches_and_knows_what_it_is(tmp_path: Path, words: Pat
     data, said = load(cfg, words, tmp_path)
     assert data.train.num_documents + data.validation.num_documents == 60
     assert 0.1 < data.validation.num_tokens / (data.train.num_tokens + data.validation.num_tokens) <= 0.2
-    assert "(1 without a reply left out)" in said[0]
+    assert "(1 without a reply that counts left out)" in said[0]
     again, said = load(cfg, words, tmp_path)
     assert said[0].startswith("data: using the tokens cached in")
     assert again.fingerprint == data.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from recipes.data.chat_template import ChatFormat, carry_template, check_chat_te
 from recipes.data.config import DataConfig
 from recipes.data.conversations import Conversation, read_conversations
 from recipes.data.sources import check_paths, read_documents
+from tests.grid import each
 from tests.recipes.data.chat_cases import (
     BARE,
     BOS,
@@ -148,6 +150,47 @@ def test_a_tokenizer_without_a_template_is_a_mistake(tmp_path: Path) -> None:
         DataConfig(chat_template="x.jinja")
 
 
+@each(
+    ("files", "said"),
+    [
+        ({"tokenizer_config.json": [{"name": "default", "template": PLAIN}]}, None),
+        ({"chat_template.jinja": PLAIN, "tokenizer_config.json": "x"}, None),
+        (
+            {"tokenizer_config.json": [{"name": "rag", "template": PLAIN}]},
+            "named rag, and none named default",
+        ),
+        ({"tokenizer_config.json": [{"name": "default"}]}, "are not all a name and a template"),
+        ({"additional_chat_templates/tool_use.jinja": PLAIN}, "named tool_use, and none named default"),
+        ({"chat_template.json": PLAIN}, "that in chat_template.json is a processor's"),
+        ({"processor_config.json": PLAIN}, "that in processor_config.json is a processor's"),
+        ({"tokenizer_config.json": ""}, "has no chat template"),
+    ],
+)
+def test_places_of_templates(tmp_path: Path, files: dict[str, Any], said: str | None) -> None:
+    folder = save_tokenizer(tmp_path / "t", None)
+    for name, template in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        jinja = path.suffix == ".jinja"
+        path.write_text(template if jinja else json.dumps(before | {"chat_template": template}))
+    cfg = DataConfig(path="x", format="chat")
+    mistakes = check_chat_template(cfg, folder)
+    assert bool(mistakes) == bool(said)
+    if said is None:  # transformers, which loads it, agrees
+        assert ChatFormat(cfg, folder).template == PLAIN
+    else:
+        assert said in mistakes[0].rule
+
+
+def test_a_file_that_is_no_template(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_bytes(b"\xff")
+    [mistake] = check_chat_template(
+        DataConfig(path="x", format="chat", chat_template=str(tmp_path / "t.jinja")), None
+    )
+    assert "cannot be read" in mistake.rule
+
+
 def test_a_template_of_ones_own_goes_before_and_travels(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "t", BARE)
     (tmp_path / "mine.jinja").write_text(PLAIN)
@@ -179,7 +222,10 @@ def test_the_other_form_of_rows(tmp_path: Path) -> None:
         ({"messages": "a"}, "has a str under 'messages', not a list"),
         ({"messages": ["a"]}, "has a str as message 1, not an object"),
         ({"messages": [{"role": "user"}]}, "has str and NoneType as role and content of message 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has str and list as role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "has a part of type 'image' in message 1",
+        ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
             "calls a tool in message 1",

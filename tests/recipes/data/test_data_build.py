@@ -42,6 +42,13 @@ def test_validation_of_its_own(tmp_path: Path) -> None:
         build_data(DataConfig(seq_len=1000), train, held_out)
 
 
+def test_validation_on_the_same_tokens_is_refused(tmp_path: Path) -> None:
+    """Whatever the files are called and however the text was stored: the tokens decide."""
+    train, held_out = write(tmp_path / "t", 0), write(tmp_path / "v", 0)
+    with pytest.raises(DataError, match="data.validation_path='v': holds the tokens of data.path"):
+        build_data(DataConfig(path="t", validation_path="v", seq_len=16), train, held_out)
+
+
 def test_fingerprint_is_of_the_tokens_and_the_order(tmp_path: Path) -> None:
     prefix, cfg = write(tmp_path / "p", 0), DataConfig(seq_len=16)
     first = build_data(cfg, prefix).fingerprint

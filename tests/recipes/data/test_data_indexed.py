@@ -159,6 +159,10 @@ def truncate(suffix: str, drop: int):
         (corrupt_idx(34, struct.pack("<i", -3)), r"p\.idx.*lengths that make no sense"),
         (corrupt_idx(50, struct.pack("<q", 8)), r"p\.idx.*sequences that do not lie one after another"),
         (corrupt_idx(114, struct.pack("<q", 3)), r"p\.idx.*boundaries or lengths that make no sense"),
+        (  # differences that wrap around are all positive
+            corrupt_idx(90, struct.pack("<3q", 2**63 - 1, -(2**63), -1)),
+            r"p\.idx.*boundaries or lengths that make no sense",
+        ),
         (corrupt_idx(90, struct.pack("<q", 9)), r"p\.idx.*boundaries or lengths that make no sense"),
     ],
 )

@@ -142,6 +142,16 @@ def test_split_leaves_giants_in_training() -> None:
     assert validation.tolist() == [1]  # all are longer than 1.5 tokens: the shortest
 
 
+def test_empty_documents_do_not_fill_the_validation_split() -> None:
+    # Both of 400 are longer than a fifth of 800; the empty ones fit, and are nothing to validate on.
+    train, validation = split_documents(np.array([0, 400, 0, 0, 400, 0]), 0.2, seed=0, seq_len=16)
+    assert len(validation) == 1
+    assert validation[0] in (1, 4)
+    assert sorted([*train, *validation]) == list(range(6))
+    with pytest.raises(DataError, match="1 documents.*cannot be split"):
+        split_documents(np.array([0, 400, 0]), 0.2, 0, 16)
+
+
 def test_split_messages() -> None:
     with pytest.raises(DataError, match="1 documents.*cannot be split.*validation_path"):
         split_documents(np.array([1000]), 0.1, 0, 8)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError
+from recipes.data import documents
 from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedWriter
 from recipes.data.sources import check_paths, fingerprint, read_documents, resolve
@@ -72,9 +73,9 @@ def zstd(raw: bytes) -> bytes:
 def test_json_in_every_dress(tmp_path: Path, name: str, raw: bytes) -> None:
     (tmp_path / name).write_bytes(raw)
     assert rules(str(tmp_path / name)) == ""
-    documents = list(read_documents(DataConfig(path=str(tmp_path / name)), print))
-    assert [document.text for document in documents] == TEXTS
-    assert 0 <= sum(document.consumed for document in documents) <= len(raw)
+    found = list(read_documents(DataConfig(path=str(tmp_path / name)), print))
+    assert [document.text for document in found] == TEXTS
+    assert 0 <= sum(document.consumed for document in found) <= len(raw)
 
 
 def test_fields_may_change_type_far_into_a_file(tmp_path: Path) -> None:
@@ -90,9 +91,9 @@ def test_parquet(tmp_path: Path) -> None:
     expected = [f"document {i} \u00e9" for i in range(1000)]
     path = write_parquet(tmp_path / "a[1].parquet", {"id": list(range(1000)), "body": expected})
     assert rules(str(path), text_key="body") == ""
-    documents = list(read_documents(DataConfig(path=str(path), text_key="body"), print))
-    assert [document.text for document in documents] == expected
-    assert sum(document.consumed for document in documents) == path.stat().st_size
+    found = list(read_documents(DataConfig(path=str(path), text_key="body"), print))
+    assert [document.text for document in found] == expected
+    assert sum(document.consumed for document in found) == path.stat().st_size
 
 
 def test_parquet_is_read_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +138,8 @@ def test_standard_library_by_default() -> None:
     assert not names & {"site-packages", "dist-packages", "test", "__pycache__", "idle_test"}
     assert 8e6 < sources.num_bytes < 40e6
     said: list[str] = []
-    documents = list(read_documents(DataConfig(), said.append))
-    skipped = len(sources.files) - len(documents)
+    found = list(read_documents(DataConfig(), said.append))
+    skipped = len(sources.files) - len(found)
     assert bool(said) == bool(skipped)
 
 
@@ -196,6 +197,40 @@ def test_validation_on_training_files_is_refused(tmp_path: Path) -> None:
     assert rules(str(tmp_path / "a.txt"), validation_path=str(tmp_path / "b.txt")) == ""
 
 
+def test_validation_on_links_to_training_files_and_copies_is_refused(tmp_path: Path) -> None:
+    train = tmp_path / "t.txt"
+    train.write_text("ab" * 100_000)
+    (tmp_path / "v0.txt").symlink_to(train)
+    (tmp_path / "v1.txt").hardlink_to(train)
+    (tmp_path / "v2.txt").write_text(train.read_text())
+    (tmp_path / "v3.txt").write_text("ab" * 50_000 + "ba" + "ab" * 49_999)  # as long, and the ends are alike
+    (tmp_path / "v4.txt").touch()
+    found = check_paths(DataConfig(path=str(train), validation_path=str(tmp_path / "v*.txt")))
+    assert [Path(m.value).name for m in found] == ["v0.txt", "v1.txt", "v2.txt"]
+    assert found[0].rule == "is also in data.path, by name, link or content"
+    for name in "pq":
+        with IndexedWriter(tmp_path / name, np.int32) as writer:
+            writer.add_document([1, 2, 3 if name == "p" else 4])  # the indexes are alike
+    assert rules(str(tmp_path / "p"), validation_path=str(tmp_path / "q")) == ""
+    (tmp_path / "q.bin").write_bytes((tmp_path / "p.bin").read_bytes())
+    assert "p.bin" not in rules(str(tmp_path / "p"), validation_path=str(tmp_path / "q"))
+    assert "q.bin': is also in" in rules(str(tmp_path / "p"), validation_path=str(tmp_path / "q"))
+
+
+def test_pipes_devices_and_links_to_nothing_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "gone")
+    (tmp_path / "null.jsonl").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.jsonl"))
+    for name in ("pipe", "null", "s"):
+        assert f"{name}.jsonl': is no regular file. Write what it holds" in rules(
+            str(tmp_path / f"{name}.jsonl")
+        )
+    assert rules(str(tmp_path / "*.jsonl")).count("is no regular file") == 4
+    assert "is no regular file" in rules("/dev/stdin")
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
@@ -225,6 +260,14 @@ def test_validation_on_training_files_is_refused(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not a zip at all", r"a.jsonl.gz': cannot be read \(Not a gzipped file"),
         ("a.jsonl.zst", b"not a zip at all", r"a.jsonl.zst': cannot be read"),
         ("a.parquet", b"PAR1 it is not PAR1", r"a.parquet': is not a whole parquet file"),
+        (
+            "a.jsonl",
+            lines(RECORDS) + b"[" * 100_000,
+            r"a.jsonl:4': nests lists .* too deeply .*Correct",
+        ),
+        ("a.json", b"[" * 100_000, r"a.json': nests lists and objects too deeply"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", r"a.jsonl:1': has an integer of more than"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', r"a.jsonl:1': has the field 'text' twice"),
     ],
 )
 def test_faults_in_files_are_named(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
@@ -239,6 +282,47 @@ def test_the_first_record_is_looked_at_early(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"body": ["x"], "id": [1]})
     assert "has no 'text'; it has 'body', 'id'" in rules(str(path))
     assert "has a column 'id' of int64, not of text" in rules(str(path), text_key="id")
+
+
+def test_records_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bomb of one line, or of one array, ends after the limit and not with the memory."""
+    monkeypatch.setattr(documents, "LARGEST_LINE", 1 << 20)
+    monkeypatch.setattr(documents, "LARGEST_WHOLE", 1 << 20)
+    bomb = b"a" * (1 << 21)
+    for name, raw, said in (
+        ("a.jsonl.gz", lines(RECORDS) + b'{"text": "' + bomb, "a.jsonl.gz:4': is a line of more than 1 MiB"),
+        ("a.json.gz", b'["' + bomb, "a.json.gz': holds more than 1 MiB that would be read at once. Split"),
+        ("a.txt.gz", bomb, "a.txt.gz': holds more than 1 MiB"),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(raw))
+        with pytest.raises(DataError, match=said):
+            texts(str(tmp_path / name))
+    (tmp_path / "b.jsonl").write_bytes(lines([{"text": "x" * ((1 << 20) - 40), "n": float("nan")}] * 3))
+    assert len(texts(str(tmp_path / "b.jsonl"))) == 3
+
+
+def test_text_columns_of_parquet_in_every_type(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    said = [f"text {i % 3} \u00e9" for i in range(700)]
+    plain = pa.array(said)
+    columns = {
+        "large": pa.array(said, pa.large_string()),
+        "view": pa.array(said, pa.string_view()),
+        "categories": plain.dictionary_encode(),
+        "large_categories": pa.array(said, pa.large_string()).dictionary_encode(),
+    }
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    for name in columns:
+        assert texts(str(path), text_key=name) == said
+    others = {"list": pa.array([[one] for one in said]), "bytes": pa.array([one.encode() for one in said])}
+    path = write_parquet(tmp_path / "b.parquet", others)
+    for name in others:
+        assert f"has a column {name!r} of " in rules(str(path), text_key=name)
+        assert "not of text. Write the column as strings" in rules(str(path), text_key=name)
+    twice = pa.Table.from_arrays([plain, plain], names=["text", "text"])
+    pa.parquet.write_table(twice, tmp_path / "c.parquet")
+    assert "has several columns 'text'" in rules(str(tmp_path / "c.parquet"))
 
 
 def test_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:

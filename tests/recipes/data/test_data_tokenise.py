@@ -14,11 +14,13 @@ from moe.errors import DataError, DiskError
 from recipes.data import cache
 from recipes.data import tokenise as module
 from recipes.data.bpe import train_byte_level_bpe
+from recipes.data.build_data import check_ids
 from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedDataset, IndexedWriter
 from recipes.data.tokenise import ensure_tokenised, read_counts, tokenise
-from recipes.data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+from recipes.data.tokenizer import check_tokenizer, first_tokens, load_tokenizer, tokenizer_fingerprint
 from tests.forked_commands import run_code
+from tests.grid import each
 
 TEXTS = ["hello world", "", "caf\u00e9 \u4f60\u597d\n", "def f(x): return x"]
 
@@ -124,11 +126,120 @@ def test_cache_is_used_again_and_follows_its_key(texts_cfg, tokenizer_dir, tmp_p
     assert ensure(texts_cfg, tokenizer_dir) != prefix
 
 
-def test_damaged_cache_is_reported(texts_cfg, tokenizer_dir, tmp_path) -> None:
-    prefix = ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
-    Path(f"{prefix}.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="tokens.bin.*holds 0 bytes where its index promises"):
-        ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache")
+def flip(path: Path) -> None:
+    """Flips a bit."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0x80
+    path.write_bytes(raw)
+
+
+@each(
+    ("name", "damage", "said"),
+    [
+        ("tokens.bin", flip, "tokens.bin has another checksum than when it was written"),
+        ("tokens.idx", flip, "tokens.idx has another checksum"),
+        ("tokens.bin", lambda path: path.write_bytes(b""), "tokens.bin holds 0 bytes, not "),
+        ("tokens.bin", Path.unlink, "tokens.bin: No such file"),
+        ("counts.json", lambda path: path.write_bytes(b""), "counts.json holds 0 bytes"),
+        ("checksums.json", Path.unlink, "checksums.json cannot be read"),
+        ("checksums.json", lambda path: path.write_text("[1]"), "checksums.json does not list sizes"),
+        ("checksums.json", lambda path: path.write_text('{"a": 1}'), "checksums.json does not list sizes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_damaged_cache_is_named_and_made_again(
+    texts_cfg, tokenizer_dir, tmp_path, name: str, damage, said: str
+) -> None:
+    lines: list[str] = []
+    prefix = ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache", lines.append)
+    before = {path.name: path.read_bytes() for path in prefix.parent.iterdir() if path.suffix != ".json"}
+    damage(prefix.parent / name)
+    again = ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache", lines.append)
+    assert f"is damaged ({said}" in lines[1]
+    assert "made again from the text" in lines[1]
+    assert "tokenised 3 documents" in lines[2]
+    assert again == prefix
+    assert before == {
+        path.name: path.read_bytes() for path in again.parent.iterdir() if path.suffix != ".json"
+    }
+    ensure_tokenised(texts_cfg, tokenizer_dir, tmp_path / "cache", lines.append)
+    assert "using the tokens cached" in lines[3]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+@each("counts", ['{"max_token_id": 5}', '{"a": 1}', ""])
+def test_counts_beside_a_users_pair_are_not_believed(tmp_path: Path, counts: str) -> None:
+    with IndexedWriter(tmp_path / "tokens", np.int32) as writer:
+        writer.add_document([1, 60000])
+    (tmp_path / "counts.json").write_text(counts)
+    assert read_counts(tmp_path / "tokens") is None
+    with pytest.raises(DataError, match="holds ids from 1 to 60000"):
+        check_ids(tmp_path / "tokens", 300)
+
+
+def with_bos(source: Path, target: Path) -> Path:
+    """The tokenizer, which now begins every text with a token of its own, id 300, as Gemma's does."""
+    bos = {"id": 300, "content": "<bos>", "special": True, "single_word": False}
+    bos |= {"lstrip": False, "rstrip": False, "normalized": False}
+    pieces = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    post = {"type": "TemplateProcessing", "single": pieces, "pair": pieces}
+    post["special_tokens"] = {"<bos>": {"id": "<bos>", "ids": [300], "tokens": ["<bos>"]}}
+
+    def change(content) -> None:
+        content["added_tokens"].append(bos)
+        content["post_processor"] = post
+
+    edited(source, target, "tokenizer.json", change)
+    settings = json.loads((target / "tokenizer_config.json").read_text()) | {"bos_token": "<bos>"}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    return target
+
+
+def test_documents_begin_as_the_tokenizer_begins_texts(texts_cfg, tokenizer_dir, tmp_path) -> None:
+    folder, said = with_bos(tokenizer_dir, tmp_path / "gemma"), []
+    tokenizer = load_tokenizer(folder, True)
+    plain = [tokenizer.encode(t, add_special_tokens=False) + [0] for t in TEXTS if t]
+    prefixes = {}
+    for option, begin in (("auto", [300]), (True, [300]), (False, [])):
+        cfg = DataConfig(path=texts_cfg.path, prepend_bos=option)
+        prefixes[option] = ensure_tokenised(cfg, folder, tmp_path / "cache", said.append)
+        indexed = IndexedDataset(prefixes[option])
+        found = [indexed.document(i).tolist() for i in range(indexed.num_documents)]
+        assert found == [begin + ids for ids in plain]
+        assert ("each after <bos>" if begin else "without a token before each") in said[-1]
+    assert tokenizer("hello world")["input_ids"] + [0] == [300, *plain[0]]
+    assert len(set(prefixes.values())) == 3
+    # A tokenizer that has such a token and does not put it before texts by itself.
+    assert first_tokens(load_tokenizer(tokenizer_dir, True), "auto") == []
+    assert first_tokens(load_tokenizer(tokenizer_dir, True), True) == [0]
+    bare = edited(tokenizer_dir, tmp_path / "bare", "tokenizer_config.json", lambda c: c.pop("bos_token"))
+    with pytest.raises(DataError, match="data.prepend_bos=True: the tokenizer has no beginning-of-sequence"):
+        first_tokens(load_tokenizer(bare, True), True)
+
+
+@each(
+    ("name", "text", "said"),
+    [
+        ("tokenizer_config.json", "", "is not JSON"),
+        ("tokenizer_config.json", "[1]", "holds no JSON object"),
+        ("tokenizer_config.json", "[" * 100_000, "nests lists and objects too deeply"),
+        ("special_tokens_map.json", "{", "is not JSON"),
+    ],
+)
+def test_damaged_settings_are_found_by_the_check(
+    tokenizer_dir, tmp_path, name: str, text: str, said: str
+) -> None:
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "t")
+    (folder / name).write_text(text)
+    (mistake,) = check_tokenizer(folder)
+    assert said in mistake.rule
+    assert mistake.value == str(folder / name)
+
+
+def test_settings_that_transformers_rejects_are_a_sentence(tokenizer_dir, tmp_path) -> None:
+    folder = edited(tokenizer_dir, tmp_path / "t", "tokenizer_config.json", lambda c: c.update(eos_token=7))
+    with pytest.raises(DataError, match="t': holds a tokenizer that transformers cannot load"):
+        load_tokenizer(folder, True)
 
 
 def test_token_files_are_used_as_they_are(tokenizer_dir, tmp_path) -> None:
