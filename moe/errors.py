@@ -5,8 +5,10 @@ This is the leaf module of the project: it imports nothing of ours, and everythi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 
@@ -75,6 +77,9 @@ class FieldError(ConfigError, ValueError):
         return ConfigError([mistake.under(section) for mistake in self.mistakes])
 
 
+#: Integers of torch and of files have 64 bits.
+_LARGEST = 2**63 - 1
+
 #: Does it hold, name of the field, rule, remedy.
 Rule = tuple[bool, str, str, str]
 
@@ -94,6 +99,33 @@ def require(config: object, *rules: Rule) -> None:
     ]
     if broken:
         raise FieldError(broken)
+
+
+def require_numbers(config: Any) -> None:
+    """Checks every number in the fields of a config dataclass, also inside lists and mappings.
+
+    Raises:
+        FieldError: Numbers are infinite, not a number, or integers beyond 64 bits; it carries all of them.
+    """
+    found = []
+    for field in fields(config):
+        for value in _numbers(getattr(config, field.name)):
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(Mistake(field.name, value, "the number is not finite", "Set a finite one."))
+            elif isinstance(value, int) and abs(value) > _LARGEST:
+                rule = "the integer does not fit into 64 bits"
+                found.append(Mistake(field.name, value, rule, f"Set it to {_LARGEST} or less in size."))
+    if found:
+        raise FieldError(found)
+
+
+def _numbers(value: Any) -> Iterator[float | int]:
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        yield from itertools.chain.from_iterable(map(_numbers, value))
+    elif isinstance(value, Mapping):
+        yield from _numbers(list(value.values()))
 
 
 def at_least(config: object, low: int, *names: str) -> list[Rule]:

@@ -6,21 +6,46 @@ Letters, the same in every file: T tokens, D model width, E experts, K slots a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from moe.errors import require_numbers
+
 
 class Config:
-    """Base of every config dataclass. Unknown keys in a config file are rejected.
+    """Base of every config dataclass. Unknown keys in a config file are rejected, and so are bad numbers.
+
+    Numbers are checked before the rules of the subclass, whether or not its ``__post_init__`` calls this one:
+    not-a-number passes every rule of the form ``not x < 0``, and infinity ``x >= 0``.
 
     ``__pydantic_config__`` is read by pydantic, which this library does not import.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__post_init__" in vars(cls):
+            setattr(cls, "__post_init__", _after_numbers(vars(cls)["__post_init__"]))  # noqa: B010
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+
+
+def _after_numbers(rules: Callable[[Config], None]) -> Callable[[Config], None]:
+    """Returns a ``__post_init__`` that checks the numbers of a config before its rules."""
+
+    @functools.wraps(rules)
+    def check(self: Config) -> None:
+        require_numbers(self)
+        rules(self)
+
+    return check
 
 
 @dataclass

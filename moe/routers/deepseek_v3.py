@@ -3,7 +3,7 @@
 Sources: DeepSeek-V3 (arXiv 2412.19437, Eq. 13-20: sigmoid scores, a bias for selection alone, the
 sequence-wise loss), Wang et al. 2024 (arXiv 2408.15664: the bias update), DeepSeek-V2 (arXiv 2405.04434:
 groups by their best softmax score). DeepSeek-V3's inference code scores a group by the sum of its two best
-biased scores.
+biased scores, Megatron-core by the sum of its K / top_groups best.
 
 Letters: T tokens, E experts, K experts a token, G groups of experts, N of any.
 """
@@ -34,6 +34,9 @@ class DeepSeekV3Config(LinearRouterConfig):
     """Coefficient of the balance loss that complements the bias; 0 leaves it out."""
     balance_scope: BalanceScope = "sequence"
     """Tokens over which that loss counts load."""
+    balance_counts: Literal["scores", "chosen"] = "scores"
+    """Choices that this loss counts: the K best by score alone (V3's Eq. 18; Megatron-core), or those made,
+    with bias and groups (V2's experts selected)."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """Score function over the logits."""
     renormalise: bool = True
@@ -44,8 +47,9 @@ class DeepSeekV3Config(LinearRouterConfig):
     """Groups of neighbouring experts, one for each node that holds experts: 8 in DeepSeek-V3."""
     top_groups: int = 1
     """Groups that the experts of a token are chosen from: 4 in DeepSeek-V3."""
-    group_score: Literal["top2_sum", "max"] = "top2_sum"
-    """Score of a group: the sum of its two best scores (V3) or the best (V2)."""
+    group_score: Literal["top2_sum", "share_sum", "max"] = "top2_sum"
+    """Score of a group: the sum of its two best scores (V3's code, transformers, torchtitan), of its
+    ``top_k / top_groups`` best (Megatron-core; the same for V3's 8 of 4 groups), or the best (V2)."""
     bias_rate: float = 1e-3
     """Step size of the bias; 0 leaves it at 0. A spread of the bias of 1 or more (metric ``bias_alarm``)
     means that some choices no longer depend on the token; it takes at least 1 / (2 bias_rate) steps."""
@@ -73,6 +77,12 @@ class DeepSeekV3Config(LinearRouterConfig):
                     "no more than there are"
                 ),
                 "Set it from 1 to num_groups.",
+            ),
+            (
+                self.group_score != "share_sum" or self.top_k >= self.top_groups,
+                "group_score",
+                f"a group's share, {self.top_k} / top_groups={self.top_groups}, is less than one expert",
+                "Set it to top2_sum, or top_groups to top_k or less.",
             ),
             (
                 self.routed_scaling > 0,
@@ -150,7 +160,7 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
             probs_TE = scores_TE
             if self.config.score == "sigmoid":
                 probs_TE = normalise_scores(logits_TE, "sigmoid")
-            losses = self.balance_losses(logits_TE, probs_TE, ids_TK, ctx)
+            losses = self.balance_losses(logits_TE, probs_TE, self._counted(logits_TE, ids_TK), ctx)
         if self.training and self.config.bias_rate:
             # This rank's own counts: ranks are summed once a step instead of once a micro-batch.
             self._slots.write(
@@ -166,14 +176,21 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
             metrics=self._bias_metrics(),
         )
 
+    def _counted(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """Returns the ``[T, K]`` experts that the balance loss counts."""
+        if self.config.balance_counts == "chosen":
+            return ids_TK
+        # Scores rise with logits, which tie less often.
+        return logits_TE.detach().topk(ids_TK.shape[1], dim=-1, sorted=False).indices
+
     def _select(self, choice_TE: Tensor, top_k: int) -> Tensor:
         """Returns the ``[T, K]`` experts with the highest selection scores."""
         config, T = self.config, len(choice_TE)
         if config.num_groups > 1:
             size = self.num_experts // config.num_groups
             choice_TGN = choice_TE.view(T, config.num_groups, size)
-            best = min(2, size) if config.group_score == "top2_sum" else 1
-            score_TG = choice_TGN.topk(best, dim=-1).values.sum(-1)
+            best = {"top2_sum": 2, "share_sum": top_k // config.top_groups, "max": 1}[config.group_score]
+            score_TG = choice_TGN.topk(min(best, size), dim=-1).values.sum(-1)
             top_TN = score_TG.topk(config.top_groups, dim=-1, sorted=False).indices
             shut_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter_(1, top_TN, False)
             # Not 0: a biased score may be below it.

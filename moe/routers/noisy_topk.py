@@ -42,7 +42,7 @@ class NoisyTopKConfig(LinearRouterConfig):
     """Coefficient of the squared coefficient of variation of the experts' summed gates."""
     load_coef: float = 0.1
     """Coefficient of the squared coefficient of variation of each expert's expected tokens, were the noise
-    redrawn."""
+    redrawn: by the K-th best of the others (``shazeer``), or of all (``vmoe``)."""
     noise_seed: int = 0
     """Seed of the draws; conf/router follows the run's seed."""
 
@@ -144,25 +144,31 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
         top_k = ctx.top_k(self.top_k)
         if not self.config.load_coef or std_TE is None or top_k == self.num_experts:
             return {}
-        chance_TE = chance_of_selection(logits_TE, noisy_TE, std_TE, top_k)
+        one_bar = self.config.form == "vmoe"
+        chance_TE = chance_of_selection(logits_TE, noisy_TE, std_TE, top_k, one_bar=one_bar)
         return {"load": self.config.load_coef * importance_loss("micro_batch", chance_TE, ctx)}
 
 
-def chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
+def chance_of_selection(
+    logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, *, one_bar: bool = False
+) -> Tensor:
     """Computes the ``[T, E]`` probability that an expert is among the K best if its noise were redrawn.
 
     Shazeer et al., appendix A, Eq. 8-9: the expert must beat the K-th highest noisy logit of the others.
+    V-MoE takes the K-th highest of all as the bar of every expert (appendix A, and its code), so that the
+    chosen ones have to beat the last of themselves.
 
     Args:
         logits_TE: Logits without noise.
         noisy_TE: Logits with noise.
         std_TE: Standard deviation of the noise, above 0.
         top_k: K, below E.
+        one_bar: Takes V-MoE's bar.
     """
     best_TK = noisy_TE.topk(top_k + 1, dim=-1).values
     kth_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
     # An expert at or above the K-th has K - 1 others above it, so the next one below is its bar.
-    bar_TE = torch.where(noisy_TE >= kth_T1, next_T1, kth_T1)
+    bar_TE = kth_T1 if one_bar else torch.where(noisy_TE >= kth_T1, next_T1, kth_T1)
     # Clamped, so that an expert at -infinity has probability 0 and no gradient instead of NaN.
     margin_TE = (logits_TE - bar_TE).clamp(-1e30, 1e30)
     chance_TE: Tensor = torch.special.ndtr(margin_TE / std_TE)

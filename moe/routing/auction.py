@@ -50,10 +50,10 @@ def balanced_assignment(
     """Assigns every expert exactly its number of tokens, with a large sum of affinities.
 
     In a round every expert bids for as many tokens as it has room for: those it holds, and those with the
-    highest affinity minus price. It bids the token's surplus over the best one left out, plus a step; the
-    highest bidder holds the token, and the bid raises its price. Once every token is held, every expert is
-    full. Tokens without an owner after `max_rounds` go to the expert of highest affinity with room, best
-    first (the release continues bidding with other values).
+    highest affinity minus price. It bids the token's surplus over the best one left out, plus a step, and the
+    step alone for a token it holds; the highest bidder holds the token, and the bid raises its price. Once
+    every token is held, every expert is full. Tokens without an owner after `max_rounds` go to the expert of
+    highest affinity with room, best first (the release continues bidding with other values).
 
     The host reads from the device once a round.
 
@@ -102,6 +102,8 @@ def _bids(
     value_EN = torch.where(held_ET, affinity_ET.max(), value_ET).gather(1, order_EN)
     left_out_E1 = value_EN.gather(1, capacity_E.clamp_max(looked_at - 1)[:, None])
     bid_EN = (value_EN - left_out_E1).clamp_min(0) + step
+    # A token that is held costs a step only: at its bidder's full surplus nobody could win it back.
+    bid_EN = torch.where(held_ET.gather(1, order_EN), step, bid_EN)
     wanted_EN = torch.arange(looked_at, device=affinity_ET.device) < capacity_E[:, None]
     return torch.zeros_like(affinity_ET).scatter_(1, order_EN, bid_EN * wanted_EN)
 

@@ -33,7 +33,7 @@ class PermutationConfig(Config):
     """Optimizer steps of the search, from the first on; 1% to 10% of the run is usual. 0: no search, each
     expert keeps its place."""
     entropy_coef: float = 1e-4
-    """Coefficient of the entropy of rows and columns."""
+    """Coefficient of the entropies of all rows and columns, summed."""
     log10_tau_start: float = -3.0
     """Decimal logarithm of the temperature at the first step."""
     log10_tau_end: float = -7.0
@@ -99,7 +99,8 @@ class SoftPermutation:
 
     Attributes:
         matrix_EE: ``[E, E]`` fp64 with row sums of 1; also column sums, if Sinkhorn has converged.
-        entropy: Mean over columns of their entropy, plus mean over rows of theirs, in nats.
+        entropy: Sum over columns of their entropy, plus sum over rows of theirs, in nats. As released: with
+            E experts it is up to ``2 E ln E``.
     """
 
     matrix_EE: Tensor
@@ -143,7 +144,7 @@ class PermutationSearch(nn.Module):
         log_p_EE = log_sinkhorn(self.scores_EE, self.config.temperature(step), self.config.iterations(step))
         log_rows_EE = log_p_EE.log_softmax(1)
         matrix_EE = log_rows_EE.exp()
-        entropy = -(log_p_EE.exp() * log_p_EE).sum(0).mean() - (matrix_EE * log_rows_EE).sum(1).mean()
+        entropy = -(log_p_EE.exp() * log_p_EE).sum() - (matrix_EE * log_rows_EE).sum()
         return SoftPermutation(matrix_EE, entropy)
 
     @torch.no_grad()

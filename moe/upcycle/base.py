@@ -19,6 +19,9 @@ from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_choice import LayerChoice, parse_layers
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 
+#: More than any mixture of feed-forward networks has; a plan has an entry for each.
+_MOST_EXPERTS = 2**16
+
 
 @dataclass(frozen=True)
 class UpcycleConfig(Config):
@@ -40,6 +43,12 @@ class UpcycleConfig(Config):
                 "num_experts",
                 "a mixture has at least two experts",
                 "Set it to 2 or more.",
+            ),
+            (
+                self.num_experts <= _MOST_EXPERTS,
+                "num_experts",
+                f"the number of experts of a layer is at most {_MOST_EXPERTS}",
+                "Set a smaller one.",
             ),
         )
         parse_layers(self.layers)

@@ -52,8 +52,8 @@ class LlamaMoEConfig(UpcycleConfig):
     """``random``; ``cluster``: balanced k-means of the normalised up rows; ``coactivation``: balanced
     partition of the graph of neurons that are active together; ``gradient``: by importance for clusters of
     tokens, each neuron once; ``sharing_inner``: every expert takes its most important neurons, some twice and
-    some never; ``sharing_inter``: neurons that most experts would take are shared, the rest as
-    ``gradient``."""
+    some never; ``sharing_inter``: neurons that most experts would take are shared (taken in rounds, see
+    `moe.upcycle.neuron_split.most_wanted`), the rest as ``gradient``."""
     num_shared: int = 1
     """Width of the shared expert in widths of a routed one, with ``sharing_inter``."""
     cluster_tokens: int = 8192

@@ -66,16 +66,20 @@ def top_groups(score_EF: Tensor, width: int) -> Tensor:
 
 
 def most_wanted(score_EF: Tensor, width: int, count: int) -> Tensor:
-    """Returns the ``[S]`` neurons, ascending, that are among the highest `width` of the most experts.
+    """Returns the ``[S]`` neurons, ascending, that are in turn among the highest `width` of the most experts.
 
-    Ties go to the higher sum of scores (each expert's scores scaled to a sum of 1), then to the lower neuron.
+    As in LLaMA-MoE's release (v1 and v2): all neurons of the highest count are taken (the lower ones, where
+    there is no room for all), the experts' lists are filled up with those that come next, and counted again.
     """
-    E, F = score_EF.shape
-    wanted_F = torch.bincount(top_groups(score_EF, width).flatten(), minlength=F)
-    share_F = (score_EF / score_EF.sum(1, keepdim=True).clamp_min(1e-300)).sum(0)
-    order_F = share_F.argsort(descending=True, stable=True)
-    order_F = order_F[wanted_F[order_F].argsort(descending=True, stable=True)]
-    return order_F[:count].sort().values
+    F = score_EF.shape[1]
+    order_EF = score_EF.argsort(dim=1, descending=True, stable=True)
+    free_F = torch.ones(F, dtype=torch.bool, device=score_EF.device)
+    while (room := count - int((~free_F).sum())) > 0:
+        free_EF = free_F[order_EF]
+        listed_EF = free_EF & (free_EF.cumsum(1) <= width)
+        wanted_F = torch.bincount(order_EF[listed_EF], minlength=F)
+        free_F[(wanted_F == wanted_F.max()).nonzero()[:room, 0]] = False
+    return (~free_F).nonzero().squeeze(1)
 
 
 def coactivation_groups(weight_FF: Tensor, num_experts: int, generator: Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter, aux_loss_coef
 from recipes.models.export.spec import ModelSpec
 
 
@@ -25,5 +25,5 @@ class FlexOlmoExporter(NativeExporter):
             "intermediate_size": moe.expert.width,
             "num_experts": moe.num_experts,
             "norm_topk_prob": moe.router.weights_sum_to_one,
-            "router_aux_loss_coef": moe.router.config.balance_coef,
+            "router_aux_loss_coef": aux_loss_coef(spec),
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe.upcycle.layer_plan import Matrix
-from recipes.models.export.native_format import NativeExporter
+from recipes.models.export.native_format import NativeExporter, aux_loss_coef
 from recipes.models.export.spec import ModelSpec, MoESpec
 
 _MATRIX_NAMES: dict[Matrix, str] = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -40,7 +40,7 @@ class MixtralExporter(NativeExporter):
             "intermediate_size": moe.expert.width,
             "num_local_experts": moe.num_experts,
             "sliding_window": getattr(spec.read, "sliding_window", None),
-            "router_aux_loss_coef": moe.router.config.balance_coef,
+            "router_aux_loss_coef": aux_loss_coef(spec),
             "router_jitter_noise": 0.0,
         }
 

@@ -133,6 +133,16 @@ class NativeExporter(Exporter):
         return NativeUnread(folder)
 
 
+def aux_loss_coef(spec: ModelSpec) -> float:
+    """Returns the coefficient at which transformers' balance loss has the gradients of ours.
+
+    Both are ``E sum f P``. In transformers f counts choices per token, which sum to K and not to 1, and f and
+    P are means over the L layers, not those of one layer: a layer's gradient is K / L of that of ours.
+    """
+    moe = spec.moe_blocks[0]
+    return float(moe.router.config.balance_coef) * len(spec.moe_blocks) / moe.router.top_k
+
+
 def _kind(moe: MoESpec) -> tuple[object, ...]:
     return (moe.router.config, moe.num_experts, moe.expert, moe.shared_width)
 

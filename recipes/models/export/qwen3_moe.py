@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
+from recipes.models.export.native_format import COMMON_KEYS, NativeExporter, aux_loss_coef
 from recipes.models.export.spec import ModelSpec
 
 
@@ -51,7 +51,7 @@ def qwen_values(spec: ModelSpec) -> dict[str, Any]:
         "moe_intermediate_size": moe.expert.width,
         "num_experts": moe.num_experts,
         "norm_topk_prob": moe.router.weights_sum_to_one,
-        "router_aux_loss_coef": moe.router.config.balance_coef,
+        "router_aux_loss_coef": aux_loss_coef(spec),
         "decoder_sparse_step": 1,
         "mlp_only_layers": spec.dense_layers,
         "use_sliding_window": False,

@@ -204,14 +204,61 @@ def test_the_bias_has_no_gradient_and_stays_fp32() -> None:
     assert on_meta.bfloat16().bias_E.dtype == torch.float32
 
 
-def test_balance_loss_counts_what_was_chosen() -> None:
-    # f = [0, 1/2, 1/2, 0] by the biased choice; P = [.75, .5, .9, .8] / 2.95; 4 * (.5 + .9) / 2 / 2.95
-    losses = _router([0, 0.6, 0, 0], balance_coef=0.5)(torch.ones(1, 1), make_context()).losses
-    assert losses["balance"].item() == pytest.approx(0.5 * 2.8 / 2.95, rel=1e-6)
+@pytest.mark.parametrize(
+    ("bias", "fields", "expected"),
+    [
+        # P = [.75, .5, .9, .8] / 2.95. By score f = [0, 0, 1/2, 1/2] whatever the bias or the groups are:
+        # 4 * (.9 + .8) / 2 / 2.95.
+        ([0, 0.6, 0, 0], {}, 3.4),
+        ([0.5, 0, 0, 0], {"num_groups": 2}, 3.4),
+        # By the biased choice f = [0, 1/2, 1/2, 0], and in the first group [1/2, 1/2, 0, 0].
+        ([0, 0.6, 0, 0], {"balance_counts": "chosen"}, 2 * (0.5 + 0.9)),
+        ([0.5, 0, 0, 0], {"num_groups": 2, "balance_counts": "chosen"}, 2 * (0.75 + 0.5)),
+    ],
+)
+def test_choices_that_the_balance_loss_counts(
+    bias: list[float], fields: dict[str, Any], expected: float
+) -> None:
+    router = _router(bias, balance_coef=0.5, **fields)
+    losses = router(torch.ones(1, 1), make_context()).losses
+    assert losses["balance"].item() == pytest.approx(0.5 * expected / 2.95, rel=1e-6)
     # Each sequence by itself: one token is a sequence here, with the same f and P.
     ctx = make_context(token_ids=torch.zeros(3, 1, dtype=torch.long))
-    alone = _router([0, 0.6, 0, 0], balance_coef=0.5)(torch.ones(3, 1), ctx).losses
-    assert alone["balance"].item() == pytest.approx(0.5 * 2.8 / 2.95, rel=1e-6)
+    alone = router(torch.ones(3, 1), ctx).losses
+    assert alone["balance"].item() == pytest.approx(0.5 * expected / 2.95, rel=1e-6)
+
+
+def test_the_sequence_loss_and_the_groups_of_megatron() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    B, S, D, E, K = 3, 40, 8, 24, 6
+    fields: dict[str, Any] = {"num_groups": 4, "top_groups": 2, "top_k": K, "balance_coef": 1.0}
+    x_TD = torch.randn(B * S, D, generator=torch.Generator().manual_seed(0))
+    ctx = make_context(token_ids=torch.zeros(B, S, dtype=torch.long))
+    chosen = {}
+    for group_score in ("share_sum", "top2_sum"):
+        router = make_router(DeepSeekV3Config(group_score=group_score, **fields), D, E)  # type: ignore[arg-type]
+        assert isinstance(router, DeepSeekV3Router)
+        router.bias_E.copy_(torch.linspace(-0.3, 0.3, E))
+        routing = router(x_TD, ctx)
+        chosen[group_score] = torch.zeros(B * S, E).scatter(1, routing.expert_ids_TK, 1).bool()
+    # Theirs for one sequence: E / (K S^2) sum_e count_e sum_t p_te.
+    logits_TE = x_TD @ router.weight_ED.t()
+    map_TE, probs_TE = moe_utils.compute_routing_scores_for_aux_loss(logits_TE, K, "sigmoid")
+    by_sequence = [
+        moe_utils.switch_load_balancing_loss_func(p_SE, m_SE.sum(0), S, K, E, 1.0)
+        for p_SE, m_SE in zip(probs_TE.split(S), map_TE.split(S), strict=True)
+    ]
+    torch.testing.assert_close(routing.losses["balance"], torch.stack(by_sequence).mean())
+    # A group counts its 6 / 2 best in theirs, which are not always the choices by two.
+    _, their_map_TE = moe_utils.topk_routing_with_score_function(
+        logits_TE, K, num_groups=4, group_topk=2, score_function="sigmoid", expert_bias=router.bias_E
+    )
+    assert torch.equal(chosen["share_sum"], their_map_TE)
+    assert not torch.equal(chosen["top2_sum"], their_map_TE)
+
+
+def test_no_loss_without_a_coefficient() -> None:
     assert not _router(balance_coef=0.0)(torch.ones(1, 1), make_context()).losses
 
 
@@ -230,6 +277,7 @@ def test_spread_and_alarm_are_reported() -> None:
         ({"top_groups": 0}, "top_groups=0: "),
         ({"num_groups": 0}, "top_groups=1: .*num_groups=0"),
         ({"routed_scaling": 0.0}, "routed_scaling=0.0: .* Set it above 0"),
+        ({"group_score": "share_sum", "num_groups": 4, "top_groups": 3}, "group_score='share_sum': .*share"),
         ({"bias_rate": -1e-3}, "bias_rate=-0.001: .* Set it to 0 or more"),
     ],
 )
@@ -262,6 +310,7 @@ def test_what_does_not_fit_the_experts(fields: dict[str, Any], E: int, message: 
 
 GROUPED = [
     DeepSeekV3Config(num_groups=2, bias_rate=0.01),
+    DeepSeekV3Config(num_groups=4, top_groups=2, group_score="share_sum", balance_counts="chosen"),
     DeepSeekV3Config(num_groups=4, top_groups=3, score="softmax", group_score="max", renormalise=False),
 ]
 

@@ -78,6 +78,30 @@ def test_chance_of_selection_worked_by_hand() -> None:
     assert chance_of_selection(logits, noisy, std, 2)[0].tolist() == pytest.approx(expected, abs=1e-7)
 
 
+def test_vmoe_has_one_bar_for_all_experts() -> None:
+    # As above, but the bar of K = 2 is the second best of all, 0.5, also for the two that are in:
+    # Phi((1 - 0.5) / 1), Phi((0 - 0.5) / 2), Phi((-1 - 0.5) / 0.5).
+    logits, noisy = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[0.5, 1.5, -1.0]])
+    std = torch.tensor([[1.0, 2.0, 0.5]])
+    expected = [0.5 * (1 + math.erf(z / math.sqrt(2))) for z in (0.5, -0.25, -3.0)]
+    found_TE = chance_of_selection(logits, noisy, std, 2, one_bar=True)
+    assert found_TE[0].tolist() == pytest.approx(expected, abs=1e-7)
+    # The router's loss is the squared coefficient of variation of these sums over tokens.
+    router = make_router(NoisyTopKConfig(form="vmoe", importance_coef=0.0, load_coef=1.0), 6, 4)
+    x_TD = tokens()
+    router.zero_grad()
+    logits_TE = router.logits(x_TD)
+    noisy_TE = router._add_noise(logits_TE, torch.full_like(logits_TE, 1 / 4), make_context())
+    bar_T1 = noisy_TE.sort(dim=1, descending=True).values[:, 1:2]
+    chance_TE = 0.5 * (1 + torch.erf((logits_TE - bar_T1) / (1 / 4) / math.sqrt(2)))
+    sums = chance_TE.sum(0).double()
+    theirs = sums.var(correction=0) / sums.mean() ** 2
+    loss = router(x_TD, make_context()).losses["load"]
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    pair = [torch.autograd.grad(value, router.weight_ED)[0] for value in (loss, theirs)]
+    torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-6)
+
+
 def test_chance_of_selection_is_the_share_of_redrawn_noise() -> None:
     E, K, num = 5, 2, 20000
     g = torch.Generator().manual_seed(0)

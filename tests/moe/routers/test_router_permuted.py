@@ -100,8 +100,8 @@ def test_a_soft_permutation_worked_by_hand() -> None:
     assert _weights(routing) == pytest.approx([1 / 3] * 3, rel=1e-6)
     assert routing.metrics["active_experts"] == 3
     assert routing.metrics["permutation_hardness"].item() == pytest.approx(1 / 3)
-    # ln 3 a column and ln 3 a row, with the coefficient of 1e-4; the inner router's loss is there as well.
-    assert routing.losses["permutation"].item() == pytest.approx(2e-4 * 1.0986123, rel=1e-6)
+    # ln 3 for each of 3 columns and 3 rows, at the coefficient 1e-4; the inner loss is there as well.
+    assert routing.losses["permutation"].item() == pytest.approx(6e-4 * 1.0986123, rel=1e-6)
     assert routing.losses["balance"].item() > 0
     # Two blocks, so that rows are (1, 0, 0) and twice (0, 1/2, 1/2): 3/8 and half of 5/8 each.
     with torch.no_grad():

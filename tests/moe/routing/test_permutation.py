@@ -96,8 +96,8 @@ def test_the_soft_matrix_worked_by_hand() -> None:
     def entropy(*p: float) -> float:
         return -sum(q * math.log(q) for q in p)
 
-    columns = (entropy(8 / 13, 5 / 13) + entropy(2 / 7, 5 / 7)) / 2
-    rows = (entropy(56 / 82, 26 / 82) + entropy(7 / 20, 13 / 20)) / 2
+    columns = entropy(8 / 13, 5 / 13) + entropy(2 / 7, 5 / 7)
+    rows = entropy(56 / 82, 26 / 82) + entropy(7 / 20, 13 / 20)
     assert found.entropy.item() == pytest.approx(columns + rows, rel=1e-6)
 
 
@@ -177,4 +177,4 @@ def test_a_search_finds_the_permutation_that_the_loss_wants(
     with capsys.disabled():
         print(f"\nsearch from log10 tau {tau_start}: cost {first:.3f} -> {last:.3f}, lowest {lowest:.3f}")
     assert search.is_frozen and last < first
-    assert last == pytest.approx(lowest) or tau_start == -3.0
+    assert last == pytest.approx(lowest, rel=0.01) or tau_start == -3.0

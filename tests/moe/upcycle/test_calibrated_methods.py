@@ -111,17 +111,17 @@ def test_llama_moe_by_importance() -> None:
 
 
 def test_what_most_experts_want_is_shared() -> None:
-    # Parts of 2 of 6 neurons. Tops: {0, 1} and {1, 2}: neuron 1 for both; of neurons 0 and 2, 0 has the
-    # larger share (5/11.5 against 0.5/11.5 + 4/12).
+    # Parts of 2 of 6 neurons. Lists: {0, 1} and {1, 2}: neuron 1 is on both. Without it {0, 2} and {2, 4}:
+    # neuron 2 is.
     score = torch.tensor([[5.0, 6.0, 0.5, 0.0, 0.0, 0.0], [0.0, 6.0, 4.0, 0.0, 2.0, 0.0]])
     groups, shared = share_and_divide(score, 1)
-    assert shared.tolist() == [0, 1]
-    # Of neurons 2 to 5: 4 to expert 1 (neuron 2), 2 to expert 1 (neuron 4); the rest to expert 0.
-    assert groups.tolist() == [[3, 5], [2, 4]]
+    assert shared.tolist() == [1, 2]
+    # Of neurons 0, 3, 4, 5: 5 to expert 0 (neuron 0), 2 to expert 1 (neuron 4); the rest in order.
+    assert groups.tolist() == [[0, 3], [4, 5]]
     plan = plan_of(
         LlamaMoEConfig(num_experts=2, split="sharing_inter"), {"importance_EF": score}, 6, TopKConfig()
     )
-    assert neurons(plan.shared) == [0, 1] and plan.shared is not None
+    assert neurons(plan.shared) == [1, 2] and plan.shared is not None
     # The shared expert has the dense bias, and no factor.
     assert plan.shared.scale == {} and plan.shared.down_bias == 1.0
     assert all(expert.down_bias == 0.0 and expert.scale == {"down": 1.0} for expert in plan.experts)
@@ -132,7 +132,7 @@ def test_v2_begins_its_router_at_the_centroids() -> None:
     centroids = torch.tensor([[3.0], [1.0]])
     found = {"importance_EF": score, "centroids_ED": centroids}
     plan = plan_of(LlamaMoEV2Config(num_experts=2), found, 6)
-    assert neurons(plan.shared) == [0, 1] and [neurons(e) for e in plan.experts] == [[3, 5], [2, 4]]
+    assert neurons(plan.shared) == [1, 2] and [neurons(e) for e in plan.experts] == [[0, 3], [4, 5]]
     # Divided by the mean of 9 and 1.
     assert torch.equal(plan.router.rows_ED, centroids / 5)  # type: ignore[arg-type]
     # Two experts of a share of a half each: the factor makes them 1.

@@ -5,6 +5,7 @@ Letters: E experts, F neurons.
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import pytest
@@ -21,6 +22,7 @@ from moe.upcycle.neuron_split import (
     snake_groups,
     top_groups,
 )
+from tests.grid import each
 
 
 def is_partition(groups_EM: Tensor, width: int) -> bool:
@@ -68,10 +70,28 @@ def test_greedy_by_hand() -> None:
 def test_top_groups_and_most_wanted_by_hand() -> None:
     score = torch.tensor([[5.0, 4.0, 0.0, 1.0], [0.0, 4.0, 5.0, 1.0], [0.0, 6.0, 1.0, 3.0]])
     assert top_groups(score, 2).tolist() == [[0, 1], [1, 2], [1, 3]]
-    # Neuron 1 is wanted by three. Of those wanted by one, shares of each expert's sum: neuron 0: 5/10,
-    # neuron 2: 5/10 + 1/10, neuron 3: 1/10 + 1/10 + 3/10.
+    # Neuron 1 is on three lists. Without it they are {0, 3}, {2, 3}, {2, 3}: neuron 3 is on three. Without
+    # that all lists are {0, 2}, of which the lower is taken first.
     assert most_wanted(score, 2, 1).tolist() == [1]
-    assert most_wanted(score, 2, 2).tolist() == [1, 2]
+    assert most_wanted(score, 2, 2).tolist() == [1, 3]
+    assert most_wanted(score, 2, 3).tolist() == [0, 1, 3]
+    assert most_wanted(score, 2, 4).tolist() == [0, 1, 2, 3]
+    # Everything ties: lower neurons.
+    assert most_wanted(torch.zeros(3, 6), 2, 3).tolist() == [0, 1, 2]
+
+
+@each("seed", range(4))
+def test_most_wanted_by_lists(seed: int) -> None:
+    # The rule with plain lists: 5 experts of 6 neurons of 36, 6 shared.
+    score = torch.rand(5, 36, generator=torch.Generator().manual_seed(seed))
+    lists = [sorted(range(36), key=row.__getitem__, reverse=True) for row in score.tolist()]
+    shared: list[int] = []
+    while len(shared) < 6:
+        counts = collections.Counter(neuron for ranked in lists for neuron in ranked[:6])
+        most = max(counts.values())
+        shared += sorted(n for n in counts if counts[n] == most)[: 6 - len(shared)]
+        lists = [[n for n in ranked if n not in shared] for ranked in lists]
+    assert most_wanted(score, 6, 6).tolist() == sorted(shared)
 
 
 def cut_of(weight_FF: Tensor, groups_EM: Tensor) -> float:

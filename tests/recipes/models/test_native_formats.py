@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe.dispatch.local import LocalDispatcher
 from moe.experts.shared import SharedExpert
@@ -24,6 +25,8 @@ from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export
 from recipes.models.hf.hf_model import HFModel, load_model
 from tests.conftest import MakeCheckpoint
+from tests.grid import each
+from tests.moe.routers.routing_cases import make_context, make_router
 from tests.recipes.models.test_exporters import assert_same_logits, names_in, reload
 from tests.recipes.models.whole_surgery import Surgery, swap
 
@@ -83,6 +86,30 @@ def moe_in(folder: Path, layers: str, router: RouterConfig, shared_quarters: int
                 layer.shared = SharedExpert(FFNWeights(up, down, layer.experts.activation, gate))
     model.module.eval()
     return model
+
+
+@each(
+    ("family", "layers", "num"),
+    [("llama", "all", 3), ("qwen2", "last:1", 1), ("qwen3", "all", 3), ("olmo2", "all", 3)],
+)
+@each("top_k", [2, 3])
+def test_transformers_balance_loss_has_the_same_gradients(
+    make_checkpoint: MakeCheckpoint, family: str, layers: str, num: int, top_k: int
+) -> None:
+    config = TopKConfig(top_k=top_k, balance_coef=0.02)
+    spec = describe_model(moe_in(make_checkpoint(family), layers, config, 0))
+    exporter, _ = choose_exporter(spec)
+    assert len(spec.moe_blocks) == num
+    router = make_router(config, 6, 4)
+    x_TD = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    ours = torch.autograd.grad(router(x_TD, make_context()).losses["balance"], router.weight_ED)[0]
+    # All layers alike, each with a router of its own.
+    weights = [router.weight_ED.detach().clone().requires_grad_() for _ in range(num)]
+    logits = tuple(x_TD @ weight_ED.t() for weight_ED in weights)
+    loss = load_balancing_loss_func(logits, num_experts=4, top_k=top_k)
+    coefficient = exporter.config(spec)["router_aux_loss_coef"]
+    for theirs in torch.autograd.grad(coefficient * loss, weights):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
