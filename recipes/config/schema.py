@@ -36,6 +36,10 @@ T = TypeVar("T")
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+# File systems take 255, of which temporary names need some.
+_MOST_NAME_BYTES = 200
+
+
 @dataclass(frozen=True)
 class RunSection(Config):
     """Name of the run."""
@@ -51,6 +55,13 @@ class RunSection(Config):
                 "name",
                 "must be a plain name",
                 "Choose its place by output_dir.",
+            ),
+            (
+                self.name is None
+                or (len(self.name.encode()) <= _MOST_NAME_BYTES and self.name.isprintable()),
+                "name",
+                f"has at most {_MOST_NAME_BYTES} bytes, all of them printable: it names a folder",
+                "Shorten it.",
             ),
         )
 

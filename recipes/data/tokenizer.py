@@ -33,6 +33,17 @@ def check_tokenizer(
         vocab_size: Rows of the model's embedding; None skips the comparison.
         where: The config path or flag named in mistakes.
     """
+    mistakes = _check_files(tokenizer_dir, vocab_size, where)
+    if mistakes:
+        return mistakes
+    try:
+        _load(tokenizer_dir, where)
+    except DataError as error:
+        return list(error.mistakes)
+    return []
+
+
+def _check_files(tokenizer_dir: str | Path, vocab_size: int | None, where: str) -> list[Mistake]:
     folder = Path(tokenizer_dir).expanduser()
     if not folder.is_dir():
         return [
@@ -73,15 +84,10 @@ def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTok
     Raises:
         DataError: There is none, or it has no end-of-sequence token although one is to be appended.
     """
-    mistakes = check_tokenizer(tokenizer_dir)
+    mistakes = _check_files(tokenizer_dir, None, "tokenizer")
     if mistakes:
         raise DataError(mistakes)
-    try:
-        tokenizer = _auto_tokenizer(Path(tokenizer_dir).expanduser())
-    except Exception as error:  # whatever transformers makes of settings that it does not understand
-        rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
-        remedy = "Fetch or save its files again; code of its own is not run."
-        raise DataError.one("tokenizer", str(tokenizer_dir), rule, remedy) from error
+    tokenizer = _load(tokenizer_dir, "tokenizer")
     if append_eos and tokenizer.eos_token_id is None:
         raise DataError.one(
             "tokenizer",
@@ -139,6 +145,15 @@ def _largest_base_id(folder: Path) -> int:
         vocabulary = tokenizer.get_vocab(with_added_tokens=False) or tokenizer.get_vocab()
         return max(vocabulary.values(), default=-1)
     return _auto_tokenizer(folder).vocab_size - 1
+
+
+def _load(tokenizer_dir: str | Path, where: str) -> PreTrainedTokenizerBase:
+    try:
+        return _auto_tokenizer(Path(tokenizer_dir).expanduser())
+    except Exception as error:  # whatever transformers makes of settings that it does not understand
+        rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
+        remedy = "Fetch or save its files again; code of its own is not run."
+        raise DataError.one(where, str(tokenizer_dir), rule, remedy) from error
 
 
 def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

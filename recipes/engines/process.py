@@ -23,6 +23,9 @@ from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.rendezvous import join
 
+# OpenMP ends the process without a word where the system has no room for its threads.
+_MOST_THREADS = 4096
+
 
 @dataclass(frozen=True)
 class ProcessConfig(EngineConfig):
@@ -46,9 +49,9 @@ class ProcessConfig(EngineConfig):
         """Returns the rules of the options."""
         return [
             (
-                self.threads == "auto" or self.threads >= 1,
+                self.threads == "auto" or 1 <= self.threads <= _MOST_THREADS,
                 "threads",
-                "must be at least 1",
+                f"must be 1 to {_MOST_THREADS}",
                 "Or leave it at auto.",
             ),
             (

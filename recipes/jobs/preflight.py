@@ -212,6 +212,11 @@ def check_run_dir(config: RunConfig) -> list[Mistake]:
         choose_run_dir(config, Launch.of_this_process())
     except UserError as error:
         return list(error.mistakes)
+    except (OSError, ValueError) as error:
+        if check_folders(config):
+            return []  # said of the folder already
+        rule = f"it is no path ({error})"
+        return [Mistake("resume", config.resume, rule, "Give a run directory, auto or none.")]
     return []
 
 
