@@ -16,8 +16,8 @@ from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.layers import DenseFFNShape, ModelShape
 from moe.attention.routed_attention import AttentionExperts
 
-# Parameters with two axes that are no matrices: the decay of a state-space model.
-ELEMENTWISE = frozenset({"A_log"})
+# Parameters with two axes that are no matrices: a state-space model's decay, a router's balancing bias.
+ELEMENTWISE = frozenset({"A_log", "e_score_correction_bias"})
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
         self._load_history = StepSums()
         self._importance_history = StepSums()
 
+    def balance_value(self, probs_TE: Tensor, ids_TK: Tensor, ctx: LayerContext) -> Tensor:
+        """Computes the balance loss without its coefficient; the Switch loss unless a router has another."""
+        return balance_loss(self.config.balance_scope, probs_TE, ids_TK, ctx, self._load_history)
+
     def balance_losses(
         self,
         logits_TE: Tensor,
@@ -75,8 +79,7 @@ class LinearRouter(ProjectionRouter[LinearConfigT], Generic[LinearConfigT]):
         losses: dict[str, Tensor] = {}
         config, mask_T = self.config, ctx.token_mask_T(len(ids_TK))
         if config.balance_coef:
-            value = balance_loss(config.balance_scope, probs_TE, ids_TK, ctx, self._load_history)
-            losses["balance"] = config.balance_coef * value
+            losses["balance"] = config.balance_coef * self.balance_value(probs_TE, ids_TK, ctx)
         if config.importance_coef:
             gates_TE = probs_TE if gates_TE is None else gates_TE
             value = importance_loss(config.balance_scope, gates_TE, ctx, self._importance_history)

@@ -1,8 +1,10 @@
 """Quantile balancing: thresholds follow the quantiles of the experts' scores; causal, without a loss.
 
-Source: Su, "MoE Odyssey" (kexue.fm 11619: K experts for every token; 11626: a token uses every expert whose
-threshold it exceeds), known to us from notes. Reconstructed: the guard for tokens without an expert, the
-cap, and plain top-k until the first step has set the thresholds.
+Sources: Su, "MoE Odyssey" (kexue.fm 11619: K experts for every token; 11626: a token uses every expert whose
+threshold it exceeds), known to us from notes, and Megatron-LM's code (``quantile_balancing``, for K experts).
+Megatron does one iteration a micro-batch and, by default, keeps nothing of the old threshold: ``iterations:
+1, decay: 0``. The moving average is that of 11626. Ours: five iterations, the guard for tokens without an
+expert, the cap, and plain top-k until the first step has set the thresholds.
 
 Letters: T tokens, D model width, E experts, K slots a token.
 """
@@ -38,9 +40,10 @@ class QuantileConfig(ProjectionConfig):
     renormalise: bool = True
     """Divide the chosen scores by their sum. Copied experts are exact only when weights sum to 1."""
     iterations: int = 5
-    """Iterations of quantile balancing a micro-batch, when fixed."""
-    decay: float = 0.9
-    """Share of the old threshold that a step keeps."""
+    """Iterations of quantile balancing a micro-batch, when fixed; 1 in Su's text and in Megatron's code."""
+    decay: float | None = None
+    """Share of the old threshold that a step keeps. null takes the sources': 0 when fixed (Megatron's code)
+    and 0.9 when dynamic (Su's text)."""
     max_experts: int | None = None
     """Upper bound on a token's experts, when dynamic: its best by margin. null: no limit."""
 
@@ -56,7 +59,7 @@ class QuantileConfig(ProjectionConfig):
             ),
             (self.iterations >= 1, "iterations", "nothing would balance", "Set it to 1 or more."),
             (
-                0 <= self.decay < 1,
+                self.decay is None or 0 <= self.decay < 1,
                 "decay",
                 "a threshold keeps a share of itself that is below 1",
                 "Set it to 0.9.",
@@ -68,6 +71,13 @@ class QuantileConfig(ProjectionConfig):
                 "Set it to more than that, or to null.",
             ),
         )
+
+    @property
+    def share_kept(self) -> float:
+        """Share of the old threshold that a step keeps."""
+        if self.decay is not None:
+            return self.decay
+        return 0.0 if self.mode == "fixed" else 0.9
 
 
 class QuantileRouter(ProjectionRouter[QuantileConfig]):
@@ -86,7 +96,7 @@ class QuantileRouter(ProjectionRouter[QuantileConfig]):
     def create_parameters(self) -> None:
         """Registers projection and thresholds."""
         super().create_parameters()
-        self.threshold = MovingThreshold(self.num_experts, self.config.decay)
+        self.threshold = MovingThreshold(self.num_experts, self.config.share_kept)
 
     @property
     def weights_sum_to_one(self) -> bool:

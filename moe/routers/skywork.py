@@ -1,8 +1,9 @@
 """Skywork-MoE's routing: normalised logits, and a balance coefficient that tracks each layer's imbalance.
 
 Source: Skywork-MoE (arXiv 2406.06563, sections on gating logit normalisation and adaptive auxiliary loss
-coefficients); constants from notes of it. Our choices, as its text was not at hand: the standard deviation is
-the population's, weights are renormalised, and the drop rate is computed as if experts had a capacity.
+coefficients). Lambda = 1, xi = 1/5, alpha_max = 0.01, beta = 0.99, the router's bias, the renormalised
+weights and the loss of Eq. 4 are the report's. Ours: the standard deviation is the population's, and the drop
+rate is computed as if experts had a capacity.
 
 Letters: T tokens, E experts, K experts a token.
 """
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from moe.errors import Mistake, require
 from moe.routers.base import FILED_BY_STEP
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routers.projection import select_top_k
 from moe.routing.balance import count_load
+from moe.routing.load_importance import importance_loss
 from moe.routing.step_state import Fp32Buffers, StepSums
 from moe.types import LayerContext, Routing
 
@@ -32,6 +34,11 @@ class SkyworkConfig(LinearRouterConfig):
     """Config of `SkyworkRouter`. ``balance_coef`` is the coefficient's initial value; 0: no loss."""
 
     name: Literal["skywork"] = "skywork"
+    bias: bool = True
+    """Learn a bias for each expert beside the projection, from 0; the report's router has one."""
+    balance_form: Literal["squares", "switch"] = "squares"
+    """``squares``: the report's ``sum_e (1/E - P_e)^2`` with P the mean probabilities (Eq. 4). ``switch``:
+    the Switch loss, which counts choices."""
     logit_scale: float = 1.0
     """Lambda: standard deviation of a token's logits after normalisation; larger is sharper."""
     renormalise: bool = True
@@ -78,6 +85,7 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
     """Router by top-k of ``softmax(lambda (z - mean) / std)``, with mean and std over a token's logits.
 
     Attributes:
+        bias_E: ``[E]``; None without ``bias``.
         balance_alpha: ``[1]`` fp32, the present balance coefficient; saved with the model.
     """
 
@@ -89,8 +97,9 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
     balance_alpha: Tensor
 
     def create_parameters(self) -> None:
-        """Registers projection and balance coefficient."""
+        """Registers projection, bias and balance coefficient."""
         super().create_parameters()
+        self.bias_E = nn.Parameter(torch.empty(self.num_experts)) if self.config.bias else None
         alpha = torch.full((1,), self.config.balance_coef, dtype=torch.float32)
         self.register_buffer("balance_alpha", alpha)
         self._slots = StepSums()
@@ -115,8 +124,10 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
         return self.config.renormalise
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """Draws normal weights; sets the balance coefficient to the config's."""
+        """Draws normal weights; sets the bias to 0 and the balance coefficient to the config's."""
         super().reset_parameters(generator)
+        if self.bias_E is not None:
+            nn.init.zeros_(self.bias_E)
         self.balance_alpha.fill_(self.config.balance_coef)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Routing:
@@ -145,6 +156,19 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
             # A copy, as the buffer moves after the step that is reported.
             metrics={"balance_alpha": self.balance_alpha[0].clone()} if self._adapts else {},
         )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Returns the logits, with the bias."""
+        logits_TE = super().logits(x_TD)
+        return logits_TE if self.bias_E is None else logits_TE + self.bias_E.to(logits_TE.dtype)
+
+    def balance_value(self, probs_TE: Tensor, ids_TK: Tensor, ctx: LayerContext) -> Tensor:
+        """Computes the report's loss, or the Switch loss."""
+        if self.config.balance_form == "switch":
+            return super().balance_value(probs_TE, ids_TK, ctx)
+        # As probabilities sum to 1, sum (1/E - P)^2 is their squared coefficient of variation over E.
+        scope = self.config.balance_scope
+        return importance_loss(scope, probs_TE, ctx, self._load_history) / self.num_experts
 
     @property
     def _adapts(self) -> bool:

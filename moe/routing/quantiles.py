@@ -1,6 +1,7 @@
 """Thresholds between the chosen and the rest, and quantile balancing: biases that even out counts.
 
-Source: Su, "MoE Odyssey" on quantile balancing (kexue.fm 11619 fixed, 11626 dynamic), known to us from notes.
+Sources: Su, "MoE Odyssey" on quantile balancing (kexue.fm 11619 fixed, 11626 dynamic), known to us from
+notes. Megatron-LM's code takes the best token left out as the threshold; here it is halfway to that one.
 
 Letters: T tokens, E experts.
 """

@@ -2,9 +2,10 @@
 
 A share of each expert's neurons gets fresh weights from a normal distribution with the dense matrix's mean
 and deviation, so that experts differ from the first step on. The paper draws one set of neurons for the three
-matrices of an expert. The released code (``conversions/drop_upcycling.py``) also permutes the neurons, draws
-a separate set for each matrix, and uses mean and deviation of the replaced weights: at a ratio of 0.5 an
-eighth of the neurons then stays whole, instead of half.
+matrices of an expert: that is the default here. The experiments drew a separate set for each matrix, as its
+author says and as the released code (``conversions/drop_upcycling.py``) does, which also permutes the neurons
+and uses mean and deviation of the replaced weights: at a ratio of 0.5 an eighth of the neurons then stays
+whole, instead of half. That is ``independent: true``.
 
 Letters: F width.
 """
@@ -36,7 +37,8 @@ class DropConfig(UpcycleConfig):
     noise_std: float = 0.02
     """Standard deviation of the noise."""
     independent: bool = False
-    """Change each matrix at neurons of its own, as in the released code."""
+    """Change each matrix at neurons of its own, as in the released code and the paper's experiments; false
+    is the paper's text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

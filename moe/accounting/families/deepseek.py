@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (R1), with latent attention; GLM-4-MoE, with grouped-query attention."""
+"""DeepSeek V2 and V3 (R1), with latent attention; GLM-4-MoE and dots.llm1, with grouped-query attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moe.accounting.families.reading import (
     attention_bias,
     decoder_family,
     grouped_attention,
+    listed_window,
     reject,
 )
 from moe.accounting.layers import DenseFFNShape, ModelShape, MoEShape
@@ -38,6 +39,14 @@ def _deepseek(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
 def _glm4_moe(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
     norm: QKNorm = "head" if config.get("use_qk_norm") else "none"
     return grouped_attention(config, bias=attention_bias(config), qk_norm=norm), _ffn(config, index)
+
+
+def _dots1(config: LayerConfig, index: int) -> tuple[Mixer, FFN]:
+    bias = attention_bias(config)
+    slides = bool(config.get("sliding_window")) and index >= config.get("max_window_layers", 62)
+    window = listed_window(config, index, otherwise=slides)
+    attention = grouped_attention(config, window=window, bias=bias, output_bias=bias, qk_norm="head")
+    return attention, _ffn(config, index)
 
 
 def _ffn(config: LayerConfig, index: int, *, bias: bool = False) -> FFN:
@@ -80,5 +89,6 @@ _V2 = replace(
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": _V2,
     "deepseek_v3": _with_next_tokens(_V2),
+    "dots1": decoder_family(_dots1, (*_ROUTED, "n_shared_experts")),
     "glm4_moe": _with_next_tokens(decoder_family(_glm4_moe, (*_ROUTED, "n_shared_experts"))),
 }

@@ -55,6 +55,14 @@ JAMBA = {
     "mamba_dt_rank": 5,
     "use_mamba_kernels": False,
 }
+ERNIE = {
+    "moe_num_experts": 6,
+    "moe_k": 3,
+    "moe_intermediate_size": 14,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_interval": 1,
+}
 DBRX_SMALL: dict[str, Any] = {
     "d_model": 24,
     "n_heads": 4,
@@ -128,11 +136,22 @@ SMALL_CASES = (
         attention_chunk_size=3,
     ),
     Case("dbrx", DBRX_SMALL, "small"),
+    _small("dots1", **GROUPED, n_shared_experts=2, head_dim=8, attention_bias=True),
+    _small("granitemoe", **MIXTRAL_EXPERTS, attention_bias=True),
+    _small("granitemoeshared", **MIXTRAL_EXPERTS, shared_intermediate_size=22, tie_word_embeddings=True),
+    _small("granitemoeshared", "unshared", **MIXTRAL_EXPERTS, shared_intermediate_size=0),
+    _small("minimax_m2", **MIXTRAL_EXPERTS, head_dim=8),
+    _small("hunyuan_v1_moe", num_experts=6, moe_topk=3, head_dim=8),
+    _small("hunyuan_v1_moe", "biased", num_experts=6, moe_topk=3, attention_bias=True, head_dim=8),
+    _small("ernie4_5_moe", **ERNIE),
+    _small("ernie4_5_moe", "biased", **{**ERNIE, "moe_layer_interval": 2}, use_bias=True, head_dim=8),
+    _small("ernie4_5_moe", "untied", **ERNIE, moe_layer_end_index=3, tie_word_embeddings=False),
     _small("jamba", **JAMBA),
     _small("jamba", "biased", **JAMBA, mamba_proj_bias=True, mamba_conv_bias=False),
 )
 
-# Published as the defaults of the config class; DeepSeek-V2's own lack the experts a token uses.
+# Published as the defaults of the config class; DeepSeek-V2's own lack the experts a token uses, dots.llm1's
+# the experts, and Hunyuan's the width of a head.
 DEFAULT_CASES = (
     *(
         Case(family, {}, "default")
@@ -156,12 +175,18 @@ DEFAULT_CASES = (
             "phi3",
             "phimoe",
             "deepseek_v3",
+            "ernie4_5_moe",
             "glm4_moe",
             "gpt_oss",
+            "granitemoe",
+            "granitemoeshared",
+            "minimax_m2",
             "llama4_text",
             "jamba",
         )
     ),
     Case("deepseek_v2", {"num_experts_per_tok": 6}, "default"),
+    Case("dots1", {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2}, "default"),
+    Case("hunyuan_v1_moe", {"head_dim": 128}, "default"),
     Case("dbrx", DBRX_DEFAULT, "default"),
 )

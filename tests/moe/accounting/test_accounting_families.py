@@ -31,9 +31,10 @@ def build(case: Case) -> tuple[Mapping[str, Any], nn.Module]:
 def experts_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """E and K as the config's own keys say, whatever they are called; (1, 1) for a dense model."""
     ffn = config.get("ffn_config") or {}
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     experts = next((config[name] for name in names if config.get(name)), ffn.get("moe_num_experts", 1))
-    return experts, config.get("num_experts_per_tok") or ffn.get("moe_top_k", 1)
+    used = ("num_experts_per_tok", "moe_topk", "moe_k")
+    return experts, next((config[name] for name in used if config.get(name)), ffn.get("moe_top_k", 1))
 
 
 @pytest.mark.parametrize("case", (*SMALL_CASES, *DEFAULT_CASES), ids=str)

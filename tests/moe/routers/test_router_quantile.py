@@ -135,6 +135,21 @@ def test_the_next_step_uses_the_thresholds_of_this_one() -> None:
     assert router.threshold.value_N.tolist() == [1.25, -1.25] and router.threshold.steps == 2
 
 
+def test_what_the_sources_keep_of_old_thresholds() -> None:
+    """Megatron's fixed thresholds are those of the last step alone, Su's dynamic ones keep nine tenths."""
+    assert QuantileConfig().share_kept == 0 and QuantileConfig(mode="dynamic").share_kept == 0.9
+    assert QuantileConfig(decay=0.5).share_kept == QuantileConfig(mode="dynamic", decay=0.5).share_kept == 0.5
+    router = _router(top_k=1, renormalise=False, iterations=1)
+    for step, x_TD in enumerate(([[4.0, 0.0], [3.0, 2.0]], [[0.0, 4.0], [2.0, 3.0]])):
+        router(torch.tensor(x_TD), make_context(step=step))
+        router.after_optimizer_step(make_context(step=step + 1))
+        if step == 0:
+            assert router.threshold.value_N.tolist() == [1.25, -1.25]
+    # s - beta = [[-1.25, 5.25], [.75, 4.25]], alpha = [-1.25, .75], s - alpha = [[1.25, 5.25], [1.25, 2.25]]:
+    # column 0 ties at 1.25, column 1 is halfway at 3.75; less their mean 2.5. Of the old nothing is left.
+    assert router.threshold.value_N.tolist() == [-1.25, 1.25]
+
+
 def test_dynamic_thresholds_move_by_their_decay() -> None:
     router = _router(mode="dynamic", top_k=1, renormalise=False, decay=0.75)
     for step, scale in enumerate((1.0, 2.0)):

@@ -40,6 +40,38 @@ def test_normalised_logits_worked_by_hand() -> None:
     assert shut[0, 4] == -torch.inf
 
 
+def test_the_loss_worked_by_hand() -> None:
+    # Two tokens, to x and -x: P = [(a + b) / 2, (c + d) / 2, (d + c) / 2, (b + a) / 2] with a, b the softmax
+    # of 1 and -1 over sqrt 5, c of -3, d of 3.
+    exps = [math.exp(z / R5) for z in (1, -3, 3, -1)]
+    p = [(exps[i] + exps[3 - i]) / 2 / sum(exps) for i in range(4)]
+    expected = sum((1 / 4 - value) ** 2 for value in p)
+    ctx, x_TD = make_context(), torch.tensor([[1.0], [-1.0]])
+    found = _router(balance_coef=0.5)(x_TD, ctx).losses["balance"]
+    assert found.item() == pytest.approx(0.5 * expected, rel=1e-4)
+    # Each sequence by itself: a token each.
+    ctx = make_context(token_ids=torch.zeros(2, 1, dtype=torch.long))
+    alone = _router(balance_coef=0.5, balance_scope="sequence")(x_TD, ctx).losses["balance"]
+    own = sum((1 / 4 - value / sum(exps)) ** 2 for value in exps)
+    assert alone.item() == pytest.approx(0.5 * own, rel=1e-4)
+    # The Switch loss counts: x goes to experts 2 and 0, -x to 1 and 3, so that f is even.
+    switch = _router(balance_coef=0.5, balance_form="switch")(x_TD, make_context()).losses["balance"]
+    assert switch.item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_the_bias_joins_the_logits() -> None:
+    router = _router()
+    assert router.bias_E is not None and not router.bias_E.any()
+    with torch.no_grad():
+        router.bias_E.copy_(torch.tensor([-4.0, 9.0, -6.0, 2.0]))
+    # Logits 0, 9, 0, 4: experts 1 and 3.
+    routing = router(torch.ones(1, 1), make_context())
+    assert sorted(routing.expert_ids_TK[0].tolist()) == [1, 3]
+    routing.weights_TK[0, 0].backward()
+    assert router.bias_E.grad is not None and router.bias_E.grad.any()
+    assert set(_router(bias=False).state_dict()) == {"weight_ED", "balance_alpha"}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("fields", "scale", "renormalised"),
@@ -100,7 +132,7 @@ def test_coefficient_steps_worked_by_hand() -> None:
 def test_the_coefficient_is_per_layer_fp32_and_saved() -> None:
     router = _router(balance_coef=0.01)
     router.balance_alpha.fill_(0.012345)
-    assert set(router.state_dict()) == {"weight_ED", "balance_alpha"}
+    assert set(router.state_dict()) == {"weight_ED", "bias_E", "balance_alpha"}
     assert router.bfloat16().balance_alpha.item() == pytest.approx(0.012345, rel=1e-7)
     assert router.double().balance_alpha.dtype == torch.float32
 
