@@ -15,6 +15,7 @@ from torch import nn
 from moe.accounting.attention_experts import AttentionExpertsShape
 from moe.accounting.layers import DenseFFNShape, ModelShape
 from moe.attention.routed_attention import AttentionExperts
+from moe.errors import ConfigError
 
 # Parameters with two axes that are no matrices: a state-space model's decay, a router's balancing bias.
 ELEMENTWISE = frozenset({"A_log", "e_score_correction_bias"})
@@ -88,15 +89,20 @@ class ExpertModule:
 def expert_modules(model: nn.Module) -> Iterator[ExpertModule]:
     """Finds the routed experts of a model by the structure of their layers.
 
-    An MoE block is a module with a child ``experts`` and a child ``router`` (in transformers: ``gate``).
-    ``num_experts`` and ``top_k`` are read from the router, else the module, else ``experts``.
+    An MoE block is a module with a child ``experts`` and a child ``router`` (in transformers: ``gate``), or
+    one that holds stacked experts beside its router (JetMoE). ``num_experts`` and ``top_k`` are read from the
+    router, else the module, else ``experts``.
 
     Raises:
         ValueError: A module has ``experts`` but does not tell how many of them a token uses.
+        ConfigError: A token's active parameters do not follow from the module: some of the experts that it
+            chooses compute nothing (LongCat), or experts are rows of embeddings (Doge).
     """
     for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
-        if not isinstance(experts, nn.Module):
+        _reject_uncountable(name, module)
+    for name, module in model.named_modules():
+        experts = module if _holds_stacks(module) else getattr(module, "experts", None)
+        if not isinstance(experts, nn.Module) or (experts is not module and _holds_stacks(experts)):
             continue
         router = getattr(module, "router", getattr(module, "gate", None))
         places = (router, module, experts)
@@ -107,7 +113,28 @@ def expert_modules(model: nn.Module) -> Iterator[ExpertModule]:
                 "active parameters cannot be counted. Give the router these two attributes."
             )
         router = router if isinstance(router, nn.Module) else None
-        yield ExpertModule(f"{name}.experts".lstrip("."), experts, num_experts, top_k, router)
+        path = name if experts is module else f"{name}.experts".lstrip(".")
+        yield ExpertModule(path, experts, num_experts, top_k, router)
+
+
+def _holds_stacks(module: nn.Module) -> bool:
+    """Returns True for a router with stacked experts beside it, not in a child ``experts``."""
+    router = getattr(module, "router", None)
+    E = getattr(router, "num_experts", None)
+    if not isinstance(E, int) or not isinstance(router, nn.Module) or hasattr(module, "experts"):
+        return False
+    return any(param.ndim == 3 and len(param) == E for param in module.parameters())
+
+
+def _reject_uncountable(name: str, module: nn.Module) -> None:
+    remedy = "Take the active parameters that its authors publish."
+    idle = getattr(module, "zero_expert_num", None)
+    if idle:
+        rule = "tokens also choose experts that compute nothing, so that the number of the others varies"
+        raise ConfigError.one(f"{name}.zero_expert_num", idle, rule, remedy)
+    if hasattr(module, "top_k") and any(isinstance(child, nn.Embedding) for child in module.children()):
+        rule = "its experts are rows of embeddings, which cannot be told from other embeddings"
+        raise ConfigError.one(name, type(module).__name__, rule, remedy)
 
 
 def _first_int(places: tuple[object, ...], key: str) -> int | None:
@@ -136,8 +163,8 @@ def count_parameters(model: nn.Module, top_k: Mapping[str, int] | None = None) -
     for found in expert_modules(model):
         shares |= _shares(replace(found, top_k=(top_k or {}).get(found.name, found.top_k)))
         routers |= set() if found.router is None else {id(param) for param in found.router.parameters()}
-        if not isinstance(found.experts, AttentionExperts):
-            size = sum(param.numel() for param in found.experts.parameters())
+        if not isinstance(found.experts, AttentionExperts) and "attention" not in found.name:
+            size = sum(param.numel() for param in found.experts.parameters() if id(param) in shares)
             per_expert = per_expert or size // found.num_experts
     sums = dict.fromkeys(
         ("total", "active", "embedding", "matmul", "routed", "router", "looked_up", "frozen"), 0
@@ -203,13 +230,17 @@ def _shares(found: ExpertModule) -> dict[int, _Share]:
             for index, expert in enumerate(found.experts)
             for param in expert.parameters()
         }
-    for param in found.experts.parameters():
+    routers = set() if found.router is None else {id(param) for param in found.router.parameters()}
+    stacks = [param for param in found.experts.parameters() if id(param) not in routers]
+    if _holds_stacks(found.experts):
+        stacks = [param for param in stacks if param.ndim == 3]  # one bias is added for all
+    for param in stacks:
         if param.ndim == 0 or param.shape[0] != E:
             raise ValueError(
                 f"{found.name} has a parameter of shape {tuple(param.shape)}, which is not stacked over its "
                 f"router's {E} experts. Count the model before its experts are sharded over ranks."
             )
-    return {id(param): _Share(K, E, stacked=True) for param in found.experts.parameters()}
+    return {id(param): _Share(K, E, stacked=True) for param in stacks}
 
 
 def count_from_shape(shape: ModelShape) -> ParameterCount:

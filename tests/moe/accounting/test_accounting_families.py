@@ -15,7 +15,27 @@ from moe.accounting.families import FAMILIES
 from moe.accounting.params import count_from_shape, count_parameters
 from moe.accounting.shape import MambaShape, attention_from_config, known_families, shape_from_config
 from moe.errors import ConfigError
-from tests.moe.accounting.family_cases import DBRX_SMALL, DEFAULT_CASES, LATENT, SMALL, SMALL_CASES, Case
+from tests.grid import each
+from tests.moe.accounting.family_cases import (
+    DBRX_SMALL,
+    DEFAULT_CASES,
+    LATENT,
+    MIXTRAL_EXPERTS,
+    SMALL,
+    SMALL_CASES,
+    Case,
+)
+
+SIX_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "head_dim": 8}
+# Mixtures whose mixers no table knows.
+UNTABLED: list[tuple[str, dict[str, Any]]] = [
+    ("minimax", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    ("qwen3_next", {**SIX_EXPERTS, "shared_expert_intermediate_size": 14}),
+    (
+        "lfm2_moe",
+        {**SIX_EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
+    ),
+]
 
 
 def build(case: Case) -> tuple[Mapping[str, Any], nn.Module]:
@@ -67,6 +87,51 @@ def test_every_figure_is_that_of_the_live_module(case: Case) -> None:
 def test_experts_that_are_one_matrix_are_not_guessed() -> None:
     with pytest.raises(ValueError, match="which is not stacked over its router's 6 experts"):
         count_parameters(build(Case("dbrx", DBRX_SMALL))[1])
+
+
+def test_experts_beside_their_router() -> None:
+    """JetMoE: stacks of feed-forward experts and of attention heads, with a router and a bias for all."""
+    change = {**SMALL, **MIXTRAL_EXPERTS, "kv_channels": 8, "num_key_value_heads": 4}
+    _, model = build(Case("jetmoe", change))
+    stacks = {name: param.numel() for name, param in model.named_parameters() if param.ndim == 3}
+    assert len(stacks) == 4 * SMALL["num_hidden_layers"]
+    count = count_parameters(model)
+    assert count.total == sum(param.numel() for param in model.parameters())
+    assert count.routed == sum(stacks.values())
+    assert count.active == count.total - count.routed // 2  # 2 of 4
+    # Up and gate of 40 each and down, of 24.
+    assert count.per_expert == 3 * 40 * 24
+
+
+def test_experts_that_cannot_be_counted_are_refused_by_name() -> None:
+    longcat = {
+        **{key: value for key, value in SMALL.items() if key != "num_hidden_layers"},
+        **{key: value for key, value in LATENT.items() if key not in ("n_group", "topk_group")},
+        **{"num_layers": 2, "zero_expert_num": 2, "moe_topk": 3, "ffn_hidden_size": 40},
+        "expert_ffn_hidden_size": 14,
+    }
+    with pytest.raises(ConfigError, match=r"zero_expert_num=2: tokens also choose experts that compute noth"):
+        count_parameters(build(Case("longcat_flash", longcat))[1])
+    doge = {**SMALL, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
+    with pytest.raises(ConfigError, match=r"layers.0.mlp='DogeCDMoE': its experts are rows of embeddings"):
+        count_parameters(build(Case("doge", doge))[1])
+    # Dense by default.
+    _, dense = build(Case("doge", SMALL))
+    count = count_parameters(dense)
+    assert count.total == count.active == sum(param.numel() for param in dense.parameters())
+
+
+@each(("family", "change"), UNTABLED)
+def test_families_beyond_the_table_are_counted_from_their_modules(
+    family: str, change: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"model_type='{family}': .*--from-module"):
+        shape_from_config({"model_type": family})
+    _, model = build(Case(family, {**SMALL, **change}))
+    stacks = sum(param.numel() for name, param in model.named_parameters() if ".experts." in name)
+    count = count_parameters(model)
+    assert count.total == sum(param.numel() for param in model.parameters())
+    assert stacks and count.active == count.total - stacks * 2 // 3  # 2 of 6
 
 
 def test_every_family_is_tested() -> None:
