@@ -15,9 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
+from moe.errors import DataError
+from recipes.runtime.own_json import read_json_object
 from recipes.runtime.source_root import SOURCE_ROOT
 from recipes.tracking.metrics_log import METRICS_FILE
-from recipes.tracking.results import Results
 
 _POLL_S = 0.5
 
@@ -62,7 +63,12 @@ class Trial:
 
     def summary(self) -> dict[str, Any]:
         """Reads ``summary.json``; empty where there is none yet."""
-        return Results.read(self.folder / "summary.json")
+        path = self.folder / "summary.json"
+        try:
+            return read_json_object(path) if path.exists() else {}
+        except ValueError as error:
+            remedy = "Delete it: the run is then made again."
+            raise DataError.one("summary", str(path), str(error), remedy) from None
 
     def arguments(self, overrides: Sequence[str]) -> list[str]:
         """Returns the command line of ``train.py``; the trial's own overrides come last, so that they win."""

@@ -145,9 +145,9 @@ def test_attention_that_is_not_known_leaves_none(tmp_path: Path, capsys: pytest.
 
 
 def test_a_module_that_cannot_be_built_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model_type='nobody': transformers cannot build it"):
+    with pytest.raises(UserError, match="model_type='nobody': transformers cannot build it"):
         shape_from_module({"model_type": "nobody"})
-    with pytest.raises(ConfigError, match="transformers cannot build it"):
+    with pytest.raises(UserError, match="transformers cannot build it"):
         shape_from_module({})
 
 

@@ -74,7 +74,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text("a: 1\n")
     rules = {
         "none": "there is no config.json in it, and it is not a run",
-        "bad": "its config.json cannot be read",
+        "bad": "its config.json is not JSON",
         "list": "its config.json holds no mapping",
         "run": "this run has no exported model yet",
         "run/dense": "the dense model of",

@@ -174,5 +174,5 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "2 ranks on this machine and 1 GPUs" in str(NativeEngine.check(NativeConfig()))
-    with pytest.raises(ValueError, match="threads=0: must be at least 1"):
+    with pytest.raises(ValueError, match="threads=0: must be 1 to 4096"):
         NativeConfig(threads=0)

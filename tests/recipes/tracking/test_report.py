@@ -305,7 +305,7 @@ def test_the_headline_says_only_what_is_known() -> None:
     )
     bare = headline(read_results({"results": [{"model": "moe"}]}))
     assert bare == "The dense model became an MoE; its validation loss was not measured."
-    assert "was not upcycled" in headline(read_results({"results": [{"model": "dense"}]}))
+    assert "has no results of an MoE here" in headline(read_results({"results": [{"model": "dense"}]}))
     assert "was stopped" in headline([])
 
 
