@@ -20,6 +20,7 @@ from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
 from recipes.checkpoint.reader import open_checkpoint
+from recipes.models.hf.config_file import library_reads, load_config
 
 # Prefix of the model's tensors in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
@@ -166,12 +167,11 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) ->
 
     if config.get("model_type") == MODEL_TYPE:
         return load_graft(folder, dtype).module
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
-    except (ImportError, OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        rule = f"transformers cannot load it ({first})"
-        raise ModelError.one("FOLDER", str(folder), rule, "Give a complete decoder checkpoint.") from error
+    built = load_config(folder, option="FOLDER")
+    with library_reads("FOLDER", folder, "Give a complete decoder checkpoint.", "load it"):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=built, local_files_only=True, dtype=dtype or "auto"
+        )
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:

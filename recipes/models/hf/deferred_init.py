@@ -204,7 +204,7 @@ def parameters_on_meta() -> Iterator[None]:
     """Keeps, while open, the parameters of new modules on the meta device; buffers get their values.
 
     Under torch's meta device, computed buffers such as rotary frequencies would be lost. Nothing is drawn for
-    the parameters: torch draws on the meta device in Python, which took half of the time.
+    the parameters: torch draws on the meta device in Python, which took most of the time.
     """
     from transformers.initialization import guard_torch_init_functions
 

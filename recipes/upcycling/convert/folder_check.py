@@ -18,7 +18,13 @@ from recipes.data.config import DataConfig
 from recipes.data.sources import read_documents
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.export.graft_format import MODEL_TYPE, load_graft
-from recipes.models.hf.config_file import context_length, library_reads, longest_window, read_config
+from recipes.models.hf.config_file import (
+    context_length,
+    library_reads,
+    load_config,
+    longest_window,
+    read_config,
+)
 from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.machine_memory import spare_bytes
 
@@ -128,11 +134,12 @@ def load_any(folder: Path) -> Any:
     """Loads a folder as its users do: Graft's own format, or one that transformers knows."""
     from transformers import AutoModelForCausalLM
 
-    if read_config(folder).get("model_type") == MODEL_TYPE:
+    if read_config(folder, "checkpoint").get("model_type") == MODEL_TYPE:
         return load_graft(folder).module.eval()
-    with library_reads("dense", folder, "Give a complete checkpoint.", "load it"):
+    config = load_config(folder, option="checkpoint")
+    with library_reads("checkpoint", folder, "Give a complete checkpoint.", "load it"):
         # Not by our reader, which is what is judged.
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True).eval()
 
 
 def _evaluate(

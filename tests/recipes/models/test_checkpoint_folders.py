@@ -19,6 +19,7 @@ from recipes.models.export.companions import check_companions, copy_companions
 from recipes.models.hf.config_file import code_keys, load_config
 from recipes.models.hf.declared_config import DeclaredConfig
 from recipes.models.hf.inspection import check_dense
+from recipes.upcycling.convert.folder_check import load_any
 from recipes.upcycling.convert.moe_plan import open_dense
 from tests.conftest import MakeCheckpoint
 from tests.grid import each
@@ -194,6 +195,8 @@ def test_nothing_is_fetched_that_nobody_trusts(dense: Path, monkeypatch: pytest.
     assert check_dense(str(dense)) == []
     for trust in (False, True):
         open_dense(dense, trust_remote_code=trust)
+    # Whoever judges or measures a folder loads it without that code, too.
+    assert load_any(dense).config._attn_implementation in ("sdpa", "eager")
     assert not asked
     assert code_keys({"a": [{"use_kernels": "x/y"}], "name": "x/y"}) == ["a.use_kernels=x/y"]
 
