@@ -36,6 +36,18 @@ class Config:
     def __post_init__(self) -> None:
         require_numbers(self)
 
+    def idle(self) -> dict[str, str]:
+        """Returns the options that have no effect beside the others of this config, each with the reason.
+
+        A config that has such options says so here, by `unless`; a run names those that a user has set.
+        """
+        return {}
+
+
+def unless(holds: bool, reason: str, *names: str) -> dict[str, str]:
+    """Returns options as `Config.idle` does: none where a condition holds, else all with one reason."""
+    return {} if holds else dict.fromkeys(names, reason)
+
 
 def _after_numbers(rules: Callable[[Config], None]) -> Callable[[Config], None]:
     """Returns a ``__post_init__`` that checks the numbers of a config before its rules."""

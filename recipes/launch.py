@@ -177,6 +177,9 @@ def _run(arguments: Sequence[str], started: float) -> int:
     mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if mistakes:
         raise ConfigError(mistakes)
+    from recipes.jobs.idle_options import idle_line
     from recipes.jobs.session import run_job
 
+    if os.environ.get("RANK", "0") == "0" and (line := idle_line(overrides, values, config, jobs)):
+        print(line, file=sys.stderr, flush=True)
     return run_job(job, config, values, started)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.errors import require
 from moe.routing.draws import seeded_generator
-from moe.types import Config
+from moe.types import Config, unless
 
 #: Name of a stack of weights to the names of its factors A and B.
 FACTORS: Mapping[str, tuple[str, str]] = {
@@ -48,6 +48,10 @@ class LoraConfig(Config):
     def scale(self) -> float:
         """alpha / r; 0 without factors."""
         return self.alpha / self.rank if self.rank else 0.0
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.rank > 0, "rank is 0", "alpha")
 
 
 def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, tuple[int, int, int]]:

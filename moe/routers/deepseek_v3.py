@@ -22,7 +22,7 @@ from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routers.projection import normalise_scores, score_logits
 from moe.routing.balance import BalanceScope, count_load
 from moe.routing.step_state import Fp32Buffers, StepSums
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,16 @@ class DeepSeekV3Config(LinearRouterConfig):
                 "the bias would favour the loaded experts",
                 "Set it to 0 or more.",
             ),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return (
+            super().idle()
+            | unless(self.balance_coef > 0, "balance_coef is 0", "balance_counts")
+            | unless(self.bias_rate > 0, "bias_rate is 0", "bias_update", "bias_stop_step")
+            | unless(self.num_groups > 1, "num_groups is 1", "group_score")
+            | unless(self.top_groups < self.num_groups, "top_groups takes every group", "group_score")
         )
 
 

@@ -19,7 +19,7 @@ from moe.routers.base import COUNTS_SLOTS, Router, RouterConfig
 from moe.routing.balance import loss_mean, soft_balance_loss
 from moe.routing.slots import hardening_routing
 from moe.routing.smooth_step import smooth_step
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 #: Half-width of the initial mixing weights; half-width of the bits as a share of gamma; floor in the penalty.
 _MIX_INIT, _BIT_INIT, _PENALTY_FLOOR = 0.05, 0.01, 1e-6
@@ -55,6 +55,12 @@ class DSelectKConfig(RouterConfig):
             (self.top_k >= 1, "top_k", "a token needs at least one selector", "Set it to 1 or more."),
             (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
             *not_negative(self, "entropy_coef", "balance_coef", "penalty_coef"),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(
+            self.unreachable == "penalise", "unreachable=renormalise has no penalty", "penalty_coef"
         )
 
 

@@ -19,7 +19,7 @@ from moe.errors import require
 from moe.routers.base import NOISE_KEY_ON_HOST
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.draws import gumbel_noise, uniform_noise
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class GShardConfig(LinearRouterConfig):
                 "Set router.top_k=2, or use router=topk or router=switch.",
             ),
         )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return super().idle() | unless(self.second != "always", "second=always draws nothing", "noise_seed")
 
 
 class GShardRouter(LinearRouter[GShardConfig]):

@@ -15,7 +15,7 @@ from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import BalanceScope, balance_loss, count_load, z_loss
 from moe.routing.load_importance import importance_loss
 from moe.routing.step_state import StepSums
-from moe.types import LayerContext
+from moe.types import LayerContext, unless
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class LinearRouterConfig(ProjectionConfig):
         require(
             self,
             *not_negative(self, "balance_coef", "importance_coef", "z_coef"),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(
+            self.balance_coef > 0 or self.importance_coef > 0, "load balancing is off", "balance_scope"
         )
 
 

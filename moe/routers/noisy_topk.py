@@ -21,7 +21,7 @@ from moe.routers.base import NOISE_KEY_ON_HOST
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routing.draws import normal_noise
 from moe.routing.load_importance import importance_loss
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 _NOISE_FLOOR = 0.01
 
@@ -67,6 +67,10 @@ class NoisyTopKConfig(LinearRouterConfig):
                 "Set router.load_coef=0, or router.noise_scale above 0.",
             ),
         )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return super().idle() | unless(self.noise_scale > 0, "noise_scale is 0", "noise_seed")
 
 
 class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):

@@ -23,7 +23,7 @@ from moe.routers.projection import ProjectionConfig, ProjectionRouter, log_score
 from moe.routing.quantiles import quantile_biases, quantile_thresholds
 from moe.routing.slots import coverage_metrics, shares_of_chosen, slots_of_mask
 from moe.routing.step_state import MovingThreshold
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ class QuantileConfig(ProjectionConfig):
         if self.decay is not None:
             return self.decay
         return 0.0 if self.mode == "fixed" else 0.9
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.mode == "fixed", "mode=dynamic does not iterate", "iterations") | unless(
+            self.mode == "dynamic", "mode=fixed takes K for every token", "max_experts"
+        )
 
 
 class QuantileRouter(ProjectionRouter[QuantileConfig]):

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe.errors import not_negative, require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter
 from moe.routing.balance import top1_loss
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class SigmaConfig(ProjectionConfig):
             *not_negative(self, "top1_coef"),
             (self.temperature > 0, "temperature", "logits are divided by it", "Set it above 0."),
         )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.top1_coef > 0, "top1_coef is 0", "temperature")
 
 
 class SigmaRouter(ProjectionRouter[SigmaConfig]):

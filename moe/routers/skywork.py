@@ -23,10 +23,13 @@ from moe.routers.projection import select_top_k
 from moe.routing.balance import count_load
 from moe.routing.load_importance import importance_loss
 from moe.routing.step_state import Fp32Buffers, StepSums
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 # Below a standard deviation of 0.001 the normalisation fades, so that noise is not amplified into a decision.
 _VARIANCE_FLOOR = 1e-6
+
+# Options of the coefficient that follows the drop rate.
+_ADAPTIVE = ("sensitivity", "momentum", "balance_coef_max", "capacity_factor")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class SkyworkConfig(LinearRouterConfig):
                 "the coefficient would never move, or run away",
                 "Set it from 0 to below 1; 0.99 is the paper's.",
             ),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return (
+            super().idle()
+            | unless(self.balance_coef > 0, "balance_coef is 0", "balance_form", "adaptive", *_ADAPTIVE)
+            | unless(self.adaptive, "adaptive is off", *_ADAPTIVE)
         )
 
 

@@ -9,7 +9,7 @@ Letters: T tokens, D model width, E experts, K experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from moe.errors import require
 from moe.routers.projection import ProjectionConfig, ProjectionRouter, select_top_k
 from moe.routing.draws import hashed_uniform, normal_noise
 from moe.routing.transport import SinkhornRule, sinkhorn
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ class SSRConfig(TransportConfig):
         )
         # Rejects invalid fields by name.
         SinkhornRule(self.max_iterations, self.tolerance, check_every=self.check_every)
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        planned = {f.name for f in fields(TransportConfig)} - {f.name for f in fields(ProjectionConfig)}
+        return unless(
+            self.probability > 0, "probability is 0, and nothing is transported", *planned
+        ) | unless(self.gate_noise > 0 or self.probability > 0, "nothing is drawn", "seed", "draw_per")
 
 
 class SSRRouter(ProjectionRouter[SSRConfig]):

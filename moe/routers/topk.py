@@ -18,7 +18,7 @@ from torch import Tensor
 from moe.errors import require
 from moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe.routers.projection import normalise_scores, score_logits, select_top_k
-from moe.types import LayerContext, Routing
+from moe.types import LayerContext, Routing, unless
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class TopKConfig(LinearRouterConfig):
     def sums_to_one(self) -> bool:
         """True if the weights of a token sum to 1."""
         return self.renormalise or (self.score == "softmax" and self.order == "topk_then_score")
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return super().idle() | unless(
+            not self.renormalise, "renormalised weights are the same in either order", "order"
+        )
 
 
 class TopKRouter(LinearRouter[TopKConfig]):

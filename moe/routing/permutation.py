@@ -10,14 +10,14 @@ Letters: E experts; rows are the router's choices, columns the experts that they
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.errors import not_negative, require
-from moe.types import Config
+from moe.types import Config, unless
 
 #: Half-width of the uniform initial scores.
 _INIT = 0.05
@@ -63,6 +63,14 @@ class PermutationConfig(Config):
         """Returns the Sinkhorn iterations after a number of steps."""
         share = min(step / self.steps, 1.0) if self.steps else 1.0
         return round(self.iterations_start + share * (self.iterations_end - self.iterations_start))
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(
+            self.steps > 0,
+            "steps is 0, and nothing is searched",
+            *(f.name for f in fields(self) if f.name != "steps"),
+        )
 
 
 def log_sinkhorn(scores_EE: Tensor, tau: float, iterations: int) -> Tensor:

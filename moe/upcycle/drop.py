@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
+from moe.types import unless
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, Moments, Noise
 
@@ -46,6 +47,12 @@ class DropConfig(UpcycleConfig):
             self,
             (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
             (self.noise_std > 0, "noise_std", "there would be no noise", "Set it above 0."),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.change == "noise", "change=redraw adds no noise", "noise_std") | unless(
+            self.ratio > 0, "ratio is 0", "change", "noise_std"
         )
 
 

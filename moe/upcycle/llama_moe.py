@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
+from moe.types import unless
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
@@ -90,6 +91,14 @@ class LlamaMoEConfig(UpcycleConfig):
     def num_parts(self) -> int:
         """Equal parts that the dense neurons are cut into."""
         return self.num_experts + (self.num_shared if self.split == "sharing_inter" else 0)
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        measured = self.split in ("gradient", "sharing_inner", "sharing_inter")
+        shares = self.split == "sharing_inter"
+        return unless(shares, "only split=sharing_inter shares", "num_shared") | unless(
+            measured, f"split={self.split} asks for no importance", "cluster_tokens"
+        )
 
 
 class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
+from moe.types import unless
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, RouterStart
@@ -77,6 +78,10 @@ class LlamaMoEV2Config(UpcycleConfig):
     def sets_rows(self) -> bool:
         """True if the router begins at centroids."""
         return self.residual and self.router_rows != "drawn"
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.residual, "residual=false cuts without measuring", "router_rows", "cluster_tokens")
 
 
 class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe.errors import Mistake, require
 from moe.routers.base import Router, RouterConfig
+from moe.types import unless
 from moe.upcycle.base import UpcycleConfig, UpcycleMethod
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
 from moe.upcycle.shuffle_slice import width_faults
@@ -47,6 +48,10 @@ class SharedDenseConfig(UpcycleConfig):
             ),
             (self.init_std > 0, "init_std", "experts of zeros stay equal", "Set it above 0; 0.02 is usual."),
         )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.routed == "drawn", "routed=copies draws no weights", "init_std")
 
 
 class SharedDense(UpcycleMethod[SharedDenseConfig]):

@@ -15,10 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.errors import ConfigError, Mistake
+from recipes.config.owners import CONF, owner_mistake
 from recipes.config.renamed import check_name
-from recipes.runtime.source_root import SOURCE_ROOT
-
-CONF = SOURCE_ROOT / "conf"
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             # hydra stops at the first mistake: without what caused it, it goes on to the next one.
             culprit = _culprit(error, remaining)
-            mistakes.append(_explain(error, culprit))
+            mistakes.append(_explain(error, culprit, remaining))
             if culprit is None:
                 raise ConfigError(mistakes) from None
             removed = _key(culprit)
@@ -117,14 +115,16 @@ def _culprit(error: Exception, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def _explain(error: Exception, culprit: str | None) -> Mistake:
+def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) -> Mistake:
     """Translates hydra's error, and suggests the nearest option that exists."""
     text = _text(error)
     path, _, value = (culprit or "command line").lstrip("+~").partition("=")
     if "No match in the defaults list" in text and (CONF / path).is_dir():
         return Mistake(path, value, "it is chosen with a plus", f"Write +{path}={value}.")
     if re.search(r"Key '.*' is not in struct|Could not override", text):
-        known = _all_keys(_defaults())
+        if owned := owner_mistake(path, _choice(path.partition(".")[0], overrides)):
+            return Mistake(path, value, *owned)
+        known = [key for key in _all_keys(_defaults()) if not path.startswith(f"{key}.")]
         near = difflib.get_close_matches(path, known, n=1) or _same_leaf(path, known)
         remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
         return Mistake(path, value, "there is no such option", remedy)
@@ -133,6 +133,20 @@ def _explain(error: Exception, culprit: str | None) -> Mistake:
         return Mistake(path, value, "there is no such choice", f"Choose one of: {choices}.")
     first = " ".join(text.split())
     return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
+
+
+def _choice(group: str, overrides: Sequence[str]) -> str | None:
+    """Returns the choice of a group that overrides, or the recipe, make; None where that is not known."""
+    made = [o.partition("=")[2] for o in overrides if _key(o) == group]
+    if made:
+        return made[-1]
+    recipes = [o for o in overrides if _key(o) == "recipe"]
+    try:
+        section = _compose(recipes)[group]
+    except (HydraException, OmegaConfBaseException, ValueError, KeyError):
+        return None
+    name = section.get("name") if isinstance(section, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _same_leaf(path: str, known: Sequence[str]) -> list[str]:

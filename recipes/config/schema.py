@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from moe.attention.attention_config import AttentionConfig
 from moe.errors import ConfigError, FieldError, Mistake, at_least, require
 from moe.experts.experts import ExpertsConfig
 from moe.routers import RouterConfig, router_classes
 from moe.routing.top_k_schedule import SparsePhase
-from moe.types import Config
+from moe.types import Config, unless
 from moe.upcycle import UpcycleConfig, upcycle_methods
+from recipes.config.owners import owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
 from recipes.data.config import DataConfig
@@ -35,6 +36,10 @@ _NO_OPTION = "there is no such option", "Run train.py --cfg to see what there is
 T = TypeVar("T")
 SectionT = TypeVar("SectionT", bound=Section)
 
+
+# Generators of numpy and of torch take such seeds, with ranks and layers added to them.
+_SEEDS = 2**32
+_OF_TRAINING = ("train.eval_every", "train.save_every", "train.log_every", "train.keep_best")
 
 # File systems take 255, of which temporary names need some.
 _MOST_NAME_BYTES = 200
@@ -167,6 +172,10 @@ class DefaultModelConfig(Config):
             ),
         )
 
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.steps > 0, "steps is 0, and the model stays as drawn", "lr", "warmup_steps")
+
 
 @dataclass(frozen=True)
 class RunConfig(Config):
@@ -177,7 +186,7 @@ class RunConfig(Config):
     router: RouterConfig
     upcycle: UpcycleConfig
     engine: EngineConfig
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=_SEEDS)] = 0
     output_dir: str = "outputs"
     cache_dir: str = "~/.cache/graft"
     """Folder of token files and default models, kept between runs."""
@@ -201,6 +210,19 @@ class RunConfig(Config):
 
     sections: Mapping[str, Any] = field(default_factory=dict)
     """Sections that single jobs and methods read, by name."""
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        method = upcycle_methods()[self.upcycle.name](self.upcycle)
+        measures = f"upcycle={self.upcycle.name} looks at no activations"
+        code = self.dense is not None or bool(method.sources)
+        trains = self.train.steps > 0
+        return (
+            unless(self.dense is None, "dense is given, and no default model is made", "model")
+            | unless(code, "the default model brings no code", "trust_remote_code")
+            | unless(bool(method.statistics), measures, "calibration")
+            | unless(trains, "train.steps is 0", "optim", "top_k_schedule", *_OF_TRAINING)
+        )
 
     def section(self, cls: type[SectionT]) -> SectionT:
         """Returns the section of a job or method."""
@@ -325,7 +347,7 @@ def _translate(path: str, found: Any) -> list[Mistake]:
             return [mistake.under(path) for mistake in error.mistakes]
         return [Mistake(path, value, str(error), "Correct it.")]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return [Mistake(path, value, *_NO_OPTION)]
+        return [Mistake(path, value, *(owner_mistake(path) or _NO_OPTION))]
     if kind in ("missing", "missing_argument"):
         return [Mistake(path, None, "this option is required", "Set it.")]
     message = found["msg"].removeprefix("Input should be ").partition(", unable to ")[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe.errors import require
-from moe.types import Config
+from moe.types import Config, unless
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,18 @@ class DataConfig(Config):
                 "names a field that holds the conversation itself",
                 "Name other fields of rows and messages, such as 'name'.",
             ),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return (
+            unless(self.validation_path is None, "validation_path is given", "validation_fraction")
+            | unless(self.format == "chat", "only format=chat reads it", "chat_template", "ignored_fields")
+            | unless(
+                self.format == "text",
+                "format=chat renders a template",
+                "text_key",
+                "append_eos",
+                "prepend_bos",
+            )
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from recipes.config.sections import Section
 from recipes.engines.console import RankConsole
 
 if TYPE_CHECKING:
@@ -53,9 +54,15 @@ class Session:
 
 
 class Job(ABC):
-    """Kind of run, found by being in a module of `recipes.jobs`."""
+    """Kind of run, found by being in a module of `recipes.jobs`.
+
+    Attributes:
+        name: The value of ``job`` that picks this class.
+        sections: Sections of the config that it reads, of those that not every job reads.
+    """
 
     name: ClassVar[str]
+    sections: ClassVar[tuple[type[Section], ...]] = ()
 
     @abstractmethod
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:

@@ -36,6 +36,7 @@ class TwoStageJob(UpcycleJob):
     """Two stages of one MoE model; the second gives the run's model."""
 
     name = "two_stage"
+    sections = (CompareConfig, Stage2Config)
 
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks the second stage too, and rejects options that have no meaning over two stages."""

@@ -34,6 +34,7 @@ class UpcycleJob(Job):
     """
 
     name = "upcycle"
+    sections = (CompareConfig,)
     takes_attention: ClassVar[bool] = True
     needs_weights: ClassVar[str | None] = None
 

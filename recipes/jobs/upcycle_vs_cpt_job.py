@@ -48,6 +48,7 @@ class UpcycleVsCPTJob(UpcycleJob):
     """
 
     name = "upcycle_vs_cpt"
+    sections = (UpcycleVsCPTConfig,)
     takes_attention = False
     needs_weights = "the arms are compared with all of their weights trained"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe.errors import require
-from moe.types import Config
+from moe.types import Config, unless
 
 _LEAST_WINDOW = 4
 
@@ -71,4 +71,10 @@ class FaultsConfig(Config):
                 (seconds is None or seconds > 0, name, "must be more than 0 seconds", "Or set null.")
                 for name, seconds in (("hang_s", self.hang_s), ("phase_hang_s", self.phase_hang_s))
             ),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(
+            self.spike_sigma is not None, "spike_sigma is null, and no step is a spike", "spike_window"
         )

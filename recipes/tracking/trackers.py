@@ -15,7 +15,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from moe.errors import DiskError, Mistake, require
-from moe.types import Config
+from moe.types import Config, unless
 from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 from recipes.tracking.report.colours import load_image
@@ -71,6 +71,12 @@ class TrackerConfig(Config):
             (bool(self.project), "project", "is empty", "Name a wandb project."),
             (self.media_every >= 1, "media_every", "must be at least 1 step", "Raise it."),
             (self.timeout_s > 0, "timeout_s", "must be more than 0 seconds", "Raise it."),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(
+            self.mode != "disabled", "mode is disabled", *(f.name for f in fields(self) if f.name != "mode")
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from moe.errors import require
+from moe.types import unless
 from recipes.config.sections import Section
 
 
@@ -35,3 +36,7 @@ class PromptsConfig(Section):
             (self.path != "", "path", "is empty", "Name a file, or leave it at null."),
             (self.scale > 0, "scale", "must be above 0", "1 is usual."),
         )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.path is not None, "prompts.path is null", "take", "centre", "scale")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from moe.errors import require
+from moe.types import unless
 from recipes.config.sections import Section
 
 
@@ -53,4 +54,14 @@ class UpcycleVsCPTConfig(Section):
                 "must be numbers of at least 1",
                 "Give [1, 32].",
             ),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(
+            self.arms != "continued",
+            "arms=continued has no model from scratch",
+            "sunk_steps",
+            "scratch_lr",
+            "init_std",
         )

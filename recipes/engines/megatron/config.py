@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from moe.errors import Rule
+from moe.types import unless
 from recipes.engines.megatron.dispatchers import Dispatcher, dispatchers
 from recipes.engines.megatron.expert_kinds import ExpertKind, expert_kinds
 from recipes.engines.process import ProcessConfig
@@ -54,6 +55,10 @@ class MegatronConfig(ProcessConfig):
             _known("experts", self.experts, expert_kinds()),
             _known("dispatcher", self.dispatcher, dispatchers()),
         ]
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.tensor_parallel > 1, "tensor_parallel is 1", "sequence_parallel")
 
 
 def _known(field: str, value: str, names: Iterable[str]) -> Rule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe.errors import require
-from moe.types import Config
+from moe.types import Config, unless
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ class ScheduleConfig(Config):
                 f"does not fit: the run has {total_steps} steps{also}",
                 "Lower warmup_steps, or train longer.",
             ),
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.kind == "wsd", "only kind=wsd decays at the end", "decay_fraction") | unless(
+            self.kind != "constant", "kind=constant does not decay", "min_lr_ratio"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.errors import require
-from moe.types import Config
+from moe.types import Config, unless
 from recipes.engines.optim.clipping import clip_grad_norm
 from recipes.engines.optim.lr_schedule import ScheduleConfig, lr_factor
 from recipes.engines.optim.muon import Adjustment, StackedMuon
@@ -92,6 +92,10 @@ class FrozenConfig(Config):
             (set(self.groups) != set(GROUPS), "groups", "nothing is left to train", "Leave one out."),
         )
 
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.steps > 0, "steps is 0, and nothing is frozen", "groups")
+
 
 @dataclass(frozen=True)
 class OptimConfig(Config):
@@ -148,6 +152,10 @@ class OptimConfig(Config):
                 "Give null to not clip.",
             ),
         )
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options without effect; see `Config.idle`."""
+        return unless(self.name == "muon", "optim.name is not muon", "muon")
 
 
 class GroupRule(NamedTuple):

@@ -18,6 +18,7 @@ import recipes.config.compose
 import recipes.jobs.session
 from recipes.launch import main
 from tests.conftest import MakeCheckpoint
+from tests.grid import each
 from tests.paths import ROOT
 from tests.patience import patience
 
@@ -590,3 +591,20 @@ def test_the_command_itself(tmp_path: Path) -> None:
         "folder.\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+@each(
+    "given, owners",
+    [
+        ("engine.zero_stage=1", "an option of engine=deepspeed, and this run has engine=native"),
+        ("+engine.zero_stage=1", "an option of engine=deepspeed. Set engine=deepspeed to use it"),
+        ("optim.muon.momentum=0.5", "an option of optim=muon, and this run has optim=adamw"),
+        ("router.bias_stop_step=4", "an option of router=deepseek_v2 and router=deepseek_v3, and"),
+        ("upcycle.noise_std=1 upcycle=random", "an option of upcycle=copy and upcycle=drop, and this run"),
+        ("attention.scale_factor=2", "an option of attention=moe"),
+        ("router.num_expert=4", "there is no such option. Did you mean"),
+    ],
+)
+def test_an_option_of_another_choice_says_whose_it_is(command: Command, given: str, owners: str) -> None:
+    assert command.run(*given.split(), dense=False) == 2
+    assert len(command.lines) == 1 and owners in command.lines[0]
