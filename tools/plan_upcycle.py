@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.runtime.own_json import parse_json
 from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
 from tools.fit_laws import check_figure_target, read_text
 
@@ -103,8 +103,8 @@ def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
     curves: dict[Way, Curve] = {}
     for way, path in fits.items():
         try:
-            curves[way] = curve_from_record(json.loads(read_text(path, f"--{way}-fit")), path)
-        except json.JSONDecodeError as error:
+            curves[way] = curve_from_record(parse_json(read_text(path, f"--{way}-fit").encode()), path)
+        except ValueError as error:
             mistakes.append(
                 Mistake(path, str(error), "it is not JSON", "Write it with tools.fit_laws --json.")
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from moe.errors import ConfigError, Mistake
 from recipes.cap.cap_report import SCHEMA, SCHEMA_VERSION
 from recipes.cap.cap_table import ABSENT, duration
+from recipes.runtime.own_json import read_json_object
 from recipes.tracking.report import formats
 
 Figures = dict[str, Any]
@@ -25,12 +25,12 @@ def read_reports(paths: Sequence[Path]) -> list[Figures]:
     reports, mistakes = [], []
     for path in paths:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+            content = read_json_object(path)
+        except (OSError, ValueError) as error:
             remedy = "Give files that python -m tools.cap --json wrote."
             mistakes.append(Mistake("--compare", str(path), f"it cannot be read as JSON ({error})", remedy))
             continue
-        known = content.get("schema") == SCHEMA if isinstance(content, dict) else False
+        known = content.get("schema") == SCHEMA
         if not known or content.get("schema_version") != SCHEMA_VERSION:
             found = f"{content.get('schema')} {content.get('schema_version')}" if known else "no report"
             rule = f"it is {found}; {SCHEMA} {SCHEMA_VERSION} is known here"

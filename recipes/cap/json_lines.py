@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moe.errors import Mistake
+from recipes.runtime.user_json import UserJsonError, read_json_text
 
 RowT = TypeVar("RowT")
 
@@ -45,7 +45,7 @@ def read_json_lines(
 
 def _row(line: str, parse: Callable[[dict[str, Any]], RowT | str]) -> RowT | str:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        return f"it is not JSON ({error})"
+        value = read_json_text(line, "")
+    except UserJsonError as error:
+        return f"it {error.clause}"
     return parse(value) if isinstance(value, dict) else "it is not an object, {...}"

@@ -82,6 +82,10 @@ def _unreadable(override: str) -> Mistake | None:
     path, equals, value = override.lstrip("+~").partition("=")
     if not equals and not override.startswith("~"):
         return Mistake("command line", override, "this sets nothing", "Write OPTION=VALUE.")
+    if "\0" in override or any("\ud800" <= character <= "\udfff" for character in override):
+        # Bytes that are no UTF-8 come as lone surrogates: no record of the run could be written with them.
+        rule = "it holds a zero byte, or bytes that are not UTF-8"
+        return Mistake(ascii(path)[1:-1], value, rule, "Rename what it names, or leave them out.")
     remedy = f"Quote it, with the shell's quotes outside: {shlex.quote(f'{path}={quoted(value)}')}"
     try:
         parsed = OverridesParser.create().parse_override(override)

@@ -64,6 +64,31 @@ class EngineLayout:
         return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'}, {', '.join(options)}"
 
 
+@dataclass(frozen=True)
+class HeldShares:
+    """Shares of a model's elements that a rank holds in training: outside and inside the routed experts.
+
+    Attributes:
+        weights: Of the fp32 weights.
+        gradients: Of their gradients.
+        optimizer: Of the optimizer's state.
+        copies: Of further copies that the engine keeps of trained weights or gradients.
+        gathers: Whether layers are gathered to be computed.
+        expert_ranks: Ranks over which the experts of a gathered layer stay sharded.
+    """
+
+    weights: tuple[float, float]
+    gradients: tuple[float, float]
+    optimizer: tuple[float, float]
+    copies: tuple[float, float] = (0.0, 0.0)
+    gathers: bool = False
+    expert_ranks: int = 1
+
+    def of(self, shares: tuple[float, float], elements: tuple[int, int]) -> float:
+        """Returns the elements that shares of elements outside and inside the experts are."""
+        return shares[0] * elements[0] + shares[1] * elements[1]
+
+
 class TrainModule(ABC):
     """Model that an engine has prepared for training."""
 
@@ -161,6 +186,17 @@ class Engine(ABC, Generic[ConfigT]):
     def check_run(cls, config: ConfigT, run: RunOptions) -> list[Mistake]:
         """Returns the reasons why the engine cannot run with the other options of a run."""
         return []
+
+    @classmethod
+    def held_shares(cls, config: ConfigT, world_size: int, *, accumulates: bool) -> HeldShares:
+        """Returns the shares of a model that a rank holds in training; by default all of it.
+
+        Args:
+            config: The engine's options.
+            world_size: Number of ranks.
+            accumulates: Whether a step has several micro-batches.
+        """
+        return HeldShares((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
 
     @classmethod
     def model_parallel_size(cls, config: ConfigT) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from yaml import YAMLError
 
 from moe.errors import ConfigError
 from moe.experts.lora import merged
@@ -25,6 +26,7 @@ from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import dtype_keys, write_companions, write_live
+from recipes.models.hf.config_file import first_line, read_config
 from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
 from recipes.models.safetensors.tensor_files import TensorFiles
@@ -124,7 +126,7 @@ def _export_dense(request: ExportRequest, dense: Path, out: Path) -> Exported:
     with open_checkpoint(checkpoint) as tensors:
         total = write_dense(tensors, dense, request.dtype or dense_dtype(dense), out)
         step = tensors.step
-    family = json.loads((out / "config.json").read_text(encoding="utf-8"))["model_type"]
+    family = read_config(out)["model_type"]
     return Exported(out, family, ["transformers"], checkpoint, step, total)
 
 
@@ -132,7 +134,13 @@ def _read_run(run: Path) -> tuple[RunConfig, Path]:
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError.one("run", str(run), "there is no config.yaml in it", "Give a run's directory.")
-    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no options")
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        rule, remedy = f"its config.yaml cannot be read ({first_line(error)})", "Restore it."
+        raise ConfigError.one("run", str(run), rule, remedy) from None
     config = parse_config(values)
     known = read_run_file(run).get("identity")
     if known is None:

@@ -19,6 +19,7 @@ from recipes.config.sections.export_config import ExportConfig
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.chat_template import carry_template
 from recipes.jobs.export_reference import reference_logits
+from recipes.jobs.memory_check import foresee_memory
 from recipes.jobs.stage_run import Built, StageParts, StageRun
 from recipes.jobs.top_k_schedules import schedule_of, summarise_phases
 from recipes.models.export import choose_exporter
@@ -77,6 +78,10 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
     plan = _plan(run, source, statistics)
     require_rank(plan.spec, config.experts.lora)
     backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
+    shape = moe_model(plan, backend, CheckpointWeights())
+    add_low_rank(shape, config.experts.lora, config.seed)
+    foresee_memory(run, shape)
+    del shape
     if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
         return Built(_blank(run, plan, schedule), {}, blank=partial(_blank, run, plan, schedule))

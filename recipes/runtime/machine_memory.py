@@ -56,8 +56,9 @@ def free_and_total_bytes() -> tuple[int, int]:
     free, total = memory.available, memory.total
     limit = _cgroup_bytes("memory.max")
     if limit is not None and limit < total:
-        free = min(free, limit - (_cgroup_bytes("memory.current") or 0))
-        total = limit
+        # Pages of files that nobody uses count as used there, and are given up when memory is asked for.
+        used = (_cgroup_bytes("memory.current") or 0) - (_cgroup_bytes("memory.stat") or 0)
+        free, total = min(free, limit - max(0, used)), limit
     return free, total
 
 
@@ -67,6 +68,10 @@ def spare_bytes() -> int:
 
 
 def _cgroup_bytes(name: str) -> int | None:
+    """Reads a number of bytes of this container; of ``memory.stat`` that of files' unused pages."""
     path = _CGROUP / name
     content = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
+    if name == "memory.stat":
+        lines = content.splitlines()
+        content = next((line.split()[1] for line in lines if line.startswith("inactive_file ")), "0")
     return int(content) if content.isdigit() else None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recipes.runtime.atomic import sync_file
+from recipes.runtime.own_json import parse_json
 
 _ALIGNMENT = 8
 _CHUNK_BYTES = 32 * 2**20
@@ -111,17 +112,25 @@ def read_header(path: Path) -> list[TensorLocation]:
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise HeaderError("its header is cut short")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length))
         except ValueError as error:
-            raise HeaderError(f"its header is not valid JSON ({error})") from error
+            raise HeaderError(f"its header is damaged: {error}") from error
+    if not isinstance(header, dict):
+        raise HeaderError("its header is no JSON object")
     header.pop("__metadata__", None)
     stored = []
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise HeaderError(f"its tensor {name} has the unknown dtype {entry['dtype']}")
-        spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end - begin != spec.num_bytes or end > size:
+        try:
+            code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            begin, end = 8 + length + first, 8 + length + last
+            known = code in DTYPES
+            spec = TensorSpec(name, DTYPES[code] if known else torch.uint8, shape)
+            whole = begin >= 8 + length and all(type(size) is int and size >= 0 for size in shape)
+        except (KeyError, TypeError, ValueError):
+            raise HeaderError(f"its header does not say where the tensor {name} is") from None
+        if not known:
+            raise HeaderError(f"its tensor {name} has the unknown dtype {code}")
+        if not whole or end - begin != spec.num_bytes or end > size:
             raise HeaderError(f"its tensor {name} does not fit into it")
         stored.append(TensorLocation(spec, path, begin))
     return stored

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor, LocalShard
 from recipes.checkpoint.shard_layout import place
-from recipes.engines.base import EngineLayout, may_update
+from recipes.engines.base import EngineLayout, HeldShares, may_update
 from recipes.engines.deepspeed.config import DeepSpeedConfig, make_ds_config
 from recipes.engines.deepspeed.flat_partitions import (
     Partition,
@@ -67,6 +67,22 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
             rule = "the package deepspeed is not installed"
             return Mistake("name", config.name, rule, "Install it, or set engine=native.")
         return super().check(config)
+
+    @classmethod
+    def held_shares(cls, config: DeepSpeedConfig, world_size: int, *, accumulates: bool) -> HeldShares:
+        """Shards by the stage of ZeRO; the optimizer has weights of its own, and gradients pass a bucket."""
+        ep, stage = config.expert_parallel, config.zero_stage
+        cut = (1 / world_size, 1 / world_size)
+        held = (1.0, 1 / ep)
+        copies = (2 * cut[0], 2 * cut[1]) if stage else (0.0, 0.0)
+        return HeldShares(
+            cut if stage == 3 else held,
+            cut if stage >= 2 else held,
+            cut if stage else held,
+            copies=copies if stage >= 2 else (copies[0] + 1.0, copies[1] + 1 / ep),
+            gathers=stage == 3,
+            expert_ranks=ep,
+        )
 
     @classmethod
     def check_optimizer(cls, config: DeepSpeedConfig, optim: OptimConfig) -> list[Mistake]:

@@ -16,7 +16,7 @@ from typing import Any
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake, ModelError
 from moe.routers import RouterConfig, router_class
-from recipes.engines.base import EngineLayout
+from recipes.engines.base import EngineLayout, HeldShares
 from recipes.engines.megatron.config import BuildSettings, MegatronConfig
 from recipes.engines.megatron.cpu_patches import on_cpu
 from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers, free_buffers
@@ -59,6 +59,17 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         """See `Engine.data_rank`; the ranks of different pipeline stages are not neighbours."""
         in_stage = self.world_size // self.config.pipeline_parallel
         return self.rank % in_stage // self.config.tensor_parallel
+
+    @classmethod
+    def held_shares(cls, config: MegatronConfig, world_size: int, *, accumulates: bool) -> HeldShares:
+        """Cuts by stages, tensor and expert parallelism, and the optimizer's state over replicas."""
+        stages, tp, ep = config.pipeline_parallel, config.tensor_parallel, config.expert_parallel
+        held = (1 / (stages * tp), 1 / (stages * ep))
+        state = (1 / world_size, 1 / world_size) if config.distributed_optimizer else held
+        # In bf16 the optimizer has fp32 weights besides the model's, which take half of them.
+        low = config.precision == "bf16"
+        weights = (held[0] / 2, held[1] / 2) if low else held
+        return HeldShares(weights, held, state, copies=state if low else (0.0, 0.0))
 
     @classmethod
     def check_dims(cls, config: MegatronConfig, world_size: int) -> Mistake | None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor
-from recipes.engines.base import EngineLayout, may_update
+from recipes.engines.base import EngineLayout, HeldShares, may_update
 from recipes.engines.hf_train_module import HFTrainModule, model_tensors
 from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.native.config import NativeConfig
@@ -64,6 +64,17 @@ class NativeEngine(ProcessEngine[NativeConfig]):
     def model_parallel_size(cls, config: NativeConfig) -> int:
         """Returns the number of tensor-parallel ranks, which see the same samples."""
         return config.tensor_parallel
+
+    @classmethod
+    def held_shares(cls, config: NativeConfig, world_size: int, *, accumulates: bool) -> HeldShares:
+        """Shards all by FSDP2, but gradients that wait for the last micro-batch; DDP has buckets too."""
+        if config.strategy == "ddp":
+            whole = (1.0, 1.0)
+            return HeldShares(whole, whole, whole, copies=whole)
+        share = 1 / _dims(config, world_size).group
+        each, ep = (share, share), config.expert_parallel
+        waiting = (1.0, 1 / ep) if accumulates and share < 1 else (0.0, 0.0)
+        return HeldShares(each, each, each, copies=waiting, gathers=True, expert_ranks=ep)
 
     @classmethod
     def check_dims(cls, config: NativeConfig, world_size: int) -> Mistake | None:

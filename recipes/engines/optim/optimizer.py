@@ -267,6 +267,22 @@ class OptimizerSet:
         return found
 
 
+def state_elements(model: nn.Module, config: OptimConfig, experts: set[int]) -> tuple[int, int]:
+    """Returns the elements of the optimizer's state outside and inside some parameters.
+
+    Args:
+        model: The model; it needs no memory.
+        config: Settings of the optimizer.
+        experts: Ids of these parameters.
+    """
+    params, rules, found = dict(model.named_parameters()), _group_rules(config), [0, 0]
+    for group, names in group_parameters(model).items():
+        moments = 1 if rules[group].muon else 2
+        for name in names:
+            found[id(params[name]) in experts] += moments * params[name].numel()
+    return found[0], found[1]
+
+
 def materialise_adamw(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     """Creates the state of AdamW's first step: zero moments, and a step count on the kernel's device.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from recipes.models.hf.config_file import read_config
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.own_json import read_json_object
 from recipes.runtime.safetensors_codec import CODES, DTYPES, TensorSpec
 
 # Files of a folder of base and deltas; the config is not called config.json, so that no other reader loads
@@ -126,7 +126,7 @@ def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
                 progress(target.write(group.member(expert), matrix, offset) * group.dtype.itemsize)
         target.finish()
         files.close()
-        write_companions(temporary, json.loads((source / CONFIG).read_text(encoding="utf-8")), source)
+        write_companions(temporary, read_json_object(source / CONFIG), source)
     return target.total_bytes
 
 
@@ -206,18 +206,22 @@ def _record(groups: list[ExpertGroup], specs: list[TensorSpec], codec: DeltaCode
 
 def _read_record(source: Path) -> tuple[DeltaCodec, list[ExpertGroup], list[TensorSpec]]:
     try:
-        content = json.loads((source / RECORD).read_text(encoding="utf-8"))
+        content = read_json_object(source / RECORD)
     except (OSError, ValueError) as error:
         rule = f"it has no {RECORD} that can be read"
         raise ModelError.one("SOURCE", str(source), rule, "Give a folder of tools.ders compress.") from error
-    if content["format_version"] != _VERSION:
-        rule = f"its format has version {content['format_version']}, this reads {_VERSION}"
+    if content.get("format_version") != _VERSION:
+        rule = f"its format has version {content.get('format_version')}, this reads {_VERSION}"
         raise ModelError.one("SOURCE", str(source), rule, "Take the version of Graft that wrote it.")
-    options = dict(content["codec"])
-    codec = _CODECS[options.pop("name")](**options)
-    groups = [
-        ExpertGroup(**entry | {"shape": tuple(entry["shape"]), "dtype": DTYPES[entry["dtype"]]})
-        for entry in content["groups"]
-    ]
-    specs = [TensorSpec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in content["tensors"]]
+    try:
+        options = dict(content["codec"])
+        codec = _CODECS[options.pop("name")](**options)
+        groups = [
+            ExpertGroup(**entry | {"shape": tuple(entry["shape"]), "dtype": DTYPES[entry["dtype"]]})
+            for entry in content["groups"]
+        ]
+        specs = [TensorSpec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in content["tensors"]]
+    except (KeyError, TypeError, ValueError) as error:
+        rule = f"its {RECORD} is damaged ({type(error).__name__}: {error})"
+        raise ModelError.one("SOURCE", str(source), rule, "Compress the model again.") from error
     return codec, groups, specs

@@ -9,7 +9,6 @@ unknown type.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,6 +32,7 @@ from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import Unread
 from recipes.models.export.spec import AttentionSpec, ModelSpec, MoESpec, describe_model
 from recipes.models.hf.attention_blocks import RoutedSelfAttention, attention_sites
+from recipes.models.hf.config_file import read_config
 from recipes.models.hf.deferred_init import parameters_on_meta
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.state_dict_map import StateDictMap, kept_specs, tied_names
@@ -165,7 +165,7 @@ def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nu
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_config(folder, "path")
     if content.get("model_type") != MODEL_TYPE:
         rule = f"its model_type is {content.get('model_type')!r}, not {MODEL_TYPE!r}"
         raise ModelError.one("path", str(folder), rule, "Load it with transformers' AutoModelForCausalLM.")

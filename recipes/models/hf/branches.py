@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from moe.errors import Mistake
 from recipes.models.hf.config_file import read_config
 from recipes.models.hf.inspection import check_dense
+from recipes.runtime.user_json import UserJsonError, read_json_file
 
 # Config keys that may differ between models of one architecture: names, versions, file dtypes, generation.
 _FREE_KEYS = {
@@ -75,4 +75,9 @@ def _vocabulary(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+    try:
+        content = read_json_file(path)
+    except UserJsonError as error:
+        return error.clause  # equal to no vocabulary
+    model = content.get("model") if isinstance(content, dict) else None
+    return model.get("vocab") if isinstance(model, dict) else None

@@ -16,6 +16,7 @@ from typing import Any
 
 from moe.errors import DataError, DiskError, Mistake
 from recipes.runtime.atomic import atomic_write_json, atomic_write_text
+from recipes.runtime.own_json import read_json_object
 from recipes.studies.tables.generate import Rows, TableConfig
 from recipes.studies.tables.table_model import ModelConfig, TableMoE
 from recipes.studies.tables.train_table import FitConfig, train_run
@@ -94,7 +95,7 @@ class Run:
         if not self.path.is_file():
             return None
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = read_json_object(self.path)
             settings: dict[str, Any] = content["settings"]
             result: dict[str, Any] = content["result"]
         except (ValueError, KeyError, TypeError):

@@ -5,7 +5,6 @@ Letters: S logged steps, E experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.errors import DataError
+from recipes.runtime.own_json import read_json_object
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE, read_rows
 from recipes.tracking.report.formats import number
 
@@ -117,11 +117,10 @@ def _read_summary(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
         remedy = "Remove it to report what metrics.jsonl has."
-        raise DataError.one(str(path), str(error), "is not JSON", remedy) from error
-    return summary if isinstance(summary, dict) else {}
+        raise DataError.one(str(path), str(error), "is not JSON that a run writes", remedy) from error
 
 
 def _read_loads(path: Path) -> list[LayerLoad]:
@@ -130,8 +129,15 @@ def _read_loads(path: Path) -> list[LayerLoad]:
     for row in read_rows(path):
         if row.get("stage", "moe") != "moe" or not isinstance(row.get("step"), int):
             continue
-        for layer, load in zip(row.get("layers", ()), row.get("load", ()), strict=False):
-            layers.setdefault(int(layer), {})[row["step"]] = np.array(load, dtype=np.float64)
+        try:
+            for layer, load in zip(row.get("layers") or (), row.get("load") or (), strict=False):
+                load_E = np.array(load, dtype=np.float64).reshape(-1)
+                layers.setdefault(int(layer), {})[row["step"]] = load_E
+        except (TypeError, ValueError, OverflowError):
+            remedy = "Restore it, or remove that row."
+            raise DataError.one(
+                str(path), f"step {row['step']}", "holds no loads of layers", remedy
+            ) from None
     return [_stack(layer, steps) for layer, steps in sorted(layers.items())]
 
 

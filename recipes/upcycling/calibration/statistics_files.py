@@ -17,6 +17,7 @@ from torch import Tensor
 from moe.errors import CheckpointError, Mistake
 from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.atomic import atomic_file
+from recipes.runtime.own_json import parse_json
 
 # Of each weight file, so much of its beginning and of its end counts in the fingerprint.
 _SAMPLED_BYTES = 1 << 20
@@ -98,9 +99,9 @@ def read_stored(path: Path) -> Stored | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        pass_number, batches = json.loads(metadata["place"])
-        return Stored(tensors, json.loads(metadata["identity"]), (pass_number, batches))
-    except (SafetensorError, KeyError, ValueError) as error:
+        pass_number, batches = parse_json(metadata["place"].encode())
+        return Stored(tensors, parse_json(metadata["identity"].encode()), (pass_number, batches))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         rule, remedy = f"it is damaged ({error})", "Delete it to calibrate again, or restore it."
         raise CheckpointError.one("resume", str(path), rule, remedy) from error
 

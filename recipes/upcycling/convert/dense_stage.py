@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from recipes.checkpoint import require_space
 from recipes.checkpoint.reader import CheckpointTensors
 from recipes.models.export.output_folder import output_folder
 from recipes.models.export.write_export import dtype_keys, write_companions
+from recipes.models.hf.config_file import read_config
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.safetensors_codec import TensorSpec
 
@@ -21,7 +21,7 @@ MODEL_PREFIX = "model."
 
 def dense_dtype(dense: Path) -> torch.dtype:
     """Returns the dtype in the dense model's config; fp32 where there is none."""
-    config: dict[str, Any] = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_config(dense)
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     assert isinstance(found, torch.dtype), found
     return found
@@ -55,6 +55,6 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
         for spec in specs:
             files.write(spec.name, tensors.read(MODEL_PREFIX + spec.name))
         files.finish()
-        config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+        config = read_config(dense)
         write_companions(temporary, config | dtype_keys(dtype), dense)
     return total
