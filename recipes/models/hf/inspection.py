@@ -31,16 +31,17 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     return mistakes + check_weights(path, Path(path).expanduser())
 
 
-def check_checkpoint(path: str, option: str) -> list[Mistake]:
+def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     """Finds all reasons why a folder is no checkpoint, dense or MoE.
 
     Args:
         path: The folder.
         option: The config path or flag named in mistakes.
+        trust_remote_code: Whether the folder may contain code.
     """
     config, mistakes = _read(path)
     if config is not None:
-        mistakes = _check_config(path, config, trust_remote_code=False)
+        mistakes = _check_config(path, config, trust_remote_code)
         mistakes += check_weights(path, Path(path).expanduser())
     return [replace(mistake, path=option) for mistake in mistakes]
 
