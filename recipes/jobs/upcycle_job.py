@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,7 +71,8 @@ class UpcycleJob(Job):
             data = shared_data(config, console, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         wanted = identity(config, folder, data, self.identity(config))
-        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, data_parts(config.data)))
+        parts = partial(data_parts, config, folder)
+        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, parts()))
         if config.dense is None and not train_default(config, console, loop, folder, data):
             return False
         content = session.engine.broadcast(Results.read(run_dir.summary) if console.is_rank0 else None)

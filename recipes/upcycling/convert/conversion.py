@@ -28,7 +28,7 @@ from recipes.models.export.placement import ExpertTensorKey
 from recipes.models.export.write_export import dtype_keys, write_companions
 from recipes.models.safetensors.tensor_files import TensorFiles, WrittenRun
 from recipes.runtime.atomic import atomic_write_json
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 from recipes.upcycling.convert.conversion_plan import (
     ConstantWork,
     Conversion,
@@ -163,7 +163,7 @@ def _read_journal(temporary: Path, identity: str) -> _Done:
         if content["identity"] != identity:
             return {}
         return {key: [_run(*entry) for entry in entries] for key, entries in content["done"].items()}
-    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         return {}
 
 
