@@ -57,8 +57,9 @@ class GraftExporter(Exporter):
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         """Builds the dense model's config and, block by block, the settings of router and experts."""
-        # config.json states the dtype by itself; the cache is off for training only.
-        dense = {k: v for k, v in spec.config.to_dict().items() if k not in ("dtype", "use_cache")}
+        # config.json states the dtype by itself; the cache is off for training only; paths are nobody's.
+        left_out = ("dtype", "use_cache", "_name_or_path")
+        dense = {k: v for k, v in spec.config.to_dict().items() if k not in left_out}
         dense["architectures"] = [spec.architecture]
         content = {
             "model_type": MODEL_TYPE,

@@ -221,6 +221,7 @@ class _Writer:
         files = self._conversion.files[source]
         stored = files.tensors[stored_name]
         if len(work.sources) == 1 and stored.spec.dtype == target.dtype:
+            files.require_finite(stored_name)
             self._files.copy(name, files.handle(stored.file), stored.start)
             yield target.num_bytes
             return

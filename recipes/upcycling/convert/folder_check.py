@@ -26,7 +26,7 @@ from recipes.models.hf.config_file import (
     read_config,
     trusts,
 )
-from recipes.models.hf.weight_files import weight_files
+from recipes.models.hf.weight_files import require_finite, weight_files
 from recipes.runtime.machine_memory import spare_bytes
 
 # Tokens that are compared, of samples at least so long, and how far these reach beyond a window.
@@ -153,6 +153,7 @@ def _evaluate(
     folder: Path, tokens_BS: Tensor, gradients: bool, trust: bool
 ) -> tuple[Tensor, dict[str, Tensor], torch.dtype]:
     model = load_any(folder, trust_remote_code=trust)
+    require_finite(model, folder, "checkpoint")
     dtype = min((p.dtype for p in model.parameters() if p.dim() > 1), key=lambda d: d.itemsize)
     model = model.float()
     found: dict[str, Tensor] = {}
