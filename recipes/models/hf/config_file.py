@@ -17,6 +17,7 @@ from recipes.runtime.user_json import UserJsonError, read_json_file
 _AGAIN = "Download it again."
 _GIVE = "Give the config.json that the model was published with."
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_FLOATS = ("NaN", "Infinity", "-Infinity")
 # Keys by which transformers fetches or runs code of others, at any depth: a name with a slash is a
 # repository of the hub.
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "kernel")
@@ -155,7 +156,7 @@ def inner_config(values: Mapping[str, Any], folder: Path, *, trust_remote_code: 
             "If you have read and trust that code, set trust_remote_code=True (tools: --trust-remote-code)."
         )
         raise ModelError.one("path", str(folder), rule, remedy)
-    rest = {key: value for key, value in values.items() if key != "model_type"}
+    rest = with_floats({key: value for key, value in values.items() if key != "model_type"})
     with library_reads("path", folder, "Export the run again.", "use its config.json"):
         named = values["auto_map"].get("AutoConfig") if runs_code else None
         if named is None:
@@ -164,6 +165,17 @@ def inner_config(values: Mapping[str, Any], folder: Path, *, trust_remote_code: 
             config = get_class_from_dynamic_module(named, str(folder), local_files_only=True)(**rest)
         config._name_or_path = str(folder)  # where transformers looks for the model's code
     return (config, True) if runs_code else (_without_code(config), False)
+
+
+def with_floats(value: Any) -> Any:
+    """Returns a value of JSON with all its floats; transformers writes some as ``{"__float__": "NaN"}``."""
+    if isinstance(value, list):
+        return [with_floats(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+        return float(value["__float__"])
+    return {key: with_floats(inner) for key, inner in value.items()}
 
 
 def _without_code(config: Any) -> Any:
