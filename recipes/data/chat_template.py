@@ -28,7 +28,7 @@ from recipes.data.reply_spans import (
     find_span,
 )
 from recipes.data.time_limit import TimeIsUp, time_limit
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import load_tokenizer, require_room
 from recipes.runtime.atomic import atomic_write_text
 from recipes.runtime.user_json import UserJsonError, read_json_file
 
@@ -165,6 +165,7 @@ class ChatFormat:
         except TimeIsUp:
             rule = f"the chat template does not end within {RENDER_SECONDS:g} seconds"
             _fail(conversation.place, rule, f"Mend its loops, or leave out the row. {_GIVE_ONE}.")
+        require_room(len(text))
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
         )
