@@ -22,6 +22,7 @@ from recipes.jobs.preflight import check_run
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.stage_run import CPT, StageInputs, StageRun
 from recipes.models.hf.config_file import vocabulary_size
+from recipes.runtime.machine_memory import is_out_of_memory
 from recipes.tracking.results import Results
 
 
@@ -126,7 +127,13 @@ def _conclude(run_dir: RunDir, results: Results) -> None:
     """Builds the report and prints the table of results."""
     from recipes.tracking.report import build_report, results_table
 
-    path = build_report(run_dir.path)
+    try:
+        built = str(build_report(run_dir.path))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Figures never end a run that has done its work.
+        built = f"not built for want of memory; python -m tools.report {run_dir.path} builds it"
     print()
     print(results_table(results.content))
     timings, memory = results.content["timings"], results.content.get("peak_memory_bytes")
@@ -135,6 +142,6 @@ def _conclude(run_dir: RunDir, results: Results) -> None:
             f"\ntime:   {timings['total_s']:.0f} s in all, {timings['first_step_s']:.0f} s from the command "
             f"to the end of the first step; peak memory of all ranks {memory / 2**30:.2f} GiB"
         )
-    print(f"report: {path}")
+    print(f"report: {built}")
     if "failed" not in results.content.get("export", {}):
         print(f"model:  {run_dir.export}")

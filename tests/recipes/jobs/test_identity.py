@@ -213,7 +213,7 @@ def test_a_refusal_names_the_tokenizer_the_template_and_the_default_model(tmp_pa
     dense.mkdir()
     (dense / "tokenizer.json").write_text("1")
     (tmp_path / "t.jinja").write_text("1")
-    (tmp_path / "rows.jsonl").write_text('{"messages": []}')
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     config = DataConfig(
         path=str(tmp_path / "rows.jsonl"), format="chat", chat_template=str(tmp_path / "t.jinja")
     )

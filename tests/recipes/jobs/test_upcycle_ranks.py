@@ -81,7 +81,6 @@ def test_a_rank_that_is_killed_is_named(workplace: Path, options: dict[str, Any]
     changes = options | {"run.name": "two-kill", "compare.cpt": False}
     killed = process(workplace, changes, StopAt("moe", 3, "SIGKILL", "rank1"), ranks=RANKS, command=True)
     assert killed.code == 1
-    print("OUT", killed.out, "ERR", killed.err)
     assert "error: rank 1 has ended without a word" in killed.err and "Set resume=auto" in killed.err
     ours = killed.err.partition("torch/distributed/elastic")[0]
     assert "Traceback" not in ours and "gloo" not in ours, killed.err
