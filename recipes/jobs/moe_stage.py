@@ -130,7 +130,8 @@ def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
 
     def begin(stage: Stage) -> None:
         spec, tensors = describe_model(stage.train_module.skeleton), stage.train_module.checkpoint_tensors()
-        done = start_optimizer(tensors, spec, run.inputs.folder, folder)
+        trust = run.config.trust_remote_code
+        done = start_optimizer(tensors, spec, run.inputs.folder, folder, trust_remote_code=trust)
         run.log(f"{name}: optimizer state of step {done} of {folder}, none for the routers")
 
     return replace(built, begin=begin)

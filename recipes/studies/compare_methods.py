@@ -125,7 +125,8 @@ def compare_methods(
         log: Takes every result at once.
     """
     found: dict[str, MethodDrift | UserError] = {}
-    model, shape = load_model(dense), read_ffn_shape(dense)
+    trust = parse_config(compose_config(["+recipe=upcycle", *overrides])).trust_remote_code
+    model, shape = load_model(dense, trust_remote_code=trust), read_ffn_shape(dense)
     for candidate in candidates:
         try:
             values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
@@ -147,7 +148,7 @@ def _check(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     if method.aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
         mistakes.append(Mistake("upcycle.align_outputs", True, "methods are compared without it", remedy))
-    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=False)
+    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 
 def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
