@@ -65,7 +65,16 @@ def require_finite(model: nn.Module, folder: Path, option: str) -> None:
     for name, parameter in model.named_parameters():
         if (what := not_finite(parameter.detach())) is not None:
             remedy = "Download the checkpoint again, or give one whose weights are all finite."
-            raise ModelError.one(option, str(folder), f"its weight {name} holds {what}", remedy)
+            raise ModelError.one(option, _file_of(folder, name), f"its tensor {name} holds {what}", remedy)
+
+
+def _file_of(folder: Path, name: str) -> str:
+    """Returns the file of a tensor, which may lack the model's prefix there; the folder if none is known."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if any(key == name or name.endswith(f".{key}") for key in file.keys()):  # noqa: SIM118
+                return str(path)
+    return str(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
