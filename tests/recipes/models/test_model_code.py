@@ -112,7 +112,7 @@ def test_without_trust_a_sentence_says_so(
 ) -> None:
     own = own_checkpoint(make_checkpoint("llama"), tmp_path / "own", "own_model")
     (mistake,) = check_checkpoint(str(own), "--moe")
-    assert "it brings its own code" in mistake.rule
+    assert "it brings its own code" in mistake.rule and mistake.remedy.endswith("set --trust-remote-code.")
     (own / "config.json").write_text(
         json.dumps({"model_type": "graft_moe", "dense_config": json.loads((own / "config.json").read_text())})
     )
