@@ -140,10 +140,12 @@ def load_system(
 
 def shape_of(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
     """Returns the shape of a known family, else None and the reason; a wrong config of a known one raises."""
-    family = config.get("model_type")
-    if family in known_families():
-        return shape_from_config(config), None
-    return None, f"no accounting knows the family {family!r}"
+    inner = config.get("dense_config")  # of an export in Graft's format
+    families = [part.get("model_type") for part in (config, inner) if isinstance(part, Mapping)]
+    for family in families:
+        if family not in known_families():
+            return None, f"no accounting knows the family {family!r}"
+    return shape_from_config(config), None
 
 
 @torch.no_grad()
