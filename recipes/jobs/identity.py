@@ -136,7 +136,8 @@ def data_changes(then: Any, now: Mapping[str, Any]) -> str:
         old, new = then.get(kind), now[kind]
         if not isinstance(old, Mapping) or (kind == "times" and found):
             continue
-        for name in sorted(old.keys() | new.keys()):
+        # Options that a version of then did not write down are not new ones.
+        for name in sorted(old.keys() & new.keys() if kind == "options" else old.keys() | new.keys()):
             if name not in new:
                 found.append(f"{name} is gone")
             elif name not in old:
