@@ -20,7 +20,7 @@ from recipes.config.compose import compose_config, to_yaml
 from recipes.runtime.clock import steady_time
 from recipes.runtime.error_file import write_error_file
 from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
-from recipes.runtime.machine_memory import is_out_of_memory
+from recipes.runtime.machine_memory import LimitError, is_out_of_memory
 
 INTERRUPTED = 130
 # Time that other ranks give the first one of their machine to report an error that all have.
@@ -95,6 +95,8 @@ def _guarded(work: Callable[[], int]) -> int:
 
 
 def _memory_line(error: Exception) -> str:
+    if isinstance(error, LimitError):
+        return f"{error}. Raise the limit, then set resume=auto."
     cause = str(error).strip().partition("\n")[0] or "memory is used up"
     return (
         f"not enough memory, in {_place(error)}: {cause}. Set a smaller train.micro_batch_size, "

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     work("--text", metavar="PATH", help="text of prompts and perplexity (default: Python's standard library)")
     work("--tokenizer", metavar="DIR", help="tokenizer of all systems (default: each one's own)")
+    work("--trust-remote-code", action="store_true", help="run code that the folders bring (auto_map)")
     work("--overhead", action="store_true", help="also measure the overhead of watching the experts")
     _add_more(parser)
     return parser
@@ -204,6 +205,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
         device=args.device,
         dtype=args.dtype,
         experts=args.experts,
+        trust_remote_code=args.trust_remote_code,
         text=args.text,
         tokenizer=_path(args.tokenizer),
         accuracy=accuracy,

@@ -85,7 +85,8 @@ def _lines(rates: dict[str, dict[str, Rate]]) -> list[str]:
     for part, unit in (("bytes_per_s", "GB/s"), ("flops", "GFLOP/s")):
         for name, rate in rates[part].items():
             shown = "".join(f"{value / 1e9:10.2f}" for value in (rate.best, rate.median, rate.p10, rate.p90))
-            lines.append(f"{name:12}{shown}  {unit:8} {rate.detail}{'  (noisy)' if rate.noisy else ''}")
+            mark = f", best of {rate.rounds}{'  (noisy)' if rate.noisy else ''}"
+            lines.append(f"{name:12}{shown}  {unit:8} {rate.detail}{mark}")
     return lines
 
 

@@ -235,10 +235,11 @@ def _verify(
     from recipes.upcycling.convert.folder_check import compare_folders, fits, telling_tokens
 
     dense = Path(arguments.dense).expanduser()
-    by_default = conversion.claims_exact and not config.trust_remote_code and fits(dense, out)
+    by_default = conversion.claims_exact and fits(dense, out)
     if not (by_default if arguments.verify is None else arguments.verify):
         return None
-    return compare_folders(dense, out, telling_tokens(dense, config.data))
+    tokens, trust = telling_tokens(dense, config.data), config.trust_remote_code
+    return compare_folders(dense, out, tokens, trust_remote_code=trust)
 
 
 def _unverified(conversion: Conversion) -> str:

@@ -28,6 +28,7 @@ def _parse() -> argparse.Namespace:
     add("--samples", type=int, default=8, help="number of sequences")
     add("--length", type=int, default=128, help="tokens of a sequence")
     add("--gradients", action="store_true", help="compare gradients as well (memory for both models')")
+    add("--trust-remote-code", action="store_true", help="run code that the folders bring (auto_map)")
     return parser.parse_args()
 
 
@@ -47,7 +48,8 @@ def main() -> int:
 
     dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
     tokens = real_tokens(dense, data, arguments.samples, arguments.length)
-    report = compare_folders(dense, moe, tokens, gradients=arguments.gradients)
+    trust = arguments.trust_remote_code
+    report = compare_folders(dense, moe, tokens, gradients=arguments.gradients, trust_remote_code=trust)
     print(describe_equivalence(report), file=stream_beside(arguments.json))
     write_json(arguments.json, equivalence_figures(report))
     return 0 if report.agrees else 1
@@ -59,7 +61,8 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
 
     mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
     for option in ("dense", "moe"):
-        mistakes += check_checkpoint(getattr(arguments, option), f"--{option}")
+        folder, trust = getattr(arguments, option), arguments.trust_remote_code
+        mistakes += check_checkpoint(folder, f"--{option}", trust_remote_code=trust)
     if not mistakes:
         mistakes += _check_length(arguments)
     return mistakes + check_least(arguments, samples=1, length=1)

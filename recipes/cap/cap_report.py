@@ -112,7 +112,8 @@ def _system(
     prompt_BS, scored_BS = text
     device, rates = torch.device(request.device), _rates(request)
     dtype = None if request.dtype is None else DTYPES[request.dtype]
-    system = load_system(name, source, device, dtype, request.experts)
+    trust = request.trust_remote_code
+    system = load_system(name, source, device, dtype, request.experts, trust_remote_code=trust)
     if system.dtype not in ceilings:
         ceilings[system.dtype] = _ceilings(request, system, log)
     peaks = ceilings[system.dtype]

@@ -20,7 +20,7 @@ from moe.layer import moe_layers
 from recipes.cap.folders import Source, read_config
 from recipes.cap.hooks import Site, check_sites, find_sites
 from recipes.checkpoint.reader import open_checkpoint
-from recipes.models.hf.config_file import library_reads, load_config
+from recipes.models.hf.config_file import library_reads, load_config, trusts
 
 # Prefix of the model's tensors in a checkpoint of a run.
 _IN_CHECKPOINT = "model."
@@ -89,6 +89,8 @@ def load_system(
     device: torch.device,
     dtype: torch.dtype | None = None,
     experts: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> System:
     """Loads a checkpoint of transformers, an export of Graft, or a model of a run.
 
@@ -99,6 +101,7 @@ def load_system(
         dtype: Dtype of the weights; None for that of the files.
         experts: transformers' implementation of experts: ``eager``, ``batched_mm``, ``grouped_mm``; None is
             its own choice.
+        trust_remote_code: Whether the folder's own code may run.
 
     Raises:
         ModelError: It cannot be loaded, or its parameters differ from its config.
@@ -108,7 +111,7 @@ def load_system(
     if isinstance(config, Mistake):
         raise ConfigError([config])
     shape, reason = shape_of(config)
-    model = _load(source.folder, config, dtype)
+    model = _load(source.folder, config, dtype, trust_remote_code)
     if source.trained is not None:
         _take_weights(model, source.trained)
     model = model.to(device).eval()
@@ -137,10 +140,12 @@ def load_system(
 
 def shape_of(config: Mapping[str, Any]) -> tuple[ModelShape | None, str | None]:
     """Returns the shape of a known family, else None and the reason; a wrong config of a known one raises."""
-    family = config.get("model_type")
-    if family in known_families():
-        return shape_from_config(config), None
-    return None, f"no accounting knows the family {family!r}"
+    inner = config.get("dense_config")  # of an export in Graft's format
+    families = [part.get("model_type") for part in (config, inner) if isinstance(part, Mapping)]
+    for family in families:
+        if family not in known_families():
+            return None, f"no accounting knows the family {family!r}"
+    return shape_from_config(config), None
 
 
 @torch.no_grad()
@@ -160,17 +165,21 @@ def _take_weights(model: nn.Module, checkpoint: Path) -> None:
             parameter.copy_(tensors.read(_IN_CHECKPOINT + name))
 
 
-def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, trust: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     from recipes.models.export.graft_format import MODEL_TYPE, load_graft
 
     if config.get("model_type") == MODEL_TYPE:
-        return load_graft(folder, dtype).module
-    built = load_config(folder, option="FOLDER")
+        return load_graft(folder, dtype, trust_remote_code=trust).module
+    built = load_config(folder, trust_remote_code=trust, option="FOLDER")
     with library_reads("FOLDER", folder, "Give a complete decoder checkpoint.", "load it"):
         return AutoModelForCausalLM.from_pretrained(
-            folder, config=built, local_files_only=True, dtype=dtype or "auto"
+            folder,
+            config=built,
+            local_files_only=True,
+            trust_remote_code=trusts(folder, trust),
+            dtype=dtype or "auto",
         )
 
 

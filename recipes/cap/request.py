@@ -65,6 +65,7 @@ class Request:
         device: Device, such as ``cpu`` or ``cuda``.
         dtype: A key of `DTYPES`; None as in the files.
         experts: transformers' implementation of experts; None is its own choice.
+        trust_remote_code: Whether the systems may run code of their own.
         text: Source of prompts and of the text of perplexity; None for Python's standard library.
         tokenizer: A folder for all systems; None is each one's own.
         accuracy: Accuracies to measure.
@@ -82,6 +83,7 @@ class Request:
     device: str = "cpu"
     dtype: str | None = None
     experts: str | None = None
+    trust_remote_code: bool = False
     text: str | None = None
     tokenizer: Path | None = None
     accuracy: Accuracy = field(default_factory=Accuracy)
@@ -153,6 +155,7 @@ def _check_server(request: Request) -> list[Mistake]:
         "--lm-eval": request.accuracy.tasks,
         "--overhead": request.overhead,
         "--experts": request.experts,
+        "--trust-remote-code": request.trust_remote_code,
     }
     for flag, value in not_there.items():
         if value:

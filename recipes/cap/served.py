@@ -19,7 +19,7 @@ from recipes.cap.efficiency import efficiency
 from recipes.cap.loading import Known
 from recipes.cap.measure import Workload, spread_of, unmeasured_point
 from recipes.cap.phases import Passes, phase_figures, unmeasured_phase
-from recipes.cap.server import Reply, Server, ask_together, together
+from recipes.cap.server import Reply, Server, ask_together, most_together, together
 from recipes.tracking.meters import Reading
 
 # Requests that decode together on average, of those asked for; below it no utilisation is given.
@@ -86,6 +86,18 @@ def _written(rounds: Sequence[Sequence[Reply]], new: int) -> float:
     return new * sum(len(replies) for replies in rounds) / sum(seconds)
 
 
+def _apart(rounds: Sequence[Sequence[Reply]], sequences: int, at_once: float) -> str:
+    """Returns what is known of requests that did not all decode at once."""
+    most = min(most_together(replies) for replies in rounds)
+    starts = [[reply.arrived[0] for reply in replies] for replies in rounds]
+    late = max(max(first) - min(first) for first in starts)
+    known = f"{at_once:.1f} of {sequences} requests decoded at once on average, and {most} at most"
+    begun = f"first tokens came up to {late:.2g} s apart"
+    if most == sequences:
+        return f"{known}: {begun}, so ask for more tokens (--new)"
+    return f"{known}; {begun} (a smaller batch on the server, or its queue)"
+
+
 def _decode(
     known: Known,
     rounds: Sequence[Sequence[Reply]],
@@ -97,8 +109,7 @@ def _decode(
 ) -> dict[str, Any]:
     """Treats every round as ``new - 1`` passes of the whole batch, each with the mean time of a token."""
     if at_once < _TOGETHER * sequences:
-        rule = f"{at_once:.1f} of {sequences} requests decoded at once; the server's largest batch is smaller"
-        return unmeasured_phase(rule)
+        return unmeasured_phase(_apart(rounds, sequences, at_once))
     times = [sum(reply.each for reply in replies) / len(replies) for replies in rounds]
     distinct = None if known.shape is None else (estimated_distinct(known.shape, sequences),) * (new - 1)
     runs = [Passes(seconds=(seconds,) * (new - 1), distinct=distinct) for seconds in times]

@@ -5,6 +5,7 @@ Letters: B requests, S tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -160,3 +161,10 @@ def together(replies: Sequence[Reply]) -> float:
     spans = [(reply.arrived[0], reply.arrived[-1]) for reply in replies]
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
     return sum(end - begin for begin, end in spans) / whole if whole > 0 else float(len(spans))
+
+
+def most_together(replies: Sequence[Reply]) -> int:
+    """Returns the largest number of requests that decoded at one time."""
+    events = [(time, step) for one in replies for time, step in ((one.arrived[0], 1), (one.arrived[-1], -1))]
+    # Where one ends as another begins, both decoded.
+    return max(itertools.accumulate(step for _, step in sorted(events, key=lambda e: (e[0], -e[1]))))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moe.errors import CheckpointError, Mistake
 from recipes.checkpoint.shard_layout import Box, cover_fault
-from recipes.runtime.own_json import parse_json, read_regular
+from recipes.runtime.user_json import read_json_text, read_regular
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
@@ -275,9 +276,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _json(path: Path, data: bytes) -> Any:
     try:
-        return parse_json(data)
+        return read_json_text(data, str(path))
     except ValueError as error:
-        raise damaged(path, str(error), "is not JSON") from None
+        raise damaged(path, f"it {error}", "is no checkpoint's JSON") from None
 
 
 def check_file(path: Path, record: FileRecord) -> None:
@@ -307,14 +308,12 @@ def _check_size(path: Path, record: FileRecord) -> None:
 
 
 def _read(path: Path, why_needed: str) -> bytes:
+    if not os.path.lexists(path):
+        raise damaged(path, "missing", why_needed)
     try:
         return read_regular(path)
     except ValueError as error:
-        raise damaged(path, str(error), "cannot be read") from None
-    except FileNotFoundError:
-        raise damaged(path, "missing", why_needed) from None
-    except OSError as error:
-        raise damaged(path, error.strerror, "cannot be read") from error
+        raise damaged(path, f"it {error}", "cannot be read") from None
 
 
 def _parse(model: type[_M], path: Path, data: bytes) -> _M:

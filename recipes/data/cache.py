@@ -6,20 +6,18 @@ process, by rank 0 alone, unless the files changed since. What is damaged is mad
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import json
 import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from recipes.data.indexed import disk_errors
 from recipes.runtime.atomic import fsync_folder, write_synced
+from recipes.runtime.claim import lock_beside, wait_for
 from recipes.runtime.user_json import UserJsonError, read_json_file
 
 CHECKSUMS = "checksums.json"
@@ -49,7 +47,7 @@ def cached_folder(
     entry = cache / key
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{key}.lock", log):
+    with wait_for(lock_beside(entry), lambda line: log(f"data: {line}"), lambda: True):
         fault = entry_fault(entry) if entry.is_dir() else "is missing"
         if fault is None:
             log(f"data: using the tokens cached in {entry}")
@@ -124,24 +122,3 @@ def _rename_folder(temporary: Path, entry: Path) -> None:
         if not entry.is_dir():
             raise
     fsync_folder(entry.parent)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds an advisory lock, which the system releases even when the process dies."""
-    with disk_errors(path):
-        stream = path.open("w")
-    with stream:
-        try:
-            _lock(stream, log)
-        except OSError as error:
-            log(f"data: {path} cannot be locked ({error}); other processes may tokenise the same too")
-        yield
-
-
-def _lock(stream: TextIO, log: Callable[[str], None]) -> None:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    log("data: waiting for another process that is tokenising the same documents")
-    fcntl.flock(stream, fcntl.LOCK_EX)

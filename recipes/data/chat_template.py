@@ -9,6 +9,7 @@ later ones are added, which is checked.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,7 +28,7 @@ from recipes.data.reply_spans import (
     find_span,
 )
 from recipes.data.time_limit import TimeIsUp, time_limit
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import load_tokenizer, require_room
 from recipes.runtime.atomic import atomic_write_text
 from recipes.runtime.user_json import UserJsonError, read_json_file
 
@@ -158,12 +159,13 @@ class ChatFormat:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
         try:
             with time_limit(RENDER_SECONDS):
-                text, spans = self._render_checked(conversation)
+                text, spans = self._render_calls(conversation)
         except SpanError as error:
             _fail(conversation.place, str(error), _MEND)
         except TimeIsUp:
             rule = f"the chat template does not end within {RENDER_SECONDS:g} seconds"
             _fail(conversation.place, rule, f"Mend its loops, or leave out the row. {_GIVE_ONE}.")
+        require_room(len(text))
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
         )
@@ -172,6 +174,20 @@ class ChatFormat:
         for start, end in spans:
             own |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         return np.array(encoded["input_ids"], dtype=np.int64), own
+
+    def _render_calls(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Renders; some templates write a call only where the message has null as its content."""
+        bare = [
+            message | {"content": message["content"] or None} if "tool_calls" in message else message
+            for message in conversation.messages
+        ]
+        try:
+            return self._render_checked(conversation)
+        except SpanError:
+            if bare != conversation.messages:
+                with suppress(SpanError):  # the first error is the one to tell
+                    return self._render_checked(conversation._replace(messages=bare))
+            raise
 
     def _render_checked(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Renders a conversation; returns the text and the spans of the replies that count."""
@@ -186,9 +202,26 @@ class ChatFormat:
             spans = {i: find_span(render, messages, i, text, self._ends) for i in counted}
         else:
             spans = _spans_of_counted(conversation, marked)
+            self._check_marked_calls(conversation, text, marked)
         check_replies(conversation, text, spans)
         check_written(render, conversation, text)
         return text, list(spans.values()) if isinstance(spans, dict) else spans
+
+    def _check_marked_calls(self, conversation: Conversation, text: str, marked: list[Span]) -> None:
+        """Checks that a template that marks replies has calls of tools inside of them.
+
+        Raises:
+            SpanError: They change what it writes outside.
+        """
+        less = [
+            {name: value for name, value in message.items() if name != "tool_calls"}
+            for message in conversation.messages
+        ]
+        if less == conversation.messages:
+            return
+        other, other_marked = self._render(less, conversation.tools)
+        if _outside(text, marked) != _outside(other, other_marked or []):
+            raise SpanError("the template writes calls of tools outside of the replies that it marks")
 
     def _render(
         self, messages: Messages, tools: list[dict[str, Any]] | None, prompt: bool = False
@@ -229,6 +262,13 @@ def _spans_of_counted(conversation: Conversation, marked: list[Span]) -> dict[in
         f"the template marks {len(marked)} stretches for {len(replies)} replies, so that those that do not "
         "count cannot be told from the others"
     )
+
+
+def _outside(text: str, spans: list[Span]) -> list[str]:
+    """Returns the words outside of spans."""
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(text)]
+    return "".join(text[a:b] for a, b in zip(ends, starts, strict=True)).split()
 
 
 def _fail(place: str, rule: str, remedy: str) -> NoReturn:

@@ -35,10 +35,10 @@ _REFUSED = (
     *("functions", "function_call", "tool_calls", "documents", "chat_template_kwargs"),
     *("image", "images", "video", "videos", "audio", "audios"),
 )
-_CALLS = ("tool_calls", "function_call")
 _LEAVE = "Remove the field, or list it in data.ignored_fields to train without it."
 _CALL_REMEDY = (
-    "Write the call as the text of the reply, in the form of the chat template, or leave the row out."
+    'Write calls as {"tool_calls": [{"function": {"name": "...", "arguments": {...}}}]}, '
+    "or leave the row out."
 )
 
 
@@ -46,7 +46,8 @@ class Conversation(NamedTuple):
     """A conversation.
 
     Attributes:
-        messages: Each with ``role``, ``content``, and what else it says for the chat template to write.
+        messages: Each with ``role``, ``content``, and what else it says for the chat template to write;
+            arguments of ``tool_calls`` are objects, as templates take them.
         place: File and line.
         consumed: Bytes read since the previous conversation.
         tools: Tools that the assistant may call, for the chat template to write.
@@ -130,9 +131,11 @@ def _message(entry: Any, which: str, place: str, ignored: Collection[str]) -> tu
         if role is None:
             _fail(place, f"has {entry['from']!r} as the speaker of {which}, not one of {sorted(_SPEAKERS)}")
     more = {name: value for name, value in _said(entry, ignored).items() if name not in names}
-    for name in _CALLS:
-        if name in more:
-            _fail(place, f"calls a tool in {which} by the field {name!r}, which is not read", _CALL_REMEDY)
+    if "function_call" in more:
+        _fail(place, f"calls a tool in {which} by the field 'function_call', which is not read", _CALL_REMEDY)
+    if "tool_calls" in more:
+        more["tool_calls"] = _calls(more["tool_calls"], which, place)
+        content = "" if content is None else content
     if isinstance(content, list):
         content = _joined(content, which, place)
     if not isinstance(role, str) or not isinstance(content, str):
@@ -144,6 +147,31 @@ def _message(entry: Any, which: str, place: str, ignored: Collection[str]) -> tu
     message = {"role": role, "content": content, **more}
     _check_encodable(message, which, place)
     return message, on
+
+
+def _calls(value: Any, which: str, place: str) -> list[dict[str, Any]]:
+    """Returns the calls of a message; arguments that are JSON, as OpenAI has them, become objects."""
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            _fail(place, f"has under 'tool_calls' of {which} what names no function", _CALL_REMEDY)
+        given = inner.get("arguments")
+        if isinstance(given, str):
+            try:
+                given = read_json_text(given or "{}", place)
+            except UserJsonError as error:
+                _fail(
+                    place,
+                    f"has arguments in 'tool_calls' of {which}, a text that {error.clause}",
+                    _CALL_REMEDY,
+                )
+        if not isinstance(given, dict | None):
+            kind = type(given).__name__
+            _fail(place, f"has a {kind} as arguments in 'tool_calls' of {which}, not an object", _CALL_REMEDY)
+        inner = inner | {"arguments": given or {}}
+        calls.append(call | {"function": inner} if "function" in call else inner)
+    return calls
 
 
 def _joined(parts: list[Any], which: str, place: str) -> str:

@@ -13,6 +13,8 @@ Span = tuple[int, int]
 # Placeholder for a text.
 _ANY = "@@ what the assistant says @@"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# A reference to an earlier call, which few templates write; it says nothing that is to be learned.
+_REFERENCES = frozenset(("tool_call_id",))
 
 
 class SpanError(ValueError):
@@ -66,22 +68,24 @@ def find_span(render: Render, messages: Messages, i: int, text: str, ends: Itera
     other = render([*messages[:i], {"role": ASSISTANT, "content": _ANY}])
     header, tail = other.partition(_ANY)[0], other.rpartition(_ANY)[2]
     if _ANY not in other or not upto.startswith(header):
-        header = _prompt(
-            render, messages[:i]
-        )  # e.g. a thought stands where none is written for other replies
+        # E.g. a thought or a call stands where none is written for other replies.
+        header = _prompt(render, messages[:i])
         if not header or not upto.startswith(header):
             raise SpanError(f"the template begins message {i + 1} otherwise than it begins other replies")
     end = len(upto)
     if _ANY in other and upto.endswith(tail):
         end += _end_of_turn(tail, ends) - len(tail)
+    elif upto.rstrip().endswith(
+        tuple(filter(None, ends))
+    ):  # e.g. turns that call a tool end by another token
+        end = len(upto.rstrip())
     return len(header), end
 
 
 def _prompt(render: Render, before: Messages) -> str:
-    """Renders what precedes a reply that is to be generated; empty where the template has no such prompt."""
+    """Renders what precedes a reply that is to be generated; empty where that cannot be told."""
     try:
-        prompted = render(before, prompt=True)
-        return prompted if prompted != render(before) else ""
+        return render(before, prompt=True)
     except SpanError:  # some templates reject a conversation of no messages
         return ""
 
@@ -130,20 +134,38 @@ def check_written(render: Render, conversation: Conversation, text: str) -> None
         raise SpanError("the row has 'tools', which the template does not write")
     counted = set(counted_replies(conversation))
     for i, message in enumerate(messages):
-        for field in message.keys() - {"role", "content"}:
+        for field in message.keys() - {"role", "content"} - _REFERENCES:
             less = {name: value for name, value in message.items() if name != field}
             if _same(render, [*messages[:i], less, *messages[i + 1 :]], text):
                 raise SpanError(f"message {i + 1} has the field {field!r}, which the template does not write")
+        _check_calls(render, messages, i, text)
         if i in counted or _holds(text, message["content"]):
             continue
         if _same(render, [*messages[:i], message | {"content": _ANY}, *messages[i + 1 :]], text):
             raise SpanError(f"the template does not write message {i + 1}, of {message['role']!r}")
 
 
+def _check_calls(render: Render, messages: Messages, i: int, text: str) -> None:
+    """Checks that each call of a message is written, with its arguments."""
+    calls = messages[i].get("tool_calls", [])
+    for j, call in enumerate(calls):
+        bare = {"arguments": {}}
+        changed = [
+            [*calls[:j], *calls[j + 1 :]],
+            [*calls[:j], call | ({"function": call["function"] | bare} if "function" in call else bare)]
+            + calls[j + 1 :],
+        ]
+        if not call.get("function", call)["arguments"]:
+            del changed[1]
+        for other in changed:
+            if _same(render, [*messages[:i], messages[i] | {"tool_calls": other}, *messages[i + 1 :]], text):
+                raise SpanError(f"the template does not write call {j + 1} of message {i + 1} whole")
+
+
 def _same(render: Render, messages: Messages, text: str, tools: bool = True) -> bool:
-    """Returns whether other messages give the same text; a template that rejects them sees the change."""
+    """Returns whether other messages give the same words; a template that rejects them sees the change."""
     try:
-        return render(messages, tools=tools) == text
+        return render(messages, tools=tools).split() == text.split()
     except SpanError:
         return False
 

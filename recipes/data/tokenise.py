@@ -25,8 +25,15 @@ from recipes.data.indexed import (
     token_dtype,
 )
 from recipes.data.sources import fingerprint, read_documents, resolve
-from recipes.data.tokenizer import first_tokens, load_tokenizer, tokenizer_fingerprint, vocab_size_of
+from recipes.data.tokenizer import (
+    first_tokens,
+    load_tokenizer,
+    require_room,
+    tokenizer_fingerprint,
+    vocab_size_of,
+)
 from recipes.runtime.atomic import write_synced
+from recipes.runtime.machine_memory import address_space_left
 from recipes.runtime.progress import Progress
 from recipes.runtime.user_json import UserJsonError, read_json_file
 
@@ -90,7 +97,8 @@ def tokenise(
         Progress("tokenise", sources.num_bytes, "B", log) as progress,
         IndexedWriter(prefix, token_dtype(vocab_size_of(tokenizer))) as writer,
     ):
-        for batch in _batches(read_documents(cfg, log)):
+        characters = BATCH_CHARACTERS if address_space_left() is None else BATCH_CHARACTERS // 32
+        for batch in _batches(read_documents(cfg, log), characters):
             texts = [document.text for document in batch if document.text]
             flat, lengths = _encode(tokenizer, texts, bos, eos)
             writer.add_documents(flat, lengths)
@@ -163,13 +171,13 @@ def _fill(
     )
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document], most: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+        if len(batch) >= BATCH_DOCUMENTS or characters >= most:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -182,6 +190,7 @@ def _encode(
     """Returns the concatenated ids of all texts, int64, and the number of each."""
     if not texts:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    require_room(sum(map(len, texts)))
     encoded = tokenizer(
         texts,
         add_special_tokens=False,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moe.errors import DataError, Mistake
+from recipes.runtime.machine_memory import address_space_left, require_address_space
 from recipes.runtime.user_json import UserJsonError, read_json_file
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ MODEL_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SETTING_FILES = (*SETTINGS, "merges.txt")
 """Files that change ids as well, so that they are part of the fingerprint."""
+
+
+# Bytes that a tokenizer takes for its work, times the size of its file, and for each character of a text.
+_ROOM, _TIMES_FILE, _PER_CHARACTER = 1 << 24, 20, 256
 
 
 def check_tokenizer(
@@ -84,9 +90,14 @@ def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTok
     Raises:
         DataError: There is none, or it has no end-of-sequence token although one is to be appended.
     """
-    mistakes = _check_files(tokenizer_dir, None, "tokenizer")
+    mistakes, folder = _check_files(tokenizer_dir, None, "tokenizer"), Path(tokenizer_dir).expanduser()
     if mistakes:
         raise DataError(mistakes)
+    if address_space_left() is not None:
+        # A thread of its own for every core takes address space: much more than the work itself.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sizes = [path.stat().st_size for name in MODEL_FILES if (path := folder / name).is_file()]
+    require_address_space(_ROOM + _TIMES_FILE * max(sizes, default=0), f"the tokenizer in {folder}")
     tokenizer = _load(tokenizer_dir, "tokenizer")
     if append_eos and tokenizer.eos_token_id is None:
         raise DataError.one(
@@ -96,6 +107,15 @@ def load_tokenizer(tokenizer_dir: str | Path, append_eos: bool) -> PreTrainedTok
             "Set eos_token in its tokenizer_config.json, or data.append_eos=false (--no-eos).",
         )
     return tokenizer
+
+
+def require_room(characters: int) -> None:
+    """Checks that a tokenizer gets the memory for a text: where it does not, it ends the process.
+
+    Raises:
+        LimitError: A limit on this process leaves less.
+    """
+    require_address_space(_ROOM + _PER_CHARACTER * characters, f"tokenising {characters} characters")
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | Literal["auto"]) -> list[int]:

@@ -92,7 +92,7 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     refuse_existing(out, "--out")
     config, dense = _read_run(request.run)
     if request.stage == "cpt":
-        return _export_dense(request, dense, out)
+        return _export_dense(request, dense, out, config.trust_remote_code)
     if config.attention is not None:
         rule = "its key-value heads are experts, which only the run itself exports"
         raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
@@ -120,11 +120,12 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
     return Exported(out, conversion.exporter.name, exact_in, checkpoint, step, total)
 
 
-def _export_dense(request: ExportRequest, dense: Path, out: Path) -> Exported:
+def _export_dense(request: ExportRequest, dense: Path, out: Path, trust: bool) -> Exported:
     checkpoint = _checkpoint(request)
     verify_checkpoint(checkpoint, run=read_run_file(request.run).get("run_id"))
     with open_checkpoint(checkpoint) as tensors:
-        total = write_dense(tensors, dense, request.dtype or dense_dtype(dense), out)
+        dtype = request.dtype or dense_dtype(dense)
+        total = write_dense(tensors, dense, dtype, out, trust_remote_code=trust)
         step = tensors.step
     family = read_config(out)["model_type"]
     return Exported(out, family, ["transformers"], checkpoint, step, total)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,15 @@ from recipes.data.build_data import TrainData
 from recipes.data.config import DataConfig
 from recipes.data.indexed import bin_path, idx_path
 from recipes.data.sources import resolve
+from recipes.data.tokenizer import MODEL_FILES, SETTING_FILES
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
 from recipes.runtime.atomic import atomic_write_text
 from recipes.runtime.run_file import read_run_file, write_run_file
 
 _REMEDY = "Set it back to go on, or start a new run with resume=none."
-_DATA_REMEDY = (
-    "The files of data.path, or how they are split, are not those of then: put them back to go on, or start "
-    "a new run with resume=none."
-)
+# Where nothing that is written down has changed.
+_UNKNOWN = "the tokens themselves, though options, files and tokenizer are those of then (another version?)"
 _SHOWN = 3
 # More files are not listed one by one.
 _MOST_FILES = 2000
@@ -65,15 +66,47 @@ def identity(
     return plain
 
 
-def data_parts(config: DataConfig) -> dict[str, Any]:
-    """Returns the options and files that decide a run's data, so that a refusal can name what has changed."""
-    options = {f"data.{key}": value for key, value in dataclasses.asdict(config).items()}
-    paths = {path for one in (config, _validation(config)) if one is not None for path in _on_disk(one)}
-    stats = {str(path): path.stat() for path in sorted(paths)} if len(paths) <= _MOST_FILES else {}
-    files = {path: stat.st_size for path, stat in stats.items()}
-    times = {path: stat.st_mtime_ns for path, stat in stats.items()}
-    plain: dict[str, Any] = json.loads(json.dumps({"options": options, "files": files, "times": times}))
+def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Returns the options and files that decide a run's data, so that a refusal can name what has changed.
+
+    Args:
+        config: The run.
+        folder: Its dense model, whose tokenizer it takes; the default model and its tokenizer are made by
+            options.
+    """
+    data = config.data
+    options = {f"data.{key}": value for key, value in dataclasses.asdict(data).items()}
+    if resolve(data).kind == "stdlib":
+        options["the version of Python, whose library is the text,"] = platform.python_version()
+    if config.dense is None:
+        options |= {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
+    paths = {path for one in (data, _validation(data)) if one is not None for path in _on_disk(one)}
+    stats = {str(path): path.stat() for path in sorted(paths)}
+    if len(paths) > _MOST_FILES:
+        options["the number of files"], options["their bytes"] = (
+            len(paths),
+            sum(s.st_size for s in stats.values()),
+        )
+        stats = {}
+    parts = {
+        "options": options,
+        "files": {path: stat.st_size for path, stat in stats.items()},
+        "contents": {str(path): _digest(path) for path in _deciding(config, folder)},
+        "times": {path: stat.st_mtime_ns for path, stat in stats.items()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(parts))
     return plain
+
+
+def _deciding(config: RunConfig, folder: Path) -> list[Path]:
+    """Returns the files of the dense model's tokenizer, and that of the chat template."""
+    named = [] if config.dense is None else [folder / name for name in (*MODEL_FILES, *SETTING_FILES)]
+    named += [Path(config.data.chat_template).expanduser()] if config.data.chat_template else []
+    return [path for path in named if path.is_file()]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _validation(config: DataConfig) -> DataConfig | None:
@@ -89,26 +122,34 @@ def _on_disk(config: DataConfig) -> list[Path]:
     return list(sources.files)
 
 
-def _changes(then: Any, now: Mapping[str, Any]) -> list[str]:
-    """Lists what differs between the data of then and now, the first few of many."""
-    if not isinstance(then, Mapping) or not now:
-        return []
-    found = []
-    for kind, unit in (("options", ""), ("files", " bytes"), ("times", "")):
+def data_changes(then: Any, now: Mapping[str, Any]) -> str:
+    """Names what differs between the data of then and now, the first few of many.
+
+    Args:
+        then: Parts that a run wrote down, see `data_parts`; of any kind where somebody has edited them.
+        now: The same of now.
+    """
+    found: list[str] = []
+    for kind, unit in (("options", ""), ("files", " bytes"), ("contents", ""), ("times", "")):
+        if not isinstance(then, Mapping) or kind not in now:
+            break
         old, new = then.get(kind), now[kind]
         if not isinstance(old, Mapping) or (kind == "times" and found):
             continue
-        for name in sorted(old.keys() | new.keys()):
+        # Options that a version of then did not write down are not new ones.
+        for name in sorted(old.keys() & new.keys() if kind == "options" else old.keys() | new.keys()):
             if name not in new:
                 found.append(f"{name} is gone")
             elif name not in old:
                 found.append(f"{name} is new")
-            elif old[name] != new[name] and kind == "times":
-                found.append(f"{name} was written to since")
+            elif old[name] != new[name] and kind in ("contents", "times"):
+                found.append(
+                    f"{name} {'holds something else' if kind == 'contents' else 'was written to since'}"
+                )
             elif old[name] != new[name]:
                 found.append(f"{name} was {old[name]!r}{unit} and is {new[name]!r}")
     more = [f"{len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return [*found[:_SHOWN], *more]
+    return "; ".join([*found[:_SHOWN], *more]) or _UNKNOWN
 
 
 def refuse_changes(
@@ -135,15 +176,17 @@ def refuse_changes(
     began = record.get("identity")
     if began is not None:
         began = with_new_names(began)
+        changes = data_changes(record.get("data_parts"), parts or {})
+        # Their values are hashes, or named by one: a person is told what has changed.
+        hashed = {"data": "other data"}
+        if values.get("dense") is None and "model.vocab_size" in str(record.get("data_parts")):
+            hashed["dense"] = "another default model"
         changed = [
-            Mistake(
-                path,
-                wanted.get(path),
-                f"the run in {origin} began with {began.get(path)!r}",
-                _REMEDY,
+            Mistake(path, changes, f"the run in {origin} began with {hashed[path]}", _REMEDY)
+            if path in hashed
+            else Mistake(
+                path, wanted.get(path), f"the run in {origin} began with {began.get(path)!r}", _REMEDY
             )
-            if path != "data"
-            else _other_data(origin, wanted, began, _changes(record.get("data_parts"), parts or {}))
             for path in sorted(set(began) | set(wanted))
             if began.get(path) != wanted.get(path)
         ]
@@ -154,13 +197,3 @@ def refuse_changes(
     more |= {} if parts is None else {"data_parts": parts}
     write_run_file(run_dir.path, identity=wanted, **more)
     atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(values)))
-
-
-def _other_data(
-    origin: Path, wanted: Mapping[str, Any], began: Mapping[str, Any], changes: list[str]
-) -> Mistake:
-    if not changes:
-        rule = f"the run in {origin} began with {began.get('data')!r}"
-        return Mistake("data", wanted.get("data"), rule, _DATA_REMEDY)
-    rule = f"the run in {origin} began with other data"
-    return Mistake("data", "; ".join(changes), rule, _REMEDY)

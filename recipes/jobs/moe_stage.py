@@ -135,7 +135,8 @@ def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
 
     def begin(stage: Stage) -> None:
         spec, tensors = describe_model(stage.train_module.skeleton), stage.train_module.checkpoint_tensors()
-        done = start_optimizer(tensors, spec, run.inputs.folder, folder)
+        trust = run.config.trust_remote_code
+        done = start_optimizer(tensors, spec, run.inputs.folder, folder, trust_remote_code=trust)
         run.log(f"{name}: optimizer state of step {done} of {folder}, none for the routers")
 
     return replace(built, begin=begin)
@@ -234,7 +235,10 @@ def _write_and_check(run: StageRun, stage: Stage) -> None:
     logits, cost = reference_logits(run.engine, run.blank(), stage.train_module, exporter, dtype, tokens)
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     memory = config.memory_gib * 2**30
-    report = console.on_rank_zero(lambda: verify_export(exporter, folder, tokens, logits, memory, heartbeat))
+    trust = run.config.trust_remote_code
+    report = console.on_rank_zero(
+        lambda: verify_export(exporter, folder, tokens, logits, memory, heartbeat, trust_remote_code=trust)
+    )
     run.log(
         f"export: {report.format} in {report.path}; reloaded, its logits differ by "
         f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"

@@ -28,7 +28,7 @@ from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_sched
 from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
-from recipes.models.hf.config_file import context_length, read_config
+from recipes.models.hf.config_file import context_length, read_config, trusts
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.runtime.relaunch import Launch
@@ -66,11 +66,12 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
 
 def check_opens(config: RunConfig) -> list[Mistake]:
     """Checks that transformers builds the model, that the files hold it, and that they may be copied."""
+    folder, trust = Path(config.dense or "").expanduser(), config.trust_remote_code
     try:
-        open_dense(Path(config.dense or "").expanduser(), trust_remote_code=config.trust_remote_code)
+        open_dense(folder, trust_remote_code=trust)
     except UserError as error:
         return list(error.mistakes)
-    return check_companions(config.dense or "")
+    return check_companions(config.dense or "", code=trusts(folder, trust))
 
 
 def check_places(values: Mapping[str, Any]) -> list[Mistake]:

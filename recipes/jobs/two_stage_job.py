@@ -17,10 +17,10 @@ from recipes.config.schema import RunConfig
 from recipes.config.sections.compare_config import CompareConfig
 from recipes.config.sections.stage2_config import Stage2Config
 from recipes.data.build_data import TrainData
-from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths, resolve
 from recipes.engines.optim.optimizer import FrozenConfig
 from recipes.jobs.default_model import shared_data
+from recipes.jobs.identity import data_changes, data_parts
 from recipes.jobs.moe_stage import build_moe, report_moe
 from recipes.jobs.stage_run import Built, StageInputs, StageParts, StageRun
 from recipes.jobs.upcycle_job import UpcycleJob
@@ -119,7 +119,7 @@ def second_stage(inputs: StageInputs) -> StageRun:
     trust = config.trust_remote_code
     vocab_size = console.on_rank_zero(lambda: vocabulary_size(inputs.folder, trust_remote_code=trust))
     data = shared_data(config, console, inputs.folder, vocab_size)
-    console.on_rank_zero(lambda: _refuse_other_data(inputs.run_dir.path, config.data, data))
+    console.on_rank_zero(lambda: _refuse_other_data(inputs, config, data))
     train = inputs.config.train
     parts = StageParts(
         "moe",
@@ -199,11 +199,13 @@ def _put_stage(run: StageRun, number: int, result: StageResult, tokens: int, **m
     run.results.put("stages", sorted([*others, row | more], key=lambda old: old["stage"]))
 
 
-def _refuse_other_data(run_dir: Path, config: DataConfig, data: TrainData) -> None:
+def _refuse_other_data(inputs: StageInputs, config: RunConfig, data: TrainData) -> None:
     """Refuses other data for the second stage when a run goes on, also while it is in the first."""
-    began = read_run_file(run_dir).get("stage2_data")
-    if began not in (None, data.fingerprint):
-        rule = "the run began with other data for its second stage"
+    run_dir, parts = inputs.run_dir.path, data_parts(config, inputs.folder)
+    record = read_run_file(run_dir)
+    if record.get("stage2_data") not in (None, data.fingerprint):
+        rule = "the run began with other data for its second stage: "
+        rule += data_changes(record.get("stage2_parts"), parts)
         remedy = "Set it back to go on, or start a new run with resume=none."
-        raise CheckpointError.one("stage2.path", config.path, rule, remedy)
-    write_run_file(run_dir, stage2_data=data.fingerprint)
+        raise CheckpointError.one("stage2.path", config.data.path, rule, remedy)
+    write_run_file(run_dir, stage2_data=data.fingerprint, stage2_parts=parts)

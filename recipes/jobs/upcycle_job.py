@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from recipes.jobs.preflight import check_run
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.stage_run import CPT, StageInputs, StageRun
 from recipes.models.hf.config_file import vocabulary_size
+from recipes.runtime.machine_memory import is_out_of_memory
 from recipes.tracking.results import Results
 
 
@@ -71,7 +73,8 @@ class UpcycleJob(Job):
             data = shared_data(config, console, folder, vocab_size)
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         wanted = identity(config, folder, data, self.identity(config))
-        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, data_parts(config.data)))
+        parts = partial(data_parts, config, folder)
+        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, parts()))
         if config.dense is None and not train_default(config, console, loop, folder, data):
             return False
         content = session.engine.broadcast(Results.read(run_dir.summary) if console.is_rank0 else None)
@@ -125,7 +128,13 @@ def _conclude(run_dir: RunDir, results: Results) -> None:
     """Builds the report and prints the table of results."""
     from recipes.tracking.report import build_report, results_table
 
-    path = build_report(run_dir.path)
+    try:
+        built = str(build_report(run_dir.path))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Figures never end a run that has done its work.
+        built = f"not built for want of memory; python -m tools.report {run_dir.path} builds it"
     print()
     print(results_table(results.content))
     timings, memory = results.content["timings"], results.content.get("peak_memory_bytes")
@@ -134,6 +143,6 @@ def _conclude(run_dir: RunDir, results: Results) -> None:
             f"\ntime:   {timings['total_s']:.0f} s in all, {timings['first_step_s']:.0f} s from the command "
             f"to the end of the first step; peak memory of all ranks {memory / 2**30:.2f} GiB"
         )
-    print(f"report: {path}")
+    print(f"report: {built}")
     if "failed" not in results.content.get("export", {}):
         print(f"model:  {run_dir.export}")

@@ -36,19 +36,21 @@ class GraftMoEForCausalLM:
         Args:
             path: A local folder.
             args: Must be empty.
-            options: ``dtype`` (or ``torch_dtype``), and the options that the Auto classes add.
+            options: ``dtype`` (or ``torch_dtype``), ``trust_remote_code``, and what the Auto classes add.
 
         Raises:
-            ModelError: The folder is no such export, or an option is unknown.
+            ModelError: The folder is no such export, needs code that is not trusted, or an option is unknown.
         """
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
-        for added in ("config", "local_files_only", "trust_remote_code", "adapter_kwargs", "_from_auto"):
+        trust = options.pop("trust_remote_code", None) is True
+        for added in ("config", "local_files_only", "adapter_kwargs", "_from_auto"):
             options.pop(added, None)
         # The Auto classes also pass on options that nobody has set.
         options = {name: value for name, value in options.items() if value is not None}
         if args or options:
             raise _unknown(options)
-        model = load_graft(Path(path), dtype if isinstance(dtype, torch.dtype) else None)
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        model = load_graft(Path(path), dtype, trust_remote_code=trust)
         # The class's own method would write a dense config beside MoE weights.
         model.module.save_pretrained = types.MethodType(_saver(model), model.module)
         return model.module.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,11 +56,13 @@ def live_local_ranks() -> set[int] | None:
     try:
         parent = psutil.Process().parent()
         for process in [] if parent is None else parent.children():
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.add(int(process.environ()["LOCAL_RANK"]))
-    except (psutil.Error, OSError, KeyError, ValueError):
+            with suppress(psutil.NoSuchProcess):
+                # A process that is ending has closed its connections, and no environment any more.
+                if process.status() != psutil.STATUS_ZOMBIE and "LOCAL_RANK" in (env := process.environ()):
+                    found.add(int(env["LOCAL_RANK"]))
+    except (psutil.Error, OSError, ValueError):
         return None
-    return found
+    return found if int(os.environ.get("LOCAL_RANK", "0")) in found else None
 
 
 def _memory_kills(events: Path) -> int:

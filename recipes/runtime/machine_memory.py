@@ -17,6 +17,34 @@ _SPARE_SHARE = 0.9
 _NO_MEMORY = ("not enough memory", "out of memory", "t allocate memory", "not allocate", "bad_alloc")
 
 
+class LimitError(MemoryError):
+    """The limit on this process's memory is too small for what comes next; the text says what that is."""
+
+
+def address_space_left() -> int | None:
+    """Returns the bytes that this process may still map under its limit (``ulimit -v``); None without one."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
+
+
+def require_address_space(num_bytes: int, what: str) -> None:
+    """Checks that a library which ends the process where it gets no memory will get it.
+
+    Args:
+        num_bytes: What it may take.
+        what: What takes it.
+
+    Raises:
+        LimitError: The process has a limit that leaves less.
+    """
+    left = address_space_left()
+    if left is not None and left < num_bytes:
+        raise LimitError(
+            f"{what} may take {num_bytes / 2**20:.0f} MiB, and the limit on this process's memory "
+            f"(ulimit -v) leaves {left / 2**20:.0f} MiB"
+        )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns True for an error by which Python, torch or the system says that memory is short."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -59,7 +87,8 @@ def free_and_total_bytes() -> tuple[int, int]:
         # Pages of files that nobody uses count as used there, and are given up when memory is asked for.
         used = (_cgroup_bytes("memory.current") or 0) - (_cgroup_bytes("memory.stat") or 0)
         free, total = min(free, limit - max(0, used)), limit
-    return free, total
+    left = address_space_left()
+    return (free if left is None else min(free, left)), total
 
 
 def spare_bytes() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe.errors import CheckpointError
 from recipes.runtime.atomic import atomic_write_json
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 
 _FILE = "run.json"
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -25,6 +25,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "recipe": str,
     "stage2_data": str,
     "data_parts": dict,
+    "stage2_parts": dict,
 }
 # Numbers of each part, see `recipes.tracking.goodput`.
 _PART = ("started", "ended", "steps_s", "recovery_s", "evaluation", "saving", "going_back")
@@ -42,29 +43,25 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
     try:
         content = read_json_object(path)
         _check_types(content)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         remedy = "Restore it, or start a new run with resume=none."
-        raise CheckpointError.one("resume", str(path), _clause(error), remedy) from None
+        raise CheckpointError.one("resume", str(path), f"it {error}", remedy) from None
     return content
 
 
-def _clause(error: OSError | ValueError) -> str:
-    return f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-
-
 def _check_types(content: Mapping[str, Any]) -> None:
-    """Raises ValueError for a value that is not of the kind that runs write."""
+    """Raises ValueError, with a clause, for a value that is not of the kind that runs write."""
     for key, kind in _TYPES.items():
         value = content.get(key)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"its {key} is of the wrong kind, {type(value).__name__}")
+            raise ValueError(f"has a {key} of the wrong kind, {type(value).__name__}")
     parts = content.get("parts") or []
     numbers = [part.get(name, 0.0) if isinstance(part, dict) else None for part in parts for name in _PART]
     numbers += [content.get("started") or 0.0]
     if not all(isinstance(one, int | float) and math.isfinite(one) for one in numbers):
-        raise ValueError("its parts are no times of processes")
+        raise ValueError("has parts that are no times of processes")
     if not all("started" in part for part in parts):
-        raise ValueError("its parts are no times of processes")
+        raise ValueError("has parts that are no times of processes")
 
 
 def write_run_file(run_dir: Path, **values: Any) -> None:

@@ -1,19 +1,23 @@
-"""Reads JSON of users' files: whatever is wrong with it becomes one clause, never a traceback or a hang."""
+"""Reads JSON files, a user's or our own that somebody may have damaged since.
+
+Whatever is wrong with one becomes one clause, never a traceback or a hang.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import stat
 import sys
 from pathlib import Path
 from typing import Any
 
 LARGEST_FILE = 1 << 30
-"""Most bytes of a file that `read_json_file` reads: the largest indexes and tokenizers have some 100 MB."""
+"""Most bytes of a file that is read: the largest indexes and tokenizers have some 100 MB."""
 
 
 class UserJsonError(ValueError):
-    """Error of JSON that a user gave.
+    """Error of JSON in a file.
 
     Attributes:
         place: The file, or its line, as given to the reader.
@@ -58,24 +62,49 @@ def read_json_text(text: str | bytes, place: str) -> Any:
 
 
 def read_json_file(path: Path) -> Any:
-    """Reads a JSON file; pipes, devices, folders and files of more than 1 GiB are not opened.
+    """Reads a JSON file.
 
     Raises:
         UserJsonError: See `read_json_text`; or the file cannot be read.
     """
+    return read_json_text(read_regular(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads the JSON object in a file.
+
+    Raises:
+        UserJsonError: See `read_json_file`; or it holds something else.
+    """
+    value = read_json_file(path)
+    if not isinstance(value, dict):
+        raise UserJsonError(str(path), f"holds a {type(value).__name__} instead of a JSON object")
+    return value
+
+
+def read_regular(path: Path) -> bytes:
+    """Reads a regular file of at most 1 GiB; a pipe, a device or a folder is not waited for.
+
+    Raises:
+        UserJsonError: The file is none, or cannot be read.
+    """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserJsonError(str(path), "is no regular file")
-        if found.st_size > LARGEST_FILE:
-            raise UserJsonError(str(path), f"holds {found.st_size} bytes, far more than such a file has")
-        content = path.read_bytes()
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise UserJsonError(str(path), "is no regular file")
+            if found.st_size > LARGEST_FILE:
+                raise UserJsonError(str(path), f"holds {found.st_size} bytes, far more than such a file has")
+            with open(handle, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, UserJsonError):
             raise
         cause = getattr(error, "strerror", None) or str(error)
         raise UserJsonError(str(path), f"cannot be read ({cause})") from None
-    return read_json_text(content, str(path))
 
 
 class _TwiceError(ValueError):

@@ -125,7 +125,8 @@ def compare_methods(
         log: Takes every result at once.
     """
     found: dict[str, MethodDrift | UserError] = {}
-    model, shape = load_model(dense), read_ffn_shape(dense)
+    trust = parse_config(compose_config(["+recipe=upcycle", *overrides])).trust_remote_code
+    model, shape = load_model(dense, trust_remote_code=trust), read_ffn_shape(dense)
     for candidate in candidates:
         try:
             values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
@@ -147,7 +148,7 @@ def _check(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     if method.aligns_outputs:
         remedy = "Leave it false, or run train.py with train.steps=0."
         mistakes.append(Mistake("upcycle.align_outputs", True, "methods are compared without it", remedy))
-    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=False)
+    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 
 def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
@@ -219,7 +220,7 @@ def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
             f"{drift.active_share:.2f}",
         )
         lines.append(f"{label:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True)))
-    if worse := [label for label, drift in rows if drift.loss > drift.guess_loss]:
+    if worse := [label for label, drift in rows if not drift.loss <= drift.guess_loss]:
         lines.append(f"worse than guessing (loss {rows[0][1].guess_loss:.3f}): {', '.join(worse)}")
     if len({drift.active_share for _, drift in rows}) > 1:
         lines.append(

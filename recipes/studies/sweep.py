@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any, ClassVar
 
 from moe.errors import DataError
-from recipes.runtime.own_json import read_json_object
 from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.user_json import read_json_object
 from recipes.tracking.metrics_log import METRICS_FILE
 
 _POLL_S = 0.5
@@ -68,7 +68,7 @@ class Trial:
             return read_json_object(path) if path.exists() else {}
         except ValueError as error:
             remedy = "Delete it: the run is then made again."
-            raise DataError.one("summary", str(path), str(error), remedy) from None
+            raise DataError.one("summary", str(path), f"it {error}", remedy) from None
 
     def arguments(self, overrides: Sequence[str]) -> list[str]:
         """Returns the command line of ``train.py``; the trial's own overrides come last, so that they win."""

@@ -64,16 +64,21 @@ class Peaks:
         flops = f"no peak FLOP/s ({self.flops.detail})"
         if self.flops.value is not None:
             rate = f"{self.flops.value / 1e9:,.0f} GFLOP/s a rank"
-            flops = f"{rate} ({self.flops.source}: {self.flops.detail})"
+            flops = f"{rate} ({_marked(self.flops)}: {self.flops.detail})"
         return f"{flops} and of {self.bandwidth.words()}"
 
     def figures(self) -> dict[str, dict[str, float | str | None]]:
         """Returns the figures for ``summary.json``."""
         named = {"flops": self.flops, "bytes_per_s": self.bandwidth}
         return {
-            name: {"value": one.value, "source": one.source, "detail": one.detail}
+            name: {"value": one.value, "source": _marked(one), "detail": one.detail}
             for name, one in named.items()
         }
+
+
+def _marked(one: Peak | Ceiling) -> str | None:
+    """Returns the source, with a mark where the tries of a measurement differ much."""
+    return "measured (noisy)" if isinstance(one, Peak) and one.noisy else one.source
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def bandwidth_for(device: torch.device) -> Ceiling:
     if size > _MOST:
         reason = f"a last cache of {size / 2**21:.0f} MiB is too large for a short measurement"
         return Ceiling(None, None, reason)
-    return _fastest(measure_bandwidth(device, rounds=_ROUNDS, num_bytes=size), f"; {_ROUNDS} rounds")
+    return _fastest(measure_bandwidth(device, rounds=_ROUNDS, num_bytes=size), f", best of {_ROUNDS} rounds")
 
 
 def find_ceilings(
@@ -141,7 +146,7 @@ def find_ceilings(
     if origin == "measured":
         return Ceilings(
             bandwidth or _fastest(measure_bandwidth(device, dtype)),
-            compute or _measured(measure_products(device, dtype)),
+            compute or _tried(measure_products(device, dtype)),
         )
     name, mode = device_name(device), math_mode(device, dtype)
     listed = None if mode is None else table_peak(name, mode)
@@ -180,6 +185,10 @@ def _measured(rate: Rate, detail: str | None = None) -> Ceiling:
     return Ceiling(
         rate.best, "measured (noisy)" if rate.noisy else "measured", detail or rate.detail, rate.median
     )
+
+
+def _tried(rate: Rate) -> Ceiling:
+    return _measured(rate, f"{rate.detail}, best of {rate.rounds} tries")
 
 
 def _listed(value: float | None, device: str, date: str) -> Ceiling:

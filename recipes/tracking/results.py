@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.runtime.atomic import atomic_write_json
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 from recipes.tracking.step_costs import Costs
 
 LABELS = {
@@ -51,8 +51,8 @@ class Results:
         try:
             content = read_json_object(path)
             _check_types(content)
-        except (OSError, ValueError) as error:
-            print(f"{path}: {error}; it is made anew from here on", file=sys.stderr, flush=True)
+        except ValueError as error:
+            print(f"{path}: it {error}; it is made anew from here on", file=sys.stderr, flush=True)
             return {}
         return content
 
@@ -88,7 +88,7 @@ class Results:
 
 
 def _check_types(content: Mapping[str, Any]) -> None:
-    """Raises ValueError for what later processes of the run could not add to."""
+    """Raises ValueError, with a clause, for what later processes of the run could not add to."""
     rows, timings = content.get("results", []), content.get("timings", {})
     kinds: list[tuple[Any, type]] = [
         (rows, list),
@@ -100,18 +100,18 @@ def _check_types(content: Mapping[str, Any]) -> None:
         ),
     ]
     if not all(isinstance(value, kind) for value, kind in kinds):
-        raise ValueError("its sections are not those of a summary")
+        raise ValueError("has other sections than a summary")
     if not all(isinstance(row, dict) and row.keys() >= _REQUIRED for row in rows):
-        raise ValueError("its results are no rows of models")
+        raise ValueError("has results that are no rows of models")
     if not all(
         isinstance(row, dict) and {"stage", "val_loss"} <= row.keys() for row in content.get("stages", [])
     ):
-        raise ValueError("its stages are no rows of stages")
+        raise ValueError("has stages that are no rows of stages")
     if any(str(row["model"]).partition("_")[0] not in LABELS for row in rows):
-        raise ValueError("its results name no models of a run")
+        raise ValueError("has results that name no models of a run")
     numbers = [*timings.values(), content.get("peak_memory_bytes", 0), *(row["tokens"] for row in rows)]
     if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError("it has words in the place of numbers")
+        raise ValueError("has words in the place of numbers")
 
 
 def stage_label(model: str) -> str:

@@ -57,7 +57,14 @@ def check_optim_start(config: RunConfig) -> list[Mistake]:
     return mistakes
 
 
-def start_optimizer(tensors: Mapping[str, GlobalTensor], spec: ModelSpec, dense: Path, given: Path) -> int:
+def start_optimizer(
+    tensors: Mapping[str, GlobalTensor],
+    spec: ModelSpec,
+    dense: Path,
+    given: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> int:
     """Fills the optimizer state of an MoE model of copies in place; each rank reads what it holds.
 
     Args:
@@ -66,6 +73,7 @@ def start_optimizer(tensors: Mapping[str, GlobalTensor], spec: ModelSpec, dense:
         spec: Shape of the MoE model.
         dense: Folder of the dense model.
         given: Folder of the checkpoint that its training has left.
+        trust_remote_code: Whether the dense model may run its own code.
 
     Returns:
         Optimizer steps that the dense model's training had done.
@@ -75,7 +83,7 @@ def start_optimizer(tensors: Mapping[str, GlobalTensor], spec: ModelSpec, dense:
             another model.
     """
     with open_checkpoint(given) as files:
-        state = DenseState(files, read_names(dense), spec)
+        state = DenseState(files, read_names(dense, trust_remote_code=trust_remote_code), spec)
         wanted = [name for name in tensors if name.startswith(_STATE)]
         lost = sorted(name for name in wanted if not state.is_new(name) and not state.has(name))
         if lost:

@@ -27,7 +27,7 @@ from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups, leave
 from recipes.engines.optim.optimizer import OptimConfig
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import DefaultModelShape, RunOptions
-from recipes.models.hf.config_file import read_config
+from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import check_dense
 
@@ -129,8 +129,12 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         mistakes += kind.mistakes(config.device_type())
         setup = DispatchSetup(config.device_type(), config.precision, config.expert_parallel)
         mistakes += dispatchers()[config.dispatcher].mistakes(setup)
-        if run.dense is not None and not check_dense(run.dense):
+        trust = run.trust_remote_code
+        if run.dense is not None and not check_dense(run.dense, trust_remote_code=trust):
             dense = read_config(Path(run.dense).expanduser())
+            if "auto_map" in dense and trusts(Path(run.dense).expanduser(), trust):
+                rule = "it is computed by code of its own, and Megatron builds models itself"
+                mistakes.append(Mistake("dense", run.dense, rule, "Use engine=native."))
             mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or _cut_mistakes(dense, config)
         if run.dense is None:
             mistakes += _cut_mistakes(_default_config(run.model), config)

@@ -38,6 +38,8 @@ class Exporter(ABC):
 
     def unsupported_reason(self, spec: ModelSpec) -> str | None:
         """Returns a clause on why this format cannot hold the model exactly; None if it can."""
+        if self.is_native and getattr(spec.config, "auto_map", None):
+            return f"{self.title} is a class of transformers, and the model is computed by code of its own"
         if self.models and spec.read.model_type not in self.models:
             return f"{self.title} holds models of {', '.join(self.models)}, not of {spec.read.model_type}"
         if spec.attention and self.is_native:
@@ -89,5 +91,5 @@ class Exporter(ABC):
         return ["transformers"] if self.is_native else ["graft"]
 
     @abstractmethod
-    def open(self, folder: Path) -> Unread:
+    def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:
         """Opens an export, to be read block by block with its users' loader."""

@@ -25,36 +25,43 @@ _PATTERNS = (
 )
 
 
-def check_companions(path: str, option: str = "dense") -> list[Mistake]:
+def check_companions(path: str, option: str = "dense", *, code: bool = False) -> list[Mistake]:
     """Finds the files of a folder that an export would copy and must not.
 
     Args:
         path: The folder.
         option: Config path or flag that names it.
+        code: Whether the model's code is copied too.
     """
     folder = Path(path).expanduser()
     return [
         Mistake(option, path, f"its {file.name} {rule}", "Copy the file into the folder, or delete it.")
-        for file in _found(folder)
+        for file in _found(folder, code)
         if (rule := _refused(folder, file)) is not None
     ]
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path, *, code: bool = False) -> None:
     """Copies the tokenizer and other files that accompany a checkpoint.
+
+    Args:
+        source: The checkpoint.
+        folder: Where to.
+        code: Whether to copy the model's code too, which somebody has trusted.
 
     Raises:
         ModelError: One of them is a link that leaves the folder.
     """
-    for file in _found(source):
+    for file in _found(source, code):
         if (rule := _refused(source, file)) is not None:
             raise ModelError.one("dense", str(file), f"it {rule}", "Copy the file into the folder.")
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
-def _found(folder: Path) -> Iterator[Path]:
-    for pattern in _PATTERNS:
+def _found(folder: Path, code: bool) -> Iterator[Path]:
+    # transformers looks for code beside config.json, and for what that code imports.
+    for pattern in (*_PATTERNS, *(["*.py"] if code else [])):
         yield from sorted(folder.glob(pattern))
 
 

@@ -32,7 +32,7 @@ from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import Unread
 from recipes.models.export.spec import AttentionSpec, ModelSpec, MoESpec, describe_model
 from recipes.models.hf.attention_blocks import RoutedSelfAttention, attention_sites
-from recipes.models.hf.config_file import read_config
+from recipes.models.hf.config_file import inner_config, library_reads, read_config
 from recipes.models.hf.deferred_init import parameters_on_meta
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.state_dict_map import StateDictMap, kept_specs, tied_names
@@ -57,8 +57,9 @@ class GraftExporter(Exporter):
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         """Builds the dense model's config and, block by block, the settings of router and experts."""
-        # config.json states the dtype by itself; the cache is off for training only.
-        dense = {k: v for k, v in spec.config.to_dict().items() if k not in ("dtype", "use_cache")}
+        # config.json states the dtype by itself; the cache is off for training only; paths are nobody's.
+        left_out = ("dtype", "use_cache", "_name_or_path")
+        dense = {k: v for k, v in spec.config.to_dict().items() if k not in left_out}
         dense["architectures"] = [spec.architecture]
         content = {
             "model_type": MODEL_TYPE,
@@ -88,17 +89,17 @@ class GraftExporter(Exporter):
         """Keeps routers: they choose by small differences (a bias moves by 1e-3), which bf16 rounds away."""
         return ".router." in name
 
-    def open(self, folder: Path) -> Unread:
+    def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:
         """See `Exporter.open`; reads as `load_graft` does."""
-        return GraftUnread(folder)
+        return GraftUnread(folder, trust_remote_code)
 
 
 class GraftUnread(Unread):
     """Exported model that is read as by `load_graft`, a part of the files at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         """Reads the config and the names in the files."""
-        self._model = _built(folder, parameters_on_meta)
+        self._model = _built(folder, trust_remote_code, parameters_on_meta)
         super().__init__(self._model.module.float().eval(), folder)
         self._weights = _Weights(self._model, folder)
 
@@ -141,29 +142,34 @@ def _attention_entry(attention: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def load_graft(folder: Path, dtype: torch.dtype | None = None) -> HFModel:
+def load_graft(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> HFModel:
     """Loads a folder that `GraftExporter` wrote; the model generates like any model of transformers.
 
     Args:
         folder: The export.
         dtype: Dtype of the floating-point tensors; None as in the files.
+        trust_remote_code: Whether a model that brings code of its own may run it.
 
     Raises:
-        ModelError: The folder holds something else, or its tensors do not fit its config.
+        ModelError: The folder holds something else, its tensors do not fit its config, or it needs code that
+            is not trusted.
     """
-    model = _built(folder)
+    model = _built(folder, trust_remote_code)
     _Weights(model, folder).fill(dtype)
     return model
 
 
-def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> HFModel:
+def _built(
+    folder: Path, trust: bool, memory: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> HFModel:
     """Builds the model of a folder's config, without reading its weights.
 
     Args:
         folder: The export.
+        trust: Whether a model that brings code of its own may run it.
         memory: Context in which parameters are made, other than those of routers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     content = read_config(folder, "path")
     if content.get("model_type") != MODEL_TYPE:
@@ -173,10 +179,9 @@ def _built(folder: Path, memory: Callable[[], AbstractContextManager[None]] = nu
     if content.get("format_version") != known:
         rule = f"its format_version is {content.get('format_version')}, and {known} is known here"
         raise ModelError.one("path", str(folder), rule, "Export the run again with this version of Graft.")
-    dense = dict(content["dense_config"])
-    config = AutoConfig.for_model(dense.pop("model_type"), **dense)
-    with memory():
-        module = AutoModelForCausalLM.from_config(config)
+    config, runs_code = inner_config(content["dense_config"], folder, trust_remote_code=trust)
+    with library_reads("path", folder, "Export the run again.", "build its dense model"), memory():
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=runs_code)
     model = HFModel(module=module, folder=folder, source_dtype=module.dtype)
     for entry in content["moe_layers"]:
         parent, _, child = entry["name"].rpartition(".")

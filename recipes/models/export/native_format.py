@@ -128,7 +128,7 @@ class NativeExporter(Exporter):
         assert self.shared_module and not bias, f"{self.name}: its unsupported_reason says so"
         return f"{moe.site}.{self.shared_module}.{matrix}_proj.weight"
 
-    def open(self, folder: Path) -> Unread:
+    def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:
         """See `Exporter.open`; uses transformers' own loader."""
         return NativeUnread(folder)
 

@@ -101,9 +101,12 @@ def write_live(
 
 
 def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None:
-    """Writes ``config.json`` and copies the tokenizer and other files that accompany a checkpoint."""
+    """Writes ``config.json`` and copies the tokenizer and other files that accompany a checkpoint.
+
+    A config that names a model's own code (``auto_map``) says that it is trusted: the code is copied, too.
+    """
     atomic_write_json(folder / "config.json", config)
-    copy_companions(source, folder)
+    copy_companions(source, folder, code="auto_map" in (config.get("dense_config") or config))
 
 
 def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
@@ -139,6 +142,8 @@ def verify_export(
     logits_BSV: Tensor,
     memory_bytes: float = math.inf,
     heartbeat: Heartbeat | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Reads an export back as its users would, compares logits, and generates.
 
@@ -149,12 +154,13 @@ def verify_export(
         logits_BSV: Logits of the trained weights on them, rounded as in the files and computed in fp32.
         memory_bytes: A model that takes more in fp32 is read one block at a time.
         heartbeat: Notified of each block.
+        trust_remote_code: Whether the model's own code, which was copied, may run.
 
     Raises:
         ExactnessError: The reloaded model computes something else.
         ModelError: The files lack a tensor, or hold one that does not fit.
     """
-    read = ReadBack(exporter.open(folder), memory_bytes, heartbeat)
+    read = ReadBack(exporter.open(folder, trust_remote_code=trust_remote_code), memory_bytes, heartbeat)
     model = read.model
     drift = logit_drift(logits_BSV.cpu(), model(input_ids=tokens_BS.cpu()).logits)
     if not agree(drift, torch.float32):

@@ -17,6 +17,7 @@ from recipes.runtime.user_json import UserJsonError, read_json_file
 _AGAIN = "Download it again."
 _GIVE = "Give the config.json that the model was published with."
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_FLOATS = ("NaN", "Infinity", "-Infinity")
 # Keys by which transformers fetches or runs code of others, at any depth: a name with a slash is a
 # repository of the hub.
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "kernel")
@@ -92,8 +93,11 @@ def code_keys(config: Mapping[str, Any]) -> list[str]:
 def brings_code(config: Mapping[str, Any]) -> bool:
     """Tells whether a model needs code of its folder: transformers has no class for it.
 
-    Many published folders name code (``auto_map``) that transformers has long had itself.
+    Many published folders name code (``auto_map``) that transformers has long had itself. An export in
+    Graft's format names it in the dense model's config.
     """
+    inner = config.get("dense_config")
+    config = inner if isinstance(inner, Mapping) else config
     return "auto_map" in config and not _is_native(config)
 
 
@@ -125,10 +129,59 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, option: str = 
     trust = trusts(folder, trust_remote_code)
     with library_reads(option, folder, _GIVE, "use its config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    if not trust:
-        # Names of code that nobody has trusted: models built of this config would fetch and run it.
-        config._attn_implementation = config._experts_implementation = None
-        vars(config).pop("auto_map", None)
+    return config if trust else _without_code(config)
+
+
+def inner_config(values: Mapping[str, Any], folder: Path, *, trust_remote_code: bool) -> tuple[Any, bool]:
+    """Makes the config of the dense model that an export in Graft's format holds.
+
+    Args:
+        values: The dense model's config.
+        folder: The export; the code of a model that brings some lies in it.
+        trust_remote_code: Whether that code may run.
+
+    Returns:
+        transformers' config, and whether the model is built by its own code.
+
+    Raises:
+        ModelError: It needs code that is not trusted, or transformers refuses it.
+    """
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    runs_code = "auto_map" in values and (brings_code(values) or any(folder.glob("*.py")))
+    if runs_code and not trust_remote_code:
+        rule = "its model brings its own code (auto_map in config.json)"
+        remedy = (
+            "If you have read and trust that code, set trust_remote_code=True (tools: --trust-remote-code)."
+        )
+        raise ModelError.one("path", str(folder), rule, remedy)
+    rest = with_floats({key: value for key, value in values.items() if key != "model_type"})
+    with library_reads("path", folder, "Export the run again.", "use its config.json"):
+        named = values["auto_map"].get("AutoConfig") if runs_code else None
+        if named is None:
+            config = AutoConfig.for_model(values["model_type"], **rest)
+        else:
+            config = get_class_from_dynamic_module(named, str(folder), local_files_only=True)(**rest)
+        config._name_or_path = str(folder)  # where transformers looks for the model's code
+    return (config, True) if runs_code else (_without_code(config), False)
+
+
+def with_floats(value: Any) -> Any:
+    """Returns a value of JSON with all its floats; transformers writes some as ``{"__float__": "NaN"}``."""
+    if isinstance(value, list):
+        return [with_floats(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+        return float(value["__float__"])
+    return {key: with_floats(inner) for key, inner in value.items()}
+
+
+def _without_code(config: Any) -> Any:
+    """Drops names of code that nobody has trusted: models built of the config would fetch and run it."""
+    config._attn_implementation = config._experts_implementation = None
+    vars(config).pop("auto_map", None)
     return config
 
 

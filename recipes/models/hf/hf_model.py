@@ -22,6 +22,7 @@ from moe.routing.top_k_schedule import TopKSchedule
 from moe.types import RouterContext
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.deferred_init import WeightSource
+from recipes.models.hf.weight_files import require_finite
 
 
 @dataclass
@@ -117,6 +118,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
             f"its files hold {len(unexpected)} weights that config.json has no place for, {unexpected[0]} the"
         )
         raise ModelError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
+    require_finite(model, folder, "dense")
     model.config.use_cache = False
     return HFModel(module=model, folder=folder, source_dtype=dtype)
 

@@ -17,6 +17,7 @@ _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_head
 # More than any model has; a list of so many layers or an embedding of so many rows is never made.
 _MOST = {"num_hidden_layers": 10**4, "n_layer": 10**4}
 _LARGEST = 10**8
+_TRUST = "trust_remote_code=true"
 
 
 def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
@@ -31,18 +32,22 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     return mistakes + check_weights(path, Path(path).expanduser())
 
 
-def check_checkpoint(path: str, option: str) -> list[Mistake]:
+def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     """Finds all reasons why a folder is no checkpoint, dense or MoE.
 
     Args:
         path: The folder.
         option: The config path or flag named in mistakes.
+        trust_remote_code: Whether the folder may contain code.
     """
     config, mistakes = _read(path)
     if config is not None:
-        mistakes = _check_config(path, config, trust_remote_code=False)
+        mistakes = _check_config(path, config, trust_remote_code)
         mistakes += check_weights(path, Path(path).expanduser())
-    return [replace(mistake, path=option) for mistake in mistakes]
+    flag = "--trust-remote-code" if option.startswith("--") else _TRUST
+    return [
+        replace(mistake, path=option, remedy=mistake.remedy.replace(_TRUST, flag)) for mistake in mistakes
+    ]
 
 
 def _read(path: str) -> tuple[dict[str, Any] | None, list[Mistake]]:
@@ -124,7 +129,7 @@ def _short(number: int) -> str:
 
 def _check_code(path: str, config: dict[str, Any]) -> list[Mistake]:
     """Checks that nothing would be fetched or run that the user has not trusted."""
-    trust = "If you have read and trust that code, set trust_remote_code=true."
+    trust = f"If you have read and trust that code, set {_TRUST}."
     mistakes = []
     if keys := code_keys(config):
         rule = f"its config.json asks for code of a hub ({keys[0]})"

@@ -15,7 +15,7 @@ from moe.accounting.mixers import Mixer
 from moe.accounting.params import ParameterCount, count_parameters
 from moe.accounting.shape import attention_from_config
 from moe.errors import ConfigError
-from recipes.models.hf.config_file import library_reads
+from recipes.models.hf.config_file import library_reads, with_floats
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def shape_from_module(config: Mapping[str, Any]) -> ModuleShape:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    content = dict(config)
+    content = with_floats(dict(config))
     family = content.pop("model_type", None)
     remedy = "Check that the file is complete and that this version of transformers knows the model."
     with library_reads("model_type", family, remedy, "build it for counting"), torch.device("meta"):

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
-from recipes.models.hf.weight_files import FolderError, weight_files
+from recipes.models.hf.weight_files import FolderError, not_finite, weight_files
 from recipes.runtime.safetensors_codec import HeaderError, TensorLocation, read_header
 
+_FINITE = "Download that file again, or give a checkpoint whose weights are all finite."
+_BLOCK_ELEMENTS = 1 << 22
 # Weights of these dtypes have scales beside them, which nothing here applies.
 _SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -28,13 +30,18 @@ class DenseFiles:
         tensors: All tensors by their names in the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, finite: bool = False) -> None:
         """Reads the headers.
+
+        Args:
+            folder: The checkpoint.
+            finite: Whether reading a tensor that holds NaN or infinity is an error that names it.
 
         Raises:
             ModelError: A file is no safetensors file, is cut short, or holds an unknown dtype.
         """
         self.folder = folder
+        self._finite = finite
         self.tensors: dict[str, TensorLocation] = {}
         self._handles: dict[Path, int] = {}
         try:
@@ -61,6 +68,12 @@ class DenseFiles:
         """Reads a whole tensor into memory of its own."""
         shape = self.tensors[name].spec.shape
         return self.read_run(name, 0, torch.Size(shape).numel()).view(shape)
+
+    def require_finite(self, name: str) -> None:
+        """Reads a tensor for its numbers alone, a block at a time; see `read_run`."""
+        total = torch.Size(self.tensors[name].spec.shape).numel()
+        for start in range(0, total, _BLOCK_ELEMENTS):
+            self.read_run(name, start, min(total, start + _BLOCK_ELEMENTS))
 
     def read_matrix(self, where: MatrixName) -> Tensor:
         """Reads a matrix ``[out, in]`` or bias ``[out]``, whichever way the files store it.
@@ -89,7 +102,11 @@ class DenseFiles:
         return run.view(rows.stop - rows.start, *shape[1:])
 
     def read_run(self, name: str, start: int, stop: int) -> Tensor:
-        """Reads elements ``start`` to ``stop`` of a tensor, in row-major order: ``[stop - start]``."""
+        """Reads elements ``start`` to ``stop`` of a tensor, in row-major order: ``[stop - start]``.
+
+        Raises:
+            ModelError: The file has become shorter, or they are not finite where they must be.
+        """
         stored = self.tensors[name]
         size = stored.spec.dtype.itemsize
         run = torch.empty(stop - start, dtype=stored.spec.dtype)
@@ -101,6 +118,8 @@ class DenseFiles:
                 rule = f"{stored.file.name} ends before its tensor {name}"
                 raise ModelError.one("dense", str(self.folder), rule, "Download that file again.")
             done += got
+        if self._finite and (what := not_finite(run)) is not None:
+            raise ModelError.one("dense", str(stored.file), f"its tensor {name} holds {what}", _FINITE)
         return run
 
 

@@ -28,7 +28,7 @@ from recipes.models.export.placement import ExpertTensorKey
 from recipes.models.export.write_export import dtype_keys, write_companions
 from recipes.models.safetensors.tensor_files import TensorFiles, WrittenRun
 from recipes.runtime.atomic import atomic_write_json
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 from recipes.upcycling.convert.conversion_plan import (
     ConstantWork,
     Conversion,
@@ -163,7 +163,7 @@ def _read_journal(temporary: Path, identity: str) -> _Done:
         if content["identity"] != identity:
             return {}
         return {key: [_run(*entry) for entry in entries] for key, entries in content["done"].items()}
-    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         return {}
 
 
@@ -221,6 +221,7 @@ class _Writer:
         files = self._conversion.files[source]
         stored = files.tensors[stored_name]
         if len(work.sources) == 1 and stored.spec.dtype == target.dtype:
+            files.require_finite(stored_name)
             self._files.copy(name, files.handle(stored.file), stored.start)
             yield target.num_bytes
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from recipes.checkpoint import require_space
 from recipes.checkpoint.reader import CheckpointTensors
 from recipes.models.export.output_folder import output_folder
 from recipes.models.export.write_export import dtype_keys, write_companions
-from recipes.models.hf.config_file import read_config
+from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.safetensors_codec import TensorSpec
 
@@ -21,13 +20,15 @@ MODEL_PREFIX = "model."
 
 def dense_dtype(dense: Path) -> torch.dtype:
     """Returns the dtype in the dense model's config; fp32 where there is none."""
-    config: dict[str, Any] = read_config(dense)
+    config = read_config(dense)
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     assert isinstance(found, torch.dtype), found
     return found
 
 
-def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out: Path) -> int:
+def write_dense(
+    tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out: Path, *, trust_remote_code: bool = False
+) -> int:
     """Writes the weights with the config and the tokenizer of the model that the training began with.
 
     Args:
@@ -35,6 +36,7 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
         dense: That model.
         dtype: Dtype of the floating-point tensors.
         out: Where to; it must not exist.
+        trust_remote_code: Whether the model was computed by code of its own where it brings some.
 
     Returns:
         Bytes of the tensors.
@@ -56,5 +58,7 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
             files.write(spec.name, tensors.read(MODEL_PREFIX + spec.name))
         files.finish()
         config = read_config(dense)
+        if not trusts(dense, trust_remote_code):
+            config.pop("auto_map", None)
         write_companions(temporary, config | dtype_keys(dtype), dense)
     return total

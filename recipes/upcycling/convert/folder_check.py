@@ -24,8 +24,9 @@ from recipes.models.hf.config_file import (
     load_config,
     longest_window,
     read_config,
+    trusts,
 )
-from recipes.models.hf.weight_files import weight_files
+from recipes.models.hf.weight_files import require_finite, weight_files
 from recipes.runtime.machine_memory import spare_bytes
 
 # Tokens that are compared, of samples at least so long, and how far these reach beyond a window.
@@ -106,7 +107,7 @@ def _ids(folder: Path, data: DataConfig, number: int) -> list[int]:
 
 
 def compare_folders(
-    dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False
+    dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False, trust_remote_code: bool = False
 ) -> EquivalenceReport:
     """Loads both in fp32, one after the other, and compares them.
 
@@ -115,9 +116,10 @@ def compare_folders(
         moe: The MoE model: a native class of transformers or Graft's own format.
         tokens_BS: Real tokens.
         gradients: Whether to compare the gradients of the parameters that both have, too.
+        trust_remote_code: Whether the models may run code of their own.
     """
-    dense_logits, dense_grads, dense_dtype = _evaluate(dense, tokens_BS, gradients)
-    moe_logits, moe_grads, moe_dtype = _evaluate(moe, tokens_BS, gradients)
+    dense_logits, dense_grads, dense_dtype = _evaluate(dense, tokens_BS, gradients, trust_remote_code)
+    moe_logits, moe_grads, moe_dtype = _evaluate(moe, tokens_BS, gradients, trust_remote_code)
     if dense_logits.shape != moe_logits.shape:
         rule = f"their vocabularies have {dense_logits.shape[-1]} and {moe_logits.shape[-1]} entries"
         raise ModelError.one("--moe", str(moe), rule, "Give the dense checkpoint that it was made from.")
@@ -130,22 +132,28 @@ def compare_folders(
     )
 
 
-def load_any(folder: Path) -> Any:
+def load_any(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Loads a folder as its users do: Graft's own format, or one that transformers knows."""
     from transformers import AutoModelForCausalLM
 
     if read_config(folder, "checkpoint").get("model_type") == MODEL_TYPE:
-        return load_graft(folder).module.eval()
-    config = load_config(folder, option="checkpoint")
+        return load_graft(folder, trust_remote_code=trust_remote_code).module.eval()
+    config = load_config(folder, trust_remote_code=trust_remote_code, option="checkpoint")
     with library_reads("checkpoint", folder, "Give a complete checkpoint.", "load it"):
         # Not by our reader, which is what is judged.
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=trusts(folder, trust_remote_code),
+        ).eval()
 
 
 def _evaluate(
-    folder: Path, tokens_BS: Tensor, gradients: bool
+    folder: Path, tokens_BS: Tensor, gradients: bool, trust: bool
 ) -> tuple[Tensor, dict[str, Tensor], torch.dtype]:
-    model = load_any(folder)
+    model = load_any(folder, trust_remote_code=trust)
+    require_finite(model, folder, "checkpoint")
     dtype = min((p.dtype for p in model.parameters() if p.dim() > 1), key=lambda d: d.itemsize)
     model = model.float()
     found: dict[str, Tensor] = {}

@@ -132,7 +132,7 @@ def open_dense(
         ModelError: A checkpoint is not whole, or not of this model.
     """
     names = names or read_names(dense, trust_remote_code=trust_remote_code)
-    files = tuple(DenseFiles(Path(folder).expanduser()) for folder in (dense, *sources))
+    files = tuple(DenseFiles(Path(folder).expanduser(), finite=True) for folder in (dense, *sources))
     stored = tuple(_stored_names(each, names) for each in files)
     return StoredModel(names, files, stored, _left_over(files[0], names, set(stored[0].values())))
 

@@ -10,7 +10,7 @@ import torch
 
 from moe.errors import ConfigError, Mistake
 from recipes.cap.folders import Source, find_source
-from recipes.cap.loading import load_system
+from recipes.cap.loading import load_system, shape_of
 from recipes.cap.request import name_systems
 from tests.recipes.cap.cap_systems import CPU, some_ids
 from tests.recipes.jobs.job_runs import job, write_text
@@ -81,3 +81,11 @@ def test_weights_that_do_not_fit_their_config_are_refused(run: Path, tmp_path: P
     weights = load_file(folder / "model.safetensors")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert load_system("x", Source(folder, folder), CPU).shape is not None
+
+
+def test_exports_of_families_that_no_accounting_knows_are_measured_all_the_same() -> None:
+    for config in (
+        {"model_type": "gpt2"},
+        {"model_type": "graft_moe", "dense_config": {"model_type": "gpt2"}},
+    ):
+        assert shape_of(config) == (None, "no accounting knows the family 'gpt2'")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from moe.errors import ModelError
-from recipes.cap.server import Reply, Server, ask, ask_together, together
+from recipes.cap.served import _apart
+from recipes.cap.server import Reply, Server, ask, ask_together, most_together, together
 from recipes.cap.server import _take as take_line
 from tests.conftest import MakeCheckpoint
 from tests.patience import patience
@@ -153,6 +154,23 @@ def test_how_many_decode_at_once_by_hand() -> None:
     replies = [Reply(arrived=[0.0, 4.0]), Reply(arrived=[2.0, 6.0])]
     assert together(replies) == pytest.approx(8 / 6)
     assert together([Reply(arrived=[1.0]), Reply(arrived=[1.0])]) == 2.0
+    assert (
+        most_together([Reply(arrived=[0.0, 3.0]), Reply(arrived=[1.0, 2.0]), Reply(arrived=[2.5, 4.0])]) == 2
+    )
+    assert most_together([Reply(arrived=[0.0, 1.0]), Reply(arrived=[1.0, 2.0])]) == 2
+    assert most_together([Reply(arrived=[0.0, 1.0]), Reply(arrived=[1.5, 2.0])]) == 1
+
+
+def test_what_is_said_of_requests_that_did_not_decode_at_once() -> None:
+    # Prefill one after the other: all decode together in the end, whatever the server's largest batch.
+    staggered = [Reply(arrived=[float(start), 4.0 + start]) for start in range(3)]
+    assert _apart([staggered], 3, 2.0) == (
+        "2.0 of 3 requests decoded at once on average, and 3 at most: first tokens came up to 2 s apart, "
+        "so ask for more tokens (--new)"
+    )
+    queued = [Reply(arrived=[float(start), 0.5 + start]) for start in range(3)]
+    said = _apart([queued], 3, 1.0)
+    assert "and 1 at most; first tokens came up to 2 s apart (a smaller batch on the server, or its" in said
 
 
 def test_all_are_sent_at_once(fake: Any) -> None:

@@ -222,6 +222,14 @@ def test_code_that_is_trusted_is_no_mistake(command: Command) -> None:
     assert command.run("trust_remote_code=true") == 0
 
 
+def test_a_model_with_code_of_its_own_is_not_built_by_megatron(command: Command) -> None:
+    set_config(auto_map={"AutoModelForCausalLM": "modeling.Mine"})(command.checkpoint)
+    code = "from transformers import LlamaForCausalLM\nclass Mine(LlamaForCausalLM):\n    pass\n"
+    (command.checkpoint / "modeling.py").write_text(code)
+    assert command.run("engine=megatron", "trust_remote_code=true") == 2
+    assert any("by code of its own, and Megatron builds models itself" in line for line in command.lines)
+
+
 def test_dense_is_no_folder(command: Command) -> None:
     assert command.run("dense=/no/such/folder") == 2
     assert command.lines == [

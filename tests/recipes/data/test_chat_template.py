@@ -228,7 +228,7 @@ def test_the_other_form_of_rows(tmp_path: Path) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
-            "calls a tool in message 1",
+            "under 'tool_calls' of message 1 what names no function",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair in message 1"),
         ({"conversations": [{"from": "cat", "value": "a"}]}, "has 'cat' as the speaker of message 1"),

@@ -70,7 +70,7 @@ class StopAt:
         stage: Name of the leg.
         step: The step.
         signal: Name of the signal.
-        target: ``self``, or ``parent``, which under torchrun is torchrun.
+        target: ``self``, or ``parent``, which under torchrun is torchrun; or one rank, such as ``rank1``.
     """
 
     stage: str
@@ -117,6 +117,10 @@ def interfering(stop_at: StopAt | None) -> Iterator[None]:
 
 def _send(stop_at: StopAt, request: Any) -> None:
     is_rank0 = os.environ.get("RANK", "0") == "0"
+    if stop_at.target.startswith("rank"):
+        if stop_at.target == f"rank{os.environ['RANK']}":
+            os.kill(os.getpid(), getattr(signal, stop_at.signal))
+        return
     if stop_at.target == "self" or is_rank0:
         parent = int(os.environ.get(STARTED_BY) or os.getppid())
         os.kill(os.getpid() if stop_at.target == "self" else parent, getattr(signal, stop_at.signal))

@@ -32,8 +32,10 @@ def check(
     """`refuse_changes` on one rank."""
     values = compose_config(["+recipe=upcycle", *overrides])
     data: Any = SimpleNamespace(fingerprint=fingerprint)
-    parts = None if data_config is None else data_parts(data_config)
-    refuse_changes(run, identity(parse_config(values), dense, data), values, parts)
+    config = parse_config(values)
+    named = config if data_config is None else dataclasses.replace(config, data=data_config)
+    parts = None if data_config is None else data_parts(named, dense)
+    refuse_changes(run, identity(config, dense, data), values, parts)
 
 
 def changes(run: RunDir, *overrides: str, **given: Any) -> list[str]:
@@ -141,7 +143,7 @@ def test_the_run_file_keeps_what_it_held(tmp_path: Path) -> None:
     write_run_file(tmp_path, b=2)
     assert read_run_file(tmp_path) == {"a": 1, "b": 2}
     (tmp_path / "run.json").write_text('{"a": ')
-    with pytest.raises(CheckpointError, match=r"resume='.*run.json': it is not valid JSON .* Restore it"):
+    with pytest.raises(CheckpointError, match=r"resume='.*run.json': it is not JSON .* Restore it"):
         read_run_file(tmp_path)
 
 
@@ -204,3 +206,34 @@ def test_a_refusal_names_the_file_or_option_that_changed(
     [mistake] = caught.value.mistakes
     assert (mistake.path, mistake.value) == ("data", words.format(folder))
     assert "began with other data" in mistake.rule and "beef" not in str(mistake)
+
+
+def test_a_refusal_names_the_tokenizer_the_template_and_the_default_model(tmp_path: Path) -> None:
+    run, dense = RunDir(tmp_path / "run", resumed=True), tmp_path / "dense"
+    dense.mkdir()
+    (dense / "tokenizer.json").write_text("1")
+    (tmp_path / "t.jinja").write_text("1")
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    config = DataConfig(
+        path=str(tmp_path / "rows.jsonl"), format="chat", chat_template=str(tmp_path / "t.jinja")
+    )
+    given: dict[str, Any] = {"dense": dense, "data_config": config}
+    check(run, f"dense={dense}", **given)
+    (dense / "tokenizer.json").write_text("2")
+    (tmp_path / "t.jinja").write_text("2")
+    with pytest.raises(CheckpointError) as caught:
+        check(run, f"dense={dense}", fingerprint="beef", **given)
+    [mistake] = caught.value.mistakes
+    named = [f"{path} holds something else" for path in (dense / "tokenizer.json", tmp_path / "t.jinja")]
+    assert mistake.value == "; ".join(named)
+    # The default model's folder is named by a hash of its options.
+    other = RunDir(tmp_path / "other", resumed=True)
+    check(other, dense=tmp_path / "cache" / "dense-f00d", data_config=config)
+    with pytest.raises(CheckpointError) as caught:
+        check(other, "model.hidden_size=64", dense=tmp_path / "cache" / "dense-beef", data_config=config)
+    [mistake] = caught.value.mistakes
+    assert mistake.path == "dense" and str(mistake.value).startswith("model.hidden_size was ")
+    assert "began with another default model" in mistake.rule
+    # Nothing that is written down has changed.
+    with pytest.raises(CheckpointError, match="the tokens themselves, though options, files and tokenizer"):
+        check(other, fingerprint="beef", dense=tmp_path / "cache" / "dense-f00d", data_config=config)

@@ -74,3 +74,16 @@ def test_ctrl_c(workplace: Path, options: dict[str, Any]) -> None:
     assert stopped.code != 0
     assert "stopped and saved" in stopped.out
     assert steps(run_dir / "cpt" / "checkpoints") == [2, 4]
+
+
+def test_a_rank_that_is_killed_is_named(workplace: Path, options: dict[str, Any]) -> None:
+    # As the system does where memory is short; torchrun itself, since ranks are told by how it starts them.
+    changes = options | {"run.name": "two-kill", "compare.cpt": False}
+    killed = process(workplace, changes, StopAt("moe", 3, "SIGKILL", "rank1"), ranks=RANKS, command=True)
+    assert killed.code == 1
+    assert "error: rank 1 has ended without a word" in killed.err and "Set resume=auto" in killed.err
+    ours = killed.err.partition("torch/distributed/elastic")[0]
+    assert "Traceback" not in ours and "gloo" not in ours, killed.err
+    resumed = process(workplace, changes | {"resume": "auto"}, ranks=RANKS)
+    assert resumed.code == 0, resumed.err
+    assert "going on from" in resumed.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from moe.errors import ModelError
 from recipes.models.export.companions import check_companions, copy_companions
-from recipes.models.hf.config_file import code_keys, load_config
+from recipes.models.hf.config_file import code_keys, load_config, with_floats
 from recipes.models.hf.declared_config import DeclaredConfig
+from recipes.models.hf.ffn_names import read_names
 from recipes.models.hf.inspection import check_dense
+from recipes.models.hf.shape_from_module import shape_from_module
 from recipes.upcycling.convert.folder_check import load_any
 from recipes.upcycling.convert.moe_plan import open_dense
 from tests.conftest import MakeCheckpoint
@@ -232,3 +235,30 @@ def test_links_out_of_a_folder_are_not_followed(dense: Path, tmp_path: Path) -> 
     assert check_companions(str(snapshot)) == []
     copy_companions(snapshot, out)
     assert (out / "tokenizer.json").read_text() == "{}"
+
+
+@each(
+    ("family", "options"),
+    [
+        ("jamba", {"num_experts": 1, "attn_layer_period": 1, "attn_layer_offset": 0}),
+        ("recurrent_gemma", {"lru_width": 32}),
+    ],
+)
+def test_kinds_of_layers_that_a_config_computes(tmp_path: Path, family: str, options: Any) -> None:
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1}
+    options = options | sizes | {"intermediate_size": 48, "vocab_size": 64}
+    AutoConfig.for_model(family, **options).save_pretrained(tmp_path)
+    assert [ffn.layer for ffn in read_names(tmp_path).ffns] == [0, 1, 2]
+
+
+def test_floats_that_json_has_no_word_for() -> None:
+    assert with_floats({"a": [{"__float__": "-Infinity"}, 1], "b": {"__float__": "x"}}) == {
+        "a": [-math.inf, 1],
+        "b": {"__float__": "x"},
+    }
+    # As transformers writes them: Nemotron-H has a limit of infinity.
+    config = AutoConfig.for_model("nemotron_h", hidden_size=64, vocab_size=64)
+    assert "__float__" in config.to_json_string()
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert shape_from_module(json.loads(config.to_json_string())).count.total == theirs

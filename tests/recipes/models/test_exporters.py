@@ -64,9 +64,11 @@ def some_tokens() -> Tensor:
     return torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def trained_model(folder: Path, layers: str = "all", **router: Any) -> HFModel:
+def trained_model(
+    folder: Path, layers: str = "all", *, trust_remote_code: bool = False, **router: Any
+) -> HFModel:
     """A mixture whose experts and routers have become different, as training makes them."""
-    model = load_model(folder)
+    model = load_model(folder, trust_remote_code=trust_remote_code)
     config = TopKConfig(**{"top_k": 2} | router)
     surgery = Surgery(
         method=Copy(CopyConfig(num_experts=4, noise_std=0.5, layers=layers)),

@@ -65,7 +65,9 @@ def test_ranks_are_found_by_their_environment(monkeypatch: pytest.MonkeyPatch) -
             return self
 
         def children(self) -> list[Process]:
-            return [Process(0), Process(1, psutil.STATUS_ZOMBIE), Process(2)]
+            ending = Process(3)
+            ending.environ = dict  # type: ignore[method-assign,assignment]
+            return [Process(0), Process(1, psutil.STATUS_ZOMBIE), Process(2), ending]
 
         def status(self) -> str:
             return self._status
@@ -74,7 +76,10 @@ def test_ranks_are_found_by_their_environment(monkeypatch: pytest.MonkeyPatch) -
             return {"LOCAL_RANK": str(self._rank)}
 
     monkeypatch.setattr(psutil, "Process", Process)
+    monkeypatch.setenv("LOCAL_RANK", "2")
     assert module.live_local_ranks() == {0, 2}
+    monkeypatch.setenv("LOCAL_RANK", "4")  # not told by these environments, which are others' then
+    assert module.live_local_ranks() is None
 
 
 _NO_MEMORY = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.runtime import user_json
-from recipes.runtime.user_json import UserJsonError, read_json_file, read_json_text
+from recipes.runtime.user_json import UserJsonError, read_json_file, read_json_object, read_json_text
 from tests.grid import each
 
 
@@ -44,6 +44,7 @@ def test_json_is_read_as_the_library_reads_it(text: str) -> None:
         ('{"a":' * 100_000, "nests lists and objects too deeply to be read"),
         ('{"a": ' + "9" * 5000 + "}", "has an integer of more than 4300 digits"),
         ('{"b": {"a": 1, "a": 2}}', "has the field 'a' twice, with different values"),
+        (b"\0" * 50, "is not JSON (Expecting value at column 1)"),
         ('{"a": 1, "b": 0, "a": 2, "a": 1}', "has the field 'a' twice, with different values"),
     ],
 )
@@ -71,3 +72,6 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(user_json, "LARGEST_FILE", 7)
     with pytest.raises(UserJsonError, match="^holds 8 bytes, far more"):
         read_json_file(path)
+    path.write_text("[]")
+    with pytest.raises(UserJsonError, match="^holds a list instead of a JSON object"):
+        read_json_object(path)

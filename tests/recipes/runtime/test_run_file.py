@@ -1,4 +1,4 @@
-"""Our own JSON files after somebody else had them."""
+"""``run.json`` after somebody else had it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe.errors import CheckpointError
-from recipes.runtime.own_json import read_json_object
 from recipes.runtime.run_file import read_run_file, write_run_file
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "it is not valid JSON"),
-        (b'{"a": ', "it is not valid JSON"),
-        (b"\0" * 50, "it is not valid JSON"),
-        (b"\xff\xfe", "it is not valid JSON"),
-        (b"[" * 100_000, "it is nested too deep"),
-        (b'{"a":' * 100_000, "it is nested too deep"),
-        (b"[]", "it holds list instead of a JSON object"),
-        (b"null", "it holds NoneType instead"),
-        (b"1" * 9999, "it is not valid JSON"),
-        (b'{"a": "' + b"x" * 100 + b'"}', "it has 109 bytes, more than 100"),
-    ],
-)
-def test_what_is_no_object_is_said(tmp_path: Path, content: bytes, words: str) -> None:
-    path = tmp_path / "file.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        read_json_object(path, 100 if len(content) == 109 else 1 << 20)
-
-
-def test_pipes_and_folders_are_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="it is no regular file"):
-        read_json_object(tmp_path / "pipe")
-    with pytest.raises(OSError):
-        read_json_object(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
