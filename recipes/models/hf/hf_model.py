@@ -6,6 +6,7 @@ Attention, norms, embeddings and generation stay transformers' own.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,14 @@ from moe.routing.top_k_schedule import TopKSchedule
 from moe.types import RouterContext
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.deferred_init import WeightSource
+
+# Left over from versions of transformers that saved them; every reader computes them anew.
+_LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+
+
+def is_leftover(name: str) -> bool:
+    """Tells whether a tensor in files is one that old versions saved and every reader computes anew."""
+    return _LEFTOVERS.search(name) is not None
 
 
 @dataclass
@@ -111,7 +120,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
         raise ModelError.one("dense", str(folder), rule, "Download the checkpoint again.")
-    unexpected = sorted(info["unexpected_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if not is_leftover(name))
     if unexpected:
         rule = (
             f"its files hold {len(unexpected)} weights that config.json has no place for, {unexpected[0]} the"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def dense_dtype(dense: Path) -> torch.dtype:
     return found
 
 
-def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out: Path) -> int:
+def write_dense(
+    tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out: Path, check: Callable[[Path], None]
+) -> int:
     """Writes the weights with the config and the tokenizer of the model that the training began with.
 
     Args:
@@ -35,6 +38,7 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
         dense: That model.
         dtype: Dtype of the floating-point tensors.
         out: Where to; it must not exist.
+        check: Checks the files before they get their name.
 
     Returns:
         Bytes of the tensors.
@@ -57,4 +61,5 @@ def write_dense(tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out
         files.finish()
         config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
         write_companions(temporary, config | dtype_keys(dtype), dense)
+        check(temporary)
     return total

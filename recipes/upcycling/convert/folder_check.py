@@ -15,6 +15,7 @@ from torch import Tensor
 from moe.errors import ModelError
 from moe.upcycle.equivalence import LogitDrift, agree, logit_drift
 from recipes.data.config import DataConfig
+from recipes.data.samples import Samples
 from recipes.data.sources import read_documents
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.export.graft_format import MODEL_TYPE, load_graft
@@ -30,6 +31,8 @@ from recipes.runtime.machine_memory import spare_bytes
 
 # Tokens that are compared, of samples at least so long, and how far these reach beyond a window.
 _TOKENS, _LEAST_LENGTH, _BEYOND = 1024, 256, 64
+# Longer windows are not reached: attention masks of so many tokens take a GiB.
+_MOST_LENGTH = 16384
 _ACTIVATIONS = 1 << 30
 
 
@@ -77,20 +80,53 @@ def telling_tokens(folder: Path, data: DataConfig) -> Tensor:
     Raises:
         ModelError: There is no text.
     """
+    there = torch.tensor(_ids(folder, data, telling_number(folder)))
+    if len(there) < 2:
+        raise ModelError.one("--text", data.path, "it has fewer than two tokens", "Give more text.")
+    return telling_samples(folder, there)
+
+
+def telling_number(folder: Path) -> int:
+    """Returns the number of tokens that `telling_samples` makes use of."""
+    return max(_telling_length(folder), _TOKENS)
+
+
+def telling_samples(folder: Path, tokens_T: Tensor) -> Tensor:
+    """Cuts running text into samples ``[B, S]`` as `telling_tokens` does."""
+    length = min(_telling_length(folder), len(tokens_T))
+    samples = min(len(tokens_T), telling_number(folder)) // length
+    return tokens_T[: samples * length].view(samples, length)
+
+
+def telling_rows(folder: Path, samples: Samples) -> Tensor:
+    """Returns the first tokens of a run's samples as `telling_tokens` does.
+
+    Args:
+        folder: The dense checkpoint.
+        samples: Samples of the run that are not shuffled.
+    """
+    length = samples.seq_len
+    number = min(samples.samples_per_epoch, -(-telling_number(folder) // length))
+    return telling_samples(folder, torch.from_numpy(samples.batch(0, number)[:, :length]).flatten())
+
+
+def describe_tokens(folder: Path, tokens_BS: Tensor) -> str:
+    """Describes samples for people, with the windows that they do not reach."""
+    samples, length = tokens_BS.shape
+    window = longest_window(read_config(folder))
+    beyond = "" if length > window else f", none beyond the window of {window}"
+    return f"{samples * length} tokens in samples of {length}{beyond}"
+
+
+def _telling_length(folder: Path) -> int:
     config = read_config(folder)
     length = max(_LEAST_LENGTH, longest_window(config) + _BEYOND)
-    length = min(length, context_length(config) or length)
-    there = _ids(folder, data, max(length, _TOKENS))
-    length = min(length, len(there))
-    if length < 2:
-        raise ModelError.one("--text", data.path, "it has fewer than two tokens", "Give more text.")
-    samples = len(there) // length
-    return torch.tensor(there[: samples * length]).view(samples, length)
+    return min(_LEAST_LENGTH if length > _MOST_LENGTH else length, context_length(config) or length)
 
 
-def fits(dense: Path, moe: Path) -> bool:
-    """Tells whether either of two folders fits into free memory in fp32, with what loading it takes."""
-    largest = max(sum(file.stat().st_size for file in weight_files(folder)) for folder in (dense, moe))
+def fits(*folders: Path) -> bool:
+    """Tells whether each of some folders fits into free memory in fp32, with what loading it takes."""
+    largest = max(sum(file.stat().st_size for file in weight_files(folder)) for folder in folders)
     # In fp32 beside the files' own dtype, and activations.
     return 3 * largest + _ACTIVATIONS < spare_bytes()
 
