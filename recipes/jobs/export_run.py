@@ -35,7 +35,7 @@ from recipes.models.export.write_export import dtype_keys, write_companions, wri
 from recipes.models.hf.config_file import brings_code, read_config
 from recipes.models.hf.deferred_init import CheckpointWeights, deferred_model
 from recipes.models.hf.ffn_names import read_names
-from recipes.models.hf.hf_model import HFModel
+from recipes.models.hf.hf_model import HFModel, source_dtype
 from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
 from recipes.models.safetensors.tensor_files import TensorFiles
@@ -46,7 +46,7 @@ from recipes.upcycling.calibration.gather import read_statistics
 from recipes.upcycling.calibration.statistics_files import CalibrationFolder
 from recipes.upcycling.convert.conversion import RECORD
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, pick_exporter
-from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, dense_dtype, write_dense
+from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, write_dense
 from recipes.upcycling.convert.moe_plan import open_dense, plan_moe, request_of
 from recipes.upcycling.sharded.sharded_models import moe_model
 
@@ -126,7 +126,7 @@ def _export_moe(
     # The weights of the dense model are in the checkpoint: it may be gone but for its config.
     plan = plan_moe(wanted, known, reads=False)
     exporter, _ = pick_exporter(wanted, plan.spec)
-    dtype = request.dtype or dense_dtype(dense)
+    dtype = request.dtype or source_dtype(plan.names.config)
     merging = Merging(tensors, factors_of(plan.spec, config.experts.lora))
     kept = merging.kept(StateDictMap(plan.spec))
 
@@ -152,9 +152,9 @@ def _export_moe(
 def _export_dense(
     request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors, out: Path
 ) -> Exported:
-    dtype, trust = request.dtype or dense_dtype(dense), config.trust_remote_code
-    merging = Merging(tensors, {})
+    merging, trust = Merging(tensors, {}), config.trust_remote_code
     names = read_names(dense, trust_remote_code=trust)
+    dtype = request.dtype or source_dtype(names.config)
 
     def blank() -> HFModel:
         module = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust)

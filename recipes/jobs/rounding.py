@@ -1,4 +1,4 @@
-"""Measures what the dtype of an export's files costs: losses, expert choices, and changes that do not survive.
+"""Measures what the dtype of an export costs: losses, expert choices, and changes that do not survive.
 
 Letters: B samples, S sequence length, V vocabulary, T tokens, K experts a token.
 """

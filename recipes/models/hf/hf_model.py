@@ -96,6 +96,11 @@ class HFModel:
         self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def source_dtype(config: Any) -> torch.dtype:
+    """Returns the dtype that a config of transformers names, fp32 where it names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     """Loads a decoder in fp32 on the CPU: master weights are fp32; lower precision is up to the engine.
 
@@ -105,7 +110,6 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     remedy = "Check that the folder is complete and that this version of transformers knows the model."
     with library_reads("dense", folder, remedy, "load it"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -127,7 +131,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
         )
         raise ModelError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
     model.config.use_cache = False
-    return HFModel(module=model, folder=folder, source_dtype=dtype)
+    return HFModel(module=model, folder=folder, source_dtype=source_dtype(config))
 
 
 def empty_copy(model: HFModel) -> HFModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,14 +17,6 @@ from recipes.runtime.safetensors_codec import TensorSpec
 
 # What a model's tensors are called in a checkpoint, beside those of the optimizer.
 MODEL_PREFIX = "model."
-
-
-def dense_dtype(dense: Path) -> torch.dtype:
-    """Returns the dtype in the dense model's config; fp32 where there is none."""
-    config: dict[str, Any] = json.loads((dense / "config.json").read_text(encoding="utf-8"))
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    assert isinstance(found, torch.dtype), found
-    return found
 
 
 def write_dense(
