@@ -18,10 +18,7 @@ from torch import Tensor
 from recipes.models.export.read_back import DenseUnread, ReadBack
 from recipes.models.hf.hf_model import load_model
 from recipes.runtime.heartbeat import Heartbeat
-from recipes.upcycling.convert.folder_check import fits
-
-_WHOLE = "transformers' from_pretrained"
-_BY_BLOCK = "transformers' own loader, block by block, as memory is short"
+from recipes.upcycling.convert.folder_check import BY_BLOCK, WHOLE, fits
 
 
 @dataclass(frozen=True)
@@ -67,4 +64,4 @@ def dense_side(
     logits = model(input_ids=tokens_BS.cpu()).logits
     del model
     gc.collect()
-    return DenseSide(logits, _WHOLE if whole else _BY_BLOCK)
+    return DenseSide(logits, WHOLE if whole else BY_BLOCK)

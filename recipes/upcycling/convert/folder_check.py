@@ -6,6 +6,7 @@ Letters: B samples, S sequence length, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from recipes.data.config import DataConfig
 from recipes.data.samples import Samples
 from recipes.data.sources import read_documents
 from recipes.data.tokenizer import load_tokenizer
-from recipes.models.export.graft_format import MODEL_TYPE, load_graft
+from recipes.models.export.graft_format import MODEL_TYPE, GraftUnread, load_graft
+from recipes.models.export.read_back import DenseUnread, ReadBack
 from recipes.models.hf.config_file import (
     context_length,
     library_reads,
@@ -27,6 +29,7 @@ from recipes.models.hf.config_file import (
     read_config,
 )
 from recipes.models.hf.weight_files import weight_files
+from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.runtime.machine_memory import spare_bytes
 
 # Tokens that are compared, of samples at least so long, and how far these reach beyond a window.
@@ -34,6 +37,10 @@ _TOKENS, _LEAST_LENGTH, _BEYOND = 1024, 256, 64
 # Longer windows are not reached: attention masks of so many tokens take a GiB.
 _MOST_LENGTH = 16384
 _ACTIVATIONS = 1 << 30
+WHOLE = "transformers' from_pretrained"
+BY_BLOCK = "transformers' own loader, block by block, as memory is short"
+# Logits, gradients by name, the lowest precision of the weights.
+_Evaluated = tuple[Tensor, dict[str, Tensor], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class EquivalenceReport:
             that parameter, by name, worst first; None when not asked for.
         dtype: The lower precision of the two folders' weights.
         tokens: Compared.
+        loader: Code that has loaded the dense model, for people.
     """
 
     logits: LogitDrift
     gradients: dict[str, float] | None
     dtype: torch.dtype
     tokens: int
+    loader: str = WHOLE
 
     @property
     def agrees(self) -> bool:
@@ -144,7 +153,7 @@ def _ids(folder: Path, data: DataConfig, number: int) -> list[int]:
 def compare_folders(
     dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False
 ) -> EquivalenceReport:
-    """Loads both in fp32, one after the other, and compares them.
+    """Loads both in fp32, one after the other, and compares them; by block where they do not fit into memory.
 
     Args:
         dense: The dense checkpoint.
@@ -152,8 +161,10 @@ def compare_folders(
         tokens_BS: Real tokens.
         gradients: Whether to compare the gradients of the parameters that both have, too.
     """
-    dense_logits, dense_grads, dense_dtype = _evaluate(dense, tokens_BS, gradients)
-    moe_logits, moe_grads, moe_dtype = _evaluate(moe, tokens_BS, gradients)
+    whole = gradients or fits(dense, moe)
+    evaluate = partial(_evaluate, gradients=gradients) if whole else _evaluate_by_block
+    dense_logits, dense_grads, dense_dtype = evaluate(dense, tokens_BS)
+    moe_logits, moe_grads, moe_dtype = evaluate(moe, tokens_BS)
     if dense_logits.shape != moe_logits.shape:
         rule = f"their vocabularies have {dense_logits.shape[-1]} and {moe_logits.shape[-1]} entries"
         raise ModelError.one("--moe", str(moe), rule, "Give the dense checkpoint that it was made from.")
@@ -163,6 +174,7 @@ def compare_folders(
         gradients=_gradient_drift(dense_grads, moe_grads) if gradients else None,
         dtype=lower,
         tokens=tokens_BS.numel(),
+        loader=WHOLE if whole else BY_BLOCK,
     )
 
 
@@ -178,9 +190,16 @@ def load_any(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True).eval()
 
 
-def _evaluate(
-    folder: Path, tokens_BS: Tensor, gradients: bool
-) -> tuple[Tensor, dict[str, Tensor], torch.dtype]:
+@torch.no_grad()
+def _evaluate_by_block(folder: Path, tokens_BS: Tensor) -> _Evaluated:
+    native = read_config(folder, "checkpoint").get("model_type") != MODEL_TYPE
+    model = ReadBack(DenseUnread(folder) if native else GraftUnread(folder), 0).model
+    stored = [each.spec for each in DenseFiles(folder).tensors.values() if each.spec.dtype.is_floating_point]
+    dtype = min((spec.dtype for spec in stored if len(spec.shape) > 1), key=lambda d: d.itemsize)
+    return model(input_ids=tokens_BS).logits, {}, dtype
+
+
+def _evaluate(folder: Path, tokens_BS: Tensor, gradients: bool) -> _Evaluated:
     model = load_any(folder)
     dtype = min((p.dtype for p in model.parameters() if p.dim() > 1), key=lambda d: d.itemsize)
     model = model.float()
