@@ -6,7 +6,6 @@ What keeps a model from being exported is known before the first step, so that i
 from __future__ import annotations
 
 import collections
-import gc
 import shutil
 import time
 from functools import partial
@@ -24,6 +23,7 @@ from recipes.models.export import Exporter, choose_exporter
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import ExportReport, export, verify_export
 from recipes.models.hf.config_file import brings_code, read_config
+from recipes.runtime.machine_memory import collect
 from recipes.upcycling.convert.folder_check import telling_rows
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from recipes.jobs.stage_run import StageRun
     from recipes.training.stage import Stage
 
-_TRIED, _SMALL = ".export-check", 1 << 22
+_TRIED = ".export-check"
 
 
 def check_export_early(run: StageRun, tokens_BS: Tensor, stage: Stage) -> None:
@@ -81,7 +81,7 @@ def export_moe(run: StageRun, stage: Stage) -> None:
         f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
     )
     if cost is not None:
-        run.log(f"export: {cost.words('export.dtype=fp32')}")
+        run.log(f"export: {cost.words('export.dtype=fp32', 'validation text')}")
     run.results.put(
         "export",
         {
@@ -116,9 +116,8 @@ def _write_and_check(
     logits, cost = reference_logits(
         run.engine, run.blank(), stage.train_module, exporter, dtype, tokens_BS, begun
     )
-    if trained or sum(p.numel() for p in model.module.parameters()) > _SMALL:
-        # The modules of the blank model hold one another; of a small one this takes longer than it is worth.
-        gc.collect()
+    # The modules of the blank model hold one another.
+    collect(4 * sum(parameter.numel() for parameter in model.module.parameters()))
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     memory, sampled = config.memory_gib * 2**30, 32 if trained else 1
     check = partial(verify_export, exporter, folder, tokens_BS, logits, memory, heartbeat, sampled=sampled)

@@ -7,7 +7,6 @@ Letters: B samples, S sequence length, V vocabulary.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from recipes.models.export.read_back import DenseUnread, ReadBack
 from recipes.models.hf.hf_model import load_model
 from recipes.runtime.heartbeat import Heartbeat
+from recipes.runtime.machine_memory import collect
 from recipes.upcycling.convert.folder_check import BY_BLOCK, WHOLE, fits
 
 
@@ -62,6 +62,7 @@ def dense_side(
     else:
         model = ReadBack(DenseUnread(folder, trust_remote_code=trust_remote_code), 0, heartbeat).model
     logits = model(input_ids=tokens_BS.cpu()).logits
+    released = 4 * sum(parameter.numel() for parameter in model.parameters())
     del model
-    gc.collect()
+    collect(released)
     return DenseSide(logits, WHOLE if whole else BY_BLOCK)

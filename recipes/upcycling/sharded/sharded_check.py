@@ -31,6 +31,7 @@ from recipes.models.hf.deferred_init import DonatedWeights, WeightSource
 from recipes.models.hf.drift import SurgeryReport
 from recipes.models.hf.ffn_blocks import dense_ffn
 from recipes.models.hf.load_entropy import load_entropies
+from recipes.runtime.machine_memory import collect
 from recipes.upcycling.convert.dense_side import DenseSide, dense_side
 from recipes.upcycling.convert.folder_check import describe_tokens
 from recipes.upcycling.sharded.align import output_gain, scale_outputs
@@ -180,7 +181,10 @@ def _require_reader(
     assert plan.model is not None, plan
     model = dense_model(plan.model, trust_remote_code=plan.request.trust_remote_code)
     drift = compare(_logits(fill, model, tokens_BS))
-    gc.collect()
+    # FSDP2's modules hold one another: without this they would be there while the MoE model is made.
+    released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
+    del model
+    collect(released)
     if not agree(drift, torch.float32):
         raise ExactnessError(
             f"Graft does not read {plan.request.dense} as transformers does: the dense model's logits differ "
