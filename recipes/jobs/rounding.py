@@ -136,27 +136,25 @@ class StepZero:
 class SurvivalCount:
     """Counts, tensor by tensor, what rounding leaves of a training."""
 
-    def __init__(self, begin: Callable[[], StepZero] | None) -> None:
-        """Opens the dense files.
+    def __init__(self, begin: Callable[[], StepZero]) -> None:
+        """Counts nothing yet.
 
         Args:
-            begin: Returns the weights at step 0; None where there are none to compare with.
+            begin: Opens the weights at step 0, once they are needed.
         """
+        self._begin = begin
+        self._start: StepZero | None = None
         self._changed = self._survived = 0
         self._left_out: list[str] = []
         self._reason: str | None = None
-        self._start: StepZero | None = None
-        try:
-            self._start = None if begin is None else begin()
-        except (GraftError, OSError) as error:
-            self._reason = f"the dense model cannot be read any more: {str(error).splitlines()[0]}"
 
     def see(self, name: str, trained: Tensor, rounded: Tensor, dtype: torch.dtype) -> None:
         """Counts a tensor, as it was trained and as the files have it."""
         if not trained.is_floating_point() or self._reason is not None:
             return
         try:
-            begun = None if self._start is None else self._start.read(name, trained.shape)
+            self._start = self._start or self._begin()
+            begun = self._start.read(name, trained.shape)
         except (GraftError, OSError) as error:
             self._reason = f"the dense model cannot be read any more: {str(error).splitlines()[0]}"
             return
