@@ -67,7 +67,7 @@ CASES = {
         "faults.hang_s=20, 10 times that here",
         200.0,
     ),
-    "export": Case(0, "recipes.models.export.output_folder.sync_contents", "moe: trying the export"),
+    "export": Case(0, "recipes.models.export.output_folder.sync_contents", "moe: the export"),
 }
 
 
