@@ -6,9 +6,13 @@ import argparse
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError
 from tools.command import check_format, check_json_target, run_command, stream_beside, tool_parser, write_json
+
+if TYPE_CHECKING:
+    from recipes.jobs.export_run import Exported
 
 
 def _parse() -> argparse.Namespace:
@@ -45,6 +49,21 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _describe(done: Exported, run: str) -> str:
+    readers, check = ", ".join(done.exact_in), done.check
+    # What little of a training is left is no exact copy of it, though the files are read exactly.
+    lossy = check.rounding is not None and check.rounding.loses_most
+    lines = [
+        f"step {done.step} of {run} as {done.format}, {'for' if lossy else 'exact in'} {readers}; "
+        f"{done.total_bytes / 2**30:.2f} GiB in {done.path}",
+        f"reloaded, its logits differ from the checkpoint's by {check.logits.relative:.1e} of the largest "
+        f"on {check.tokens}",
+    ]
+    if check.rounding is not None:
+        lines.append(check.rounding.words("--dtype fp32", check.tokens))
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Checks the flags, writes the folder and names its format."""
     arguments = _parse()
@@ -68,11 +87,7 @@ def main() -> int:
         stage=arguments.stage,
     )
     done = export_run(request, Path(arguments.out).expanduser().absolute())
-    print(
-        f"step {done.step} of {request.run.name} as {done.format}, exact in {', '.join(done.exact_in)}; "
-        f"{done.total_bytes / 2**30:.2f} GiB in {done.path}",
-        file=stream_beside(arguments.json),
-    )
+    print(_describe(done, request.run.name), file=stream_beside(arguments.json))
     figures = asdict(done)
     write_json(arguments.json, {k: str(v) if isinstance(v, Path) else v for k, v in figures.items()})
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.runtime.own_json import parse_json
+
 from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
 from tools.fit_laws import check_figure_target, read_text
 

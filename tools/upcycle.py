@@ -64,7 +64,7 @@ def _parse() -> argparse.Namespace:
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="load both afterwards, as transformers does, and compare their logits on real text "
-        "(default: where the method is exact and memory suffices)",
+        "(default: where the method is exact)",
     )
     add("--text", metavar="PATH", help="text for measurements (default: Python's standard library)")
     return parser.parse_intermixed_args()
@@ -231,12 +231,11 @@ def _convert(conversion: Conversion, out: Path) -> ConversionResult:
 def _verify(
     arguments: argparse.Namespace, config: RunConfig, conversion: Conversion, out: Path
 ) -> EquivalenceReport | None:
-    """Compares both folders; None where the user, the method or the memory leaves it out."""
-    from recipes.upcycling.convert.folder_check import compare_folders, fits, telling_tokens
+    """Compares both folders; None where the user or the method leaves it out."""
+    from recipes.upcycling.convert.folder_check import compare_folders, telling_tokens
 
     dense = Path(arguments.dense).expanduser()
-    by_default = conversion.claims_exact and fits(dense, out)
-    if not (by_default if arguments.verify is None else arguments.verify):
+    if not (conversion.claims_exact if arguments.verify is None else arguments.verify):
         return None
     tokens, trust = telling_tokens(dense, config.data), config.trust_remote_code
     return compare_folders(dense, out, tokens, trust_remote_code=trust)

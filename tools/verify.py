@@ -86,6 +86,7 @@ def describe_equivalence(report: EquivalenceReport) -> str:
         f"{report.tokens} tokens: {verdict}, as far as {str(report.dtype).removeprefix('torch.')} can tell",
         f"logits differ by {drift.max_diff:.2e}, {drift.relative:.1e} of the largest; KL {drift.kl:.1e}; "
         f"{drift.argmax_agreement:.2%} of the most likely tokens agree",
+        f"the dense model was loaded by {report.loader}",
     ]
     if report.gradients is not None:
         worst = list(report.gradients.items())[:3]
@@ -100,6 +101,7 @@ def equivalence_figures(report: EquivalenceReport) -> dict[str, Any]:
         "agrees": report.agrees,
         "dtype": str(report.dtype).removeprefix("torch."),
         "tokens": report.tokens,
+        "loader": report.loader,
         "relative": report.logits.relative,
         "kl": report.logits.kl,
         "argmax_agreement": report.logits.argmax_agreement,

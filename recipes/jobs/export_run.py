@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +21,22 @@ from moe.experts.lora import merged
 from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
+from recipes.config.sections.prompts_config import PromptsConfig
+from recipes.jobs.export_check import CheckedModel, ExportCheck, check_export
+from recipes.jobs.rounding import StepZero, written_dtypes
 from recipes.jobs.run_dir import RunDir
+from recipes.jobs.top_k_schedules import schedule_of
 from recipes.models.export import Exporter
 from recipes.models.export.base import Layout
 from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
+from recipes.models.export.read_back import NativeUnread, Unread
 from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import dtype_keys, write_companions, write_live
 from recipes.models.hf.config_file import first_line, read_config
+from recipes.models.hf.deferred_init import CheckpointWeights, deferred_model
+from recipes.models.hf.ffn_names import read_names
+from recipes.models.hf.hf_model import HFModel, source_dtype
 from recipes.models.hf.state_dict_map import StateDictMap
 from recipes.models.lora_model import Factors, factors_of, is_factor
 from recipes.models.safetensors.tensor_files import TensorFiles
@@ -36,8 +46,10 @@ from recipes.runtime.safetensors_codec import TensorSpec
 from recipes.upcycling.calibration.gather import read_statistics
 from recipes.upcycling.calibration.statistics_files import CalibrationFolder
 from recipes.upcycling.convert.conversion import RECORD
-from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
-from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, dense_dtype, write_dense
+from recipes.upcycling.convert.conversion_plan import ConversionRequest, pick_exporter
+from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, write_dense
+from recipes.upcycling.convert.moe_plan import open_dense, plan_moe, request_of
+from recipes.upcycling.sharded.sharded_models import moe_model
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Exported:
         checkpoint: Checkpoint of the weights.
         step: Its step.
         total_bytes: Bytes of the tensors.
+        check: How the files compare with the checkpoint.
     """
 
     path: Path
@@ -80,55 +93,86 @@ class Exported:
     checkpoint: Path
     step: int
     total_bytes: int
+    check: ExportCheck
 
 
 def export_run(request: ExportRequest, out: Path) -> Exported:
-    """Writes the model of a run's checkpoint.
+    """Writes the model of a run's checkpoint, and checks the files before they get their name.
 
     Raises:
         ConfigError: The folder is no run, has no such checkpoint, or the output exists.
         CheckpointError: The checkpoint is damaged.
+        ExactnessError: The files do not compute what the checkpoint does.
     """
     refuse_existing(out, "--out")
     config, dense = _read_run(request.run)
-    if request.stage == "cpt":
-        return _export_dense(request, dense, out, config.trust_remote_code)
-    if config.attention is not None:
+    if config.attention is not None and request.stage == "moe":
         rule = "its key-value heads are experts, which only the run itself exports"
         raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
     checkpoint = _checkpoint(request)
     verify_checkpoint(checkpoint, run=read_run_file(request.run).get("run_id"))
+    write = _export_dense if request.stage == "cpt" else _export_moe
+    with open_checkpoint(checkpoint) as tensors:
+        return write(request, config, dense, tensors, out)
+
+
+def _export_moe(
+    request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors, out: Path
+) -> Exported:
     statistics = read_statistics(CalibrationFolder.of_run(request.run))
-    conversion = plan_conversion(
-        ConversionRequest(
-            dense=dense,
-            method=config.upcycle,
-            router=config.router,
-            seed=config.seed,
-            target=request.target,
-            layout=request.layout,
-            trust_remote_code=config.trust_remote_code,
-        ),
-        None if statistics is None else statistics.by_layer(),
+    known = None if statistics is None else statistics.by_layer()
+    wanted = ConversionRequest(
+        **vars(request_of(config, dense)), target=request.target, layout=request.layout
     )
-    with open_checkpoint(checkpoint) as tensors:
-        dtype = request.dtype or conversion.main_dtype
-        merging = Merging(tensors, factors_of(conversion.spec, config.experts.lora))
-        total = _write(merging, conversion.spec, conversion.exporter, request.layout, dtype, dense, out)
-        step = tensors.step
-    exact_in = conversion.exporter.exact_in(conversion.spec)
-    return Exported(out, conversion.exporter.name, exact_in, checkpoint, step, total)
+    # The weights of the dense model are in the checkpoint: it may be gone but for its config.
+    plan = plan_moe(wanted, known, reads=False)
+    exporter, _ = pick_exporter(wanted, plan.spec)
+    dtype = request.dtype or source_dtype(plan.names.config)
+    merging = Merging(tensors, factors_of(plan.spec, config.experts.lora))
+    kept = merging.kept(StateDictMap(plan.spec))
+
+    def blank() -> HFModel:
+        model = moe_model(plan, config.experts.backend, CheckpointWeights())
+        model.schedule, model.context.step = schedule_of(config, list(plan.plans)), tensors.step
+        return model
+
+    def begun() -> StepZero:
+        again = plan_moe(wanted, known)
+        assert again.model is not None, again
+        return StepZero(again.model, again, routers=config.section(PromptsConfig).path is None)
+
+    dtypes = written_dtypes(plan.spec, kept, exporter, dtype)
+    source = CheckedModel(blank, merging.names(), merging.read, dtypes, begun)
+    checking = _Checking(source, config, dense, dtype)
+    placement = Placement(plan.spec, exporter, kept, dtype, request.layout)
+    total = _write(merging, plan.spec, exporter, placement, dense, out, checking)
+    exact_in = exporter.exact_in(plan.spec)
+    return Exported(out, exporter.name, exact_in, tensors.folder, tensors.step, total, checking.outcome())
 
 
-def _export_dense(request: ExportRequest, dense: Path, out: Path, trust: bool) -> Exported:
-    checkpoint = _checkpoint(request)
-    verify_checkpoint(checkpoint, run=read_run_file(request.run).get("run_id"))
-    with open_checkpoint(checkpoint) as tensors:
-        dtype = request.dtype or dense_dtype(dense)
-        total = write_dense(tensors, dense, dtype, out, trust_remote_code=trust)
-        step = tensors.step
+def _export_dense(
+    request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors, out: Path
+) -> Exported:
+    merging, trust = Merging(tensors, {}), config.trust_remote_code
+    names = read_names(dense, trust_remote_code=trust)
+    dtype = request.dtype or source_dtype(names.config)
+
+    def blank() -> HFModel:
+        module = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust)
+        return HFModel(module, dense, dtype)
+
+    dtypes = dict.fromkeys(merging.names(), dtype)
+
+    def begun() -> StepZero:
+        return StepZero(open_dense(dense, names=names))
+
+    source = CheckedModel(blank, merging.names(), merging.read, dtypes, begun)
+    checking = _Checking(source, config, dense, dtype)
+    total = write_dense(
+        tensors, dense, dtype, out, partial(checking.check, NativeUnread), trust_remote_code=trust
+    )
     family = read_config(out)["model_type"]
-    return Exported(out, family, ["transformers"], checkpoint, step, total)
+    return Exported(out, family, ["transformers"], tensors.folder, tensors.step, total, checking.outcome())
 
 
 def _read_run(run: Path) -> tuple[RunConfig, Path]:
@@ -183,6 +227,14 @@ class Merging:
         """Returns the names of the model's tensors, without the factors."""
         return [name for name in self.tensors.names(MODEL_PREFIX) if not is_factor(name)]
 
+    def kept(self, live: StateDictMap) -> list[TensorSpec]:
+        """Lists the tensors that belong to no MoE layer."""
+        return [
+            TensorSpec(name, self.tensors.dtype(MODEL_PREFIX + name), self.tensors.shape(MODEL_PREFIX + name))
+            for name in self.names()
+            if live.pieces(name) is None and live.router(name) is None
+        ]
+
     def read(self, name: str) -> Tensor:
         """Reads a tensor of the model."""
         tensor = self.tensors.read(MODEL_PREFIX + name)
@@ -193,34 +245,54 @@ class Merging:
         return merged(tensor, a_ErI, b_EOr, pair.scale)
 
 
+@dataclass
+class _Checking:
+    """Check of files that have no name yet.
+
+    Attributes:
+        found: Its outcome.
+    """
+
+    source: CheckedModel
+    config: RunConfig
+    dense: Path
+    dtype: torch.dtype
+    found: ExportCheck | None = None
+
+    def check(self, read: Callable[..., Unread], folder: Path) -> None:
+        """Checks the files in a folder."""
+        unread = read(folder, trust_remote_code=self.config.trust_remote_code)
+        self.found = check_export(self.source, unread, self.config, self.dense, self.dtype)
+
+    def outcome(self) -> ExportCheck:
+        """Returns what was found."""
+        assert self.found is not None, "the files were written"
+        return self.found
+
+
 def _write(
     merging: Merging,
     spec: ModelSpec,
     exporter: Exporter,
-    layout: Layout,
-    dtype: torch.dtype,
+    placement: Placement,
     dense: Path,
     out: Path,
+    checking: _Checking,
 ) -> int:
-    live, names, tensors = StateDictMap(spec), merging.names(), merging.tensors
-    kept = [
-        TensorSpec(name, tensors.dtype(MODEL_PREFIX + name), tensors.shape(MODEL_PREFIX + name))
-        for name in names
-        if live.pieces(name) is None and live.router(name) is None
-    ]
-    placement = Placement(spec, exporter, kept, dtype, layout)
+    live, tensors = StateDictMap(spec), merging.tensors
     total = sum(tensor.num_bytes for tensor in placement.specs)
     with output_folder(out) as temporary:
         require_space(out, total, "the model")
         files = TensorFiles(temporary, placement.specs)
-        for name in names:
+        for name in merging.names():
             write_live(files, name, merging.read(name), live, placement)
         for name, constant in placement.constants.items():
             files.write(name, constant)
         files.finish()
-        config: dict[str, Any] = exporter.config(spec) | dtype_keys(dtype)
+        config: dict[str, Any] = exporter.config(spec) | dtype_keys(checking.dtype)
         write_companions(temporary, config, dense)
         record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
         router = asdict(spec.moe_blocks[0].router.config)
         atomic_write_json(temporary / RECORD, record | {"router": router})
+        checking.check(exporter.open, temporary)
     return total

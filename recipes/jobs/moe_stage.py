@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import collections
 import gc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moe.errors import ConfigError, DiskError, ExactnessError, GraftError, ModelError
+from moe.errors import ConfigError
 from moe.routing.top_k_schedule import TopKSchedule
 from moe.upcycle import UpcycleMethod, upcycle_method
-from recipes.config.sections.export_config import ExportConfig
 from recipes.config.sections.prompts_config import PromptsConfig
-from recipes.data.chat_template import carry_template
-from recipes.jobs.export_reference import reference_logits
+from recipes.jobs.export_stage import check_export_early, export_moe
 from recipes.jobs.memory_check import foresee_memory
+from recipes.jobs.rounding import StepZero
 from recipes.jobs.stage_run import Built, StageParts, StageRun
 from recipes.jobs.top_k_schedules import schedule_of, summarise_phases
-from recipes.models.export import choose_exporter
 from recipes.models.export.spec import describe_model
-from recipes.models.export.write_export import export, verify_export
 from recipes.models.hf.attention_blocks import (
     describe_attention,
     summarise_attention,
@@ -41,15 +34,13 @@ from recipes.training.model_costs import measure_costs
 from recipes.training.stage import Stage, StageResult
 from recipes.training.validation import validation_loss
 from recipes.upcycling.calibration.gather import Calibration, LayerTensors, kept_statistics
+from recipes.upcycling.convert.folder_check import telling_rows
 from recipes.upcycling.convert.moe_plan import MoEPlan, plan_moe, request_of
 from recipes.upcycling.optim_start import start_optimizer
 from recipes.upcycling.prompts.prompt_rows import with_prompt_rows
 from recipes.upcycling.sharded.sharded_check import measure_shards, measure_whole
 from recipes.upcycling.sharded.sharded_models import materialize, moe_model
 
-# Real tokens of the equivalence checks at step 0 and after export.
-_CHECK_SAMPLES = 8
-_CHECK_LENGTH = 512
 _WHOLE = "experts of attention are made of whole models"
 
 
@@ -78,29 +69,38 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
     plan = _plan(run, source, statistics)
     require_rank(plan.spec, config.experts.lora)
     backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
-    shape = moe_model(plan, backend, CheckpointWeights())
-    add_low_rank(shape, config.experts.lora, config.seed)
-    foresee_memory(run, shape)
-    del shape
+    blank, begun = partial(_blank, run, plan, schedule), partial(_step_zero, run, plan, statistics)
+    foresee_memory(run, blank())
     if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
-        return Built(_blank(run, plan, schedule), {}, blank=partial(_blank, run, plan, schedule))
+        return Built(blank(), {}, blank=blank, begun=begun)
     run.beat("the equivalence check at step 0")
-    tokens_BS = _check_tokens(run)
+    tokens_BS = telling_rows(run.inputs.folder, run.data.validation)
     if attention is None:
         report, weights = measure_shards(run.engine, plan, tokens_BS, backend, schedule)
         model = moe_model(plan, backend, weights)
         model.schedule = schedule
     else:
         run.log(f"{run.name}: every rank makes the whole MoE model at first: {_WHOLE}")
-        report, model = measure_whole(plan, tokens_BS, backend, schedule)
+        report, model = measure_whole(run.engine, plan, tokens_BS, backend, schedule)
     run.log(describe_surgery(report))
     state = {"exactness": summarise_surgery(report)}
     if attention is not None:
         cut = upcycle_attention(model, attention, config.seed, tokens_BS)
         run.log(describe_attention(cut))
         state["attention"] = summarise_attention(cut)
-    return Built(model, state, blank=partial(_blank, run, plan, schedule))
+    begin = partial(check_export_early, run, tokens_BS)
+    return Built(model, state, begin, blank=blank, begun=begun)
+
+
+def _step_zero(run: StageRun, plan: MoEPlan, statistics: LayerTensors) -> StepZero:
+    """Opens the dense files again, by which the weights of step 0 are made."""
+    if plan.model is not None:
+        return StepZero(plan.model, plan)
+    again = plan_moe(request_of(run.config, run.inputs.folder), statistics)
+    assert again.model is not None, again
+    # Rows that prompts gave a router are not kept.
+    return StepZero(again.model, again, routers=run.config.section(PromptsConfig).path is None)
 
 
 def _blank(run: StageRun, plan: MoEPlan, schedule: TopKSchedule | None) -> HFModel:
@@ -131,9 +131,11 @@ def _with_factors(run: StageRun, built: Built, source: Path | None) -> Built:
     given = run.config.optim.start_from
     if given is None or source is not None:
         return built
-    folder = Path(given).expanduser()
+    folder, before = Path(given).expanduser(), built.begin
 
     def begin(stage: Stage) -> None:
+        if before is not None:
+            before(stage)
         spec, tensors = describe_model(stage.train_module.skeleton), stage.train_module.checkpoint_tensors()
         trust = run.config.trust_remote_code
         done = start_optimizer(tensors, spec, run.inputs.folder, folder, trust_remote_code=trust)
@@ -164,11 +166,6 @@ def _statistics(run: StageRun, method: UpcycleMethod[Any], source: Path | None) 
     return known
 
 
-def _check_tokens(run: StageRun) -> Tensor:
-    batch = run.data.validation.batch(0, _CHECK_SAMPLES)
-    return torch.from_numpy(batch[:, : min(run.data.train.seq_len, _CHECK_LENGTH)])
-
-
 def report_moe(run: StageRun, stage: Stage, result: StageResult) -> None:
     """Reports exactness and the dense model's loss, and exports the model."""
     run.results.put("exactness", stage.state["exactness"])
@@ -178,7 +175,7 @@ def report_moe(run: StageRun, stage: Stage, result: StageResult) -> None:
         phases = summarise_phases(stage.train_module.model.schedule, stage.scheduled_costs)
         run.results.put("top_k_schedule", phases)
     _put_dense(run)
-    _export(run, stage)
+    export_moe(run, stage)
     _, layer = stage.train_module.model.moe_layers()[0]
     choice = layer.experts.backend_choice()
     if choice is not None:
@@ -196,66 +193,3 @@ def _put_dense(run: StageRun) -> None:
     train_module = run.engine.prepare(model, run.config.optim)
     loss = validation_loss(run.engine, train_module, run.data, run.config.train, run.inputs.console.heartbeat)
     run.results.put_stage("dense", stage_label("dense"), loss, 0, costs, None)
-
-
-def _export(run: StageRun, stage: Stage) -> None:
-    """Exports the model; the error of an export that fails is kept in the results, for the end of the run."""
-    try:
-        _write_and_check(run, stage)
-    except (ExactnessError, ModelError, DiskError) as error:
-        run.results.put("export", {"failed": str(error)})
-        run.log(f"export: FAILED, {error}. The run goes on with the rest of its results")
-
-
-def _raise(error: GraftError | None) -> None:
-    if error is not None:
-        raise error
-
-
-def _write_and_check(run: StageRun, stage: Stage) -> None:
-    console, folder, model = run.inputs.console, run.inputs.run_dir.export, stage.train_module.skeleton
-    config, heartbeat = run.config.section(ExportConfig), console.heartbeat
-    exporter, unsupported_reasons = choose_exporter(describe_model(model))
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": model.source_dtype}
-    dtype = named[config.dtype]
-    if not exporter.is_native:
-        run.log(f"export: in Graft's own format, since {'; '.join(unsupported_reasons)}")
-    run.beat("the export")
-    tensors, failed = stage.train_module.full_tensors(), None
-    try:
-        export(model, exporter, tensors, folder, dtype, writes=console.is_rank0, heartbeat=heartbeat)
-    except GraftError as error:
-        # The other ranks gather to the end.
-        collections.deque(tensors, maxlen=0)
-        failed = error
-    console.on_rank_zero(partial(_raise, failed))
-    run.beat("checking the export")
-    tokens = _check_tokens(run)
-    assert run.blank is not None, "the model was built"
-    logits, cost = reference_logits(run.engine, run.blank(), stage.train_module, exporter, dtype, tokens)
-    console.on_rank_zero(lambda: carry_template(run.config.data, folder))
-    memory = config.memory_gib * 2**30
-    trust = run.config.trust_remote_code
-    report = console.on_rank_zero(
-        lambda: verify_export(exporter, folder, tokens, logits, memory, heartbeat, trust_remote_code=trust)
-    )
-    run.log(
-        f"export: {report.format} in {report.path}; reloaded, its logits differ by "
-        f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
-    )
-    if cost is not None:
-        run.log(f"export: {cost.words()}")
-    run.results.put(
-        "export",
-        {
-            "format": report.format,
-            "native": report.is_native,
-            "path": folder.name,
-            "relative": report.logits.relative,
-            "max_diff": report.logits.max_diff,
-            "kl": report.logits.kl,
-            "argmax_agreement": report.logits.argmax_agreement,
-            "rounding": None if cost is None else cost.row(),
-            "sample": report.sample,
-        },
-    )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from recipes.data.build_data import TrainData
     from recipes.engines import Engine
     from recipes.engines.console import RankConsole
+    from recipes.jobs.rounding import StepZero
     from recipes.jobs.run_dir import RunDir
     from recipes.models.hf.hf_model import HFModel
     from recipes.runtime.interrupt import StopRequest
@@ -77,12 +78,14 @@ class Built:
         state: State of the run that checkpoints carry.
         begin: Changes the prepared stage before its first step; None for nothing.
         blank: Makes a model of its shapes, without low-rank factors; None where nothing is exported.
+        begun: Returns the weights of step 0; None where nothing is exported.
     """
 
     model: HFModel
     state: dict[str, Any]
     begin: Callable[[Stage], None] | None = None
     blank: Callable[[], HFModel] | None = None
+    begun: Callable[[], StepZero] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class StageRun:
         name: Name of the stage.
         config: The run's config with the stage's own length.
         data: Samples, with attention fitted to the model once it is built.
-        blank: As `Built.blank`, once the model is built.
+        blank, begun: As those of `Built`, once the model is built.
     """
 
     def __init__(self, inputs: StageInputs, parts: StageParts) -> None:
@@ -133,6 +136,7 @@ class StageRun:
         self.engine = inputs.engine
         self.log = inputs.console.log
         self.blank: Callable[[], HFModel] | None = None
+        self.begun: Callable[[], StepZero] | None = None
 
     @property
     def finished(self) -> bool:
@@ -162,7 +166,7 @@ class StageRun:
         built = self.parts.build(self, source)
         if built is None:
             return False
-        self.blank = built.blank
+        self.blank, self.begun = built.blank, built.begun
         stage = self._prepare(built)
         if source is not None:
             self.log(f"{self.name}: going on from {source}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 # The rest of the free memory is left to other programs of the machine.
 _SPARE_SHARE = 0.9
+# A collection looks at all objects of the process, which takes tenths of a second.
+_WORTH_COLLECTING = 16 << 20
 # Words of torch's allocators, of oneDNN and of C++.
 _NO_MEMORY = ("not enough memory", "out of memory", "t allocate memory", "not allocate", "bad_alloc")
 
@@ -89,6 +92,16 @@ def free_and_total_bytes() -> tuple[int, int]:
         free, total = min(free, limit - max(0, used)), limit
     left = address_space_left()
     return (free if left is None else min(free, left)), total
+
+
+def collect(released: int) -> None:
+    """Frees objects that hold one another, such as the modules of a model, where it is worth the time.
+
+    Args:
+        released: Bytes that nothing else refers to any more.
+    """
+    if released > _WORTH_COLLECTING:
+        gc.collect()
 
 
 def spare_bytes() -> int:

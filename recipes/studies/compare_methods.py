@@ -11,15 +11,17 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moe.errors import ConfigError, Mistake, UserError
 from moe.upcycle import upcycle_method
-from moe.upcycle.equivalence import LayerDrift, LogitDrift
+from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
 from moe.upcycle.layer_plan import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
@@ -127,13 +129,15 @@ def compare_methods(
     found: dict[str, MethodDrift | UserError] = {}
     trust = parse_config(compose_config(["+recipe=upcycle", *overrides])).trust_remote_code
     model, shape = load_model(dense, trust_remote_code=trust), read_ffn_shape(dense)
+    with torch.no_grad():
+        dense_logits = model.module(input_ids=tokens_BS).logits
     for candidate in candidates:
         try:
             values = compose_config(["+recipe=upcycle", *overrides, *candidate.overrides])
             config = parse_config(values | {"dense": str(dense)})
             if mistakes := _check(config, shape):
                 raise ConfigError(mistakes)
-            result: MethodDrift | UserError = _measure(config, model, tokens_BS)
+            result: MethodDrift | UserError = _measure(config, model, tokens_BS, dense_logits)
         except UserError as error:
             result = error
         found[candidate.label] = result
@@ -151,17 +155,18 @@ def _check(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 
-def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor) -> MethodDrift:
+def _measure(config: RunConfig, model: HFModel, tokens_BS: Tensor, dense_BSV: Tensor) -> MethodDrift:
     with tempfile.TemporaryDirectory() as folder:
         known = calibrate_alone(config, model, Path(folder))
     if known is None:
         raise KeyboardInterrupt
     plan = plan_moe(request_of(config, model.folder), with_prompt_rows(known, config, model))
-    found = measure(plan, tokens_BS, materialize, config.experts.backend)
+    compare = partial(logit_drift, dense_BSV)
+    found = measure(plan, tokens_BS, materialize, compare, config.experts.backend)
     return MethodDrift(
         claims_exact=plan.claims_exact,
         logits=found.report.logits,
-        dense_loss=_loss(found.dense_logits, tokens_BS),
+        dense_loss=_loss(dense_BSV, tokens_BS),
         loss=_loss(found.logits, tokens_BS),
         layers=found.report.drifts,
         load_entropy=found.report.load_entropy,

@@ -91,13 +91,13 @@ class GraftExporter(Exporter):
 
     def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:
         """See `Exporter.open`; reads as `load_graft` does."""
-        return GraftUnread(folder, trust_remote_code)
+        return GraftUnread(folder, trust_remote_code=trust_remote_code)
 
 
 class GraftUnread(Unread):
     """Exported model that is read as by `load_graft`, a part of the files at a time."""
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         """Reads the config and the names in the files."""
         self._model = _built(folder, trust_remote_code, parameters_on_meta)
         super().__init__(self._model.module.float().eval(), folder)

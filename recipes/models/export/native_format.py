@@ -130,7 +130,7 @@ class NativeExporter(Exporter):
 
     def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:
         """See `Exporter.open`; uses transformers' own loader."""
-        return NativeUnread(folder)
+        return NativeUnread(folder, trust_remote_code=trust_remote_code)
 
 
 def aux_loss_coef(spec: ModelSpec) -> float:

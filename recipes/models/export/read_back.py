@@ -1,4 +1,4 @@
-"""Reads an export back block by block, within a limit of memory.
+"""Runs a checkpoint folder block by block, within a limit of memory, read by transformers' own loader.
 
 The blocks of a decoder run one after the other. Each block is given its weights before it runs; if the model
 exceeds the limit, they are dropped afterwards. Embeddings, head and other weights outside the blocks stay.
@@ -17,20 +17,24 @@ from safetensors import safe_open
 from torch import nn
 
 from moe.errors import ModelError
-from recipes.models.hf.config_file import load_config
+from recipes.models.hf.config_file import load_config, trusts
 from recipes.models.hf.deferred_init import deferred_model
 from recipes.models.hf.ffn_blocks import decoder_blocks
-from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.heartbeat import Heartbeat
 
 
 class Unread(ABC):
-    """An exported model in fp32 whose parameters have no memory yet.
+    """A model in fp32 whose parameters have no memory yet.
 
     Attributes:
-        model: The module that transformers builds from the export's config.
-        folder: The export.
+        model: The module that transformers builds from the folder's config.
+        folder: The folder that it is read from.
+        option: Name of the folder in errors.
+        remedy: Remedy where it cannot be read.
     """
+
+    option = "export"
+    remedy = "Export the run again from its checkpoint."
 
     def __init__(self, model: Any, folder: Path) -> None:
         self.model = model
@@ -44,36 +48,95 @@ class Unread(ABC):
             ModelError: A tensor of the files does not fit the model.
         """
 
+    def tie(self) -> None:
+        """Ties the weights that the model ties, once those outside its blocks are read."""
+        self.model.tie_weights()
+
 
 class NativeUnread(Unread):
-    """Exported model that is read by transformers' own loader, a part of the files at a time."""
+    """Model that is read by transformers' own loader, a part of the files at a time.
 
-    def __init__(self, folder: Path) -> None:
-        """Reads only the config."""
+    transformers alone decides which files count, what their tensors are called in the model, and what is
+    tied: a fault of Graft's own reader is not repeated here.
+    """
+
+    #: Whether tensors that the model has no place for are an error.
+    refuses_more = True
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        """Reads the config and the names in the files.
+
+        Args:
+            folder: The checkpoint.
+            trust_remote_code: Whether the model may run its own code.
+        """
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        super().__init__(deferred_model(load_config(folder)), folder)
+        trust = trusts(folder, trust_remote_code)
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        super().__init__(deferred_model(config, trust_remote_code=trust), folder)
         self._mapping = get_model_conversion_mapping(self.model)
+        self._stored = self._find()
+
+    def _find(self) -> list[tuple[str, str, str]]:
+        """Lists file, name in it and name in the model of all tensors."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+        named = getattr(self.model.config, "transformers_weights", None)
+        files, _ = _get_resolved_checkpoint_files(
+            str(self.folder), None, None, None, None, False, named, {"local_files_only": True}
+        )
+        rules = self._mapping or []
+        renamings, converters = (
+            [rule for rule in rules if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter)
+        )
+        prefix, state = self.model.base_model_prefix, self.model.state_dict()
+        found = []
+        for path in files or ():
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    own = rename_source_key(name, renamings, converters, prefix, state)[0]
+                    if own not in state and name in state:
+                        own = name
+                    found.append((path, name, own))
+        return found
 
     def fill(self, wanted: Callable[[str], bool]) -> None:
         """See `Unread.fill`."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
+        names: dict[str, list[str]] = {}
+        for path, name, own in self._stored:
+            if wanted(own):
+                names.setdefault(path, []).append(name)
         slices = {}
-        for path in weight_files(self.folder):
+        for path, inside in names.items():
             file = safe_open(path, framework="pt")
-            names = filter(wanted, file.keys())
-            slices |= {name: file.get_slice(name) for name in names}
+            slices |= {name: file.get_slice(name) for name in inside}
         config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping)
         info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
-        wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
+        wrong = [*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
+        if self.refuses_more:
+            wrong += info.unexpected_keys
         if wrong:
-            raise unsupported_reason(self.folder, f"transformers cannot use {wrong[:3]}")
+            raise _unreadable(self, f"transformers cannot use {wrong[:3]}")
+
+    def tie(self) -> None:
+        """Ties as `from_pretrained` does, which looks at what the files hold."""
+        missing = self.model.state_dict().keys() - {own for _, _, own in self._stored}
+        self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+
+
+class DenseUnread(NativeUnread):
+    """Dense checkpoint, as somebody has published it: leftovers in its files are no error."""
+
+    option, remedy, refuses_more = "dense", "Download the checkpoint again.", False
 
 
 class ReadBack:
-    """Exported model that can run.
+    """Model that runs from its files.
 
     Attributes:
         model: The module, in evaluation mode.
@@ -84,7 +147,7 @@ class ReadBack:
         """Reads the weights outside the blocks.
 
         Args:
-            unread: The export.
+            unread: The model.
             memory_bytes: Limit in fp32; a model within it stays in memory.
             heartbeat: Notified of each block.
 
@@ -98,7 +161,7 @@ class ReadBack:
         [place] = [name for name, module in model.named_modules() if module is blocks]
         self.stays = sum(p.numel() * p.element_size() for p in model.parameters()) <= memory_bytes
         self._fill(lambda name: not name.startswith(f"{place}."))
-        model.tie_weights()
+        unread.tie()
         inside = {id(parameter) for parameter in blocks.parameters()}
         self._require([name for name, p in model.named_parameters() if p.is_meta and id(p) not in inside])
         for number, block in enumerate(blocks):
@@ -119,7 +182,7 @@ class ReadBack:
 
     def _require(self, missing: list[str]) -> None:
         if missing:
-            raise unsupported_reason(self._unread.folder, f"no file holds {', '.join(missing[:3])}")
+            raise _unreadable(self._unread, f"no file holds {', '.join(missing[:3])}")
 
 
 def _drop(block: nn.Module, args: Any, out: Any) -> None:
@@ -129,6 +192,5 @@ def _drop(block: nn.Module, args: Any, out: Any) -> None:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def unsupported_reason(folder: Path, rule: str) -> ModelError:
-    """Makes the error for an export that cannot be read back."""
-    return ModelError.one("export", str(folder), rule, "Export the run again: its checkpoints are whole.")
+def _unreadable(unread: Unread, rule: str) -> ModelError:
+    return ModelError.one(unread.option, str(unread.folder), rule, unread.remedy)

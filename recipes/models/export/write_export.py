@@ -21,6 +21,7 @@ from recipes.models.export.output_folder import output_folder
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import ReadBack
 from recipes.models.export.spec import describe_model
+from recipes.models.hf.config_file import read_config
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.state_dict_map import StateDictMap, kept_specs, tied_names
 from recipes.models.lora_model import factors_of, model_lora, without_factors
@@ -123,8 +124,8 @@ class ExportReport:
         is_native: Whether plain transformers loads it.
         path: The exported folder.
         logits: Drift of the reloaded model's logits from the trained model's, on real tokens.
-        sample: A continuation that the reloaded model generated; None if it was read block by block, since
-            every token would read all blocks again.
+        sample: A continuation that the reloaded model generated; None if none was asked for, or if it was
+            read block by block, since every token would read all blocks again.
     """
 
     format: str
@@ -144,6 +145,7 @@ def verify_export(
     heartbeat: Heartbeat | None = None,
     *,
     trust_remote_code: bool = False,
+    sampled: int = 32,
 ) -> ExportReport:
     """Reads an export back as its users would, compares logits, and generates.
 
@@ -155,25 +157,43 @@ def verify_export(
         memory_bytes: A model that takes more in fp32 is read one block at a time.
         heartbeat: Notified of each block.
         trust_remote_code: Whether the model's own code, which was copied, may run.
+        sampled: Tokens to generate; 0 for no sample.
 
     Raises:
         ExactnessError: The reloaded model computes something else.
         ModelError: The files lack a tensor, or hold one that does not fit.
     """
     read = ReadBack(exporter.open(folder, trust_remote_code=trust_remote_code), memory_bytes, heartbeat)
-    model = read.model
-    drift = logit_drift(logits_BSV.cpu(), model(input_ids=tokens_BS.cpu()).logits)
-    if not agree(drift, torch.float32):
-        raise ExactnessError(
-            f"the model exported to {folder} as {exporter.name} does not compute what was trained: logits "
-            f"differ by {drift.relative:.2e} of the largest, KL {drift.kl:.1e}, and at most "
-            f"{TOLERANCES[torch.float32]:.0e} is allowed. The checkpoints are whole"
-        )
-    sample = _sample(model, folder, tokens_BS) if read.stays else None
+    drift = require_written(read, folder, tokens_BS, logits_BSV)
+    sample = _sample(read.model, folder, tokens_BS, sampled) if read.stays and sampled else None
     return ExportReport(exporter.name, exporter.is_native, folder, drift, sample)
 
 
-def _sample(model: Any, folder: Path, tokens_BS: Tensor) -> str:
+@torch.no_grad()
+def require_written(read: ReadBack, folder: Path, tokens_BS: Tensor, logits_BSV: Tensor) -> LogitDrift:
+    """Compares a model that was read back with the logits that it must have.
+
+    Args:
+        read: The model.
+        folder: Its folder, for the message.
+        tokens_BS: See `verify_export`.
+        logits_BSV: See `verify_export`.
+
+    Raises:
+        ExactnessError: It computes something else.
+    """
+    drift = logit_drift(logits_BSV.cpu(), read.model(input_ids=tokens_BS.cpu()).logits)
+    if not agree(drift, torch.float32):
+        kind = read_config(folder, "export")["model_type"]
+        raise ExactnessError(
+            f"the model exported to {folder} as {kind} does not compute what was trained: logits "
+            f"differ by {drift.relative:.2e} of the largest, KL {drift.kl:.1e}, and at most "
+            f"{TOLERANCES[torch.float32]:.0e} is allowed"
+        )
+    return drift
+
+
+def _sample(model: Any, folder: Path, tokens_BS: Tensor, number: int) -> str:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -181,7 +201,7 @@ def _sample(model: Any, folder: Path, tokens_BS: Tensor) -> str:
     out = model.generate(
         prompt_1S,
         attention_mask=torch.ones_like(prompt_1S),
-        max_new_tokens=32,
+        max_new_tokens=number,
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,

@@ -18,6 +18,7 @@ _AGAIN = "Download it again."
 _GIVE = "Give the config.json that the model was published with."
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _FLOATS = ("NaN", "Infinity", "-Infinity")
+_WINDOW_KEYS = ("window", "attention_chunk_size", "local_attention")
 # Keys by which transformers fetches or runs code of others, at any depth: a name with a slash is a
 # repository of the hub.
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "kernel")
@@ -192,9 +193,15 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 
 def longest_window(config: Mapping[str, Any]) -> int:
-    """Returns the longest window of attention that a config names, read or not; 0 for none."""
+    """Returns the longest window of attention that a config names, read or not; 0 for none.
+
+    Windows as long as the model's context are none: nothing is beyond them.
+    """
     text = config.get("text_config") or config
-    return max((v for key, v in text.items() if "window" in key and type(v) is int), default=0)
+    context = context_length(config)
+    named = (value for key, value in text.items() if any(word in key for word in _WINDOW_KEYS))
+    lengths = (v for value in named for v in (value if isinstance(value, list) else [value]))
+    return max((v for v in lengths if type(v) is int and (context is None or v < context)), default=0)
 
 
 def vocabulary_size(folder: Path, *, trust_remote_code: bool = False) -> int:

@@ -24,6 +24,8 @@ class SurgeryReport:
         logits: Drift of the logits on real tokens.
         drifts: Drift of each layer on its own.
         load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
+        loader: Code that has loaded the dense model, for people.
+        tokens: Tokens that it was measured on, for people.
     """
 
     method: str
@@ -32,6 +34,8 @@ class SurgeryReport:
     logits: LogitDrift
     drifts: tuple[LayerDrift, ...]
     load_entropy: tuple[float, ...]
+    loader: str = "Graft"
+    tokens: str = ""
 
 
 @contextmanager
@@ -76,7 +80,10 @@ def layer_table(layers: Sequence[LayerDrift], load_entropy: Sequence[float]) -> 
 def describe_surgery(report: SurgeryReport) -> str:
     """Describes the step-0 equivalence check in a line, with a table of layers for an inexact method."""
     head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and MoE differ by "
-    figures = f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest)"
+    figures = (
+        f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest) on {report.tokens}; "
+        f"the dense model was loaded by {report.loader}"
+    )
     if report.claimed_exact:
         return f"{head}{figures}: exact"
     return (
@@ -91,6 +98,8 @@ def summarise_surgery(report: SurgeryReport) -> dict[str, Any]:
     return {
         "method": report.method,
         "claimed_exact": report.claimed_exact,
+        "loader": report.loader,
+        "tokens": report.tokens,
         "max_logit_diff": report.logits.max_diff,
         "max_logit": report.logits.max_logit,
         "relative": report.logits.relative,

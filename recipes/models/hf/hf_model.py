@@ -6,6 +6,7 @@ Attention, norms, embeddings and generation stay transformers' own.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,14 @@ from moe.types import RouterContext
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.deferred_init import WeightSource
 from recipes.models.hf.weight_files import require_finite
+
+# Left over from versions of transformers that saved them; every reader computes them anew.
+_LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+
+
+def is_leftover(name: str) -> bool:
+    """Tells whether a tensor in files is one that old versions saved and every reader computes anew."""
+    return _LEFTOVERS.search(name) is not None
 
 
 @dataclass
@@ -88,6 +97,11 @@ class HFModel:
         self.context.padding_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def source_dtype(config: Any) -> torch.dtype:
+    """Returns the dtype that a config of transformers names, fp32 where it names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     """Loads a decoder in fp32 on the CPU: master weights are fp32; lower precision is up to the engine.
 
@@ -97,7 +111,6 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     remedy = "Check that the folder is complete and that this version of transformers knows the model."
     with library_reads("dense", folder, remedy, "load it"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -112,7 +125,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
     if missing:
         rule = f"{len(missing)} weights are missing from its files, {missing[0]} the first"
         raise ModelError.one("dense", str(folder), rule, "Download the checkpoint again.")
-    unexpected = sorted(info["unexpected_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if not is_leftover(name))
     if unexpected:
         rule = (
             f"its files hold {len(unexpected)} weights that config.json has no place for, {unexpected[0]} the"
@@ -120,7 +133,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
         raise ModelError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
     require_finite(model, folder, "dense")
     model.config.use_cache = False
-    return HFModel(module=model, folder=folder, source_dtype=dtype)
+    return HFModel(module=model, folder=folder, source_dtype=source_dtype(config))
 
 
 def empty_copy(model: HFModel) -> HFModel:

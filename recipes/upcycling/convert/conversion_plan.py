@@ -184,7 +184,7 @@ def plan_conversion(request: ConversionRequest, statistics: LayerTensors | None 
     moe = plan_moe(request, statistics)
     model = moe.model
     assert model is not None, "a conversion reads the dense files"
-    exporter, unsupported_reasons = _exporter(request, moe.spec)
+    exporter, unsupported_reasons = pick_exporter(request, moe.spec)
     kept = list(_kept(moe, model, request.untie))
     first = model.files[0]
     kept_specs = [
@@ -225,7 +225,12 @@ def _kept(moe: MoEPlan, model: StoredModel, untie: bool) -> Iterator[tuple[KeptW
         yield KeptWork(name, sources), same, model.stored[0][same]
 
 
-def _exporter(request: ConversionRequest, spec: ModelSpec) -> tuple[Exporter, Sequence[str]]:
+def pick_exporter(request: ConversionRequest, spec: ModelSpec) -> tuple[Exporter, Sequence[str]]:
+    """Returns the format that is asked for, and why native ones were not chosen.
+
+    Raises:
+        ConfigError: The format does not hold the model, or not in this layout.
+    """
     if request.target == "auto":
         exporter, unsupported_reasons = choose_exporter(spec)
     else:

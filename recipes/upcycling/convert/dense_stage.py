@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,16 +19,14 @@ from recipes.runtime.safetensors_codec import TensorSpec
 MODEL_PREFIX = "model."
 
 
-def dense_dtype(dense: Path) -> torch.dtype:
-    """Returns the dtype in the dense model's config; fp32 where there is none."""
-    config = read_config(dense)
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    assert isinstance(found, torch.dtype), found
-    return found
-
-
 def write_dense(
-    tensors: CheckpointTensors, dense: Path, dtype: torch.dtype, out: Path, *, trust_remote_code: bool = False
+    tensors: CheckpointTensors,
+    dense: Path,
+    dtype: torch.dtype,
+    out: Path,
+    check: Callable[[Path], None],
+    *,
+    trust_remote_code: bool = False,
 ) -> int:
     """Writes the weights with the config and the tokenizer of the model that the training began with.
 
@@ -36,6 +35,7 @@ def write_dense(
         dense: That model.
         dtype: Dtype of the floating-point tensors.
         out: Where to; it must not exist.
+        check: Checks the files before they get their name.
         trust_remote_code: Whether the model was computed by code of its own where it brings some.
 
     Returns:
@@ -61,4 +61,5 @@ def write_dense(
         if not trusts(dense, trust_remote_code):
             config.pop("auto_map", None)
         write_companions(temporary, config | dtype_keys(dtype), dense)
+        check(temporary)
     return total

@@ -6,6 +6,7 @@ Letters: B samples, S sequence length, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from moe.errors import ModelError
 from moe.upcycle.equivalence import LogitDrift, agree, logit_drift
 from recipes.data.config import DataConfig
+from recipes.data.samples import Samples
 from recipes.data.sources import read_documents
 from recipes.data.tokenizer import load_tokenizer
-from recipes.models.export.graft_format import MODEL_TYPE, load_graft
+from recipes.models.export.graft_format import MODEL_TYPE, GraftUnread, load_graft
+from recipes.models.export.read_back import DenseUnread, ReadBack
 from recipes.models.hf.config_file import (
     context_length,
     library_reads,
@@ -27,11 +30,18 @@ from recipes.models.hf.config_file import (
     trusts,
 )
 from recipes.models.hf.weight_files import require_finite, weight_files
+from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.runtime.machine_memory import spare_bytes
 
 # Tokens that are compared, of samples at least so long, and how far these reach beyond a window.
 _TOKENS, _LEAST_LENGTH, _BEYOND = 1024, 256, 64
+# Longer windows are not reached: attention masks of so many tokens take a GiB.
+_MOST_LENGTH = 16384
 _ACTIVATIONS = 1 << 30
+WHOLE = "transformers' from_pretrained"
+BY_BLOCK = "transformers' own loader, block by block, as memory is short"
+# Logits, gradients by name, the lowest precision of the weights.
+_Evaluated = tuple[Tensor, dict[str, Tensor], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,14 @@ class EquivalenceReport:
             that parameter, by name, worst first; None when not asked for.
         dtype: The lower precision of the two folders' weights.
         tokens: Compared.
+        loader: Code that has loaded the dense model, for people.
     """
 
     logits: LogitDrift
     gradients: dict[str, float] | None
     dtype: torch.dtype
     tokens: int
+    loader: str = WHOLE
 
     @property
     def agrees(self) -> bool:
@@ -78,20 +90,53 @@ def telling_tokens(folder: Path, data: DataConfig) -> Tensor:
     Raises:
         ModelError: There is no text.
     """
+    there = torch.tensor(_ids(folder, data, telling_number(folder)))
+    if len(there) < 2:
+        raise ModelError.one("--text", data.path, "it has fewer than two tokens", "Give more text.")
+    return telling_samples(folder, there)
+
+
+def telling_number(folder: Path) -> int:
+    """Returns the number of tokens that `telling_samples` makes use of."""
+    return max(_telling_length(folder), _TOKENS)
+
+
+def telling_samples(folder: Path, tokens_T: Tensor) -> Tensor:
+    """Cuts running text into samples ``[B, S]`` as `telling_tokens` does."""
+    length = min(_telling_length(folder), len(tokens_T))
+    samples = min(len(tokens_T), telling_number(folder)) // length
+    return tokens_T[: samples * length].view(samples, length)
+
+
+def telling_rows(folder: Path, samples: Samples) -> Tensor:
+    """Returns the first tokens of a run's samples as `telling_tokens` does.
+
+    Args:
+        folder: The dense checkpoint.
+        samples: Samples of the run that are not shuffled.
+    """
+    length = samples.seq_len
+    number = min(samples.samples_per_epoch, -(-telling_number(folder) // length))
+    return telling_samples(folder, torch.from_numpy(samples.batch(0, number)[:, :length]).flatten())
+
+
+def describe_tokens(folder: Path, tokens_BS: Tensor) -> str:
+    """Describes samples for people, with the windows that they do not reach."""
+    samples, length = tokens_BS.shape
+    window = longest_window(read_config(folder))
+    beyond = "" if length > window else f", none beyond the window of {window}"
+    return f"{samples * length} tokens in samples of {length}{beyond}"
+
+
+def _telling_length(folder: Path) -> int:
     config = read_config(folder)
     length = max(_LEAST_LENGTH, longest_window(config) + _BEYOND)
-    length = min(length, context_length(config) or length)
-    there = _ids(folder, data, max(length, _TOKENS))
-    length = min(length, len(there))
-    if length < 2:
-        raise ModelError.one("--text", data.path, "it has fewer than two tokens", "Give more text.")
-    samples = len(there) // length
-    return torch.tensor(there[: samples * length]).view(samples, length)
+    return min(_LEAST_LENGTH if length > _MOST_LENGTH else length, context_length(config) or length)
 
 
-def fits(dense: Path, moe: Path) -> bool:
-    """Tells whether either of two folders fits into free memory in fp32, with what loading it takes."""
-    largest = max(sum(file.stat().st_size for file in weight_files(folder)) for folder in (dense, moe))
+def fits(*folders: Path) -> bool:
+    """Tells whether each of some folders fits into free memory in fp32, with what loading it takes."""
+    largest = max(sum(file.stat().st_size for file in weight_files(folder)) for folder in folders)
     # In fp32 beside the files' own dtype, and activations.
     return 3 * largest + _ACTIVATIONS < spare_bytes()
 
@@ -109,7 +154,7 @@ def _ids(folder: Path, data: DataConfig, number: int) -> list[int]:
 def compare_folders(
     dense: Path, moe: Path, tokens_BS: Tensor, *, gradients: bool = False, trust_remote_code: bool = False
 ) -> EquivalenceReport:
-    """Loads both in fp32, one after the other, and compares them.
+    """Loads both in fp32, one after the other, and compares them; by block where they do not fit into memory.
 
     Args:
         dense: The dense checkpoint.
@@ -118,8 +163,10 @@ def compare_folders(
         gradients: Whether to compare the gradients of the parameters that both have, too.
         trust_remote_code: Whether the models may run code of their own.
     """
-    dense_logits, dense_grads, dense_dtype = _evaluate(dense, tokens_BS, gradients, trust_remote_code)
-    moe_logits, moe_grads, moe_dtype = _evaluate(moe, tokens_BS, gradients, trust_remote_code)
+    whole = gradients or fits(dense, moe)
+    evaluate = partial(_evaluate, gradients=gradients) if whole else _evaluate_by_block
+    dense_logits, dense_grads, dense_dtype = evaluate(dense, tokens_BS, trust=trust_remote_code)
+    moe_logits, moe_grads, moe_dtype = evaluate(moe, tokens_BS, trust=trust_remote_code)
     if dense_logits.shape != moe_logits.shape:
         rule = f"their vocabularies have {dense_logits.shape[-1]} and {moe_logits.shape[-1]} entries"
         raise ModelError.one("--moe", str(moe), rule, "Give the dense checkpoint that it was made from.")
@@ -129,6 +176,7 @@ def compare_folders(
         gradients=_gradient_drift(dense_grads, moe_grads) if gradients else None,
         dtype=lower,
         tokens=tokens_BS.numel(),
+        loader=WHOLE if whole else BY_BLOCK,
     )
 
 
@@ -149,9 +197,17 @@ def load_any(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ).eval()
 
 
-def _evaluate(
-    folder: Path, tokens_BS: Tensor, gradients: bool, trust: bool
-) -> tuple[Tensor, dict[str, Tensor], torch.dtype]:
+@torch.no_grad()
+def _evaluate_by_block(folder: Path, tokens_BS: Tensor, *, trust: bool) -> _Evaluated:
+    native = read_config(folder, "checkpoint").get("model_type") != MODEL_TYPE
+    opened = DenseUnread if native else GraftUnread
+    model = ReadBack(opened(folder, trust_remote_code=trust), 0).model
+    stored = [each.spec for each in DenseFiles(folder).tensors.values() if each.spec.dtype.is_floating_point]
+    dtype = min((spec.dtype for spec in stored if len(spec.shape) > 1), key=lambda d: d.itemsize)
+    return model(input_ids=tokens_BS).logits, {}, dtype
+
+
+def _evaluate(folder: Path, tokens_BS: Tensor, *, gradients: bool, trust: bool) -> _Evaluated:
     model = load_any(folder, trust_remote_code=trust)
     require_finite(model, folder, "checkpoint")
     dtype = min((p.dtype for p in model.parameters() if p.dim() > 1), key=lambda d: d.itemsize)

@@ -25,13 +25,11 @@ from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.router_start import start_rows, take_given_rows
 from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.hf.ffn_names import FFNNames, MatrixName, ModelNames, read_names
+from recipes.models.hf.hf_model import is_leftover
 from recipes.models.safetensors.dense_files import DenseFiles
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
-
-# Left over from versions of transformers that saved them; every reader computes them anew.
-_LEFTOVERS = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
 
@@ -251,8 +249,8 @@ def _stored_names(files: DenseFiles, names: ModelNames) -> dict[str, str]:
 def _left_over(files: DenseFiles, names: ModelNames, used: set[str]) -> tuple[str, ...]:
     """Returns the tensors that the model has no place for, but for those that transformers ignores."""
     left = sorted(n for n in set(files.tensors) - used if names.in_state(n) not in names.tied)
-    patterns = (*_LEFTOVERS, *names.ignored)
-    unknown = [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]
+    unread = [name for name in left if not is_leftover(name)]
+    unknown = [name for name in unread if not any(re.search(pattern, name) for pattern in names.ignored)]
     if unknown:
         rule = f"its files hold {len(unknown)} weights that config.json has no place for, {unknown[0]} the"
         remedy = "Give the config.json of these weights."

@@ -18,7 +18,7 @@ from moe.experts.weights import ExpertBank, FFNWeights
 from moe.layer import MoELayer
 from moe.types import LayerContext
 from recipes.models.hf.deferred_init import CheckpointWeights, WeightSource, deferred_model
-from recipes.models.hf.hf_model import HFModel
+from recipes.models.hf.hf_model import HFModel, source_dtype
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def _model(
 ) -> HFModel:
     # A copy: to build a model in fp32 is to say so in its config.
     model = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust_remote_code)
-    dtype = names.config.dtype
-    source_dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    return HFModel(module=model, folder=folder, source_dtype=source_dtype, weights=weights)
+    return HFModel(module=model, folder=folder, source_dtype=source_dtype(names.config), weights=weights)
 
 
 def _moe(spec: MoESpec, model: HFModel, backend: str) -> MoELayer:

@@ -180,10 +180,9 @@ def test_a_surgery_that_is_not_exact_is_refused(go: Callable[..., Ended], workpl
     assert rows(workplace / "outputs" / "inexact", "moe") == []
 
 
-@pytest.mark.usefixtures("first")
-def test_a_failed_export_ends_nothing_else(
-    workplace: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def confused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format that takes the first expert's gate for its up projection."""
     plain = MixtralExporter.expert_name
 
     def swapped(self: MixtralExporter, moe: MoESpec, expert: int, matrix: Matrix, bias: bool) -> str:
@@ -191,6 +190,37 @@ def test_a_failed_export_ends_nothing_else(
         return plain(self, moe, expert, other[matrix] if expert == 0 else matrix, bias)
 
     monkeypatch.setattr(MixtralExporter, "expert_name", swapped)
+
+
+@pytest.mark.usefixtures("confused")
+def test_an_export_that_must_fail_ends_the_run_before_training(
+    go: Callable[..., Ended], workplace: Path
+) -> None:
+    ended = go("bad-format")
+    assert ended.code == 1 and "Traceback" not in ended.err
+    assert "tried before training, the export fails" in ended.err
+    assert "does not compute the model of step 0" in ended.err
+    run_dir = workplace / "outputs" / "bad-format"
+    assert rows(run_dir, "moe") == []
+    assert not [path for path in run_dir.iterdir() if "export" in path.name or path.name == "hf"]
+
+
+def test_the_trial_leaves_nothing_and_is_left_out_where_nothing_is_trained(
+    first_run: Ended, first: Path, go: Callable[..., Ended]
+) -> None:
+    assert "export: tried before training as mixtral" in first_run.out
+    assert not [path for path in first.iterdir() if "export" in path.name]
+    ended = go("untrained", {"train.steps": 0})
+    assert ended.code == 0, ended.err
+    assert "tried before training" not in ended.out and "export: checked at the end alone" in ended.out
+
+
+@pytest.mark.usefixtures("first", "confused")
+def test_a_failed_export_ends_nothing_else(
+    workplace: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if only the trained model's could not be written.
+    monkeypatch.setattr("recipes.jobs.moe_stage.check_export_early", lambda *known: None)
     ended = job(workplace, {"data.path": text, "run.name": "bad-export"}, full=True)
     run_dir = workplace / "outputs" / "bad-export"
     assert ended.code == 1 and "Traceback" not in ended.err
@@ -217,6 +247,7 @@ def test_engine_and_files_in_bf16_are_no_reason_to_fail(go: Callable[..., Ended]
     cost = export["rounding"]
     assert cost["dtype"] == "bfloat16" and 0 < cost["kl"] < 0.1 and 0 <= cost["choices_changed"] < 0.5
     assert cost["loss_rounded"] == pytest.approx(cost["loss_trained"], rel=0.05)
+    assert cost["survival"]["changed"] > 0 and cost["survival"]["survived"] > 0.9
     assert "export.dtype=fp32 keeps what was trained" in ended.out
 
 

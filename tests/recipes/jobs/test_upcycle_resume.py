@@ -128,7 +128,7 @@ def test_a_crash_after_the_last_step_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # All steps are done and saved, and the process ends before it has written what follows them.
-    place = "recipes.jobs.default_model._save" if which == "embedded" else "recipes.jobs.moe_stage.export"
+    place = "recipes.jobs.default_model._save" if which == "embedded" else "recipes.jobs.moe_stage.export_moe"
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the machine is gone")

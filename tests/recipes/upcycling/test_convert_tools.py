@@ -81,6 +81,23 @@ def test_a_conversion_with_its_gate(
     assert "NOT the same function" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("router", ["topk", "hash"])
+def test_what_does_not_fit_is_verified_by_block(
+    router: str,
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("recipes.upcycling.convert.folder_check.spare_bytes", lambda: 0)
+    arguments = ["--dense", make_checkpoint("llama", dtype="bfloat16"), "--out", tmp_path / "moe"]
+    assert call(tools.upcycle, *arguments, "--router", router) == 0
+    said = capsys.readouterr().out
+    assert "the same function, as far as bfloat16 can tell" in said
+    assert "the dense model was loaded by transformers' own loader, block by block" in said
+
+
 def test_figures_on_stdout_are_alone_there(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
