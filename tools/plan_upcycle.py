@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.runtime.own_json import parse_json
-
+from recipes.runtime.user_json import read_json_text
 from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
 from tools.fit_laws import check_figure_target, read_text
 
@@ -104,7 +103,7 @@ def _curves(args: argparse.Namespace) -> dict[Way, Curve]:
     curves: dict[Way, Curve] = {}
     for way, path in fits.items():
         try:
-            curves[way] = curve_from_record(parse_json(read_text(path, f"--{way}-fit").encode()), path)
+            curves[way] = curve_from_record(read_json_text(read_text(path, f"--{way}-fit"), path), path)
         except ValueError as error:
             mistakes.append(
                 Mistake(path, str(error), "it is not JSON", "Write it with tools.fit_laws --json.")

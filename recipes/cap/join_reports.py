@@ -9,7 +9,7 @@ from typing import Any
 from moe.errors import ConfigError, Mistake
 from recipes.cap.cap_report import SCHEMA, SCHEMA_VERSION
 from recipes.cap.cap_table import ABSENT, duration
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 from recipes.tracking.report import formats
 
 Figures = dict[str, Any]
@@ -28,7 +28,7 @@ def read_reports(paths: Sequence[Path]) -> list[Figures]:
             content = read_json_object(path)
         except (OSError, ValueError) as error:
             remedy = "Give files that python -m tools.cap --json wrote."
-            mistakes.append(Mistake("--compare", str(path), f"it cannot be read as JSON ({error})", remedy))
+            mistakes.append(Mistake("--compare", str(path), f"it {error}", remedy))
             continue
         known = content.get("schema") == SCHEMA
         if not known or content.get("schema_version") != SCHEMA_VERSION:

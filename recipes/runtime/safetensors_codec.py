@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recipes.runtime.atomic import sync_file
-from recipes.runtime.own_json import parse_json
+from recipes.runtime.user_json import read_json_text
 
 _ALIGNMENT = 8
 _CHUNK_BYTES = 32 * 2**20
@@ -112,9 +112,9 @@ def read_header(path: Path) -> list[TensorLocation]:
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise HeaderError("its header is cut short")
         try:
-            header: dict[str, Any] = parse_json(file.read(length))
+            header: dict[str, Any] = read_json_text(file.read(length), str(path))
         except ValueError as error:
-            raise HeaderError(f"its header is damaged: {error}") from error
+            raise HeaderError(f"its header {error}") from error
     if not isinstance(header, dict):
         raise HeaderError("its header is no JSON object")
     header.pop("__metadata__", None)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moe.errors import DataError, DiskError
 from recipes.runtime.atomic import atomic_file, disk_mistake, sync_file
-from recipes.runtime.own_json import parse_json
+from recipes.runtime.user_json import read_json_text
 
 _LOG = logging.getLogger("graft.metrics")
 METRICS_FILE = "metrics.jsonl"
@@ -257,7 +257,7 @@ def _drop_torn_line(path: Path) -> int:
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = parse_json(line)
+        row = read_json_text(line, str(path))
     except ValueError:
         row = None
     if isinstance(row, dict) and "leg" in row and "stage" not in row:

@@ -8,10 +8,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import inspect
     from typing import Any
 
-    from triton.language.core import is_builtin
+    from triton.language.core import dtype, is_builtin
     from triton.runtime import interpreter
 
     _builtins: dict[Any, list[str]] = {}
+    _dtypes: dict[str, Any] = {}
+    _look_up = interpreter._get_np_dtype
 
     def _patch_known(package: Any, builder: Any, scope: Any) -> None:
         """Does what `interpreter._patch_builtin` does, and looks for the names once."""
@@ -23,4 +25,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    def _numpy_dtype(kind: Any) -> Any:
+        """Does what `interpreter._get_np_dtype` does, which makes its table for each question."""
+        if type(kind) is not dtype:
+            return _look_up(kind)
+        if kind.name not in _dtypes:
+            _dtypes[kind.name] = _look_up(kind)
+        return _dtypes[kind.name]
+
     interpreter._patch_builtin = _patch_known
+    interpreter._get_np_dtype = _numpy_dtype

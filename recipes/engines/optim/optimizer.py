@@ -18,7 +18,7 @@ from moe.errors import require
 from moe.types import Config, unless
 from recipes.engines.optim.clipping import clip_grad_norm
 from recipes.engines.optim.lr_schedule import ScheduleConfig, lr_factor
-from recipes.engines.optim.muon import Adjustment, StackedMuon
+from recipes.engines.optim.muon import Adjustment, StackedMuon, local_part
 from recipes.engines.optim.parameter_groups import GROUPS, fused_rows, group_parameters
 
 __all__ = [
@@ -195,7 +195,7 @@ class OptimizerSet:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Live groups of all optimizers. Two groups may share a ``name`` (sharded and plain)."""
+        """Live groups of all optimizers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def set_lr_factor(self, factor: float) -> None:
@@ -283,6 +283,20 @@ def state_elements(model: nn.Module, config: OptimConfig, experts: set[int]) -> 
     return found[0], found[1]
 
 
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW of torch on each rank's shards, where parameters are DTensors.
+
+    The update is elementwise, so that shards need nothing of one another. Dispatching lists of DTensors costs
+    far more on the host than the update itself.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        complex_numbers: bool = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local_part, tensors)
+        return complex_numbers
+
+
 def materialise_adamw(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     """Creates the state of AdamW's first step: zero moments, and a step count on the kernel's device.
 
@@ -306,7 +320,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerSet:
     would pull towards uniform routing; nor input embeddings, whose rare rows get decay but hardly any
     gradient (as in OLMo 2, arXiv:2501.00656).
 
-    AdamW runs fused on CPU and CUDA: the fastest of torch's three variants, also on DTensors.
+    AdamW runs fused on CPU and CUDA, the fastest of torch's three variants, and on the shards of DTensors.
 
     Args:
         model: The unwrapped model (FSDP2 does not wrap); see `group_parameters` and `fused_rows` for the
@@ -334,7 +348,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerSet:
         if rules[group_name].muon:
             muon += _muon_groups(group_name, rules[group_name], members, blocks, config)
         else:
-            adamw += _adamw_groups(group_name, rules[group_name], members, config)
+            adamw.append(_torch_group(group_name, rules[group_name], members, config))
     return OptimizerSet([*_build_adamw(adamw, config), *_build_muon(muon, config)], config.frozen)
 
 
@@ -342,15 +356,6 @@ def _torch_group(name: str, rule: GroupRule, members: list[Tensor], config: Opti
     lr = config.lr * rule.lr_scale
     decay = config.weight_decay if rule.decay else 0.0
     return {"params": members, "name": name, "lr": lr, "base_lr": lr, "weight_decay": decay}
-
-
-def _adamw_groups(
-    name: str, rule: GroupRule, members: list[Tensor], config: OptimConfig
-) -> list[dict[str, Any]]:
-    split: dict[Any, list[Tensor]] = defaultdict(list)
-    for param in members:  # the fused kernel takes a list of plain tensors or of DTensors on one mesh
-        split[param.device_mesh if isinstance(param, DTensor) else None].append(param)
-    return [_torch_group(name, rule, part, config) for part in split.values()]
 
 
 def _muon_groups(
@@ -365,9 +370,11 @@ def _muon_groups(
 def _build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> list[torch.optim.Optimizer]:
     if not groups:
         return []
-    devices = {param.device.type for group in groups for param in group["params"]}
-    fused = devices <= {"cpu", "cuda"}
-    return [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
+    members = [param for group in groups for param in group["params"]]
+    fused = {param.device.type for param in members} <= {"cpu", "cuda"}
+    # DeepSpeed asks for torch's own class.
+    kind = LocalAdamW if any(isinstance(param, DTensor) for param in members) else torch.optim.AdamW
+    return [kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
 
 
 def _build_muon(groups: list[dict[str, Any]], config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -20,8 +20,8 @@ from recipes.models.hf.config_file import read_config
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
-from recipes.runtime.own_json import read_json_object
 from recipes.runtime.safetensors_codec import CODES, DTYPES, TensorSpec
+from recipes.runtime.user_json import read_json_object
 
 # Files of a folder of base and deltas; the config is not called config.json, so that no other reader loads
 # it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from recipes.studies.sweep import torchrun
 #: MoEs of 8 experts with 23, 168 and 868 million parameters.
 SIZES = (DenseSize(256, 704, 4, 4096), DenseSize(512, 1408, 8, 8192), DenseSize(1024, 2816, 12, 16384))
 TINY = DenseSize(128, 128, 2, 256)
-# Every block of this size or more is the system's own, so that what is freed is gone from the resident set.
-_MMAP_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,8 @@ def measure_layout(
     with tempfile.TemporaryDirectory() as out:
         task = RankTask(str(dense), str(tiny), out, method, experts, layout.fields, layout.whole)
         program = ["-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))]
-        names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-        environment = os.environ | dict.fromkeys(names, str(_MMAP_BYTES))
         command = [*torchrun(layout.ranks), *program]
-        done = subprocess.run(command, cwd=SOURCE_ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=SOURCE_ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RankFailedError(f"a rank of {layout} has failed:\n{done.stderr[-4000:]}")
         files = [Path(out) / f"rank-{rank}.json" for rank in range(layout.ranks)]

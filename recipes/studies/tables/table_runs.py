@@ -16,7 +16,7 @@ from typing import Any
 
 from moe.errors import DataError, DiskError, Mistake
 from recipes.runtime.atomic import atomic_write_json, atomic_write_text
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 from recipes.studies.tables.generate import Rows, TableConfig
 from recipes.studies.tables.table_model import ModelConfig, TableMoE
 from recipes.studies.tables.train_table import FitConfig, train_run

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.errors import DataError
-from recipes.runtime.own_json import read_json_object
+from recipes.runtime.user_json import read_json_object
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE, read_rows
 from recipes.tracking.report.formats import number
 

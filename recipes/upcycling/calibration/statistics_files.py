@@ -17,7 +17,7 @@ from torch import Tensor
 from moe.errors import CheckpointError, Mistake
 from recipes.models.hf.weight_files import weight_files
 from recipes.runtime.atomic import atomic_file
-from recipes.runtime.own_json import parse_json
+from recipes.runtime.user_json import read_json_text
 
 # Of each weight file, so much of its beginning and of its end counts in the fingerprint.
 _SAMPLED_BYTES = 1 << 20
@@ -99,8 +99,8 @@ def read_stored(path: Path) -> Stored | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        pass_number, batches = parse_json(metadata["place"].encode())
-        return Stored(tensors, parse_json(metadata["identity"].encode()), (pass_number, batches))
+        pass_number, batches = read_json_text(metadata["place"], str(path))
+        return Stored(tensors, read_json_text(metadata["identity"], str(path)), (pass_number, batches))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         rule, remedy = f"it is damaged ({error})", "Delete it to calibrate again, or restore it."
         raise CheckpointError.one("resume", str(path), rule, remedy) from error

@@ -14,7 +14,7 @@ from kernels.plan.row_plan import make_plan
 from kernels.torch import expert_ops as ops
 from tests.kernels.expert_reference import FACTORS, NAMES, Inputs, Sizes, call, make_inputs, run_backend
 
-BIASED = Sizes(T=5, E=3, D=7, F=5, b_up=True, b_down=True)
+BIASED = Sizes(T=3, E=2, D=7, F=5, b_up=True, b_down=True)
 # Plain experts, and everything that can be beside them.
 BOTH = pytest.mark.parametrize("rich", [False, True])
 

@@ -43,8 +43,8 @@ def confusing(first: str, second: str) -> Any:
     """While open, our reader takes each of two tensors for the other."""
     plain = DenseFiles.__init__
 
-    def init(self: DenseFiles, folder: Path) -> None:
-        plain(self, folder)
+    def init(self: DenseFiles, folder: Path, **options: bool) -> None:
+        plain(self, folder, **options)
         tensors = self.tensors
         tensors[first], tensors[second] = tensors[second], tensors[first]
 

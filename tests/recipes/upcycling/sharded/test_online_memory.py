@@ -27,7 +27,9 @@ _MIB = 2**20
 @pytest.fixture
 def forked_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks import nothing: what they hold is measured from where they begin."""
-    monkeypatch.setattr(sys, "executable", interpreter(tmp_path))
+    python = interpreter(tmp_path)
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setenv("PYTHON_EXEC", python)
 
 
 def _written() -> tuple[Path, Path]:
