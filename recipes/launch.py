@@ -19,6 +19,7 @@ from moe.errors import ConfigError, GraftError, UserError
 from recipes.config.compose import compose_config, to_yaml
 from recipes.runtime.clock import steady_time
 from recipes.runtime.error_file import write_error_file
+from recipes.runtime.interrupt import end_by_signal, restored_handlers
 from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
 from recipes.runtime.machine_memory import LimitError, is_out_of_memory
 
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         # A mapped file that shrinks while it is read ends a process by a signal: then its stack is shown.
         faulthandler.enable(sys.__stderr__)
     try:
-        return _guarded(lambda: _run(arguments, started))
+        with restored_handlers():
+            return _guarded(lambda: _run(arguments, started))
     except KeyboardInterrupt:
         if _verbose():
             print("interrupted: whatever checkpoints there are, are complete", file=sys.stderr)
@@ -128,6 +130,7 @@ def _place(error: Exception) -> str:
 def _report(lines: list[str], code: int, speaks: bool | None = None) -> int:
     """Prints errors on the first rank of a machine; the others wait until torchrun ends them."""
     if not (_verbose() if speaks is None else speaks):
+        end_by_signal()
         threading.Event().wait(_SPEAK_FIRST_S)
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)

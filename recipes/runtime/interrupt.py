@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOTICE = b"\nstopping: this step is finished and saved first; Ctrl-C once more ends at once\n"
+
+
+@contextlib.contextmanager
+def restored_handlers() -> Iterator[None]:
+    """Restores the handlers of stop signals at its end: an error leaves those of a `StopRequest` in place."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def end_by_signal() -> None:
+    """Lets SIGTERM end this process again; it ends now where that has arrived since an error."""
+    handler = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    request = getattr(handler, "__self__", None)
+    if isinstance(request, StopRequest) and request.requested:
+        signal.raise_signal(signal.SIGTERM)
 
 
 class StopRequest:
@@ -35,7 +58,9 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # An error is told first: where a rank is lost, torchrun ends the others with SIGTERM at once.
+            if number == signal.SIGINT or not isinstance(error, Exception):
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

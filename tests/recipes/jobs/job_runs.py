@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 
 from tests.forked_commands import Ended, run_forked
-from tests.forked_python import STARTED_BY
+from tests.forked_python import STARTED_BY, interpreter
 from tests.paths import ROOT
 from tests.patience import patience
 from tests.recipes.jobs.composed_once import composed_once
@@ -186,18 +186,21 @@ def process(
     ranks: int = 0,
     *,
     command: bool = False,
+    cold: bool = False,
 ) -> Ended:
     """Runs it in a process of its own, or with ``ranks`` under torchrun's agent.
 
-    Processes are forked from the server of the session. With ``command``, torchrun and its ranks start as
-    they do for a user, and each of them imports everything.
+    Processes are forked from the server of the session. With ``command``, torchrun starts as it does for a
+    user, and its ranks alone are forked; with ``cold``, they start as a user's, and import everything.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if stop_at is not None:
         environment[_STOP_AT] = stop_at.text()
     given = arguments(folder, changes)
-    if command:
+    if command or cold:
         torchrun = Path(sys.executable).with_name("torchrun")
+        if not cold:
+            environment["PYTHON_EXEC"] = interpreter(folder)
         line = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}", __file__, *given]
         done = subprocess.run(
             line, env=environment, capture_output=True, text=True, timeout=patience(240), cwd=folder

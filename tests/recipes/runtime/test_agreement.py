@@ -22,6 +22,7 @@ from recipes.runtime.agreement import (
     require_agreement,
     source_hashes,
 )
+from tests.forked_python import interpreter
 from tests.paths import ROOT
 from tests.patience import patience
 from tests.recipes.runtime import odd_rank
@@ -132,7 +133,7 @@ def test_a_run_is_refused_before_a_process_group_is_made(tmp_path: Path) -> None
     command += [f"output_dir={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}", "engine.device=cpu"]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHON_EXEC": interpreter(tmp_path)},
         capture_output=True,
         text=True,
         timeout=patience(120),
