@@ -17,7 +17,9 @@ _SPARE_SHARE = 0.9
 # A collection looks at all objects of the process, which takes tenths of a second.
 _WORTH_COLLECTING = 16 << 20
 # Words of torch's allocators, of oneDNN and of C++.
+# A thread cannot start where its stack has no room.
 _NO_MEMORY = ("not enough memory", "out of memory", "t allocate memory", "not allocate", "bad_alloc")
+_NO_MEMORY += ("can't start new thread",)
 
 
 class LimitError(MemoryError):

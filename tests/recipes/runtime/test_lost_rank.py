@@ -90,6 +90,7 @@ _NO_MEMORY = [
     ),
     RuntimeError("can not allocate 74973184 bytes"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("can't start new thread"),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
 ]
 
