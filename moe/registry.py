@@ -35,7 +35,12 @@ def _discover(package: str, base: Any, module: str, path: tuple[str, ...]) -> di
         loaded = importlib.import_module(place)
         for value in vars(loaded).values():
             own = inspect.isclass(value) and value.__module__ == loaded.__name__
-            if own and issubclass(value, base) and not inspect.isabstract(value):
+            if not own or not issubclass(value, base):
+                continue
+            missing = sorted(getattr(value, "__abstractmethods__", ()))
+            # Who has a name wants to be found: left out, it would be "no such ...".
+            assert not missing or "name" not in vars(value), f"{value} does not define {', '.join(missing)}"
+            if not missing:
                 name: str = value.name
                 assert name not in found, f"{value} and {found.get(name)} share the name {name!r}"
                 found[name] = value

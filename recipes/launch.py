@@ -22,6 +22,7 @@ from recipes.runtime.error_file import write_error_file
 from recipes.runtime.interrupt import end_by_signal, restored_handlers
 from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
 from recipes.runtime.machine_memory import LimitError, is_out_of_memory
+from recipes.runtime.quiet_libraries import quiet_libraries
 
 INTERRUPTED = 130
 # Time that other ranks give the first one of their machine to report an error that all have.
@@ -33,6 +34,7 @@ _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.
 _HELP = """\
 usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
 
+  +recipe=quick                        all of the next with a toy model, in a minute
   +recipe=upcycle                      dense checkpoint -> MoE model -> training, report, export
   dense=/path/to/hf/checkpoint         the dense model (without: a small default is trained first)
   data.path=/path/to/*.jsonl           text, jsonl, parquet, or a Megatron .bin/.idx prefix
@@ -49,6 +51,7 @@ The README says more; python -m tools.doctor says what this machine can run.
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 stopped."""
     started = _command_started()
+    quiet_libraries()
     if "--help" in arguments or "-h" in arguments:
         print(_HELP)
         return 0

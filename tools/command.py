@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from moe.errors import GraftError, Mistake, UserError
+from recipes.runtime.quiet_libraries import quiet_libraries
 
 INTERRUPTED = 130
 STDOUT = "-"
@@ -28,6 +29,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     Args:
         main: Runs the command and returns its exit code.
     """
+    quiet_libraries()
     try:
         code = main()
         sys.stdout.flush()

@@ -68,6 +68,10 @@ class TwoStageJob(UpcycleJob):
             "stage2.validation_path": stage2.validation_path,
         }
 
+    def planned_steps(self, config: RunConfig) -> dict[str, int]:
+        """Returns the steps of both stages."""
+        return {_FIRST: config.train.steps, "moe": config.section(Stage2Config).steps}
+
     def stages(self, inputs: StageInputs) -> list[StageRun]:
         """Returns both stages, in order."""
         return [first_stage(inputs), second_stage(inputs)]

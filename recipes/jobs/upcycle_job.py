@@ -60,10 +60,18 @@ class UpcycleJob(Job):
         parts = [MOE, CPT] if config.section(CompareConfig).trains_cpt(config.dense) else [MOE]
         return [StageRun(inputs, own) for own in parts]
 
+    def planned_steps(self, config: RunConfig) -> dict[str, int]:
+        """Returns the steps of each stage, in order, for the time that a run has left; empty if unknown."""
+        if CompareConfig not in self.sections:
+            return {}
+        names = [MOE.name, CPT.name] if config.section(CompareConfig).trains_cpt(config.dense) else [MOE.name]
+        return dict.fromkeys(names, config.train.steps)
+
     def run(self, session: Session) -> bool:
         """Trains stage by stage; a resumed run skips the stages that are finished."""
         config, console, run_dir, loop = session.config, session.console, session.run_dir, session.loop
         console.heartbeat.beat("reading the data")
+        loop.planned = self.planned_steps(config)
         if config.dense is None:
             folder, data = default_dense(config, console)
         else:

@@ -16,8 +16,10 @@ LINE_EVERY = 10.0
 
 
 def open_bar(label: str, total: int, unit: str, *, done: int = 0, **options: Any) -> Any:
-    """Opens a tqdm bar on stderr; returns None without a terminal, or if it has no width (containers)."""
-    if not (sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0):
+    """Opens a tqdm bar on stderr; returns None where output goes to a file, or has no width (containers)."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return None
+    if os.get_terminal_size(sys.stderr.fileno()).columns <= 0:
         return None
     from tqdm import tqdm
 

@@ -42,6 +42,7 @@ class Loop:
 
     Attributes:
         first_step_time: `steady_time` at the end of the first step of this process.
+        planned: Stages of the run in order, with their steps, as far as the job knows them.
         spent: Seconds of this process between steps, by kind: ``evaluation``, ``saving``, ``going_back``.
     """
 
@@ -60,6 +61,7 @@ class Loop:
         self.meters = meters
         self.guards = guards or RunGuards()
         self.first_step_time: float | None = None
+        self.planned: dict[str, int] = {}
         self._pauses = Pauses(self.guards.heartbeat, meters)
         self._window = WindowFigures()
 
@@ -78,7 +80,7 @@ class Loop:
 
     def run(self, stage: Stage) -> StageResult:
         """Trains a stage to its end, or until a stop is requested; both leave a checkpoint."""
-        info = StageInfo(stage.name, stage.title, stage.train.steps, stage.first_step, stage.tokens_per_step)
+        info = self._describe(stage)
         result = StageResult(
             False, stage.first_step, stage.state.get("val_loss"), stage.state.get("first_val_loss"), None
         )
@@ -104,6 +106,18 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_stage_end(info)
         return result
+
+    def _describe(self, stage: Stage) -> StageInfo:
+        names = list(self.planned)
+        later = names[names.index(stage.name) + 1 :] if stage.name in names else names
+        return StageInfo(
+            stage.name,
+            stage.title,
+            stage.train.steps,
+            stage.first_step,
+            stage.tokens_per_step,
+            {name: self.planned[name] for name in later},
+        )
 
     def _train(self, stage: Stage, info: StageInfo, result: StageResult, hooks: Sequence[StepHook]) -> None:
         if stage.first_step == 0:

@@ -44,7 +44,7 @@ def _package(folder: Path, name: str, modules: dict[str, str]) -> None:
 def test_concrete_classes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = {
         "zoo": BASE + CLASS.format(cls="Zebra", name="zebra") + CLASS.format(cls="Ant", name="ant"),
-        "house": BASE + "class Pet(Animal):\n    name = 'pet'\n" + CLASS.format(cls="Mouse", name="mouse"),
+        "house": BASE + "class Pet(Animal):\n    tame = True\n" + CLASS.format(cls="Mouse", name="mouse"),
         "borrowed": "from found_animals.zoo import Zebra\nclass Stone:\n    name = 'stone'\n",
     }
     _package(tmp_path, "found_animals", modules)
@@ -62,6 +62,14 @@ def test_two_classes_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(AssertionError, match="Second.* and .*First.* share the name 'cat'"):
         discover("twin_animals", Animal)
+
+
+def test_a_class_that_leaves_something_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Or it would be left out in silence: "there is no such animal".
+    _package(tmp_path, "mute_animals", {"fish": BASE + "class Fish(Animal):\n    name = 'fish'\n"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(AssertionError, match="fish.Fish.* does not define speak"):
+        discover("mute_animals", Animal)
 
 
 def test_what_the_library_brings_is_found() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe.metrics import LoadReport
 
@@ -18,6 +18,7 @@ class StageInfo:
         total_steps: Optimizer steps of the whole stage.
         first_step: Steps that were done before this process started it.
         tokens_per_step: Tokens of a step, over all ranks.
+        later: Stages of the run that follow, with their steps; empty where these are not known.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StageInfo:
     total_steps: int
     first_step: int
     tokens_per_step: int
+    later: Mapping[str, int] = field(default_factory=dict)
 
 
 class Callback:

@@ -87,18 +87,21 @@ def train_step(
     return state_of(router)
 
 
-def assert_same(a: Routing, b: Routing) -> None:
-    """To the last bit, losses included."""
+def assert_same(a: Routing, b: Routing, rule: str) -> None:
+    """To the last bit, losses included; else the rule that is broken is named."""
     for field in ("expert_ids_TK", "weights_TK", "slot_mask_TK", "scores_TE", "logits_TE"):
         one, other = getattr(a, field), getattr(b, field)
-        assert (one is None) == (other is None), field
-        assert one is None or torch.equal(one, other), field
-    assert {n: v.item() for n, v in a.losses.items()} == {n: v.item() for n, v in b.losses.items()}
+        assert (one is None) == (other is None), f"{rule}: {field} is there in one of two calls"
+        assert one is None or torch.equal(one, other), f"{rule}: {field} differs"
+    losses = [{n: v.item() for n, v in routing.losses.items()} for routing in (a, b)]
+    assert losses[0] == losses[1], f"{rule}: the losses differ"
 
 
-def assert_same_choice(found_TE: Tensor, expected_TE: Tensor) -> None:
+def assert_same_choice(found_TE: Tensor, expected_TE: Tensor, rule: str) -> None:
     """The same experts; their weights up to the order of sums in a matrix product of another shape."""
-    torch.testing.assert_close(found_TE, expected_TE, rtol=1e-4, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        found_TE, expected_TE, rtol=1e-4, atol=1e-6, equal_nan=True, msg=lambda found: f"{rule}. {found}"
+    )
 
 
 def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor], why: str) -> None:
@@ -111,21 +114,27 @@ def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor], why
 def assert_sound(router: Router[Any], routing: Routing, num: int, E: int = E) -> None:
     """Shapes, dtypes, ids in range, no expert twice, weights finite and of the sum that is claimed."""
     ids_TK, weights_TK, used_TK = routing.expert_ids_TK, routing.weights_TK, used_slots(routing)
-    assert ids_TK.shape == weights_TK.shape == used_TK.shape and len(ids_TK) == num
-    assert ids_TK.dtype == torch.int64 and used_TK.dtype == torch.bool
-    assert weights_TK.dtype in (torch.float32, torch.float64)
-    assert routing.num_experts == E
-    assert ((ids_TK >= 0) & (ids_TK < E))[used_TK].all()
+    shapes = f"ids {tuple(ids_TK.shape)}, weights {tuple(weights_TK.shape)} and slots {tuple(used_TK.shape)}"
+    same = ids_TK.shape == weights_TK.shape == used_TK.shape
+    assert same and len(ids_TK) == num, f"{shapes} are all [T, K], T = {num}"
+    assert ids_TK.dtype == torch.int64 and used_TK.dtype == torch.bool, "ids are int64, slot masks bool"
+    assert weights_TK.dtype in (torch.float32, torch.float64), f"weights are fp32 or fp64: {weights_TK.dtype}"
+    assert routing.num_experts == E, f"num_experts is E = {E}, not {routing.num_experts}"
+    assert ((ids_TK >= 0) & (ids_TK < E))[used_TK].all(), f"ids are from 0 to E - 1 = {E - 1}"
     # Also in unused slots: 0 times infinity is not 0 in backward.
-    assert weights_TK.isfinite().all()
+    assert weights_TK.isfinite().all(), "weights are finite, those of unused slots too"
     chosen_TE = torch.zeros(num, E + 1).scatter_add_(
         1, ids_TK.masked_fill(~used_TK, E), torch.ones(ids_TK.shape)
     )
     assert (chosen_TE[:, :E] <= 1).all(), "a token meets an expert twice"
-    for dense_TE in (routing.scores_TE, routing.logits_TE):
-        assert dense_TE is None or (dense_TE.shape == (num, E) and dense_TE.isfinite().all())
+    for name in ("scores_TE", "logits_TE"):
+        dense_TE = getattr(routing, name)
+        assert dense_TE is None or (dense_TE.shape == (num, E) and dense_TE.isfinite().all()), (
+            f"{name} is [T, E] and finite, or None"
+        )
     if router.weights_sum_to_one and num:
         sums_T = weights_TK.masked_fill(~used_TK, 0).sum(-1)
         # A rounding step for each of the K weights.
         bound = weights_TK.shape[1] * torch.finfo(weights_TK.dtype).eps
-        assert (sums_T - 1).abs().max() <= bound
+        off = float((sums_T - 1).abs().max())
+        assert off <= bound, f"weights_sum_to_one is True, and a token's weights sum to 1 +- {off:.2g}"

@@ -59,9 +59,10 @@ def test_check_accepts_what_routes_and_speaks_when_it_refuses(config: RouterConf
 def test_top_k_is_what_a_token_uses(config: RouterConfig) -> None:
     router = make_router(config, D, E)
     routing = route(router, tokens())
-    assert 0 < router.top_k <= E and isinstance(router.top_k, int)
+    assert 0 < router.top_k <= E and isinstance(router.top_k, int), f"top_k is from 1 to E: {router.top_k}"
     if routing.slot_mask_TK is None:
-        assert routing.expert_ids_TK.shape == (T, router.top_k)
+        found = tuple(routing.expert_ids_TK.shape)
+        assert found == (T, router.top_k), f"without slot_mask_TK ids are [T, top_k]: {found}"
     assert (router.model_width, router.num_experts) == (D, E)
 
 
@@ -81,9 +82,10 @@ def test_a_scheduled_top_k_routes_as_a_router_of_that_top_k(config: RouterConfig
             continue
         other = make_router(with_it, D, E).train(training)
         found, expected = route(router, tokens(), top_k={0: top_k}), route(other, tokens())
-        assert_same(found, expected)
+        assert_same(found, expected, "a router that varies_top_k routes to ctx.top_k(self.top_k) experts")
         # Another layer's number is not this one's.
-        assert_same(route(router, tokens(), top_k={1: top_k}), route(router, tokens()))
+        found = route(router, tokens(), top_k={1: top_k})
+        assert_same(found, route(router, tokens()), "a schedule of another layer has no effect on this one")
 
 
 @every_config
@@ -151,7 +153,7 @@ def test_same_input_same_routing(config: RouterConfig, training: bool) -> None:
     router = make_router(config, D, E).train(training)
     x_TD = tokens()
     kept_TD, state = x_TD.clone(), copy.deepcopy(router.state_dict())
-    assert_same(route(router, x_TD), route(router, x_TD))
+    assert_same(route(router, x_TD), route(router, x_TD), "forward has no memory and the global seed alone")
     assert torch.equal(x_TD, kept_TD), "the tokens were written to"
     for key, value in router.state_dict().items():
         assert torch.equal(value, state[key]), f"forward changed {key}"
@@ -161,8 +163,9 @@ def test_same_input_same_routing(config: RouterConfig, training: bool) -> None:
 def test_evaluation_makes_no_losses_and_no_noise(config: RouterConfig) -> None:
     router = make_router(config, D, E).eval()
     first = router(tokens(), batch_context(router, T))
-    assert not first.losses
-    assert_same(first, router(tokens(), batch_context(router, T, step=7, micro_batch=3)))
+    assert not first.losses, f"evaluation makes no losses: {sorted(first.losses)}"
+    later = router(tokens(), batch_context(router, T, step=7, micro_batch=3))
+    assert_same(first, later, "evaluation draws no noise and does not depend on the step")
 
 
 @every_config
@@ -171,8 +174,8 @@ def test_arithmetic_is_fp32_on_bf16_tokens_and_parameters(config: RouterConfig) 
     wide = copy.deepcopy(narrow).float()
     x_TD = tokens().bfloat16()
     found = route(narrow, x_TD)
-    assert found.weights_TK.dtype == torch.float32
-    assert_same(found, route(wide, x_TD.float()))
+    assert found.weights_TK.dtype == torch.float32, "bf16 tokens are routed in fp32"
+    assert_same(found, route(wide, x_TD.float()), "bf16 tokens and parameters are routed in fp32")
 
 
 @every_config
@@ -180,7 +183,8 @@ def test_arithmetic_is_fp32_under_autocast(config: RouterConfig) -> None:
     router = make_router(config, D, E)
     expected = route(router, tokens())
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(route(router, tokens()), expected)
+        rule = "arithmetic is fp32 under autocast: do it under torch.autocast(..., enabled=False)"
+        assert_same(route(router, tokens()), expected, rule)
 
 
 @every_config
@@ -189,5 +193,5 @@ def test_fp64_models_are_routed_in_fp64(config: RouterConfig) -> None:
     # fp32.
     router = make_router(config, D, E).double()
     routing = route(router, tokens().double())
-    assert routing.weights_TK.dtype == torch.float64
+    assert routing.weights_TK.dtype == torch.float64, "fp64 tokens are routed in fp64"
     assert_sound(router, routing, T)

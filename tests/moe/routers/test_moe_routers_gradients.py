@@ -44,7 +44,9 @@ def test_gradients_stay_finite(config: RouterConfig, scale: float) -> None:
         return
     total.backward()
     assert x_TD.grad is not None and x_TD.grad.isfinite().all()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in router.parameters())
+    for name, parameter in router.named_parameters():
+        assert parameter.grad is not None, f"nothing trains {name}"
+        assert parameter.grad.isfinite().all(), f"the gradient of {name} is finite for tokens of any size"
 
 
 @every_config
@@ -62,7 +64,8 @@ def test_combine_weights_carry_a_gradient_to_every_parameter(config: RouterConfi
         assert parameters.keys() <= by_losses, "no combine weight has a gradient"
     for name, parameter in parameters.items():
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
-        assert reached is (name not in by_losses), name
+        why = "trained_by_losses of its case names what the combine weights do not reach"
+        assert reached is (name not in by_losses), f"{why}: {name}"
 
 
 @every_config

@@ -18,7 +18,7 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers import Router, RouterConfig
+from moe.routers import Router, RouterConfig, router_class
 from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,
@@ -49,17 +49,33 @@ def test_permuting_tokens_permutes_the_routing(config: RouterConfig, training: b
     x_TD = tokens()
     order_T = torch.randperm(T, generator=torch.Generator().manual_seed(1))
     expected_TE = dense_weights(route(router, x_TD))[order_T]
-    assert_same_choice(dense_weights(route(router, x_TD[order_T], order_T=order_T)), expected_TE)
+    found_TE = dense_weights(route(router, x_TD[order_T], order_T=order_T))
+    assert_same_choice(found_TE, expected_TE, "the order of the tokens does not matter")
+
+
+@every_config
+def test_names_tell_the_axes_of_experts(config: RouterConfig) -> None:
+    """Or relabelling the experts would leave a tensor out, which shows only once its values differ."""
+    experts = 7  # the size of no other axis
+    if is_excused(config, "relabelling") or router_class(config.name).check(config, experts) is not None:
+        pytest.skip("excused by its case, or refused in words")
+    for name, value in state_of(router_class(config.name)(config, 11, experts)).items():
+        places = [place for place, size in enumerate(value.shape) if size == experts]
+        axes = name.rpartition("_")[2]
+        named = len(axes) == value.dim() and all(axes[place] in "EN" for place in places)
+        rule = "the end of a tensor's name tells its axes, E for experts"
+        assert named or not places, f"{rule}: {name} {tuple(value.shape)}"
 
 
 def _relabelled(name: str, value: Tensor, order_E: Tensor) -> Tensor:
-    """A tensor with the axes that its name calls E in another order."""
+    """A tensor with the axes that its name calls E, or N where these are the experts, in another order."""
     axes = name.rpartition(".")[2].rpartition("_")[2]
     if not axes.isupper():
         return value
     assert len(axes) == value.dim(), f"{name} has {value.dim()} axes"
     for axis, letter in enumerate(axes):
-        value = value.index_select(axis, order_E) if letter == "E" else value
+        experts = letter == "E" or (letter == "N" and value.shape[axis] == len(order_E))
+        value = value.index_select(axis, order_E) if experts else value
     return value
 
 
@@ -75,7 +91,8 @@ def test_relabelling_experts_relabels_the_routing(config: RouterConfig, training
     bank = make_bank(D, E)
     moved = ExpertBank(bank.w_up_EUD[order_E], bank.w_down_EDF[order_E], bank.activation, bank.gated)
     router.attach(Experts(moved))
-    assert_same_choice(dense_weights(route(router, tokens())), expected_TE[:, order_E])
+    rule = "experts in another order are chosen in that order"
+    assert_same_choice(dense_weights(route(router, tokens())), expected_TE[:, order_E], rule)
 
 
 @every_config
@@ -86,9 +103,11 @@ def test_padding_does_not_change_where_real_tokens_go(config: RouterConfig, trai
     x_TD, mask_BS = tokens(), mask_T.view(1, T)
     other_TD = torch.where(mask_T[:, None], x_TD, 50 * tokens(11))
     one_TE = dense_weights(route(router, x_TD, padding_mask=mask_BS))[mask_T]
-    assert_same_choice(dense_weights(route(router, other_TD, padding_mask=mask_BS))[mask_T], one_TE)
+    found_TE = dense_weights(route(router, other_TD, padding_mask=mask_BS))[mask_T]
+    assert_same_choice(found_TE, one_TE, "real tokens do not depend on what padding holds")
     if not (is_excused(config, "draws") and training):
-        assert_same_choice(dense_weights(route(router, x_TD[mask_T], order_T=mask_T)), one_TE)
+        alone_TE = dense_weights(route(router, x_TD[mask_T], order_T=mask_T))
+        assert_same_choice(alone_TE, one_TE, "padding takes no place from real tokens")
 
 
 @every_config
@@ -102,8 +121,9 @@ def test_padding_does_not_enter_the_losses(config: RouterConfig) -> None:
     alone = route(router, x_TD[mask_T], order_T=mask_T).losses
     assert one.keys() == other.keys() == alone.keys()
     for name, loss in one.items():
-        torch.testing.assert_close(other[name], loss, rtol=1e-6, atol=0, msg=name)
-        torch.testing.assert_close(alone[name], loss, rtol=1e-6, atol=0, msg=name)
+        rule = f"losses count real tokens alone: {name}"
+        torch.testing.assert_close(other[name], loss, rtol=1e-6, atol=0, msg=rule)
+        torch.testing.assert_close(alone[name], loss, rtol=1e-6, atol=0, msg=rule)
 
 
 def _output(router: Router[Any], x_TD: Tensor, order_T: Tensor | None = None, **fields: Any) -> Tensor:

@@ -82,7 +82,9 @@ def test_state_round_trip(config: RouterConfig) -> None:
     other.load_state_dict(router.state_dict(), strict=True)
     for training in (True, False):
         x_TD, step = tokens(3), {"step": 1}
-        assert_same(route(router.train(training), x_TD, **step), route(other.train(training), x_TD, **step))
+        found = route(other.train(training), x_TD, **step)
+        rule = "everything that routing depends on is a parameter or a buffer that is saved"
+        assert_same(route(router.train(training), x_TD, **step), found, rule)
 
 
 @every_config
@@ -94,11 +96,15 @@ def test_recomputed_and_evaluated_batches_are_not_counted(config: RouterConfig) 
     route(again.eval(), tokens(8), micro_batch=1)
     route(again.train(), parts[0])
     route(again.eval(), tokens(8))
-    assert_same_state(train_step(again, parts, [0, 0, 1, 1, 2, 2]), expected, "counted twice")
+    assert_same_state(
+        train_step(again, parts, [0, 0, 1, 1, 2, 2]),
+        expected,
+        "sums of a step are filed by micro-batch, so that one recomputed counts once",
+    )
     again.eval()
     before = state_of(again)
     route(again, tokens(8), step=1)
-    assert_same_state(state_of(again), before, "evaluation changed it")
+    assert_same_state(state_of(again), before, "evaluation changes no state")
 
 
 @every_config

@@ -92,14 +92,16 @@ def test_files_show_every_option_and_no_other(group: str, choice: str) -> None:
     expected = {
         ABSENT.get(path, path) for path in fields(config) if not any(path.startswith(f"{h}.") for h in hidden)
     }
-    assert leaves(values) == expected
+    differ = sorted(leaves(values) ^ expected)
+    assert not differ, f"conf/{group}/{choice}.yaml and the config class differ in: {', '.join(differ)}"
 
 
 def test_every_class_has_a_file_of_its_name() -> None:
     for group, classes in FAMILIES.items():
         names = {yaml.safe_load(path.read_text()).get("name") for path in (CONF / group).glob("*.yaml")}
         files = {path.stem for path in (CONF / group).glob("*.yaml")}
-        assert set(classes()) <= names & files, group
+        without = sorted(set(classes()) - (names & files))
+        assert not without, f"conf/{group} has no file for: {', '.join(without)}"
 
 
 def test_no_file_is_left_over() -> None:

@@ -89,13 +89,17 @@ def test_what_is_said_names_every_stage(first_run: Ended) -> None:
 
 
 def test_progress_lines_show_what_is_looked_for(first_run: Ended) -> None:
-    lines = [line for line in first_run.out.splitlines() if line.startswith("moe 2/6")]
-    pattern = r"moe 2/6  loss \d\.\d+  val \d\.\d+  [\d,]+ tok/s  mfu \d+\.\d%  maxvio \d\.\d+  eta \d+:\d\d"
+    lines = [line for line in first_run.out.splitlines() if " moe 2/6  " in line]
+    # The dense model is continued after it.
+    pattern = (
+        r"\d\d:\d\d:\d\d moe 2/6  loss \d\.\d+  lr \d.*  grad \d.*  [\d,]+ tok/s  mfu \d+\.\d%  "
+        r"maxvio \d\.\d+  mem \d\.\d+ GiB  eta \d+:\d\d, run ~\d+:\d\d"
+    )
     assert len(lines) == 1 and re.fullmatch(pattern, lines[0]), lines
-    (last,) = [line for line in first_run.out.splitlines() if line.startswith("moe 6/6")]
+    (last,) = [line for line in first_run.out.splitlines() if " moe 6/6  " in line]
     assert "eta" not in last
     # A dense leg has no experts whose load could be shown.
-    assert not [line for line in first_run.out.splitlines() if line.startswith("cpt") and "maxvio" in line]
+    assert not [line for line in first_run.out.splitlines() if " cpt " in line and "maxvio" in line]
 
 
 def test_utilisation_is_the_flops_done_over_those_possible(first: Path) -> None:
