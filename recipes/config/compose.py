@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.errors import ConfigError, Mistake
 from recipes.config.owners import CONF, owner_mistake
 from recipes.config.renamed import check_name
+from recipes.config.warm_up import scale_warm_ups
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     if values["job"] is None:
         recipes = ", ".join(sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
         raise ConfigError.one("recipe", None, "no recipe is chosen", f"Add +recipe=NAME, one of: {recipes}.")
+    scale_warm_ups(values, overrides)
     return values
 
 
