@@ -167,7 +167,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
     try:
         config = parse_config(values)
     except ConfigError as error:
-        from recipes.jobs.preflight import check_places
+        from recipes.config.places import check_places
 
         raise ConfigError([*error.mistakes, *check_places(values)]) from None
     from recipes.jobs import job_classes

@@ -18,7 +18,8 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers import Router, RouterConfig
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,
