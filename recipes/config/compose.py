@@ -135,8 +135,10 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
         remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
         return Mistake(path, value, "there is no such option", remedy)
     if (CONF / path).is_dir() and culprit is not None:
-        choices = ", ".join(sorted(p.stem for p in (CONF / path).glob("*.yaml"))) or "none"
-        return Mistake(path, value, "there is no such choice", f"Choose one of: {choices}.")
+        choices = sorted(file.stem for file in (CONF / path).glob("*.yaml"))
+        near = difflib.get_close_matches(value, choices, n=1)
+        remedy = f"Did you mean {near[0]}? There are: " if near else "Choose one of: "
+        return Mistake(path, value, "there is no such choice", f"{remedy}{', '.join(choices) or 'none'}.")
     first = " ".join(text.split())
     return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
 

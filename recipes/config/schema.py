@@ -15,17 +15,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from moe.attention.attention_config import AttentionConfig
 from moe.errors import ConfigError, FieldError, Mistake, at_least, require
 from moe.experts.experts_config import ExpertsConfig
-from moe.routers import router_configs
+from moe.routers import router_classes, router_configs
 from moe.routers.configs import RouterConfig
 from moe.routing.top_k_schedule import SparsePhase
 from moe.types import Config, unless
-from moe.upcycle import upcycle_configs, upcycle_method
+from moe.upcycle import upcycle_configs, upcycle_method, upcycle_methods
 from moe.upcycle.configs import UpcycleConfig
 from recipes.config.owners import owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
 from recipes.data.config import DataConfig
-from recipes.engines import engine_configs
+from recipes.engines import engine_classes, engine_configs
 from recipes.engines.config import EngineConfig
 from recipes.engines.optim.config import OptimConfig
 from recipes.runtime.config import FaultsConfig
@@ -239,6 +239,16 @@ def config_classes() -> dict[str, Mapping[str, type[Any]]]:
     return {"router": router_configs(), "upcycle": upcycle_configs(), "engine": engine_configs()}
 
 
+def _with_own_files(section: str, configs: Mapping[str, type[Any]]) -> Mapping[str, type[Any]]:
+    """Returns all config classes of a family: also those in the file of the class that they configure."""
+    classes: Mapping[str, type[Any]] = {
+        "router": router_classes,
+        "upcycle": upcycle_methods,
+        "engine": engine_classes,
+    }[section.rpartition(".")[2]]()
+    return {name: cls.config_class for name, cls in classes.items()} | dict(configs)
+
+
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
     """Reads composed yaml values into the typed config.
 
@@ -276,7 +286,9 @@ def _parse_family(
     if not isinstance(value, Mapping) or "name" not in value:
         mistakes.append(Mistake(section, value, "the section must hold a name", f"One of {_list(classes)}."))
         return None
-    if not isinstance(value["name"], str) or value["name"] not in classes:
+    if value["name"] not in list(classes):
+        classes = _with_own_files(section, classes)
+    if value["name"] not in list(classes):
         rule = f"no {section} has this name"
         mistakes.append(Mistake(f"{section}.name", value["name"], rule, f"Choose one of {_list(classes)}."))
         return None

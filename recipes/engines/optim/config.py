@@ -58,7 +58,7 @@ class FrozenConfig(Config):
 
     Attributes:
         steps: Number of updates; 0 for no such phase.
-        groups: Frozen groups, of `recipes.engines.optim.parameter_groups.GROUPS`.
+        groups: Frozen groups, of `recipes.engines.optim.config.GROUPS`.
     """
 
     steps: int = 0

@@ -284,8 +284,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no such recipe": (
         ["+recipe=upcyle"],
         [
-            "recipe='upcyle': there is no such choice. Choose one of: llama_moe_v2, pretrain, upcycle, "
-            "upcycle_vs_cpt."
+            "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: llama_moe_v2, "
+            "pretrain, upcycle, upcycle_vs_cpt."
         ],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
