@@ -140,6 +140,7 @@ class DefaultModelConfig(Config):
     """Optimizer steps of its training; 0 keeps the weights as they were drawn."""
     lr: float = 3e-3
     warmup_steps: int = 40
+    """Steps before the full learning rate; where no option of a command sets them, at most a fifth."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
