@@ -1,4 +1,4 @@
-"""Help, configs and mistakes of options are told without torch: nothing that is heavy is imported for them."""
+"""Help, configs and mistakes of options are told without torch, scipy or transformers."""
 
 from __future__ import annotations
 
