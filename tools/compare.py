@@ -39,12 +39,13 @@ def _routers(given: str) -> list[str]:
     Raises:
         ConfigError: There are none, or some do not exist.
     """
+    from recipes.config.owners import choose
     from recipes.studies.option_lists import conf_choices
 
     known = conf_choices("router")
     routers = [router.strip() for router in given.split(",") if router.strip()]
     mistakes = [
-        Mistake("--routers", router, "there is no such router", f"Choose from: {', '.join(known)}.")
+        Mistake("--routers", router, "there is no such router", choose(router, known))
         for router in routers
         if router not in known
     ]

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.owners import CONF, owner_mistake
+from recipes.config.owners import CONF, choose, owner_mistake
 from recipes.config.renamed import check_name
 from recipes.config.warm_up import scale_warm_ups
 
@@ -135,10 +135,8 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
         remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
         return Mistake(path, value, "there is no such option", remedy)
     if (CONF / path).is_dir() and culprit is not None:
-        choices = sorted(file.stem for file in (CONF / path).glob("*.yaml"))
-        near = difflib.get_close_matches(value, choices, n=1)
-        remedy = f"Did you mean {near[0]}? There are: " if near else "Choose one of: "
-        return Mistake(path, value, "there is no such choice", f"{remedy}{', '.join(choices) or 'none'}.")
+        remedy = choose(value, (file.stem for file in (CONF / path).glob("*.yaml")))
+        return Mistake(path, value, "there is no such choice", remedy)
     first = " ".join(text.split())
     return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
 

@@ -21,7 +21,7 @@ import yaml
 
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
-from recipes.config.owners import CONF
+from recipes.config.owners import CONF, choose
 from recipes.config.schema import RunConfig, config_classes
 from recipes.config.sections import section_classes
 from recipes.runtime.source_root import SOURCE_ROOT
@@ -120,8 +120,7 @@ def choices(group: str) -> list[str]:
     if not group:
         return [f"  {name}: {', '.join(file.stem for file in files)}" for name, files in groups.items()]
     if group not in groups:
-        remedy = f"Choose one of: {', '.join(groups)}."
-        raise ConfigError.one("--list", group, "there is no such group", remedy)
+        raise ConfigError.one("--list", group, "there is no such group", choose(group, groups))
     return [f"  {file.stem:<18}{_summary(group, file.stem)}".rstrip() for file in groups[group]]
 
 

@@ -21,7 +21,7 @@ from moe.routing.top_k_schedule import SparsePhase
 from moe.types import Config, unless
 from moe.upcycle import upcycle_configs, upcycle_method, upcycle_methods
 from moe.upcycle.configs import UpcycleConfig
-from recipes.config.owners import owner_mistake
+from recipes.config.owners import choose, owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
 from recipes.data.config import DataConfig
@@ -291,7 +291,8 @@ def _parse_family(
         classes = _with_own_files(section, classes)
     if value["name"] not in list(classes):
         rule = f"no {section} has this name"
-        mistakes.append(Mistake(f"{section}.name", value["name"], rule, f"Choose one of {_list(classes)}."))
+        remedy = choose(value["name"], classes, "Choose one of ")
+        mistakes.append(Mistake(f"{section}.name", value["name"], rule, remedy))
         return None
     return _read(classes[value["name"]], dict(value), section, mistakes)
 

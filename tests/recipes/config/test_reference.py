@@ -7,6 +7,7 @@ import pytest
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
 from recipes.config.reference import all_options, answer, choices, page
+from recipes.config.schema import parse_config
 from recipes.launch import main
 from tests.paths import ROOT
 
@@ -45,7 +46,7 @@ def test_an_options_entry_has_type_default_and_meaning() -> None:
 def test_what_is_not_there_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean train.async_save"):
         answer(["train.asynch_save"])
-    with pytest.raises(ConfigError, match="Choose one of: attention, data"):
+    with pytest.raises(ConfigError, match="Did you mean router"):
         choices("routers")
 
 
@@ -74,5 +75,7 @@ def test_on_the_command_line(arguments: list[str], told: str, capsys: pytest.Cap
 def test_a_choice_that_is_misspelt() -> None:
     with pytest.raises(ConfigError, match=r"router='topkk': .*Did you mean topk\? There are: analytical"):
         compose_config(["+recipe=upcycle", "router=topkk"])
+    with pytest.raises(ConfigError, match="router.name='ssrr': .*Did you mean ssr"):
+        parse_config(compose_config(["+recipe=upcycle"]) | {"router": {"name": "ssrr"}})
     with pytest.raises(ConfigError, match="engine='xyz': there is no such choice. Choose one of: deepspeed"):
         compose_config(["+recipe=upcycle", "engine=xyz"])
