@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -12,6 +13,8 @@ from typing import Any
 
 def discover(package: str, base: Any, module: str = "{name}") -> dict[str, Any]:
     """Returns the concrete subclasses of `base` in the modules of a package, by their ``name`` attribute.
+
+    Config dataclasses whose field ``name`` has no default are bases of others, and left out.
 
     Args:
         package: Dotted name of an imported package; its direct modules are imported.
@@ -35,7 +38,7 @@ def _discover(package: str, base: Any, module: str, path: tuple[str, ...]) -> di
         loaded = importlib.import_module(place)
         for value in vars(loaded).values():
             own = inspect.isclass(value) and value.__module__ == loaded.__name__
-            if not own or not issubclass(value, base):
+            if not own or not issubclass(value, base) or _is_base_config(value):
                 continue
             missing = sorted(getattr(value, "__abstractmethods__", ()))
             # Who has a name wants to be found: left out, it would be "no such ...".
@@ -45,3 +48,8 @@ def _discover(package: str, base: Any, module: str, path: tuple[str, ...]) -> di
                 assert name not in found, f"{value} and {found.get(name)} share the name {name!r}"
                 found[name] = value
     return dict(sorted(found.items()))
+
+
+def _is_base_config(cls: type) -> bool:
+    """Returns True for config dataclasses whose field ``name`` has no default: others derive from them."""
+    return dataclasses.is_dataclass(cls) and not hasattr(cls, "name")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe.errors import require_numbers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Config:

@@ -41,10 +41,11 @@ usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
   upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg +recipe=upcycle
   resume=auto                          go on with the newest run from its newest complete checkpoint
 
-  --cfg    print the resolved config and end
-  --help   print this and end
+  --cfg            print the resolved config and end
+  --help [OPTION]  print this, or what an option means: --help train.async_save, --help optim
+  --list [GROUP]   print what can be chosen, with a line each: --list router
 
-The README says more; python -m tools.doctor says what this machine can run.
+The README and docs/options.md say more; python -m tools.doctor says what this machine can run.
 """
 
 
@@ -52,9 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 stopped."""
     started = _command_started()
     quiet_libraries()
-    if "--help" in arguments or "-h" in arguments:
-        print(_HELP)
-        return 0
+    if {"--help", "-h", "--list"} & set(arguments):
+        return _guarded(lambda: _tell(arguments))
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         # A mapped file that shrinks while it is read ends a process by a signal: then its stack is shown.
         faulthandler.enable(sys.__stderr__)
@@ -65,6 +65,20 @@ def main(arguments: Sequence[str]) -> int:
         if _verbose():
             print("interrupted: whatever checkpoints there are, are complete", file=sys.stderr)
         return INTERRUPTED
+
+
+def _tell(arguments: Sequence[str]) -> int:
+    """Prints the help, or what it has on options and groups that are named."""
+    topics = [argument for argument in arguments if not argument.startswith("-")]
+    listed = "--list" in arguments
+    if not topics and not listed:
+        print(_HELP)
+        return 0
+    from recipes.config.reference import answer, choices
+
+    lines = [line for topic in topics or [""] for line in choices(topic)] if listed else [answer(topics)]
+    print("\n".join(lines))
+    return 0
 
 
 def end_process(code: int) -> NoReturn:
@@ -173,7 +187,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
     try:
         config = parse_config(values)
     except ConfigError as error:
-        from recipes.jobs.preflight import check_places
+        from recipes.config.places import check_places
 
         raise ConfigError([*error.mistakes, *check_places(values)]) from None
     from recipes.jobs import job_classes

@@ -259,7 +259,8 @@ def test_heavy_libraries_wait_until_they_are_needed() -> None:
         ("moe", {*HEAVY, "numpy", "torch"}),
         ("moe.layer, moe.upcycle, moe.routers", {*HEAVY, "hydra", "pydantic"}),
         ("recipes.launch", {*HEAVY, "torch", "pydantic"}),
-        ("recipes.config.schema, recipes.jobs.preflight", HEAVY),
+        ("recipes.config.schema, recipes.config.places", {*HEAVY, "torch", "scipy"}),
+        ("recipes.jobs.preflight", HEAVY),
     ],
 )
 def test_importing_is_light(module: str, absent: set[str]) -> None:

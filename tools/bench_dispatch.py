@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Sends tokens to the ranks of their experts and back by all-to-all, with the same number "
         "of tokens on every rank, and compares the bytes that each rank sends with the least possible. The "
         "ranks are processes of this machine that talk over gloo.",
+        example="--ranks 1,2,4 --experts 64 --top-k 8 --json -",
     )
     add = parser.add_argument
     add("--ranks", default="1,2,4", metavar="P,...", help="numbers of ranks")
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=1024, metavar="D", help="model width")
     add("--experts", type=int, default=8, metavar="E", help="experts on all ranks together")
     add("--top-k", type=int, default=2, metavar="K", help="experts per token")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the rows")
     add("--skewed", action="store_true", help="choose expert e with a share of 1/e, not all equally")
     add("--shared-width", type=int, default=1024, metavar="F", help="width of the shared expert")
     add("--rounds", type=int, default=15, metavar="N", help="timed rounds")

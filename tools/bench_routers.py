@@ -45,6 +45,7 @@ def _parse() -> argparse.Namespace:
         epilog="Routers are choices of conf/router with options of their own: topk 'ssr[probability=0.001]' "
         "'sinkhorn[top_k=1,tolerance=1e-3]'; and solver:sinkhorn, solver:sns_cg, solver:sns_schur, the "
         "transport solvers alone.",
+        example="--routers topk sinkhorn --experts 8 64 --tokens 4096",
     )
     add = parser.add_argument
     add("--step", action="store_true", help="measure training steps, not routers alone")

@@ -27,6 +27,7 @@ def _parse() -> argparse.Namespace:
         "Time of a training step without saves, with saves that training waits for, and with "
         "saves in the background. All run in one process, interleaved in random order; the checkpoints "
         "are compared with what was saved.",
+        example="--rounds 5 --disk-mib-s 200",
     )
     add = parser.add_argument
     add("--rounds", type=int, default=9, help="timed rounds of each")

@@ -31,6 +31,7 @@ def _parse() -> argparse.Namespace:
         "Makes MoEs from random Llamas (bf16 files, fp32 weights), each rank its own shard, and "
         "prints the most memory of any rank, beyond libraries, against its shard, what the engine keeps "
         "besides (gradient buffers) and one layer.",
+        example="--ranks 1,2 --engine native --json shards.json",
     )
     add = parser.add_argument
     add("--folder", metavar="DIR", help="where to work (default: the system's temporary one)")

@@ -22,6 +22,7 @@ def _parse() -> argparse.Namespace:
         "The MoE tax: time of a training step of an MoE over that of a dense Llama with "
         "the same active parameters. All run in one process, interleaved in random order; "
         "logits are compared first.",
+        example="--rounds 5 --threads 1 --backend cpu",
     )
     add = parser.add_argument
     add("--rounds", type=int, default=15, help="timed rounds of each")

@@ -27,6 +27,7 @@ def _parse() -> argparse.Namespace:
         "bench_upcycle",
         "Converts random Llamas of three sizes (75, 300 and 880 million parameters, bf16) and "
         "copies each result with cp on the same disk, in turn; prints medians, draws memory against size.",
+        example="--method drop --experts 8 --rounds 1",
     )
     add = parser.add_argument
     add("--folder", metavar="DIR", help="where to work (default: the system's temporary folder)")

@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "output token, memory, energy, and the sparsity-aware shares of bandwidth and compute of MoE-CAP "
         "(arXiv 2412.07067), with the experts that every pass touched. Figures that cannot be measured are "
         "null, with the reason.",
+        example="moe=MOE dense=DENSE --batch-sizes 1,4 --dtype bf16 --out cap",
     )
     add = parser.add_argument
     add(
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     work("--dtype", help="fp32, bf16 or fp16 (default: as in the files)")
     work("--threads", type=int, metavar="N", help="CPU threads (default: torch's own)")
     work(
-        "--experts",
+        "--backend",
         choices=("eager", "batched_mm", "grouped_mm"),
         help="transformers' implementation of experts (default: its choice)",
     )
@@ -204,7 +205,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[Mistake]]:
         work=Workload(tuple(sizes) or (1,), args.prompt, args.new, args.rounds),
         device=args.device,
         dtype=args.dtype,
-        experts=args.experts,
+        experts=args.backend,
         trust_remote_code=args.trust_remote_code,
         text=args.text,
         tokenizer=_path(args.tokenizer),

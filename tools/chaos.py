@@ -19,6 +19,7 @@ def _parse() -> argparse.Namespace:
         "every step, the load of every expert, the exported weights. Ends with 0 only when all kills were "
         "done, training went on from the newest complete checkpoint each time, and nothing differs.",
         epilog="Every other OPTION=VALUE goes to train.py: router=deepseek_v3, engine.expert_parallel=2, ...",
+        example="--kills 5 --ranks 2 --steps 100 router=deepseek_v3",
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")

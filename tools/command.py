@@ -16,10 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from moe.errors import GraftError, Mistake, UserError
+from moe.errors import ConfigError, GraftError, Mistake, UserError
 from recipes.runtime.quiet_libraries import quiet_libraries
 
 INTERRUPTED = 130
+#: Earlier spelling of a flag, in whichever tool, to its one spelling in all of them: ``--out`` is what is
+#: written, ``--dtype`` a number format, ``--experts`` a count, ``--backend`` what computes them.
+RENAMED = {
+    "--output": "--out",
+    "--precision": "--dtype",
+    "--experts": "--backend",
+    "--leg": "--stage",
+    "--length": "--sequence-length",
+    "seeds=": "--seeds",
+    "routers=": "--routers",
+    "lengths=": "--lengths",
+}
 STDOUT = "-"
 
 
@@ -57,6 +69,12 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 class _HelpFormatter(argparse.HelpFormatter):
     """Formatter that adds the default of every flag that has one."""
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # The example stays on a line, to be copied.
+        words, mark, example = text.partition("example:\n")
+        filled = super()._fill_text(words, width, indent) if words else ""
+        return f"{filled}\n\n{mark}{example}".lstrip() if mark else filled
+
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         without = (
@@ -65,16 +83,47 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text if without or "default" in text else f"{text} (default: %(default)s)"
 
 
+class _ToolParser(argparse.ArgumentParser):
+    """Parser that refuses the earlier spelling of a flag with the present one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses flags.
+
+        Raises:
+            ConfigError: A flag is spelled as it was before; see `RENAMED`.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        own = self._option_string_actions
+        for word in words:
+            name, equals, value = word.partition("=")
+            old = name if name.startswith("--") else name + equals
+            new = RENAMED.get(old)
+            if new in own and old not in own:
+                remedy = f"Write {new} {value.strip('[]') or 'VALUE'}."
+                raise ConfigError.one(old.rstrip("="), value or None, f"the flag is now called {new}", remedy)
+        return super().parse_known_args(words, namespace)
+
+
 def tool_parser(
-    name: str, description: str, epilog: str | None = None, *, json_flag: bool = True
+    name: str, description: str, epilog: str | None = None, *, example: str
 ) -> argparse.ArgumentParser:
-    """Builds the parser of ``python -m tools.NAME``, with ``--json`` unless left out."""
-    parser = argparse.ArgumentParser(
-        f"python -m tools.{name}", description=description, epilog=epilog, formatter_class=_HelpFormatter
+    """Builds the parser of ``python -m tools.NAME``, with ``--json`` and an example at the end of its help.
+
+    Args:
+        name: The tool.
+        description: What it does.
+        epilog: What else there is to know.
+        example: Arguments of a call that works.
+    """
+    end = f"example:\n  python -m tools.{name} {example}"
+    parser = _ToolParser(
+        f"python -m tools.{name}",
+        description=description,
+        epilog=f"{epilog}\n\n{end}" if epilog else end,
+        formatter_class=_HelpFormatter,
     )
-    if json_flag:
-        text = "write the figures as JSON to a file, or to stdout for -"
-        parser.add_argument("--json", metavar="PATH", help=text)
+    text = "write the figures as JSON to a file, or to stdout for -"
+    parser.add_argument("--json", metavar="PATH", help=text)
     return parser
 
 

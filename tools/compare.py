@@ -1,65 +1,69 @@
-"""Compares routers: ``python -m tools.compare routers=[topk,ssr,sinkhorn] seeds=3 [OPTION=VALUE ...]``."""
+"""Compares routers: ``python -m tools.compare --routers topk,ssr,sinkhorn --seeds 3 [OPTION=VALUE ...]``."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
 from recipes.config.compose import compose_config
-from tools.command import check_least, run_command, tool_parser
+from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
 
 
-def _parse() -> tuple[argparse.Namespace, list[str]]:
+def _parse() -> argparse.Namespace:
     parser = tool_parser(
         "compare",
         "Trains the upcycling job under each router and seed, everything else equal, and "
         "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
         "the others down.",
         epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
-        json_flag=False,
+        example="--routers topk,ssr,sinkhorn --seeds 3 train.steps=200",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="routers=[...], seeds=N, and train.py's")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("--routers", default=_DEFAULT_ROUTERS, metavar="ROUTER,...", help="choices of conf/router")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each router")
     add("--name", default="routers", help="folder below outputs/compare")
     add("--ranks", type=int, default=1, help="processes of each run")
     add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
     add("--only-page", action="store_true", help="train nothing, draw what is there")
-    arguments = parser.parse_intermixed_args()
-    return arguments, arguments.options
+    return parser.parse_intermixed_args()
 
 
-def _split(options: list[str]) -> tuple[list[str], int, list[str]]:
-    """Splits the options into routers, seeds, and overrides of train.py."""
+def _routers(given: str) -> list[str]:
+    """Reads the routers to compare.
+
+    Raises:
+        ConfigError: There are none, or some do not exist.
+    """
+    from recipes.config.owners import choose
     from recipes.studies.option_lists import conf_choices
 
-    own = dict(o.split("=", 1) for o in options if o.startswith(("routers=", "seeds=")))
-    rest = [o for o in options if not o.startswith(("routers=", "seeds="))]
-    routers = [r.strip() for r in own.get("routers", _DEFAULT_ROUTERS).strip("[]").split(",") if r.strip()]
     known = conf_choices("router")
+    routers = [router.strip() for router in given.split(",") if router.strip()]
     mistakes = [
-        Mistake("routers", router, "there is no such router", f"Choose from: {', '.join(known)}.")
+        Mistake("--routers", router, "there is no such router", choose(router, known))
         for router in routers
         if router not in known
     ]
-    seeds = own.get("seeds", "3")
-    if not seeds.isdigit() or int(seeds) < 1:
-        mistakes.append(Mistake("seeds", seeds, "it must be a whole number of at least 1", "Give 3."))
     if not routers:
-        mistakes.append(Mistake("routers", own["routers"], "the list is empty", "Name at least one router."))
+        mistakes.append(Mistake("--routers", given, "the list is empty", "Name at least one router."))
     if mistakes:
         raise ConfigError(mistakes)
-    return routers, int(seeds), rest
+    return routers
 
 
 def main() -> int:
     """Runs the missing trials, then writes the page; returns 1 when a run failed."""
-    arguments, options = _parse()
-    routers, seeds, overrides = _split(options)
-    if mistakes := check_least(arguments, ranks=1, parallel=1):
+    arguments = _parse()
+    overrides, seeds = arguments.options, arguments.seeds
+    mistakes = check_least(arguments, seeds=1, ranks=1, parallel=1) + check_json_target(arguments.json)
+    if mistakes:
         raise ConfigError(mistakes)
+    routers = _routers(arguments.routers)
     for router in routers:
         compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
     from recipes.studies.comparison.collect_runs import collect
@@ -67,15 +71,17 @@ def main() -> int:
     from recipes.studies.comparison.router_trials import plan_trials
     from recipes.studies.sweep import launcher, run_trials
 
+    log = log_beside(arguments.json)
     folder = Path("outputs").absolute() / "compare" / arguments.name
     trials = plan_trials(folder, routers, seeds)
     if not arguments.only_page:
         launch = launcher(overrides, arguments.ranks)
-        run_trials(trials, launch, arguments.parallel, lambda line: print(line, flush=True))
+        run_trials(trials, launch, arguments.parallel, log)
     results = collect(trials)
     options_text = " ".join(overrides) or "the defaults of the main job"
     page = write_page(folder, results, f"{len(routers)} routers, {seeds} seeds; {options_text}")
-    print(f"\n{text_table(results)}\n\npage: {page}")
+    log(f"\n{text_table(results)}\n\npage: {page}")
+    write_json(arguments.json, {"page": str(page), "routers": [asdict(result) for result in results]})
     return 0 if all(trial.done for trial in trials) else 1
 
 

@@ -25,6 +25,7 @@ def _parse() -> argparse.Namespace:
         "Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 "
         "and more ranks, and prints how far the losses are from those of native torch on one rank.",
         epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
+        example="--steps 20 router=deepseek_v3 --json losses.json",
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")

@@ -23,6 +23,7 @@ def _parse() -> argparse.Namespace:
         "on seed 0 and chosen by validation. What is done is kept; a failed run takes no other down.",
         epilog="A router is a choice of conf/router, with options if need be: comet:entropy_coef=1,gamma=5. "
         "'dense' is one network as wide as the experts of a row.",
+        example="--routers topk comet --seeds 2 --name small",
     )
     add = parser.add_argument
     add("--routers", nargs="+", default=list(_ROUTERS), metavar="ROUTER", help="what to compare")

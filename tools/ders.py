@@ -20,6 +20,7 @@ def _parse() -> argparse.Namespace:
         "DeRS (arXiv 2503.01359): experts that came from one network are stored as their mean "
         "and the differences from it, in a few bits or as one of ten elements. Exact for copies before "
         "training, lossy after it: compare the expanded folder by tools.verify before you delete anything.",
+        example="compress MOE SMALL --bits 2",
     )
     add = parser.add_argument
     add("action", choices=("compress", "expand"))

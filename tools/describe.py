@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         "describe",
         "Prints parameters, FLOPs, and memory for training and serving of a model, from its "
         "config.json. No weights are read and nothing is downloaded.",
+        example="MODEL/config.json --sequence-length 4096 --json -",
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="config.json, or the folder of a checkpoint that holds one")

@@ -14,7 +14,9 @@ MARKS = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the flags."""
     parser = tool_parser(
-        "doctor", "Reports what this machine can run and what is wrong. Exits with 1 if something is bad."
+        "doctor",
+        "Reports what this machine can run and what is wrong. Exits with 1 if something is bad.",
+        example="--cache-dir ~/.cache/graft --json -",
     )
     add = parser.add_argument
     add("--cache-dir", default="~/.cache/graft", metavar="DIR", help="cache folder of the runs")

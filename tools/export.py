@@ -20,6 +20,7 @@ def _parse() -> argparse.Namespace:
         "export",
         "Writes the MoE of any checkpoint of a run as a folder that transformers loads, or "
         "in Graft's own format where no class of transformers computes the same. Reads tensor by tensor.",
+        example="outputs/RUN --out MOE --dtype bf16",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's directory")
@@ -27,7 +28,6 @@ def _parse() -> argparse.Namespace:
     stages = ("moe", "cpt")
     add(
         "--stage",
-        "--leg",
         choices=stages,
         default="moe",
         help="the MoE, or the dense model trained beside it",

@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         "fit_laws",
         "Fits a scaling law to a table of runs: Huber loss on the logarithm, many starts, "
         "L-BFGS, bootstrap intervals. docs/scaling_laws.md explains laws and columns.",
+        example="runs.csv --law chinchilla --figure fit.png --json fit.json",
     )
     add = parser.add_argument
     add("runs", nargs="?", metavar="RUNS.csv", help="table with a line for each run, and a header")

@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Bandwidth (read, copy, triad, matrix times vector, on arrays larger than the cache) and "
         "square products by dtype: best, median and spread. A median far below the best says that the "
         "machine is not quiet.",
+        example="--device cpu --dtypes fp32,bf16 --json peaks.json",
     )
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1")

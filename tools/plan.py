@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         "parallelism, micro-batch, recomputation) that fit a cluster, fastest first, with memory of a GPU "
         "and time of a step by what it goes to. A model on paper: docs/plan.md has its formulas and "
         "--check-published its errors. Nothing is downloaded and no GPU is needed.",
+        example="MODEL --gpu h100 --gpus 64 --dtype bf16 --top 5",
     )
     add = parser.add_argument
     add(
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--gpu", default="h100", metavar="KIND", help="kind of GPU")
     add("--gpus", type=int, default=8, metavar="N", help="number of GPUs")
-    add("--precision", default="bf16", help="bf16, fp8, mxfp8 or nvfp4")
+    add("--dtype", default="bf16", help="bf16, fp8, mxfp8 or nvfp4")
     add("--sequence-length", type=int, default=4096, metavar="N", help="tokens of a sequence")
     add("--global-batch", type=int, default=512, metavar="N", help="sequences of a step")
     add("--memory-gib", type=float, metavar="GIB", help="memory of a GPU, instead of its kind's")
@@ -131,8 +132,8 @@ def _plan(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any
 
     content, cluster, only = _read(args)
     assumed = with_settings(Assumptions(), args.settings)
-    cluster.gpu.peak(args.precision)
-    job = Job(shape_from_config(content), args.sequence_length, args.global_batch, args.precision)
+    cluster.gpu.peak(args.dtype)
+    job = Job(shape_from_config(content), args.sequence_length, args.global_batch, args.dtype)
     sizes = ElementBytes(gradients=args.gradient_bytes, optimizer=args.optimizer_bytes)
     base = Layout(overlap=args.overlap, graphed=args.graphed)
     model = model_of(job.shape, job.seq_len)
@@ -165,9 +166,9 @@ def _read(args: argparse.Namespace) -> tuple[Mapping[str, Any], Cluster, dict[st
     ones = ("gpus", "sequence_length", "global_batch", "gradient_bytes", "optimizer_bytes", "top")
     mistakes += check_least(args, **dict.fromkeys(ones, 1))
     mistakes += check_positive(args, "memory_gib", "domain", "nvlink", "network")
-    if args.precision not in PRECISIONS:
+    if args.dtype not in PRECISIONS:
         remedy = f"Choose of {', '.join(PRECISIONS)}."
-        mistakes.append(Mistake("--precision", args.precision, "it is not known", remedy))
+        mistakes.append(Mistake("--dtype", args.dtype, "it is not known", remedy))
     if args.gpu not in GPUS:
         mistakes.append(Mistake("--gpu", args.gpu, "it is not known", f"Choose of {', '.join(GPUS)}."))
     only = _fixed_axes(args.only, mistakes)

@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "From a dense checkpoint and a budget: the loss of upcycling it, of training the MoE "
         "from scratch and of going on with the dense model, and the tokens at which the best one changes. By "
         "the published laws of one paper, or by laws fitted to your runs (tools.fit_laws --json).",
+        example="--dense-params 7e9 --dense-tokens 2e12 --budget-tokens 1e11",
     )
     add = parser.add_argument
     add("--law", metavar="NAME", help="published laws: liew (default) or joint_moe")

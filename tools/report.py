@@ -11,7 +11,11 @@ from tools.command import log_beside, run_command, tool_parser, write_json
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the flags."""
-    parser = tool_parser("report", "Writes RUN_DIR/report.html and RUN_DIR/figures, and prints the results.")
+    parser = tool_parser(
+        "report",
+        "Writes RUN_DIR/report.html and RUN_DIR/figures, and prints the results.",
+        example="outputs/RUN --figure losses.png",
+    )
     add = parser.add_argument
     add("run_dir", metavar="RUN_DIR", help="run directory, such as outputs/upcycle-1")
     add("--figure", metavar="PNG", help="also draw the loss curves on their own into this file")

@@ -21,14 +21,14 @@ INPUT_HELP = (
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the flags."""
     parser = tool_parser(
-        "tokenize", "Tokenises documents into PREFIX.bin and PREFIX.idx, Megatron's format, for training."
+        "tokenize",
+        "Tokenises documents into PREFIX.bin and PREFIX.idx, Megatron's format, for training.",
+        example="--input 'text/*.jsonl' --tokenizer MODEL --out corpus",
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help=INPUT_HELP)
     add("--tokenizer", required=True, metavar="DIR", help="local folder of a Hugging Face tokenizer")
-    add(
-        "--output", required=True, metavar="PREFIX", help="path of the pair, without .bin; must not exist yet"
-    )
+    add("--out", required=True, metavar="PREFIX", help="path of the pair, without .bin; must not exist yet")
     add("--text-key", default="text", metavar="KEY", help="field or column of the text (default: text)")
     add("--no-eos", action="store_true", help="do not close each document with the end-of-sequence token")
     add(
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     mistakes += check_json_target(args.json)
     if mistakes:
         raise DataError(mistakes)
-    require_no_files(args.output, "--output")
+    require_no_files(args.out, "--out")
     log = log_beside(args.json)
-    counts = tokenise(cfg, args.tokenizer, args.output, log)
+    counts = tokenise(cfg, args.tokenizer, args.out, log)
     rate = counts.tokens / max(counts.seconds, 1e-9)
     if counts.begin:
         log(f"each document begins with {counts.begin} (--bos)")
@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         log(f"{counts.empty_documents} empty documents left out")
     log(
         f"{counts.documents} documents, {counts.tokens} tokens, {counts.text_bytes} bytes of text "
-        f"in {counts.seconds:.1f} s, {rate:.0f} tokens/s: {args.output}.bin and .idx"
+        f"in {counts.seconds:.1f} s, {rate:.0f} tokens/s: {args.out}.bin and .idx"
     )
-    write_json(args.json, {"output": args.output, **asdict(counts), "tokens_per_second": rate})
+    write_json(args.json, {"output": args.out, **asdict(counts), "tokens_per_second": rate})
     return 0
 
 

@@ -30,6 +30,7 @@ def _parse() -> argparse.Namespace:
         "GPU, no training, memory for one matrix. An interrupted conversion goes on when it is run again.",
         epilog="Further OPTION=VALUE are those of train.py, for method and router: upcycle.ratio=0.5, "
         "upcycle.layers=every:2, router.top_k=4, ...",
+        example="--dense MODEL --out MOE --experts 8 --top-k 2",
     )
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="options of the method (upcycle.*) and router.*")
@@ -167,8 +168,9 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
     from moe.upcycle import upcycle_method
+    from recipes.config.places import check_folder
     from recipes.data.sources import check_paths
-    from recipes.jobs.preflight import check_folder, check_opens, check_router
+    from recipes.jobs.preflight import check_opens, check_router
     from recipes.models.export import exporters
     from recipes.models.hf.inspection import check_dense
     from recipes.upcycling.convert.conversion_statistics import needs_statistics

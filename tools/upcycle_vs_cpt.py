@@ -1,15 +1,22 @@
-"""Compares upcycling to CPT and scratch: ``python -m tools.upcycle_vs_cpt lengths=[200,800] seeds=3``."""
+"""Compares upcycling to CPT and scratch: ``python -m tools.upcycle_vs_cpt --lengths 200,800 --seeds 3``."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
 from recipes.config.compose import compose_config
-from tools.command import check_least, run_command, tool_parser
-
-_OWN = ("lengths=", "seeds=")
+from tools.command import (
+    check_json_target,
+    check_least,
+    log_beside,
+    read_numbers,
+    run_command,
+    tool_parser,
+    write_json,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,36 +28,17 @@ def build_parser() -> argparse.ArgumentParser:
         "was interrupted goes on; a failed run does not take the others down.",
         epilog="Every other OPTION=VALUE goes to train.py +recipe=upcycle_vs_cpt: train.steps=200, ... A "
         "dense checkpoint per length is dense=/path/step-{length}. See docs/upcycle_vs_cpt.md.",
-        json_flag=False,
+        example="--lengths 200,800 --seeds 3 train.steps=200",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="lengths=[...], seeds=N, and train.py's")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("--lengths", default="200,800", metavar="N,...", help="steps of the dense pre-training")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each length")
     add("--name", default="default", help="folder below outputs/upcycle_vs_cpt")
     add("--ranks", type=int, default=1, help="processes of each run")
     add("--parallel", type=int, default=1, help="runs at a time; set engine.threads with it")
     add("--only-page", action="store_true", help="train nothing, draw what is there")
     return parser
-
-
-def split_options(options: list[str]) -> tuple[list[int], int, list[str]]:
-    """Splits the options into dense lengths, seeds, and overrides of train.py.
-
-    Raises:
-        ConfigError: Lengths or seeds are not numbers.
-    """
-    own = dict(option.split("=", 1) for option in options if option.startswith(_OWN))
-    rest = [option for option in options if not option.startswith(_OWN)]
-    given, seeds = own.get("lengths", "[200,800]"), own.get("seeds", "3")
-    words = [word.strip() for word in given.strip("[]").split(",") if word.strip()]
-    mistakes = []
-    if not words or any(not word.isdigit() or int(word) < 1 for word in words):
-        rule = "they must be whole numbers of at least 1, the steps of the dense model"
-        mistakes.append(Mistake("lengths", given, rule, "Give [200,800]."))
-    if not seeds.isdigit() or int(seeds) < 1:
-        mistakes.append(Mistake("seeds", seeds, "it must be a whole number of at least 1", "Give 3."))
-    if mistakes:
-        raise ConfigError(mistakes)
-    return sorted({int(word) for word in words}), int(seeds), rest
 
 
 def _check(arguments: argparse.Namespace, lengths: list[int], overrides: list[str]) -> None:
@@ -59,7 +47,7 @@ def _check(arguments: argparse.Namespace, lengths: list[int], overrides: list[st
     from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob
     from recipes.studies.upcycle_vs_cpt.arms_trials import LENGTH
 
-    mistakes = check_least(arguments, ranks=1, parallel=1)
+    mistakes: list[Mistake] = []
     named = [option for option in overrides if option.startswith("dense=")]
     if named and LENGTH not in named[0] and len(lengths) > 1:
         rule = f"it names one checkpoint for {len(lengths)} lengths"
@@ -79,26 +67,32 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: An option cannot be used, or the folder holds runs of other options.
     """
     arguments = build_parser().parse_intermixed_args(argv)
-    lengths, seeds, overrides = split_options(arguments.options)
+    read, mistakes = read_numbers("--lengths", arguments.lengths)
+    mistakes += check_least(arguments, seeds=1, ranks=1, parallel=1) + check_json_target(arguments.json)
+    if mistakes:
+        raise ConfigError(mistakes)
+    lengths, seeds, overrides = sorted(set(read)), arguments.seeds, arguments.options
     from recipes.studies.sweep import launcher, run_trials
     from recipes.studies.upcycle_vs_cpt.arms_page import text_tables, write_page
     from recipes.studies.upcycle_vs_cpt.arms_trials import keep_options, options_of, plan_trials
     from recipes.studies.upcycle_vs_cpt.collect_arms import collect
 
+    log = log_beside(arguments.json)
     folder = Path("outputs").absolute() / "upcycle_vs_cpt" / arguments.name
     trials = plan_trials(folder, lengths, seeds)
     if not arguments.only_page:
         _check(arguments, lengths, overrides)
         keep_options(folder, overrides)
         launch = launcher(overrides, arguments.ranks)
-        run_trials(trials, launch, arguments.parallel, lambda line: print(line, flush=True))
+        run_trials(trials, launch, arguments.parallel, log)
     found = collect(trials)
     if not found.cells:
         failed = ", ".join(found.missing)
-        print(f"no run has come to its end ({failed}); their logs are in {folder / 'runs'}")
+        log(f"no run has come to its end ({failed}); their logs are in {folder / 'runs'}")
         return 1
     page = write_page(folder, found, " ".join(options_of(folder) or overrides) or "the recipe's defaults")
-    print(f"\n{text_tables(found)}\n\npage: {page}")
+    log(f"\n{text_tables(found)}\n\npage: {page}")
+    write_json(arguments.json, {"page": str(page), **asdict(found)})
     return 1 if found.missing else 0
 
 

@@ -20,13 +20,14 @@ def _parse() -> argparse.Namespace:
         "verify",
         "The equivalence check on any two folders: logits on real text in fp32, and with --gradients "
         "the gradients of every parameter that both have. Exit code 0 when they agree, 1 when not.",
+        example="--dense MODEL --moe MOE --samples 8",
     )
     add = parser.add_argument
     add("--dense", required=True, metavar="DIR", help="the dense checkpoint, or any other to compare with")
     add("--moe", required=True, metavar="DIR", help="the MoE: in a format of transformers or in Graft's own")
     add("--text", metavar="PATH", help="text to compare on (default: Python's standard library)")
     add("--samples", type=int, default=8, help="number of sequences")
-    add("--length", type=int, default=128, help="tokens of a sequence")
+    add("--sequence-length", type=int, default=128, help="tokens of a sequence")
     add("--gradients", action="store_true", help="compare gradients as well (memory for both models')")
     add("--trust-remote-code", action="store_true", help="run code that the folders bring (auto_map)")
     return parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> int:
     from recipes.upcycling.convert.folder_check import compare_folders, real_tokens
 
     dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
-    tokens = real_tokens(dense, data, arguments.samples, arguments.length)
+    tokens = real_tokens(dense, data, arguments.samples, arguments.sequence_length)
     trust = arguments.trust_remote_code
     report = compare_folders(dense, moe, tokens, gradients=arguments.gradients, trust_remote_code=trust)
     print(describe_equivalence(report), file=stream_beside(arguments.json))
@@ -65,17 +66,17 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
         mistakes += check_checkpoint(folder, f"--{option}", trust_remote_code=trust)
     if not mistakes:
         mistakes += _check_length(arguments)
-    return mistakes + check_least(arguments, samples=1, length=1)
+    return mistakes + check_least(arguments, samples=1, sequence_length=1)
 
 
 def _check_length(arguments: argparse.Namespace) -> list[Mistake]:
     from recipes.models.hf.config_file import context_length, read_config
 
     context = context_length(read_config(Path(arguments.dense).expanduser()))
-    if context is None or arguments.length <= context:
+    if context is None or arguments.sequence_length <= context:
         return []
     rule = f"the dense model takes {context} tokens at most"
-    return [Mistake("--length", arguments.length, rule, f"Give {context} or less.")]
+    return [Mistake("--sequence-length", arguments.sequence_length, rule, f"Give {context} or less.")]
 
 
 def describe_equivalence(report: EquivalenceReport) -> str:

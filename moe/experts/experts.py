@@ -5,7 +5,6 @@ Letters: N rows, D model width, E experts, K slots a row, F expert width, U = 2F
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -13,35 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kernels.backend import ExpertTensors, LowRank, MainGrads, Workload
-from kernels.expert_mlp import BACKENDS, Choice, expert_mlp
+from kernels.expert_mlp import Choice, expert_mlp
 from moe.dispatch.base import Dispatched
-from moe.errors import require
 from moe.experts.backend_selector import BackendSelector
-from moe.experts.lora import FACTORS, LoraConfig, factor_shapes
+from moe.experts.lora import FACTORS, factor_shapes
+from moe.experts.lora_config import LoraConfig
 from moe.experts.weights import ExpertBank
-from moe.types import Config
-
-
-@dataclass(frozen=True)
-class ExpertsConfig(Config):
-    """Config of the experts' computation and training."""
-
-    backend: str = "auto"
-    """A back end of `kernels.expert_mlp`, or ``auto``: chosen by device, dtype and shape, on a CPU also by
-    rows."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Low-rank factors that train instead of the experts' weights."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                self.backend == "auto" or self.backend in BACKENDS,
-                "backend",
-                "is no back end",
-                f"Choose auto, {', '.join(sorted(BACKENDS))}.",
-            ),
-        )
 
 
 class Experts(nn.Module):

@@ -9,14 +9,11 @@ Letters: E experts, D model width, F expert width, U = 2F when gated, else F; r 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe.errors import require
 from moe.routing.draws import seeded_generator
-from moe.types import Config, unless
 
 #: Name of a stack of weights to the names of its factors A and B.
 FACTORS: Mapping[str, tuple[str, str]] = {
@@ -26,32 +23,6 @@ FACTORS: Mapping[str, tuple[str, str]] = {
 #: Factors that are drawn; the others begin as zeros.
 DRAWN = frozenset(a for a, _ in FACTORS.values())
 FACTOR_NAMES = frozenset(name for pair in FACTORS.values() for name in pair)
-
-
-@dataclass(frozen=True)
-class LoraConfig(Config):
-    """Config of the experts' low-rank factors."""
-
-    rank: int = 0
-    """r; 0 trains the experts' weights themselves."""
-    alpha: float = 16.0
-    """Scale: the product of the factors is multiplied by alpha / r."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (self.rank >= 0, "rank", "must be 0 or more", "Give 0 to train the weights themselves."),
-            (self.alpha > 0, "alpha", "must be above 0", "16 is usual."),
-        )
-
-    @property
-    def scale(self) -> float:
-        """alpha / r; 0 without factors."""
-        return self.alpha / self.rank if self.rank else 0.0
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return unless(self.rank > 0, "rank is 0", "alpha")
 
 
 def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, tuple[int, int, int]]:

@@ -8,25 +8,18 @@ Letters: T tokens, D model width, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kernels.activations import ACTIVATIONS
+from moe.routers.configs.analytical_config import AnalyticalConfig
 from moe.routers.projection import linear_logits
-from moe.routers.unit_gate import UnitGateConfig, UnitGateRouter
+from moe.routers.unit_gate import UnitGateRouter
 
 if TYPE_CHECKING:
     from moe.experts.experts import Experts
-
-
-@dataclass(frozen=True)
-class AnalyticalConfig(UnitGateConfig):
-    """Config of `AnalyticalRouter`."""
-
-    name: Literal["analytical"] = "analytical"
 
 
 class AnalyticalRouter(UnitGateRouter[AnalyticalConfig]):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe.routers.projection import ProjectionConfigT, ProjectionRouter
 from moe.routing.balance import figure_mean
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 from moe.types import LayerContext, Routing
 
 

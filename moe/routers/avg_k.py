@@ -13,15 +13,15 @@ Letters: T tokens, D model width, E experts, K experts a token, F expert width, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError, require
-from moe.routers.base import Router, RouterConfig
+from moe.errors import ConfigError
+from moe.routers.base import Router
+from moe.routers.configs.avg_k_config import AvgKConfig
 from moe.types import LayerContext, Routing
 
 if TYPE_CHECKING:
@@ -32,22 +32,6 @@ _RULE = "the experts' mean keys are all the same, so that it cannot tell the exp
 _REMEDY = (
     "Make experts that differ (upcycle.noise_std above 0, or a method that splits), or choose another router."
 )
-
-
-@dataclass(frozen=True)
-class AvgKConfig(RouterConfig):
-    """Config of `AvgKRouter`."""
-
-    name: Literal["avg_k"] = "avg_k"
-    top_k: int = 2
-    """Experts per token."""
-    weights: Literal["one", "softmax"] = "one"
-    """Sum the chosen experts unweighted (the paper), or weigh them by the softmax over their logits."""
-    normalise: bool = False
-    """Divide every mean key by its length, so that directions alone are compared."""
-
-    def __post_init__(self) -> None:
-        require(self, (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."))
 
 
 class AvgKRouter(Router[AvgKConfig]):

@@ -6,22 +6,13 @@ Letters: T tokens, D model width, E experts, K slots a token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from torch import Generator, Tensor, nn
 
 from moe.errors import Mistake
-from moe.types import Config, LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class RouterConfig(Config):
-    """Config that every router has: its name, which picks the class."""
-
-    name: str
-    """The router's name, as in ``conf/router/NAME.yaml``."""
-
+from moe.routers.configs import RouterConfig
+from moe.types import LayerContext, Routing
 
 if TYPE_CHECKING:
     from moe.dispatch.base import Dispatcher

@@ -7,41 +7,15 @@ Letters: T tokens, D model width, E experts; N real tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router
+from moe.routers.configs.base_layers_config import BaseLayersConfig
 from moe.routers.projection import linear_logits
 from moe.routing.auction import balanced_assignment
 from moe.routing.balance import figure_mean
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class BaseLayersConfig(RouterConfig):
-    """Config of `BaseLayersRouter`."""
-
-    name: Literal["base_layers"] = "base_layers"
-    init_gain: float = 0.1
-    """Gain of the orthogonal initial expert embeddings."""
-    max_rounds: int = 100
-    """Upper bound on rounds of bidding, after which the remaining tokens are placed greedily."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                self.init_gain > 0,
-                "init_gain",
-                "a router of zeros cannot tell experts apart",
-                "Set it above 0; 0.1 is the published value.",
-            ),
-            (self.max_rounds >= 0, "max_rounds", "it counts rounds", "Set it to 0 or more."),
-        )
 
 
 class BaseLayersRouter(Router[BaseLayersConfig]):

@@ -8,14 +8,11 @@ Letters: T tokens, D model width, E experts, K slots a token, J trees, N = E - 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import not_negative, require
-from moe.routers.base import COUNTS_SLOTS, Router, RouterConfig
+from moe.routers.base import COUNTS_SLOTS, Router
+from moe.routers.configs.comet_config import CometConfig
 from moe.routing.balance import loss_mean, soft_balance_loss
 from moe.routing.slots import hardening_routing
 from moe.routing.smooth_step import log_smooth_step
@@ -23,30 +20,6 @@ from moe.types import LayerContext, Routing
 
 #: Half-width of the leaves' uniform initial weights, and of the nodes' as a share of gamma.
 _LEAF_INIT, _NODE_INIT = 0.05, 0.01
-
-
-@dataclass(frozen=True)
-class CometConfig(RouterConfig):
-    """Config of `CometRouter`."""
-
-    name: Literal["comet"] = "comet"
-    top_k: int = 2
-    """Trees: the most experts that a token uses once its nodes are hard. Before that it uses up to all."""
-    gamma: float = 1.0
-    """Width of the band in which a node sends a token both ways; with a wider band trees harden later."""
-    entropy_coef: float = 0.1
-    """Coefficient of the entropy of each tree's leaves, which drives nodes to 0 or 1; 0 leaves it out."""
-    balance_coef: float = 0.0
-    """Coefficient of the Switch balance loss, load measured in weight; 0 leaves it out. The paper has none;
-    without it all tokens of a language model harden towards the same experts."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (self.top_k >= 1, "top_k", "a token needs at least one tree", "Set it to 1 or more."),
-            (self.gamma > 0, "gamma", "the band has a width", "Set it above 0; 1 is usual."),
-            *not_negative(self, "entropy_coef", "balance_coef"),
-        )
 
 
 class CometRouter(Router[CometConfig]):

@@ -11,15 +11,14 @@ Letters: T tokens, D model width, E experts, K slots a token, B sequences, S tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.routers.base import COUNTS_SLOTS
-from moe.routers.projection import ProjectionConfig, ProjectionRouter, log_scores, score_logits
+from moe.routers.configs.expert_choice_config import ExpertChoiceConfig
+from moe.routers.projection import ProjectionRouter, log_scores, score_logits
 from moe.routing.slots import (
     coverage_metrics,
     sequence_shape,
@@ -28,19 +27,6 @@ from moe.routing.slots import (
     top_of_sequences,
 )
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class ExpertChoiceConfig(ProjectionConfig):
-    """Config of `ExpertChoiceRouter`. ``top_k`` is c: an expert takes ceil(c T / E) tokens."""
-
-    name: Literal["expert_choice"] = "expert_choice"
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score function over the logits; softmax runs over the experts of a token."""
-    scope: Literal["micro_batch", "sequence"] = "micro_batch"
-    """Tokens that an expert chooses from: a rank's whole micro-batch, or each sequence by itself."""
-    renormalise: bool = False
-    """Divide a token's scores by their sum over the experts that took it; the paper does not."""
 
 
 class ExpertChoiceRouter(ProjectionRouter[ExpertChoiceConfig]):

@@ -8,24 +8,13 @@ Letters: T tokens, E experts, K experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.configs.forced_config import ForcedConfig
+from moe.routers.linear import LinearRouter
 from moe.routing.draws import token_positions
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class ForcedConfig(LinearRouterConfig):
-    """Config of `ForcedRouter`."""
-
-    name: Literal["forced"] = "forced"
-    balance_coef: float = 0.0
-    """Coefficient of the Switch balance loss, to measure its cost; its value is nearly constant here."""
 
 
 class ForcedRouter(LinearRouter[ForcedConfig]):

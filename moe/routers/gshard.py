@@ -9,46 +9,14 @@ Letters: T tokens, E experts, K = 2 experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from moe.errors import require
 from moe.routers.base import NOISE_KEY_ON_HOST
-from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.configs.gshard_config import GShardConfig
+from moe.routers.linear import LinearRouter
 from moe.routing.draws import gumbel_noise, uniform_noise
-from moe.types import LayerContext, Routing, unless
-
-
-@dataclass(frozen=True)
-class GShardConfig(LinearRouterConfig):
-    """Config of `GShardRouter`. The balance loss counts first choices only."""
-
-    name: Literal["gshard"] = "gshard"
-    second: Literal["paper", "mesh_tf", "sampled", "always"] = "paper"
-    """Rule for the second expert in training: the second best with probability 2 g2 (``paper``) or
-    min(1, 5 g2) (``mesh_tf``); always one sampled from the softmax without the first (``sampled``, fairseq);
-    always the second best (``always``). Evaluation always takes the two best."""
-    noise_seed: int = 0
-    """Seed of the draws; conf/router follows the run's seed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.top_k == 2,
-                "top_k",
-                "GShard's routing has a first and a second expert",
-                "Set router.top_k=2, or use router=topk or router=switch.",
-            ),
-        )
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return super().idle() | unless(self.second != "always", "second=always draws nothing", "noise_seed")
+from moe.types import LayerContext, Routing
 
 
 class GShardRouter(LinearRouter[GShardConfig]):

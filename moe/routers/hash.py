@@ -10,40 +10,14 @@ Letters: T tokens, E experts, K experts a token, V token ids.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError, require
-from moe.routers.base import Router, RouterConfig
+from moe.errors import ConfigError
+from moe.routers.base import Router
+from moe.routers.configs.hash_config import HashConfig
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class HashConfig(RouterConfig):
-    """Config of `HashRouter`."""
-
-    name: Literal["hash"] = "hash"
-    top_k: int = 1
-    """Hashes: different experts per token."""
-    table: Literal["random", "balanced", "modulo"] = "random"
-    """Assignment of ids: drawn; the most frequent first, to the least loaded expert; or id modulo E."""
-    table_size: int = 131072
-    """Entries of the table. Larger ids share the entry of id modulo this."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."),
-            (
-                self.table_size >= 1,
-                "table_size",
-                "a table has at least one entry",
-                "Set it to the size of the vocabulary.",
-            ),
-        )
 
 
 class HashRouter(Router[HashConfig]):

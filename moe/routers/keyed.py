@@ -20,57 +20,13 @@ Letters: T tokens, E experts, B sequences, S tokens a sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError, Mistake, require
-from moe.routers.base import Router, RouterConfig
+from moe.errors import ConfigError, Mistake
+from moe.routers.base import Router
+from moe.routers.configs.keyed_config import TOKEN_IDS, KeyedConfig
 from moe.types import LayerContext, Routing
-
-TOKEN_IDS = "token_ids"
-
-
-@dataclass(frozen=True)
-class KeyedConfig(RouterConfig):
-    """Config of `KeyedRouter`."""
-
-    name: Literal["keyed"] = "keyed"
-    key: str = "modality"
-    """Name of the caller's key that routes; ``token_ids``: the ids of the batch."""
-    edges: list[float] = field(default_factory=list)
-    """Edges between ranges of a number, ascending; none if the key is the expert itself. A number on an edge
-    belongs to the range above it: an edge is the first id of its range."""
-    experts: list[int] = field(default_factory=list)
-    """The expert of each range; none: range n has expert n. With edges [4, 8196] and experts [0, 1, 0] the
-    ids from 4 to 8195 go to expert 1, those below and above to expert 0."""
-
-    def __post_init__(self) -> None:
-        ranges = len(self.edges) + 1
-        require(
-            self,
-            (
-                all(low < high for low, high in pairwise(self.edges)),
-                "edges",
-                "they do not ascend",
-                "Sort them, each once.",
-            ),
-            (
-                len(self.experts) in (0, ranges),
-                "experts",
-                f"{len(self.edges)} edges make {ranges} ranges, each with its expert",
-                "Name as many, or leave experts empty.",
-            ),
-            (
-                self.key != TOKEN_IDS or bool(self.edges),
-                "edges",
-                "ids of tokens are not experts",
-                "Set router.edges to the first id of every range but the first.",
-            ),
-        )
 
 
 class KeyedRouter(Router[KeyedConfig]):

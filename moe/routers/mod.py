@@ -14,49 +14,17 @@ sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.errors import not_negative, require
-from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.routers.configs.mod_config import MoDConfig
+from moe.routers.projection import ProjectionRouter
 from moe.routing.balance import count_load, figure_mean, loss_mean, switch_loss
 from moe.routing.slots import sequence_shape, top_of_sequences
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class MoDConfig(ProjectionConfig):
-    """Config of `MoDRouter`. ``top_k`` holds for the tokens taken; the others use no expert."""
-
-    name: Literal["mod"] = "mod"
-    top_k: int = 1
-    """Experts per token that is taken."""
-    capacity: float = 0.125
-    """Share of each sequence's tokens that is taken."""
-    gate: Literal["linear", "sigmoid"] = "linear"
-    """Factor on the experts' output: the score of taking the token (paper), or its sigmoid."""
-    balance_coef: float = 0.01
-    """Coefficient of the Switch balance loss over the tokens taken; 0 leaves it out."""
-    predictor_coef: float = 0.01
-    """Coefficient of the predictor's cross-entropy. It trains the predictor alone: tokens are detached."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                0 < self.capacity <= 1,
-                "capacity",
-                "it is a share of the tokens",
-                "Set it above 0, to 1 at most.",
-            ),
-            *not_negative(self, "balance_coef", "predictor_coef"),
-        )
 
 
 class MoDRouter(ProjectionRouter[MoDConfig]):

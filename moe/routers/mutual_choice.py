@@ -10,48 +10,17 @@ Letters: T tokens, D model width, E experts, K slots a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import not_negative, require
 from moe.routers.base import COUNTS_SLOTS, FILED_BY_STEP
-from moe.routers.projection import ProjectionConfig, ProjectionRouter
+from moe.routers.configs.mutual_choice_config import MutualChoiceConfig
+from moe.routers.projection import ProjectionRouter
 from moe.routing.balance import Load, switch_loss
 from moe.routing.quantiles import top_thresholds
 from moe.routing.slots import chosen_load, coverage_metrics, slots_of_mask
 from moe.routing.step_state import MovingThreshold
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class MutualChoiceConfig(ProjectionConfig):
-    """Config of `MutualChoiceRouter`. ``top_k`` times the tokens is the budget of a micro-batch."""
-
-    name: Literal["mutual_choice"] = "mutual_choice"
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score function over the logits, by which pairs are chosen and weighed."""
-    at_least_one: bool = True
-    """Give a token without an expert its best one, on top of the budget."""
-    balance_coef: float = 0.01
-    """Coefficient of the Switch balance loss; 0 leaves it out."""
-    decay: float = 0.99
-    """Share of the old threshold that a step keeps. Only evaluation uses the threshold."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            *not_negative(self, "balance_coef"),
-            (
-                0 <= self.decay < 1,
-                "decay",
-                "a threshold keeps a share of itself that is below 1",
-                "Set it to 0.99.",
-            ),
-        )
 
 
 class MutualChoiceRouter(ProjectionRouter[MutualChoiceConfig]):

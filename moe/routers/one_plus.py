@@ -9,24 +9,13 @@ Letters: T tokens, D model width, E experts, K experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor
 
-from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.configs.one_plus_config import OnePlusConfig
+from moe.routers.linear import LinearRouter
 from moe.routers.projection import linear_logits
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class OnePlusConfig(LinearRouterConfig):
-    """Config of `OnePlusRouter`."""
-
-    name: Literal["one_plus"] = "one_plus"
-    init_std: float = 1e-3
-    """Standard deviation of the projection that breaks ties; the router's own weights begin at 0."""
 
 
 class OnePlusRouter(LinearRouter[OnePlusConfig]):

@@ -5,39 +5,16 @@ Letters: T tokens, D model width, E experts, K experts a token, N of either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router
+from moe.routers.configs.projection_config import ProjectionConfig
 
 Score = Literal["softmax", "sigmoid"]
-
-
-@dataclass(frozen=True)
-class ProjectionConfig(RouterConfig):
-    """Config that every router with a projection has."""
-
-    top_k: int = 2
-    """Experts per token; the mean, where it varies."""
-    init_std: float = 0.02
-    """Standard deviation of the initial router weights."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."),
-            (
-                self.init_std > 0,
-                "init_std",
-                "a router of zeros sends every token to the first experts",
-                "Set it above 0; 0.02 is usual.",
-            ),
-        )
 
 
 ProjectionConfigT = TypeVar("ProjectionConfigT", bound=ProjectionConfig)

@@ -9,33 +9,11 @@ Letters: T tokens, D model width, E experts, K experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from torch import Tensor
 
-from moe.errors import require
 from moe.routers.assigned import AssignedRouter
-from moe.routers.projection import ProjectionConfig
-from moe.routing.transport import SinkhornRule
-
-
-@dataclass(frozen=True)
-class SBaseConfig(ProjectionConfig):
-    """Config of `SBaseRouter`."""
-
-    name: Literal["s_base"] = "s_base"
-    top_k: int = 1
-    """Experts per token."""
-    iterations: int = 3
-    """Sinkhorn iterations, always all of them, so that the host never waits for the device."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (self.iterations >= 1, "iterations", "without one nothing is balanced", "Set it to 1 or more."),
-        )
+from moe.routers.configs.s_base_config import SBaseConfig
+from moe.routing.sinkhorn_rule import SinkhornRule
 
 
 class SBaseRouter(AssignedRouter[SBaseConfig]):

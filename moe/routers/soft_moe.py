@@ -13,40 +13,19 @@ slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from moe.dispatch.base import Dispatched, Dispatcher, DispatchHandle
-from moe.errors import require
-from moe.routers.base import Router, RouterConfig
+from moe.routers.base import Router
+from moe.routers.configs.soft_moe_config import SoftMoEConfig
 from moe.routing.balance import figure_mean
 from moe.routing.slots import sequence_shape
 from moe.types import LayerContext, Routing
 
 _EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class SoftMoEConfig(RouterConfig):
-    """Config of `SoftMoERouter`."""
-
-    name: Literal["soft_moe"] = "soft_moe"
-    slots_per_expert: int = 16
-    """Averages of a sequence that each expert sees. With S / E of them it costs one expert per token."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                self.slots_per_expert >= 1,
-                "slots_per_expert",
-                "an expert sees something",
-                "Set it to 1 or more.",
-            ),
-        )
 
 
 @dataclass(frozen=True)

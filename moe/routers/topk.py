@@ -9,53 +9,13 @@ Letters: T tokens, D model width, E experts, K experts a token, N of either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from moe.errors import require
-from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.linear import LinearRouter
 from moe.routers.projection import normalise_scores, score_logits, select_top_k
-from moe.types import LayerContext, Routing, unless
-
-
-@dataclass(frozen=True)
-class TopKConfig(LinearRouterConfig):
-    """Config of `TopKRouter`."""
-
-    name: Literal["topk"] = "topk"
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score function over the logits."""
-    order: Literal["score_then_topk", "topk_then_score"] = "score_then_topk"
-    """Score all experts and then select (Mixtral's and Switch's code), or score the selected logits alone
-    (Shazeer)."""
-    renormalise: bool = True
-    """Divide the selected scores by their sum. Copied experts are exact only when weights sum to 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.top_k != 1 or not self.sums_to_one,
-                "top_k",
-                "the only weight is then always 1, and the router gets no gradient from the loss",
-                "Set router.renormalise=false with router.order=score_then_topk, or top_k to 2 or more.",
-            ),
-        )
-
-    @property
-    def sums_to_one(self) -> bool:
-        """True if the weights of a token sum to 1."""
-        return self.renormalise or (self.score == "softmax" and self.order == "topk_then_score")
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return super().idle() | unless(
-            not self.renormalise, "renormalised weights are the same in either order", "order"
-        )
+from moe.types import LayerContext, Routing
 
 
 class TopKRouter(LinearRouter[TopKConfig]):

@@ -9,49 +9,16 @@ Letters: T tokens, D model width, E experts, K experts a token.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import require
-from moe.routers.base import FILED_BY_STEP, Router, RouterConfig
+from moe.routers.base import FILED_BY_STEP, Router
+from moe.routers.configs.unit_gate_config import UnitGateConfig
 from moe.routing.balance import count_load, switch_loss
 from moe.routing.load_bias import LoadBias
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class UnitGateConfig(RouterConfig):
-    """Config that every unit-gate router has."""
-
-    top_k: int = 2
-    """Experts per token."""
-    init_std: float = 0.02
-    """Standard deviation of the rows where no upcycling method sets them."""
-    bias_rate: float = 1e-3
-    """Step size of the bias that evens out load; 0 leaves the bias at 0."""
-    balance_coef: float = 1e-4
-    """Coefficient of the Switch balance loss, the only loss that trains the rows while u is 0; 0 leaves it
-    out."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."),
-            (
-                self.init_std > 0,
-                "init_std",
-                "a router of zeros sends every token to the first experts",
-                "Set it above 0; 0.02 is usual.",
-            ),
-            *(
-                (getattr(self, name) >= 0, name, "it would favour the loaded experts", "Set it to 0 or more.")
-                for name in ("bias_rate", "balance_coef")
-            ),
-        )
-
 
 UnitGateConfigT = TypeVar("UnitGateConfigT", bound=UnitGateConfig)
 

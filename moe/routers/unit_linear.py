@@ -8,21 +8,12 @@ Letters: T tokens, D model width, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from moe.routers.configs.unit_linear_config import UnitLinearConfig
 from moe.routers.projection import linear_logits
-from moe.routers.unit_gate import UnitGateConfig, UnitGateRouter
-
-
-@dataclass(frozen=True)
-class UnitLinearConfig(UnitGateConfig):
-    """Config of `UnitLinearRouter`."""
-
-    name: Literal["unit_linear"] = "unit_linear"
+from moe.routers.unit_gate import UnitGateRouter
 
 
 class UnitLinearRouter(UnitGateRouter[UnitLinearConfig]):

@@ -11,36 +11,12 @@ Letters: T tokens, D model width, E experts, K experts a token, O = E - 1 others
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from moe.errors import require
-from moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe.routers.configs.xft_config import XFTConfig
+from moe.routers.linear import LinearRouter
 from moe.types import LayerContext, Routing
-
-
-@dataclass(frozen=True)
-class XFTConfig(LinearRouterConfig):
-    """Config of `XFTRouter`."""
-
-    name: Literal["xft"] = "xft"
-    top_k: int = 2
-    """Experts per token, the first one included."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.top_k >= 2,
-                "top_k",
-                "the first expert is one of them, and a choice needs another",
-                "Set it to 2 or more.",
-            ),
-        )
 
 
 class XFTRouter(LinearRouter[XFTConfig]):

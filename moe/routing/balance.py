@@ -10,12 +10,13 @@ Letters: T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe.routing.scope import BalanceScope
 from moe.routing.step_state import StepSums
 from moe.types import LayerContext
 
@@ -125,9 +126,6 @@ def attach_loss(activation: Tensor, loss: Tensor, scale: float) -> Tensor:
     """
     out: Tensor = _AttachLoss.apply(activation, loss, scale)  # type: ignore[no-untyped-call]
     return out
-
-
-BalanceScope = Literal["micro_batch", "sequence", "global_batch"]
 
 
 def balance_loss(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.routing.balance import BalanceScope
+from moe.routing.scope import BalanceScope
 from moe.routing.step_state import StepSums
 from moe.types import LayerContext
 

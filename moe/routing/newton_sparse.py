@@ -23,7 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 
 # Sufficient increase of the line search (Armijo), and the shortest step it tries.
 _ARMIJO = 1e-4

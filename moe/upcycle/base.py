@@ -5,59 +5,18 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
-from moe.errors import Mistake, require
+from moe.errors import Mistake
 from moe.experts.weights import FFNWeights
-from moe.routers.base import Router, RouterConfig
-from moe.types import Config
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from moe.upcycle.build_experts import BuiltLayer, build_layer, ffn_shape
+from moe.upcycle.configs import UpcycleConfig
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.layer_choice import LayerChoice, parse_layers
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
-
-#: More than any mixture of feed-forward networks has; a plan has an entry for each.
-_MOST_EXPERTS = 2**16
-
-
-@dataclass(frozen=True)
-class UpcycleConfig(Config):
-    """Config that every method has."""
-
-    name: str
-    """The method's name, as in ``conf/upcycle/NAME.yaml``."""
-    num_experts: int = 8
-    """Routed experts of each MoE layer."""
-    layers: str | list[int] = "all"
-    """Layers that become MoE layers: ``all``, ``every:N`` or ``every:N:OFFSET``, ``last:N``, ``inner:N`` (all
-    but N at either end), or a list of indices."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                self.num_experts >= 2,
-                "num_experts",
-                "a mixture has at least two experts",
-                "Set it to 2 or more.",
-            ),
-            (
-                self.num_experts <= _MOST_EXPERTS,
-                "num_experts",
-                f"the number of experts of a layer is at most {_MOST_EXPERTS}",
-                "Set a smaller one.",
-            ),
-        )
-        parse_layers(self.layers)
-
-    @property
-    def layer_choice(self) -> LayerChoice:
-        """The parsed `layers`."""
-        return parse_layers(self.layers)
-
 
 ConfigT = TypeVar("ConfigT", bound=UpcycleConfig)
 

@@ -10,26 +10,16 @@ Letters: E experts, F width, S dense models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from moe.errors import Mistake
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.branch_train_mix_config import BranchTrainMixConfig
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan
-
-
-@dataclass(frozen=True)
-class BranchTrainMixConfig(UpcycleConfig):
-    """Config of `BranchTrainMix`."""
-
-    name: Literal["branch_train_mix"] = "branch_train_mix"
-    sources: list[str] = field(default_factory=list)
-    """Folders of the branches: dense checkpoints with the shape and tokenizer of ``dense``, the seed."""
-    keep_seed: bool = True
-    """Use the seed as a source of experts and of the mean, too."""
 
 
 class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):

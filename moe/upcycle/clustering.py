@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 #: Points up to which assignments are optimal. The work grows with the cube.
@@ -68,6 +67,9 @@ def assign_balanced(
     assert int(capacity_K.sum()) == N, (capacity_K, N)
     cost_NK = cost_NK.detach().double().cpu()
     if len(cost_NK) <= exact_points:
+        # Imported where it is used: every start of a run imports this module, and scipy takes 0.3 seconds.
+        from scipy.optimize import linear_sum_assignment
+
         place_cluster_N = torch.arange(K).repeat_interleave(capacity_K)
         _, column_N = linear_sum_assignment(cost_NK[:, place_cluster_N].numpy())
         return place_cluster_N[torch.from_numpy(column_N)]

@@ -10,45 +10,22 @@ Letters: E routed experts, F width of the dense network or of an expert, S sampl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.cmoe_config import CMoEConfig
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.neuron_split import marker_groups
 from moe.upcycle.partition import parts_plan
 
 _ROUTER = "analytical"
-
-
-@dataclass(frozen=True)
-class CMoEConfig(UpcycleConfig):
-    """Config of `CMoE`."""
-
-    name: Literal["cmoe"] = "cmoe"
-    num_experts: int = 14
-    """Routed experts."""
-    num_shared: int = 2
-    """Width of the shared expert in widths of a routed one; 0 for none."""
-    activation_top_k: int = 10
-    """Neurons that a token marks."""
-    marker_tokens: int = 4096
-    """Tokens whose marks form the groups; rates are counted over the whole text."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            *(
-                (getattr(self, name) >= low, name, f"must be at least {low}", "Raise it.")
-                for name, low in (("num_shared", 0), ("activation_top_k", 1), ("marker_tokens", 1))
-            ),
-        )
 
 
 class CMoE(UpcycleMethod[CMoEConfig]):

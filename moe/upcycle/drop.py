@@ -13,47 +13,17 @@ Letters: F width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.types import unless
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.drop_config import DropConfig
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, Moments, Noise
-
-
-@dataclass(frozen=True)
-class DropConfig(UpcycleConfig):
-    """Config of `Drop`."""
-
-    name: Literal["drop"] = "drop"
-    ratio: float = 0.5
-    """Share of each expert's neurons that change. 0.5 was best in the paper; 1 loses all that was learned."""
-    change: Literal["redraw", "noise"] = "redraw"
-    """``redraw``: drawn anew. ``noise``: noise of `noise_std` is added, the paper's baseline."""
-    noise_std: float = 0.02
-    """Standard deviation of the noise."""
-    independent: bool = False
-    """Change each matrix at neurons of its own, as in the released code and the paper's experiments; false
-    is the paper's text."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
-            (self.noise_std > 0, "noise_std", "there would be no noise", "Set it above 0."),
-        )
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return unless(self.change == "noise", "change=redraw adds no noise", "noise_std") | unless(
-            self.ratio > 0, "ratio is 0", "change", "noise_std"
-        )
 
 
 class Drop(UpcycleMethod[DropConfig]):

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.routers import Router, RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from moe.types import LayerContext, RouterContext
 
 # Sizes of the small router. Rows with deviation 1/sqrt(D) give logits with deviation 1: clear choices without

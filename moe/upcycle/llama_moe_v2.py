@@ -11,77 +11,21 @@ Letters: D model width, E experts, F width of the dense network or of an expert,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.types import unless
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.llama_moe_v2_config import LlamaMoEV2Config
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, RouterStart
 from moe.upcycle.llama_moe import share_and_divide
 from moe.upcycle.partition import is_whole, parts_plan
-
-
-@dataclass(frozen=True)
-class LlamaMoEV2Config(UpcycleConfig):
-    """Config of `LlamaMoEV2`."""
-
-    name: Literal["llama_moe_v2"] = "llama_moe_v2"
-    num_experts: int = 7
-    """Routed experts."""
-    layers: str | list[int] = "inner:1"
-    """Layers that become MoE layers; the release leaves the first and the last dense."""
-    residual: bool = True
-    """Make a shared expert beside the routed ones, all by importance; false cuts the dense network into runs
-    of neurons."""
-    router_rows: Literal["centroids", "raw_centroids", "drawn"] = "centroids"
-    """``centroids`` divided by their mean squared length, so that a logit is about 1 at its own centroid;
-    ``raw_centroids`` as the release: the choice is the same, and its weights are nearly 0 and 1."""
-    cluster_tokens: int = 8192
-    """Tokens that are clustered."""
-    align_outputs: bool = False
-    """Rescale each layer's outputs to the deviation of the dense network's, channel by channel, on the tokens
-    of the equivalence check."""
-    scale_factor: float | None = None
-    """Factor on the routed experts' output, folded into their down projections. None takes K with a shared
-    expert (1 for the release's top-1), so that experts weigh about 1, and E / K without."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.scale_factor is None or self.scale_factor > 0,
-                "scale_factor",
-                "experts that count nothing cannot learn",
-                "Set it above 0.",
-            ),
-            (
-                self.cluster_tokens >= self.num_experts,
-                "cluster_tokens",
-                "every cluster needs a token",
-                "Set it to num_experts or more; thousands are usual.",
-            ),
-        )
-
-    @property
-    def num_parts(self) -> int:
-        """Equal parts that the dense neurons are cut into."""
-        return self.num_experts + int(self.residual)
-
-    @property
-    def sets_rows(self) -> bool:
-        """True if the router begins at centroids."""
-        return self.residual and self.router_rows != "drawn"
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return unless(self.residual, "residual=false cuts without measuring", "router_rows", "cluster_tokens")
 
 
 class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):

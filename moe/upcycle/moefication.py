@@ -10,14 +10,16 @@ Letters: E experts, F width of the dense network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from moe.errors import Mistake
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.moefication_config import MoEficationConfig
 from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.neuron_split import coactivation_groups, groups_of
@@ -25,16 +27,6 @@ from moe.upcycle.partition import division_faults, parts_plan
 from moe.upcycle.snake import unit_faults
 
 _SPARSE = ("relu", "relu2")
-
-
-@dataclass(frozen=True)
-class MoEficationConfig(UpcycleConfig):
-    """Config of `MoEfication`."""
-
-    name: Literal["moefication"] = "moefication"
-    split: Literal["cluster", "coactivation"] = "coactivation"
-    """Balanced k-means of the normalised up rows, or a balanced partition of the graph of neurons that are
-    active for the same tokens."""
 
 
 class MoEfication(UpcycleMethod[MoEficationConfig]):

@@ -10,41 +10,18 @@ Letters: E experts, F width of the dense network or of an expert, K experts a to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.partition_config import PartitionConfig
 from moe.upcycle.gates import Gates, observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
-
-
-@dataclass(frozen=True)
-class PartitionConfig(UpcycleConfig):
-    """Config of `Partition`."""
-
-    name: Literal["partition"] = "partition"
-    split: Literal["random", "contiguous"] = "random"
-    """Division of the neurons: at random, or in runs."""
-    scale_factor: float | None = None
-    """Factor on the experts' output, folded into their down projections; None takes ``E / K`` like LLaMA-MoE.
-    If weights sum to 1, each of K experts then weighs about E / K^2; a factor of K makes it 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.scale_factor is None or self.scale_factor > 0,
-                "scale_factor",
-                "experts that count nothing cannot learn",
-                "Set it above 0.",
-            ),
-        )
 
 
 class Partition(UpcycleMethod[PartitionConfig]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe.errors import Mistake
-from moe.routers import RouterConfig
+from moe.routers.configs import RouterConfig
 from moe.upcycle.gates import Gates, keeps_groups, observe
 
 # Options that can separate experts with equal rows, with the value at which they do not.

@@ -9,49 +9,18 @@ Letters: E experts, F width of the dense network or of an expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.types import unless
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
 from moe.upcycle.shuffle_slice import width_faults
-
-
-@dataclass(frozen=True)
-class SharedDenseConfig(UpcycleConfig):
-    """Config of `SharedDense`."""
-
-    name: Literal["shared_dense"] = "shared_dense"
-    routed: Literal["copies", "drawn"] = "copies"
-    """Gate and up projections of the routed experts: dense neurons (all of them, or a random choice for each
-    narrower expert), or drawn with `init_std`."""
-    expert_width: int | None = None
-    """F of a routed expert, at most the dense network's, which None takes."""
-    init_std: float = 0.02
-    """Standard deviation of drawn weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.expert_width is None or self.expert_width >= 1,
-                "expert_width",
-                "must be at least 1",
-                "Or leave it at null.",
-            ),
-            (self.init_std > 0, "init_std", "experts of zeros stay equal", "Set it above 0; 0.02 is usual."),
-        )
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return unless(self.routed == "drawn", "routed=copies draws no weights", "init_std")
 
 
 class SharedDense(UpcycleMethod[SharedDenseConfig]):

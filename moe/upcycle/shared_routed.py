@@ -12,51 +12,21 @@ Letters: E experts, F width, G shards, S shared ones, K experts a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.shared_routed_config import SharedRoutedConfig
 from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
 from moe.upcycle.router_faults import group_faults, sum_faults
 
 _RATE = "activation_rate_F"
-
-
-@dataclass(frozen=True)
-class SharedRoutedConfig(UpcycleConfig):
-    """Config of `SharedRouted`."""
-
-    name: Literal["shared_routed"] = "shared_routed"
-    granularity: int = 4
-    """G, shards that the dense network is cut into: experts are G times narrower."""
-    num_shared: int = 2
-    """S, shards that every token uses. The other G - S form the experts of a virtual group."""
-    order: Literal["contiguous", "activation_rate"] = "contiguous"
-    """Shared neurons: the first in the dense network, or those most often among a token's most active ones,
-    as measured on the run's text."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                1 <= self.num_shared < self.granularity,
-                "num_shared",
-                f"of granularity={self.granularity} shards at least one is shared and at least one routed",
-                "Set it from 1 to granularity - 1.",
-            ),
-        )
-
-    @property
-    def group_size(self) -> int:
-        """Experts of a virtual group, ``G - S``."""
-        return self.granularity - self.num_shared
 
 
 class SharedRouted(UpcycleMethod[SharedRoutedConfig]):

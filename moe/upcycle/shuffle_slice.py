@@ -13,40 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
 from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
-
-
-@dataclass(frozen=True)
-class ShuffleSliceConfig(UpcycleConfig):
-    """Config of `ShuffleSlice`."""
-
-    name: Literal["shuffle_slice"] = "shuffle_slice"
-    expert_width: int | None = None
-    """F of an expert, at most the dense network's; None takes half of the dense network's."""
-    ratio: float = 0.5
-    """Share of each expert's neurons that are drawn anew."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (
-                self.expert_width is None or self.expert_width >= 1,
-                "expert_width",
-                "must be at least 1",
-                "Or leave it at null.",
-            ),
-            (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
-        )
 
 
 class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):

@@ -9,33 +9,19 @@ Letters: E routed experts, F width of the dense network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from moe.errors import Mistake, at_least, require
+from moe.errors import Mistake
 from moe.routers import router_class
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.snake_config import SnakeConfig
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.neuron_split import snake_groups
 from moe.upcycle.partition import parts_plan
-
-
-@dataclass(frozen=True)
-class SnakeConfig(UpcycleConfig):
-    """Config of `Snake`."""
-
-    name: Literal["snake"] = "snake"
-    num_shared: int = 0
-    """Width of the shared expert of the most important neurons, in widths of a routed one; 0 for none."""
-    importance: Literal["output", "gradient"] = "output"
-    """``output``: mean of ``|h_i * mean_d W2[d, i]|``, like the source. ``gradient``: of ``|h * dL/dh|``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, *at_least(self, 0, "num_shared"))
 
 
 class Snake(UpcycleMethod[SnakeConfig]):

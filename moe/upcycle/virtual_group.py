@@ -11,41 +11,21 @@ Letters: E experts, F width, G shards of a copy, K experts a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from moe.errors import Mistake, require
-from moe.routers.base import Router, RouterConfig
-from moe.upcycle.base import UpcycleConfig, UpcycleMethod
+from moe.errors import Mistake
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.upcycle.base import UpcycleMethod
+from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
 from moe.upcycle.gates import observe
 from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
 from moe.upcycle.router_faults import group_faults, sum_faults
 
 # Activation in which a factor on the input counts twice, as with a gate.
 _QUADRATIC = "relu2"
-
-
-@dataclass(frozen=True)
-class VirtualGroupConfig(UpcycleConfig):
-    """Config of `VirtualGroup`."""
-
-    name: Literal["virtual_group"] = "virtual_group"
-    granularity: int = 2
-    """G, shards that each copy of the dense network is cut into: experts are G times narrower, and a token
-    uses G times more of them for the same arithmetic. 1 makes copies with a factor."""
-    scale: Literal["down", "cube_root", "none"] = "down"
-    """Place of the factor: the down projection, which is exact; its cube root on all three matrices (its
-    square root on both matrices without a gate), which trained better in the paper but is not exact; or
-    none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self,
-            (self.granularity >= 1, "granularity", "a copy is at least one shard", "Set it to 1 or more."),
-        )
 
 
 class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):

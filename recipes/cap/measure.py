@@ -102,7 +102,7 @@ def _refused(system: System, error: RuntimeError) -> Exception:
     if way in (None, "eager") or not any(site.kind == "indices" for site in system.sites):
         return error
     rule = f"the model does not run with it ({str(error).strip().splitlines()[0]})"
-    return ModelError.one("--experts", way, rule, "Give --experts eager.")
+    return ModelError.one("--backend", way, rule, "Give --backend eager.")
 
 
 def unmeasured_point(rates: Rates, reason: str) -> dict[str, Any]:

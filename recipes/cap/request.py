@@ -154,7 +154,7 @@ def _check_server(request: Request) -> list[Mistake]:
         "--answers": request.accuracy.answers,
         "--lm-eval": request.accuracy.tasks,
         "--overhead": request.overhead,
-        "--experts": request.experts,
+        "--backend": request.experts,
         "--trust-remote-code": request.trust_remote_code,
     }
     for flag, value in not_there.items():

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.owners import CONF, owner_mistake
+from recipes.config.owners import CONF, choose, owner_mistake
 from recipes.config.renamed import check_name
+from recipes.config.warm_up import scale_warm_ups
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     if values["job"] is None:
         recipes = ", ".join(sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
         raise ConfigError.one("recipe", None, "no recipe is chosen", f"Add +recipe=NAME, one of: {recipes}.")
+    scale_warm_ups(values, overrides)
     return values
 
 
@@ -133,8 +135,8 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
         remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
         return Mistake(path, value, "there is no such option", remedy)
     if (CONF / path).is_dir() and culprit is not None:
-        choices = ", ".join(sorted(p.stem for p in (CONF / path).glob("*.yaml"))) or "none"
-        return Mistake(path, value, "there is no such choice", f"Choose one of: {choices}.")
+        remedy = choose(value, (file.stem for file in (CONF / path).glob("*.yaml")))
+        return Mistake(path, value, "there is no such choice", remedy)
     first = " ".join(text.split())
     return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
 

@@ -14,19 +14,22 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from moe.attention.attention_config import AttentionConfig
 from moe.errors import ConfigError, FieldError, Mistake, at_least, require
-from moe.experts.experts import ExpertsConfig
-from moe.routers import RouterConfig, router_classes
+from moe.experts.experts_config import ExpertsConfig
+from moe.routers import router_classes, router_configs
+from moe.routers.configs import RouterConfig
 from moe.routing.top_k_schedule import SparsePhase
 from moe.types import Config, unless
-from moe.upcycle import UpcycleConfig, upcycle_methods
-from recipes.config.owners import owner_mistake
+from moe.upcycle import upcycle_configs, upcycle_method, upcycle_methods
+from moe.upcycle.configs import UpcycleConfig
+from recipes.config.owners import choose, owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
 from recipes.data.config import DataConfig
-from recipes.engines import EngineConfig, engine_classes
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines import engine_classes, engine_configs
+from recipes.engines.config import EngineConfig
+from recipes.engines.optim.config import OptimConfig
 from recipes.runtime.config import FaultsConfig
-from recipes.tracking.trackers import TrackerConfig
+from recipes.tracking.config import TrackerConfig
 
 # A byte-level tokenizer has 256 bytes and the end token.
 _SMALLEST_VOCABULARY = 257
@@ -137,6 +140,7 @@ class DefaultModelConfig(Config):
     """Optimizer steps of its training; 0 keeps the weights as they were drawn."""
     lr: float = 3e-3
     warmup_steps: int = 40
+    """Steps before the full learning rate; where no option of a command sets them, at most a fifth."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -213,7 +217,7 @@ class RunConfig(Config):
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""
-        method = upcycle_methods()[self.upcycle.name](self.upcycle)
+        method = upcycle_method(self.upcycle)
         measures = f"upcycle={self.upcycle.name} looks at no activations"
         code = self.dense is not None or bool(method.sources)
         trains = self.train.steps > 0
@@ -231,6 +235,21 @@ class RunConfig(Config):
         return section
 
 
+def config_classes() -> dict[str, Mapping[str, type[Any]]]:
+    """Returns, for each section whose ``name`` picks a class, the config classes by that name."""
+    return {"router": router_configs(), "upcycle": upcycle_configs(), "engine": engine_configs()}
+
+
+def _with_own_files(section: str, configs: Mapping[str, type[Any]]) -> Mapping[str, type[Any]]:
+    """Returns all config classes of a family: also those in the file of the class that they configure."""
+    classes: Mapping[str, type[Any]] = {
+        "router": router_classes,
+        "upcycle": upcycle_methods,
+        "engine": engine_classes,
+    }[section.rpartition(".")[2]]()
+    return {name: cls.config_class for name, cls in classes.items()} | dict(configs)
+
+
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
     """Reads composed yaml values into the typed config.
 
@@ -242,11 +261,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     content = with_new_names(values)
     if "sections" in content:
         mistakes.append(Mistake("sections", content.pop("sections"), *_NO_OPTION))
-    families: dict[str, Mapping[str, Any]] = {
-        "router": router_classes(),
-        "upcycle": upcycle_methods(),
-        "engine": engine_classes(),
-    }
+    families = config_classes()
     for name, classes in families.items():
         content[name] = _parse_family(name, content.get(name), classes, mistakes)
     content["attention"] = _parse_attention(content.get("attention"), families["router"], mistakes)
@@ -272,11 +287,14 @@ def _parse_family(
     if not isinstance(value, Mapping) or "name" not in value:
         mistakes.append(Mistake(section, value, "the section must hold a name", f"One of {_list(classes)}."))
         return None
-    if not isinstance(value["name"], str) or value["name"] not in classes:
+    if value["name"] not in list(classes):
+        classes = _with_own_files(section, classes)
+    if value["name"] not in list(classes):
         rule = f"no {section} has this name"
-        mistakes.append(Mistake(f"{section}.name", value["name"], rule, f"Choose one of {_list(classes)}."))
+        remedy = choose(value["name"], classes, "Choose one of ")
+        mistakes.append(Mistake(f"{section}.name", value["name"], rule, remedy))
         return None
-    return _read(classes[value["name"]].config_class, dict(value), section, mistakes)
+    return _read(classes[value["name"]], dict(value), section, mistakes)
 
 
 def _parse_attention(value: Any, routers: Mapping[str, Any], mistakes: list[Mistake]) -> Any | None:

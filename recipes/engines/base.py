@@ -16,25 +16,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.types import Config
+from recipes.engines.config import EngineConfig
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
-    from moe.routers import RouterConfig
+    from moe.routers.configs import RouterConfig
     from recipes.checkpoint import GlobalTensor
     from recipes.data.samples import TokenMetadata
     from recipes.engines.micro_batch import MicroBatch
-    from recipes.engines.optim.optimizer import OptimConfig
+    from recipes.engines.optim.config import OptimConfig
     from recipes.engines.run_options import RunOptions
     from recipes.models.hf.hf_model import HFModel
-
-
-@dataclass(frozen=True)
-class EngineConfig(Config):
-    """Base of the engines' configs, whose name picks the engine."""
-
-    name: str
-    """The engine's name, as in ``conf/engine/NAME.yaml``."""
 
 
 ConfigT = TypeVar("ConfigT", bound=EngineConfig)

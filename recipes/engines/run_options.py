@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from moe.attention.attention_config import AttentionConfig
-    from moe.experts.experts import ExpertsConfig
+    from moe.experts.experts_config import ExpertsConfig
     from recipes.data.config import DataConfig
 
 

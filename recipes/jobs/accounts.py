@@ -19,7 +19,7 @@ from recipes.training.model_costs import expert_readers, local_update_bytes, pea
 
 if TYPE_CHECKING:
     from moe.accounting.training import StepModel
-    from recipes.engines import Engine, TrainModule
+    from recipes.engines.base import Engine, TrainModule
     from recipes.jobs.base import Session
     from recipes.models.hf.hf_model import HFModel
     from recipes.tracking.results import Results

@@ -13,7 +13,7 @@ from recipes.engines.console import RankConsole
 if TYPE_CHECKING:
     from moe.errors import Mistake
     from recipes.config.schema import RunConfig
-    from recipes.engines import Engine
+    from recipes.engines.base import Engine
     from recipes.jobs.run_dir import RunDir
     from recipes.runtime.interrupt import StopRequest
     from recipes.tracking.goodput import GoodputLedger

@@ -23,7 +23,8 @@ from recipes.data.bpe import train_byte_level_bpe
 from recipes.data.build_data import TrainData, load_data
 from recipes.data.sources import fingerprint, read_documents
 from recipes.engines.console import RankConsole
-from recipes.engines.optim.optimizer import OptimConfig, ScheduleConfig
+from recipes.engines.optim.config import OptimConfig
+from recipes.engines.optim.optimizer import ScheduleConfig
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.claim import GaveUpError, lock_beside, wait_for
 from recipes.runtime.interrupt import StopRequest

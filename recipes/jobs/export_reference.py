@@ -30,7 +30,7 @@ from recipes.models.hf.state_dict_map import StateDictMap, kept_specs
 from recipes.models.lora_model import factors_of, model_lora, without_factors
 
 if TYPE_CHECKING:
-    from recipes.engines import Engine, TrainModule
+    from recipes.engines.base import Engine, TrainModule
     from recipes.models.export import Exporter
     from recipes.models.hf.hf_model import HFModel
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from moe.errors import ConfigError
 from moe.routing.top_k_schedule import TopKSchedule
-from moe.upcycle import UpcycleMethod, upcycle_method
+from moe.upcycle import upcycle_method
+from moe.upcycle.base import UpcycleMethod
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.jobs.export_stage import check_export_early, export_moe
 from recipes.jobs.memory_check import foresee_memory

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from moe.errors import FieldError, Mistake, UserError
 from moe.routers import router_class
 from moe.upcycle import upcycle_method
 from moe.upcycle.layer_plan import FFNShape
+from recipes.config.places import check_folder
 from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.chat_template import check_chat_template
-from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
@@ -72,19 +69,6 @@ def check_opens(config: RunConfig) -> list[Mistake]:
     except UserError as error:
         return list(error.mistakes)
     return check_companions(config.dense or "", code=trusts(folder, trust))
-
-
-def check_places(values: Mapping[str, Any]) -> list[Mistake]:
-    """Checks the files and folders that a config names, where the rest of it cannot be read."""
-    mistakes = []
-    with contextlib.suppress(ValidationError):  # the schema has reported it
-        mistakes += check_paths(TypeAdapter(DataConfig).validate_python(values.get("data")))
-    for name in ("output_dir", "cache_dir"):
-        if isinstance(folder := values.get(name), str):
-            mistakes += check_folder(name, folder)
-    if isinstance(dense := values.get("dense"), str):
-        mistakes += check_dense(dense, trust_remote_code=values.get("trust_remote_code") is True)
-    return mistakes
 
 
 def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
@@ -224,26 +208,6 @@ def check_run_dir(config: RunConfig) -> list[Mistake]:
 def check_folders(config: RunConfig) -> list[Mistake]:
     """Checks that output and cache folder can be written or made."""
     return check_folder("output_dir", config.output_dir) + check_folder("cache_dir", config.cache_dir)
-
-
-def check_folder(name: str, value: str) -> list[Mistake]:
-    """Checks that a folder can be written or made.
-
-    Args:
-        name: Config path.
-        value: The folder.
-    """
-    try:
-        folder = Path(value).expanduser().absolute()
-        folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a NUL in it, an unknown user
-        return [Mistake(name, value, f"it is no path ({error})", "Give another folder.")]
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        return [Mistake(name, value, f"{existing} is a file", "Give another folder.")]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [Mistake(name, value, f"{existing} is not writable", "Give a folder that you may write to.")]
-    return []
 
 
 def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:

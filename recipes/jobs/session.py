@@ -12,7 +12,8 @@ from torch.distributed import Store
 from moe.errors import DiskError, GraftError, UserError
 from recipes.config.compose import to_yaml
 from recipes.config.schema import RunConfig
-from recipes.engines import Engine, engine_classes
+from recipes.engines import engine_classes
+from recipes.engines.base import Engine
 from recipes.jobs.base import Job, Session
 from recipes.jobs.run_dir import RunDir, claim_run_dir, run_id_of
 from recipes.runtime.agreement import facts_of_this_rank, require_agreement

@@ -25,7 +25,7 @@ from recipes.upcycling.sharded.sharded_models import dense_model
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
     from recipes.data.build_data import TrainData
-    from recipes.engines import Engine
+    from recipes.engines.base import Engine
     from recipes.engines.console import RankConsole
     from recipes.jobs.rounding import StepZero
     from recipes.jobs.run_dir import RunDir

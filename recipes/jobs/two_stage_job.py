@@ -18,7 +18,7 @@ from recipes.config.sections.compare_config import CompareConfig
 from recipes.config.sections.stage2_config import Stage2Config
 from recipes.data.build_data import TrainData
 from recipes.data.sources import check_paths, resolve
-from recipes.engines.optim.optimizer import FrozenConfig
+from recipes.engines.optim.config import FrozenConfig
 from recipes.jobs.default_model import shared_data
 from recipes.jobs.identity import data_changes, data_parts
 from recipes.jobs.moe_stage import build_moe, report_moe

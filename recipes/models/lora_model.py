@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.experts.experts import Experts
-from moe.experts.lora import (
-    DRAWN,
-    FACTOR_NAMES,
-    FACTORS,
-    LoraConfig,
-    drawn_factor,
-    merged,
-    rank_unsupported_reason,
-)
+from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, drawn_factor, merged, rank_unsupported_reason
+from moe.experts.lora_config import LoraConfig
 from moe.layer import moe_layers
 from recipes.checkpoint.shard_layout import Placed, place
 from recipes.models.export.spec import ModelSpec

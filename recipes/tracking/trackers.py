@@ -15,17 +15,17 @@ import os
 import secrets
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from moe.errors import DiskError, Mistake, require
-from moe.types import Config, unless
+from moe.errors import DiskError, Mistake
 from recipes.tracking.buffered_log import BufferedLog
+from recipes.tracking.config import TrackerConfig
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 from recipes.tracking.report.colours import load_image
 
@@ -40,44 +40,6 @@ _MODES = {
 _SAME_SERVER = {"api.forge.coreweave.com": ("api.wandb.ai",)}  # wandb takes the second's key for the first
 _MAX_BINS = 512  # wandb refuses histograms with more
 _NOT_CHARTED = frozenset({"stage", "time"})  # the stage is in every name, and wandb keeps its own time
-
-
-@dataclass(frozen=True)
-class TrackerConfig(Config):
-    """Settings of the charts.
-
-    Attributes:
-        mode: ``online``, ``offline`` (kept under the run directory), ``disabled``, or ``auto``: what
-            WANDB_MODE sets, else online if an API key is found, else offline.
-        project: wandb project.
-        entity: wandb user or team; None for the account's own.
-        group: wandb group of runs.
-        tags: wandb tags.
-        media_every: Steps between pictures and histograms of expert load.
-        timeout_s: Seconds to wait for wandb when a run starts and when it ends.
-    """
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "graft"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    media_every: int = 50
-    timeout_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (bool(self.project), "project", "is empty", "Name a wandb project."),
-            (self.media_every >= 1, "media_every", "must be at least 1 step", "Raise it."),
-            (self.timeout_s > 0, "timeout_s", "must be more than 0 seconds", "Raise it."),
-        )
-
-    def idle(self) -> dict[str, str]:
-        """Returns the options without effect; see `Config.idle`."""
-        return unless(
-            self.mode != "disabled", "mode is disabled", *(f.name for f in fields(self) if f.name != "mode")
-        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from recipes.models.hf.ffn_blocks import decoder_blocks
 
 if TYPE_CHECKING:
     from recipes.engines.base import HeldShares
-    from recipes.engines.optim.optimizer import OptimConfig
+    from recipes.engines.optim.config import OptimConfig
     from recipes.models.hf.hf_model import HFModel
 
 # Tensors of width D that a block keeps a token, beside what its matrices read and write.

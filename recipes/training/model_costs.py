@@ -23,7 +23,7 @@ from recipes.runtime.machine_memory import peak_resident_bytes
 from recipes.tracking.step_costs import Costs
 
 if TYPE_CHECKING:
-    from recipes.engines import TrainModule
+    from recipes.engines.base import TrainModule
     from recipes.models.hf.hf_model import HFModel
 
 

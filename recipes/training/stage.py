@@ -12,8 +12,8 @@ from recipes.checkpoint import Origin
 if TYPE_CHECKING:
     from recipes.config.schema import TrainConfig
     from recipes.data.build_data import TrainData
-    from recipes.engines import TrainModule
-    from recipes.engines.optim.optimizer import OptimConfig
+    from recipes.engines.base import TrainModule
+    from recipes.engines.optim.config import OptimConfig
     from recipes.tracking.step_costs import Costs, StepCosts
 
 

@@ -8,7 +8,8 @@ from typing import Any, overload
 import torch
 
 from recipes.data.packing import rank_slice
-from recipes.engines import Engine, MicroBatch
+from recipes.engines.base import Engine
+from recipes.engines.micro_batch import MicroBatch
 from recipes.runtime.heartbeat import FIRST_STEP, Heartbeat
 from recipes.training.stage import Stage
 

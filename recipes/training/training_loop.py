@@ -17,7 +17,7 @@ import torch
 
 from moe.metrics import LoadReport, report_load
 from recipes.checkpoint import step_name
-from recipes.engines import Engine
+from recipes.engines.base import Engine
 from recipes.engines.optim.optimizer import lr_factor
 from recipes.runtime.clock import steady_time
 from recipes.runtime.interrupt import StopRequest

@@ -14,7 +14,7 @@ from recipes.training.hooks.base import StepHook, TrainStep, is_due
 if TYPE_CHECKING:
     from recipes.config.schema import TrainConfig
     from recipes.data.build_data import TrainData
-    from recipes.engines import Engine, TrainModule
+    from recipes.engines.base import Engine, TrainModule
 
 
 class Validation(StepHook):

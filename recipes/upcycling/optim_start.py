@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.errors import CheckpointError, Mistake, UserError
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from recipes.checkpoint import GlobalTensor, global_shape
 from recipes.checkpoint.manifest import read_manifest
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint

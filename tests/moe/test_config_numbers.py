@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe.attention.attention_config import AttentionConfig
 from moe.errors import FieldError, Mistake
-from moe.experts.experts import ExpertsConfig
-from moe.experts.lora import LoraConfig
+from moe.experts.experts_config import ExpertsConfig
+from moe.experts.lora_config import LoraConfig
 from moe.routers import router_classes
-from moe.routers.topk import TopKConfig
-from moe.routing.permutation import PermutationConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routing.permutation_config import PermutationConfig
 from moe.types import Config
 from moe.upcycle import upcycle_methods
 from tests.grid import each

@@ -18,7 +18,7 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers import RouterConfig
+from moe.routers.configs import RouterConfig
 from tests.kernels.expert_reference import FACTORS, NAMES, Sizes, make_inputs
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, batch_fields, make_context, make_router
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.activations import ACTIVATIONS
+from moe.experts.weights import FFNWeights
 from moe.layer import MoELayer, moe_layers
 from moe.metrics import report_load
-from moe.routers import RouterConfig
-from moe.routers.topk import TopKConfig
-from moe.upcycle import FFNWeights
-from moe.upcycle.copies import CopyConfig
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from tests.grid import each
 from tests.kernels.expert_reference import FORMULAS, ON_VALUE
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, label, make_ffn, make_layer, make_router

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.layer_choice import LayerChoice, parse_layers
 
 

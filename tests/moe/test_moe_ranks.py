@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe.metrics import LayerStats, LoadReport, report_load
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.routing.balance import count_load, switch_loss, z_loss
 from moe.types import Routing
 from tests.distributed_helper import run_ranks

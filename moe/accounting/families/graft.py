@@ -13,7 +13,8 @@ from moe.accounting.families.reading import LayerConfig, check_keys, reject
 from moe.accounting.layers import ModelShape, MoEShape
 from moe.accounting.mixers import AttentionShape, Mixer
 from moe.accounting.router_elements import router_elements
-from moe.routers import Router, router_class
+from moe.routers import router_class
+from moe.routers.base import Router
 
 MODEL_TYPE = "graft_moe"
 # The first has no shared experts.

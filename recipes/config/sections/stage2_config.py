@@ -23,7 +23,8 @@ class Stage2Config(Section):
     lr: float = 2e-5
     """Learning rate at the top of its schedule."""
     warmup_steps: int = 18
-    """Optimizer steps before the full learning rate is reached."""
+    """Optimizer steps before the full learning rate is reached; where no option of a command sets them, at
+    most a fifth of the stage."""
 
     def __post_init__(self) -> None:
         require(

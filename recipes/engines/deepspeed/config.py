@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from recipes.engines.process import ProcessConfig
+from recipes.engines.config import ProcessConfig
 
 _BUCKET_ELEMENTS = 500_000_000
 

@@ -34,7 +34,8 @@ from recipes.engines.deepspeed.zero_experts import DeepSpeedEP, apply_ep, gather
 from recipes.engines.hf_train_module import HFTrainModule
 from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.optim.clipping import clip_parts
-from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer
+from recipes.engines.optim.config import OptimConfig
+from recipes.engines.optim.optimizer import OptimizerSet, build_optimizer
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import RunOptions
 from recipes.models.hf.deferred_init import (

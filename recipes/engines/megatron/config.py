@@ -1,4 +1,4 @@
-"""Options of the Megatron engine, and the settings that a model is built with."""
+"""Options of the Megatron engine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from moe.errors import Rule
 from moe.types import unless
-from recipes.engines.megatron.dispatchers import Dispatcher, dispatchers
-from recipes.engines.megatron.expert_kinds import ExpertKind, expert_kinds
-from recipes.engines.process import ProcessConfig
+from recipes.engines.config import ProcessConfig
+from recipes.engines.megatron.dispatchers import dispatchers
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,17 @@ class MegatronConfig(ProcessConfig):
                 "Set it to true.",
             ),
             (self.pipeline_parallel >= 1, "pipeline_parallel", "must be at least 1", "Give 1 for one stage."),
-            _known("experts", self.experts, expert_kinds()),
+            *self._kind_rules(),
             _known("dispatcher", self.dispatcher, dispatchers()),
         ]
+
+    def _kind_rules(self) -> list[Rule]:
+        """Returns the rule of the kind of experts. Kinds are torch code: the default imports none."""
+        if self.experts == "graft":
+            return []
+        from recipes.engines.megatron.expert_kinds import expert_kinds
+
+        return [_known("experts", self.experts, expert_kinds())]
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""
@@ -64,25 +69,3 @@ class MegatronConfig(ProcessConfig):
 def _known(field: str, value: str, names: Iterable[str]) -> Rule:
     """Returns the rule that a value is one of some names."""
     return value in names, field, "there is none of this name", f"Choose {', '.join(names)}."
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """Settings that a model is built with, whatever the model.
-
-    Attributes:
-        device: Device of this rank.
-        dtype: Dtype of all parameters but the routers', which are fp32. If it is lower than fp32, the
-            optimizer keeps fp32 weights.
-        experts: The kind of experts.
-        dispatcher: What sends tokens to their experts.
-        distributed: Whether the optimizer state is sharded over the data-parallel ranks.
-        recomputes: Whether the activations of a block are recomputed in backward.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    experts: ExpertKind
-    dispatcher: Dispatcher
-    distributed: bool
-    recomputes: bool

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe.errors import Mistake
-from moe.routers import RouterConfig
+from moe.routers.configs import RouterConfig
 from recipes.engines.megatron.packages import find_optional
 
 _PATH = "engine.dispatcher"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layer import MoELayer
-from recipes.engines.megatron.config import BuildSettings
+from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.gpt_shape import GPTShape, blocks_of_stages, megatron_layout, read_shape
 from recipes.engines.megatron.layer_slots import Attention, Norm, RouterSlot, SharedSlot
 from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups

@@ -15,16 +15,18 @@ from typing import Any
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake, ModelError
-from moe.routers import RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
 from recipes.engines.base import EngineLayout, HeldShares
-from recipes.engines.megatron.config import BuildSettings, MegatronConfig
+from recipes.engines.megatron.build_settings import BuildSettings
+from recipes.engines.megatron.config import MegatronConfig
 from recipes.engines.megatron.cpu_patches import on_cpu
 from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers, free_buffers
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.gpt_shape import family_mistakes, split_mistakes, stage_mistakes
 from recipes.engines.megatron.megatron_train_module import MegatronTrainModule, prepare
 from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups, leave, seed_gpu
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.optim.config import OptimConfig
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import DefaultModelShape, RunOptions
 from recipes.models.hf.config_file import read_config, trusts

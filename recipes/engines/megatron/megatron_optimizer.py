@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from recipes.checkpoint.shard_layout import LocalBlocks, LocalShard, flat_boxes
-from recipes.engines.megatron.config import BuildSettings
+from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.cpu_patches import cuda_type_names
 from recipes.engines.megatron.hf_weights import LocalParameter, LocalTensor, RowBlock
-from recipes.engines.optim.optimizer import OptimConfig, build_optimizer
+from recipes.engines.optim.config import OptimConfig
+from recipes.engines.optim.optimizer import build_optimizer
 from recipes.models.hf.hf_model import HFModel
 
 _STATES = ("exp_avg", "exp_avg_sq")

@@ -18,7 +18,7 @@ from recipes.checkpoint import LocalBlocks
 from recipes.data.samples import TokenMetadata
 from recipes.engines.base import TrainModule, may_update
 from recipes.engines.hf_train_module import model_tensors
-from recipes.engines.megatron.config import BuildSettings
+from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.gpt_model import build_gpt, keep_padding
 from recipes.engines.megatron.gpt_shape import blocks_of_stages, read_shape
 from recipes.engines.megatron.hf_weights import (
@@ -46,7 +46,7 @@ from recipes.engines.megatron.megatron_optimizer import (
 from recipes.engines.megatron.pipeline import from_last_stage, run_schedule, share_statistics
 from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups
 from recipes.engines.micro_batch import MicroBatch, batch_loss
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.optim.config import OptimConfig
 from recipes.models.hf.deferred_init import PresentWeights, WeightSource, drop_memory, stand_in
 from recipes.models.hf.hf_model import HFModel, empty_copy
 

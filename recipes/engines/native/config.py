@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe.errors import Rule
-from recipes.engines.process import ProcessConfig
+from recipes.engines.config import ProcessConfig
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.errors import Mistake, ModelError
 from moe.experts.expert_slices import keep_slice
 from moe.experts.experts import Experts
-from moe.routers import RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
 from recipes.engines.optim.muon import local_part
 from recipes.models.hf.hf_model import HFModel
 

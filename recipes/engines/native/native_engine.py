@@ -28,7 +28,8 @@ from recipes.engines.native.expert_parallel import gathered
 from recipes.engines.native.parallel_dims import Meshes, ParallelDims
 from recipes.engines.native.parallelize import GradientSync, gather_when_called, parallelize
 from recipes.engines.native.tensor_parallel import attention_mistakes
-from recipes.engines.optim.optimizer import OptimConfig, OptimizerSet, build_optimizer, clip_grad_norm
+from recipes.engines.optim.config import OptimConfig
+from recipes.engines.optim.optimizer import OptimizerSet, build_optimizer, clip_grad_norm
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import RunOptions
 from recipes.models.hf.config_file import read_config

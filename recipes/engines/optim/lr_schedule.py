@@ -16,7 +16,8 @@ class ScheduleConfig(Config):
 
     Attributes:
         kind: ``cosine``, ``constant``, or ``wsd`` (warm up, stay, decay linearly).
-        warmup_steps: Optimizer steps before the full learning rate is reached.
+        warmup_steps: Optimizer steps before the full learning rate is reached; where no option of a command
+            sets them, at most a fifth of the run.
         decay_fraction: Share of the run's steps, at its end, over which ``wsd`` decays.
         min_lr_ratio: Share of the full learning rate at the last step (not used by ``constant``).
     """

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-Adjustment = Literal["match_rms_adamw", "original"]
+from recipes.engines.optim.config import Adjustment
+
 Coefficients = tuple[float, float, float]
 
 # The quintic of K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).

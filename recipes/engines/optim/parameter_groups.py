@@ -7,9 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-#: Names of the groups.
-GROUPS = ("router", "experts", "expert_biases", "matrices", "tensors", "head", "embeddings", "vectors")
-
 
 def group_parameters(model: nn.Module) -> dict[str, list[str]]:
     """Sorts the parameters that require gradients into groups, by their purpose.

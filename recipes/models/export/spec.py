@@ -14,7 +14,7 @@ from moe.upcycle.layer_plan import FFNShape
 from recipes.models.hf.declared_config import DeclaredConfig
 
 if TYPE_CHECKING:
-    from moe.routers import Router
+    from moe.routers.base import Router
     from recipes.models.hf.hf_model import HFModel
 
 

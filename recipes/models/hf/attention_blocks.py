@@ -17,15 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.attention.attention_config import (
-    AttentionConfig,
-    attention_scale,
-    counts_all_once,
-    router_mistakes,
-)
+from moe.attention.attention_config import AttentionConfig
+from moe.attention.attention_rules import attention_scale, counts_all_once, router_mistakes
 from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights
 from moe.errors import ConfigError, FieldError, Mistake, ModelError
-from moe.routers import Router, router_class
+from moe.routers import router_class
+from moe.routers.base import Router
 from moe.routing.draws import seeded_generator
 from moe.upcycle.equivalence import (
     TOLERANCES,

@@ -22,7 +22,7 @@ from moe.errors import FieldError, ModelError
 from moe.experts.weights import FFNWeights
 
 if TYPE_CHECKING:
-    from moe.upcycle import UpcycleConfig
+    from moe.upcycle.configs import UpcycleConfig
     from recipes.models.hf.hf_model import HFModel
 
 # (gate, up, down) by the names that the families of transformers use; gate None: not gated;

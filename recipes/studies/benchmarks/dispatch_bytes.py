@@ -35,7 +35,7 @@ from moe.types import Routing
 
 _TIMEOUT = timedelta(minutes=10)
 _WARMUP = 2
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DispatchShape:
         width: D.
         experts: E, of all ranks together.
         top_k: K.
-        dtype: Dtype of rows: ``float32`` or ``bfloat16``.
+        dtype: Dtype of rows: ``fp32`` or ``bf16``.
         skewed: Low experts are chosen more often than high ones.
         shared_width: Width of the shared expert.
     """
@@ -56,7 +56,7 @@ class DispatchShape:
     width: int
     experts: int
     top_k: int
-    dtype: str = "bfloat16"
+    dtype: str = "bf16"
     skewed: bool = False
     shared_width: int = 1024
 

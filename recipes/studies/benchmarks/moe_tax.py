@@ -22,7 +22,8 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
 from moe.types import LayerContext, RouterContext
 
 # Theirs under each implementation of the experts.

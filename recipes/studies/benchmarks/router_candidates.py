@@ -17,9 +17,12 @@ from torch import Tensor
 from moe.errors import ConfigError, Mistake
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
-from moe.routers import Router, RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from moe.routing.newton_sparse import NewtonRule, sinkhorn_newton
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 from moe.types import LayerContext, RouterContext, Routing
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config

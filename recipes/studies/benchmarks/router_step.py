@@ -21,8 +21,8 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer, moe_layers
-from moe.routers import RouterConfig
-from moe.routers.ssr import SSRConfig
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.ssr_config import SSRConfig
 from moe.types import LayerContext, RouterContext
 from recipes.studies.benchmarks.moe_tax import StepShape
 from recipes.studies.benchmarks.router_candidates import (

@@ -24,11 +24,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle import upcycle_methods
 from recipes.checkpoint import local_memory
-from recipes.engines import Engine, TrainModule, engine_classes
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines import engine_classes
+from recipes.engines.base import Engine, TrainModule
+from recipes.engines.optim.config import OptimConfig
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.machine_memory import peak_resident_bytes

@@ -21,7 +21,8 @@ from moe.errors import at_least, require
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers import RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
 from moe.types import Config, LayerContext, RouterContext
 from recipes.studies.tables.generate import TASKS, Rows, TableConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe.errors import ConfigError, Mistake, UserError
 from moe.routers import router_class
-from moe.routers.hash import HashConfig
+from moe.routers.configs.hash_config import HashConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.studies.option_lists import conf_choices, split_list

@@ -16,7 +16,7 @@ from recipes.runtime.heartbeat import ASIDE, Heartbeat
 
 if TYPE_CHECKING:
     from moe.metrics import LoadReport
-    from recipes.engines import Engine
+    from recipes.engines.base import Engine
     from recipes.tracking.metrics_log import Metric
     from recipes.tracking.run_meters import RunMeters
     from recipes.training.stage import Stage, StageResult

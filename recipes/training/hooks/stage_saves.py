@@ -13,7 +13,7 @@ from recipes.training.guards.stage_guard import STATE, StageGuard, StepBeginning
 from recipes.training.hooks.base import StageContext, StepHook, TrainStep, get_rng, is_due, set_rng
 
 if TYPE_CHECKING:
-    from recipes.engines import Engine
+    from recipes.engines.base import Engine
     from recipes.training.stage import Stage
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moe.errors import CheckpointError, ConfigError
-from moe.upcycle import UpcycleMethod
+from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics.layer_statistics import (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe.errors import ConfigError
-from moe.routers import Router
+from moe.routers.base import Router
 from moe.upcycle.layer_plan import LayerPlan, Matrix
 from recipes.models.export import Exporter, choose_exporter, exporters
 from recipes.models.export.base import Layout

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moe.errors import ConfigError, FieldError, ModelError
-from moe.routers import Router, router_class
-from moe.routers.base import RouterConfig
+from moe.routers import router_class
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from moe.routing.draws import seeded_generator
-from moe.upcycle import UpcycleMethod, upcycle_method
-from moe.upcycle.base import UpcycleConfig
+from moe.upcycle import upcycle_method
+from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.build_experts import router_start
+from moe.upcycle.configs import UpcycleConfig
 from moe.upcycle.expert_rows import DenseMatrix
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from moe.upcycle.router_start import start_rows, take_given_rows

@@ -41,7 +41,7 @@ from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights, read_net
 if TYPE_CHECKING:
     from moe.layer import MoELayer
     from moe.routing.top_k_schedule import TopKSchedule
-    from recipes.engines import Engine
+    from recipes.engines.base import Engine
     from recipes.models.hf.ffn_names import FFNNames
     from recipes.models.hf.hf_model import HFModel
     from recipes.upcycling.convert.moe_plan import MoEPlan

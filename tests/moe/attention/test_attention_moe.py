@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention.attention_config import AttentionConfig, attention_scale, counts_all_once, router_mistakes
+from moe.attention.attention_config import AttentionConfig
 from moe.attention.attention_memory import KeyMemory
+from moe.attention.attention_rules import attention_scale, counts_all_once, router_mistakes
 from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights, attention_layers
-from moe.routers import RouterConfig, router_class
-from moe.routers.one_plus import OnePlusConfig
-from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.one_plus_config import OnePlusConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
 from moe.types import RouterContext
 
 B, S, D, E, G, H = 2, 7, 12, 4, 2, 6

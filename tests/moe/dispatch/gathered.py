@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.upcycle import FFNWeights, UpcycleMethod
+from moe.experts.weights import FFNWeights
+from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics.base import LayerBatch
 from moe.upcycle.statistics.layer_statistics import LayerStatistics, Wanted

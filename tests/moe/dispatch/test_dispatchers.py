@@ -19,8 +19,9 @@ from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.same_tokens import SameTokensDispatcher
 from moe.errors import ConfigError
 from moe.experts.expert_slices import keep_slice
-from moe.routers import RouterConfig, router_class
-from moe.routers.topk import TopKConfig
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.types import Routing
 from tests.distributed_helper import run_ranks
 from tests.moe.dispatch.dispatch_cases import (

@@ -10,9 +10,11 @@ from moe.accounting.params import count_parameters
 from moe.accounting.training import MoEBlock, used_flops_per_token
 from moe.dispatch.base import Dispatched
 from moe.experts.experts import Experts
-from moe.experts.lora import DRAWN, FACTORS, LoraConfig, drawn_factor, merged, rank_unsupported_reason
-from moe.routers.topk import TopKConfig
-from recipes.engines.optim.optimizer import OptimConfig, build_optimizer
+from moe.experts.lora import DRAWN, FACTORS, drawn_factor, merged, rank_unsupported_reason
+from moe.experts.lora_config import LoraConfig
+from moe.routers.configs.topk_config import TopKConfig
+from recipes.engines.optim.config import OptimConfig
+from recipes.engines.optim.optimizer import build_optimizer
 from tests.moe.dispatch.dispatch_cases import make_experts
 from tests.moe.routers.routing_cases import make_layer
 

@@ -15,10 +15,11 @@ from kernels.expert_mlp import BACKENDS, BackendError
 from kernels.third_party import THIRD_PARTY
 from moe.dispatch import Dispatched, Dispatcher, dispatcher_classes
 from moe.dispatch.local import LocalDispatcher
-from moe.experts.experts import Experts, ExpertsConfig
+from moe.experts.experts import Experts
+from moe.experts.experts_config import ExpertsConfig
+from moe.experts.weights import ExpertBank
 from moe.types import Routing
-from moe.upcycle import ExpertBank
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.layer_plan import Draws
 from tests.moe.routers.routing_cases import make_ffn, make_method
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moe.routers import RouterConfig
-from moe.upcycle import UpcycleConfig
+from moe.routers.configs import RouterConfig
+from moe.upcycle.configs import UpcycleConfig
 
 #: The properties that a router may be excused from, each by what a router is that cannot have it.
 EXCUSES = {

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.routers import Router, RouterConfig
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from moe.types import LayerContext, Routing
 from tests.grid import each
 from tests.moe.routers.router_case import EXCUSES

@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
-from moe.experts.weights import ExpertBank
+from moe.experts.weights import ExpertBank, FFNWeights
 from moe.layer import MoELayer
-from moe.routers import Router, RouterConfig, router_class, router_classes
-from moe.routers.topk import TopKConfig
+from moe.routers import router_class, router_classes
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.types import LayerContext, RouterContext
-from moe.upcycle import FFNWeights, UpcycleConfig, UpcycleMethod, upcycle_methods
+from moe.upcycle import upcycle_methods
+from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.build_experts import BuiltLayer, ffn_shape
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.layer_plan import Draws
 from moe.upcycle.router_start import start_rows
 from tests.moe.dispatch.gathered import gathered

@@ -10,7 +10,8 @@ import torch
 
 from moe.errors import FieldError
 from moe.experts.experts import Experts
-from moe.routers import RouterConfig, router_class, router_classes
+from moe.routers import router_class, router_classes
+from moe.routers.configs import RouterConfig
 from moe.types import LayerContext, RouterContext, unless
 from tests.grid import each
 from tests.moe.routers.routing_cases import make_bank

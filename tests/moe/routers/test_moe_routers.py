@@ -14,7 +14,8 @@ import dataclasses
 import pytest
 import torch
 
-from moe.routers import RouterConfig, router_class, router_classes
+from moe.routers import router_class, router_classes
+from moe.routers.configs import RouterConfig
 from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers import Router, RouterConfig
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,

@@ -18,7 +18,9 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers import Router, RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from tests.grid import each
 from tests.moe.routers.router_contract import (
     D,

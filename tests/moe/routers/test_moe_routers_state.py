@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers import RouterConfig, router_class
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.router_contract import (
     D,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context
 

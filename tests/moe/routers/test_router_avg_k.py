@@ -14,7 +14,8 @@ import torch
 from moe.errors import ConfigError
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
-from moe.routers.avg_k import AvgKConfig, AvgKRouter
+from moe.routers.avg_k import AvgKRouter
+from moe.routers.configs.avg_k_config import AvgKConfig
 from tests.moe.routers.routing_cases import make_context, make_layer
 
 # Three experts of width 2 over D = 2, their gate rows with means [2, 0], [0, 1], [1, 1].

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from moe.routers.base_layers import BaseLayersConfig, BaseLayersRouter
-from moe.routers.topk import TopKConfig
+from moe.routers.base_layers import BaseLayersRouter
+from moe.routers.configs.base_layers_config import BaseLayersConfig
+from moe.routers.configs.topk_config import TopKConfig
 from tests.moe.routers.routing_cases import make_context, make_layer, make_router
 from tests.moe.routing.test_transport import normal
 

@@ -17,7 +17,8 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.experts import Experts
 from moe.experts.weights import ExpertBank
 from moe.layer import MoELayer
-from moe.routers.comet import CometConfig, CometRouter
+from moe.routers.comet import CometRouter
+from moe.routers.configs.comet_config import CometConfig
 from moe.routing.balance import figure_mean, loss_mean
 from moe.types import Routing
 from tests.distributed_helper import run_ranks

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moe.routers import Router, RouterConfig, router_classes
+from moe.routers import router_classes
+from moe.routers.base import Router
+from moe.routers.configs import RouterConfig
 from moe.types import Routing
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, batch_fields, label, make_context, make_router
 

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
-from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.deepseek_v3 import DeepSeekV3Router
+from moe.routers.topk import TopKRouter
 from moe.types import Routing
 from tests.moe.routers import test_moe_routers as contract
 from tests.moe.routers import test_moe_routers_gradients as gradients

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.dselect_k import DSelectKConfig, DSelectKRouter, code_length, selector_probs
+from moe.routers.configs.dselect_k_config import DSelectKConfig
+from moe.routers.dselect_k import DSelectKRouter, code_length, selector_probs
 from moe.routing.smooth_step import smooth_step
 from moe.types import Routing
 from tests.moe.routers.routing_cases import label, make_context

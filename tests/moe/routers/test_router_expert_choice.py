@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
+from moe.routers.configs.expert_choice_config import ExpertChoiceConfig
+from moe.routers.expert_choice import ExpertChoiceRouter
 from moe.routing.slots import top_of_sequences
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context

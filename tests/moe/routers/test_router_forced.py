@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.routers.forced import ForcedConfig, ForcedRouter
+from moe.routers.configs.forced_config import ForcedConfig
+from moe.routers.forced import ForcedRouter
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context, make_router
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.gshard import GShardConfig, GShardRouter
+from moe.routers.configs.gshard_config import GShardConfig
+from moe.routers.gshard import GShardRouter
 from moe.types import Routing
 from tests.moe.routers.router_contract import D, tokens
 from tests.moe.routers.routing_cases import make_context

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moe.errors import ConfigError
-from moe.routers.hash import HashConfig, HashRouter, balanced_table, random_table
+from moe.routers.configs.hash_config import HashConfig
+from moe.routers.hash import HashRouter, balanced_table, random_table
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context
 

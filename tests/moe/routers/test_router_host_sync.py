@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.routers import RouterConfig, router_classes
+from moe.routers import router_classes
+from moe.routers.configs import RouterConfig
 from moe.types import Routing
 from tests.grid import each
 from tests.moe.routers.routing_cases import (
@@ -194,15 +195,15 @@ def test_the_host_waits_only_where_a_router_says_why(name: str) -> None:
 
 
 def test_a_permutation_search_waits_as_it_says() -> None:
-    from moe.routers.permuted import PermutedConfig
-    from moe.routing.permutation import PermutationConfig
+    from moe.routers.configs.permuted_config import PermutedConfig
+    from moe.routing.permutation_config import PermutationConfig
 
     culprits = {culprit for culprit, _ in _blamed(PermutedConfig(search=PermutationConfig(steps=5)))}
     assert culprits == {"moe.routing.permutation.is_searching", "moe.routing.slots.slots_of_gates"}
 
 
 def test_routers_that_know_how_many_experts_a_token_uses_do_not_ask() -> None:
-    from moe.routers.quantile import QuantileConfig
+    from moe.routers.configs.quantile_config import QuantileConfig
 
     assert not _blamed(QuantileConfig())
     assert _blamed(QuantileConfig(mode="dynamic"))

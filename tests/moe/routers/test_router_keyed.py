@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe.errors import ConfigError
-from moe.routers.keyed import KeyedConfig, KeyedRouter
+from moe.routers.configs.keyed_config import KeyedConfig
+from moe.routers.keyed import KeyedRouter
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.mod import MoDConfig, MoDRouter
+from moe.routers.configs.mod_config import MoDConfig
+from moe.routers.mod import MoDRouter
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context, make_layer, make_router
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.routers.mutual_choice import MutualChoiceConfig, MutualChoiceRouter
+from moe.routers.configs.mutual_choice_config import MutualChoiceConfig
+from moe.routers.mutual_choice import MutualChoiceRouter
 from moe.types import Routing
 from tests.moe.routers.routing_cases import make_context
 from tests.moe.routers.test_router_quantile import figures, synthetic_logits

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.noisy_topk import NoisyTopKConfig, NoisyTopKRouter, chance_of_selection
+from moe.routers.configs.noisy_topk_config import NoisyTopKConfig
+from moe.routers.noisy_topk import NoisyTopKRouter, chance_of_selection
 from moe.routing.load_importance import cv_squared
 from moe.types import Routing
 from tests.distributed_helper import run_ranks

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from moe.dispatch.base import Dispatcher
-from moe.routers.comet import CometConfig
-from moe.routers.permuted import PermutedConfig, PermutedRouter
-from moe.routers.topk import TopKConfig, TopKRouter
-from moe.routing.permutation import PermutationConfig
+from moe.routers.configs.comet_config import CometConfig
+from moe.routers.configs.permuted_config import PermutedConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.permuted import PermutedRouter
+from moe.routers.topk import TopKRouter
+from moe.routing.permutation_config import PermutationConfig
 from moe.routing.slots import gates_of_slots, slots_of_gates
 from moe.types import Routing
 from tests.grid import Grid, each

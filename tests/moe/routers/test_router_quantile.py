@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.quantile import QuantileConfig, QuantileRouter
+from moe.routers.configs.quantile_config import QuantileConfig
+from moe.routers.quantile import QuantileRouter
 from moe.routing.quantiles import quantile_biases, quantile_thresholds, top_thresholds
 from tests.moe.routers.routing_cases import make_context
 

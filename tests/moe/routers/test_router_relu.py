@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.routers.relu import ReLUConfig, ReLURouter
+from moe.routers.configs.relu_config import ReLUConfig
+from moe.routers.relu import ReLURouter
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context, make_router
 

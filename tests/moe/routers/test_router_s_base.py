@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe.routers.s_base import SBaseConfig, SBaseRouter
+from moe.routers.configs.s_base_config import SBaseConfig
+from moe.routers.s_base import SBaseRouter
 from tests.moe.routers.routing_cases import make_context
 from tests.moe.routing.test_transport import normal
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.sigma import SigmaConfig, SigmaRouter
+from moe.routers.configs.sigma_config import SigmaConfig
+from moe.routers.sigma import SigmaRouter
 from moe.routing.balance import count_load, switch_loss, top1_loss
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routers.configs.sinkhorn_config import SinkhornConfig
+from moe.routers.sinkhorn import SinkhornRouter
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 from tests.moe.routers.routing_cases import make_context
 from tests.moe.routing.test_transport import normal
 

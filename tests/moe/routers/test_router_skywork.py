@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.skywork import SkyworkConfig, SkyworkRouter, drop_rate, normalise_logits
+from moe.routers.configs.skywork_config import SkyworkConfig
+from moe.routers.skywork import SkyworkRouter, drop_rate, normalise_logits
 from tests.moe.routers.router_contract import tokens
 from tests.moe.routers.routing_cases import make_context, make_router
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.soft_moe import SoftDispatcher, SoftMoEConfig, SoftMoERouter, SoftRouting
+from moe.routers.configs.soft_moe_config import SoftMoEConfig
+from moe.routers.soft_moe import SoftDispatcher, SoftMoERouter, SoftRouting
 from tests.moe.routers.routing_cases import make_context, make_layer
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.sparsemixer import SparseMixerConfig, SparseMixerRouter, estimate, mask_out_of_reach
+from moe.routers.configs.sparsemixer_config import SparseMixerConfig
+from moe.routers.sparsemixer import SparseMixerRouter, estimate, mask_out_of_reach
 from moe.types import Routing
 from tests.moe.routers.router_contract import tokens
 from tests.moe.routers.routing_cases import make_context

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.routers.ssr import SSRConfig, SSRRouter
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routers.configs.ssr_config import SSRConfig
+from moe.routers.ssr import SSRRouter
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 from tests.moe.routers import test_moe_routers as contract
 from tests.moe.routers import test_moe_routers_gradients as gradients
 from tests.moe.routers import test_moe_routers_invariance as invariance

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from moe.routers.xft import XFTConfig
+from moe.routers.configs.xft_config import XFTConfig
 from moe.upcycle.gates import observe
 from tests.moe.routers.routing_cases import make_context, make_router
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.topk import TopKConfig
-from moe.routing.balance import BalanceScope
+from moe.routers.configs.topk_config import TopKConfig
 from moe.routing.load_importance import cv_squared, importance_loss
+from moe.routing.scope import BalanceScope
 from moe.routing.step_state import StepSums
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context, make_router

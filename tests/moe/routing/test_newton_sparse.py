@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe.routing.newton_sparse import NewtonRule, sinkhorn_newton
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 from tests.moe.routing.test_transport import normal, scaled
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routing.permutation import PermutationConfig, PermutationSearch, harden, log_sinkhorn
+from moe.routing.permutation import PermutationSearch, harden, log_sinkhorn
+from moe.routing.permutation_config import PermutationConfig
 
 CONFIG = PermutationConfig(steps=4)
 

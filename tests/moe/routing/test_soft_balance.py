@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.comet import CometConfig, CometRouter
-from moe.routers.dselect_k import DSelectKConfig, DSelectKRouter
+from moe.routers.comet import CometRouter
+from moe.routers.configs.comet_config import CometConfig
+from moe.routers.configs.dselect_k_config import DSelectKConfig
+from moe.routers.dselect_k import DSelectKRouter
 from moe.routing.balance import soft_balance_loss
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import make_context

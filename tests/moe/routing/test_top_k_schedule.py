@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.routing.top_k_schedule import SparsePhase, make_schedule
 from moe.types import LayerContext, RouterContext
 from recipes.models.hf.hf_model import HFModel

@@ -13,7 +13,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from moe.routing.transport import SinkhornRule, column_logsumexp, sinkhorn
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import column_logsumexp, sinkhorn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # exp(K) = [[1, 3], [1, 1]]; both tokens have mass 1, and so have both experts.

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from moe.routers.s_base import SBaseConfig
-from moe.routers.sinkhorn import SinkhornConfig
-from moe.routers.ssr import SSRConfig
-from moe.routing.transport import SinkhornRule, sinkhorn
+from moe.routers.configs.s_base_config import SBaseConfig
+from moe.routers.configs.sinkhorn_config import SinkhornConfig
+from moe.routers.configs.ssr_config import SSRConfig
+from moe.routing.sinkhorn_rule import SinkhornRule
+from moe.routing.transport import sinkhorn
 from tests.distributed_helper import run_ranks
 from tests.moe.routers.routing_cases import label, make_context, make_router
 from tests.moe.routing.test_transport import normal

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moe.upcycle import FFNWeights, UpcycleConfig
+from moe.experts.weights import FFNWeights
+from moe.upcycle.configs import UpcycleConfig
 
 
 def _nothing(ffn: FFNWeights) -> Mapping[str, Tensor]:

@@ -11,20 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers import RouterConfig
-from moe.routers.analytical import AnalyticalConfig
-from moe.routers.one_plus import OnePlusConfig
-from moe.routers.topk import TopKConfig
-from moe.routers.unit_linear import UnitLinearConfig
-from moe.upcycle import UpcycleConfig
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.analytical_config import AnalyticalConfig
+from moe.routers.configs.one_plus_config import OnePlusConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.configs.unit_linear_config import UnitLinearConfig
 from moe.upcycle.build_experts import ffn_shape
-from moe.upcycle.cmoe import CMoEConfig, marks_of
+from moe.upcycle.cmoe import marks_of
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.cmoe_config import CMoEConfig
+from moe.upcycle.configs.llama_moe_config import LlamaMoEConfig
+from moe.upcycle.configs.llama_moe_v2_config import LlamaMoEV2Config
+from moe.upcycle.configs.moefication_config import MoEficationConfig
+from moe.upcycle.configs.snake_config import SnakeConfig
 from moe.upcycle.equivalence import layer_drift
 from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan, NeuronRows
-from moe.upcycle.llama_moe import LlamaMoEConfig, share_and_divide
-from moe.upcycle.llama_moe_v2 import LlamaMoEV2Config
-from moe.upcycle.moefication import MoEficationConfig
-from moe.upcycle.snake import SnakeConfig
+from moe.upcycle.llama_moe import share_and_divide
 from recipes.models.hf.ffn_blocks import dense_ffn
 from tests.moe.dispatch.gathered import gathered
 from tests.moe.routers.routing_cases import build, make_ffn, make_layer, make_method

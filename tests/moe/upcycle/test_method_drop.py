@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.topk import TopKConfig
-from moe.upcycle import ExpertBank, FFNWeights
+from moe.experts.weights import ExpertBank, FFNWeights
+from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle.build_experts import ffn_shape
-from moe.upcycle.drop import DropConfig
+from moe.upcycle.configs.drop_config import DropConfig
 from tests.moe.routers.routing_cases import build, make_ffn, make_method, make_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")

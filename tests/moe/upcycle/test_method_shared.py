@@ -8,15 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.routers.deepseek_v3 import DeepSeekV3Config
-from moe.routers.noisy_topk import NoisyTopKConfig
-from moe.routers.relu import ReLUConfig
-from moe.routers.topk import TopKConfig
-from moe.upcycle import FFNWeights
+from moe.experts.weights import FFNWeights
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.noisy_topk_config import NoisyTopKConfig
+from moe.routers.configs.relu_config import ReLUConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle.build_experts import ffn_shape
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
+from moe.upcycle.configs.shared_routed_config import SharedRoutedConfig
 from moe.upcycle.layer_plan import Draws
-from moe.upcycle.shared_dense import SharedDenseConfig
-from moe.upcycle.shared_routed import SharedRoutedConfig
 from tests.moe.routers.routing_cases import build, make_ffn, make_layer, make_method, make_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,15 +10,16 @@ from collections import Counter
 import pytest
 import torch
 
-from moe.routers import RouterConfig
-from moe.routers.forced import ForcedConfig
-from moe.routers.topk import TopKConfig
-from moe.upcycle import ExpertBank, FFNWeights
+from moe.experts.weights import ExpertBank, FFNWeights
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.forced_config import ForcedConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle.build_experts import build_layer, ffn_shape
+from moe.upcycle.configs.partition_config import PartitionConfig
+from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
 from moe.upcycle.gates import Gates
 from moe.upcycle.layer_plan import Draws
-from moe.upcycle.partition import PartitionConfig, is_whole, parts_plan
-from moe.upcycle.shuffle_slice import ShuffleSliceConfig
+from moe.upcycle.partition import is_whole, parts_plan
 from tests.moe.routers.routing_cases import build, make_ffn, make_layer, make_method, make_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")

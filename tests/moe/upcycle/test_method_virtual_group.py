@@ -8,18 +8,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.routers import RouterConfig
-from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
-from moe.routers.expert_choice import ExpertChoiceConfig
-from moe.routers.gshard import GShardConfig
-from moe.routers.hash import HashConfig
-from moe.routers.mutual_choice import MutualChoiceConfig
-from moe.routers.noisy_topk import NoisyTopKConfig
-from moe.routers.topk import TopKConfig
+from moe.experts.weights import FFNWeights
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.expert_choice_config import ExpertChoiceConfig
+from moe.routers.configs.gshard_config import GShardConfig
+from moe.routers.configs.hash_config import HashConfig
+from moe.routers.configs.mutual_choice_config import MutualChoiceConfig
+from moe.routers.configs.noisy_topk_config import NoisyTopKConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.deepseek_v3 import DeepSeekV3Router
 from moe.types import LayerContext, RouterContext
-from moe.upcycle import FFNWeights
 from moe.upcycle.build_experts import ffn_shape
-from moe.upcycle.virtual_group import VirtualGroupConfig
+from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
 from tests.moe.routers.routing_cases import build, make_ffn, make_layer, make_method, make_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,14 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.routers import RouterConfig, router_class
-from moe.routers.deepseek_v3 import DeepSeekV3Config
-from moe.routers.expert_choice import ExpertChoiceConfig
-from moe.routers.forced import ForcedConfig
-from moe.routers.hash import HashConfig
-from moe.routers.noisy_topk import NoisyTopKConfig
-from moe.routers.relu import ReLUConfig
-from moe.routers.topk import TopKConfig
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.expert_choice_config import ExpertChoiceConfig
+from moe.routers.configs.forced_config import ForcedConfig
+from moe.routers.configs.hash_config import HashConfig
+from moe.routers.configs.noisy_topk_config import NoisyTopKConfig
+from moe.routers.configs.relu_config import ReLUConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle.gates import keeps_groups, observe
 from tests.grid import each
 from tests.moe.routers.routing_cases import ROUTER_CONFIGS, label, make_router

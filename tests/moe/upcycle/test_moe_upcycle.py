@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from moe.routers import RouterConfig, router_class
-from moe.routers.deepseek_v3 import DeepSeekV3Config
-from moe.routers.topk import TopKConfig
-from moe.upcycle import ExpertBank, FFNWeights, UpcycleConfig, upcycle_methods
+from moe.experts.weights import ExpertBank, FFNWeights
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle import upcycle_methods
 from moe.upcycle.build_experts import BuiltLayer, ffn_shape
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.equivalence import TOLERANCES, layer_drift, logit_drift, require_exact
 from tests.grid import each
 from tests.kernels.expert_reference import FORMULAS

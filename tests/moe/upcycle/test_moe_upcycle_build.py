@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers.topk import TopKConfig
-from moe.upcycle import UpcycleConfig
+from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle import expert_rows as build_module
-from moe.upcycle.branch_train_mix import BranchTrainMixConfig
 from moe.upcycle.build_experts import ffn_shape
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.drop import DropConfig
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.branch_train_mix_config import BranchTrainMixConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.drop_config import DropConfig
+from moe.upcycle.configs.partition_config import PartitionConfig
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
+from moe.upcycle.configs.shared_routed_config import SharedRoutedConfig
+from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
+from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
 from moe.upcycle.expert_rows import DenseMatrix, expert_blocks, expert_shape
 from moe.upcycle.layer_plan import Draws, Matrix
-from moe.upcycle.partition import PartitionConfig
-from moe.upcycle.shared_dense import SharedDenseConfig
-from moe.upcycle.shared_routed import SharedRoutedConfig
-from moe.upcycle.shuffle_slice import ShuffleSliceConfig
-from moe.upcycle.virtual_group import VirtualGroupConfig
 from tests.moe.routers.routing_cases import build, label, make_ffn, make_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")

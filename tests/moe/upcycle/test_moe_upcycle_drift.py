@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.routers import RouterConfig
-from moe.routers.topk import TopKConfig
-from moe.upcycle import FFNWeights, UpcycleConfig
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.drop import DropConfig
+from moe.experts.weights import FFNWeights
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.drop_config import DropConfig
+from moe.upcycle.configs.partition_config import PartitionConfig
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
+from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
+from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
 from moe.upcycle.equivalence import LayerDrift, layer_drift
-from moe.upcycle.partition import PartitionConfig
-from moe.upcycle.shared_dense import SharedDenseConfig
-from moe.upcycle.shuffle_slice import ShuffleSliceConfig
-from moe.upcycle.virtual_group import VirtualGroupConfig
 from recipes.models.hf.ffn_blocks import dense_ffn
 from tests.moe.routers.routing_cases import make_layer
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe.routers import router_class
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from recipes.cap.folders import Source
 from recipes.cap.loading import System, load_system
 from recipes.upcycling.convert.conversion import convert

@@ -92,9 +92,9 @@ def test_what_a_server_cannot_do(make_checkpoint: MakeCheckpoint) -> None:
     folder = str(make_checkpoint("llama"))
     found = mistakes(
         *(folder, f"b={folder}", "--server", "host:80", "--perplexity", "2", "--overhead"),
-        *("--experts", "eager", "--server-devices", "0", "--server-key", "NO_SUCH_VARIABLE"),
+        *("--backend", "eager", "--server-devices", "0", "--server-key", "NO_SUCH_VARIABLE"),
     )
-    flags = {"--server", "--model", "FOLDER", "--perplexity", "--overhead", "--experts", "--server-devices"}
+    flags = {"--server", "--model", "FOLDER", "--perplexity", "--overhead", "--backend", "--server-devices"}
     assert flags | {"--server-key"} <= found.keys()
 
 

@@ -290,7 +290,7 @@ def test_memory_that_runs_out_is_a_point_without_values(
 def test_products_that_refuse_a_width_name_the_way_out(make_checkpoint: MakeCheckpoint) -> None:
     odd = {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 18}  # 72 bytes: no multiple of 16
     system = load(make_checkpoint("qwen3_moe", **odd))
-    with pytest.raises(ModelError, match=r"--experts='grouped_mm'.*Give --experts eager"):
+    with pytest.raises(ModelError, match=r"--backend='grouped_mm'.*Give --backend eager"):
         measure_point(system, some_ids(3, 5), QUICK_WORK, Machine(1.0, 1.0), find_rates("x", Prices()))
     system = load(make_checkpoint("qwen3_moe", **odd), experts="eager")
     point = measure_point(system, some_ids(3, 5), QUICK_WORK, Machine(1e12, 1e12), find_rates("x", Prices()))

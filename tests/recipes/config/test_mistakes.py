@@ -284,8 +284,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no such recipe": (
         ["+recipe=upcyle"],
         [
-            "recipe='upcyle': there is no such choice. Choose one of: llama_moe_v2, pretrain, upcycle, "
-            "upcycle_vs_cpt."
+            "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: llama_moe_v2, "
+            "pretrain, upcycle, upcycle_vs_cpt."
         ],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
@@ -391,7 +391,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
             "multiple of 4."
         ],
     ),
-    "a warm-up that does not fit": (["train.steps=10"], ["optim.schedule.warmup_steps=20: ..."]),
+    "a warm-up that does not fit": (
+        ["train.steps=10", "optim.schedule.warmup_steps=20"],
+        ["optim.schedule.warmup_steps=20: ..."],
+    ),
     "a name that is a path": (
         ["run.name=../x"],
         ["run.name='../x': must be a plain name. Choose its place by output_dir."],
@@ -435,7 +438,8 @@ def test_the_default_model_has_rules_too(command: Command) -> None:
     assert_lines(
         command.lines, ["model.num_heads=4: makes heads of 9, and rotary embeddings need an even..."]
     )
-    assert command.run("upcycle.layers=last:5", "model.steps=10", dense=False) == 2
+    arguments = ["upcycle.layers=last:5", "model.steps=10", "model.warmup_steps=40"]
+    assert command.run(*arguments, dense=False) == 2
     assert_lines(command.lines, ["upcycle.layers='last:5': ...", "model.warmup_steps=40: ..."])
 
 
@@ -489,6 +493,7 @@ def test_all_mistakes_are_told_at_once(command: Command, tmp_path: Path) -> None
         "data.validation_path=/no/*.txt",
         "router.top_k=9",
         "train.steps=10",
+        "optim.schedule.warmup_steps=20",
     ]
     assert command.run(*arguments, "train.micro_batch_size=3") == 2
     told = {line.partition("=")[0] for line in command.lines}

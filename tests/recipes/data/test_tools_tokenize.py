@@ -24,7 +24,7 @@ def flags(tmp_path: Path, tokenizer_dir: Path) -> list[str]:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"the quick brown {name}\n" * 20)
     (tmp_path / "empty.txt").touch()
-    return ["--input", f"{tmp_path}/*.txt", "--tokenizer", str(tokenizer_dir), "--output", f"{tmp_path}/out"]
+    return ["--input", f"{tmp_path}/*.txt", "--tokenizer", str(tokenizer_dir), "--out", f"{tmp_path}/out"]
 
 
 def test_as_a_module(flags: list[str], tmp_path: Path) -> None:
@@ -40,13 +40,13 @@ def test_as_a_module(flags: list[str], tmp_path: Path) -> None:
     assert indexed.document(0)[-1] == 0
     again = run(*flags)
     assert again.code == 2
-    assert again.err.startswith("error: --output=")
+    assert again.err.startswith("error: --out=")
     assert "exists already. Delete it, or give another prefix." in again.err
     assert "Traceback" not in again.err
 
 
 def test_mistakes_exit_2_with_all_of_them(tokenizer_dir: Path) -> None:
-    done = run("--input", "/none.txt", "/none.docx", "--tokenizer", "/none", "--output", "/tmp/never")
+    done = run("--input", "/none.txt", "/none.docx", "--tokenizer", "/none", "--out", "/tmp/never")
     assert done.code == 2
     assert done.out == ""
     lines = done.err.splitlines()

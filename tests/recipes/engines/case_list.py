@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
-from recipes.engines.optim.optimizer import OptimConfig
 from tests.recipes.engines.engine_cases import GLOBAL_BATCH, Case
 
 _ADAPTIVE = OptimConfig(lr=3e-3, schedule=ScheduleConfig("constant", warmup_steps=0))

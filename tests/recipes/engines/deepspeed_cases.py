@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines import MicroBatch, TrainModule
+from recipes.engines.base import TrainModule
 from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine, DeepSpeedTrainModule
 from recipes.engines.deepspeed.zero_experts import gather_slices
+from recipes.engines.micro_batch import MicroBatch
+from recipes.engines.optim.config import FrozenConfig, OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
-from recipes.engines.optim.optimizer import FrozenConfig, OptimConfig
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.training_loop import Loop
 from tests.recipes.engines import engine_cases

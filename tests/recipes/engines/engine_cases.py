@@ -17,16 +17,19 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from moe.attention.attention_config import AttentionConfig
 from moe.dispatch.local import LocalDispatcher
-from moe.experts.lora import DRAWN, FACTOR_NAMES, LoraConfig
+from moe.experts.lora import DRAWN, FACTOR_NAMES
+from moe.experts.lora_config import LoraConfig
 from moe.layer import moe_layers
 from moe.metrics import LoadReport
-from moe.routers.topk import TopKConfig, TopKRouter
-from moe.upcycle.copies import Copy, CopyConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.copies import Copy
 from recipes.config.schema import TrainConfig
-from recipes.engines import TrainModule
+from recipes.engines.base import TrainModule
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
+from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
-from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.attention_blocks import swap_attention
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.lora_model import add_low_rank

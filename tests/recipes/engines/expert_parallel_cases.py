@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines import MicroBatch
+from recipes.engines.micro_batch import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
 from tests.recipes.engines import engine_cases
 from tests.recipes.engines.case_list import ALONE

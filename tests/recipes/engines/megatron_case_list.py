@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from recipes.engines.optim.config import FrozenConfig, OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
-from recipes.engines.optim.optimizer import FrozenConfig, OptimConfig
 from tests.recipes.engines.engine_cases import SGD, Case
 
 Layout: TypeAlias = tuple[int, ...]

@@ -14,13 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.dispatch.local import LocalDispatcher
-from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
-from moe.upcycle.copies import Copy, CopyConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.deepseek_v3 import DeepSeekV3Router
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.copies import Copy
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines import MicroBatch
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.hf_weights import LocalParameter, gathered, live_tensors, locate
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
+from recipes.engines.micro_batch import MicroBatch
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.training_loop import Loop

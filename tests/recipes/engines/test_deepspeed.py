@@ -14,7 +14,7 @@ import torch
 
 from recipes.engines import engine_classes
 from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.optim.config import OptimConfig
 from tests.recipes.engines import deepspeed_cases
 from tests.recipes.engines.deepspeed_cases import CASES, FREED, READS, TRAINED, Found, Layout
 from tests.recipes.engines.engine_cases import EXPERTS, GLOBAL_BATCH, SEQ_LEN

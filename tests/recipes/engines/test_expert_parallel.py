@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moe.errors import ModelError
-from moe.routers.avg_k import AvgKConfig
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.avg_k_config import AvgKConfig
+from moe.routers.configs.topk_config import TopKConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.engines.native.expert_parallel import shard_dim

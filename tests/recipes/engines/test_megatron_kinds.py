@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe.routers.mod import MoDConfig
+from moe.routers.configs.mod_config import MoDConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.engines.megatron import expert_kinds as found

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError
 from moe.layer import MoELayer
-from moe.routers import RouterConfig, router_classes
-from moe.routers.avg_k import AvgKConfig
-from moe.routers.soft_moe import SoftMoEConfig
-from moe.routers.topk import TopKConfig, TopKRouter
+from moe.routers import router_classes
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.avg_k_config import AvgKConfig
+from moe.routers.configs.soft_moe_config import SoftMoEConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
 from moe.types import LayerContext, RouterContext, Routing
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
@@ -39,7 +41,7 @@ from recipes.engines.megatron.layer_slots import (
     slot_of,
 )
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.optim.config import OptimConfig
 from tests.moe.dispatch.dispatch_cases import make_experts
 from tests.moe.routers.routing_cases import _tell_batch, label, make_layer, router_case
 

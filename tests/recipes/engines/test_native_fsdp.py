@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.engines import MicroBatch
+from recipes.engines.micro_batch import MicroBatch
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.runtime.interrupt import StopRequest
 from recipes.training.callbacks.base import Callback, StageInfo

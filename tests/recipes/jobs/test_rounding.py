@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moe.errors import ModelError
-from moe.upcycle.base import UpcycleConfig
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.drop import DropConfig
-from moe.upcycle.shared_dense import SharedDenseConfig
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.drop_config import DropConfig
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
 from recipes.jobs.rounding import RoundingCost, StepZero, Survival, SurvivalCount, loses_bits
 from recipes.upcycling.convert.moe_plan import MoEPlan, open_dense
 from tests.conftest import MakeCheckpoint

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe.upcycle.layer_plan import Matrix
 from recipes.checkpoint import verify_checkpoint
-from recipes.engines import MicroBatch
+from recipes.engines.micro_batch import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
 from recipes.models.export.mixtral import MixtralExporter
 from recipes.models.export.spec import MoESpec

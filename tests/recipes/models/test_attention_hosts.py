@@ -16,8 +16,8 @@ from moe.accounting.params import count_from_shape, count_parameters
 from moe.accounting.shape import shape_from_config
 from moe.attention.attention_config import AttentionConfig
 from moe.errors import ConfigError, ModelError
-from moe.routers.one_plus import OnePlusConfig
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.one_plus_config import OnePlusConfig
+from moe.routers.configs.topk_config import TopKConfig
 from recipes.models.export import choose_exporter, exporters
 from recipes.models.export.graft_format import GraftExporter, load_graft
 from recipes.models.export.spec import describe_model

@@ -15,8 +15,10 @@ import torch
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError
-from moe.routers.topk import TopKConfig, TopKRouter
-from moe.upcycle.branch_train_mix import BranchTrainMix, BranchTrainMixConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
+from moe.upcycle.branch_train_mix import BranchTrainMix
+from moe.upcycle.configs.branch_train_mix_config import BranchTrainMixConfig
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.ffn_blocks import find_ffns
 from recipes.models.hf.hf_model import HFModel

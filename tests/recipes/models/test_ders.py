@@ -16,8 +16,8 @@ from torch import Tensor
 import tools.ders
 from moe.errors import ConfigError, ModelError
 from moe.experts.deltas import DeltaCodec, QuantisedDelta, SparseDelta
-from moe.routers.topk import TopKConfig
-from moe.upcycle.copies import CopyConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from recipes.models.ders.delta_store import CONFIG, compress, expand
 from recipes.models.hf.weight_files import weight_files
 from recipes.upcycling.convert.conversion import convert

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recipes.models.export.write_export as export_module
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import ExactnessError, ModelError
-from moe.routers.topk import TopKConfig, TopKRouter
-from moe.upcycle.copies import Copy, CopyConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.copies import Copy
 from moe.upcycle.layer_plan import Matrix
 from recipes.models.export import choose_exporter
 from recipes.models.export.graft_format import load_graft

@@ -15,8 +15,10 @@ from moe.dispatch.local import LocalDispatcher
 from moe.errors import ConfigError, ExactnessError, ModelError
 from moe.experts.weights import FFNWeights
 from moe.layer import MoELayer
-from moe.routers.topk import TopKConfig, TopKRouter
-from moe.upcycle.copies import Copy, CopyConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.topk import TopKRouter
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.copies import Copy
 from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
 from recipes.models.hf.ffn_blocks import dense_ffn, find_ffns
 from recipes.models.hf.hf_model import HFModel, load_model

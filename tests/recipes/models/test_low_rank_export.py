@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe.errors import ConfigError
-from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, LoraConfig, drawn_factor
-from moe.routers.topk import TopKConfig
-from moe.upcycle.copies import CopyConfig
+from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, drawn_factor
+from moe.experts.lora_config import LoraConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from recipes.models.export import choose_exporter
 from recipes.models.export.graft_format import load_graft
 from recipes.models.export.spec import describe_model

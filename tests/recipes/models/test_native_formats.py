@@ -15,10 +15,11 @@ from moe.dispatch.local import LocalDispatcher
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
 from moe.routers import router_class
-from moe.routers.base import RouterConfig
-from moe.routers.deepseek_v3 import DeepSeekV3Config
-from moe.routers.topk import TopKConfig
-from moe.upcycle.copies import Copy, CopyConfig
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.copies import Copy
 from recipes.models.export import choose_exporter, exporters
 from recipes.models.export.read_back import ReadBack
 from recipes.models.export.spec import describe_model

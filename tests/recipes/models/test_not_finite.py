@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.errors import ModelError
-from moe.routers.topk import TopKConfig
-from moe.upcycle.copies import CopyConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from recipes.models.hf.hf_model import load_model
 from recipes.models.hf.weight_files import not_finite
 from recipes.upcycling.convert.conversion import convert

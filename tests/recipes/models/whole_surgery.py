@@ -21,10 +21,12 @@ from moe.experts.experts import Experts
 from moe.experts.shared import SharedExpert
 from moe.experts.weights import FFNWeights
 from moe.layer import MoELayer
-from moe.routers import Router, router_class
+from moe.routers import router_class
+from moe.routers.base import Router
 from moe.routing.draws import seeded_generator
 from moe.types import LayerContext, RouterContext
-from moe.upcycle import UpcycleMethod, upcycle_method
+from moe.upcycle import upcycle_method
+from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.equivalence import LayerDrift, logit_drift, require_exact
 from moe.upcycle.layer_plan import Draws

@@ -8,7 +8,7 @@ from recipes.studies.benchmarks.dispatch_bytes import DispatchShape, RankFigures
 
 #: Experts 0 and 1 are on rank 0, 2 and 3 on rank 1.
 IDS = ([[0, 1], [0, 2], [2, 3]], [[0, 1], [2, 3], [3, 2]])
-SHAPE = DispatchShape(tokens=3, width=3, experts=4, top_k=2, dtype="float32")
+SHAPE = DispatchShape(tokens=3, width=3, experts=4, top_k=2, dtype="fp32")
 
 
 def count(rank: int, ranks: int) -> RankFigures:

@@ -13,7 +13,7 @@ import torch
 
 from kernels.bench.timing import Timing
 from moe.errors import ConfigError, UserError
-from moe.routers.ssr import SSRConfig
+from moe.routers.configs.ssr_config import SSRConfig
 from recipes.studies.benchmarks.live_bytes import LiveBytes, peak_bytes
 from recipes.studies.benchmarks.moe_tax import StepShape
 from recipes.studies.benchmarks.router_candidates import SOLVERS, Shape, read_candidates

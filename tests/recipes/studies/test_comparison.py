@@ -14,7 +14,7 @@ from recipes.studies.comparison.collect_runs import collect
 from recipes.studies.comparison.comparison_page import table_rows, text_table, write_page
 from recipes.studies.comparison.router_trials import RouterTrial, plan_trials
 from recipes.studies.study_page import spread
-from tools.compare import _split
+from tools.compare import main
 
 
 def finish(trial: RouterTrial, val_loss: float, maxvio: list[float], step_s: float) -> None:
@@ -97,10 +97,19 @@ def test_nothing_is_done_yet(tmp_path: Path) -> None:
     assert write_page(tmp_path, results, "none").is_file()
 
 
-def test_mistakes_are_told_together() -> None:
-    with pytest.raises(ConfigError, match=r"routers='foo': there is no such router(.|\n)*seeds='0'"):
-        _split(["routers=[topk,foo]", "seeds=0"])
-
-
-def test_what_is_passed_on() -> None:
-    assert _split(["routers=[topk, ssr]", "train.steps=3"]) == (["topk", "ssr"], 3, ["train.steps=3"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--routers", "topk,foo,bar"], r"--routers='foo': there is no such router(.|\n)*--routers='bar'"),
+        (["--routers", ","], "--routers=',': the list is empty"),
+        (["--seeds", "0", "--ranks", "0"], r"--seeds=0(.|\n)*--ranks=0"),
+        (["routers=[topk,ssr]"], "routers=.*: the flag is now called --routers. Write --routers topk,ssr"),
+        (["seeds=3"], "Write --seeds 3"),
+    ],
+)
+def test_mistakes_come_before_the_first_run(
+    given: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compare", *given])
+    with pytest.raises(ConfigError, match=message):
+        main()

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.routers.comet import CometConfig
-from moe.routers.hash import HashConfig
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.comet_config import CometConfig
+from moe.routers.configs.hash_config import HashConfig
+from moe.routers.configs.topk_config import TopKConfig
 from recipes.studies.tables.auc import roc_auc
 from recipes.studies.tables.generate import Rows, TableConfig, generate
 from recipes.studies.tables.table_model import ModelConfig, TableModel, TableMoE

@@ -19,7 +19,7 @@ from recipes.studies.upcycle_vs_cpt.arms_page import cost_rows, loss_rows, run_t
 from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial, keep_options, options_of, plan_trials
 from recipes.studies.upcycle_vs_cpt.collect_arms import READINGS, collect
 from tests.recipes.studies.invented_runs import LENGTHS, finish_all, grid
-from tools.upcycle_vs_cpt import main, split_options
+from tools.upcycle_vs_cpt import main
 
 
 @pytest.fixture(autouse=True)
@@ -187,13 +187,6 @@ def test_an_interrupt_asks_the_runs_to_save(tmp_path: Path) -> None:
     assert started[0].returncode == -15
 
 
-def test_options() -> None:
-    assert split_options(["lengths=[400,100,400]", "train.steps=5"]) == ([100, 400], 3, ["train.steps=5"])
-    for wrong in (["lengths=[]"], ["lengths=[0]"], ["lengths=[a]"], ["seeds=0"], ["seeds=x"]):
-        with pytest.raises(ConfigError):
-            split_options(wrong)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -203,6 +196,10 @@ def test_options() -> None:
         (["upcycle=cmoe"], "upcycle_vs_cpt.arms=continued"),
         (["dense=/nowhere"], "one checkpoint for 2 lengths"),
         (["--parallel", "0"], "1 or more"),
+        (["--lengths", ""], "whole number above 0"),
+        (["--lengths", "0,a"], r"'0' is not(.|\n)*'a' is not"),
+        (["--seeds", "0"], "--seeds=0"),
+        (["seeds=2"], "Write --seeds 2"),
         (["train.stepz=3"], "no such option"),
         (["upcycle_vs_cpt.batches=[]"], "Give"),
     ],
@@ -216,7 +213,7 @@ def test_mistakes_come_before_the_first_run(
         lambda *given: pytest.fail("a run was started"),
     )
     with pytest.raises(ConfigError, match=message):
-        main(["lengths=[30,60]", "model.warmup_steps=10", *arguments])
+        main(["--lengths", "60,30,60", "model.warmup_steps=10", *arguments])
     assert not list(tmp_path.iterdir())
 
 
@@ -224,8 +221,12 @@ def test_only_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ["lengths=[30,60]", "seeds=2", "--only-page", "--name", "made"]
+    asked = ["--lengths", "30,60", "--seeds", "2", "--json", "figures.json", "--only-page", "--name", "made"]
     assert main(asked) == 1
     grid(tmp_path / "outputs" / "upcycle_vs_cpt" / "made")
     assert main(asked) == 0
     assert "dense continued, equal FLOPs" in capsys.readouterr().out
+    assert {cell["length"] for cell in json.loads((tmp_path / "figures.json").read_text())["cells"]} == {
+        30,
+        60,
+    }

@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from recipes.tracking import trackers as tracking
+from recipes.tracking.config import TrackerConfig
 from recipes.tracking.metrics_log import read_rows
 from recipes.tracking.report.colours import DIVERGING_STOPS, load_image
-from recipes.tracking.trackers import ExpertLoad, NullTracker, RunLogger, Tracker, TrackerConfig, start
+from recipes.tracking.trackers import ExpertLoad, NullTracker, RunLogger, Tracker, start
 from tests.patience import patience
 
 LOAD = ExpertLoad([1, 3], [[0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])

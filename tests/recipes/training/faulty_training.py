@@ -22,14 +22,16 @@ from torch import Tensor
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import GraftError
 from moe.metrics import LoadReport
-from moe.routers.deepseek_v3 import DeepSeekV3Config, DeepSeekV3Router
-from moe.upcycle.copies import Copy, CopyConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.deepseek_v3 import DeepSeekV3Router
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.copies import Copy
 from recipes.checkpoint import find_checkpoint
-from recipes.engines import MicroBatch
+from recipes.engines.micro_batch import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule
+from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
 from recipes.engines.optim.muon import local_part
-from recipes.engines.optim.optimizer import OptimConfig
 from recipes.models.hf.hf_model import HFModel
 from recipes.runtime.config import FaultsConfig
 from recipes.runtime.interrupt import StopRequest

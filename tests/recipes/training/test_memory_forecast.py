@@ -16,7 +16,8 @@ from recipes.engines.megatron.config import MegatronConfig
 from recipes.engines.megatron.megatron_engine import MegatronEngine
 from recipes.engines.native.config import NativeConfig
 from recipes.engines.native.native_engine import NativeEngine
-from recipes.engines.optim.optimizer import OptimConfig, build_optimizer, state_elements
+from recipes.engines.optim.config import OptimConfig
+from recipes.engines.optim.optimizer import build_optimizer, state_elements
 from recipes.jobs.memory_check import Machine, _lines, _refuse
 from recipes.models.hf.hf_model import HFModel
 from recipes.training.memory_forecast import MemoryForecast, Passes, forecast

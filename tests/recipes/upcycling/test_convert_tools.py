@@ -71,7 +71,7 @@ def test_a_conversion_with_its_gate(
     assert figures["format"] == "qwen3_moe" and figures["claims_exact"] and figures["equivalence"]["agrees"]
     assert figures["bytes_written"] == figures["total_bytes"]
     # The same gate by itself, and on another function.
-    gate = ["--dense", dense, "--text", text, "--samples", 2, "--length", 32]
+    gate = ["--dense", dense, "--text", text, "--samples", 2, "--sequence-length", 32]
     assert call(tools.verify, *gate, "--moe", out, "--gradients", "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["agrees"] and shown["tokens"] == 64 and max(shown["gradients"].values()) < 1e-4

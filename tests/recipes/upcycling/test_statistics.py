@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.upcycle import FFNWeights
+from moe.experts.weights import FFNWeights
 from moe.upcycle.build_experts import ffn_shape
 from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics import statistic_classes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.analytical import AnalyticalConfig
+from moe.routers.configs.analytical_config import AnalyticalConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe.routers.avg_k import AvgKConfig
-from moe.upcycle.copies import CopyConfig
+from moe.routers.configs.avg_k_config import AvgKConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

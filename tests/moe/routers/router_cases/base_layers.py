@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.base_layers import BaseLayersConfig
+from moe.routers.configs.base_layers_config import BaseLayersConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(variants=(BaseLayersConfig(max_rounds=1), BaseLayersConfig(max_rounds=0)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.comet import CometConfig
+from moe.routers.configs.comet_config import CometConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

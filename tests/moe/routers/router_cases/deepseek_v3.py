@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.deepseek_v3 import DeepSeekV3Config
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

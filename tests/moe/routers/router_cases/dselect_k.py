@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.dselect_k import DSelectKConfig
+from moe.routers.configs.dselect_k_config import DSelectKConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.expert_choice import ExpertChoiceConfig
+from moe.routers.configs.expert_choice_config import ExpertChoiceConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

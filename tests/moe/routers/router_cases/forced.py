@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.forced import ForcedConfig
+from moe.routers.configs.forced_config import ForcedConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

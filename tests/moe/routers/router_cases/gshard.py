@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.gshard import GShardConfig
+from moe.routers.configs.gshard_config import GShardConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

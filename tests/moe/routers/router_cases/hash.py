@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.hash import HashConfig
+from moe.routers.configs.hash_config import HashConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.mod import MoDConfig
+from moe.routers.configs.mod_config import MoDConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

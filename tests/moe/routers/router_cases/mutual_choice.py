@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.mutual_choice import MutualChoiceConfig
+from moe.routers.configs.mutual_choice_config import MutualChoiceConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

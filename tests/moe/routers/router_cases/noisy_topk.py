@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.noisy_topk import NoisyTopKConfig
+from moe.routers.configs.noisy_topk_config import NoisyTopKConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

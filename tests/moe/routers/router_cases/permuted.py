@@ -3,8 +3,8 @@ which no case can say: `tests/moe/routers/test_router_permuted.py` holds those t
 
 from __future__ import annotations
 
-from moe.routers.comet import CometConfig
-from moe.routers.permuted import PermutedConfig
+from moe.routers.configs.comet_config import CometConfig
+from moe.routers.configs.permuted_config import PermutedConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

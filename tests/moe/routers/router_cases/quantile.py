@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.quantile import QuantileConfig
+from moe.routers.configs.quantile_config import QuantileConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.relu import ReLUConfig
+from moe.routers.configs.relu_config import ReLUConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

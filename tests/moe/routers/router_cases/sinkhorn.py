@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.sinkhorn import SinkhornConfig
+from moe.routers.configs.sinkhorn_config import SinkhornConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

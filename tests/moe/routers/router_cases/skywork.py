@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.skywork import SkyworkConfig
+from moe.routers.configs.skywork_config import SkyworkConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

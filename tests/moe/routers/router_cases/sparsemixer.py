@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.sparsemixer import SparseMixerConfig
+from moe.routers.configs.sparsemixer_config import SparseMixerConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

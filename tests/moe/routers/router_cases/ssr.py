@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.ssr import SSRConfig
+from moe.routers.configs.ssr_config import SSRConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

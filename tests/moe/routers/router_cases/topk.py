@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.topk import TopKConfig
+from moe.routers.configs.topk_config import TopKConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

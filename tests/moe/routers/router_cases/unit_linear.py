@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.unit_linear import UnitLinearConfig
+from moe.routers.configs.unit_linear_config import UnitLinearConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

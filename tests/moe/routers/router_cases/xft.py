@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.routers.xft import XFTConfig
+from moe.routers.configs.xft_config import XFTConfig
 from tests.moe.routers.router_case import RouterCase
 
 CASE = RouterCase(

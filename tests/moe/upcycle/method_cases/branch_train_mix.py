@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.branch_train_mix import BranchTrainMixConfig
+from moe.upcycle.configs.branch_train_mix_config import BranchTrainMixConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.cmoe import CMoEConfig
+from moe.upcycle.configs.cmoe_config import CMoEConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

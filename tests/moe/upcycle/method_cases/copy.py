@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.copies import CopyConfig
+from moe.upcycle.configs.copies_config import CopyConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

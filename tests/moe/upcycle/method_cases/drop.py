@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.drop import DropConfig
+from moe.upcycle.configs.drop_config import DropConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

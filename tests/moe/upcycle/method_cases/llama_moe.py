@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.llama_moe import LlamaMoEConfig
+from moe.upcycle.configs.llama_moe_config import LlamaMoEConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

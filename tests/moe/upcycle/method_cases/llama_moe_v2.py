@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.llama_moe_v2 import LlamaMoEV2Config
+from moe.upcycle.configs.llama_moe_v2_config import LlamaMoEV2Config
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

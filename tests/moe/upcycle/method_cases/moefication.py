@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.moefication import MoEficationConfig
+from moe.upcycle.configs.moefication_config import MoEficationConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

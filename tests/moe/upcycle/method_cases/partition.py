@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.partition import PartitionConfig
+from moe.upcycle.configs.partition_config import PartitionConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.shared_dense import SharedDenseConfig
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.upcycle import FFNWeights
-from moe.upcycle.shared_routed import SharedRoutedConfig
+from moe.experts.weights import FFNWeights
+from moe.upcycle.configs.shared_routed_config import SharedRoutedConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 

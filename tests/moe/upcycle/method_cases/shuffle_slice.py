@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.shuffle_slice import ShuffleSliceConfig
+from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.snake import SnakeConfig
+from moe.upcycle.configs.snake_config import SnakeConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

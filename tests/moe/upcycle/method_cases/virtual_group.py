@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.virtual_group import VirtualGroupConfig
+from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
 from tests.moe.upcycle.method_case import MethodCase
 
 CASE = MethodCase(

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recipes.engines.optim.config import GROUPS, FrozenConfig, MuonConfig, OptimConfig
 from recipes.engines.optim.optimizer import (
-    FrozenConfig,
-    MuonConfig,
-    OptimConfig,
     OptimizerSet,
     ScheduleConfig,
     build_optimizer,
@@ -23,7 +21,6 @@ from recipes.engines.optim.optimizer import (
     group_parameters,
     lr_factor,
 )
-from recipes.engines.optim.parameter_groups import GROUPS
 
 VOCAB, WIDTH, EXPERTS, FFN = 11, 6, 3, 4
 

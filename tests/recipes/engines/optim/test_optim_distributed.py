@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.muon import StackedMuon, adjusted_lr
-from recipes.engines.optim.optimizer import OptimConfig, build_optimizer, clip_grad_norm
+from recipes.engines.optim.optimizer import build_optimizer, clip_grad_norm
 from tests.distributed_helper import run_ranks
 from tests.recipes.engines.optim.test_optim import TinyMoE, tiny
 

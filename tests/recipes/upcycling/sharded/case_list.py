@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe.routers.avg_k import AvgKConfig
-from moe.routers.deepseek_v3 import DeepSeekV3Config
-from moe.routers.hash import HashConfig
-from moe.upcycle.branch_train_mix import BranchTrainMixConfig
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.drop import DropConfig
+from moe.routers.configs.avg_k_config import AvgKConfig
+from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
+from moe.routers.configs.hash_config import HashConfig
+from moe.upcycle.configs.branch_train_mix_config import BranchTrainMixConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.drop_config import DropConfig
+from moe.upcycle.configs.random_init_config import RandomConfig
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
+from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
 from moe.upcycle.layer_plan import FFNShape
-from moe.upcycle.random_init import RandomConfig
-from moe.upcycle.shared_dense import SharedDenseConfig
-from moe.upcycle.virtual_group import VirtualGroupConfig
 from tests.conftest import MakeCheckpoint
 from tests.moe.routers.routing_cases import METHOD_CONFIGS, label
 from tests.recipes.upcycling.sharded.online_cases import Case, fitting_router, with_all_layers

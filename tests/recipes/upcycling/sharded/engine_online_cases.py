@@ -14,13 +14,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe.experts.lora import LoraConfig
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.llama_moe_v2 import LlamaMoEV2Config
-from moe.upcycle.shared_dense import SharedDenseConfig
+from moe.experts.lora_config import LoraConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.llama_moe_v2_config import LlamaMoEV2Config
+from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines import Engine, engine_classes
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines import engine_classes
+from recipes.engines.base import Engine
+from recipes.engines.optim.config import OptimConfig
 from recipes.models.hf.hf_model import HFModel, load_model
 from recipes.models.lora_model import add_low_rank
 from recipes.upcycling.convert.moe_plan import MoERequest, open_dense, plan_moe

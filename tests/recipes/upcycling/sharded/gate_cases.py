@@ -15,10 +15,10 @@ from moe.dispatch.local import LocalDispatcher
 from moe.errors import ExactnessError
 from moe.routers import router_class
 from moe.upcycle import upcycle_methods
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.drop import DropConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.drop_config import DropConfig
 from recipes.checkpoint import load_checkpoint, save_checkpoint
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.optim.config import OptimConfig
 from recipes.models.hf.drift import SurgeryReport
 from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.convert.conversion_plan import ExpertWork

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch.local import LocalDispatcher
-from moe.routers import RouterConfig, router_class
-from moe.routers.analytical import AnalyticalConfig
-from moe.routers.one_plus import OnePlusConfig
-from moe.routers.topk import TopKConfig
-from moe.routers.unit_linear import UnitLinearConfig
-from moe.upcycle import UpcycleConfig, upcycle_methods
+from moe.routers import router_class
+from moe.routers.configs import RouterConfig
+from moe.routers.configs.analytical_config import AnalyticalConfig
+from moe.routers.configs.one_plus_config import OnePlusConfig
+from moe.routers.configs.topk_config import TopKConfig
+from moe.routers.configs.unit_linear_config import UnitLinearConfig
+from moe.upcycle import upcycle_methods
+from moe.upcycle.configs import UpcycleConfig
 from moe.upcycle.layer_plan import FFNShape
 from recipes.engines.native.native_engine import NativeEngine
-from recipes.engines.optim.optimizer import OptimConfig
+from recipes.engines.optim.config import OptimConfig
 from recipes.models.hf.deferred_init import DonatedWeights
 from recipes.models.hf.ffn_blocks import find_ffns
 from recipes.models.hf.hf_model import HFModel, load_model

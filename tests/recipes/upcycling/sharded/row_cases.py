@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 from torch.distributed.tensor import DTensor
 
+from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
-from recipes.engines.optim.optimizer import OptimConfig
 from tests.recipes.engines.engine_cases import GLOBAL_BATCH, SGD, Case, make_model, open_engine, train
 
 _ADAPTIVE = OptimConfig(lr=3e-3, schedule=ScheduleConfig("constant", warmup_steps=0))

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe.errors import ExactnessError
-from moe.upcycle.base import UpcycleConfig
-from moe.upcycle.copies import CopyConfig
-from moe.upcycle.drop import DropConfig
+from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.configs.drop_config import DropConfig
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.upcycling.convert.dense_side import dense_side
 from recipes.upcycling.convert.folder_check import describe_tokens, telling_samples

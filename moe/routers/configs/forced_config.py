@@ -1,0 +1,17 @@
+"""Options of `moe.routers.forced`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe.routers.configs.linear_config import LinearRouterConfig
+
+
+@dataclass(frozen=True)
+class ForcedConfig(LinearRouterConfig):
+    """Config of `ForcedRouter`."""
+
+    name: Literal["forced"] = "forced"
+    balance_coef: float = 0.0
+    """Coefficient of the Switch balance loss, to measure its cost; its value is nearly constant here."""

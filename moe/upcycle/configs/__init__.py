@@ -1,0 +1,48 @@
+"""Options of the upcycling methods, one module each, which imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.errors import require
+from moe.types import Config
+from moe.upcycle.layer_choice import LayerChoice, parse_layers
+
+#: More than any mixture of feed-forward networks has; a plan has an entry for each.
+_MOST_EXPERTS = 2**16
+
+
+@dataclass(frozen=True)
+class UpcycleConfig(Config):
+    """Config that every method has."""
+
+    name: str
+    """The method's name, as in ``conf/upcycle/NAME.yaml``."""
+    num_experts: int = 8
+    """Routed experts of each MoE layer."""
+    layers: str | list[int] = "all"
+    """Layers that become MoE layers: ``all``, ``every:N`` or ``every:N:OFFSET``, ``last:N``, ``inner:N`` (all
+    but N at either end), or a list of indices."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            (
+                self.num_experts >= 2,
+                "num_experts",
+                "a mixture has at least two experts",
+                "Set it to 2 or more.",
+            ),
+            (
+                self.num_experts <= _MOST_EXPERTS,
+                "num_experts",
+                f"the number of experts of a layer is at most {_MOST_EXPERTS}",
+                "Set a smaller one.",
+            ),
+        )
+        parse_layers(self.layers)
+
+    @property
+    def layer_choice(self) -> LayerChoice:
+        """The parsed `layers`."""
+        return parse_layers(self.layers)

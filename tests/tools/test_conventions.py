@@ -1,0 +1,69 @@
+"""One convention over all tools: the names of flags, ``--json``, and an example in every help."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import shlex
+import sys
+
+import pytest
+
+import tools
+from moe.errors import ConfigError
+from tests.grid import each
+from tools.command import RENAMED, tool_parser
+
+NAMES = [info.name for info in pkgutil.iter_modules(tools.__path__) if info.name != "command"]
+
+
+def _help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    module = importlib.import_module(f"tools.{name}")
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@each("name", NAMES)
+def test_every_tool(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _help(name, monkeypatch, capsys)
+    flags = set(re.findall(r"--[a-z][a-z-]*", text.partition("\nexample:\n")[0]))
+    assert "--json" in flags
+    # An old name that means something else today is a count of experts alone.
+    assert not flags & RENAMED.keys() - {"--experts"}, "an earlier spelling is back"
+    if "--experts" in flags:
+        assert re.search(r"--experts (E|EXPERTS)\b", text), "--experts is a count: use --backend"
+    command, own = f"python -m tools.{name} ", text.partition("\nexample:\n")[2].strip()
+    assert own.startswith(command) and "\n" not in own
+    used = {word.partition("=")[0] for word in shlex.split(own.removeprefix(command)) if word[:2] == "--"}
+    assert used <= flags, f"the example has unknown flags: {used - flags}"
+
+
+@each(
+    ("words", "told"),
+    [
+        (["--output", "x"], "--output=None: the flag is now called --out. Write --out VALUE."),
+        (["--output=x"], "--output='x': the flag is now called --out. Write --out x."),
+        (["--precision", "bf16"], "--precision=None: the flag is now called --dtype. Write --dtype VALUE."),
+        (["--experts=loop"], "--experts='loop': the flag is now called --backend. Write --backend loop."),
+        (["seeds=3"], "seeds='3': the flag is now called --seeds. Write --seeds 3."),
+    ],
+)
+def test_the_earlier_spelling_is_refused_with_the_new_one(words: list[str], told: str) -> None:
+    parser = tool_parser("x", "y", example="")
+    parser.add_argument("options", nargs="*")
+    for flag in ("--out", "--dtype", "--backend", "--seeds"):
+        parser.add_argument(flag)
+    with pytest.raises(ConfigError) as refused:
+        parser.parse_intermixed_args(words)
+    assert str(refused.value) == told
+
+
+def test_a_flag_that_a_tool_has_is_not_refused() -> None:
+    parser = tool_parser("x", "y", example="")
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--backend")
+    assert parser.parse_args(["--experts", "8", "--backend", "loop"]).experts == 8
