@@ -43,7 +43,7 @@ def files_of_the_page() -> dict[str, str]:
 
 
 FILES = files_of_the_page()
-ROUTER, VALUES, CASE, OWN_TEST = (text for text in FILES.values())
+CONFIG, ROUTER, VALUES, CASE, OWN_TEST = FILES.values()
 
 
 def load(monkeypatch: pytest.MonkeyPatch, path: str, text: str) -> ModuleType:
@@ -63,11 +63,12 @@ def contract(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     places = list(FILES)
 
     def hold(router: str) -> None:
-        module = load(monkeypatch, places[0], router)
+        config = load(monkeypatch, places[0], CONFIG)
+        module = load(monkeypatch, places[1], router)
         known = router_classes() | {"mine": module.MineRouter}
         monkeypatch.setattr(moe.routers, "router_classes", lambda: known)
-        load(monkeypatch, places[2], CASE)
-        configs = [module.MineConfig(), *router_case("mine").variants]
+        load(monkeypatch, places[3], CASE)
+        configs = [config.MineConfig(), *router_case("mine").variants]
         for tests in CONTRACT:
             for test in vars(tests).values():
                 if isinstance(grid := getattr(test, "grid", None), Grid):
@@ -89,8 +90,9 @@ def _run(grid: Grid, configs: list[Any]) -> None:
             continue
 
 
-def test_the_page_has_four_files() -> None:
+def test_the_page_has_five_files() -> None:
     assert list(FILES) == [
+        "moe/routers/configs/mine_config.py",
         "moe/routers/mine.py",
         "conf/router/mine.yaml",
         "tests/moe/routers/router_cases/mine.py",
@@ -103,13 +105,14 @@ def test_the_router_keeps_the_contract(contract: Any) -> None:
 
 
 def test_its_values_are_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    config_class = load(monkeypatch, "moe/routers/mine.py", ROUTER).MineConfig
+    config_class = load(monkeypatch, "moe/routers/configs/mine_config.py", CONFIG).MineConfig
     values: Mapping[str, Any] = yaml.safe_load(VALUES)
     assert set(values) == {field.name for field in dataclasses.fields(config_class)}
     assert config_class(**values) == config_class()
 
 
 def test_its_own_test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch, "moe/routers/configs/mine_config.py", CONFIG)
     load(monkeypatch, "moe/routers/mine.py", ROUTER)
     own = load(monkeypatch, "tests/moe/routers/test_router_mine.py", OWN_TEST)
     ran = [test() for name, test in vars(own).items() if name.startswith("test_")]
