@@ -68,12 +68,17 @@ def tool_parser(
 ) -> argparse.ArgumentParser:
     """Builds the parser of ``python -m tools.NAME``, with ``--json`` unless left out."""
     parser = argparse.ArgumentParser(
-        f"python -m tools.{name}", description=description, epilog=epilog, formatter_class=_HelpFormatter
+        program_name(name), description=description, epilog=epilog, formatter_class=_HelpFormatter
     )
     if json_flag:
         text = "write the figures as JSON to a file, or to stdout for -"
         parser.add_argument("--json", metavar="PATH", help=text)
     return parser
+
+
+def program_name(name: str) -> str:
+    """Returns how a tool was started: as ``graft NAME``, or as ``python -m tools.NAME``."""
+    return sys.argv[0] if sys.argv[0].startswith("graft ") else f"python -m tools.{name}"
 
 
 def check_json_target(target: str | None) -> list[Mistake]:

@@ -303,7 +303,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["data.path=/a.txt,/b.txt"],
         [
             "data.path='/a.txt,/b.txt': a comma outside of a list. Quote it, with the shell's quotes "
-            "outside: 'data.path=\"/a.txt,/b.txt\"', or write a list: 'data.path=[/a.txt,/b.txt]'."
+            "outside: 'data.path=\"/a.txt,/b.txt\"', write a list: 'data.path=[/a.txt,/b.txt]', or add -m "
+            "for a run of each."
         ],
     ),
     "an unknown reference": (
