@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -75,6 +77,12 @@ def complete(command: Sequence[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None, "it was just initialized"
+        # What is typed is completed from all sections and from the user's folders.
+        program = r"^(\s*(?:\S*python3?\s+)?\S+)"
+        line = os.environ.get("COMP_LINE", "")
+        os.environ["COMP_LINE"] = re.sub(
+            program, lambda found: " ".join([found[1], *full_overrides([])]), line
+        )
         # A script is for a program of one word.
         sys.argv[0] = sys.argv[0].partition(" ")[0]
         try:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from moe.errors import ConfigError, Mistake, UserError
-from recipes.config.compose import quoted
+from recipes.config.compose import compose_config, quoted
 from recipes.config.search_path import CONF
 from recipes.jobs.checked_run import check_command
 from recipes.runtime.atomic import atomic_write_json
@@ -90,22 +90,13 @@ def plan_runs(overrides: Sequence[str]) -> list[SweptRun]:
     """Expands what is swept, in the order of the command line, the last option first.
 
     Raises:
-        ConfigError: A sweep is none that can be listed, or ``resume=auto`` has no name to find the sweep by.
+        ConfigError: A sweep cannot be listed, or its folder is not one.
     """
-    named = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     parsed = _parse([override for override in overrides if not override.startswith(f"{_DIR}=")])
+    given = next((o.partition("=")[2] for o in overrides if o.startswith(f"{_DIR}=")), None)
     choices = [[(text, False)] if values is None else [(v, True) for v in values] for text, values in parsed]
     combinations = list(itertools.product(*choices))
-    name = (
-        named.get("run.name") if "run.name" in {t.partition("=")[0] for t, v in parsed if v is None} else None
-    )
-    if named.get("resume") == "auto" and name is None and _DIR not in named:
-        raise ConfigError.one(
-            "resume", "auto", "a sweep is gone on with by its name", "Set run.name as well."
-        )
-    outputs = named.get("output_dir", "outputs").strip("'\"")
-    folder = Path(named.get(_DIR) or Path(outputs, name or time.strftime("multirun/%Y-%m-%d_%H-%M-%S")))
-    folder = folder.expanduser().absolute()
+    folder = _folder(given, parsed, [text for text, _ in combinations[0]])
     runs = []
     for number, texts in enumerate(combinations):
         swept = tuple(text for text, is_swept in texts if is_swept)
@@ -113,6 +104,31 @@ def plan_runs(overrides: Sequence[str]) -> list[SweptRun]:
         where = (f"output_dir={quoted(str(folder))}", f"run.name={quoted(place.name)}")
         runs.append(SweptRun(place, swept, (*(text for text, _ in texts), *where)))
     return runs
+
+
+def _folder(given: str | None, parsed: Sequence[tuple[str, Any]], first: Sequence[str]) -> Path:
+    """Returns the folder of all runs: below ``output_dir``, under ``run.name`` or a time.
+
+    Args:
+        given: ``hydra.sweep.dir``, which wins.
+        parsed: The overrides and what they are expanded to.
+        first: Overrides of the first run.
+    """
+    for text, values in parsed:
+        path, _, value = text.partition("=")
+        if path in ("output_dir", "run.name") and (values is not None or "${" in value):
+            rule = "a sweep has one folder, with a run directory of its own for each run"
+            raise ConfigError.one(path, value, rule, "Give one name, or leave it out.")
+    try:
+        values = compose_config(first)
+    except UserError:
+        values = {"output_dir": "outputs"}  # the check of the runs says what is wrong
+    name = values.get("run", {}).get("name")
+    if values.get("resume") == "auto" and name is None and given is None:
+        rule = "a sweep is gone on with by its name"
+        raise ConfigError.one("resume", "auto", rule, "Set run.name as well.")
+    below = name or time.strftime("multirun/%Y-%m-%d_%H-%M-%S")
+    return Path(given or Path(str(values["output_dir"]), str(below))).expanduser().absolute()
 
 
 def _parse(overrides: Sequence[str]) -> list[tuple[str, list[str] | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -85,11 +86,21 @@ def test_info_is_hydras(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert "Config search path" in "".join(capsys.readouterr())
 
 
-def test_completion_is_hydras(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMP_LINE", "graft router=sig")
+def test_completion_is_hydras(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/router").mkdir(parents=True)
+    (tmp_path / "conf/router/sigh.yaml").write_text("defaults: [topk]\n")
     monkeypatch.setattr("sys.argv", ["graft train"])
-    complete(["query=bash"])
-    assert set(capsys.readouterr().out.split()) == {"router=sigma", "router=sigmoid"}
+    for line, found in (
+        ("graft router=sig", {"router=sigma", "router=sigmoid", "router=sigh"}),
+        ("python train.py +recipe=upcycle train.ste", {"train.steps="}),
+        ("graft +recipe=upcycle stage2.ste", {"stage2.steps="}),
+    ):
+        monkeypatch.setenv("COMP_LINE", line)
+        complete(["query=bash"])
+        assert set(capsys.readouterr().out.split()) == found
     complete(["install=bash"])
     assert capsys.readouterr().out.endswith("hydra_bash_completion graft\n")
     with pytest.raises(ConfigError, match="install=bash, zsh or fish"):

@@ -78,13 +78,16 @@ def test_every_run_has_a_directory(tmp_path: Path) -> None:
 
 
 def test_a_sweep_has_a_name_if_it_is_given_one(tmp_path: Path) -> None:
-    place = [f"output_dir={tmp_path}", "run.name=mine", "resume=auto"]
+    place = [UPCYCLE, f"output_dir={tmp_path}", "run.name=mine", "resume=auto"]
     assert plan_runs(["seed=1,2", *place])[1].folder == tmp_path / "mine/1-2"
     assert plan_runs(["seed=1,2", f"hydra.sweep.dir={tmp_path}/s"])[0].folder == tmp_path / "s/0-1"
     with pytest.raises(ConfigError, match="a sweep is gone on with by its name. Set run.name as well."):
-        plan_runs(["seed=1,2", "resume=auto"])
+        plan_runs([UPCYCLE, "seed=1,2", "resume=auto"])
     with pytest.raises(ConfigError, match="it has no end of values"):
         plan_runs(["seed=interval(1,2)"])
+    for name in ("output_dir=a,b", "run.name=a,b", "run.name=${router.name}"):
+        with pytest.raises(ConfigError, match="a sweep has one folder"):
+            plan_runs([UPCYCLE, name])
 
 
 def test_all_runs_are_done_and_summed_up(
@@ -112,7 +115,7 @@ def test_ctrl_c_stops_the_run_and_starts_no_other(tmp_path: Path) -> None:
         f"multirun.TRAIN = ('-c', {PROGRAM!r}); multirun.check_command = lambda *given: None\n"
         "sys.exit(multirun.run_sweep(sys.argv[1:]))"
     )
-    given = ["router=ssr,topk", "seed=1", f"output_dir={tmp_path}", "run.name=s"]
+    given = [UPCYCLE, "router=ssr,topk", "seed=1", f"output_dir={tmp_path}", "run.name=s"]
     command = [sys.executable, "-c", code, *given]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + patience(60)
