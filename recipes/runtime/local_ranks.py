@@ -31,6 +31,8 @@ def start_ranks(ranks: int, arguments: Sequence[str], restarts: int = 0) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     os.environ.update(child_environment())
+    if ranks > 1:  # as torchrun does; the engine gives each rank its share of the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The agent logs each failure at length, and what the ranks have said is enough.
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="graft-ranks-") as folder:
