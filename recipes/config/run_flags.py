@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -117,7 +118,7 @@ def _parser() -> _Parser:
 def _with_words(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with the word of each flag that may stand without one."""
     found: list[str] = []
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         default, words = _OPTIONAL.get(argument, ("", ()))
         found += [argument] if not words or after in words else [f"{argument}", default]
     return found
