@@ -17,22 +17,23 @@ from typing import NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
 from recipes.config.compose import compose_config, to_yaml
+from recipes.config.run_flags import HELP, RunFlags, read_flags
 from recipes.runtime.clock import steady_time
 from recipes.runtime.error_file import write_error_file
-from recipes.runtime.interrupt import end_by_signal, restored_handlers
+from recipes.runtime.interrupt import INTERRUPTED, end_by_signal, restored_handlers
 from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
 from recipes.runtime.machine_memory import LimitError, is_out_of_memory
 from recipes.runtime.quiet_libraries import quiet_libraries
+from recipes.runtime.source_root import SOURCE_ROOT, TRAIN, is_ours
 
-INTERRUPTED = 130
 # Time that other ranks give the first one of their machine to report an error that all have.
 _SPEAK_FIRST_S = 20.0
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Errors of a file or folder that was removed or unmounted meanwhile.
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR)
 
 _HELP = """\
-usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
+usage: graft train [--nproc N] +recipe=NAME [OPTION=VALUE ...]
+       torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
 
   +recipe=quick                        all of the next with a toy model, in a minute
   +recipe=upcycle                      dense checkpoint -> MoE model -> training, report, export
@@ -41,9 +42,6 @@ usage: torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
   upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg +recipe=upcycle
   resume=auto                          go on with the newest run from its newest complete checkpoint
 
-  --cfg            print the resolved config and end
-  --help [OPTION]  print this, or what an option means: --help train.async_save, --help optim
-  --list [GROUP]   print what can be chosen, with a line each: --list router
 
 The README and docs/options.md say more; python -m tools.doctor says what this machine can run.
 """
@@ -72,7 +70,8 @@ def _tell(arguments: Sequence[str]) -> int:
     topics = [argument for argument in arguments if not argument.startswith("-")]
     listed = "--list" in arguments
     if not topics and not listed:
-        print(_HELP)
+        before, after = _HELP.rsplit("\n\n", 1)
+        print(f"{before}\n\n{HELP}\n{after}")
         return 0
     from recipes.config.reference import answer, choices
 
@@ -139,9 +138,9 @@ def _disk_line(error: OSError) -> str | None:
 def _place(error: Exception) -> str:
     """Returns the innermost line of ours in an error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "site-packages" not in frame.filename]
+    ours = [frame for frame in frames if is_ours(frame.filename)]
     frame = (ours or frames)[-1]
-    return f"{os.path.relpath(frame.filename, _ROOT)}:{frame.lineno} {frame.name}"
+    return f"{os.path.relpath(frame.filename, SOURCE_ROOT)}:{frame.lineno} {frame.name}"
 
 
 def _report(lines: list[str], code: int, speaks: bool | None = None) -> int:
@@ -173,35 +172,54 @@ def _command_started() -> float:
 
 
 def _run(arguments: Sequence[str], started: float) -> int:
-    overrides = [argument for argument in arguments if argument != "--cfg"]
-    flags = [argument for argument in overrides if argument.startswith("-")]
-    if flags:
-        raise ConfigError.one("command line", flags[0], "there is no such flag", "See train.py --help.")
-    values = compose_config(overrides)
-    from recipes.config.schema import parse_config
-
-    if "--cfg" in arguments:
-        parse_config(values)
-        print(to_yaml(values))
+    flags = read_flags(arguments)
+    if flags.complete or flags.info or flags.cfg:
+        _show(flags)
         return 0
-    try:
-        config = parse_config(values)
-    except ConfigError as error:
-        from recipes.config.places import check_places
+    is_rank = "TORCHELASTIC_RUN_ID" in os.environ
+    if is_rank and (flags.multirun or flags.ranks):
+        flag = "--multirun" if flags.multirun else "--nproc"
+        rule = "torchrun has started the ranks already"
+        raise ConfigError.one(
+            "command line", flag, rule, "Run it without torchrun: graft train --nproc N ..."
+        )
+    if flags.multirun:
+        from recipes.jobs.multirun import run_sweep
 
-        raise ConfigError([*error.mistakes, *check_places(values)]) from None
-    from recipes.jobs import job_classes
+        return run_sweep(flags.overrides, flags.ranks, flags.restarts)
+    from recipes.jobs.checked_run import check_command
 
-    jobs = job_classes()
-    if config.job not in jobs:
-        raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
-    job = jobs[config.job]()
-    mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if mistakes:
-        raise ConfigError(mistakes)
-    from recipes.jobs.idle_options import idle_line
+    run = check_command(flags.overrides, flags.ranks)
+    if flags.ranks is not None and (flags.ranks > 1 or flags.restarts):
+        from recipes.runtime.local_ranks import start_ranks
+
+        return start_ranks(flags.ranks, [*TRAIN, *flags.overrides], flags.restarts)
     from recipes.jobs.session import run_job
 
-    if os.environ.get("RANK", "0") == "0" and (line := idle_line(overrides, values, config, jobs)):
-        print(line, file=sys.stderr, flush=True)
-    return run_job(job, config, values, started)
+    if os.environ.get("RANK", "0") == "0" and run.idle:
+        print(run.idle, file=sys.stderr, flush=True)
+    return run_job(run.job, run.config, run.values, started)
+
+
+def _show(flags: RunFlags) -> None:
+    """Prints the config, or how it is composed."""
+    if flags.cfg == "shown":
+        from recipes.config.schema import parse_config
+
+        values = compose_config(flags.overrides)
+        parse_config(values)
+        print(to_yaml(values))
+        return
+    from recipes.config.hydra_views import complete, config_text, show_info
+
+    if flags.complete:
+        complete(flags.overrides)
+    elif flags.info:
+        show_info(flags.info, flags.overrides)
+    else:
+        text = config_text(flags.cfg or "job", flags.overrides, flags.package, resolve=flags.resolve)
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    end_process(main(sys.argv[1:]))

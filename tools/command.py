@@ -115,9 +115,9 @@ def tool_parser(
         epilog: What else there is to know.
         example: Arguments of a call that works.
     """
-    end = f"example:\n  python -m tools.{name} {example}"
+    end = f"example:\n  {program_name(name)} {example}"
     parser = _ToolParser(
-        f"python -m tools.{name}",
+        program_name(name),
         description=description,
         epilog=f"{epilog}\n\n{end}" if epilog else end,
         formatter_class=_HelpFormatter,
@@ -125,6 +125,11 @@ def tool_parser(
     text = "write the figures as JSON to a file, or to stdout for -"
     parser.add_argument("--json", metavar="PATH", help=text)
     return parser
+
+
+def program_name(name: str) -> str:
+    """Returns how a tool was started: as ``graft NAME``, or as ``python -m tools.NAME``."""
+    return sys.argv[0] if sys.argv[0].startswith("graft ") else f"python -m tools.{name}"
 
 
 def check_json_target(target: str | None) -> list[Mistake]:

@@ -15,8 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.owners import CONF, choose, owner_mistake
+from recipes.config.owners import choose, owner_mistake
 from recipes.config.renamed import check_name
+from recipes.config.search_path import (
+    CONF,
+    SEARCH_PATH,
+    check_search_path,
+    check_shadows,
+    choices_of,
+    search_path,
+)
 from recipes.config.warm_up import scale_warm_ups
 
 
@@ -32,10 +40,12 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     unreadable = {
         override: mistake
         for override in overrides
-        if (mistake := check_name(override) or _unreadable(override))
+        if (mistake := check_name(override) or _unreadable(override) or _without_effect(override))
     }
     mistakes = list(unreadable.values())
     remaining = [override for override in overrides if override not in unreadable]
+    if missing := check_search_path(remaining):
+        raise ConfigError([*mistakes, *missing])
     while True:
         try:
             values = _compose(remaining)
@@ -48,20 +58,38 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(mistakes) from None
             removed = _key(culprit)
             remaining = [o for o in remaining if o != culprit and not _key(o).startswith(f"{removed}.")]
-    if mistakes:
+    if mistakes := mistakes or _shadowed(remaining):
         raise ConfigError(mistakes)
     if values["job"] is None:
-        recipes = ", ".join(sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+        recipes = ", ".join(choices_of("recipe", remaining))
         raise ConfigError.one("recipe", None, "no recipe is chosen", f"Add +recipe=NAME, one of: {recipes}.")
     scale_warm_ups(values, overrides)
     return values
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", [_sections(), *overrides])
+    config = compose_tree(overrides)
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return values
+
+
+def compose_tree(overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
+    """Composes the config without resolving it; with ``hydra``, with hydra's own part."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", full_overrides(overrides), return_hydra_config=hydra)
+
+
+def full_overrides(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides that hydra is given: those of the command line, all sections, the search path."""
+    path = ",".join(quoted(entry) for entry in search_path(overrides))
+    own = [override for override in overrides if _key(override) != SEARCH_PATH]
+    return [_sections(), *([f"{SEARCH_PATH}=[{path}]"] if path else []), *own]
+
+
+def _shadowed(overrides: Sequence[str]) -> list[Mistake]:
+    if not search_path(overrides):
+        return []
+    return check_shadows(compose_tree(overrides, hydra=True).hydra.runtime.choices, overrides)
 
 
 def quoted(value: str) -> str:
@@ -94,9 +122,20 @@ def _unreadable(override: str) -> Mistake | None:
     except HydraException:
         return Mistake(path, value, "it holds characters that have a meaning of their own", f"{remedy}.")
     if parsed.is_sweep_override():
-        remedy += f", or write a list: {shlex.quote(f'{path}=[{value}]')}."
+        remedy += f", write a list: {shlex.quote(f'{path}=[{value}]')}, or add -m for a run of each."
         return Mistake(path, value, "a comma outside of a list", remedy)
     return None
+
+
+def _without_effect(override: str) -> Mistake | None:
+    """Rejects options of hydra's that would do nothing: Graft composes by it, and starts runs itself."""
+    path, _, value = override.lstrip("+~").partition("=")
+    if path.partition(".")[0].partition("/")[0] != "hydra" or path == SEARCH_PATH:
+        return None
+    remedy = f"Leave it out; there are {SEARCH_PATH}, and output_dir and run.name for the run directory."
+    return Mistake(
+        path, value, "Graft starts its runs itself, and this option of hydra's does nothing", remedy
+    )
 
 
 def _text(error: Exception) -> str:
@@ -125,7 +164,7 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
     """Translates hydra's error, and suggests the nearest option that exists."""
     text = _text(error)
     path, _, value = (culprit or "command line").lstrip("+~").partition("=")
-    if "No match in the defaults list" in text and (CONF / path).is_dir():
+    if "No match in the defaults list" in text and choices_of(path, overrides):
         return Mistake(path, value, "it is chosen with a plus", f"Write +{path}={value}.")
     if re.search(r"Key '.*' is not in struct|Could not override", text):
         if owned := owner_mistake(path, _choice(path.partition(".")[0], overrides)):
@@ -134,9 +173,8 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
         near = difflib.get_close_matches(path, known, n=1) or _same_leaf(path, known)
         remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
         return Mistake(path, value, "there is no such option", remedy)
-    if (CONF / path).is_dir() and culprit is not None:
-        remedy = choose(value, (file.stem for file in (CONF / path).glob("*.yaml")))
-        return Mistake(path, value, "there is no such choice", remedy)
+    if culprit is not None and (choices := choices_of(path, overrides)):
+        return Mistake(path, value, "there is no such choice", choose(value, choices))
     first = " ".join(text.split())
     return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
 

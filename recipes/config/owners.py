@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.config.search_path import choices_of
 
-CONF = SOURCE_ROOT / "conf"
 # Every section is part of every config, and a recipe is none.
 _NOT_CHOSEN = ("recipe", "section")
 
@@ -51,13 +50,11 @@ def _choices(group: str) -> Mapping[str, frozenset[str]]:
     """Returns the options that each choice of a group has of its own, nested ones with dots."""
     if not group.isidentifier() or group in _NOT_CHOSEN:
         return {}
-    return {
-        file.stem: frozenset(_options(group, file.stem)) for file in sorted((CONF / group).glob("*.yaml"))
-    }
+    return {name: frozenset(_options(group, name)) for name in choices_of(group)}
 
 
 def _options(group: str, choice: str) -> list[str]:
-    content = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load(choices_of(group)[choice].read_text(encoding="utf-8"))
     bases = [base for base in content.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
     return [*_paths(content), *(option for base in bases for option in _options(group, base))]
 

@@ -21,8 +21,9 @@ import yaml
 
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
-from recipes.config.owners import CONF, choose
+from recipes.config.owners import choose
 from recipes.config.schema import RunConfig, config_classes
+from recipes.config.search_path import CONF
 from recipes.config.sections import section_classes
 from recipes.runtime.source_root import SOURCE_ROOT
 

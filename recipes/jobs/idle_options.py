@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe.types import Config
-from recipes.config.owners import CONF, listed
+from recipes.config.owners import listed
+from recipes.config.search_path import choices_of
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
@@ -92,15 +93,15 @@ def written_options(overrides: Sequence[str], values: Mapping[str, Any]) -> list
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key == "recipe":
-            found |= dict.fromkeys(_recipe_options(value))
-        elif not override.startswith("~") and "@" not in key and not (CONF / key).is_dir():
+            found |= dict.fromkeys(_recipe_options(value, overrides))
+        elif not override.startswith("~") and "@" not in key and not choices_of(key, overrides):
             found |= dict.fromkeys(_leaves(key, _at(values, key)))
     return list(found)
 
 
-def _recipe_options(name: str) -> list[str]:
-    file = CONF / "recipe" / f"{name}.yaml"
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _recipe_options(name: str, overrides: Sequence[str]) -> list[str]:
+    file = choices_of("recipe", overrides).get(name)
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file else None
     given = {key: value for key, value in (content or {}).items() if key not in ("defaults", "job")}
     return [leaf for key, value in given.items() for leaf in _leaves(key, value)]
 

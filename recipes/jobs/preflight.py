@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
         + check_paths(config.data)
         + check_folders(config)
     )
-    mistakes += check_calibration(config) + check_run_dir(config) + check_optim_start(config)
+    mistakes += check_names() + check_calibration(config) + check_run_dir(config) + check_optim_start(config)
     mistakes += check_chat_template(config.data, config.dense) + check_library(config)
     if config.dense is None:
         shape = _default_shape(config)
@@ -59,6 +60,16 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
     return mistakes + (check_fit(config, read_config(folder)) or check_opens(config))
+
+
+def check_names() -> list[Mistake]:
+    """Rejects a PyPI package with the name of one of ours: transformers would import ours for it."""
+    try:
+        version = metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        return []
+    rule = "this package of PyPI has the name of Graft's own, and transformers takes one for the other"
+    return [Mistake("kernels", version, rule, "Run pip uninstall kernels, and install Graft again.")]
 
 
 def check_opens(config: RunConfig) -> list[Mistake]:

@@ -15,9 +15,8 @@ from typing import Any
 from torch.distributed import Store
 
 from moe.errors import Mistake, UserError
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import PACKAGES, SOURCE_ROOT
 
-_SOURCES = ("train.py", "kernels", "moe", "recipes", "tools")
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton", "deepspeed", "megatron-core")
 # Each machine may have its own cache folder.
 _MAY_DIFFER = frozenset({"cache_dir"})
@@ -52,9 +51,8 @@ def facts_of_this_rank(values: Mapping[str, Any]) -> Facts:
 def source_hashes(root: Path) -> dict[str, str]:
     """Computes the first 16 digits of each source file's sha256, by its path below the root."""
     found = {}
-    for name in _SOURCES:
-        place = root / name
-        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
             found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
 

@@ -30,6 +30,7 @@ from recipes.runtime.machine_memory import free_and_total_bytes
 from recipes.runtime.source_root import SOURCE_ROOT
 
 Status = Literal["ok", "warn", "bad"]
+DISTRIBUTION = "graft-moe"
 GIB = 2**30
 # Packages that only their own engine needs.
 ENGINE_PACKAGES = ("deepspeed", "megatron-core")
@@ -99,12 +100,11 @@ def check_pins(pyproject: Path = SOURCE_ROOT / "pyproject.toml") -> list[Finding
 
     A build tag after the version (``+cu128``) does not count. Packages that are right share one finding.
     """
-    if not pyproject.is_file():
-        return [Finding("packages", "warn", f"{pyproject} is missing", "Run from a checkout of the project.")]
-    content = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    required = _required(pyproject)
+    if required is None:
+        text = f"{pyproject} is missing, and {DISTRIBUTION} is not installed"
+        return [Finding("packages", "warn", text, "Install it with pip, or run from a checkout.")]
     findings, right = [], []
-    required = [(pin, True) for pin in content.get("dependencies", ())]
-    required += [(pin, False) for pins in content.get("optional-dependencies", {}).values() for pin in pins]
     for requirement, needed in required:
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^;\s]+)", requirement)
         if match is None:
@@ -123,6 +123,18 @@ def check_pins(pyproject: Path = SOURCE_ROOT / "pyproject.toml") -> list[Finding
     return [Finding("packages", "ok", f"{len(right)} as pinned: {', '.join(right)}"), *findings]
 
 
+def _required(pyproject: Path) -> list[tuple[str, bool]] | None:
+    """Returns the requirements and whether runs need them: a checkout's, else the installed package's."""
+    if not pyproject.is_file():
+        if _installed(DISTRIBUTION) is None:
+            return None
+        # Those of the extras have a marker: who left them out wants none of them.
+        return [(pin, True) for pin in metadata.requires(DISTRIBUTION) or () if ";" not in pin]
+    content = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    extras = content.get("optional-dependencies", {}).values()
+    return [(pin, True) for pin in content.get("dependencies", ())] + [(p, False) for e in extras for p in e]
+
+
 def check_kernels_clash() -> list[Finding]:
     """Checks that ``import kernels`` finds this project's folder, not the PyPI package of that name.
 
@@ -130,13 +142,14 @@ def check_kernels_clash() -> list[Finding]:
     """
     version = _installed("kernels")
     if version is not None:
-        text = f"the PyPI package kernels {version} is installed and has the name of our folder"
-        return [Finding("kernels", "bad", text, "Run pip uninstall kernels.")]
+        text = f"the PyPI package kernels {version} is installed and has the name of Graft's own"
+        return [Finding("kernels", "bad", text, "Run pip uninstall kernels, and install Graft again.")]
     spec = importlib.util.find_spec("kernels")
     origin = None if spec is None else spec.origin
     if origin is None or SOURCE_ROOT not in Path(origin).resolve().parents:
         text = f"import kernels finds {origin}, not the folder in {SOURCE_ROOT}"
-        return [Finding("kernels", "bad", text, f"Run from {SOURCE_ROOT}.")]
+        remedy = f"Run from {SOURCE_ROOT}, or from a folder that holds no kernels."
+        return [Finding("kernels", "bad", text, remedy)]
     return [Finding("kernels", "ok", "import kernels is the project's own folder")]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+INTERRUPTED = 130
+"""Exit code of a command that was asked to stop."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOTICE = b"\nstopping: this step is finished and saved first; Ctrl-C once more ends at once\n"
 

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Literal
 
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import SOURCE_ROOT, is_ours
 
 # Innermost frames in these folders wait for other ranks, or may do so.
 _COLLECTIVES = "torch/distributed/"
@@ -28,7 +28,7 @@ def where_is(thread: int) -> tuple[str, Literal["collective", "backward", "elsew
     frames = traceback.extract_stack(frame, limit=64)
     innermost = frames[-1]
     text = f"{_short(innermost.filename)}:{innermost.lineno} {innermost.name}"
-    ours = next((f for f in reversed(frames) if _is_ours(f.filename)), None)
+    ours = next((f for f in reversed(frames) if is_ours(f.filename)), None)
     if ours is not None and ours is not innermost:
         text += f", called from {_short(ours.filename)}:{ours.lineno} {ours.name}"
     path = innermost.filename.replace("\\", "/")
@@ -61,13 +61,8 @@ def dump_stacks(path: Path, headline: str, *, with_stacks: bool = True) -> None:
                 faulthandler.dump_traceback(file, all_threads=True)
 
 
-def _is_ours(filename: str) -> bool:
-    path = Path(filename)
-    return path.is_relative_to(SOURCE_ROOT) and "site-packages" not in path.parts
-
-
 def _short(filename: str) -> str:
     """Returns the path below this project's folder, or below the package's."""
-    if _is_ours(filename):
+    if is_ours(filename):
         return str(Path(filename).relative_to(SOURCE_ROOT))
     return filename.partition("site-packages/")[2] or filename

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from recipes.config.compose import CONF
+from recipes.config.search_path import choices_of
 
 
 def conf_choices(group: str) -> list[str]:
     """Returns every choice of a folder of ``conf``."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return list(choices_of(group))
 
 
 def split_list(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 from moe.errors import DataError
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import TRAIN, child_environment, torchrun
 from recipes.runtime.user_json import read_json_object
 from recipes.tracking.metrics_log import METRICS_FILE
 
@@ -80,21 +80,16 @@ class Trial:
 Launch = Callable[[Any], "subprocess.Popen[bytes]"]
 
 
-def torchrun(ranks: int) -> list[str]:
-    """Returns the beginning of a command line that starts ranks on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={ranks}"]
-
-
 def launcher(overrides: Sequence[str], ranks: int) -> Launch:
     """Returns a function that starts a trial on this many ranks."""
 
     def launch(trial: Trial) -> subprocess.Popen[bytes]:
         trial.folder.parent.mkdir(parents=True, exist_ok=True)
         command = torchrun(ranks) if ranks > 1 else [sys.executable]
-        command += [str(SOURCE_ROOT / "train.py"), *trial.arguments(overrides)]
+        command += [*TRAIN, *trial.arguments(overrides)]
         with trial.log.open("ab") as log:
-            return subprocess.Popen(command, cwd=SOURCE_ROOT, stdout=log, stderr=subprocess.STDOUT)
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(command, env=child_environment(), **output)
 
     return launch
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.runtime.atomic import sync_path
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import child_environment
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ def measure_conversion(
             str(out),
         ]
         command += ["--no-verify", "--method", method, "--experts", str(experts), "--json", "-"]
-        done = subprocess.run(
-            command, cwd=SOURCE_ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
-        )
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        done = subprocess.run(command, env=child_environment(), check=True, **quiet)
         total = time.monotonic() - started
         figures: dict[str, Any] = json.loads(done.stdout)
         copy_seconds, copy_sync_seconds = _copy(out, folder / "copy")

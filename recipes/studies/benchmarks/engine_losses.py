@@ -11,8 +11,7 @@ from pathlib import Path
 from moe.errors import GraftError
 from recipes.engines import engine_classes
 from recipes.engines.base import EngineLayout
-from recipes.runtime.source_root import SOURCE_ROOT
-from recipes.studies.sweep import torchrun
+from recipes.runtime.source_root import TRAIN, child_environment, torchrun
 
 _TAIL = 15
 REFERENCE = EngineLayout(1, ("engine=native",))
@@ -85,8 +84,8 @@ def _default_config(
 
 
 def _train(layout: EngineLayout, options: Sequence[str]) -> None:
-    command = [*torchrun(layout.ranks), str(SOURCE_ROOT / "train.py"), "+recipe=upcycle", *layout.options]
-    ended = subprocess.run([*command, *_QUIET, *options], cwd=SOURCE_ROOT, capture_output=True, text=True)
+    command = [*torchrun(layout.ranks), *TRAIN, "+recipe=upcycle", *layout.options, *_QUIET, *options]
+    ended = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if ended.returncode != 0:
         tail = "\n".join((ended.stdout + ended.stderr).splitlines()[-_TAIL:])
         raise GraftError(f"{layout.name} failed with exit code {ended.returncode}:\n{tail}")

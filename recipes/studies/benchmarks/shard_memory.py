@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import GraftError
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import child_environment, torchrun
 from recipes.studies.benchmarks.conversion_speed import DenseSize, make_dense
 from recipes.studies.benchmarks.shard_rank import RankMemory, RankTask
-from recipes.studies.sweep import torchrun
 
 #: MoEs of 8 experts with 23, 168 and 868 million parameters.
 SIZES = (DenseSize(256, 704, 4, 4096), DenseSize(512, 1408, 8, 8192), DenseSize(1024, 2816, 12, 16384))
@@ -76,7 +75,7 @@ def measure_layout(
         task = RankTask(str(dense), str(tiny), out, method, experts, layout.fields, layout.whole)
         program = ["-m", "recipes.studies.benchmarks.shard_rank", json.dumps(asdict(task))]
         command = [*torchrun(layout.ranks), *program]
-        done = subprocess.run(command, cwd=SOURCE_ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
         if done.returncode:
             raise RankFailedError(f"a rank of {layout} has failed:\n{done.stderr[-4000:]}")
         files = [Path(out) / f"rank-{rank}.json" for rank in range(layout.ranks)]

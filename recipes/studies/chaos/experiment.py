@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import TRAIN
 from recipes.studies.chaos.chaos_settings import ChaosSettings
 from recipes.studies.chaos.killer import ChaosError, Kill, Killer
 from recipes.studies.chaos.moments import draw_moments
@@ -19,7 +19,6 @@ from recipes.studies.chaos.torchrun import Torchrun
 from recipes.studies.chaos.verdict import difference, figures
 from recipes.tracking.metrics_log import METRICS_FILE, read_rows
 
-_TRAIN = SOURCE_ROOT / "train.py"
 _SLOW = "recipes.studies.chaos.slow_disk"
 _REFERENCE = "reference"
 # Assumed time of a save where none could be watched.
@@ -105,7 +104,7 @@ def _undisturbed(settings: ChaosSettings, log: Callable[[str], None]) -> float:
 
 
 def _start(settings: ChaosSettings, name: str | None, restarts: int) -> Torchrun:
-    script = list(settings.program) or [str(_TRAIN)]
+    script = list(settings.program or TRAIN)
     if settings.disk_mib_s is not None:
         script = ["-m", _SLOW, f"{settings.disk_mib_s:g}"]
     log = settings.folder / f"{name or 'chaos'}.log"

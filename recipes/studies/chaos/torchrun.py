@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from recipes.runtime.source_root import SOURCE_ROOT
-from recipes.studies.sweep import torchrun
+from recipes.runtime.source_root import child_environment, torchrun
 
 
 class Torchrun:
@@ -33,10 +32,9 @@ class Torchrun:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [*torchrun(ranks), f"--max-restarts={restarts}", *script]
-        environment = os.environ | {"PYTHONPATH": str(SOURCE_ROOT)}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+                command, env=child_environment(), stdout=output, stderr=subprocess.STDOUT
             )
 
     def __enter__(self) -> Torchrun:

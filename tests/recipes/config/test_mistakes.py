@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["data.path=/a.txt,/b.txt"],
         [
             "data.path='/a.txt,/b.txt': a comma outside of a list. Quote it, with the shell's quotes "
-            "outside: 'data.path=\"/a.txt,/b.txt\"', or write a list: 'data.path=[/a.txt,/b.txt]'."
+            "outside: 'data.path=\"/a.txt,/b.txt\"', write a list: 'data.path=[/a.txt,/b.txt]', or add -m "
+            "for a run of each."
         ],
     ),
     "an unknown reference": (
@@ -529,6 +531,15 @@ def test_a_folder_whose_name_is_an_option_does_not_confuse(
     monkeypatch.setattr(recipes.config.compose, "CONF", moved)
     assert command.run("seed=1", "data=nope") == 2
     assert_lines(command.lines, ["data='nope': there is no such choice. Choose one of: chat, stdlib."])
+
+
+def test_a_package_of_the_name_of_ours_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.18.3" if name == "kernels" else version(name))
+    assert command.run("data.seq_len=32") == 2
+    assert_lines(
+        command.lines, ["kernels='0.18.3': this package of PyPI has the name of Graft's own, and..."]
+    )
 
 
 def test_torchrun_is_told(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -94,9 +94,11 @@ def test_what_is_declared_is_an_option(family: str, name: str) -> None:
 
 
 def test_a_recipe_of_ones_own_counts_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe/own.yaml").write_text(yaml.safe_dump({"job": "upcycle", "router": {"z_coef": 1}}))
-    monkeypatch.setattr("recipes.jobs.idle_options.CONF", tmp_path)
+    (tmp_path / "conf/recipe").mkdir(parents=True)
+    (tmp_path / "conf/recipe/own.yaml").write_text(
+        yaml.safe_dump({"job": "upcycle", "router": {"z_coef": 1}})
+    )
+    monkeypatch.chdir(tmp_path)
     assert written_options(["+recipe=own", "seed=1"], {}) == ["router.z_coef", "seed"]
 
 

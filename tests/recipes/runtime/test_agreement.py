@@ -80,12 +80,12 @@ def test_other_packages_and_another_source_are_named(facts: Facts) -> None:
     other = copy.deepcopy(facts)
     other["versions"]["torch"] = "1.0"
     other["code"]["recipes/training/training_loop.py"] = "0"
-    del other["code"]["train.py"]
+    del other["code"]["recipes/launch.py"]
     [text] = set(meet([facts, other, facts]))
     assert text is not None
     version = facts["versions"]["torch"]
     assert f"torch='1.0': this is what rank 1 has, and rank 0 has '{version}'. Install the same" in text
-    differing = "code='recipes/training/training_loop.py, train.py'"
+    differing = "code='recipes/launch.py, recipes/training/training_loop.py'"
     assert f"{differing}: the source of rank 1 differs from that of rank 0 in 2 files" in text
 
 
@@ -101,16 +101,10 @@ def test_a_cache_of_the_machine_may_differ() -> None:
 
 def test_the_source_is_what_runs(tmp_path: Path) -> None:
     ours = source_hashes(ROOT)
-    assert {
-        "train.py",
-        "recipes/training/training_loop.py",
-        "moe/layer.py",
-        "kernels/expert_mlp.py",
-    } <= ours.keys()
+    assert {"recipes/training/training_loop.py", "moe/layer.py", "kernels/expert_mlp.py"} <= ours.keys()
     for name in ("recipes/training/training_loop.py", "moe/layer.py"):
         (tmp_path / name).parent.mkdir(parents=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "train.py", tmp_path)
     assert source_hashes(tmp_path).items() <= ours.items()
     with (tmp_path / "moe/layer.py").open("a") as file:
         file.write("# another\n")

@@ -63,6 +63,16 @@ def test_pins_without_a_checkout(tmp_path: Path) -> None:
     assert finding.status == "warn"
 
 
+def test_the_pins_of_an_installed_package(
+    tmp_path: Path, versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions["graft-moe"] = "0.1.0"
+    pins = ["torch==2.13.0", "wandb==0.31.0", "ruff==0.17.5; extra == 'dev'"]
+    monkeypatch.setattr(environment.metadata, "requires", lambda name: pins)
+    right, wrong = check_pins(tmp_path / "pyproject.toml")
+    assert right.text.startswith("1 as pinned") and wrong.name == "wandb"
+
+
 def test_the_pypi_package_kernels_must_not_be_installed(versions: dict[str, str | None]) -> None:
     assert check_kernels_clash()[0].status == "ok"
     versions["kernels"] = "0.5.0"

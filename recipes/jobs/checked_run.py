@@ -1,0 +1,81 @@
+"""Composes and checks a run before anything of it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moe.errors import ConfigError
+from recipes.config.compose import compose_config
+
+if TYPE_CHECKING:
+    from recipes.config.schema import RunConfig
+    from recipes.jobs.base import Job
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """Run whose checks have passed.
+
+    Attributes:
+        config: Its typed config.
+        values: The composed values.
+        job: Its job.
+        idle: Warning of options without effect; None where all have one.
+    """
+
+    config: RunConfig
+    values: Mapping[str, Any]
+    job: Job
+    idle: str | None
+
+
+def check_command(overrides: Sequence[str], ranks: int | None = None) -> CheckedRun:
+    """Composes and checks a run.
+
+    Args:
+        overrides: Those of the command line.
+        ranks: Ranks that will be started; None for those that torchrun has started.
+
+    Raises:
+        ConfigError: Something is wrong; all mistakes at once.
+    """
+    values = compose_config(overrides)
+    from recipes.config.schema import parse_config
+
+    try:
+        config = parse_config(values)
+    except ConfigError as error:
+        from recipes.config.places import check_places
+
+        raise ConfigError([*error.mistakes, *check_places(values)]) from None
+    from recipes.jobs import job_classes
+    from recipes.jobs.idle_options import idle_line
+
+    jobs = job_classes()
+    if config.job not in jobs:
+        raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
+    job = jobs[config.job]()
+    with _as_one_of(ranks):
+        mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return CheckedRun(config, values, job, idle_line(overrides, values, config, jobs))
+
+
+@contextlib.contextmanager
+def _as_one_of(ranks: int | None) -> Iterator[None]:
+    """Makes the environment that of a rank while engines check what they have."""
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if ranks is not None else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(ranks)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
