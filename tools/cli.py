@@ -45,6 +45,7 @@ GROUPS: Mapping[str, Commands] = {
         "compile": ("kernels.aot", "compile the GPU kernels without a GPU"),
     },
     "Benchmarks": {
+        "bench start": ("tools.bench_start", "the start of commands that need no model"),
         "bench step": ("tools.bench_step", "a training step against a dense model"),
         "bench engines": ("tools.compare_engines", "losses and speed of native torch, DeepSpeed, Megatron"),
         "bench routers": ("tools.bench_routers", "every router, alone and in a step"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from moe.registry import discover
-from recipes.jobs.base import Job, Session
+from typing import TYPE_CHECKING
 
-__all__ = ["Job", "Session", "job_classes"]
+if TYPE_CHECKING:
+    from recipes.jobs.base import Job
 
 
 def job_classes() -> dict[str, type[Job]]:
     """Every job class by its name."""
+    from moe.registry import discover
+    from recipes.jobs.base import Job
+
     return discover(__name__, Job)

@@ -9,6 +9,7 @@ from pathlib import Path
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 """The folder of ``conf`` and the packages: that of ``train.py``, or ``site-packages``."""
 PACKAGES = ("kernels", "moe", "recipes", "tools")
+_INSTALLED = not (SOURCE_ROOT / "train.py").is_file()
 TRAIN = ("-m", "recipes.launch")
 """``train.py`` for an interpreter, or for torchrun."""
 
@@ -16,7 +17,11 @@ TRAIN = ("-m", "recipes.launch")
 def is_ours(filename: str) -> bool:
     """Returns whether a file is one of this project's sources."""
     path = Path(filename)
-    return path.is_relative_to(SOURCE_ROOT) and path.relative_to(SOURCE_ROOT).parts[0] in PACKAGES
+    if not path.is_relative_to(SOURCE_ROOT):
+        return False
+    below = path.relative_to(SOURCE_ROOT).parts
+    # In a checkout an environment may stand beside the sources; where Graft is installed, all others do.
+    return below[0] in PACKAGES if _INSTALLED else "site-packages" not in below
 
 
 def child_environment() -> dict[str, str]:

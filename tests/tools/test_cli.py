@@ -40,7 +40,7 @@ def test_names_are_split_from_arguments(given: str, name: str, rest: list[str]) 
         ("trian", "graft='trian': there is no such command. Did you mean graft train?"),
         ("upcycle_vs_cpt", "Did you mean graft upcycle-vs-cpt?"),
         ("bench stpe", "graft='bench stpe': there is no such command. Did you mean bench step?"),
-        ("bench --json", "Choose from: bench step, bench engines"),
+        ("bench --json", "Choose from: bench start, bench step"),
         ("xyzzy", "graft --help lists them."),
     ],
 )

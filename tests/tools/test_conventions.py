@@ -15,7 +15,7 @@ from moe.errors import ConfigError
 from tests.grid import each
 from tools.command import RENAMED, tool_parser
 
-NAMES = [info.name for info in pkgutil.iter_modules(tools.__path__) if info.name != "command"]
+NAMES = [info.name for info in pkgutil.iter_modules(tools.__path__) if info.name not in ("cli", "command")]
 
 
 def _help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

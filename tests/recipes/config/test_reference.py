@@ -61,7 +61,7 @@ def test_choices_have_a_line_each() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--help"], "usage: torchrun"),
+        (["--help"], "usage: graft train"),
         (["--help", "train.steps"], "train.steps: int, default 600."),
         (["--list"], "  engine: deepspeed, megatron, native"),
         (["--list", "engine"], "  native"),
