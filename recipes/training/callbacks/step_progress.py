@@ -34,7 +34,8 @@ class Progress(Callback):
     def on_stage_start(self, stage: StageInfo) -> None:
         """Opens the bar."""
         self._window = _Window(stage.first_step)
-        self._val_loss = None
+        # A stage may end before its first steps have told anything.
+        self._first = self._val_loss = None
         shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self._bar = open_bar(stage.title, stage.total_steps, "step", done=stage.first_step, bar_format=shape)
 

@@ -124,11 +124,11 @@ class TestCommand:
         assert figures["job"]["gpus"] == 2 and figures["plans"]
 
     def test_mistakes_are_said_at_once(self, tmp_path: Path) -> None:
-        flags = ["--gpu", "h900", "--gpus", "0", "--only", "XP=2", "--precision", "fp3", "--network", "-1"]
+        flags = ["--gpu", "h900", "--gpus", "0", "--only", "XP=2", "--dtype", "fp3", "--network", "-1"]
         with pytest.raises(ConfigError) as caught:
             main(["nowhere", *flags])
         paths = {mistake.path for mistake in caught.value.mistakes}
-        assert paths == {"CONFIG", "--gpu", "--gpus", "--only", "--precision", "--network"}
+        assert paths == {"CONFIG", "--gpu", "--gpus", "--only", "--dtype", "--network"}
         with pytest.raises(ConfigError, match="a model is needed"):
             main([])
         for fixed, said in (

@@ -125,6 +125,16 @@ def test_the_run_says_how_long_all_of_its_stages_take(
     assert capsys.readouterr().out.endswith("eta 0:40, run ~1:00\n")
 
 
+def test_a_stage_that_ends_before_it_tells_leaves_nothing_to_the_next(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = Progress(log_every=10)
+    # Resumed behind step 5, it is measured from step 6 on, and the next would tell at its own step 6.
+    show(progress, stage(total=8, first=5, name="dense", moe=9), 8)
+    show(progress, stage(total=9, cpt=3), 9)
+    assert "about" not in capsys.readouterr().out
+
+
 def resize(descriptor: int, columns: int) -> None:
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 

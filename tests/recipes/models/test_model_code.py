@@ -101,7 +101,7 @@ def test_trusted_code_comes_with_the_export(
             f"--moe={folder}",
             "--trust-remote-code",
             "--samples=1",
-            "--length=8",
+            "--sequence-length=8",
         ],
     )
     assert tools.verify.main() == 0
