@@ -58,7 +58,8 @@ def test_pins(tmp_path: Path, versions: dict[str, str | None]) -> None:
     assert "pip install wandb==0.31.0" in wrong[0].remedy
 
 
-def test_pins_without_a_checkout(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("versions")
+def test_pins_where_graft_is_not_installed(tmp_path: Path) -> None:
     (finding,) = check_pins(tmp_path / "pyproject.toml")
     assert finding.status == "warn"
 
