@@ -71,7 +71,7 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
     require_rank(plan.spec, config.experts.lora)
     backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
     blank, begun = partial(_blank, run, plan, schedule), partial(_step_zero, run, plan, statistics)
-    foresee_memory(run, blank())
+    _foresee(run, plan)
     if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
         return Built(blank(), {}, blank=blank, begun=begun)
@@ -92,6 +92,13 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
         state["attention"] = summarise_attention(cut)
     begin = partial(check_export_early, run, tokens_BS)
     return Built(model, state, begin, blank=blank, begun=begun)
+
+
+def _foresee(run: StageRun, plan: MoEPlan) -> None:
+    """Foresees the memory of what is trained: low-rank factors alone, where there are any."""
+    shape = moe_model(plan, run.config.experts.backend, CheckpointWeights())
+    add_low_rank(shape, run.config.experts.lora, run.config.seed)
+    foresee_memory(run, shape)
 
 
 def _step_zero(run: StageRun, plan: MoEPlan, statistics: LayerTensors) -> StepZero:
