@@ -112,7 +112,7 @@ def test_a_run_says_what_it_will_take_and_does_not_begin_without_room(
     done = job(tmp_path, options | {"optim.schedule.warmup_steps": 0})
     assert done.code == 0, done.err
     assert done.out.count("memory foreseen, in GiB:") == 1
-    # Weights of 212 KB with gradients and two moments take 848 KB, and 459 KB where experts train factors alone.
+    # Weights of 212 KB, gradients and two moments take 848 KB, and 459 KB where experts train factors alone.
     monkeypatch.setattr(
         "recipes.jobs.memory_check._machine", lambda run: Machine(1, 650_000, 0, "this machine")
     )
