@@ -46,11 +46,12 @@ class SweptRun:
     overrides: tuple[str, ...]
 
     def results(self) -> list[dict[str, Any]]:
-        """Reads the results of the run; empty where there are none."""
-        try:
-            found: list[dict[str, Any]] = read_json_object(self.folder / "summary.json").get("results", [])
-        except (UserJsonError, ValueError, OSError):
-            return []
+        """Reads the results of the run.
+
+        Raises:
+            UserJsonError: Its summary is damaged or not there.
+        """
+        found: list[dict[str, Any]] = read_json_object(self.folder / "summary.json").get("results", [])
         return found
 
 
@@ -210,13 +211,19 @@ def _summarize(runs: Sequence[SweptRun], codes: Sequence[int]) -> None:
     """Prints a line for each run that was started, and writes all of it beside their directories."""
     rows = []
     for run, code in itertools.zip_longest(runs, codes):
-        results = run.results() if code is not None else []
+        results, fault = [], ""
+        if code is not None:
+            try:
+                results = run.results()
+            except UserJsonError as error:
+                # A run that failed says itself why it came to no summary.
+                fault = f", but its summary.json {error.clause}" if code == 0 else ""
         rows.append({"run": str(run.folder), "swept": run.swept, "code": code, "results": results})
         losses = [
             f"{row['model']} {row['val_loss']:.4f}" for row in results if row.get("val_loss") is not None
         ]
         state = "not started" if code is None else "done" if code == 0 else f"FAILED with exit code {code}"
-        print(f"{run.folder.name}: {state}{': ' if losses else ''}{', '.join(losses)}", flush=True)
+        print(f"{run.folder.name}: {state}{': ' if losses else ''}{', '.join(losses)}{fault}", flush=True)
     folder = runs[0].folder.parent
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / SUMMARY, {"runs": rows})

@@ -21,7 +21,8 @@ from tests.paths import ROOT
 from tests.patience import patience
 
 UPCYCLE = "+recipe=upcycle"
-# Stands in for a run: it fails under router=sigmoid, and waits to be stopped under router=ssr.
+# Stands in for a run: it fails under router=sigmoid, leaves a damaged summary under router=hash, and waits to be
+# stopped under router=ssr.
 PROGRAM = """
 import json, pathlib, signal, sys, time
 given = dict(a.lstrip("+").split("=", 1) for a in sys.argv[1:] if "=" in a)
@@ -33,6 +34,9 @@ if given["router"] == "ssr":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     (folder / "waits").touch()
     time.sleep(600)
+if given["router"] == "hash":
+    (folder / "summary.json").write_text("{")
+    sys.exit()
 loss = float(given["seed"])
 (folder / "summary.json").write_text(json.dumps({"results": [{"model": "moe", "val_loss": loss}]}))
 """
@@ -107,6 +111,13 @@ def test_all_runs_are_done_and_summed_up(
     rows = json.loads((tmp_path / "s" / SUMMARY).read_text())["runs"]
     assert [row["code"] for row in rows] == [0, 0, 1, 1]
     assert rows[1]["swept"] == ["router=topk", "seed=4"] and rows[1]["results"][0]["val_loss"] == 4.0
+
+
+def test_a_summary_that_cannot_be_read_is_told(
+    tmp_path: Path, program: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep([UPCYCLE, "router=hash", "seed=3", f"output_dir={tmp_path}", "run.name=s"]) == 0
+    assert "0: done, but its summary.json is not JSON (" in capfd.readouterr().out
 
 
 def test_ctrl_c_stops_the_run_and_starts_no_other(tmp_path: Path) -> None:
