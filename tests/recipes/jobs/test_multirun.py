@@ -21,8 +21,8 @@ from tests.paths import ROOT
 from tests.patience import patience
 
 UPCYCLE = "+recipe=upcycle"
-# Stands in for a run: it fails under router=sigmoid, leaves a damaged summary under router=hash, and waits to be
-# stopped under router=ssr.
+# Stands in for a run: it fails under router=sigmoid, leaves a damaged summary under router=hash, and waits to
+# be stopped under router=ssr.
 PROGRAM = """
 import json, pathlib, signal, sys, time
 given = dict(a.lstrip("+").split("=", 1) for a in sys.argv[1:] if "=" in a)
