@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+# Characters of a value that a sentence shows; of a longer one it shows both ends.
+_LONGEST = 600
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -29,7 +32,10 @@ class Mistake:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.path}={self.value!r}: {self.rule}. {self.remedy}"
+        shown = repr(self.value)
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 4 :]} ({len(shown):,} characters)"
+        return f"{self.path}={shown}: {self.rule}. {self.remedy}"
 
     def under(self, section: str) -> Mistake:
         """Prefixes the path, e.g. ``top_k`` with ``router``; an empty section leaves it as it is."""

@@ -21,6 +21,7 @@ from moe.routing.top_k_schedule import SparsePhase
 from moe.types import Config, unless
 from moe.upcycle import upcycle_configs, upcycle_method, upcycle_methods
 from moe.upcycle.configs import UpcycleConfig
+from recipes.config.confused_kinds import confused_kinds
 from recipes.config.owners import choose, owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
@@ -322,7 +323,9 @@ def _read(cls: type[T], content: Any, prefix: str, mistakes: list[Mistake]) -> T
     except ValidationError as error:
         mistakes += _mistakes(error, prefix)
         return None
-    return section
+    confused = list(confused_kinds(content, section, prefix))
+    mistakes += confused
+    return None if confused else section
 
 
 def _mistakes(error: ValidationError, prefix: str) -> list[Mistake]:
