@@ -172,8 +172,19 @@ def _load(tokenizer_dir: str | Path, where: str) -> PreTrainedTokenizerBase:
         return _auto_tokenizer(Path(tokenizer_dir).expanduser())
     except Exception as error:  # whatever transformers makes of settings that it does not understand
         rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
-        remedy = "Fetch or save its files again; code of its own is not run."
+        remedy = "Fetch or save its files again."
+        if _brings_code(Path(tokenizer_dir).expanduser()):
+            rule = "holds a tokenizer with code of its own (auto_map in tokenizer_config.json), never run"
+            remedy = "Save it as tokenizer.json (transformers' fast kind), and delete auto_map."
         raise DataError.one(where, str(tokenizer_dir), rule, remedy) from error
+
+
+def _brings_code(folder: Path) -> bool:
+    try:
+        settings = read_json_file(folder / "tokenizer_config.json")
+    except UserJsonError:
+        return False
+    return isinstance(settings, dict) and "auto_map" in settings
 
 
 def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
