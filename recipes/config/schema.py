@@ -151,6 +151,7 @@ class DefaultModelConfig(Config):
             self,
             *at_least(self, 1, *sizes),
             (self.steps >= 0, "steps", "must be at least 0", "Set 0 to keep the weights as drawn."),
+            (self.lr >= 0, "lr", "must be at least 0", "Raise it."),
             (
                 self.vocab_size < 1 or self.vocab_size >= _SMALLEST_VOCABULARY,
                 "vocab_size",

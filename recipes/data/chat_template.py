@@ -30,7 +30,7 @@ from recipes.data.reply_spans import (
 )
 from recipes.data.tokenizer import load_tokenizer, require_room
 from recipes.runtime.atomic import atomic_write_text
-from recipes.runtime.user_json import UserJsonError, read_json_file
+from recipes.runtime.user_json import UserJsonError, read_json_file, read_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,9 +81,11 @@ def _read_template(name: str) -> tuple[str, str | None]:
     if not path.is_file():
         return "", "is no file"
     try:
-        return path.read_text(encoding="utf-8"), None
-    except (OSError, UnicodeDecodeError) as error:
-        return "", f"cannot be read ({error})"
+        return read_regular(path).decode(), None
+    except UserJsonError as error:
+        return "", error.clause
+    except UnicodeDecodeError as error:
+        return "", f"is not UTF-8 ({error.reason})"
 
 
 def _lacks_template(folder: Path) -> str | None:

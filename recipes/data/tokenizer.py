@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moe.errors import DataError, Mistake
 from recipes.runtime.machine_memory import address_space_left, require_address_space
-from recipes.runtime.user_json import UserJsonError, read_json_file
+from recipes.runtime.user_json import LARGEST_FILE, UserJsonError, read_json_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +61,10 @@ def _check_files(tokenizer_dir: str | Path, vocab_size: int | None, where: str) 
     odd = [path for name in MODEL_FILES if (path := folder / name).exists() and not path.is_file()]
     if odd:
         return [Mistake(where, str(odd[0]), "is no regular file", "Fetch the tokenizer's files again.")]
+    large = [path for name in MODEL_FILES if _size(path := folder / name) > LARGEST_FILE]
+    if large:
+        rule = f"holds {_size(large[0])} bytes, far more than a tokenizer has"
+        return [Mistake(where, str(large[0]), rule, "Fetch the tokenizer's files again.")]
     for name in SETTINGS:
         try:
             settings = read_json_file(folder / name) if (folder / name).exists() else {}
@@ -177,6 +181,10 @@ def _load(tokenizer_dir: str | Path, where: str) -> PreTrainedTokenizerBase:
             rule = "holds a tokenizer with code of its own (auto_map in tokenizer_config.json), never run"
             remedy = "Save it as tokenizer.json (transformers' fast kind), and delete auto_map."
         raise DataError.one(where, str(tokenizer_dir), rule, remedy) from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _brings_code(folder: Path) -> bool:
