@@ -60,7 +60,7 @@ class RunSection(Config):
         require(
             self,
             (
-                self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
+                self.name is None or (self.name.strip() not in ("", ".", "..") and "/" not in self.name),
                 "name",
                 "must be a plain name",
                 "Choose its place by output_dir.",

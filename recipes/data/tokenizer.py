@@ -61,9 +61,10 @@ def _check_files(tokenizer_dir: str | Path, vocab_size: int | None, where: str) 
     odd = [path for name in MODEL_FILES if (path := folder / name).exists() and not path.is_file()]
     if odd:
         return [Mistake(where, str(odd[0]), "is no regular file", "Fetch the tokenizer's files again.")]
-    large = [path for name in MODEL_FILES if _size(path := folder / name) > LARGEST_FILE]
+    read = (*MODEL_FILES, *SETTING_FILES, "chat_template.jinja")
+    large = [path for name in read if _size(path := folder / name) > LARGEST_FILE]
     if large:
-        rule = f"holds {_size(large[0])} bytes, far more than a tokenizer has"
+        rule = f"holds {_size(large[0])} bytes, far more than such a file has"
         return [Mistake(where, str(large[0]), rule, "Fetch the tokenizer's files again.")]
     for name in SETTINGS:
         try:

@@ -285,8 +285,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "truth values for numbers and the reverse": (
         ["seed=true", "trust_remote_code=1", "train.async_save=0"],
         [
-            "seed=True: this must be a number. Correct the value.",
             "data.seed=True: this must be a number. Correct the value.",
+            "seed=True: this must be a number. Correct the value.",
             "trust_remote_code=1: this must be true or false. Correct the value.",
             "train.async_save=0: this must be true or false. Correct the value.",
         ],

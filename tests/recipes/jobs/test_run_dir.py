@@ -93,7 +93,7 @@ def test_what_lies_where() -> None:
     assert (run.checkpoints("moe") / "step-5").parent.parent == run.path
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+@pytest.mark.parametrize("name", ["", ".", "..", "   ", "a/b", "/a"])
 def test_names_stay_in_the_output_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"run.name='.*': must be a plain name"):
         choose(tmp_path, f'run.name="{name}"')
