@@ -68,6 +68,15 @@ def test_parts_of_a_dense_model_by_hand() -> None:
     assert again.total == again.fixed + again.activations + again.logits
 
 
+@each("device, tokens, extra", [("cpu", 10_000, 16), ("cpu", 0, 0), ("cuda", 10_000, 0)])
+def test_gathered_layers_leave_holes_in_a_cpus_heap(device: str, tokens: int, extra: int) -> None:
+    model, held = dense(), HeldShares(ALL, ALL, ALL, gathers=True)
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.module.model.layers]
+    gathered = sum(p.numel() for p in model.module.parameters()) - sum(blocks) + 2 * blocks[0]
+    found = forecast(model, OptimConfig(), held, Passes(tokens, 2, False, False, device))
+    assert found.buffers == gathered * (2 + 4 + extra)
+
+
 HELD = [
     (NativeEngine, NativeConfig(), False, HeldShares((0.25, 0.25), (0.25, 0.25), (0.25, 0.25), gathers=True)),
     (NativeEngine, NativeConfig(strategy="ddp"), True, HeldShares(ALL, ALL, ALL, copies=ALL)),
