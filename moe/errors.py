@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+# Characters of a value that a sentence shows; of a longer one it shows both ends.
+_LONGEST = 600
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -29,7 +32,10 @@ class Mistake:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.path}={self.value!r}: {self.rule}. {self.remedy}"
+        shown = repr(self.value)
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 4 :]} ({len(shown):,} characters)"
+        return f"{self.path}={shown}: {self.rule}. {self.remedy}"
 
     def under(self, section: str) -> Mistake:
         """Prefixes the path, e.g. ``top_k`` with ``router``; an empty section leaves it as it is."""
@@ -105,15 +111,17 @@ def require_numbers(config: Any) -> None:
     """Checks every number in the fields of a config dataclass, also inside lists and mappings.
 
     Raises:
-        FieldError: Numbers are infinite, not a number, or integers beyond 64 bits; it carries all of them.
+        FieldError: Numbers are infinite, not a number, or beyond 64 bits; it carries all of them.
     """
     found = []
     for field in fields(config):
         for value in _numbers(getattr(config, field.name)):
             if isinstance(value, float) and not math.isfinite(value):
                 found.append(Mistake(field.name, value, "the number is not finite", "Set a finite one."))
-            elif isinstance(value, int) and abs(value) > _LARGEST:
+            elif abs(value) > _LARGEST:
                 rule = "the integer does not fit into 64 bits"
+                if isinstance(value, float):
+                    rule = "the number is larger than any of its kind"
                 found.append(Mistake(field.name, value, rule, f"Set it to {_LARGEST} or less in size."))
     if found:
         raise FieldError(found)

@@ -6,12 +6,10 @@ All mistakes of a command are found at once: process groups, big files and downl
 from __future__ import annotations
 
 import atexit
-import errno
 import faulthandler
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -22,14 +20,19 @@ from recipes.runtime.clock import steady_time
 from recipes.runtime.error_file import write_error_file
 from recipes.runtime.interrupt import INTERRUPTED, end_by_signal, restored_handlers
 from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
-from recipes.runtime.machine_memory import LimitError, is_out_of_memory
 from recipes.runtime.quiet_libraries import quiet_libraries
-from recipes.runtime.source_root import SOURCE_ROOT, TRAIN, is_ours
+from recipes.runtime.source_root import TRAIN
+from recipes.runtime.system_errors import Remedies, system_sentence
 
 # Time that other ranks give the first one of their machine to report an error that all have.
 _SPEAK_FIRST_S = 20.0
-# Errors of a file or folder that was removed or unmounted meanwhile.
-_GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR)
+_REMEDIES = Remedies(
+    memory="Set a smaller train.micro_batch_size, engine.activation_checkpointing=true or more ranks, then "
+    "resume=auto.",
+    limit="Raise the limit, then set resume=auto.",
+    full="Free some, or set output_dir and cache_dir.",
+    file="It was there, or could be used, when the run was checked: put it back, then set resume=auto.",
+)
 
 _HELP = """\
 usage: graft train [--nproc N] +recipe=NAME [OPTION=VALUE ...]
@@ -104,43 +107,9 @@ def _guarded(work: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError, OSError) as error:
         if (line := lost_rank(error)) is not None:
             return _report([line], 1, speaks=speaks_for_the_rest())
-        if is_out_of_memory(error):
-            return _report([_memory_line(error)], 1)
-        line = _disk_line(error) if isinstance(error, OSError) else None
-        if line is None:
+        if (said := system_sentence(error, _REMEDIES)) is None:
             raise
-        return _report([line], 2)
-
-
-def _memory_line(error: Exception) -> str:
-    if isinstance(error, LimitError):
-        return f"{error}. Raise the limit, then set resume=auto."
-    cause = str(error).strip().partition("\n")[0] or "memory is used up"
-    return (
-        f"not enough memory, in {_place(error)}: {cause}. Set a smaller train.micro_batch_size, "
-        "engine.activation_checkpointing=true or more ranks, then resume=auto."
-    )
-
-
-def _disk_line(error: OSError) -> str | None:
-    """Returns a sentence about a disk that is full or has changed; None for other errors."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" for {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}. Free some, or set output_dir and cache_dir."
-    if error.errno in _GONE and error.filename:
-        return (
-            f"{error.filename}: {error.strerror}, in {_place(error)}. It was there, or could be used, "
-            "when the run was checked: put it back, then set resume=auto."
-        )
-    return None
-
-
-def _place(error: Exception) -> str:
-    """Returns the innermost line of ours in an error's traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if is_ours(frame.filename)]
-    frame = (ours or frames)[-1]
-    return f"{os.path.relpath(frame.filename, SOURCE_ROOT)}:{frame.lineno} {frame.name}"
+        return _report([said[0]], said[1])
 
 
 def _report(lines: list[str], code: int, speaks: bool | None = None) -> int:

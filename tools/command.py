@@ -6,7 +6,6 @@ Exit codes: 0 for success, 1 for failure, 2 for a user's mistake, 130 for an int
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import platform
@@ -18,8 +17,15 @@ from typing import Any, NoReturn, TextIO
 
 from moe.errors import ConfigError, GraftError, Mistake, UserError
 from recipes.runtime.quiet_libraries import quiet_libraries
+from recipes.runtime.system_errors import Remedies, system_sentence
 
 INTERRUPTED = 130
+_REMEDIES = Remedies(
+    memory="Give the tool less to hold, or run it on a machine with more.",
+    limit="Raise the limit.",
+    full="Free some, or name another place.",
+    file="Check the path, its permissions and the disk, then try again.",
+)
 #: Earlier spelling of a flag, in whichever tool, to its one spelling in all of them: ``--out`` is what is
 #: written, ``--dtype`` a number format, ``--experts`` a count, ``--backend`` what computes them.
 RENAMED = {
@@ -57,12 +63,11 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         # The reader went away (such as `| head`): silence, also when Python flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (said := system_sentence(error, _REMEDIES)) is None:
             raise
-        code = 2
-        place = f" for {error.filename}" if error.filename else ""
-        print(f"error: no space left on the disk{place}. Free some, or name another place.", file=sys.stderr)
+        print(f"error: {said[0]}", file=sys.stderr)
+        code = said[1]
     sys.exit(code)
 
 
@@ -90,9 +95,13 @@ class _ToolParser(argparse.ArgumentParser):
         """Parses flags.
 
         Raises:
-            ConfigError: A flag is spelled as it was before; see `RENAMED`.
+            ConfigError: A flag is spelled as it was before, see `RENAMED`; or an argument is no UTF-8.
         """
         words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                rule, remedy = "it holds bytes that are not UTF-8", "Rename what it names."
+                raise ConfigError.one("command line", word, rule, remedy)
         own = self._option_string_actions
         for word in words:
             name, equals, value = word.partition("=")

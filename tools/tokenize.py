@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from moe.errors import DataError, Mistake
 from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
@@ -50,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from recipes.data.config import DataConfig
     from recipes.data.sources import check_paths
-    from recipes.data.tokenise import require_no_files, tokenise
+    from recipes.data.tokenise import discard_unfinished, require_no_files, tokenise
     from recipes.data.tokenizer import check_tokenizer
+    from recipes.runtime.claim import claim, lock_beside
 
     if not args.text_key:
         raise DataError.one("--text-key", args.text_key, "is empty", "Name the field that holds the text.")
@@ -62,9 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     mistakes += check_json_target(args.json)
     if mistakes:
         raise DataError(mistakes)
-    require_no_files(args.out, "--out")
-    log = log_beside(args.json)
-    counts = tokenise(cfg, args.tokenizer, args.out, log)
+    log, prefix = log_beside(args.json), Path(args.out)
+    require_no_files(prefix, "--out")
+    with claim(lock_beside(prefix), "--out", args.out):
+        require_no_files(prefix, "--out")
+        discard_unfinished(prefix)
+        counts = tokenise(cfg, args.tokenizer, prefix, log)
     rate = counts.tokens / max(counts.seconds, 1e-9)
     if counts.begin:
         log(f"each document begins with {counts.begin} (--bos)")

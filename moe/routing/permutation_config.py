@@ -35,6 +35,10 @@ class PermutationConfig(Config):
                 (getattr(self, name) >= 1, name, "Sinkhorn needs one", "Set it to 1 or more.")
                 for name in ("iterations_start", "iterations_end")
             ),
+            *(
+                (abs(getattr(self, name)) <= 30, name, "no temperature is that far from 1", "Set -30 to 30.")
+                for name in ("log10_tau_start", "log10_tau_end")
+            ),
         )
 
     def temperature(self, step: int) -> float:

@@ -27,6 +27,10 @@ from recipes.config.search_path import (
 )
 from recipes.config.warm_up import scale_warm_ups
 
+# What hydra raises over an override: its own errors, and those of its code that met a value of another type.
+_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError)
+_ERRORS += (AssertionError, RecursionError)
+
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes the resolved values of a run.
@@ -50,7 +54,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
         try:
             values = _compose(remaining)
             break
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except _ERRORS as error:
             # hydra stops at the first mistake: without what caused it, it goes on to the next one.
             culprit = _culprit(error, remaining)
             mistakes.append(_explain(error, culprit, remaining))
@@ -155,7 +159,7 @@ def _culprit(error: Exception, overrides: Sequence[str]) -> str | None:
     for override in overrides:
         try:
             _compose([override])
-        except (HydraException, OmegaConfBaseException, ValueError):
+        except _ERRORS:
             return override
     return None
 
@@ -187,7 +191,7 @@ def _choice(group: str, overrides: Sequence[str]) -> str | None:
     recipes = [o for o in overrides if _key(o) == "recipe"]
     try:
         section = _compose(recipes)[group]
-    except (HydraException, OmegaConfBaseException, ValueError, KeyError):
+    except _ERRORS:
         return None
     name = section.get("name") if isinstance(section, dict) else None
     return name if isinstance(name, str) else None

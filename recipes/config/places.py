@@ -36,6 +36,8 @@ def check_folder(name: str, value: str) -> list[Mistake]:
         name: Config path.
         value: The folder.
     """
+    if not value:
+        return [Mistake(name, value, "is empty", "Name a folder: . is the present one.")]
     try:
         folder = Path(value).expanduser().absolute()
         folder.exists()

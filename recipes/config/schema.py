@@ -21,6 +21,7 @@ from moe.routing.top_k_schedule import SparsePhase
 from moe.types import Config, unless
 from moe.upcycle import upcycle_configs, upcycle_method, upcycle_methods
 from moe.upcycle.configs import UpcycleConfig
+from recipes.config.confused_kinds import confused_kinds
 from recipes.config.owners import choose, owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
@@ -59,7 +60,7 @@ class RunSection(Config):
         require(
             self,
             (
-                self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
+                self.name is None or (self.name.strip() not in ("", ".", "..") and "/" not in self.name),
                 "name",
                 "must be a plain name",
                 "Choose its place by output_dir.",
@@ -150,6 +151,7 @@ class DefaultModelConfig(Config):
             self,
             *at_least(self, 1, *sizes),
             (self.steps >= 0, "steps", "must be at least 0", "Set 0 to keep the weights as drawn."),
+            (self.lr >= 0, "lr", "must be at least 0", "Raise it."),
             (
                 self.vocab_size < 1 or self.vocab_size >= _SMALLEST_VOCABULARY,
                 "vocab_size",
@@ -322,7 +324,9 @@ def _read(cls: type[T], content: Any, prefix: str, mistakes: list[Mistake]) -> T
     except ValidationError as error:
         mistakes += _mistakes(error, prefix)
         return None
-    return section
+    confused = list(confused_kinds(content, section, prefix))
+    mistakes += confused
+    return None if confused else section
 
 
 def _mistakes(error: ValidationError, prefix: str) -> list[Mistake]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from moe.errors import DataError, Mistake
+from recipes.data.code_limits import TimeIsUp, memory_limit, time_limit
 from recipes.data.config import DataConfig
 from recipes.data.conversations import ASSISTANT, Conversation
 from recipes.data.reply_spans import (
@@ -27,16 +28,18 @@ from recipes.data.reply_spans import (
     counted_replies,
     find_span,
 )
-from recipes.data.time_limit import TimeIsUp, time_limit
 from recipes.data.tokenizer import load_tokenizer, require_room
 from recipes.runtime.atomic import atomic_write_text
-from recipes.runtime.user_json import UserJsonError, read_json_file
+from recipes.runtime.user_json import UserJsonError, read_json_file, read_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 60.0
 """Longest time that a template may take over one conversation."""
+
+RENDER_BYTES = 1 << 30
+"""Most memory that it may take."""
 
 _MARKED = re.compile(r"{%-?\s*generation\s*-?%}")
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -78,9 +81,11 @@ def _read_template(name: str) -> tuple[str, str | None]:
     if not path.is_file():
         return "", "is no file"
     try:
-        return path.read_text(encoding="utf-8"), None
-    except (OSError, UnicodeDecodeError) as error:
-        return "", f"cannot be read ({error})"
+        return read_regular(path).decode(), None
+    except UserJsonError as error:
+        return "", error.clause
+    except UnicodeDecodeError as error:
+        return "", f"is not UTF-8 ({error.reason})"
 
 
 def _lacks_template(folder: Path) -> str | None:
@@ -158,7 +163,7 @@ class ChatFormat:
         if not counted_replies(conversation):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
         try:
-            with time_limit(RENDER_SECONDS):
+            with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
                 text, spans = self._render_calls(conversation)
         except SpanError as error:
             _fail(conversation.place, str(error), _MEND)
@@ -241,6 +246,8 @@ class ChatFormat:
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
+        except MemoryError:
+            raise SpanError(f"the chat template takes more than {RENDER_BYTES >> 20} MiB of memory") from None
         except Exception as error:  # errors of jinja and of the template's expressions
             raise SpanError(f"the chat template rejects it ({error})") from None
         return texts[0], [tuple(pair) for pair in stretches[0]] if marked else None

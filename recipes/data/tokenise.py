@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -211,5 +213,12 @@ def require_no_files(prefix: str | Path, where: str) -> None:
         DataError: A file of either name exists.
     """
     for path in (bin_path(prefix), idx_path(prefix)):
-        if path.exists():
+        if os.path.lexists(path):
             raise DataError.one(where, str(path), "exists already", "Delete it, or give another prefix.")
+
+
+def discard_unfinished(prefix: str | Path) -> None:
+    """Deletes what writers of a pair that were killed have left; call it while the prefix is claimed."""
+    for path in (bin_path(prefix), idx_path(prefix)):
+        for left in path.parent.glob(f"{glob.escape(f'.{path.name}.tmp-')}*"):
+            left.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moe.errors import DataError, Mistake
 from recipes.runtime.machine_memory import address_space_left, require_address_space
-from recipes.runtime.user_json import UserJsonError, read_json_file
+from recipes.runtime.user_json import LARGEST_FILE, UserJsonError, read_json_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +61,11 @@ def _check_files(tokenizer_dir: str | Path, vocab_size: int | None, where: str) 
     odd = [path for name in MODEL_FILES if (path := folder / name).exists() and not path.is_file()]
     if odd:
         return [Mistake(where, str(odd[0]), "is no regular file", "Fetch the tokenizer's files again.")]
+    read = (*MODEL_FILES, *SETTING_FILES, "chat_template.jinja")
+    large = [path for name in read if _size(path := folder / name) > LARGEST_FILE]
+    if large:
+        rule = f"holds {_size(large[0])} bytes, far more than such a file has"
+        return [Mistake(where, str(large[0]), rule, "Fetch the tokenizer's files again.")]
     for name in SETTINGS:
         try:
             settings = read_json_file(folder / name) if (folder / name).exists() else {}
@@ -172,8 +177,23 @@ def _load(tokenizer_dir: str | Path, where: str) -> PreTrainedTokenizerBase:
         return _auto_tokenizer(Path(tokenizer_dir).expanduser())
     except Exception as error:  # whatever transformers makes of settings that it does not understand
         rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
-        remedy = "Fetch or save its files again; code of its own is not run."
+        remedy = "Fetch or save its files again."
+        if _brings_code(Path(tokenizer_dir).expanduser()):
+            rule = "holds a tokenizer with code of its own (auto_map in tokenizer_config.json), never run"
+            remedy = "Save it as tokenizer.json (transformers' fast kind), and delete auto_map."
         raise DataError.one(where, str(tokenizer_dir), rule, remedy) from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _brings_code(folder: Path) -> bool:
+    try:
+        settings = read_json_file(folder / "tokenizer_config.json")
+    except UserJsonError:
+        return False
+    return isinstance(settings, dict) and "auto_map" in settings
 
 
 def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from recipes.engines.native.expert_parallel import moe_mistakes
 from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
+from recipes.runtime.cpu_memory import keep_memory_low
 from recipes.runtime.rendezvous import join
 
 ProcessConfigT = TypeVar("ProcessConfigT", bound=ProcessConfig)
@@ -83,6 +84,8 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
         kind = self.config.device_type()
         if kind == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            keep_memory_low()
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if dist.is_torchelastic_launched() or "MASTER_ADDR" in os.environ:
             join(backend)

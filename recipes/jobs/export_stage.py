@@ -31,32 +31,44 @@ if TYPE_CHECKING:
     from recipes.training.stage import Stage
 
 _TRIED = ".export-check"
+# Part of a checkpoint's state: the dtype of the files that were tried.
+_TRIED_AS = "export_tried"
 
 
-def check_export_early(run: StageRun, tokens_BS: Tensor, stage: Stage) -> None:
-    """Exports the untrained model to a folder that is deleted afterwards, and checks it.
+def check_export_early(run: StageRun, stage: Stage) -> None:
+    """Exports the model before it is trained to a folder that is deleted afterwards, and checks it.
+
+    Checkpoints carry that it was done: a resumed run does it again for files of another dtype alone.
 
     Args:
         run: The stage's run.
-        tokens_BS: Real tokens of the equivalence check.
-        stage: The stage, before its first step.
+        stage: The stage, before the first step of this process.
 
     Raises:
         ExactnessError: The files do not compute what the model does, or cannot be read.
         DiskError: The disk is full.
     """
+    config = run.config.section(ExportConfig)
     if run.config.train.steps == 0:
         run.log("export: checked at the end alone, as nothing is trained before")
         return
+    if not config.try_first:
+        run.log("export: checked at the end alone, by export.try_first=false")
+        return
+    if stage.state.get(_TRIED_AS) == config.dtype:
+        run.log("export: tried when the run began, not once more")
+        return
+    tokens_BS = telling_rows(run.inputs.folder, run.data.validation)
     folder, started = run.inputs.run_dir.path / _TRIED, time.monotonic()
     try:
         report, _ = _write_and_check(run, stage, folder, tokens_BS, trained=False)
     except (ExactnessError, ModelError) as error:
-        reason = str(error).replace("what was trained", "the model of step 0")
+        reason = str(error).replace("what was trained", "the model before training")
         raise ExactnessError(f"tried before training, the export fails: {reason}") from None
     finally:
         if run.inputs.console.is_rank0:
             shutil.rmtree(folder, ignore_errors=True)
+    stage.state[_TRIED_AS] = config.dtype
     run.log(
         f"export: tried before training as {report.format}, in {time.monotonic() - started:.1f} s; reloaded, "
         f"its logits differ by {report.logits.relative:.1e} of the largest"

@@ -71,10 +71,11 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
     require_rank(plan.spec, config.experts.lora)
     backend, schedule = config.experts.backend, schedule_of(config, list(plan.plans))
     blank, begun = partial(_blank, run, plan, schedule), partial(_step_zero, run, plan, statistics)
+    begin = partial(check_export_early, run)
     _foresee(run, plan)
     if source is not None:
         # Exactness was measured when the run began: a checkpoint's weights need not be made.
-        return Built(blank(), {}, blank=blank, begun=begun)
+        return Built(blank(), {}, begin, blank=blank, begun=begun)
     run.beat("the equivalence check at step 0")
     tokens_BS = telling_rows(run.inputs.folder, run.data.validation)
     if attention is None:
@@ -90,7 +91,6 @@ def _build(run: StageRun, source: Path | None, statistics: LayerTensors) -> Buil
         cut = upcycle_attention(model, attention, config.seed, tokens_BS)
         run.log(describe_attention(cut))
         state["attention"] = summarise_attention(cut)
-    begin = partial(check_export_early, run, tokens_BS)
     return Built(model, state, begin, blank=blank, begun=begun)
 
 

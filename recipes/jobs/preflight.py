@@ -21,6 +21,7 @@ from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
 from recipes.jobs.expert_rules import check_library, check_low_rank
+from recipes.jobs.memory_check import check_memory
 from recipes.jobs.run_dir import choose_run_dir
 from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
 from recipes.models.export.companions import check_companions
@@ -59,7 +60,8 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     folder = Path(config.dense).expanduser()
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
-    return mistakes + (check_fit(config, read_config(folder)) or check_opens(config))
+    mistakes += check_fit(config, read_config(folder)) or check_opens(config)
+    return mistakes or check_memory(config, world_size)
 
 
 def check_names() -> list[Mistake]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from recipes.checkpoint.manifest import parse_manifest
 from recipes.runtime.claim import LOCK, InUseError, claim
 from recipes.runtime.relaunch import Launch
 from recipes.runtime.run_file import read_run_file
+from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
 
+# What a run directory holds before anything was computed.
+_OF_EVERY_RUN = {LOCK, "run.json", "config.yaml", METRICS_FILE, LOAD_FILE, "wandb"}
 # torchrun gives the processes that it ends half a minute.
 _RESTART_PATIENCE_S = 60.0
 
@@ -130,6 +134,15 @@ def run_id_of(run_dir: RunDir) -> str:
         for path in own_checkpoints(run_dir.checkpoints("moe")):
             kept = kept or parse_manifest(path).run
     return kept or uuid.uuid4().hex[:16]
+
+
+def discard_unused(path: Path) -> None:
+    """Deletes the directory of a run that was refused before it did anything; one that holds work stays."""
+    inside = {inner.name: inner for inner in path.iterdir()}
+    rows = [inside[name] for name in (METRICS_FILE, LOAD_FILE) if name in inside]
+    if not inside.keys() <= _OF_EVERY_RUN or any(file.stat().st_size for file in rows):
+        return
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _used(path: Path) -> bool:

@@ -76,7 +76,8 @@ class Built:
     Attributes:
         model: The model.
         state: State of the run that checkpoints carry.
-        begin: Changes the prepared stage before its first step; None for nothing.
+        begin: Changes or tries the prepared stage before the first step of this process, once the weights
+            that it goes on with are loaded; None for nothing.
         blank: Makes a model of its shapes, without low-rank factors; None where nothing is exported.
         begun: Returns the weights of step 0; None where nothing is exported.
     """
@@ -172,6 +173,8 @@ class StageRun:
             self.log(f"{self.name}: going on from {source}")
             self.beat("loading the checkpoint")
             stage.state |= loop.resume(stage, source)
+        if built.begin is not None:
+            built.begin(stage)
         result = loop.run(stage)
         self.beat("its results")
         if self.inputs.console.is_rank0:
@@ -261,8 +264,6 @@ class StageRun:
         )
         for line in describe_phases(model.schedule, stage.scheduled_costs):
             self.log(f"{self.name}: {line}")
-        if built.begin is not None:
-            built.begin(stage)
         return stage
 
     def _first_sample(self) -> int:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ LOCK = ".graft-lock"
 
 _POLL_S = 0.1
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 # Locks of this process. A lock lives as long as any copy of its descriptor, also those of forked processes.
 _OPEN: set[int] = set()
 
@@ -58,13 +60,13 @@ def claim(lock: Path, path: str, value: object, *, patience_s: float = 0.0) -> I
         DiskError: The file cannot be written.
     """
     until = time.monotonic() + patience_s
-    while (handle := _try(lock)) is None:
+    while (handles := _try(lock)) is None:
         if time.monotonic() >= until:
             subject = lock.parent if lock.name == LOCK else "it"
             rule = f"{subject} is in use by {_holder(lock)}"
             raise InUseError.one(path, str(value), rule, "Wait until that has ended, or give another folder.")
         time.sleep(_POLL_S)
-    with _held(lock, handle):
+    with _held(lock, handles):
         yield
 
 
@@ -82,40 +84,62 @@ def wait_for(lock: Path, log: Callable[[str], None], keep_on: Callable[[], bool]
         DiskError: The file cannot be written.
     """
     waits = False
-    while (handle := _try(lock)) is None:
+    while (handles := _try(lock)) is None:
         if not waits:
             log(f"waiting for {_holder(lock)}, which is making the same")
         waits = True
         if not keep_on():
             raise GaveUpError
         time.sleep(_POLL_S)
-    with _held(lock, handle):
+    with _held(lock, handles):
         yield
 
 
-def _try(lock: Path) -> int | None:
-    """Returns the descriptor of the lock; None if another process has it."""
+def _try(lock: Path) -> list[int] | None:
+    """Returns the descriptors of the lock, the file's last; None if another process has it."""
+    handles: list[int] = []
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        if lock.name == LOCK:
+            # The folder, too: somebody may delete the file of a living run.
+            handles.append(os.open(lock.parent, os.O_RDONLY | os.O_CLOEXEC))
+        if not handles or _take(handles[0], lock):
+            handles.append(os.open(lock, _FLAGS, 0o644))
+            if _take(handles[-1], lock):
+                if _is_named(lock, handles[-1]):
+                    _describe_holder(handles[-1])
+                    return handles
+                _close(handles)  # the holder before has just removed it
+                return _try(lock)
     except OSError as error:
+        _close(handles)
         raise DiskError([disk_mistake(lock, error)]) from error
+    _close(handles)
+    return None
+
+
+def _take(handle: int, lock: Path) -> bool:
+    """Locks a descriptor; returns False if another process has it. Disks without locks are told, once."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
-            os.close(handle)
-            return None
-        line = f"{lock.parent}: no locks on its disk ({error.strerror}), so let one process write there"
-        print(line, file=sys.stderr, flush=True)
-    else:
-        if not _is_named(lock, handle):  # the holder before has just removed it
-            os.close(handle)
-            return _try(lock)
+            return False
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            line = f"{lock.parent}: no locks on its disk ({error.strerror}), so let one process write there"
+            print(line, file=sys.stderr, flush=True)
+    return True
+
+
+def _describe_holder(handle: int) -> None:
     with suppress(OSError):  # a full disk: the lock holds, and only its holder stays unnamed
         os.ftruncate(handle, 0)
         os.pwrite(handle, _description().encode(), 0)
-    return handle
+
+
+def _close(handles: list[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 def _is_named(lock: Path, handle: int) -> bool:
@@ -126,16 +150,16 @@ def _is_named(lock: Path, handle: int) -> bool:
 
 
 @contextmanager
-def _held(lock: Path, handle: int) -> Iterator[None]:
-    _OPEN.add(handle)
+def _held(lock: Path, handles: list[int]) -> Iterator[None]:
+    _OPEN.update(handles)
     try:
         yield
     finally:
         with suppress(OSError):
-            if _is_named(lock, handle):
+            if _is_named(lock, handles[-1]):
                 lock.unlink()
-        _OPEN.discard(handle)
-        os.close(handle)
+        _OPEN.difference_update(handles)
+        _close(handles)
 
 
 def _description() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 
-_EVENTS = Path("/sys/fs/cgroup/memory.events")
+from recipes.runtime.cgroup_memory import memory_kills
+
 # Words of gloo, nccl and torch's store when the process at the other end of a connection is gone.
 _GONE = re.compile(
     r"(gloo|nccl|store|socket|recvvalue|sendbytes|recvbytes).*"
@@ -18,13 +18,13 @@ _GONE = re.compile(
 )
 
 
-def lost_rank(error: BaseException, events: Path = _EVENTS) -> str | None:
+def lost_rank(error: BaseException) -> str | None:
     """Returns a sentence about the rank that an error is due to, with the remedy; None for other errors."""
     if not _GONE.search(str(error)):
         return None
     gone = missing_ranks()
     who = f"rank {', '.join(map(str, gone))} has ended without a word" if gone else "another rank has ended"
-    kills = _memory_kills(events)
+    kills = memory_kills()
     why = "the system kills a process that takes too much memory"
     if kills:
         why = f"the system has killed {kills} processes here that took too much memory"
@@ -63,11 +63,3 @@ def live_local_ranks() -> set[int] | None:
     except (psutil.Error, OSError, ValueError):
         return None
     return found if int(os.environ.get("LOCAL_RANK", "0")) in found else None
-
-
-def _memory_kills(events: Path) -> int:
-    try:
-        counts = dict(line.split() for line in events.read_text(encoding="ascii").splitlines())
-        return int(counts.get("oom_kill", "0"))
-    except (OSError, ValueError):
-        return 0

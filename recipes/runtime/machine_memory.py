@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 
+from recipes.runtime.cgroup_memory import memory_limits
+
 _STATUS = Path("/proc/self/status")
-_CGROUP = Path("/sys/fs/cgroup")
 # The rest of the free memory is left to other programs of the machine.
 _SPARE_SHARE = 0.9
 # A collection looks at all objects of the process, which takes tenths of a second.
@@ -84,14 +85,11 @@ def status_peak_bytes(status: Path) -> int | None:
 
 
 def free_and_total_bytes() -> tuple[int, int]:
-    """Returns free and total main memory of the machine, or of its container where that has less."""
+    """Returns free and total main memory of the machine, or what control groups and limits leave of it."""
     memory = psutil.virtual_memory()
     free, total = memory.available, memory.total
-    limit = _cgroup_bytes("memory.max")
-    if limit is not None and limit < total:
-        # Pages of files that nobody uses count as used there, and are given up when memory is asked for.
-        used = (_cgroup_bytes("memory.current") or 0) - (_cgroup_bytes("memory.stat") or 0)
-        free, total = min(free, limit - max(0, used)), limit
+    for limit, used in memory_limits():
+        free, total = min(free, max(0, limit - used)), min(total, limit)
     left = address_space_left()
     return (free if left is None else min(free, left)), total
 
@@ -109,13 +107,3 @@ def collect(released: int) -> None:
 def spare_bytes() -> int:
     """Returns the memory that copies of tensors may take."""
     return int(_SPARE_SHARE * free_and_total_bytes()[0])
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    """Reads a number of bytes of this container; of ``memory.stat`` that of files' unused pages."""
-    path = _CGROUP / name
-    content = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
-    if name == "memory.stat":
-        lines = content.splitlines()
-        content = next((line.split()[1] for line in lines if line.startswith("inactive_file ")), "0")
-    return int(content) if content.isdigit() else None

@@ -45,8 +45,8 @@ def read_json_text(text: str | bytes, place: str) -> Any:
             gives a field twice with different values.
     """
     try:
-        decoded = text.removeprefix("\ufeff") if isinstance(text, str) else text.decode("utf-8-sig")
-        return _DECODER.decode(decoded)
+        decoded = text if isinstance(text, str) else text.decode()
+        return _DECODER.decode(decoded.removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         clause = f"is not UTF-8 ({error.reason})"
     except json.JSONDecodeError as error:

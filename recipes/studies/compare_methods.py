@@ -225,7 +225,10 @@ def drift_table(results: Mapping[str, MethodDrift | UserError]) -> str:
             f"{drift.active_share:.2f}",
         )
         lines.append(f"{label:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True)))
-    if worse := [label for label, drift in rows if not drift.loss <= drift.guess_loss]:
+    if rows and not rows[0][1].dense_loss <= rows[0][1].guess_loss:
+        guess = rows[0][1].guess_loss
+        lines.append(f"the dense model itself is worse than guessing (loss {guess:.3f}) on this text")
+    elif worse := [label for label, drift in rows if not drift.loss <= drift.guess_loss]:
         lines.append(f"worse than guessing (loss {rows[0][1].guess_loss:.3f}): {', '.join(worse)}")
     if len({drift.active_share for _, drift in rows}) > 1:
         lines.append(

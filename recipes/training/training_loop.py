@@ -20,6 +20,7 @@ from recipes.checkpoint import step_name
 from recipes.engines.base import Engine
 from recipes.engines.optim.optimizer import lr_factor
 from recipes.runtime.clock import steady_time
+from recipes.runtime.cpu_memory import give_back_memory
 from recipes.runtime.interrupt import StopRequest
 from recipes.tracking.metrics_log import Metric, reduce_metrics
 from recipes.tracking.run_meters import RunMeters, WindowFigures
@@ -123,6 +124,8 @@ class Loop:
         if stage.first_step == 0:
             # The random state that earlier stages left may be that of another process.
             torch.manual_seed(stage.seed + self.engine.rank)
+        if self.engine.device.type == "cpu":
+            give_back_memory()  # what making the model has left
         for hook in hooks:
             hook.at_start()
         if stage.first_step == 0:
@@ -141,6 +144,8 @@ class Loop:
             result.step = step.done
             for hook in hooks:
                 hook.after_row(step)
+            if self.engine.device.type == "cpu":
+                give_back_memory()
         result.finished = result.step >= stage.train.steps
         for hook in hooks:
             hook.at_end()

@@ -52,6 +52,9 @@ def test_every_option_of_every_config(name: str) -> None:
         for value in (math.nan, math.inf, -math.inf):
             mistakes = mistakes_of(cls, **{option: value})
             assert [m.path for m in mistakes] == [option] and "not finite" in mistakes[0].rule, option
+        for value in (1e30, -1e30):
+            mistakes = mistakes_of(cls, **{option: value})
+            assert [m.path for m in mistakes] == [option] and "larger than any" in mistakes[0].rule, option
     for option in numbers_of(cls, int):
         for value in (10**30, -(10**30)):
             mistakes = mistakes_of(cls, **{option: value})
@@ -97,7 +100,7 @@ def test_lists_mappings_and_all_mistakes_at_once(cls: type[Any]) -> None:
         "betas",
     ]
     assert [m.path for m in mistakes_of(cls, peaks={"a": 1.0, "b": nan})] == ["peaks"]
-    assert cls(seed=2**63 - 1, rate=1e308).seed == 2**63 - 1
+    assert cls(seed=2**63 - 1, rate=9e18).seed == 2**63 - 1
     assert "rate=nan: the number is not finite" in str(mistakes_of(cls, rate=nan)[0])
 
 

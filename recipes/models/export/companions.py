@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe.errors import Mistake, ModelError
+from recipes.runtime.user_json import LARGEST_FILE
 
 _PATTERNS = (
     "tokenizer*",
@@ -24,6 +25,8 @@ _PATTERNS = (
     "tekken.json",
 )
 
+_MEND = "Put the file that the checkpoint was published with into the folder, or delete it."
+
 
 def check_companions(path: str, option: str = "dense", *, code: bool = False) -> list[Mistake]:
     """Finds the files of a folder that an export would copy and must not.
@@ -35,7 +38,7 @@ def check_companions(path: str, option: str = "dense", *, code: bool = False) ->
     """
     folder = Path(path).expanduser()
     return [
-        Mistake(option, path, f"its {file.name} {rule}", "Copy the file into the folder, or delete it.")
+        Mistake(option, path, f"its {file.name} {rule}", _MEND)
         for file in _found(folder, code)
         if (rule := _refused(folder, file)) is not None
     ]
@@ -54,7 +57,7 @@ def copy_companions(source: Path, folder: Path, *, code: bool = False) -> None:
     """
     for file in _found(source, code):
         if (rule := _refused(source, file)) is not None:
-            raise ModelError.one("dense", str(file), f"it {rule}", "Copy the file into the folder.")
+            raise ModelError.one("dense", str(file), f"it {rule}", _MEND)
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
@@ -68,13 +71,15 @@ def _found(folder: Path, code: bool) -> Iterator[Path]:
 def _refused(folder: Path, file: Path) -> str | None:
     """Returns why a file must not be copied; None where it may be."""
     try:
-        mode = file.stat().st_mode
+        found = file.stat()
     except OSError:
         return "is a link to nothing"
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(found.st_mode):
         return None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         return "is no regular file"
+    if found.st_size > LARGEST_FILE:
+        return f"holds {found.st_size} bytes, far more than such a file has"
     home = folder.resolve()
     # The hub's cache keeps a snapshot's files beside it, under models--NAME/blobs.
     allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]

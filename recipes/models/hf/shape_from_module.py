@@ -14,8 +14,8 @@ import torch
 from moe.accounting.mixers import Mixer
 from moe.accounting.params import ParameterCount, count_parameters
 from moe.accounting.shape import attention_from_config
-from moe.errors import ConfigError
-from recipes.models.hf.config_file import library_reads, with_floats
+from moe.errors import ConfigError, ModelError
+from recipes.models.hf.config_file import code_keys, library_reads, with_floats
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ def shape_from_module(config: Mapping[str, Any]) -> ModuleShape:
         config: The content of the file. Code beside it is not run.
 
     Raises:
-        ModelError: transformers does not know the family or rejects the config, or its experts are not
-            recognised.
+        ModelError: transformers does not know the family or rejects the config, its experts are not
+            recognised, or it names code that transformers would fetch.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = with_floats(dict(config))
+    if keys := code_keys(content):
+        rule = f"the config asks for code of a hub ({keys[0]}), which is not run"
+        raise ModelError.one("--from-module", True, rule, "Delete the key.")
     family = content.pop("model_type", None)
     remedy = "Check that the file is complete and that this version of transformers knows the model."
     with library_reads("model_type", family, remedy, "build it for counting"), torch.device("meta"):

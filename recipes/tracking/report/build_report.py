@@ -82,6 +82,7 @@ def build_report(run_dir: str | Path) -> Path:
         drifts=sections.drift_rows(exactness),
         export=export,
         export_folder=str(record.run_dir / str(export.get("path") or "hf")),
+        rounding=sections.rounding(export),
         sample=sections.sample_text(export.get("sample")),
         config=record.config,
     )

@@ -154,6 +154,27 @@ def drift_rows(exactness: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def rounding(export: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what the dtype of the exported files costs; empty for fp32, and where it was not measured."""
+    cost = section(export, "rounding")
+    if not cost:
+        return []
+    left = section(cost, "survival")
+    besides = f"; {left['left_out']}" if left.get("left_out") else ""
+    return [
+        ("dtype of the files", str(cost.get("dtype"))),
+        ("weights that training changed", formats.count(left.get("changed"))),
+        ("share of them that survives rounding", formats.share(left.get("survived")) + besides),
+        ("loss before and after rounding", " and ".join(map(formats.loss, _losses(cost)))),
+        ("KL divergence (nats/token)", formats.small(cost.get("kl"))),
+        ("expert choices that change", formats.share(cost.get("choices_changed"))),
+    ]
+
+
+def _losses(cost: Mapping[str, Any]) -> tuple[Any, Any]:
+    return cost.get("loss_trained"), cost.get("loss_rounded")
+
+
 def sample_text(sample: Any) -> str:
     """Returns the text of a generated sample, which is JSON with ``prompt`` and ``text``, or plain."""
     if not isinstance(sample, str):

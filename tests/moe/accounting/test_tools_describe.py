@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe.accounting.flops import CONVENTIONS
-from moe.errors import ConfigError, UserError
+from moe.errors import ConfigError, ModelError, UserError
 from recipes.models.hf.shape_from_module import shape_from_module
 from tests.forked_commands import run_module
 from tests.moe.accounting.family_cases import SMALL
@@ -184,3 +184,11 @@ def test_memories_of_several_speeds(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "by memory" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="first tier"):
         described(QWEN3_30B, tmp_path, "--tier", "hbm=1:experts=1")
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "kernel_config"])
+def test_a_config_that_asks_for_code_of_a_hub_is_not_built(key: str) -> None:
+    value = {"RMSNorm": "some/repo:norm"} if key == "kernel_config" else "some/repo"
+    for content in ({key: value}, {"text_config": {key: value}}):
+        with pytest.raises(ModelError, match="asks for code of a hub"):
+            shape_from_module(STARCODER | content)

@@ -278,6 +278,20 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["router=nope"],
         ["router='nope': there is no such choice. Choose one of: analytical, avg_k, ..."],
     ),
+    "a list for a choice": (
+        ["router=[1,2]"],
+        ["router='[1,2]': there is no such choice. Choose one of: analytical, avg_k, ..."],
+    ),
+    "truth values for numbers and the reverse": (
+        ["seed=true", "trust_remote_code=1", "train.async_save=0"],
+        [
+            "data.seed=True: this must be a number. Correct the value.",
+            "seed=True: this must be a number. Correct the value.",
+            "trust_remote_code=1: this must be true or false. Correct the value.",
+            "train.async_save=0: this must be true or false. Correct the value.",
+        ],
+    ),
+    "no folder": (["cache_dir=''"], ["cache_dir='': is empty. Name a folder: . is the present one."]),
     "null for a choice": (
         ["router=null"],
         ["router='null': there is no such choice. Choose one of: analytical, avg_k, ..."],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,13 @@ def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
     for code in ("messages.append(1)", "''.__class__.__mro__", "messages.__init__.__globals__"):
         with pytest.raises(DataError, match="the chat template rejects it"):
             encode(tmp_path, "{{ " + code + " }}", talk("user: a", "bot: b"))
+
+
+def test_a_template_may_not_take_the_machines_memory(tmp_path: Path) -> None:
+    doubled = "{% set ns = namespace(x='ab' * 1000) %}"
+    doubled += "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    for template in (doubled, "{{ 'ab' * 10**12 }}", "{{ '%1000000000000d' % 5 }}"):
+        with pytest.raises(DataError, match="r.jsonl:1': the chat template (takes more than|rejects it)"):
+            encode(tmp_path, template, talk("user: a", "bot: b"))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits

@@ -10,6 +10,7 @@ import pytest
 
 from moe.errors import DataError, ExactnessError, Mistake
 from recipes.data.indexed import IndexedDataset
+from recipes.runtime.claim import InUseError, claim, lock_beside
 from tests.forked_commands import Ended, run_module
 from tools.command import run_command
 from tools.tokenize import build_parser, main
@@ -43,6 +44,20 @@ def test_as_a_module(flags: list[str], tmp_path: Path) -> None:
     assert again.err.startswith("error: --out=")
     assert "exists already. Delete it, or give another prefix." in again.err
     assert "Traceback" not in again.err
+
+
+def test_one_writer_and_nothing_left_of_a_killed_one(flags: list[str], tmp_path: Path) -> None:
+    left, other = tmp_path / ".out.bin.tmp-12-ab", tmp_path / ".out2.bin.tmp-12-ab"
+    for path in (left, other):
+        path.touch()
+    with claim(lock_beside(tmp_path / "out"), "--out", "out"):
+        with pytest.raises(InUseError, match=r"--out='.*out': it is in use by process \d+"):
+            main(flags)
+        assert left.exists()
+    assert main(flags) == 0 and other.exists() and not left.exists()
+    (tmp_path / "gone.idx").symlink_to(tmp_path / "nowhere" / "gone.idx")
+    with pytest.raises(DataError, match="exists already"):
+        main([*flags[:-1], str(tmp_path / "gone")])
 
 
 def test_mistakes_exit_2_with_all_of_them(tokenizer_dir: Path) -> None:

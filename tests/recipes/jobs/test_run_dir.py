@@ -10,7 +10,7 @@ import pytest
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.jobs.run_dir import RunDir, choose_run_dir, claim_run_dir
+from recipes.jobs.run_dir import RunDir, choose_run_dir, claim_run_dir, discard_unused
 from recipes.runtime.claim import LOCK, InUseError, claim
 
 
@@ -93,7 +93,7 @@ def test_what_lies_where() -> None:
     assert (run.checkpoints("moe") / "step-5").parent.parent == run.path
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+@pytest.mark.parametrize("name", ["", ".", "..", "   ", "a/b", "/a"])
 def test_names_stay_in_the_output_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"run.name='.*': must be a plain name"):
         choose(tmp_path, f'run.name="{name}"')
@@ -142,3 +142,16 @@ def test_a_run_that_came_and_ended_meanwhile_is_not_overwritten(
 def test_the_lock_alone_is_no_run(tmp_path: Path) -> None:
     with claim(tmp_path / "a" / LOCK, "run.name", "a"):
         assert choose(tmp_path, "run.name=a") == RunDir(tmp_path / "a")
+
+
+def test_a_refused_run_leaves_no_directory_unless_it_did_something(tmp_path: Path) -> None:
+    folders = {"none": [], "rows": ["metrics.jsonl"], "work": ["calibration"], "other": ["notes.txt"]}
+    for name, more in folders.items():
+        path = tmp_path / name
+        path.mkdir()
+        for file in (LOCK, "config.yaml", "run.json", "metrics.jsonl", "load.jsonl"):
+            (path / file).touch()
+        for file in more:
+            (path / file).write_text("something")
+        discard_unused(path)
+        assert path.exists() is bool(more), name

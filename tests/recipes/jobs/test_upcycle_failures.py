@@ -148,7 +148,7 @@ def test_too_little_space_is_said_before_training(
     ended = go("small")
     assert ended.code == 2
     assert "Traceback" not in ended.err and "checkpoints and the export" in ended.err
-    assert rows(workplace / "outputs" / "small", "moe") == []
+    assert not (workplace / "outputs" / "small").exists()
 
 
 def test_a_full_disk_while_rows_are_written(go: Callable[..., Ended], workplace: Path) -> None:
@@ -199,7 +199,7 @@ def test_an_export_that_must_fail_ends_the_run_before_training(
     ended = go("bad-format")
     assert ended.code == 1 and "Traceback" not in ended.err
     assert "tried before training, the export fails" in ended.err
-    assert "does not compute the model of step 0" in ended.err
+    assert "does not compute the model before training" in ended.err
     run_dir = workplace / "outputs" / "bad-format"
     assert rows(run_dir, "moe") == []
     assert not [path for path in run_dir.iterdir() if "export" in path.name or path.name == "hf"]
@@ -213,6 +213,21 @@ def test_the_trial_leaves_nothing_and_is_left_out_where_nothing_is_trained(
     ended = go("untrained", {"train.steps": 0})
     assert ended.code == 0, ended.err
     assert "tried before training" not in ended.out and "export: checked at the end alone" in ended.out
+
+
+def test_the_trial_is_an_option_changes_nothing_and_is_made_once(
+    first_run: Ended, first: Path, go: Callable[..., Ended], workplace: Path
+) -> None:
+    ended = go("untried", {"export.try_first": False, "compare.cpt": False})
+    assert ended.code == 0 and "by export.try_first=false" in ended.out, ended.err
+    same_training(workplace / "outputs" / "untried", first, ("moe",))
+    longer = {"resume": "auto", "train.steps": 7, "compare.cpt": False}
+    ended = go("untried", longer)
+    assert ended.code == 0 and "tried before training as mixtral" in ended.out, ended.err
+    ended = go("untried", longer | {"train.steps": 8})
+    assert ended.code == 0 and "export: tried when the run began, not once more" in ended.out, ended.err
+    ended = go("untried", longer | {"train.steps": 9, "export.dtype": "bf16"})
+    assert ended.code == 0 and "tried before training as mixtral" in ended.out, ended.err
 
 
 @pytest.mark.usefixtures("first", "confused")

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import tools.verify
 from moe.errors import ConfigError, ModelError
+from recipes.data.tokenizer import check_tokenizer
 from recipes.models.export import choose_exporter
-from recipes.models.export.companions import check_companions
+from recipes.models.export.companions import check_companions, copy_companions
 from recipes.models.export.graft_format import load_graft
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import export, verify_export
@@ -60,6 +61,25 @@ def own_checkpoint(plain: Path, folder: Path, family: str) -> Path:
 def own(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     """The checkpoint."""
     return own_checkpoint(make_checkpoint("llama"), tmp_path / "own", request.param)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_a_file_far_too_large_is_not_copied(
+    name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_checkpoint("llama"), tmp_path / "dense")
+    (folder / name).unlink(missing_ok=True)
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 42)  # takes no room
+    (mistake,) = check_companions(str(folder))
+    assert f"its {name} holds 4398046511104 bytes, far more than such a file has" in str(mistake)
+    with pytest.raises(ModelError, match="far more than such a file has"):
+        copy_companions(folder, tmp_path)
+    assert not (tmp_path / name).exists()
+    found = check_tokenizer(folder)
+    assert bool(found) is (name != "generation_config.json") and all(
+        "4398046511104" in str(one) for one in found
+    )
 
 
 def test_trusted_code_comes_with_the_export(

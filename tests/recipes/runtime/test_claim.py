@@ -57,6 +57,18 @@ def test_a_second_process_is_refused_and_the_first_is_named(tmp_path: Path) -> N
     assert not lock.exists()
 
 
+def test_a_living_run_is_claimed_without_its_file_too(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / LOCK
+    with held_elsewhere(lock):
+        lock.unlink()  # as somebody does who takes it for one of a dead process
+        for _ in range(2):
+            with pytest.raises(InUseError, match="in use by another process"), claim(lock, "run.name", "run"):
+                pass
+        assert not lock.exists()
+    with claim(lock, "run.name", "run"):
+        assert lock.exists()
+
+
 def test_within_one_process_too(tmp_path: Path) -> None:
     lock = lock_beside(tmp_path / "out")
     with claim(lock, "--out", "out"):

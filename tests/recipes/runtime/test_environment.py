@@ -120,8 +120,7 @@ def test_cpu(
 
 def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     total = psutil.virtual_memory().total
-    limits = {"memory.max": total // 2, "memory.current": total // 2 - 2**30}
-    monkeypatch.setattr(memory, "_cgroup_bytes", limits.get)
+    monkeypatch.setattr(memory, "memory_limits", lambda: [(2 * total, 0), (total // 2, total // 2 - 2**30)])
     (finding,) = check_memory()
     assert finding.status == "warn" and f"of {total / 2 / 2**30:.1f} GiB" in finding.text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 
 import psutil
 import pytest
@@ -41,14 +40,13 @@ def test_which_errors_are_due_to_a_rank_that_is_gone(
     assert (lost_rank(RuntimeError(text)) is not None) is lost
 
 
-def test_the_rank_and_the_remedy_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = tmp_path / "memory.events"
-    events.write_text("low 0\noom 4\noom_kill 2\n")
+def test_the_rank_and_the_remedy_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "memory_kills", lambda: 2)
     # The second of two machines with four ranks each; its third rank is gone.
     for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(module, "live_local_ranks", lambda: {0, 1, 3})
-    words = lost_rank(RuntimeError(_GLOO), events)
+    words = lost_rank(RuntimeError(_GLOO))
     assert words is not None and words.startswith("rank 6 has ended without a word")
     assert "killed 2 processes here that took too much memory" in words and "resume=auto" in words
     assert not module.speaks_for_the_rest()

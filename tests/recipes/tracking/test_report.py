@@ -366,6 +366,29 @@ def test_graft_exports_are_loaded_by_graft(tmp_path: Path) -> None:
     assert callable(load_graft)
 
 
+def test_what_rounding_costs_stands_with_the_export(tmp_path: Path) -> None:
+    survival = {"changed": 1_250_000, "survived": 0.079, "left_out": "routers are not compared"}
+    cost = {
+        "dtype": "bfloat16",
+        "loss_trained": 3.302,
+        "loss_rounded": 3.478,
+        "kl": 1.5e-3,
+        "survival": survival,
+    }
+    page = build_report(
+        _make(tmp_path / "bf16", SUMMARY | {"export": {"format": "mixtral", "rounding": cost}})
+    )
+    text = page.read_text()
+    assert "7.90 %; routers are not compared" in text and "1.25 M" in text
+    assert "3.3020 and 3.4780" in text and "export.dtype=fp32" in text
+    for less in ({"rounding": None}, {"rounding": {}}, {"rounding": [1]}):
+        page = build_report(_make(tmp_path / "fp32", SUMMARY | {"export": {"format": "mixtral"} | less}))
+        assert "What rounding costs" not in page.read_text()
+    odd = {"dtype": [], "survival": 5, "kl": "x"}
+    page = build_report(_make(tmp_path / "odd", SUMMARY | {"export": {"format": "mixtral", "rounding": odd}}))
+    assert "What rounding costs" in page.read_text()
+
+
 def test_figures_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     run = _make(tmp_path / "run", SUMMARY)
     one = readme_figure(run, tmp_path / "new" / "one.png").read_bytes()

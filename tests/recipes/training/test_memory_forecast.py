@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe.errors import ConfigError
 from recipes.engines.base import HeldShares
 from recipes.engines.deepspeed.config import DeepSpeedConfig
 from recipes.engines.deepspeed.deepspeed_engine import DeepSpeedEngine
@@ -18,10 +18,10 @@ from recipes.engines.native.config import NativeConfig
 from recipes.engines.native.native_engine import NativeEngine
 from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.optimizer import build_optimizer, state_elements
-from recipes.jobs.memory_check import Machine, _lines, _refuse
+from recipes.jobs.memory_check import Machine, _lines, _refusal
 from recipes.models.hf.hf_model import HFModel
 from recipes.training.memory_forecast import MemoryForecast, Passes, forecast
-from tests.conftest import random_model
+from tests.conftest import MakeCheckpoint, random_model
 from tests.grid import each
 from tests.recipes.jobs.job_runs import job, write_text
 
@@ -68,6 +68,15 @@ def test_parts_of_a_dense_model_by_hand() -> None:
     assert again.total == again.fixed + again.activations + again.logits
 
 
+@each("device, tokens, extra", [("cpu", 10_000, 16), ("cpu", 0, 0), ("cuda", 10_000, 0)])
+def test_gathered_layers_leave_holes_in_a_cpus_heap(device: str, tokens: int, extra: int) -> None:
+    model, held = dense(), HeldShares(ALL, ALL, ALL, gathers=True)
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.module.model.layers]
+    gathered = sum(p.numel() for p in model.module.parameters()) - sum(blocks) + 2 * blocks[0]
+    found = forecast(model, OptimConfig(), held, Passes(tokens, 2, False, False, device))
+    assert found.buffers == gathered * (2 + 4 + extra)
+
+
 HELD = [
     (NativeEngine, NativeConfig(), False, HeldShares((0.25, 0.25), (0.25, 0.25), (0.25, 0.25), gathers=True)),
     (NativeEngine, NativeConfig(strategy="ddp"), True, HeldShares(ALL, ALL, ALL, copies=ALL)),
@@ -98,11 +107,29 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_advised() -> None:
     assert "8.50 a rank x 2 ranks = 17.00, of 17.00 free on this machine: weights 1.00" in line
     lines = _lines("moe", found, Machine(2, int(16 * GIB), 0, "this machine"), GIB)
     assert "may not fit. Set engine.activation_checkpointing=true, or a smaller train.micro" in lines[1]
-    _refuse(found, Machine(2, int(7 * GIB), int(GIB), "this machine"))
-    with pytest.raises(
-        ConfigError, match=r"memory='4.00 GiB a rank': .* of 2 ranks need 8.00 GiB, and 6.00 GiB"
-    ):
-        _refuse(found, Machine(2, int(6 * GIB), int(GIB), "this machine"))
+    assert _refusal(found, Machine(2, int(7 * GIB), int(GIB), "this machine")) is None
+    refusal = str(_refusal(found, Machine(2, int(6 * GIB), int(GIB), "this machine")))
+    assert refusal.startswith(
+        "memory='4.00 GiB a rank': weights, gradients and optimizer state of 2 ranks need"
+    )
+    assert "need 8.00 GiB, and 6.00 GiB are free" in refusal
+
+
+@pytest.mark.parametrize("method", ["copy", "llama_moe"])
+def test_what_cannot_fit_is_refused_before_there_is_a_run(
+    method: str, tmp_path: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"dense": make_checkpoint("llama"), "data.path": write_text(tmp_path / "text")}
+    options |= {"upcycle": method, "train.steps": 0}
+    monkeypatch.setattr("recipes.jobs.memory_check.free_and_total_bytes", lambda: (10_000, 20_000))
+    monkeypatch.setattr("recipes.jobs.memory_check.psutil", SimpleNamespace(Process=_of_no_size))
+    refused = job(tmp_path, options)
+    assert refused.code == 2 and refused.err.startswith("error: memory="), refused.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def _of_no_size() -> SimpleNamespace:
+    return SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
 
 
 def test_a_run_says_what_it_will_take_and_does_not_begin_without_room(
@@ -118,5 +145,6 @@ def test_a_run_says_what_it_will_take_and_does_not_begin_without_room(
     )
     refused = job(tmp_path, options | {"optim.schedule.warmup_steps": 0})
     assert refused.code == 2 and "error: memory=" in refused.err, refused.err
+    assert not (tmp_path / "outputs" / "upcycle-2").exists()
     done = job(tmp_path, options | {"optim.schedule.warmup_steps": 0, "experts.lora.rank": 2})
     assert done.code == 0, done.err

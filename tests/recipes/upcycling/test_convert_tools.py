@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import tools.upcycle
 import tools.verify
 from moe.errors import ConfigError
-from recipes.studies.compare_methods import parse_candidates
+from moe.upcycle.equivalence import LayerDrift, LogitDrift
+from recipes.studies.compare_methods import MethodDrift, drift_table, parse_candidates
 from tests.conftest import MakeCheckpoint
+from tests.recipes.models.test_model_code import own_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Call = Callable[..., int]
@@ -138,6 +141,36 @@ def test_mistakes_have_path_and_remedy(
     with pytest.raises(ConfigError, match=match):
         call(tools.upcycle, "--dense", make_checkpoint("qwen3"), "--out", tmp_path / "moe", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_methods_are_compared_under_trusted_code_alone(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, text: str, call: Call
+) -> None:
+    plain = make_checkpoint("llama")
+    own = own_checkpoint(plain, tmp_path / "own", "own_model")
+    rest = ("--compare", "copy,drop[ratio=0.5]", "--experts", 4, "--text", text, "--json", tmp_path / "json")
+    with pytest.raises(ConfigError, match="it brings its own code"):
+        call(tools.upcycle, "--dense", own, *rest)
+    losses = {}
+    for dense, trust in ((own, ["trust_remote_code=true"]), (plain, [])):
+        assert call(tools.upcycle, "--dense", dense, *rest, *trust) == 0
+        found = json.loads((tmp_path / "json").read_text())
+        assert found["copy"]["logits"]["kl"] < 1e-6 < found["drop[ratio=0.5]"]["logits"]["kl"]
+        losses[dense] = found["copy"]["dense_loss"]
+    assert losses[own] != losses[plain]  # its code doubles the logits
+
+
+def test_what_is_worse_than_guessing_is_named_and_a_dense_model_that_is_one_first() -> None:
+    def drift(loss: float, dense_loss: float = 2.0) -> MethodDrift:
+        logits = LogitDrift(max_diff=0.1, max_logit=1.0, kl=loss, argmax_agreement=0.5)
+        layer = LayerDrift(0, 0.1, 0.9, 1.0, 0.1)
+        return MethodDrift(False, logits, dense_loss, loss, (layer,), (1.0,), 1000, 0.5, math.log(16))
+
+    found = drift_table({"a": drift(2.5), "b": drift(2.8), "c": drift(math.nan)})
+    assert "worse than guessing (loss 2.773): b, c" in found
+    assert "worse than guessing" not in drift_table({"a": drift(2.7)})
+    found = drift_table({"a": drift(2.5, 3.0), "b": drift(2.9, 3.0)})
+    assert "the dense model itself is worse than guessing (loss 2.773)" in found and ": b" not in found
 
 
 def test_methods_to_compare_are_read_with_their_options() -> None:

@@ -1,11 +1,15 @@
-"""Ends code that came with a user's files, such as a chat template's endless loop, after a time."""
+"""Limits of time and memory for code that came with a user's files, such as a chat template."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_STATM = Path("/proc/self/statm")
 
 
 class TimeIsUp(BaseException):  # noqa: N818  no Exception: the code's own handlers must not swallow it
@@ -34,3 +38,23 @@ def time_limit(seconds: float) -> Iterator[None]:
         with lock:  # what was raised before is delivered by the end of this block
             done.set()
         timer.cancel()
+
+
+@contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """Lets this process map so many bytes more in the block; beyond them Python raises MemoryError.
+
+    A limit that is tighter already stays, and so does one that cannot be set.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        mapped = int(_STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([mapped + num_bytes, *known]), hard))
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
