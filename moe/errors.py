@@ -31,6 +31,10 @@ class Mistake:
     def __str__(self) -> str:
         return f"{self.path}={self.value!r}: {self.rule}. {self.remedy}"
 
+    def __hash__(self) -> int:
+        """Hashes without the value, which may be a list of a user's file."""
+        return hash((self.path, self.rule))
+
     def under(self, section: str) -> Mistake:
         """Prefixes the path, e.g. ``top_k`` with ``router``; an empty section leaves it as it is."""
         return replace(self, path=".".join(filter(None, (section, self.path))))

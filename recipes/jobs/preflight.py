@@ -27,6 +27,7 @@ from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.config_file import context_length, read_config, trusts
+from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.runtime.relaunch import Launch
@@ -73,10 +74,11 @@ def check_names() -> list[Mistake]:
 
 
 def check_opens(config: RunConfig) -> list[Mistake]:
-    """Checks that transformers builds the model, that the files hold it, and that they may be copied."""
+    """Checks that transformers builds and runs the model, and that the files hold it and may be copied."""
     folder, trust = Path(config.dense or "").expanduser(), config.trust_remote_code
     try:
         open_dense(folder, trust_remote_code=trust)
+        require_runs(folder, trust_remote_code=trust)
     except UserError as error:
         return list(error.mistakes)
     return check_companions(config.dense or "", code=trusts(folder, trust))
