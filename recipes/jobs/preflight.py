@@ -17,6 +17,7 @@ from recipes.config.places import check_folder
 from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.chat_template import check_chat_template
+from recipes.data.chat_tokens import check_first_row
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
@@ -60,7 +61,8 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     folder = Path(config.dense).expanduser()
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
-    return mistakes + (check_fit(config, read_config(folder)) or check_opens(config))
+    mistakes += check_fit(config, read_config(folder)) or check_opens(config)
+    return mistakes or check_first_row(config.data, config.dense)
 
 
 def check_names() -> list[Mistake]:

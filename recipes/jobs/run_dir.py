@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # torchrun gives the processes that it ends half a minute.
 _RESTART_PATIENCE_S = 60.0
+# What a run writes before it reads anything: records of its start, and logs that are empty until it trains.
+_RECORDS = ("config.yaml", "run.json", "wandb")
+_LOGS = ("metrics.jsonl", "load.jsonl")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,18 @@ def claim_run_dir(config: RunConfig, launch: Launch | None, held: ExitStack) -> 
                 continue  # another command was faster, and has ended since
             held.enter_context(own.pop_all())
         return chosen
+
+
+def discard_unbegun(path: Path) -> None:
+    """Removes the directory of a new run that ended before it did anything, so that its name is free again.
+
+    A directory that holds more than the records of its start is left as it is.
+    """
+    with suppress(OSError):
+        for inner in path.iterdir():
+            if inner.name not in (*_RECORDS, LOCK) and (inner.name not in _LOGS or inner.stat().st_size):
+                return
+        shutil.rmtree(path)
 
 
 def run_id_of(run_dir: RunDir) -> str:

@@ -15,7 +15,7 @@ from recipes.config.schema import RunConfig
 from recipes.engines import engine_classes
 from recipes.engines.base import Engine
 from recipes.jobs.base import Job, Session
-from recipes.jobs.run_dir import RunDir, claim_run_dir, run_id_of
+from recipes.jobs.run_dir import RunDir, claim_run_dir, discard_unbegun, run_id_of
 from recipes.runtime.agreement import facts_of_this_rank, require_agreement
 from recipes.runtime.atomic import atomic_write_text, write_synced
 from recipes.runtime.clock import steady_time
@@ -67,7 +67,12 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
             run_dir = _agree_on_run_dir(engine, config, claimed)
             _make_run_dir(engine, run_dir, values)
             heartbeat.writes_to(run_dir.path)
-            return _run_open(job, config, values, engine, run_dir, heartbeat, started)
+            try:
+                return _run_open(job, config, values, engine, run_dir, heartbeat, started)
+            except UserError:
+                if engine.rank == 0 and not run_dir.resumed:
+                    discard_unbegun(run_dir.path)
+                raise
     finally:
         engine.close()
 

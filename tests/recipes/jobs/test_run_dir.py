@@ -10,7 +10,7 @@ import pytest
 from moe.errors import ConfigError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.jobs.run_dir import RunDir, choose_run_dir, claim_run_dir
+from recipes.jobs.run_dir import RunDir, choose_run_dir, claim_run_dir, discard_unbegun
 from recipes.runtime.claim import LOCK, InUseError, claim
 
 
@@ -39,6 +39,23 @@ def test_numbers_go_up_and_are_compared_as_numbers(tmp_path: Path) -> None:
         used(tmp_path / name)
     assert choose(tmp_path) == RunDir(tmp_path / "upcycle-11")
     assert choose(tmp_path, "resume=auto") == RunDir(tmp_path / "upcycle-10", resumed=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "stays"),
+    [("metrics.jsonl", "", False), ("metrics.jsonl", "{}", True), ("notes.txt", "", True)],
+)
+def test_a_run_that_has_not_begun_frees_its_name(
+    tmp_path: Path, name: str, content: str, stays: bool
+) -> None:
+    with ExitStack() as held:
+        run = claimed(held, tmp_path, "run.name=a").path
+        (run / "config.yaml").write_text("a: 1")
+        (run / "wandb").mkdir()
+        (run / name).write_text(content)
+        discard_unbegun(run)
+        assert run.exists() is stays
+    assert run.exists() is stays
 
 
 def test_auto_begins_where_there_is_nothing(tmp_path: Path) -> None:
