@@ -37,6 +37,10 @@ class Mistake:
             shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 4 :]} ({len(shown):,} characters)"
         return f"{self.path}={shown}: {self.rule}. {self.remedy}"
 
+    def __hash__(self) -> int:
+        """Hashes without the value, which may be a list of a user's file."""
+        return hash((self.path, self.rule))
+
     def under(self, section: str) -> Mistake:
         """Prefixes the path, e.g. ``top_k`` with ``router``; an empty section leaves it as it is."""
         return replace(self, path=".".join(filter(None, (section, self.path))))

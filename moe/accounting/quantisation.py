@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe.accounting.bytes import CLASSES, BitWidths, uniform_bits
-from moe.accounting.families.reading import LayerConfig, reject
+from moe.accounting.families.reading import LayerConfig, reads_config, reject
 from moe.errors import ConfigError, Mistake
 
 DTYPE_BITS: Mapping[str, float] = {
@@ -38,6 +38,7 @@ def dtype_bits(name: str) -> float | None:
     return DTYPE_BITS.get(SHORT_NAMES.get(plain, plain))
 
 
+@reads_config
 def bits_from_config(config: LayerConfig) -> tuple[BitWidths, str]:
     """Returns the bits by class of tensor, and their origin in words.
 
@@ -56,11 +57,13 @@ def bits_from_config(config: LayerConfig) -> tuple[BitWidths, str]:
         reject("dtype", named, "no accounting knows this dtype", f"Known are {', '.join(DTYPE_BITS)}.")
     bits = uniform_bits(base)
     words = "bfloat16, assumed: the config names no dtype" if named is None else str(named)
-    quantised: Mapping[str, Any] | None = _first(
-        config.get("quantization_config"), inner.get("quantization_config")
-    )
+    quantised: Any = _first(config.get("quantization_config"), inner.get("quantization_config"))
     if not quantised:
         return bits, words
+    if not isinstance(quantised, Mapping):
+        reject(
+            "quantization_config", quantised, "it is no object", "Give the config.json that was published."
+        )
     method = quantised.get("quant_method")
     if not isinstance(method, str) or method not in METHODS:
         known = ", ".join(METHODS)

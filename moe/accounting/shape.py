@@ -15,6 +15,7 @@ from moe.accounting.families.reading import (
     LayerConfig,
     check_keys,
     grouped_attention,
+    reads_config,
     reject,
 )
 from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
@@ -44,6 +45,7 @@ def known_families() -> tuple[str, ...]:
     return tuple(sorted((*FAMILIES, GRAFT)))
 
 
+@reads_config
 def shape_from_config(config: LayerConfig) -> ModelShape:
     """Reads a model's shape from the mapping in a Hugging Face ``config.json``.
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.owners import choose, owner_mistake
+from recipes.config.owners import choose, options_of_choices, owner_mistake
 from recipes.config.renamed import check_name
 from recipes.config.search_path import (
     CONF,
@@ -171,16 +171,25 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
     if "No match in the defaults list" in text and choices_of(path, overrides):
         return Mistake(path, value, "it is chosen with a plus", f"Write +{path}={value}.")
     if re.search(r"Key '.*' is not in struct|Could not override", text):
-        if owned := owner_mistake(path, _choice(path.partition(".")[0], overrides)):
-            return Mistake(path, value, *owned)
-        known = [key for key in _all_keys(_defaults()) if not path.startswith(f"{key}.")]
-        near = difflib.get_close_matches(path, known, n=1) or _same_leaf(path, known)
-        remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
-        return Mistake(path, value, "there is no such option", remedy)
+        return _no_option(path, value, _choice(path.partition(".")[0], overrides))
     if culprit is not None and (choices := choices_of(path, overrides)):
         return Mistake(path, value, "there is no such choice", choose(value, choices))
     first = " ".join(text.split())
     return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
+
+
+def _no_option(path: str, value: str, chosen: str | None) -> Mistake:
+    """Says whose option it is, or which one is nearest in name, and whose that is."""
+    if owned := owner_mistake(path, chosen):
+        return Mistake(path, value, *owned)
+    known = [key for key in _all_keys(_defaults()) if not path.startswith(f"{key}.")]
+    others = options_of_choices(path.partition(".")[0]) - {*known}
+    near = difflib.get_close_matches(path, [*known, *sorted(others)], n=1) or _same_leaf(path, known)
+    remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
+    if near and near[0] in others and (owned := owner_mistake(near[0], chosen)):
+        rule, how = owned
+        remedy += f" {rule[0].upper()}{rule[1:]}. {how}"
+    return Mistake(path, value, "there is no such option", remedy)
 
 
 def _choice(group: str, overrides: Sequence[str]) -> str | None:

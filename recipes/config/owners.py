@@ -32,6 +32,11 @@ def owner_mistake(path: str, chosen: str | None = None) -> tuple[str, str] | Non
     return f"it is an option of {owners}{has}", remedy
 
 
+def options_of_choices(group: str) -> set[str]:
+    """Returns the paths of the options that the choices of a group have of their own."""
+    return {f"{group}.{option}" for options in _choices(group).values() for option in options}
+
+
 def listed(names: list[str], word: str) -> str:
     """Returns a list in words, the last name behind ``and`` or ``or``; of many names the first three."""
     shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} others"]

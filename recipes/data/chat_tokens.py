@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.errors import DataError
+from moe.errors import DataError, Mistake
 from recipes.data.cache import cached_folder
 from recipes.data.chat_template import ChatFormat
 from recipes.data.config import DataConfig
@@ -55,6 +55,20 @@ class ChatTokens:
 
     ids: IndexedDataset
     counted: IndexedDataset
+
+
+def check_first_row(cfg: DataConfig, tokenizer_dir: str | Path) -> list[Mistake]:
+    """Checks that the chat template takes the first conversation of paths that are right."""
+    if cfg.format != "chat":
+        return []
+    try:
+        rows = (row for file in resolve(cfg).files for row in read_conversations(file, cfg.ignored_fields))
+        chat = ChatFormat(cfg, tokenizer_dir)
+        if (first := next(rows, None)) is not None:
+            chat.encode(first)
+    except DataError as error:
+        return list(error.mistakes)
+    return []
 
 
 def ensure_chat_tokens(

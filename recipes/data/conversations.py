@@ -1,12 +1,14 @@
 """Reads conversations: JSON lines of messages, and what else a row says of them.
 
 Every field of a message, and every field of a row that changes what is said or learned, is honoured or
-refused. Other fields of a row (ids, sources) are listed, so that it is told that they are not read.
+refused. Other fields of a row (ids, sources) are listed, so that it is told that they are not read. A field
+that repeats a message, as ``prompt`` often does, says nothing of its own.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -30,11 +32,18 @@ _SPEAKERS = {
 _MISNAMED = frozenset((ASSISTANT, "gpt", "chatgpt", "bot", "chatbot", "model", "ai"))
 _WEIGHTS = ("weight", "train", "loss_mask", "trainable", "loss")
 _SYSTEM = ("system", "system_prompt")
-# Fields of a row that change what is said or learned, and cannot be honoured.
-_REFUSED = (
-    *("functions", "function_call", "tool_calls", "documents", "chat_template_kwargs"),
-    *("image", "images", "video", "videos", "audio", "audios"),
+# Words in the name of a row's field that changes what is said or learned, and cannot be honoured.
+_SAYS = frozenset(
+    (
+        *("system", "sys", "developer", "persona", "preamble", "instruction", "instructions", "prompt"),
+        *("context", "response", "completion", "tool", "tools", "function", "functions", "document"),
+        *("documents", "image", "images", "video", "videos", "audio", "audios", "media", "reasoning"),
+        *("thinking", "thought", "thoughts", "rationale", "cot", "kwargs"),
+    )
 )
+_LEARNS = frozenset(("weight", "weights", "mask", "masks", "loss", "train", "trainable"))
+# Words of fields that say something about the row: of which prompt, of how many tools.
+_ABOUT = frozenset(["id", "ids", "hash", "type", "source", "version", "fingerprint", "count"])
 _LEAVE = "Remove the field, or list it in data.ignored_fields to train without it."
 _CALL_REMEDY = (
     'Write calls as {"tool_calls": [{"function": {"name": "...", "arguments": {...}}}]}, '
@@ -103,12 +112,24 @@ def _conversation(row: Any, place: str, consumed: int, ignored: Collection[str])
     if prompt:
         messages, uncounted = [prompt, *messages], {i + 1 for i in uncounted}
     tools = _tools(said.pop("tools", None), place)
-    for name in _REFUSED:
-        if name in said:
-            _fail(place, f"has the field {name!r}, which is not read", _LEAVE)
     if not _counts(said, "the row", place):
         uncounted = set(range(len(messages)))
+    for name, value in said.items():
+        if _changes(name, value, messages):
+            _fail(place, f"has the field {name!r}, which is not read", _LEAVE)
     return Conversation(messages, place, consumed, tools, frozenset(uncounted), tuple(said))
+
+
+def _changes(name: str, value: Any, messages: list[dict[str, Any]]) -> bool:
+    """Returns whether a field of a row changes what is said or learned, by its name; a copy does not."""
+    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+    if words & _ABOUT:
+        return False
+    if words & _LEARNS or not words & _SAYS:
+        return bool(words & _LEARNS)
+    if isinstance(value, int | float):  # how many there are, or whether there are any
+        return "enable" in words
+    return not (isinstance(value, str) and any(value.strip() in said["content"] for said in messages))
 
 
 def _said(fields: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:

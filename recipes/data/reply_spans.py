@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -139,10 +140,24 @@ def check_written(render: Render, conversation: Conversation, text: str) -> None
             if _same(render, [*messages[:i], less, *messages[i + 1 :]], text):
                 raise SpanError(f"message {i + 1} has the field {field!r}, which the template does not write")
         _check_calls(render, messages, i, text)
-        if i in counted or _holds(text, message["content"]):
-            continue
-        if _same(render, [*messages[:i], message | {"content": _ANY}, *messages[i + 1 :]], text):
-            raise SpanError(f"the template does not write message {i + 1}, of {message['role']!r}")
+        if i not in counted and message["content"].strip():
+            _check_context(render, messages, i, text)
+
+
+def _check_context(render: Render, messages: Messages, i: int, text: str) -> None:
+    """Checks that a message that is no target is written; only a reply may lose a part, its thought."""
+    message, content = messages[i], messages[i]["content"]
+    # Its text may stand in another message, too.
+    absent = _same(render, [*messages[:i], message | {"content": _ANY}, *messages[i + 1 :]], text)
+    cut = message["role"] != ASSISTANT and not _holds(text, content) and not _holds(text, _quoted(content))
+    if absent or cut:
+        whole = "" if absent else "the whole of "
+        raise SpanError(f"the template does not write {whole}message {i + 1}, of {message['role']!r}")
+
+
+def _quoted(part: str) -> str:
+    """Returns a text as it stands within JSON, as some templates write what tools return."""
+    return json.dumps(part, ensure_ascii=False)[1:-1]
 
 
 def _check_calls(render: Render, messages: Messages, i: int, text: str) -> None:

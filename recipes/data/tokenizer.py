@@ -174,7 +174,9 @@ def _largest_base_id(folder: Path) -> int:
 
 def _load(tokenizer_dir: str | Path, where: str) -> PreTrainedTokenizerBase:
     try:
-        return _auto_tokenizer(Path(tokenizer_dir).expanduser())
+        tokenizer = _auto_tokenizer(Path(tokenizer_dir).expanduser())
+        tokenizer("a")  # some settings are looked at only when it is used
+        return tokenizer
     except Exception as error:  # whatever transformers makes of settings that it does not understand
         rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
         remedy = "Fetch or save its files again."

@@ -17,6 +17,7 @@ from recipes.config.places import check_folder
 from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.chat_template import check_chat_template
+from recipes.data.chat_tokens import check_first_row
 from recipes.data.sources import check_paths
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
@@ -28,6 +29,7 @@ from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.config_file import context_length, read_config, trusts
+from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.runtime.relaunch import Launch
@@ -61,7 +63,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
-    return mistakes or check_memory(config, world_size)
+    return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
 
 
 def check_names() -> list[Mistake]:
@@ -75,10 +77,11 @@ def check_names() -> list[Mistake]:
 
 
 def check_opens(config: RunConfig) -> list[Mistake]:
-    """Checks that transformers builds the model, that the files hold it, and that they may be copied."""
+    """Checks that transformers builds and runs the model, and that the files hold it and may be copied."""
     folder, trust = Path(config.dense or "").expanduser(), config.trust_remote_code
     try:
         open_dense(folder, trust_remote_code=trust)
+        require_runs(folder, trust_remote_code=trust)
     except UserError as error:
         return list(error.mistakes)
     return check_companions(config.dense or "", code=trusts(folder, trust))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from moe.accounting.layers import DenseFFNShape, LayerShape, ModelShape, MoEShape
 from moe.accounting.mixers import AttentionShape, Mixer, QKNorm
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError, GraftError, Mistake
 
 LayerConfig = Mapping[str, Any]
+T = TypeVar("T")
 FFN = DenseFFNShape | MoEShape
 LayerReader = Callable[[LayerConfig, int], tuple[Mixer, FFN]]
 
@@ -94,6 +96,22 @@ def look_up(config: LayerConfig, path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def reads_config(read: Callable[[LayerConfig], T]) -> Callable[[LayerConfig], T]:
+    """Turns whatever a value of another type raises in a reader of configs into one sentence."""
+
+    @functools.wraps(read)
+    def reading(config: LayerConfig) -> T:
+        try:
+            return read(config)
+        except GraftError:
+            raise
+        except Exception as error:
+            rule = f"a value in its config.json is not what this family has ({error})"
+            reject("model_type", config.get("model_type"), rule, "Give the config.json that was published.")
+
+    return reading
 
 
 def check_keys(config: LayerConfig, name: str, needs: Sequence[str], states: Sequence[str] = ()) -> None:

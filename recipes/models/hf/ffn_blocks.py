@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kernels.activations import ACTIVATIONS, activation_unsupported_reason
 from moe.errors import FieldError, ModelError
 from moe.experts.weights import FFNWeights
+from recipes.models.hf.declared_config import DeclaredConfig
 
 if TYPE_CHECKING:
     from moe.upcycle.configs import UpcycleConfig
@@ -135,7 +136,7 @@ def decoder_blocks(model: nn.Module, config: Any) -> nn.ModuleList:
 
 def _activation(config: Any) -> str:
     for key in ACTIVATION_KEYS:
-        value = getattr(config, key, None)
+        value = getattr(DeclaredConfig(config), key, None)
         if isinstance(value, str):
             if value not in ACTIVATIONS:
                 rule = f"its activation {key}={value!r} is unknown"

@@ -134,6 +134,26 @@ def _build(folder: Path, config: Any, trust: bool) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
+def require_runs(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Checks that a model computes logits, by shapes alone: some configs that build it contradict themselves.
+
+    Raises:
+        ModelError: transformers raises over its config.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    trust = trusts(folder, trust_remote_code)
+    remedy = "Give the config.json that the model was published with."
+    with library_reads("dense", folder, remedy, "run it"), FakeTensorMode(), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits  # noqa: B018
+        except (UnsupportedFakeTensorException, NotImplementedError):
+            return  # it needs values, or an operation that has no shapes: the check with weights tells
+
+
 def _doubled(model: nn.Module) -> dict[str, str]:
     """Returns the second names of tied parameters, each with the first."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}

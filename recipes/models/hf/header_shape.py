@@ -51,11 +51,13 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
     rows, columns = shapes[found[0][0]]
     if width not in (rows, columns):
         return None
+    # Where two keys disagree, the class decides which it reads.
+    named = {text[key] for key in ACTIVATION_KEYS if isinstance(text.get(key), str)}
     return FFNShape(
         width=columns if rows == width else rows,
         model_width=width,
         gated=any(f"{site}.{gate}.weight" in shapes for gate in _GATES[down]),
-        activation=next((text[key] for key in ACTIVATION_KEYS if isinstance(text.get(key), str)), ""),
+        activation=named.pop() if len(named) == 1 else "",
         up_bias=any(re.fullmatch(rf"{re.escape(site)}\.(?!{down}).*\.bias", name) for name in shapes),
         down_bias=f"{site}.{down}.bias" in shapes,
     )

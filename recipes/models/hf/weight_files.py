@@ -141,6 +141,9 @@ def require_regular(path: Path) -> None:
 
 def _no_weights(folder: Path) -> FolderError:
     require_regular(folder / SINGLE_NAME)
+    for name in (SINGLE_NAME, INDEX_NAME):
+        if (folder / name).is_symlink():
+            return FolderError(f"{name} is a link to nothing", "Download that file.")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         rule = (

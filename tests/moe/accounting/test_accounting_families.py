@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from moe.accounting.families import FAMILIES
 from moe.accounting.params import count_from_shape, count_parameters
@@ -220,6 +221,21 @@ def test_missing_keys_of_nested_configs_are_told() -> None:
         shape_from_config({**DBRX_SMALL, "model_type": "dbrx", "ffn_config": {"moe_top_k": 2}})
     paths = [mistake.path for mistake in caught.value.mistakes]
     assert paths == ["ffn_config.ffn_hidden_size", "ffn_config.moe_num_experts"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "path"),
+    [
+        ("llama", {"hidden_size": [32]}, "hidden_size"),
+        ("llama", {"rope_scaling": 3, "num_key_value_heads": {}}, "num_key_value_heads"),
+        ("gemma3_text", {"layer_types": 5}, "model_type"),
+    ],
+)
+def test_values_of_other_types_are_a_sentence(model_type: str, values: dict[str, Any], path: str) -> None:
+    config = AutoConfig.for_model(model_type).to_dict() | values
+    with pytest.raises(ConfigError) as caught:
+        shape_from_config(config)
+    assert [mistake.path for mistake in caught.value.mistakes] == [path]
 
 
 def test_other_rhythms_of_deepseek_are_refused() -> None:

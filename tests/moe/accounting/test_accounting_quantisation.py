@@ -83,6 +83,9 @@ def test_gpt_oss_as_published() -> None:
     ("config", "path"),
     [
         ({"dtype": "float7"}, "dtype"),
+        ({"quantization_config": "gptq"}, "quantization_config"),
+        ({"model_type": "llama", "text_config": "x"}, "model_type"),
+        (quantised("fp8", weight_block_size=128), "model_type"),
         (quantised("bitsandbytes"), "quantization_config.quant_method"),
         (quantised("gptq", bits=4), "quantization_config"),
         (quantised("fp8", modules_to_not_convert=["model.layers.3.self_attn.q_proj"]), "quantization_config"),

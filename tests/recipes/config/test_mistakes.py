@@ -249,6 +249,13 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["router.tpo_k=3"],
         ["router.tpo_k='3': there is no such option. Did you mean router.top_k?"],
     ),
+    "a typing error in an option of another choice": (
+        ["router.capasity_factor=3"],
+        [
+            "router.capasity_factor='3': there is no such option. Did you mean router.capacity_factor? It is "
+            "an option of router=skywork, and this run has router=topk. Set router=skywork to use it, or ..."
+        ],
+    ),
     "the section forgotten": (
         ["top_k=3"],
         ["top_k='3': there is no such option. Did you mean router.top_k?"],

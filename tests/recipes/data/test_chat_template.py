@@ -10,6 +10,7 @@ import pytest
 
 from moe.errors import DataError
 from recipes.data.chat_template import ChatFormat, carry_template, check_chat_template
+from recipes.data.chat_tokens import check_first_row
 from recipes.data.config import DataConfig
 from recipes.data.conversations import Conversation, read_conversations
 from recipes.data.sources import check_paths, read_documents
@@ -238,6 +239,14 @@ def test_rows_that_are_no_conversation(tmp_path: Path, row: Any, said: str) -> N
     path = write_rows(tmp_path / "r.jsonl", [talk("user: a", "bot: b"), row])
     with pytest.raises(DataError, match=f"r.jsonl:2.*{said}"):
         list(read_conversations(Path(path)))
+
+
+def test_the_first_row_is_tried_before_a_run(tmp_path: Path) -> None:
+    cfg = DataConfig(path=write_rows(tmp_path / "r.jsonl", [talk("user: a", "bot: b")]), format="chat")
+    assert check_first_row(cfg, save_tokenizer(tmp_path / "t", PLAIN)) == []
+    (mistake,) = check_first_row(cfg, save_tokenizer(tmp_path / "u", "{% for m in messages %}"))
+    assert "r.jsonl:1" in mistake.value and "the chat template rejects it" in mistake.rule
+    assert check_first_row(DataConfig(), tmp_path) == []
 
 
 def test_paths_are_checked_as_chat_data(tmp_path: Path) -> None:

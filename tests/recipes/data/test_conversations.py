@@ -180,6 +180,20 @@ def test_a_message_that_the_template_leaves_out_is_refused(tmp_path: Path) -> No
         encode(tmp_path, deaf, talk("sys: f", "user: a", "bot: b"))
 
 
+def test_a_message_that_another_one_repeats_is_not_taken_for_written(tmp_path: Path) -> None:
+    deaf = "{% for m in messages if m.role != 'system' %}" + PLAIN.partition("%}")[2]
+    with pytest.raises(DataError, match="does not write message 1, of 'system'"):
+        encode(tmp_path, deaf, talk("sys: a", "user: a", "bot: b"))
+
+
+def test_a_message_that_the_template_cuts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not write the whole of message 1, of 'user'"):
+        encode(tmp_path, CUTS, talk("user: c</think> a", "bot: b"))
+    # What stands in JSON is written whole.
+    quotes = PLAIN.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'user' else m.content }}")
+    assert encode(tmp_path, quotes, talk('user: "a"\n c', "bot: b"))[1] == [6, 7]
+
+
 def test_contents_of_parts(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "a "}, {"text": "b", "type": "text"}]
     assert read(tmp_path, with_fields(talk("user: x"), 0, content=parts)).messages[0]["content"] == "a b"
@@ -198,6 +212,12 @@ def test_contents_of_parts(tmp_path: Path) -> None:
     [
         (talk("user: a") | {"functions": [{"name": "f"}]}, "has the field 'functions', which is not read"),
         (talk("user: a") | {"images": ["a.png"]}, "has the field 'images'"),
+        (talk("user: a") | {"systemMessage": "f"}, "has the field 'systemMessage'"),
+        (talk("user: a") | {"available_tools": ["f"]}, "has the field 'available_tools'"),
+        (talk("user: a") | {"loss_weight": 0.5}, "has the field 'loss_weight'"),
+        (talk("user: a") | {"token_mask": [0, 1]}, "has the field 'token_mask'"),
+        (talk("user: a") | {"enable_thinking": False}, "has the field 'enable_thinking'"),
+        (talk("user: a") | {"prompt": "b", "response": "c"}, "has the field 'prompt'"),
         (talk("user: a") | {"tools": [1]}, "no list of objects under 'tools'"),
         (talk("user: a") | {"tools": "{"}, "a text under 'tools' that is not JSON"),
         (talk("user: a") | {"conversations": []}, "has both 'messages' and 'conversations'"),
@@ -213,11 +233,12 @@ def test_rows_that_say_what_is_not_read(tmp_path: Path, row: Any, said: str) -> 
 
 
 def test_fields_of_rows_that_say_nothing_of_the_text_are_told(tmp_path: Path) -> None:
-    rows = [talk("user: a", "bot: b") | {"id": i, "source": "x", "score": None} for i in range(3)]
+    own = {"source": "x", "prompt": "a", "prompt_id": "y", "num_tools": 2, "score": None}
+    rows = [talk("user: a", "bot: b") | {"id": i} | own for i in range(3)]
     cfg = DataConfig(path=write_rows(tmp_path / "r.jsonl", rows), format="chat")
     said: list[str] = []
     ensure_chat_tokens(cfg, save_tokenizer(tmp_path / "t", PLAIN), tmp_path / "cache", said.append)
-    assert "data: fields of rows that are not read: id, source" in said
+    assert "data: fields of rows that are not read: id, num_tools, prompt, prompt_id, source" in said
 
 
 def test_a_reply_ends_with_the_token_that_ends_its_turn(tmp_path: Path) -> None:

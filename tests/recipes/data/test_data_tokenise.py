@@ -236,8 +236,12 @@ def test_damaged_settings_are_found_by_the_check(
     assert mistake.value == str(folder / name)
 
 
-def test_settings_that_transformers_rejects_are_a_sentence(tokenizer_dir, tmp_path) -> None:
-    folder = edited(tokenizer_dir, tmp_path / "t", "tokenizer_config.json", lambda c: c.update(eos_token=7))
+# The second is looked at only when the tokenizer is used.
+@pytest.mark.parametrize("field, value", [("eos_token", 7), ("model_max_length", "16")])
+def test_settings_that_transformers_rejects_are_a_sentence(tokenizer_dir, tmp_path, field, value) -> None:
+    folder = edited(
+        tokenizer_dir, tmp_path / "t", "tokenizer_config.json", lambda c: c.update({field: value})
+    )
     with pytest.raises(DataError, match="t': holds a tokenizer that transformers cannot load"):
         load_tokenizer(folder, True)
 

@@ -170,6 +170,14 @@ def test_mistakes_are_told_before_anything_starts(
     assert not (talks / "outputs" / "wrong").exists()
 
 
+def test_a_row_that_is_found_wrong_late_leaves_no_run(talks: Path) -> None:
+    rows = (talks / "general.jsonl").read_text(encoding="utf-8")
+    (talks / "late.jsonl").write_text(f'{rows}{{"messages": 3}}\n', encoding="utf-8")
+    ended = job(talks, chat_options(talks, **{"run.name": "late", "data.path": str(talks / "late.jsonl")}))
+    assert (ended.code, "has a int under 'messages'" in ended.err) == (2, True)
+    assert not (talks / "outputs" / "late").exists()
+
+
 def test_the_same_data_twice_and_a_lone_checkpoint_are_refused(
     go: Callable[..., Ended], talks: Path, straight: Path
 ) -> None:

@@ -19,7 +19,8 @@ from moe.errors import ModelError
 from recipes.models.export.companions import check_companions, copy_companions
 from recipes.models.hf.config_file import code_keys, load_config, with_floats
 from recipes.models.hf.declared_config import DeclaredConfig
-from recipes.models.hf.ffn_names import read_names
+from recipes.models.hf.ffn_names import read_names, require_runs
+from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.models.hf.shape_from_module import shape_from_module
 from recipes.upcycling.convert.folder_check import load_any
@@ -150,12 +151,18 @@ def renamed(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "weights.safetensors")
 
 
+def broken_link(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("nowhere")
+
+
 _HUB = "kernels-community/flash-attn"
 REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (packed, "its weights are quantised (its files hold model.layers.0.self_attn.q_proj.qweight)"),
     (whole_numbers, "q_proj.weight is int8 in its files: it is quantised"),
     (two_of_a_name, "model-00001-of-00001.safetensors and more.safetensors both hold"),
     (renamed, "transformers does not look for weights.safetensors. Rename the file"),
+    (broken_link, "model.safetensors is a link to nothing"),
     (pipe("config.json"), "its config.json is no regular file"),
     (pipe(SINGLE), "model.safetensors is no regular file"),
     (config(quantization_config={"quant_method": "gptq"}), "has a quantization_config"),
@@ -184,6 +191,31 @@ def test_other_folders_are_refused_in_a_sentence(
             open_dense(dense)
         mistakes = list(caught.value.mistakes)
     assert any(expected in str(mistake) for mistake in mistakes), mistakes
+
+
+@each(
+    "model_type, values",
+    [
+        ("llama", {"return_dict": False}),
+        # It builds, and its blocks have no window to attend within.
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}),
+    ],
+)
+def test_configs_that_build_and_do_not_run_are_refused(
+    model_type: str, values: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    dense = shutil.copytree(make_checkpoint(model_type), tmp_path / "d")
+    require_runs(dense)
+    edit(dense, **values)
+    with pytest.raises(ModelError, match="transformers cannot run it"):
+        require_runs(dense)
+
+
+def test_an_activation_that_the_class_does_not_read_is_none(dense: Path) -> None:
+    edit(dense, hidden_activation="gelu")
+    assert read_names(dense).ffns[0].shape.activation == "silu"
+    shape = read_ffn_shape(dense)
+    assert shape is not None and shape.activation == ""
 
 
 def test_nothing_is_fetched_that_nobody_trusts(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
