@@ -27,6 +27,21 @@ from recipes.config.search_path import (
 )
 from recipes.config.warm_up import scale_warm_ups
 
+#: Recipe of a command that names none, and no job.
+DEFAULT_RECIPE = "upcycle"
+
+
+def with_recipe(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Returns the overrides of a command, with the default recipe where nothing of them sets a job."""
+    if {"recipe", "job"} & {_key(override) for override in overrides}:
+        return tuple(overrides)
+    try:
+        if _compose(overrides)["job"] is not None:  # a choice of the user's own folders sets it
+            return tuple(overrides)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        pass  # what is wrong is said of the whole
+    return (f"+recipe={DEFAULT_RECIPE}", *overrides)
+
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes the resolved values of a run.
@@ -171,7 +186,7 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
             return Mistake(path, value, *owned)
         known = [key for key in _all_keys(_defaults()) if not path.startswith(f"{key}.")]
         near = difflib.get_close_matches(path, known, n=1) or _same_leaf(path, known)
-        remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
+        remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg to see them all."
         return Mistake(path, value, "there is no such option", remedy)
     if culprit is not None and (choices := choices_of(path, overrides)):
         return Mistake(path, value, "there is no such choice", choose(value, choices))
