@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from moe.errors import ConfigError, GraftError, Mistake, UserError
+from recipes.runtime.extras import check_names
 from recipes.runtime.quiet_libraries import quiet_libraries
 
 INTERRUPTED = 130
@@ -90,7 +91,8 @@ class _ToolParser(argparse.ArgumentParser):
         """Parses flags.
 
         Raises:
-            ConfigError: A flag is spelled as it was before; see `RENAMED`.
+            ConfigError: A flag is spelled as it was before (`RENAMED`), or another package has the name of
+                one of ours, which the doctor alone can live with.
         """
         words = sys.argv[1:] if args is None else list(args)
         own = self._option_string_actions
@@ -101,7 +103,10 @@ class _ToolParser(argparse.ArgumentParser):
             if new in own and old not in own:
                 remedy = f"Write {new} {value.strip('[]') or 'VALUE'}."
                 raise ConfigError.one(old.rstrip("="), value or None, f"the flag is now called {new}", remedy)
-        return super().parse_known_args(words, namespace)
+        parsed = super().parse_known_args(words, namespace)
+        if not self.prog.endswith("doctor") and (mistakes := check_names()):
+            raise ConfigError(mistakes)
+        return parsed
 
 
 def tool_parser(

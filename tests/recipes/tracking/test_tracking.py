@@ -179,7 +179,10 @@ def test_wandb_that_is_not_installed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert type(start(TrackerConfig(), tmp_path, "x", {})) is NullTracker
+    said: list[str] = []
+    assert type(start(TrackerConfig(), tmp_path, "x", {}, "id1", log=said.append)) is NullTracker
+    assert said == ['wandb: off (not installed; for charts: pip install "graft-moe[wandb]")']
+    assert type(start(TrackerConfig(mode="offline"), tmp_path, "x", {})) is NullTracker
     assert "wandb failed and is off (ModuleNotFoundError" in caplog.text
 
 
