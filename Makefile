@@ -15,7 +15,13 @@ STAMP := $(VENV)/.installed
 # With a number of threads torchrun does not print that it has chosen one; engine.threads decides in the end.
 TRAIN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py
 
-.PHONY: quick upcycle test tests check types lint setup clean
+# An environment of its own for the lower ends of the ranges in pyproject.toml, and what is run in it.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/kernels/test_kernels_contract.py tests/moe/test_moe_layer.py tests/recipes/models/test_exporters.py \
+	tests/recipes/upcycling/test_convert_tools.py tests/recipes/engines/test_deepspeed.py \
+	tests/recipes/engines/test_megatron_slots.py tests/recipes/tracking/test_tracking.py tests/recipes/data/test_data_sources.py
+
+.PHONY: quick upcycle test tests check types lint setup lowest clean
 
 # The whole path in a minute, to see it before you believe it.
 quick: $(STAMP)
@@ -48,6 +54,13 @@ lint: $(STAMP)
 
 setup: $(STAMP)
 
+# Fetches some gigabytes: the index has older torch with CUDA alone.
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check $$($(PYTHON) -m tests.lowest)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m recipes.launch +recipe=quick --nproc 2
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS) $(ARGS)
+
 $(STAMP): requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Graft needs Python 3.11 or newer, this is %d.%d: make PYTHON=/path/to/python3.11 ..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
@@ -56,4 +69,4 @@ $(STAMP): requirements.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(LOWEST) outputs

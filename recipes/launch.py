@@ -11,10 +11,11 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
-from recipes.config.compose import compose_config, to_yaml
+from recipes.config.compose import compose_config, to_yaml, with_recipe
 from recipes.config.run_flags import HELP, RunFlags, read_flags
 from recipes.runtime.clock import steady_time
 from recipes.runtime.error_file import write_error_file
@@ -35,14 +36,14 @@ _REMEDIES = Remedies(
 )
 
 _HELP = """\
-usage: graft train [--nproc N] +recipe=NAME [OPTION=VALUE ...]
-       torchrun --nproc-per-node=N train.py +recipe=NAME [OPTION=VALUE ...]
+usage: graft train [--nproc N] [+recipe=NAME] [OPTION=VALUE ...]
+       torchrun --nproc-per-node=N train.py [+recipe=NAME] [OPTION=VALUE ...]
 
   +recipe=quick                        all of the next with a toy model, in a minute
-  +recipe=upcycle                      dense checkpoint -> MoE model -> training, report, export
+  +recipe=upcycle                      dense checkpoint -> MoE model -> training, report, export; the default
   dense=/path/to/hf/checkpoint         the dense model (without: a small default is trained first)
   data.path=/path/to/*.jsonl           text, jsonl, parquet, or a Megatron .bin/.idx prefix
-  upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg +recipe=upcycle
+  upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg
   resume=auto                          go on with the newest run from its newest complete checkpoint
 
 
@@ -141,7 +142,7 @@ def _command_started() -> float:
 
 
 def _run(arguments: Sequence[str], started: float) -> int:
-    flags = read_flags(arguments)
+    flags = _with_recipe(read_flags(arguments))
     if flags.complete or flags.info or flags.cfg:
         _show(flags)
         return 0
@@ -168,6 +169,16 @@ def _run(arguments: Sequence[str], started: float) -> int:
     if os.environ.get("RANK", "0") == "0" and run.idle:
         print(run.idle, file=sys.stderr, flush=True)
     return run_job(run.job, run.config, run.values, started)
+
+
+def _with_recipe(flags: RunFlags) -> RunFlags:
+    """Returns the flags with a recipe; says on rank 0 which one is taken where none is named."""
+    if flags.complete:
+        return flags
+    overrides = with_recipe(flags.overrides)
+    if overrides != flags.overrides and os.environ.get("RANK", "0") == "0":
+        print(f"no recipe is named: {overrides[0]} (--list recipe has others)", file=sys.stderr, flush=True)
+    return replace(flags, overrides=overrides)
 
 
 def _show(flags: RunFlags) -> None:

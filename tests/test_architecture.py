@@ -7,13 +7,14 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
+from tests.lowest import ranges
 from tests.paths import ROOT, TESTS
 from tests.patience import patience
 
@@ -59,8 +60,8 @@ VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 PICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 # Import names that differ from the name of the distribution.
 DISTRIBUTIONS = {"hydra": "hydra-core", "omegaconf": "hydra-core", "megatron": "megatron-core"}
-# What comes with torch, datasets or hydra and is pinned by them.
-TRANSITIVE = {"triton", "pyarrow", "zstandard", "yaml"}
+# What comes with torch, transformers or hydra and is pinned by them.
+TRANSITIVE = {"triton", "zstandard", "yaml", "packaging"}
 
 
 @cache
@@ -205,7 +206,7 @@ def test_the_map_in_the_readme_is_the_list_of_rooms() -> None:
 
 
 def test_others_libraries_are_where_they_belong() -> None:
-    pinned = {re.split(r"[=<>\[]", pin)[0] for pin in project()["dependencies"]}
+    pinned = ranges().keys()
     wrong = []
     for path, tree in sources().items():
         allowed = THEIRS.get(part_of(path), pinned | TRANSITIVE)
@@ -365,18 +366,16 @@ def test_the_package_of_the_same_name_is_not_installed() -> None:
         importlib.metadata.version("kernels")
 
 
-def project() -> dict[str, list[str]]:
-    """The project table of ``pyproject.toml``."""
-    table: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return table
-
-
-def test_requirements_hold_the_pins_of_the_project() -> None:
+def test_the_lock_holds_the_upper_end_of_every_range() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     locked = {plain(line) for line in lines if line.strip() and not line.startswith(("#", "-"))}
     assert all(re.fullmatch(r"[a-z0-9._-]+==[^=]+", pin) for pin in locked), "every line pins one version"
-    extras = project()["optional-dependencies"]["dev"]  # type: ignore[call-overload]
-    assert {plain(pin) for pin in [*project()["dependencies"], *extras]} <= locked
+    assert {f"{plain(name)}=={ends[-1]}" for name, ends in ranges().items()} <= locked
+
+
+def test_ranges_have_both_ends_in_order() -> None:
+    assert not [name for name, ends in ranges().items() if Version(ends[0]) > Version(ends[-1])]
+    assert [name for name, ends in ranges().items() if len(ends) == 2] >= ["deepspeed"]
 
 
 def plain(pin: str) -> str:

@@ -152,4 +152,4 @@ def test_commands_that_train_are_understood() -> None:
 def test_it_installs_what_is_pinned() -> None:
     name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
     for wrong in re.findall(r"pip install (?!-r|-e|\.)(\S+)", README.read_text()):
-        assert wrong.startswith((name, "--")), wrong
+        assert wrong.lstrip('"').startswith((name, "--")), wrong

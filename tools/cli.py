@@ -126,6 +126,10 @@ def _complete(arguments: Sequence[str]) -> int:
     """Prints what hydra's completion asks for: names of commands, or of ``train`` its options and choices."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
+    family = [name.split()[1] for name in COMMANDS if len(words) > 1 and name.startswith(f"{words[1]} ")]
+    if family:
+        print(*family)
+        return 0
     if line and words[1:2] != [_TRAIN] or words[1:] == [_TRAIN] and not line.endswith(" "):
         print(*dict.fromkeys(name.split()[0] for name in COMMANDS))
         return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from moe.errors import ConfigError, GraftError, Mistake, UserError
+from recipes.runtime.extras import check_names
 from recipes.runtime.quiet_libraries import quiet_libraries
 from recipes.runtime.system_errors import Remedies, system_sentence
 
@@ -95,7 +96,8 @@ class _ToolParser(argparse.ArgumentParser):
         """Parses flags.
 
         Raises:
-            ConfigError: A flag is spelled as it was before, see `RENAMED`; or an argument is no UTF-8.
+            ConfigError: A flag is spelled as it was before (`RENAMED`); an argument is no UTF-8; or another
+                package has the name of one of ours, which the doctor alone can live with.
         """
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
@@ -110,7 +112,10 @@ class _ToolParser(argparse.ArgumentParser):
             if new in own and old not in own:
                 remedy = f"Write {new} {value.strip('[]') or 'VALUE'}."
                 raise ConfigError.one(old.rstrip("="), value or None, f"the flag is now called {new}", remedy)
-        return super().parse_known_args(words, namespace)
+        parsed = super().parse_known_args(words, namespace)
+        if not self.prog.endswith("doctor") and (mistakes := check_names()):
+            raise ConfigError(mistakes)
+        return parsed
 
 
 def tool_parser(

@@ -30,6 +30,20 @@ from recipes.config.warm_up import scale_warm_ups
 # What hydra raises over an override: its own errors, and those of its code that met a value of another type.
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError)
 _ERRORS += (AssertionError, RecursionError)
+#: Recipe of a command that names none, and no job.
+DEFAULT_RECIPE = "upcycle"
+
+
+def with_recipe(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Returns the overrides of a command, with the default recipe where nothing of them sets a job."""
+    if {"recipe", "job"} & {_key(override) for override in overrides}:
+        return tuple(overrides)
+    try:
+        if _compose(overrides)["job"] is not None:  # a choice of the user's own folders sets it
+            return tuple(overrides)
+    except _ERRORS:
+        pass  # what is wrong is said of the whole
+    return (f"+recipe={DEFAULT_RECIPE}", *overrides)
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -185,7 +199,7 @@ def _no_option(path: str, value: str, chosen: str | None) -> Mistake:
     known = [key for key in _all_keys(_defaults()) if not path.startswith(f"{key}.")]
     others = options_of_choices(path.partition(".")[0]) - {*known}
     near = difflib.get_close_matches(path, [*known, *sorted(others)], n=1) or _same_leaf(path, known)
-    remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg +recipe=upcycle to see them all."
+    remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg to see them all."
     if near and near[0] in others and (owned := owner_mistake(near[0], chosen)):
         rule, how = owned
         remedy += f" {rule[0].upper()}{rule[1:]}. {how}"

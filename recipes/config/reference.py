@@ -37,8 +37,8 @@ _HEAD = """\
 # Options
 
 Made from the schema by `python -m recipes.config.reference > docs/options.md`. `train.py --help PATH` prints
-an entry, `train.py --list GROUP` the choices of a group. Defaults are those of `+recipe=upcycle`; where the
-name of a section picks its class, those of the class: a file in `conf/` may set others.
+an entry, `train.py --list GROUP` the choices of a group. A default is the value in a run of `+recipe=upcycle`
+without further options, or with the choice that the heading names: what the files in `conf/` set.
 """
 
 
@@ -81,13 +81,19 @@ def all_options() -> tuple[Option, ...]:
     for field in dataclasses.fields(RunConfig):
         if field.name in families:
             for choice, cls in families[field.name].items():
-                found += _options(cls, field.name, {}, choice)
+                found += _options(cls, field.name, _values_of(field.name, choice), choice)
         elif field.name == "sections":
             for name, cls in section_classes().items():
                 found += _options(cls, name, values.get(name, {}), "")
         else:
             found += _field_options(RunConfig, field, field.name, values, "")
     return tuple(found)
+
+
+def _values_of(group: str, choice: str) -> dict[str, Any]:
+    """Returns what the file of a choice sets; every class of a family has a file of its name."""
+    values: dict[str, Any] = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+    return values
 
 
 def answer(topics: Sequence[str]) -> str:

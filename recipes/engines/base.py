@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from recipes.engines.config import EngineConfig
+from recipes.runtime.extras import EXTRAS, check_extra
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
@@ -160,9 +161,11 @@ class Engine(ABC, Generic[ConfigT]):
     def check(cls, config: ConfigT) -> Mistake | None:
         """Returns the mistake that keeps this machine from running the engine; None if it can.
 
-        The path is relative to the engine's config.
+        The path is relative to the engine's config. An engine whose library is an extra has the extra's name.
         """
-        return None
+        if cls.name not in EXTRAS:
+            return None
+        return check_extra(cls.name, "name", cls.name, "set engine=native")
 
     @classmethod
     def check_moe(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:

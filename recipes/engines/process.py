@@ -32,7 +32,9 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
 
     @classmethod
     def check(cls, config: ProcessConfigT) -> Mistake | None:
-        """Requires the GPUs that are asked for, and ranks that divide as configured."""
+        """Requires the engine's library, the GPUs that are asked for, and ranks that divide as configured."""
+        if found := super().check(config):
+            return found
         if config.device == "cuda" and not torch.cuda.is_available():
             remedy = "Set engine.device=cpu, or install a CUDA build of torch."
             return Mistake("device", config.device, "torch sees no GPU", remedy)

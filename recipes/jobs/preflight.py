@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ from recipes.models.hf.config_file import context_length, read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
+from recipes.runtime.extras import check_names
 from recipes.runtime.relaunch import Launch
+from recipes.tracking.trackers import check_tracker
 from recipes.upcycling.convert.moe_plan import open_dense
 from recipes.upcycling.optim_start import check_optim_start
 from recipes.upcycling.prompts.prompt_rows import check_prompts
@@ -44,13 +45,9 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     """Checks batch, router, engine, dense checkpoint, tokenizer, data and folders."""
     ranks = world_size // engine_classes()[config.engine.name].model_parallel_size(config.engine)
     mistakes = check_batch(config, max(1, ranks)) + check_router(config) + check_engine(config)
-    mistakes += (
-        check_top_k_schedule(config)
-        + check_schedule(config)
-        + check_paths(config.data)
-        + check_folders(config)
-    )
-    mistakes += check_names() + check_calibration(config) + check_run_dir(config) + check_optim_start(config)
+    mistakes += check_top_k_schedule(config) + check_schedule(config) + check_paths(config.data)
+    mistakes += check_folders(config) + check_names() + check_tracker(config.tracker)
+    mistakes += check_calibration(config) + check_run_dir(config) + check_optim_start(config)
     mistakes += check_chat_template(config.data, config.dense) + check_library(config)
     if config.dense is None:
         shape = _default_shape(config)
@@ -64,16 +61,6 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
     return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
-
-
-def check_names() -> list[Mistake]:
-    """Rejects a PyPI package with the name of one of ours: transformers would import ours for it."""
-    try:
-        version = metadata.version("kernels")
-    except metadata.PackageNotFoundError:
-        return []
-    rule = "this package of PyPI has the name of Graft's own, and transformers takes one for the other"
-    return [Mistake("kernels", version, rule, "Run pip uninstall kernels, and install Graft again.")]
 
 
 def check_opens(config: RunConfig) -> list[Mistake]:

@@ -24,16 +24,15 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
 
 from moe.accounting.device_peaks import table_peak
+from recipes.runtime.extras import DISTRIBUTION, install_line, installed_version
 from recipes.runtime.machine_memory import free_and_total_bytes
 from recipes.runtime.source_root import SOURCE_ROOT
 
 Status = Literal["ok", "warn", "bad"]
-DISTRIBUTION = "graft-moe"
 GIB = 2**30
-# Packages that only their own engine needs.
-ENGINE_PACKAGES = ("deepspeed", "megatron-core")
 LOW_DISK, NO_DISK = 20 * GIB, GIB
 LOW_MEMORY = 4 * GIB
 
@@ -63,7 +62,7 @@ def inspect_environment(cache_dir: str | Path = "~/.cache/graft") -> list[Findin
     """
     checks: list[Callable[[], list[Finding]]] = [
         check_python,
-        check_pins,
+        check_ranges,
         check_kernels_clash,
         check_cpu,
         check_memory,
@@ -95,44 +94,42 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> list[Findin
     ]
 
 
-def check_pins(pyproject: Path = SOURCE_ROOT / "pyproject.toml") -> list[Finding]:
-    """Checks that the installed packages are the versions the project is tested with.
+def check_ranges(pyproject: Path = SOURCE_ROOT / "pyproject.toml") -> list[Finding]:
+    """Checks that the installed packages are in the ranges that the project is tested with.
 
-    A build tag after the version (``+cu128``) does not count. Packages that are right share one finding.
+    A build tag after the version (``+cu128``) does not count. Packages that are right share one finding;
+    those of extras need not be there.
     """
     required = _required(pyproject)
     if required is None:
         text = f"{pyproject} is missing, and {DISTRIBUTION} is not installed"
         return [Finding("packages", "warn", text, "Install it with pip, or run from a checkout.")]
     findings, right = [], []
-    for requirement, needed in required:
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^;\s]+)", requirement)
-        if match is None:
+    for needed in map(Requirement, required):
+        name, extra = needed.name, needed.marker is not None
+        found = installed_version(name)
+        if found is None and extra:
             continue
-        name, wanted = match.groups()
-        found = _installed(name)
-        if found is not None and found.split("+")[0] == wanted:
+        if found is not None and needed.specifier.contains(found, prereleases=True):
             right.append(f"{name} {found}")
             continue
-        remedy = f"Run `make setup`, or pip install {requirement}."
-        if found is None:
-            status: Status = "bad" if needed and name not in ENGINE_PACKAGES else "warn"
-            findings.append(Finding(name, status, f"not installed, {wanted} is pinned", remedy))
-        else:
-            findings.append(Finding(name, "warn", f"{found} is installed, {wanted} is pinned", remedy))
-    return [Finding("packages", "ok", f"{len(right)} as pinned: {', '.join(right)}"), *findings]
+        remedy = f'Run `make setup`, or pip install "{name}{needed.specifier}".'
+        tested = f"Graft is tested with {needed.specifier}"
+        text = f"not installed, {tested}" if found is None else f"{found} is installed, {tested}"
+        findings.append(Finding(name, "warn" if found else "bad", text, remedy))
+    return [Finding("packages", "ok", f"{len(right)} as tested: {', '.join(right)}"), *findings]
 
 
-def _required(pyproject: Path) -> list[tuple[str, bool]] | None:
-    """Returns the requirements and whether runs need them: a checkout's, else the installed package's."""
+def _required(pyproject: Path) -> list[str] | None:
+    """Returns the requirements, those of extras with a marker: a checkout's, else the installed package's."""
     if not pyproject.is_file():
-        if _installed(DISTRIBUTION) is None:
-            return None
-        # Those of the extras have a marker: who left them out wants none of them.
-        return [(pin, True) for pin in metadata.requires(DISTRIBUTION) or () if ";" not in pin]
+        return None if installed_version(DISTRIBUTION) is None else metadata.requires(DISTRIBUTION) or []
     content = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-    extras = content.get("optional-dependencies", {}).values()
-    return [(pin, True) for pin in content.get("dependencies", ())] + [(p, False) for e in extras for p in e]
+    extras = content.get("optional-dependencies", {})
+    return [
+        *content.get("dependencies", ()),
+        *(f"{line}; extra == '{extra}'" for extra, lines in extras.items() for line in lines),
+    ]
 
 
 def check_kernels_clash() -> list[Finding]:
@@ -140,7 +137,7 @@ def check_kernels_clash() -> list[Finding]:
 
     Transformers takes any import named ``kernels`` for that package when its metadata is installed.
     """
-    version = _installed("kernels")
+    version = installed_version("kernels")
     if version is not None:
         text = f"the PyPI package kernels {version} is installed and has the name of Graft's own"
         return [Finding("kernels", "bad", text, "Run pip uninstall kernels, and install Graft again.")]
@@ -264,7 +261,7 @@ def check_compiler() -> list[Finding]:
         first = Finding("compiler", "warn", text, "Install the headers (apt install python3-dev).")
     else:
         first = Finding("compiler", "ok", f"{compiler} for torch.compile")
-    version = _installed("triton")
+    version = installed_version("triton")
     if version is not None:
         return [first, Finding("triton", "ok", version)]
     if torch.cuda.is_available():
@@ -292,9 +289,9 @@ def check_engines() -> list[Finding]:
     """Reports which engines can run."""
     findings = [Finding("engine native", "ok", "part of this project")]
     for engine, package in (("deepspeed", "deepspeed"), ("megatron", "megatron-core")):
-        version = _installed(package)
+        version = installed_version(package)
         if version is None:
-            remedy = f"Install it for engine={engine}: pip install {package}."
+            remedy = f"For engine={engine}: {install_line(engine)}."
             findings.append(Finding(f"engine {engine}", "warn", f"{package} is not installed", remedy))
         else:
             findings.append(Finding(f"engine {engine}", "ok", f"{package} {version}"))
@@ -303,9 +300,9 @@ def check_engines() -> list[Finding]:
 
 def check_wandb(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """Checks that runs can be sent to Weights & Biases. Keys are never shown."""
-    version = _installed("wandb")
+    version = installed_version("wandb")
     if version is None:
-        return [Finding("wandb", "warn", "not installed", "pip install wandb, or set tracker.mode=disabled.")]
+        return [Finding("wandb", "warn", "not installed", f"For charts: {install_line('wandb')}.")]
     mode = environ.get("WANDB_MODE")
     if mode:
         return [Finding("wandb", "ok", f"{version}, WANDB_MODE={mode}")]
@@ -325,10 +322,3 @@ def _in_netrc(model: str, environ: Mapping[str, str]) -> bool:
         except (netrc.NetrcParseError, OSError):
             continue
     return False
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from moe.errors import DiskError, Mistake
+from recipes.runtime.extras import check_extra, install_line, is_there
 from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.config import TrackerConfig
 from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
@@ -53,6 +54,17 @@ class ExpertLoad:
 
     layers: Sequence[int]
     load: Sequence[Sequence[float]]
+
+
+def check_tracker(config: TrackerConfig) -> list[Mistake]:
+    """Checks that wandb is installed where it is asked for; ``auto`` is content without it."""
+    path, asked = "tracker.mode", config.mode
+    if config.mode == "auto":
+        path, asked = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
+    if _MODES.get(asked) not in ("online", "offline"):
+        return []
+    found = check_extra("wandb", path, asked, f"set {path}=disabled")
+    return [] if found is None else [found]
 
 
 class NullTracker:
@@ -155,10 +167,13 @@ def start(
         log: Takes the line.
 
     Returns:
-        A `Tracker`; a `NullTracker` on other ranks, when disabled, and when wandb cannot start, which is
-        logged as a warning.
+        A `Tracker`; a `NullTracker` on other ranks, when disabled, without wandb, and when wandb cannot
+        start, which is logged as a warning.
     """
     if rank != 0 or cfg.mode == "disabled":
+        return NullTracker(run_id)
+    if cfg.mode == "auto" and not is_there("wandb"):
+        log(f"wandb: off (not installed; for charts: {install_line('wandb')})")
         return NullTracker(run_id)
     run_id = run_id or secrets.token_hex(4)
     wandb: Any = None

@@ -18,7 +18,8 @@ COMMANDS = {
     "+recipe=upcycle router=topkk": 2,
     "+recipe=upcycle train.stepz=3": 2,
     "+recipe=upcycle train.steps=-1 data.path=/no/such.txt dense=/no/such": 2,
-    "router=topk": 2,
+    "--cfg router=topk": 0,
+    "job=null": 2,
 }
 CODE = """
 import json, sys

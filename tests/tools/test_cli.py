@@ -72,3 +72,6 @@ def test_completion_offers_commands_then_options(
     monkeypatch.setenv("COMP_LINE", "graft tr")
     assert main(["-sc", "query=bash"]) == 0
     assert {"train", "bench"} <= set(capsys.readouterr().out.split())
+    monkeypatch.setenv("COMP_LINE", "graft bench st")
+    assert main(["-sc", "query=bash"]) == 0
+    assert {"start", "step"} <= set(capsys.readouterr().out.split())

@@ -12,6 +12,7 @@ import pytest
 
 import tools
 from moe.errors import ConfigError
+from recipes.runtime import extras
 from tests.grid import each
 from tools.command import RENAMED, tool_parser
 
@@ -67,3 +68,20 @@ def test_a_flag_that_a_tool_has_is_not_refused() -> None:
     parser.add_argument("--experts", type=int)
     parser.add_argument("--backend")
     assert parser.parse_args(["--experts", "8", "--backend", "loop"]).experts == 8
+
+
+@each("name, refuses", [("x", True), ("upcycle", True), ("verify", True), ("doctor", False)])
+def test_a_package_that_has_the_name_of_ours_is_refused(
+    name: str, refuses: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extras, "installed_version", lambda package: {"kernels": "0.18.5"}.get(package))
+    parser = tool_parser(name, "y", example="")
+    if not refuses:
+        assert parser.parse_args([]).json is None
+        return
+    for read in (parser.parse_args, parser.parse_intermixed_args):
+        with pytest.raises(ConfigError, match="kernels='0.18.5': this package of PyPI has the name"):
+            read([])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "--json" in capsys.readouterr().out

@@ -6,7 +6,6 @@ clipping and checkpoints are Graft's own, so that a run trains as on the native 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import weakref
@@ -60,14 +59,6 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
         for stage in range(4)
         for ep in (1, 2)
     )
-
-    @classmethod
-    def check(cls, config: DeepSpeedConfig) -> Mistake | None:
-        """Requires DeepSpeed, and ranks that divide as configured."""
-        if importlib.util.find_spec("deepspeed") is None:
-            rule = "the package deepspeed is not installed"
-            return Mistake("name", config.name, rule, "Install it, or set engine=native.")
-        return super().check(config)
 
     @classmethod
     def held_shares(cls, config: DeepSpeedConfig, world_size: int, *, accumulates: bool) -> HeldShares:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from moe.errors import ConfigError
@@ -9,6 +11,7 @@ from recipes.config.compose import compose_config
 from recipes.config.reference import all_options, answer, choices, page
 from recipes.config.schema import parse_config
 from recipes.launch import main
+from tests.grid import each
 from tests.paths import ROOT
 
 
@@ -41,6 +44,21 @@ def test_an_options_entry_has_type_default_and_meaning() -> None:
     assert "micro_batch | sequence | global_batch" in answer(["router.balance_scope"])  # a named type
     assert "optim.schedule.warmup_steps: int, default 20." in answer(["optim.schedule"])
     assert "choices of optim:\n  adamw" in answer(["optim"])
+
+
+@each(
+    "group, choice",
+    [("router", "deepseek_v3"), ("router", "ssr"), ("upcycle", "drop"), ("engine", "megatron")],
+)
+def test_a_default_is_the_value_of_a_run_with_that_choice(group: str, choice: str) -> None:
+    values = compose_config(["+recipe=upcycle", f"{group}={choice}"])[group]
+    own = {o.path: o.default for o in all_options() if o.path.startswith(f"{group}.") and o.choice == choice}
+    expected = {
+        f"{group}.{key}": value if isinstance(value, str) and value else json.dumps(value)
+        for key, value in values.items()
+        if key != "name"
+    }
+    assert {path: default.replace("${seed}", "0") for path, default in own.items() if default} == expected
 
 
 def test_what_is_not_there_is_named_with_the_nearest() -> None:

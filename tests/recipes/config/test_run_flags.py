@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
+from recipes.config.compose import with_recipe
 from recipes.config.hydra_views import complete, config_text, show_info
 from recipes.config.run_flags import RunFlags, read_flags
+from recipes.launch import main
 from tests.grid import each
 
 UPCYCLE = "+recipe=upcycle"
@@ -70,7 +72,7 @@ def test_cfg_prints_packages_resolved_or_not() -> None:
     [
         ("job", "ruter", [UPCYCLE], "--package='ruter': the config has no such part. Did you mean router?"),
         ("job", None, [UPCYCLE, "router.topk=1"], "Did you mean router.top_k?"),
-        ("job", None, [], "no recipe is chosen"),
+        ("job", None, ["job=null"], "no recipe is chosen"),
     ],
 )
 def test_mistakes_stay_one_sentence(kind: str, package: str | None, overrides: list[str], said: str) -> None:
@@ -105,3 +107,34 @@ def test_completion_is_hydras(
     assert capsys.readouterr().out.endswith("hydra_bash_completion graft\n")
     with pytest.raises(ConfigError, match="install=bash, zsh or fish"):
         complete(["install=nosh"])
+
+
+@each(
+    "given, added",
+    [
+        ([], True),
+        (["router=sigmoid", "train.steps=5"], True),
+        (["router=topk,sigmoid", "train.steps=5"], True),
+        (["+recipe=pretrain"], False),
+        (["recipe=pretrain"], False),
+        (["+recipe=quick,upcycle"], False),
+        (["job=pretrain"], False),
+        (["job=null"], False),
+        (["train.stepz=5"], True),
+    ],
+)
+def test_a_command_without_a_recipe_has_the_default_one(given: list[str], added: bool) -> None:
+    assert with_recipe(given) == ((UPCYCLE,) if added else ()) + tuple(given)
+
+
+def test_the_default_recipe_is_named_in_one_line_and_is_what_it_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--cfg", "router=sigmoid"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "no recipe is named: +recipe=upcycle (--list recipe has others)\n"
+    assert main(["--cfg", "router=sigmoid", UPCYCLE]) == 0
+    assert capsys.readouterr() == (printed.out, "")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--cfg", "router=sigmoid"]) == 0
+    assert capsys.readouterr() == (printed.out, "")

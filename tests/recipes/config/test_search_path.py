@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from recipes.config.compose import compose_config
+from recipes.config.compose import compose_config, with_recipe
 from recipes.config.search_path import CONF, choices_of, conf_folders
 from tests.grid import each
 
@@ -68,6 +68,12 @@ def test_a_choice_that_would_be_hidden_is_refused_where_it_is_chosen(here: Path)
     assert compose_config([UPCYCLE, "router=sigmoid"])["router"]["score"] == "sigmoid"
     write(here / "conf/router/topk.yaml", (CONF / "router/topk.yaml").read_text())
     assert compose_config([UPCYCLE])["router"]["top_k"] == 2
+
+
+def test_a_choice_of_the_users_that_sets_a_job_needs_no_recipe(here: Path) -> None:
+    write(here / "conf/study/own.yaml", "# @package _global_\njob: pretrain\n")
+    assert with_recipe(["+study=own"]) == ("+study=own",)
+    assert compose_config(with_recipe(["router=mine"]))["job"] == "upcycle"
 
 
 def test_a_checkout_has_no_second_conf(monkeypatch: pytest.MonkeyPatch) -> None:

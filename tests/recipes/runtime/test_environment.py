@@ -21,57 +21,56 @@ from recipes.runtime.environment import (
     check_gpus,
     check_kernels_clash,
     check_memory,
-    check_pins,
     check_python,
+    check_ranges,
     check_threads,
     check_wandb,
     inspect_environment,
 )
 from tools import doctor
 
-VERSIONS = {"torch": "2.13.0+cu128", "wandb": "0.1", "deepspeed": None, "numpy": None, "ruff": None}
+VERSIONS = {"torch": "2.13.0+cu128", "wandb": "0.1", "pydantic": "2.14.1"}
 
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Installed packages, to be edited."""
     found = dict(VERSIONS)
-    monkeypatch.setattr(environment, "_installed", lambda package: found.get(package))
+    monkeypatch.setattr(environment, "installed_version", found.get)
     return found
 
 
-def test_pins(tmp_path: Path, versions: dict[str, str | None]) -> None:
+def test_ranges(tmp_path: Path, versions: dict[str, str | None]) -> None:
     path = tmp_path / "pyproject.toml"
     path.write_text(
-        '[project]\ndependencies = ["torch==2.13.0", "wandb==0.31.0", "numpy==2.4.6", "deepspeed==0.19.8"]\n'
-        '[project.optional-dependencies]\ndev = ["ruff==0.17.5", "loose>=1"]\n'
+        '[project]\ndependencies = ["torch>=2.10.0,<=2.13.0", "pydantic>=2.10,<=2.14", "numpy>=2.1"]\n'
+        '[project.optional-dependencies]\nzero = ["deepspeed>=0.18.9,<=0.19.8"]\ncharts = ["wandb>=0.24"]\n'
     )
-    right, *wrong = check_pins(path)
-    assert right == Finding("packages", "ok", "1 as pinned: torch 2.13.0+cu128")
-    assert [(f.name, f.status) for f in wrong] == [
-        ("wandb", "warn"),  # another version
-        ("numpy", "bad"),  # needed by everything
-        ("deepspeed", "warn"),  # needed by its engine
-        ("ruff", "warn"),  # needed by developers
+    right, *wrong = check_ranges(path)
+    assert right == Finding("packages", "ok", "1 as tested: torch 2.13.0+cu128")
+    assert [(finding.name, finding.status) for finding in wrong] == [
+        ("pydantic", "warn"),  # newer than what is tested
+        ("numpy", "bad"),  # not there, and everything needs it
+        ("wandb", "warn"),  # older; deepspeed is not there, and an extra
     ]
-    assert wrong[0].text == "0.1 is installed, 0.31.0 is pinned"
-    assert "pip install wandb==0.31.0" in wrong[0].remedy
+    assert wrong[0].text == "2.14.1 is installed, Graft is tested with <=2.14,>=2.10"
+    assert 'pip install "pydantic<=2.14,>=2.10"' in wrong[0].remedy
 
 
 @pytest.mark.usefixtures("versions")
-def test_pins_where_graft_is_not_installed(tmp_path: Path) -> None:
-    (finding,) = check_pins(tmp_path / "pyproject.toml")
+def test_ranges_where_graft_is_not_installed(tmp_path: Path) -> None:
+    (finding,) = check_ranges(tmp_path / "pyproject.toml")
     assert finding.status == "warn"
 
 
-def test_the_pins_of_an_installed_package(
+def test_the_ranges_of_an_installed_package(
     tmp_path: Path, versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions["graft-moe"] = "0.1.0"
-    pins = ["torch==2.13.0", "wandb==0.31.0", "ruff==0.17.5; extra == 'dev'"]
-    monkeypatch.setattr(environment.metadata, "requires", lambda name: pins)
-    right, wrong = check_pins(tmp_path / "pyproject.toml")
-    assert right.text.startswith("1 as pinned") and wrong.name == "wandb"
+    ranges = ["torch<=2.13.0,>=2.10.0", "wandb>=0.24; extra == 'wandb'", "ruff==0.17.5; extra == 'dev'"]
+    monkeypatch.setattr(environment.metadata, "requires", lambda name: ranges)
+    right, wrong = check_ranges(tmp_path / "pyproject.toml")
+    assert right.text.startswith("1 as tested") and wrong.name == "wandb"
 
 
 def test_the_pypi_package_kernels_must_not_be_installed(versions: dict[str, str | None]) -> None:
