@@ -19,6 +19,7 @@ GROUPS: Mapping[str, Commands] = {
     "Make a mixture of experts": {
         "upcycle": ("tools.upcycle", "convert a dense checkpoint, without training"),
         "train": ("recipes.launch", "upcycle, train, compare, report, export: all options of a run"),
+        "import": ("tools.import_gguf", "write a GGUF file as a Hugging Face folder"),
         "verify": ("tools.verify", "check that two checkpoints compute the same"),
         "export": ("tools.export", "write a checkpoint of a run as a Hugging Face folder"),
         "ders": ("tools.ders", "compress an MoE to a base and low-bit deltas, and back"),
