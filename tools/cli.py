@@ -30,6 +30,8 @@ GROUPS: Mapping[str, Commands] = {
         "compare": ("tools.compare", "train under several routers and seeds, on one page"),
         "upcycle-vs-cpt": ("tools.upcycle_vs_cpt", "upcycle, continue the dense model, or start over?"),
         "compare-tables": ("tools.compare_tables", "compare routers on tables with two tasks"),
+        "eval": ("tools.eval_tasks", "score models on LAMBADA, HellaSwag, ... side by side"),
+        "certify": ("tools.certify", "compare an export in vLLM, llama.cpp, ... with its trainer"),
         "cap": ("tools.cap", "measure how models use the hardware, their cost and accuracy"),
     },
     "Plan": {

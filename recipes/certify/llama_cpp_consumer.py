@@ -55,7 +55,7 @@ class LlamaCppConsumer(Consumer):
             [*command, "--save-all-logits", str(saved), "-t", str(os.cpu_count())], self.name
         )
         version = re.search(r"build[:_ ]+(\S+)", printed)
-        return _read(saved, f"llama.cpp {version[1] if version else ''}".strip())
+        return read_log_probs(saved, f"llama.cpp {version[1] if version else ''}".strip())
 
     def _program(self, name: str) -> Path:
         folder = self.places.llama_cpp_bin or (self.places.llama_cpp or Path()) / "build" / "bin"
@@ -79,7 +79,7 @@ def _text(folder: Path, request: Request) -> str:
     return text + text
 
 
-def _read(path: Path, version: str) -> Observation:
+def read_log_probs(path: Path, version: str) -> Observation:
     """Reads the file that llama-perplexity writes.
 
     Raises:
