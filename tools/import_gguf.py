@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from moe.errors import ConfigError
 from tools.command import check_json_target, log_beside, run_command, tool_parser, write_json
 
 _DTYPES = ("float32", "bfloat16", "float16")
-# Bars of transformers, and a warning of DeepSpeed's, which the loader imports where it is installed.
-_QUIET = {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if mistakes := check_json_target(args.json):
         raise ConfigError(mistakes)
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     import torch
 
-    from recipes.models.hf.gguf_file import import_gguf
+    from recipes.models.hf.gguf_file import import_gguf, quiet_import
+
+    quiet_import()
 
     file, out = (Path(text).expanduser() for text in (args.file, args.out))
     found = import_gguf(file, out, getattr(torch, args.dtype))

@@ -6,6 +6,7 @@ mended here, and the folder is read back before it gets its name.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ from recipes.models.hf.weight_files import require_finite
 
 _MAGIC = b"GGUF"
 _FLAG = "FILE"
+# Bars of transformers, and a warning of DeepSpeed's, which the loader imports where it is installed.
+_QUIET = {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def quiet_import() -> None:
+    """Silences what the libraries print while they read a file; for programs that do nothing else."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a folder of transformers: the package gguf writes it here, and dequantises what is found."""
+"""A GGUF file becomes a folder of transformers; the package gguf writes it here, and dequantises it."""
 
 from __future__ import annotations
 
