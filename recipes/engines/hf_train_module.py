@@ -43,8 +43,8 @@ class HFTrainModule(TrainModule):
         """Returns the ``[B, S]`` losses of a micro-batch's targets."""
         tokens_BS1 = batch.tokens_BS1.to(self.engine.device)
         with computes_losses(self.model.module, tokens_BS1[:, 1:]):
-            losses_BS: Tensor = self._call(tokens_BS1[:, :-1], batch.metadata)
-        return losses_BS
+            losses: Tensor = self._call(tokens_BS1[:, :-1], batch.metadata)
+        return losses.view_as(tokens_BS1[:, 1:])
 
     def _call(self, tokens_BS: Tensor, metadata: TokenMetadata | None = None) -> Any:
         """Runs a forward pass, under autocast if the precision asks for it."""

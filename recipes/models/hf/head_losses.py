@@ -22,9 +22,10 @@ from recipes.models.hf.token_losses import losses_by_rows, rows_at_once, target_
 
 @contextmanager
 def computes_losses(decoder: Any, targets_BS: Tensor) -> Iterator[None]:
-    """While open, calls of a decoder return the ``[B, S]`` fp32 losses of targets in place of logits.
+    """While open, calls of a decoder return the ``[B * S]`` fp32 losses of targets in place of logits.
 
-    The call may go through a wrapper of the decoder, such as FSDP2's or DeepSpeed's.
+    The call may go through a wrapper of the decoder, such as FSDP2's or DeepSpeed's. FSDP2 wants no view of a
+    tensor, so that the caller gives them the shape of the targets.
 
     Args:
         decoder: A decoder of transformers with a language-modelling head.
@@ -49,10 +50,9 @@ def _losses(decoder: Any, forward: Callable[..., Any], targets_BS: Tensor, **inp
         part = type(output)(last_hidden_state=hidden_TD[None])
         with _replaced(decoder, lambda blocks, *_, **__: part):
             logits_1TV = forward(input_ids=targets_T[None], use_cache=False).logits
-        return target_losses(logits_1TV, targets_T[None])[0]
+        return target_losses(logits_1TV, targets_T[None])
 
-    losses_T = losses_by_rows(losses_of, hidden_BSD.flatten(0, 1), targets_BS.flatten(), rows)
-    return losses_T.view(targets_BS.shape)
+    return losses_by_rows(losses_of, hidden_BSD.flatten(0, 1), targets_BS.flatten(), rows)
 
 
 def _output_of_blocks(decoder: Any, forward: Callable[..., Any], inputs: dict[str, Any]) -> ModelOutput:

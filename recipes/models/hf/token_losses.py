@@ -21,9 +21,8 @@ LOGITS_AT_ONCE = 2**24
 
 
 def target_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Returns the ``[B, S]`` cross-entropy of each target, in fp32."""
-    losses = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
-    return losses.view(targets_BS.shape)
+    """Returns the ``[B * S]`` cross-entropy of the targets, in fp32."""
+    return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
 
 
 def rows_at_once(vocabulary: int) -> int:

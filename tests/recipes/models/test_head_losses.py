@@ -94,7 +94,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(family: str) -> None:
     wanted = _gradients(model, (plain_BS * weights_BS).sum())
     with patch.object(token_losses, "LOGITS_AT_ONCE", ROWS * VOCABULARY), _Largest() as largest:
         with computes_losses(model, targets_BS):
-            losses_BS = model(input_ids=inputs_BS, use_cache=False)
+            losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
         found = _gradients(model, (losses_BS * weights_BS).sum())
     torch.testing.assert_close(losses_BS, plain_BS, rtol=1e-6, atol=1e-6)
     assert list(found) == list(wanted)
@@ -113,7 +113,7 @@ def test_evaluation_and_autocast_go_by_rows_too() -> None:
             patch.object(token_losses, "LOGITS_AT_ONCE", ROWS * VOCABULARY),
             computes_losses(model, targets_BS),
         ):
-            losses_BS = model(input_ids=inputs_BS, use_cache=False)
+            losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
     assert losses_BS.dtype == torch.float32
     torch.testing.assert_close(losses_BS, plain_BS, rtol=1e-6, atol=1e-6)
 
@@ -121,5 +121,5 @@ def test_evaluation_and_autocast_go_by_rows_too() -> None:
 def test_few_logits_are_computed_in_one_piece() -> None:
     model, (inputs_BS, targets_BS, _) = _model("llama"), _batch()
     with computes_losses(model, targets_BS):
-        losses_BS = model(input_ids=inputs_BS, use_cache=False)
+        losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
     assert torch.equal(losses_BS, _plain(model, inputs_BS, targets_BS))
