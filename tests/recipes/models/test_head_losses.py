@@ -94,7 +94,9 @@ def test_losses_and_gradients_are_those_of_whole_logits(family: str) -> None:
     wanted = _gradients(model, (plain_BS * weights_BS).sum())
     with patch.object(token_losses, "LOGITS_AT_ONCE", ROWS * VOCABULARY), _Largest() as largest:
         with computes_losses(model, targets_BS):
-            losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
+            losses = model(input_ids=inputs_BS, use_cache=False)
+        assert not losses._is_view(), "FSDP2 loses its hooks on views"
+        losses_BS = losses.view_as(targets_BS)
         found = _gradients(model, (losses_BS * weights_BS).sum())
     torch.testing.assert_close(losses_BS, plain_BS, rtol=1e-6, atol=1e-6)
     assert list(found) == list(wanted)
