@@ -19,6 +19,7 @@ GROUPS: Mapping[str, Commands] = {
     "Make a mixture of experts": {
         "upcycle": ("tools.upcycle", "convert a dense checkpoint, without training"),
         "train": ("recipes.launch", "upcycle, train, compare, report, export: all options of a run"),
+        "import": ("tools.import_gguf", "write a GGUF file as a Hugging Face folder"),
         "verify": ("tools.verify", "check that two checkpoints compute the same"),
         "export": ("tools.export", "write a checkpoint of a run as a Hugging Face folder"),
         "ders": ("tools.ders", "compress an MoE to a base and low-bit deltas, and back"),
@@ -29,6 +30,8 @@ GROUPS: Mapping[str, Commands] = {
         "compare": ("tools.compare", "train under several routers and seeds, on one page"),
         "upcycle-vs-cpt": ("tools.upcycle_vs_cpt", "upcycle, continue the dense model, or start over?"),
         "compare-tables": ("tools.compare_tables", "compare routers on tables with two tasks"),
+        "eval": ("tools.eval_tasks", "score models on LAMBADA, HellaSwag, ... side by side"),
+        "certify": ("tools.certify", "compare an export in vLLM, llama.cpp, ... with its trainer"),
         "cap": ("tools.cap", "measure how models use the hardware, their cost and accuracy"),
     },
     "Plan": {

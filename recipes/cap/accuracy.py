@@ -115,7 +115,7 @@ def multiple_choice(
     for question in questions:
         scores = []
         for choice in question.choices:
-            ids, start = _ids(tokenizer, question.text, f" {choice}")
+            ids, start = split_ids(tokenizer, question.text, f" {choice}")
             if longest is not None and len(ids) > longest:
                 start = max(1, start - (len(ids) - longest))
                 ids, cut = ids[-longest:], cut + 1
@@ -135,7 +135,7 @@ def multiple_choice(
     }
 
 
-def _ids(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
+def split_ids(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
     """Returns the ids of both, and the start of the continuation: the first token that it changes.
 
     A token may span the border; it then belongs to the continuation. The first token has no context and is

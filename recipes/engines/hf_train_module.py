@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from recipes.data.samples import TokenMetadata
 from recipes.engines.base import Engine, TrainModule
-from recipes.engines.micro_batch import MicroBatch, target_losses
+from recipes.engines.micro_batch import MicroBatch
 from recipes.models.hf.deferred_init import persistent_buffers
+from recipes.models.hf.head_losses import computes_losses
 from recipes.models.hf.hf_model import HFModel
 
 
@@ -41,9 +42,12 @@ class HFTrainModule(TrainModule):
     def _losses(self, batch: MicroBatch) -> Tensor:
         """Returns the ``[B, S]`` losses of a micro-batch's targets."""
         tokens_BS1 = batch.tokens_BS1.to(self.engine.device)
-        return target_losses(self._logits(tokens_BS1[:, :-1], batch.metadata), tokens_BS1[:, 1:])
+        with computes_losses(self.model.module, tokens_BS1[:, 1:]):
+            losses: Tensor = self._call(tokens_BS1[:, :-1], batch.metadata)
+        return losses.view_as(tokens_BS1[:, 1:])
 
-    def _logits(self, tokens_BS: Tensor, metadata: TokenMetadata | None = None) -> Tensor:
+    def _call(self, tokens_BS: Tensor, metadata: TokenMetadata | None = None) -> Any:
+        """Runs a forward pass, under autocast if the precision asks for it."""
         device = self.engine.device
         inputs: dict[str, Any] = {"input_ids": tokens_BS, "use_cache": False}
         if metadata is not None and metadata.positions_BS is not None:
@@ -53,8 +57,7 @@ class HFTrainModule(TrainModule):
             self.model.padded(real_BS),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast),
         ):
-            logits_BSV: Tensor = self.wrapped(**inputs).logits
-        return logits_BSV
+            return self.wrapped(**inputs)
 
     @torch.no_grad()
     def token_losses(self, tokens_BS1: Tensor, metadata: TokenMetadata | None = None) -> Tensor:
@@ -66,7 +69,8 @@ class HFTrainModule(TrainModule):
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """See `TrainModule.logits`."""
         self.model.module.eval()
-        return self._logits(tokens_BS.to(self.engine.device)).float()
+        logits_BSV: Tensor = self._call(tokens_BS.to(self.engine.device)).logits
+        return logits_BSV.float()
 
     def _after_update(self) -> None:
         """Advances the step, and updates the state that routers keep between steps."""

@@ -1,13 +1,12 @@
 """Samples of one forward pass, and the loss of a model on them.
 
-Letters: B samples of a micro-batch, S sequence length, V vocabulary.
+Letters: B samples of a micro-batch, S sequence length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.data.samples import TokenMetadata
@@ -25,12 +24,6 @@ class MicroBatch:
 
     tokens_BS1: Tensor
     metadata: TokenMetadata | None = None
-
-
-def target_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Returns the ``[B, S]`` cross-entropy of each target, in fp32."""
-    losses = F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
-    return losses.view(targets_BS.shape)
 
 
 def batch_loss(losses_BS: Tensor, metadata: TokenMetadata | None) -> Tensor:

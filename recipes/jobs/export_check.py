@@ -74,7 +74,7 @@ class ExportCheck:
     rounding: RoundingCost | None
 
 
-class _CheckpointUnread(Unread):
+class CheckpointUnread(Unread):
     """Model of a checkpoint, read a part at a time and changed on the way."""
 
     option = "RUN"
@@ -125,7 +125,7 @@ def check_export(
         count: SurvivalCount | None, dtypes: Mapping[str, torch.dtype]
     ) -> tuple[Tensor, list[Tensor]]:
         model = source.blank()
-        ReadBack(_CheckpointUnread(model, source, lambda each: rounded(each, dtypes, count)), memory)
+        ReadBack(CheckpointUnread(model, source, lambda each: rounded(each, dtypes, count)), memory)
         return run_model(model, tokens_BS)
 
     count = SurvivalCount(source.begun) if loses_bits(source.dtypes.values()) else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,15 +24,15 @@ from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
 from recipes.config.sections.prompts_config import PromptsConfig
-from recipes.jobs.export_check import CheckedModel, ExportCheck, check_export
-from recipes.jobs.rounding import StepZero, written_dtypes
+from recipes.jobs.export_check import CheckedModel, CheckpointUnread, ExportCheck, check_export
+from recipes.jobs.rounding import StepZero, rounded, written_dtypes
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
 from recipes.models.export import Exporter
 from recipes.models.export.base import Layout
 from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
-from recipes.models.export.read_back import NativeUnread, Unread
+from recipes.models.export.read_back import NativeUnread, ReadBack, Unread
 from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import dtype_keys, write_companions, write_live
 from recipes.models.hf.config_file import first_line, read_config
@@ -48,7 +50,7 @@ from recipes.upcycling.calibration.statistics_files import CalibrationFolder
 from recipes.upcycling.convert.conversion import RECORD
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, pick_exporter
 from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, write_dense
-from recipes.upcycling.convert.moe_plan import open_dense, plan_moe, request_of
+from recipes.upcycling.convert.moe_plan import MoEPlan, open_dense, plan_moe, request_of
 from recipes.upcycling.sharded.sharded_models import moe_model
 
 
@@ -116,37 +118,77 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
         return write(request, config, dense, tensors, out)
 
 
+@contextmanager
+def trained_model(request: ExportRequest) -> Iterator[HFModel]:
+    """Yields the mixture of a run's checkpoint as the trainer has it: with Graft's own layers and routers.
+
+    Its weights have the values that an export has, which may be rounded, in fp32. They are read when it first
+    runs.
+
+    Raises:
+        ConfigError: The folder is no run, or has no such checkpoint.
+        CheckpointError: The checkpoint is damaged.
+    """
+    config, dense = _read_run(request.run)
+    with open_checkpoint(_checkpoint(request)) as tensors:
+        made = _Moe.of(request, config, dense, tensors)
+        model = made.source.blank()
+        unread = CheckpointUnread(model, made.source, lambda each: rounded(each, made.source.dtypes))
+        ReadBack(unread, math.inf)
+        model.module.eval()
+        yield model
+
+
+@dataclass(frozen=True)
+class _Moe:
+    """What the export of a mixture is made from."""
+
+    plan: MoEPlan
+    exporter: Exporter
+    dtype: torch.dtype
+    merging: Merging
+    kept: list[TensorSpec]
+    source: CheckedModel
+
+    @classmethod
+    def of(cls, request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors) -> _Moe:
+        """Plans the export of a checkpoint."""
+        statistics = read_statistics(CalibrationFolder.of_run(request.run))
+        known = None if statistics is None else statistics.by_layer()
+        wanted = ConversionRequest(
+            **vars(request_of(config, dense)), target=request.target, layout=request.layout
+        )
+        # The weights of the dense model are in the checkpoint: it may be gone but for its config.
+        plan = plan_moe(wanted, known, reads=False)
+        exporter, _ = pick_exporter(wanted, plan.spec)
+        dtype = request.dtype or source_dtype(plan.names.config)
+        merging = Merging(tensors, factors_of(plan.spec, config.experts.lora))
+        kept = merging.kept(StateDictMap(plan.spec))
+
+        def blank() -> HFModel:
+            model = moe_model(plan, config.experts.backend, CheckpointWeights())
+            model.schedule, model.context.step = schedule_of(config, list(plan.plans)), tensors.step
+            return model
+
+        def begun() -> StepZero:
+            again = plan_moe(wanted, known)
+            assert again.model is not None, again
+            return StepZero(again.model, again, routers=config.section(PromptsConfig).path is None)
+
+        dtypes = written_dtypes(plan.spec, kept, exporter, dtype)
+        source = CheckedModel(blank, merging.names(), merging.read, dtypes, begun)
+        return cls(plan, exporter, dtype, merging, kept, source)
+
+
 def _export_moe(
     request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors, out: Path
 ) -> Exported:
-    statistics = read_statistics(CalibrationFolder.of_run(request.run))
-    known = None if statistics is None else statistics.by_layer()
-    wanted = ConversionRequest(
-        **vars(request_of(config, dense)), target=request.target, layout=request.layout
-    )
-    # The weights of the dense model are in the checkpoint: it may be gone but for its config.
-    plan = plan_moe(wanted, known, reads=False)
-    exporter, _ = pick_exporter(wanted, plan.spec)
-    dtype = request.dtype or source_dtype(plan.names.config)
-    merging = Merging(tensors, factors_of(plan.spec, config.experts.lora))
-    kept = merging.kept(StateDictMap(plan.spec))
-
-    def blank() -> HFModel:
-        model = moe_model(plan, config.experts.backend, CheckpointWeights())
-        model.schedule, model.context.step = schedule_of(config, list(plan.plans)), tensors.step
-        return model
-
-    def begun() -> StepZero:
-        again = plan_moe(wanted, known)
-        assert again.model is not None, again
-        return StepZero(again.model, again, routers=config.section(PromptsConfig).path is None)
-
-    dtypes = written_dtypes(plan.spec, kept, exporter, dtype)
-    source = CheckedModel(blank, merging.names(), merging.read, dtypes, begun)
-    checking = _Checking(source, config, dense, dtype)
-    placement = Placement(plan.spec, exporter, kept, dtype, request.layout)
-    total = _write(merging, plan.spec, exporter, placement, dense, out, checking)
-    exact_in = exporter.exact_in(plan.spec)
+    made = _Moe.of(request, config, dense, tensors)
+    spec, exporter = made.plan.spec, made.exporter
+    checking = _Checking(made.source, config, dense, made.dtype)
+    placement = Placement(spec, exporter, made.kept, made.dtype, request.layout)
+    total = _write(made.merging, spec, exporter, placement, dense, out, checking)
+    exact_in = exporter.exact_in(spec)
     return Exported(out, exporter.name, exact_in, tensors.folder, tensors.step, total, checking.outcome())
 
 

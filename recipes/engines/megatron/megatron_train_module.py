@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from recipes.engines.hf_train_module import model_tensors
 from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.gpt_model import build_gpt, keep_padding
 from recipes.engines.megatron.gpt_shape import blocks_of_stages, read_shape
+from recipes.engines.megatron.head_losses import losses_by_position
 from recipes.engines.megatron.hf_weights import (
     LocalParameter,
     LocalTensor,
@@ -126,13 +128,15 @@ class MegatronTrainModule(TrainModule):
         window, length = self._shape.window, tokens_BS1.shape[1] - 1
         assert window is None or length <= window, f"{length} tokens, and attention looks back {window}"
         fill_context()
-        out: Tensor = self.chunk(
-            tokens_BS1[:, :-1],
-            None,
-            _attention_mask(batch.metadata, self.device),
-            labels=None if logits else tokens_BS1[:, 1:].contiguous(),
-            runtime_gather_output=logits,
-        )
+        ranks = self.dims.tp if self.dims.sequence_parallel else 1
+        with nullcontext() if logits else losses_by_position(self.chunk.module, ranks):
+            out: Tensor = self.chunk(
+                tokens_BS1[:, :-1],
+                None,
+                _attention_mask(batch.metadata, self.device),
+                labels=None if logits else tokens_BS1[:, 1:].contiguous(),
+                runtime_gather_output=logits,
+            )
         # With sequence parallelism the output is strided, and only contiguous tensors can be sent.
         return out.contiguous()
 

@@ -59,13 +59,16 @@ CUTS: dict[int, dict[str, Case]] = {
         "2x2x2_ddp": Case(router=_NO_BALANCE, micro=2, engine=_DDP),
     },
 }
+# One rank computes these losses in one piece, two do so by rows.
+BY_ROWS = {"fsdp", "adamw", "adamw_ddp", "lora", "tied", "biases", "attention_ddp", "bf16", "bf16_ddp"}
 
 
 def on_ranks(world_size: int) -> dict[str, Case]:
     """What so many ranks run: the same micro-batches over all ranks as one rank has."""
     shared = ALONE if world_size < 4 else {name: ALONE[name] for name in ("fsdp", "ddp_accumulating")}
     divided: dict[str, Any] = {
-        name: replace(case, micro=case.micro // world_size) for name, case in shared.items()
+        name: replace(case, micro=case.micro // world_size, by_rows=world_size == 2 and name in BY_ROWS)
+        for name, case in shared.items()
     }
     assert all(GLOBAL_BATCH % (case.micro * world_size) == 0 for case in divided.values())
     return divided | CUTS.get(world_size, {})

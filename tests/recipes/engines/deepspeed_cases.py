@@ -179,8 +179,11 @@ def train(case: Case, layout: Layout) -> Outcome:
     _look_before_first_step(train_module, outcome)
     with tempfile.TemporaryDirectory() as folder:
         folder = train_module.engine.broadcast(folder)
-        stage = make_stage(replace(case, micro=case.micro // layout[0]), train_module, Path(folder))
-        Loop(train_module.engine, [engine_cases._Record(outcome)], StopRequest()).run(stage)
+        # The native engine's losses, which these are compared with, are computed in one piece.
+        case = replace(case, micro=case.micro // layout[0], by_rows=layout[1] is not None)
+        stage = make_stage(case, train_module, Path(folder))
+        with case.memory():
+            Loop(train_module.engine, [engine_cases._Record(outcome)], StopRequest()).run(stage)
         train_module.engine.barrier()
     outcome.weights = weights_of(train_module)
     outcome.notes = {"updates": [layer.context.run.step for layer in train_module.model.routed_layers()]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from recipes.engines.base import TrainModule
 from recipes.engines.native.native_engine import NativeConfig, NativeEngine
 from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.lr_schedule import ScheduleConfig
+from recipes.models.hf import token_losses
 from recipes.models.hf.attention_blocks import swap_attention
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.lora_model import add_low_rank
@@ -66,6 +68,7 @@ class Case:
         eval_samples: Validation samples.
         eval_every: Steps between validations; 0 for one before the first step and one behind the last.
         attention: Whether key-value heads are experts as well, two of four a token.
+        by_rows: Whether logits exist for some tokens at a time alone.
         lora: Rank of factors beside the experts' weights; those that begin as zeros are drawn, so that the
             gradients of the others are none.
     """
@@ -82,6 +85,14 @@ class Case:
     eval_every: int = 0
     attention: bool = False
     lora: int = 0
+    by_rows: bool = False
+
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """While open, a batch has as many logits as the case says."""
+        at_once = 5 * VOCABULARY if self.by_rows else token_losses.LOGITS_AT_ONCE
+        with patch.object(token_losses, "LOGITS_AT_ONCE", at_once):
+            yield
 
 
 @dataclass
@@ -243,7 +254,8 @@ def train(case: Case) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         folder = engine.broadcast(folder)
         stage = make_stage(case, train_module, Path(folder))
-        Loop(engine, [_Record(outcome)], StopRequest()).run(stage)
+        with case.memory():
+            Loop(engine, [_Record(outcome)], StopRequest()).run(stage)
         engine.barrier()
     outcome.weights = {name: full(tensor) for name, tensor in train_module.full_tensors()}
     outcome.logits = train_module.logits(torch.from_numpy(tokens(900, 2))[:, :-1])

@@ -1,0 +1,77 @@
+"""Finds what a certificate is about: the export of a run, its trainer, and text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from moe.errors import ConfigError
+from recipes.cap.folders import Source, find_source
+from recipes.certify.base import Consumer, Places
+from recipes.certify.certificate import FILE, Certificate, certify
+from recipes.certify.observation import Observation, Request
+from recipes.certify.transformers_consumer import TransformersConsumer, observe_module
+from recipes.data.config import DataConfig
+from recipes.jobs.export_run import ExportRequest, trained_model
+from recipes.models.hf.config_file import load_config
+from recipes.models.hf.hf_model import source_dtype
+from recipes.runtime.atomic import atomic_write_json
+from recipes.upcycling.convert.folder_check import real_tokens
+
+
+def certify_export(
+    model: Path,
+    consumers: Sequence[Consumer],
+    *,
+    text: Path | None,
+    sequences: int,
+    length: int,
+    new_tokens: int,
+    log: Callable[[str], None],
+) -> Certificate:
+    """Certifies an export, and writes the certificate into its folder.
+
+    Args:
+        model: A run, whose newest checkpoint is the trainer; or an export alone, which is compared with what
+            transformers computes.
+        consumers: The programs.
+        text: Text file; None for Python's standard library.
+        sequences: Sequences of tokens.
+        length: Tokens of each.
+        new_tokens: Tokens to generate after half of each.
+        log: Takes a line on what is done.
+
+    Raises:
+        ConfigError: The folder is neither.
+        ModelError: The text is too short.
+    """
+    source = find_source(model)
+    if not isinstance(source, Source):
+        raise ConfigError([source])
+    data = DataConfig() if text is None else DataConfig(path=str(text))
+    cut = real_tokens(source.folder, data, sequences, length).tolist()
+    request = Request(cut, length // 2, new_tokens)
+    with _reference(model, source.folder, log) as (reference, name):
+        results = certify(source.folder, reference, consumers, request, log)
+    words = "Python's standard library" if text is None else text.name
+    found = Certificate(source.folder.name, name, words, sequences * length, results)
+    atomic_write_json(source.folder / FILE, found.content())
+    return found
+
+
+@contextmanager
+def _reference(
+    model: Path, folder: Path, log: Callable[[str], None]
+) -> Iterator[tuple[Callable[[Request], Observation], str]]:
+    """Yields what computes as the trainer does, and its name."""
+    if model == folder:
+        log("reference: transformers, as there is no run to compare with")
+        consumer = TransformersConsumer(Places(), log)
+        yield partial(consumer.observe, folder, scratch=folder), "transformers"
+        return
+    with trained_model(ExportRequest(model, dtype=source_dtype(load_config(folder)))) as trained:
+        name = f"graft, step {trained.context.step}"
+        log(f"reference: the trainer's own layers and weights ({name}), rounded as in the export")
+        yield partial(observe_module, trained.module, version=name), name

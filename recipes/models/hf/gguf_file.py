@@ -1,0 +1,178 @@
+"""Writes a GGUF file as a folder of transformers: dequantised weights, config, tokenizer and chat template.
+
+The package gguf reads the file, and transformers maps its tensors to the model's names. What they round is
+mended here, and the folder is read back before it gets its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.errors import ModelError
+from recipes.models.export.output_folder import output_folder
+from recipes.models.hf.config_file import library_reads
+from recipes.models.hf.weight_files import require_finite
+
+_MAGIC = b"GGUF"
+_FLAG = "FILE"
+# Bars of transformers, and a warning of DeepSpeed's, which the loader imports where it is installed.
+_QUIET = {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def quiet_import() -> None:
+    """Silences what the libraries print while they read a file; for programs that do nothing else."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A GGUF file that has become a folder.
+
+    Attributes:
+        path: The folder.
+        model_type: Family, in transformers' words.
+        parameters: Number of weights, tied ones once.
+        formats: Number of tensors by the format that the file has them in.
+        dtype: Dtype of the weights written.
+        changed: Share of the weights that the dtype rounds.
+        has_template: Whether the tokenizer has a chat template: then the model was trained to answer.
+    """
+
+    path: Path
+    model_type: str
+    parameters: int
+    formats: dict[str, int]
+    dtype: torch.dtype
+    changed: float
+    has_template: bool
+
+    def lines(self) -> list[str]:
+        """Returns what a user should know of it."""
+        formats = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items()))
+        kind = "it has a chat template" if self.has_template else "no chat template: a base model"
+        dtype = str(self.dtype).removeprefix("torch.")
+        rounded = f"; {self.changed:.1%} of the weights are rounded" if self.changed else ""
+        return [
+            f"read: {self.model_type}, {self.parameters:,} parameters in {formats}; {kind}",
+            f"written: {self.path} in {dtype}{rounded}; read back by transformers, equal to the bit",
+        ]
+
+
+def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.float32) -> Imported:
+    """Writes a GGUF file as a folder of transformers.
+
+    Args:
+        file: The file.
+        out: The folder; it must not exist.
+        dtype: Of the weights. Only fp32 holds what a quantised file says without rounding.
+
+    Raises:
+        ModelError: It is no GGUF file, is damaged, or of a family that transformers does not read from one.
+        ConfigError: The output exists already.
+    """
+    formats = _formats(file)
+    with output_folder(out) as folder:
+        model, tokenizer = _load(file)
+        require_finite(model, file, _FLAG)
+        changed = _share_rounded(model.parameters(), dtype)
+        model.to(dtype)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _read_back(folder, model)
+    parameters = sum(p.numel() for p in model.parameters())
+    has_template = tokenizer.chat_template is not None
+    return Imported(out, model.config.model_type, parameters, formats, dtype, changed, has_template)
+
+
+def _formats(file: Path) -> dict[str, int]:
+    """Counts the tensors of a file by format.
+
+    Raises:
+        ModelError: It is no GGUF file, or a damaged one.
+    """
+    remedy = "Give a file that ends in .gguf, whole and of one part."
+    if not file.is_file():
+        raise ModelError.one(_FLAG, str(file), "there is no such file", remedy)
+    with file.open("rb") as stream:
+        if stream.read(len(_MAGIC)) != _MAGIC:
+            raise ModelError.one(_FLAG, str(file), "it does not begin as a GGUF file does", remedy)
+    with library_reads(_FLAG, file, remedy, "find the tensors of this file"):
+        from gguf import GGUFReader
+
+        return dict(Counter(tensor.tensor_type.name for tensor in GGUFReader(str(file)).tensors))
+
+
+def _load(file: Path) -> tuple[Any, Any]:
+    """Returns the model in fp32 and the tokenizer.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    with library_reads(_FLAG, file, "Is its family one that transformers reads from GGUF?"):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, output_loading_info=True, **where
+        )
+    if missing := sorted(info["missing_keys"]):
+        rule = f"{len(missing)} weights are missing from it, {missing[0]} the first"
+        raise ModelError.one(_FLAG, str(file), rule, "Download the file again.")
+    _dequantised(model)
+    return model, tokenizer
+
+
+def _dequantised(model: Any) -> None:
+    """Makes a model that was read from GGUF an ordinary one, whose weights transformers saves."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for holder in (model.config, model):
+        for name in ("quantization_config", "quantization_method", "_pre_quantization_dtype"):
+            if name in vars(holder):
+                delattr(holder, name)
+    vars(model.config).pop("_model_name_or_path", None)
+    _unround(model.config)
+
+
+def _unround(config: Any) -> None:
+    """Gives numbers that the file has in fp32 their shortest decimals: 1e-5, not 9.999999747378752e-06."""
+    for name, value in vars(config).items():
+        if isinstance(value, dict):
+            vars(config)[name] = {key: _shortest(x) for key, x in value.items()}
+        else:
+            setattr(config, name, _shortest(value))
+
+
+def _shortest(value: Any) -> Any:
+    is_single = isinstance(value, float) and float(np.float32(value)) == value
+    return float(str(np.float32(value))) if is_single else value
+
+
+def _share_rounded(params: Iterable[Tensor], dtype: torch.dtype) -> float:
+    """Returns the share of fp32 weights that another dtype rounds."""
+    pairs = [(int((p.to(dtype).float() != p).sum()), p.numel()) for p in params]
+    return sum(changed for changed, _ in pairs) / sum(count for _, count in pairs)
+
+
+def _read_back(folder: Path, model: Any) -> None:
+    """Loads what was written as anybody would, and compares every weight and what the config says."""
+    from transformers import AutoModelForCausalLM
+
+    with library_reads(_FLAG, folder, "Report it: this is a fault of Graft.", "read back what was written"):
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    wanted, found = model.state_dict(), again.state_dict()
+    wrong = [name for name in wanted if name not in found or not torch.equal(wanted[name], found[name])]
+    if wrong:
+        rule = f"what was written reads back otherwise, {wrong[0]} the first of {len(wrong)} tensors"
+        raise ModelError.one(_FLAG, str(folder), rule, "Report it: this is a fault of Graft.")

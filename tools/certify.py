@@ -1,0 +1,77 @@
+"""Certifies an exported mixture in the programs that serve it: ``python -m tools.certify --help``."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from moe.errors import ConfigError, Mistake
+from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
+
+_ALL = ("transformers", "vllm", "llama.cpp")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of the flags."""
+    parser = tool_parser(
+        "certify",
+        "Loads an exported mixture in the programs that serve it, and compares what each computes with the "
+        "trainer: experts of each token by layer, log-probabilities, KL divergence with routing free and "
+        "pinned, greedy generation, perplexity. Writes certificate.json into the export.",
+        example="outputs/RUN --in transformers,vllm --vllm ~/vllm/bin/python --text text.txt",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run, whose checkpoint is the trainer, or an export beside nothing")
+    add("--in", dest="programs", default="transformers", metavar="A,B", help=f"of {', '.join(_ALL)}")
+    add("--text", metavar="PATH", help="text file (default: Python's standard library)")
+    add("--sequences", type=int, default=4, metavar="N", help="sequences of the text")
+    add("--sequence-length", type=int, default=256, metavar="S", help="tokens of each")
+    add("--new-tokens", type=int, default=24, metavar="N", help="tokens to generate after half of each")
+    add("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM")
+    add("--llama-cpp", metavar="DIR", help="folder of llama.cpp, built")
+    add("--llama-cpp-bin", metavar="DIR", help="folder of its programs (default: build/bin in it)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Certifies, and returns 0 if every program computes what the trainer does, else 1.
+
+    Raises:
+        ConfigError: A flag cannot be used.
+    """
+    args = build_parser().parse_args(argv)
+    mistakes = check_json_target(args.json) + check_least(args, sequences=1, sequence_length=16, new_tokens=0)
+    names = args.programs.split(",")
+    for name in sorted(set(names) - set(_ALL)):
+        mistakes.append(Mistake("--in", name, "there is no such program", f"Choose from {', '.join(_ALL)}."))
+    if mistakes:
+        raise ConfigError(mistakes)
+    from recipes.certify.base import Places
+    from recipes.certify.certify_export import certify_export
+    from recipes.certify.llama_cpp_consumer import LlamaCppConsumer
+    from recipes.certify.transformers_consumer import TransformersConsumer
+    from recipes.certify.vllm_consumer import VLLMConsumer
+
+    path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
+    places = Places(path(args.vllm), path(args.llama_cpp), path(args.llama_cpp_bin))
+    log = log_beside(args.json)
+    kinds = {kind.name: kind for kind in (TransformersConsumer, VLLMConsumer, LlamaCppConsumer)}
+    consumers = [kinds[name](places, partial(log)) for name in dict.fromkeys(names)]
+    if mistakes := [mistake for consumer in consumers if (mistake := consumer.check()) is not None]:
+        raise ConfigError(mistakes)
+    found = certify_export(
+        Path(args.model).expanduser(),
+        consumers,
+        text=path(args.text),
+        sequences=args.sequences,
+        length=args.sequence_length,
+        new_tokens=args.new_tokens,
+        log=log,
+    )
+    write_json(args.json, found.content())
+    return 0 if all(result.certified for result in found.results) else 1
+
+
+if __name__ == "__main__":
+    run_command(main)
