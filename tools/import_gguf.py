@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,11 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if mistakes := check_json_target(args.json):
         raise ConfigError(mistakes)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the reader, which obey nothing else
     import torch
 
-    from recipes.models.hf.gguf_file import import_gguf, quiet_import
-
-    quiet_import()
+    from recipes.models.hf.gguf_file import import_gguf
 
     file, out = (Path(text).expanduser() for text in (args.file, args.out))
     found = import_gguf(file, out, getattr(torch, args.dtype))

