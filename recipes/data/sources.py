@@ -183,7 +183,15 @@ def _inspect(
     found: dict[Path, Kind] = {}
     mistakes: list[Mistake] = []
     for entry in [given] if isinstance(given, str) else given:
-        files, wrong = _expand(entry, where)
+        try:
+            files, wrong = _expand(entry, where)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # a name too long, a folder closed to us
+            cause = getattr(error, "strerror", None) or error
+            remedy = "Check the name, and the permissions of its folders."
+            files, wrong = {}, [Mistake(where, entry, f"is no path ({cause})", remedy)]
         mistakes += wrong
         found.update(files)
     if not mistakes:

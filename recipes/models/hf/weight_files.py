@@ -26,7 +26,7 @@ _INDEX_ENDING = ".safetensors.index.json"
 # Endings of the tensors that quantised weights are stored with.
 _PACKED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..*|weight_scale(_inv)?|SCB|"
-    r"weight_packed|weight_zero_point|weight_shape|input_scale|nested_absmax|nested_quant_map)"
+    r"weight_packed|weight_zero_point|weight_shape|input_scale|nested_absmax|nested_quant_map|W_q|codes|codebooks|\w+_blocks|\w+_scales)"
 )
 _AGAIN = "Download the checkpoint again."
 

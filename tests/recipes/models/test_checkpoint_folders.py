@@ -151,6 +151,12 @@ def renamed(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "weights.safetensors")
 
 
+def blocks(folder: Path) -> None:
+    held = load_file(folder / SINGLE)
+    held["model.layers.0.mlp.down_proj.weight_blocks"] = torch.zeros(2, dtype=torch.uint8)
+    save_file(held, folder / SINGLE, metadata={"format": "pt"})
+
+
 def broken_link(folder: Path) -> None:
     (folder / SINGLE).unlink()
     (folder / SINGLE).symlink_to("nowhere")
@@ -161,6 +167,7 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (packed, "its weights are quantised (its files hold model.layers.0.self_attn.q_proj.qweight)"),
     (whole_numbers, "q_proj.weight is int8 in its files: it is quantised"),
     (two_of_a_name, "model-00001-of-00001.safetensors and more.safetensors both hold"),
+    (blocks, "its weights are quantised (its files hold model.layers.0.mlp.down_proj.weight_blocks)"),
     (renamed, "transformers does not look for weights.safetensors. Rename the file"),
     (broken_link, "model.safetensors is a link to nothing"),
     (pipe("config.json"), "its config.json is no regular file"),
