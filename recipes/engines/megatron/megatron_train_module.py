@@ -22,7 +22,6 @@ from recipes.engines.hf_train_module import model_tensors
 from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.gpt_model import build_gpt, keep_padding
 from recipes.engines.megatron.gpt_shape import blocks_of_stages, read_shape
-from recipes.engines.megatron.head_losses import losses_by_position
 from recipes.engines.megatron.hf_weights import (
     LocalParameter,
     LocalTensor,
@@ -46,6 +45,7 @@ from recipes.engines.megatron.megatron_optimizer import (
     state_tensors,
 )
 from recipes.engines.megatron.pipeline import from_last_stage, run_schedule, share_statistics
+from recipes.engines.megatron.position_losses import losses_by_position
 from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups
 from recipes.engines.micro_batch import MicroBatch, batch_loss
 from recipes.engines.optim.config import OptimConfig

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from recipes.models.hf.token_losses import losses_by_rows, rows_at_once, target_losses
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a program computes on some tokens: its logits, and the experts of every token in every layer.
+"""Observations of a program: its log-probabilities, and the experts of every token in every layer.
 
 Programs run in environments of their own, so an observation is a folder of plain arrays.
 
@@ -19,7 +19,7 @@ _GREEDY = "greedy.json"
 
 @dataclass(frozen=True)
 class SequenceObservation:
-    """What a program computes on one sequence.
+    """Observation of one sequence.
 
     Attributes:
         first: Position of the first row; rows before it are not known.
@@ -36,7 +36,7 @@ class SequenceObservation:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a program computes on the tokens of a certificate.
+    """Observation of a program on the tokens of a certificate.
 
     Attributes:
         version: Name and version of the program.
@@ -53,7 +53,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Request:
-    """What a program is asked to compute.
+    """Request to compute on some tokens.
 
     Attributes:
         sequences: Tokens, some sequences of one length.

