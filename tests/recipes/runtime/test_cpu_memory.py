@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
-from recipes.runtime.cpu_memory import give_back_memory
+from recipes.runtime.cpu_memory import _CACHES, give_back_memory
 from tests.paths import ROOT
 from tests.patience import patience
 
@@ -39,8 +40,12 @@ print((psutil.Process().memory_info().rss - before) >> 20)
 
 
 def printed(code: str) -> list[int]:
-    line = [sys.executable, "-c", code]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=patience(120), check=True)
+    # Engines of other tests have set them in this process.
+    environment = {name: value for name, value in os.environ.items() if name not in _CACHES}
+    line, limit = [sys.executable, "-c", code], patience(120)
+    done = subprocess.run(
+        line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=limit, check=True
+    )
     return [int(word) for word in done.stdout.split()]
 
 
@@ -53,4 +58,4 @@ def test_what_was_freed_among_what_is_held_goes_back_to_the_system() -> None:
 
 def test_kernels_of_shapes_that_do_not_come_back_are_not_kept() -> None:
     (low,), (plain,) = printed(_PRODUCTS.format(low=True)), printed(_PRODUCTS.format(low=False))
-    assert low < max(60, plain // 2), (low, plain)
+    assert low < 0.75 * plain, (low, plain)
