@@ -54,6 +54,7 @@ GROUPS: Mapping[str, Commands] = {
         "bench engines": ("tools.compare_engines", "losses and speed of native torch, DeepSpeed, Megatron"),
         "bench routers": ("tools.bench_routers", "every router, alone and in a step"),
         "bench kernels": ("kernels.bench", "expert kernels against other libraries"),
+        "bench loss": ("tools.bench_loss", "memory and time of the loss of a large vocabulary"),
         "bench save": ("tools.bench_save", "what saving costs a step"),
         "bench upcycle": ("tools.bench_upcycle", "the converter against cp"),
         "bench sharded": ("tools.bench_sharded", "memory of each rank while an MoE is made"),

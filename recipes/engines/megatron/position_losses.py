@@ -52,7 +52,7 @@ def _losses(
 
     samples = hidden_PBD.shape[1]
     targets_PRB = targets_BS.T.reshape(sequence_ranks, -1, samples).transpose(0, 1)
-    rows = max(1, rows_at_once(gpt.vocab_size) // (samples * sequence_ranks))
+    rows = max(1, rows_at_once(gpt.vocab_size, hidden_PBD.shape[-1]) // (samples * sequence_ranks))
     if hidden_PBD.shape[0] <= rows:
         losses_PRB = losses_of(hidden_PBD, targets_PRB)
     else:

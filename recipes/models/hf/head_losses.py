@@ -42,7 +42,8 @@ def computes_losses(decoder: Any, targets_BS: Tensor) -> Iterator[None]:
 
 
 def _losses(decoder: Any, forward: Callable[..., Any], targets_BS: Tensor, **inputs: Any) -> Tensor:
-    rows = rows_at_once(decoder.config.get_text_config().vocab_size)
+    text = decoder.config.get_text_config()
+    rows = rows_at_once(text.vocab_size, text.hidden_size)
     if targets_BS.numel() <= rows:
         return target_losses(forward(**inputs).logits, targets_BS)
     output = _output_of_blocks(decoder, forward, inputs)

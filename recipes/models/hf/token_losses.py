@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-#: Logits that exist at once: 64 MiB in fp32. Fewer are computed in one piece, and kept for the backward pass.
+#: Logits that exist at once in any case: 64 MiB in fp32. They are kept for the backward pass.
 LOGITS_AT_ONCE = 2**24
 
 
@@ -25,9 +25,13 @@ def target_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
 
 
-def rows_at_once(vocabulary: int) -> int:
-    """Returns the number of tokens whose logits may exist at once."""
-    return max(1, LOGITS_AT_ONCE // vocabulary)
+def rows_at_once(vocabulary: int, width: int) -> int:
+    """Returns the number of tokens whose logits may exist at once.
+
+    Each part makes a gradient of the whole head, of vocabulary x width elements. Its logits may be as many:
+    with fewer, adding the gradients up would take longer than the products.
+    """
+    return max(width, LOGITS_AT_ONCE // vocabulary)
 
 
 def losses_by_rows(

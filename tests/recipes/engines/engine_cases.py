@@ -90,8 +90,11 @@ class Case:
     @contextmanager
     def memory(self) -> Iterator[None]:
         """While open, a batch has as many logits as the case says."""
-        at_once = 5 * VOCABULARY if self.by_rows else token_losses.LOGITS_AT_ONCE
-        with patch.object(token_losses, "LOGITS_AT_ONCE", at_once):
+        rows = (lambda *_: 5) if self.by_rows else token_losses.rows_at_once
+        with (
+            patch("recipes.models.hf.head_losses.rows_at_once", rows),
+            patch("recipes.engines.megatron.position_losses.rows_at_once", rows),
+        ):
             yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipes.models.hf import token_losses
+from recipes.models.hf import head_losses
 from recipes.models.hf.head_losses import computes_losses
 
 VOCABULARY, SAMPLES, LENGTH, ROWS = 97, 2, 11, 5
@@ -92,7 +92,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(family: str) -> None:
     model, (inputs_BS, targets_BS, weights_BS) = _model(family), _batch()
     plain_BS = _plain(model, inputs_BS, targets_BS)
     wanted = _gradients(model, (plain_BS * weights_BS).sum())
-    with patch.object(token_losses, "LOGITS_AT_ONCE", ROWS * VOCABULARY), _Largest() as largest:
+    with patch.object(head_losses, "rows_at_once", lambda *_: ROWS), _Largest() as largest:
         with computes_losses(model, targets_BS):
             losses = model(input_ids=inputs_BS, use_cache=False)
         assert not losses._is_view(), "FSDP2 loses its hooks on views"
@@ -112,7 +112,7 @@ def test_evaluation_and_autocast_go_by_rows_too() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         plain_BS = _plain(model, inputs_BS, targets_BS)
         with (
-            patch.object(token_losses, "LOGITS_AT_ONCE", ROWS * VOCABULARY),
+            patch.object(head_losses, "rows_at_once", lambda *_: ROWS),
             computes_losses(model, targets_BS),
         ):
             losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
