@@ -54,7 +54,6 @@ lint: $(STAMP)
 
 setup: $(STAMP)
 
-# Fetches some gigabytes: the index has older torch with CUDA alone.
 lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check $$($(PYTHON) -m tests.lowest)
