@@ -1,4 +1,4 @@
-"""Everything that workers, ranks, jobs and commands import: once, in the process that they are forked from."""
+"""Everything that workers, ranks, jobs and commands import: once, in the process they are forked from."""
 
 import importlib
 import os
