@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests import fork_server, grid, yaml_cache
+from tests.forked_python import interpreter
 from tests.parallel import arrange
 from tests.patience import patience, slowness
 from tests.shared_runs import once, shared_folder
@@ -84,6 +86,13 @@ def pytest_configure(config: pytest.Config) -> None:
         fork_server.start_server()
     if config.option.timeout is None:
         config.option.timeout = patience(float(config.getini("timeout")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Lets workers be forked as well: each would import for seconds what the server has imported."""
+    for spec in specs:
+        spec.python = spec.python or shlex.quote(interpreter(fork_server.start_server()))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

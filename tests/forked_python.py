@@ -1,7 +1,8 @@
-"""Stands in for the interpreter of ranks (``PYTHON_EXEC`` of torchrun): they are forked, and import nothing.
+"""Stands in for the interpreter of ranks and of the workers of tests: they are forked, and import nothing.
 
-``forked_python.py -u SCRIPT ARGUMENTS`` and ``... -m MODULE ARGUMENTS`` behave as ``python`` does: the same
-output, environment, network, signals and exit code. The process itself is forked from the session's server.
+``forked_python.py -u SCRIPT ARGUMENTS``, ``... -m MODULE ARGUMENTS`` and ``... -c CODE`` behave as ``python``
+does: the same input, output, environment, network, signals and exit code. The process itself is forked from
+the session's server.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ def main(arguments: list[str]) -> NoReturn:
 
     if arguments[0] == "-u":
         del arguments[0]
-    os.environ[STARTED_BY] = str(os.getppid())
+    is_worker = arguments[0] == "-c"
+    if not is_worker:
+        # Not of what a worker starts in its turn.
+        os.environ[STARTED_BY] = str(os.getppid())
     spaces = [f"/proc/{os.getpid()}/ns/{name}" for name in _NAMESPACES]
-    with Forked(_run, arguments, spaces, path=[]) as forked:
+    with Forked(_run, arguments, spaces, pipes=[0] if is_worker else [], path=[]) as forked:
 
         def pass_on(number: int, _: Any) -> None:
             os.kill(forked.pid, number)
@@ -57,7 +61,13 @@ def main(arguments: list[str]) -> NoReturn:
 def _run(arguments: list[str], namespaces: list[str]) -> None:
     for path in namespaces:
         _join(path)
-    if arguments[0] == "-m":
+    if arguments[0] == "-c":
+        from tests.fork_server import inherited
+
+        os.dup2(inherited()[0], 0)
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:

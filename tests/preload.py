@@ -1,4 +1,4 @@
-"""Everything that ranks, jobs and commands import: done once, in the process that they are forked from."""
+"""Everything that workers, ranks, jobs and commands import: once, in the process they are forked from."""
 
 import importlib
 import os
@@ -7,6 +7,7 @@ import warnings
 
 from recipes.config.compose import compose_config
 from tests import yaml_cache
+from tests.recipes.jobs.composed_once import composed_once
 
 # It looks for a device when it is imported, and says that it has found none.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -33,6 +34,8 @@ _LIBRARIES = (
     "megatron.core.transformer.attention",
 )
 _OURS = ("kernels", "moe", "recipes")
+# What changes a library when it is imported, and is imported by those who want that.
+_REGISTER = ("recipes.models.auto",)
 # What the ranks of most tests run.
 _CASES = (
     "tests.distributed_helper",
@@ -53,9 +56,12 @@ def preload() -> None:
         for package in _OURS:
             found = importlib.import_module(package)
             for module in pkgutil.walk_packages(found.__path__, f"{package}."):
-                if not module.name.endswith("__main__"):
+                if not module.name.endswith("__main__") and module.name not in _REGISTER:
                     importlib.import_module(module.name)
         for name in _CASES:
             importlib.import_module(name)
     yaml_cache.install()
-    compose_config(["+recipe=upcycle"])
+    # Composed once for all jobs that are forked: most differ in values alone.
+    with composed_once():
+        for choices in ([], ["engine=deepspeed"], ["engine=megatron"]):
+            compose_config(["+recipe=upcycle", *choices])

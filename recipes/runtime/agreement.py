@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -45,7 +46,13 @@ def facts_of_this_rank(values: Mapping[str, Any]) -> Facts:
         values: The composed config.
     """
     flat = {path: value for path, value in _flat(values, "") if path not in _MAY_DIFFER}
-    return {_CONFIG: flat, _CODE: source_hashes(SOURCE_ROOT), _VERSIONS: _versions()}
+    return {_CONFIG: flat, _CODE: _own_sources(), _VERSIONS: _versions()}
+
+
+@functools.cache
+def _own_sources() -> dict[str, str]:
+    """Returns the hashes of this process' own code, read once however many runs it does."""
+    return source_hashes(SOURCE_ROOT)
 
 
 def source_hashes(root: Path) -> dict[str, str]:

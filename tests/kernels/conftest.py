@@ -8,11 +8,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import inspect
     from typing import Any
 
+    import triton.language as tl
     from triton.language.core import dtype, is_builtin
     from triton.runtime import interpreter
 
     _builtins: dict[Any, list[str]] = {}
     _dtypes: dict[str, Any] = {}
+    _languages: dict[Any, list[Any]] = {}
     _look_up = interpreter._get_np_dtype
 
     def _patch_known(package: Any, builder: Any, scope: Any) -> None:
@@ -25,6 +27,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Does what `InterpretedFunction.__call__` does, which puts the language in place at every call."""
+        if self.fn not in _languages:
+            _languages[self.fn] = [one for one in self.fn.__globals__.values() if one is tl or one is tl.core]
+        if any(language.range.__name__ != "_new_range" for language in _languages[self.fn]):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
     def _numpy_dtype(kind: Any) -> Any:
         """Does what `interpreter._get_np_dtype` does, which makes its table for each question."""
         if type(kind) is not dtype:
@@ -34,4 +47,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return _dtypes[kind.name]
 
     interpreter._patch_builtin = _patch_known
+    interpreter.InterpretedFunction.__call__ = _call
     interpreter._get_np_dtype = _numpy_dtype

@@ -304,7 +304,7 @@ def _script(given: list[str]) -> None:
     from recipes.launch import end_process, main
 
     stop_at = os.environ.get(_STOP_AT)
-    with quick(), interfering(StopAt.read(stop_at) if stop_at else None):
+    with quick(), composed_once(), interfering(StopAt.read(stop_at) if stop_at else None):
         code = main(given)
     if code or __name__ == "__main__":
         end_process(code)

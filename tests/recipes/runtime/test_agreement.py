@@ -137,3 +137,11 @@ def test_a_run_is_refused_before_a_process_group_is_made(tmp_path: Path) -> None
     assert "error: upcycle.num_experts=4: this is what rank 1 has, and rank 0 has 8." in done.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
     assert f"{ROOT}/recipes/" not in done.stderr, "a traceback of ours"
+
+
+def test_own_sources_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = facts_of_this_rank({"seed": 1})
+    monkeypatch.setattr("recipes.runtime.agreement.source_hashes", None)
+    again = facts_of_this_rank({"seed": 2})
+    assert again["code"] == first["code"] == source_hashes(ROOT)
+    assert again["config"] != first["config"]
