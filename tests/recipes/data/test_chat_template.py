@@ -189,7 +189,7 @@ def test_a_file_that_is_no_template(tmp_path: Path) -> None:
     [mistake] = check_chat_template(
         DataConfig(path="x", format="chat", chat_template=str(tmp_path / "t.jinja")), None
     )
-    assert "cannot be read" in mistake.rule
+    assert "is not UTF-8" in mistake.rule
 
 
 def test_a_template_of_ones_own_goes_before_and_travels(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_mistakes_in_paths(tmp_path: Path) -> None:
     (tmp_path / "e.parquet").touch()
     root = str(tmp_path)
     expected = {
-        "x" * 5000: "xxx': is no path .File name too long.. Check the name",
+        "x" * 5000: "xxx.*: is no path .File name too long.. Check the name",
         f"{root}/none.txt": "data.path='.*none.txt': does not exist. Check the name; relative to /",
         f"{root}/*.csv": r"\*.csv': matches no file. Check the pattern",
         root: r"is a folder. Name its files by a glob, such as '.*/\*\*/\*.txt'",
