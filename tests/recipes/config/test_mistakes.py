@@ -503,8 +503,8 @@ def test_ranks_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recipe(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["job=null"]) == 2
     assert capsys.readouterr().err == (
-        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, quick, real, "
-        "upcycle, upcycle_vs_cpt.\n"
+        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, quick, "
+        "real, upcycle, upcycle_vs_cpt.\n"
     )
 
 
