@@ -124,14 +124,17 @@ def _write_and_check(
     logits, cost = reference_logits(
         run.engine, run.blank(), stage.train_module, exporter, dtype, tokens_BS, begun
     )
-    # The modules of the blank model hold one another.
-    collect(4 * sum(parameter.numel() for parameter in model.module.parameters()))
+    # The modules of the blank model hold one another, and so do those of the one that is read back.
+    released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
+    collect(released)
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     memory, sampled = config.memory_gib * 2**30, 32 if trained else 1
     trust = run.config.trust_remote_code
     given = (exporter, folder, tokens_BS, logits, memory, heartbeat)
     check = partial(verify_export, *given, sampled=sampled, trust_remote_code=trust)
-    return console.on_rank_zero(check), cost
+    report = console.on_rank_zero(check)
+    collect(released)
+    return report, cost
 
 
 def _write(run: StageRun, stage: Stage, exporter: Exporter, folder: Path, dtype: torch.dtype) -> None:
