@@ -48,7 +48,8 @@ def compare(reference: Observation, other: Observation) -> Agreement:
         rows, nexts = np.arange(count), np.asarray(tokens[two.first + 1 : two.first + 1 + count])
         mine, theirs = mine_SV[rows, nexts], theirs_SV[rows, nexts]
         diffs.append(np.abs(mine - theirs))
-        kls.append(_kl(mine_SV[:count], theirs_SV[:count]))
+        floor_S = None if two.floor_S is None else two.floor_S[:count]
+        kls.append(_kl(mine_SV[:count], theirs_SV[:count], floor_S))
         same.append(mine_SV[:count].argmax(-1) == theirs_SV[:count].argmax(-1))
         losses.append(-theirs)
         wanted.append(-mine)
@@ -73,10 +74,20 @@ def _pairs(
         yield list(tokens), one, two
 
 
-def _kl(mine_SV: np.ndarray, theirs_SV: np.ndarray) -> np.ndarray:
-    terms_SV = np.exp(mine_SV.astype(np.float64)) * (mine_SV.astype(np.float64) - theirs_SV)
-    found: np.ndarray = np.maximum(terms_SV.sum(-1), 0.0)
-    return found
+def _kl(mine_SV: np.ndarray, theirs_SV: np.ndarray, floor_S: np.ndarray | None) -> np.ndarray:
+    """Returns the KL divergence of each position; tokens at the floor of a program count as one."""
+    mine_SV, theirs_SV = mine_SV.astype(np.float64), theirs_SV.astype(np.float64)
+    terms_SV = np.exp(mine_SV) * (mine_SV - theirs_SV)
+    if floor_S is None:
+        found: np.ndarray = terms_SV.sum(-1)
+        return found
+    told_SV = theirs_SV > floor_S[:, None]
+    left_S = 1 - (np.exp(mine_SV) * told_SV).sum(-1)
+    # Steps may leave less than nothing.
+    theirs_left_S = np.maximum(1 - (np.exp(theirs_SV) * told_SV).sum(-1), np.exp(floor_S.astype(np.float64)))
+    rest_S = left_S * np.log(np.maximum(left_S, 1e-12) / theirs_left_S)
+    told: np.ndarray = (terms_SV * told_SV).sum(-1) + rest_S
+    return told
 
 
 def same_experts(reference: Observation, other: Observation) -> dict[int, float]:

@@ -95,13 +95,12 @@ def read_log_probs(path: Path, version: str) -> Observation:
         first = length // 2
         width = 2 * ((vocabulary + 1) // 2) + 4
         rows = np.fromfile(stream, np.uint16).reshape(count, length - 1 - first, width)
-    found = [SequenceObservation(first, _log_probs(part, vocabulary)) for part in rows]
+    found = [SequenceObservation(first, *_log_probs(part, vocabulary)) for part in rows]
     return Observation(version, tokens_NS.tolist(), found)
 
 
-def _log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Returns fp32 log-probabilities: each row begins with the size of a step and the smallest value."""
+def _log_probs(rows: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns fp32 log-probabilities and their floor: a row begins with the size of a step, and the floor."""
     head = rows[:, :4].copy().view(np.float32)
     steps = rows[:, 4 : 4 + vocabulary].astype(np.float32)
-    found: np.ndarray = head[:, 1:2] + head[:, :1] * steps
-    return found
+    return head[:, 1:2] + head[:, :1] * steps, head[:, 1]

@@ -24,12 +24,15 @@ class SequenceObservation:
     Attributes:
         first: Position of the first row; rows before it are not known.
         log_probs_SV: ``[S - first, V]`` fp32 log-probabilities of the token after each position.
+        floor_S: ``[S - first]`` smallest log-probability that the program tells; a token with it may have less.
+            None where it tells all.
         experts_SK: Block index -> ``[S, K]`` experts of each token; empty where a program does not tell them.
         weights_SK: Block index -> ``[S, K]`` their weights, in the order of the experts.
     """
 
     first: int
     log_probs_SV: np.ndarray
+    floor_S: np.ndarray | None = None
     experts_SK: Mapping[int, np.ndarray] = field(default_factory=dict)
     weights_SK: Mapping[int, np.ndarray] = field(default_factory=dict)
 
@@ -97,5 +100,5 @@ def read_worker_output(folder: Path, sequences: Sequence[Sequence[int]]) -> Obse
     for number in range(len(sequences)):
         with np.load(folder / f"sequence_{number}.npz") as arrays:
             experts = {int(n.partition("/")[2]): arrays[n] for n in arrays.files if n.startswith("experts/")}
-            found.append(SequenceObservation(0, log_softmax(arrays["logits"]), experts))
+            found.append(SequenceObservation(0, log_softmax(arrays["logits"]), experts_SK=experts))
     return Observation(head["version"], sequences, found, head["greedy"])

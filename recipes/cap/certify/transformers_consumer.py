@@ -64,7 +64,7 @@ def observe_module(model: Any, request: Request, version: str) -> Observation:
             logits = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
         experts = {layer: ids for layer, (ids, _) in routing.items()}
         weights = {layer: weights for layer, (_, weights) in routing.items()}
-        found.append(SequenceObservation(0, log_softmax(logits.float().numpy()), experts, weights))
+        found.append(SequenceObservation(0, log_softmax(logits.float().numpy()), None, experts, weights))
         if request.new_tokens:
             greedy.append(_greedy(model, tokens[: request.prompt_length], request.new_tokens))
     return Observation(version, request.sequences, found, greedy)

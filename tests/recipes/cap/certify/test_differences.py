@@ -18,7 +18,7 @@ def _observation(
     rows: list[list[float]], tokens: list[int], first: int = 0, experts: list[list[int]] | None = None
 ) -> Observation:
     ids = {} if experts is None else {3: np.array(experts)}
-    found = SequenceObservation(first, np.log(np.array(rows, np.float32)), ids)
+    found = SequenceObservation(first, np.log(np.array(rows, np.float32)), None, ids)
     return Observation("x", [tokens], [found])
 
 
@@ -43,6 +43,16 @@ def test_rows_that_begin_later_are_compared_with_the_same_positions() -> None:
     found = compare(mine, later)
     assert (found.tokens, found.mean_kl) == (1, 0.0)
     assert found.perplexity == pytest.approx(1 / 0.75)
+
+
+def test_tokens_below_the_floor_count_as_one() -> None:
+    # It tells 0.8 of the first token, and of the others no more than that they have 0.05 at most each.
+    mine = _observation([[0.8, 0.15, 0.05], [0.8, 0.15, 0.05]], [0, 0])
+    rows = np.log(np.array([[0.7, 0.05, 0.05]] * 2, np.float32))
+    floor = np.log(np.array([0.05] * 2, np.float32))
+    theirs = Observation("x", [[0, 0]], [SequenceObservation(0, rows, floor)])
+    found = compare(mine, theirs)
+    assert found.mean_kl == pytest.approx(0.8 * math.log(0.8 / 0.7) + 0.2 * math.log(0.2 / 0.3), rel=1e-5)
 
 
 def test_a_set_of_experts_has_no_order() -> None:
@@ -83,3 +93,4 @@ def test_the_log_probabilities_of_llama_cpp(tmp_path: Path) -> None:
     assert [each.first for each in found.found] == [3, 3]
     np.testing.assert_array_equal(found.found[0].log_probs_SV, [[-8, -3, 2], [-5.5, -8, -7.5]])
     np.testing.assert_array_equal(found.found[1].log_probs_SV, [[-7, -7, -7], [-8, -8, -3.5]])
+    np.testing.assert_array_equal(found.found[1].floor_S, [-8, -8])
