@@ -24,7 +24,7 @@ class SequenceObservation:
     Attributes:
         first: Position of the first row; rows before it are not known.
         log_probs_SV: ``[S - first, V]`` fp32 log-probabilities of the token after each position.
-        floor_S: ``[S - first]`` smallest log-probability that the program tells; a token with it may have less.
+        floor_S: ``[S - first]`` smallest log-probability that is told; a token with it may have less.
             None where it tells all.
         experts_SK: Block index -> ``[S, K]`` experts of each token; empty where a program does not tell them.
         weights_SK: Block index -> ``[S, K]`` their weights, in the order of the experts.
