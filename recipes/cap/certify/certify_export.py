@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe.errors import ConfigError
 from recipes.cap.certify.base import Consumer, Places
@@ -18,6 +19,7 @@ from recipes.jobs.export_run import ExportRequest, trained_model
 from recipes.models.hf.config_file import load_config
 from recipes.models.hf.hf_model import source_dtype
 from recipes.runtime.atomic import atomic_write_json
+from recipes.runtime.user_json import UserJsonError, read_json_file
 from recipes.upcycling.convert.folder_check import real_tokens
 
 
@@ -57,8 +59,21 @@ def certify_export(
         results = certify(source.folder, reference, consumers, request, log)
     words = "Python's standard library" if text is None else text.name
     found = Certificate(source.folder.name, name, words, sequences * length, results)
-    atomic_write_json(source.folder / FILE, found.content())
+    atomic_write_json(source.folder / FILE, with_others(found, source.folder / FILE))
     return found
+
+
+def with_others(found: Certificate, path: Path) -> dict[str, Any]:
+    """Returns a certificate with what an earlier one on the same tokens says of other programs."""
+    content = found.content()
+    try:
+        earlier = read_json_file(path)
+        same = all(earlier[key] == content[key] for key in ("reference", "text", "tokens", "limits"))
+        names = {result.name for result in found.results}
+        others = [result for result in earlier["results"] if result["name"] not in names] if same else []
+    except (UserJsonError, KeyError, TypeError):
+        others = []  # there is none, or what somebody else has written
+    return content | {"results": [*others, *content["results"]]}
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from recipes.cap.certify.base import Consumer, ConsumerError, Places
-from recipes.cap.certify.certificate import ConsumerResult, certify
+from recipes.cap.certify.certificate import Certificate, ConsumerResult, certify
+from recipes.cap.certify.certify_export import with_others
 from recipes.cap.certify.observation import Observation, Request
 from recipes.cap.certify.transformers_consumer import observe_module
 
@@ -115,3 +118,17 @@ def test_a_program_whose_place_is_not_named_is_asked_for(program: str, capsys: A
 
     with pytest.raises(Exception, match=f"--in='{program}'.*Name its"):
         main([".", "--in", program])
+
+
+def test_a_later_certificate_keeps_what_was_found_of_other_programs(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    kept = Certificate("hf", "graft, step 4", "t.txt", 64, (ConsumerResult("vllm", certified=True),))
+    path.write_text(json.dumps(with_others(kept, path)))
+    later = Certificate("hf", "graft, step 4", "t.txt", 64, (ConsumerResult("transformers"),))
+    assert [found["name"] for found in with_others(later, path)["results"]] == ["vllm", "transformers"]
+    again = replace(later, results=(ConsumerResult("vllm"),))
+    assert [found["certified"] for found in with_others(again, path)["results"]] == [False]
+    other_text = replace(later, text="u.txt")
+    assert [found["name"] for found in with_others(other_text, path)["results"]] == ["transformers"]
+    path.write_text("[1]")
+    assert len(with_others(later, path)["results"]) == 1
