@@ -93,29 +93,31 @@ class _ToolParser(argparse.ArgumentParser):
     """Parser that refuses the earlier spelling of a flag with the present one."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses flags.
+        """Parses flags; one that is spelled as it was before (`RENAMED`) is taken, with a line that says so.
 
         Raises:
-            ConfigError: A flag is spelled as it was before (`RENAMED`); an argument is no UTF-8; or another
-                package has the name of one of ours, which the doctor alone can live with.
+            ConfigError: An argument is no UTF-8, or another package has the name of one of ours, which the
+                doctor alone can live with.
         """
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if any("\ud800" <= character <= "\udfff" for character in word):
                 rule, remedy = "it holds bytes that are not UTF-8", "Rename what it names."
                 raise ConfigError.one("command line", word, rule, remedy)
-        own = self._option_string_actions
-        for word in words:
-            name, equals, value = word.partition("=")
-            old = name if name.startswith("--") else name + equals
-            new = RENAMED.get(old)
-            if new in own and old not in own:
-                remedy = f"Write {new} {value.strip('[]') or 'VALUE'}."
-                raise ConfigError.one(old.rstrip("="), value or None, f"the flag is now called {new}", remedy)
-        parsed = super().parse_known_args(words, namespace)
+        parsed = super().parse_known_args([self._present(word) for word in words], namespace)
         if not self.prog.endswith("doctor") and (mistakes := check_names()):
             raise ConfigError(mistakes)
         return parsed
+
+    def _present(self, word: str) -> str:
+        """Returns an argument with the present name of its flag."""
+        own, (name, equals, value) = self._option_string_actions, word.partition("=")
+        old = name if name.startswith("--") else name + equals
+        new = RENAMED.get(old)
+        if new not in own or old in own:
+            return word
+        print(f"warning: {old.rstrip('=')} is now called {new}", file=sys.stderr)
+        return f"{new}={value.strip('[]')}" if equals else str(new)
 
 
 def tool_parser(
