@@ -20,7 +20,8 @@ _WORTH_COLLECTING = 16 << 20
 # Words of torch's allocators, of oneDNN and of C++.
 # A thread cannot start where its stack has no room.
 _NO_MEMORY = ("not enough memory", "out of memory", "t allocate memory", "not allocate", "bad_alloc")
-_NO_MEMORY += ("can't start new thread",)
+# The last is what the system says of a thread that it does not start.
+_NO_MEMORY += ("can't start new thread", "resource temporarily unavailable")
 
 
 class LimitError(MemoryError):

@@ -89,6 +89,7 @@ _NO_MEMORY = [
     RuntimeError("can not allocate 74973184 bytes"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("can't start new thread"),
+    RuntimeError("Resource temporarily unavailable"),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
 ]
 
