@@ -199,7 +199,6 @@ def test_an_interrupt_asks_the_runs_to_save(tmp_path: Path) -> None:
         (["--lengths", ""], "whole number above 0"),
         (["--lengths", "0,a"], r"'0' is not(.|\n)*'a' is not"),
         (["--seeds", "0"], "--seeds=0"),
-        (["seeds=2"], "Write --seeds 2"),
         (["train.stepz=3"], "no such option"),
         (["upcycle_vs_cpt.batches=[]"], "Give"),
     ],
