@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.cap.certify.base import Consumer, ConsumerError
+from moe.errors import GraftError
+from recipes.cap.certify.base import Consumer
 from recipes.cap.certify.differences import Agreement, compare, greedy_agreement, same_experts
 from recipes.cap.certify.observation import Observation, Request, write_routing
 
@@ -54,9 +55,9 @@ class ConsumerResult:
         words.append(f"log-probabilities within {free.max_logprob_diff:.1e}")
         words.append(f"perplexity {free.perplexity:.4f} (trainer {free.reference_perplexity:.4f})")
         if self.same_experts:
-            worst = min(self.same_experts, key=lambda layer: self.same_experts[layer])  # type: ignore[index]
+            least, worst = min((share, layer) for layer, share in self.same_experts.items())
             share = sum(self.same_experts.values()) / len(self.same_experts)
-            words.append(f"same experts {share:.4%} (layer {worst}: {self.same_experts[worst]:.4%})")
+            words.append(f"same experts {share:.4%} (layer {worst}: {least:.4%})")
         if self.pinned is not None:
             words.append(f"with experts pinned KL {self.pinned.mean_kl:.1e}")
         if self.greedy is not None:
@@ -141,7 +142,7 @@ def _one(
             return _coarse(consumer.name, theirs.version, compare(again, theirs))
         once_more = replace(request, new_tokens=0)
         pinned = compare(mine, consumer.observe(folder, once_more, work / "pinned"))
-    except ConsumerError as error:
+    except GraftError as error:  # of the program, or of what reads the export for it
         return ConsumerResult(consumer.name, reason=str(error))
     free, experts = compare(mine, theirs), same_experts(mine, theirs)
     certified = free.mean_kl <= MAX_MEAN_KL and free.max_logprob_diff <= MAX_LOGPROB_DIFF
