@@ -107,15 +107,22 @@ def export_run(request: ExportRequest, out: Path) -> Exported:
         ExactnessError: The files do not compute what the checkpoint does.
     """
     refuse_existing(out, "--out")
+    write = _export_dense if request.stage == "cpt" else _export_moe
+    with _opened(request) as (config, dense, tensors):
+        return write(request, config, dense, tensors, out)
+
+
+@contextmanager
+def _opened(request: ExportRequest) -> Iterator[tuple[RunConfig, Path, CheckpointTensors]]:
+    """Yields the config of a run, its dense model, and a checkpoint that was verified."""
     config, dense = _read_run(request.run)
     if config.attention is not None and request.stage == "moe":
         rule = "its key-value heads are experts, which only the run itself exports"
         raise ConfigError.one("RUN", str(request.run), rule, "Take its hf/ folder.")
     checkpoint = _checkpoint(request)
     verify_checkpoint(checkpoint, run=read_run_file(request.run).get("run_id"))
-    write = _export_dense if request.stage == "cpt" else _export_moe
     with open_checkpoint(checkpoint) as tensors:
-        return write(request, config, dense, tensors, out)
+        yield config, dense, tensors
 
 
 @contextmanager
@@ -129,8 +136,7 @@ def trained_model(request: ExportRequest) -> Iterator[HFModel]:
         ConfigError: The folder is no run, or has no such checkpoint.
         CheckpointError: The checkpoint is damaged.
     """
-    config, dense = _read_run(request.run)
-    with open_checkpoint(_checkpoint(request)) as tensors:
+    with _opened(request) as (config, dense, tensors):
         made = _Moe.of(request, config, dense, tensors)
         model = made.source.blank()
         unread = CheckpointUnread(model, made.source, lambda each: rounded(each, made.source.dtypes))
