@@ -43,8 +43,9 @@ def computes_losses(decoder: Any, targets_BS: Tensor) -> Iterator[None]:
 
 def _losses(decoder: Any, forward: Callable[..., Any], targets_BS: Tensor, **inputs: Any) -> Tensor:
     text = decoder.config.get_text_config()
-    rows = rows_at_once(text.vocab_size, text.hidden_size)
-    if targets_BS.numel() <= rows:
+    rows = rows_at_once(text.vocab_size, getattr(text, "hidden_size", 1))
+    # Code of others may not say which module its blocks are: the losses are the same, and take more memory.
+    if targets_BS.numel() <= rows or decoder.base_model_prefix not in decoder._modules:
         return target_losses(forward(**inputs).logits, targets_BS)
     output = _output_of_blocks(decoder, forward, inputs)
     hidden_BSD = output.last_hidden_state

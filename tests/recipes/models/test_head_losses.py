@@ -125,3 +125,12 @@ def test_few_logits_are_computed_in_one_piece() -> None:
     with computes_losses(model, targets_BS):
         losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
     assert torch.equal(losses_BS, _plain(model, inputs_BS, targets_BS))
+
+
+def test_a_model_that_does_not_name_its_blocks_computes_in_one_piece() -> None:
+    model, (inputs_BS, targets_BS, _) = _model("llama"), _batch()
+    plain_BS = _plain(model, inputs_BS, targets_BS)
+    model.base_model_prefix = ""
+    with patch.object(head_losses, "rows_at_once", lambda *_: ROWS), computes_losses(model, targets_BS):
+        losses_BS = model(input_ids=inputs_BS, use_cache=False).view_as(targets_BS)
+    assert torch.equal(losses_BS, plain_BS)
