@@ -20,8 +20,9 @@ _WORTH_COLLECTING = 16 << 20
 # Words of torch's allocators, of oneDNN and of C++.
 # A thread cannot start where its stack has no room.
 _NO_MEMORY = ("not enough memory", "out of memory", "t allocate memory", "not allocate", "bad_alloc")
-# The last is what the system says of a thread that it does not start.
-_NO_MEMORY += ("can't start new thread", "resource temporarily unavailable")
+_NO_MEMORY += ("can't start new thread",)
+# What the system says of a thread that it does not start, and of much else.
+_NO_THREAD = "resource temporarily unavailable"
 
 
 class LimitError(MemoryError):
@@ -59,7 +60,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(words in text for words in _NO_MEMORY) or (
+        _NO_THREAD in text and address_space_left() is not None
+    )
 
 
 def peak_resident_bytes(status: Path = _STATUS) -> int:

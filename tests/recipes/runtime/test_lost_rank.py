@@ -11,6 +11,7 @@ import torch
 
 from recipes import launch
 from recipes.runtime import lost_rank as module
+from recipes.runtime import machine_memory
 from recipes.runtime.lost_rank import lost_rank, missing_ranks
 from recipes.runtime.machine_memory import is_out_of_memory
 from recipes.tracking.ceilings import Ceiling, unless_short_of_memory
@@ -89,7 +90,6 @@ _NO_MEMORY = [
     RuntimeError("can not allocate 74973184 bytes"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("can't start new thread"),
-    RuntimeError("Resource temporarily unavailable"),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
 ]
 
@@ -125,3 +125,11 @@ def test_a_figure_that_there_is_no_memory_for_is_left_out() -> None:
 
     assert unless_short_of_memory(fails) == Ceiling(None, None, "there is not enough memory to measure it")
     assert unless_short_of_memory(lambda: 5) == 5
+
+
+@pytest.mark.parametrize(("left", "short"), [(2**20, True), (None, False)])
+def test_a_thread_that_is_not_started_is_short_of_memory_under_a_limit_alone(
+    left: int | None, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_memory, "address_space_left", lambda: left)
+    assert is_out_of_memory(RuntimeError("Resource temporarily unavailable")) is short
