@@ -18,6 +18,7 @@ from torch import nn
 from moe.layer import MoELayer
 from recipes.engines.optim.optimizer import state_elements
 from recipes.models.hf.ffn_blocks import decoder_blocks
+from recipes.models.hf.token_losses import rows_at_once
 
 if TYPE_CHECKING:
     from recipes.engines.base import HeldShares
@@ -123,14 +124,21 @@ def forecast(model: HFModel, optim: OptimConfig, shares: HeldShares, passes: Pas
     if passes.recomputes:
         width = model.config.get_text_config().hidden_size
         kept = [passes.tokens * passes.compute_size * width * len(kept), max(kept, default=0.0)]
-    vocabulary = model.config.get_text_config().vocab_size
-    logits = passes.tokens * vocabulary * (_LOGIT_COPIES * _FP32 + passes.compute_size % _FP32)
+    text = model.config.get_text_config()
+    logits = _logit_bytes(text.vocab_size, text.hidden_size, passes)
     gathered = _gathered(model.module, blocks, experts, shares)
     # They lie between activations that stay.
     most = min(_MOST_HOLES, 2 * sum(kept))
     holes = min(_HOLES * gathered, most) if passes.device == "cpu" else 0.0
     buffers = gathered * (passes.compute_size + _FP32) + holes
     return MemoryForecast(weights, gradients + copies, state, sum(kept), logits, buffers, passes.accumulates)
+
+
+def _logit_bytes(vocabulary: int, width: int, passes: Passes) -> float:
+    """Returns the bytes of the logits that exist at once; each part of a loss makes a gradient of the head."""
+    at_once = min(passes.tokens, rows_at_once(vocabulary, width))
+    logits = at_once * vocabulary * (_LOGIT_COPIES * _FP32 + passes.compute_size % _FP32)
+    return logits + (vocabulary * width * _FP32 if at_once < passes.tokens else 0)
 
 
 def _sizes(params: Iterable[nn.Parameter], experts: set[int]) -> tuple[int, int]:

@@ -68,6 +68,13 @@ def test_parts_of_a_dense_model_by_hand() -> None:
     assert again.total == again.fixed + again.activations + again.logits
 
 
+def test_logits_are_those_of_a_part_and_a_gradient_of_the_head() -> None:
+    # 2**24 // 300 tokens have logits at once; a part's gradient of the head comes on top.
+    passes, rows = Passes(100_000, 2, False, False, "cuda"), 55_924
+    found = forecast(dense(), OptimConfig(), HeldShares(ALL, ALL, ALL), passes)
+    assert found.logits == 14 * rows * V + 4 * V * D
+
+
 @each("device, tokens, extra", [("cpu", 10_000, 16), ("cpu", 0, 0), ("cuda", 10_000, 0)])
 def test_gathered_layers_leave_holes_in_a_cpus_heap(device: str, tokens: int, extra: int) -> None:
     model, held = dense(), HeldShares(ALL, ALL, ALL, gathers=True)
