@@ -135,7 +135,7 @@ def forecast(model: HFModel, optim: OptimConfig, shares: HeldShares, passes: Pas
 
 
 def _logit_bytes(vocabulary: int, width: int, passes: Passes) -> float:
-    """Returns the bytes of the logits that exist at once, and of the gradient of the head that a part makes."""
+    """Returns the bytes of the logits that exist at once, and of the head's gradient that a part makes."""
     at_once = min(passes.tokens, rows_at_once(vocabulary, width))
     logits = at_once * vocabulary * (_LOGIT_COPIES * _FP32 + passes.compute_size % _FP32)
     return logits + (vocabulary * width * _FP32 if at_once < passes.tokens else 0)

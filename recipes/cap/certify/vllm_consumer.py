@@ -54,5 +54,6 @@ def run_program(command: list[str], name: str, env: dict[str, str] | None = None
     done = subprocess.run(command, capture_output=True, text=True, env=env, errors="replace")
     if done.returncode != 0:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise ConsumerError(f"{name} failed: {lines[-1].strip() if lines else done.returncode}")
+        said = lines[-1].strip() if lines else f"it said nothing, and its exit code is {done.returncode}"
+        raise ConsumerError(f"{name} failed: {said}")
     return done.stdout
