@@ -8,8 +8,6 @@ from pathlib import Path
 from moe.errors import ConfigError, Mistake
 from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
 
-_ALL = ("transformers", "vllm", "llama.cpp")
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the flags."""
@@ -22,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run, whose newest checkpoint is the trainer; or an export alone")
-    add("--in", dest="programs", default="transformers", metavar="A,B", help=f"of {', '.join(_ALL)}")
+    add("--in", dest="programs", default="transformers", metavar="A,B", help="transformers, vllm, llama.cpp")
     add("--text", metavar="PATH", help="text file (default: Python's standard library)")
     add("--sequences", type=int, default=4, metavar="N", help="sequences of the text")
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of each")
@@ -41,20 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     mistakes = check_json_target(args.json) + check_least(args, sequences=1, sequence_length=16, new_tokens=0)
-    names = args.programs.split(",")
-    for name in sorted(set(names) - set(_ALL)):
-        mistakes.append(Mistake("--in", name, "there is no such program", f"Choose from {', '.join(_ALL)}."))
-    if mistakes:
-        raise ConfigError(mistakes)
+    from recipes.cap.certify import consumer_classes
     from recipes.cap.certify.base import Places
     from recipes.cap.certify.certify_export import certify_export
-    from recipes.cap.certify.llama_cpp_consumer import LlamaCppConsumer
-    from recipes.cap.certify.transformers_consumer import TransformersConsumer
-    from recipes.cap.certify.vllm_consumer import VLLMConsumer
 
+    kinds, names = consumer_classes(), args.programs.split(",")
+    for name in sorted(set(names) - set(kinds)):
+        mistakes.append(Mistake("--in", name, "there is no such program", f"Choose from {', '.join(kinds)}."))
+    if mistakes:
+        raise ConfigError(mistakes)
     places = Places(_path(args.vllm), _path(args.llama_cpp), _path(args.llama_cpp_bin))
     log = log_beside(args.json)
-    kinds = {kind.name: kind for kind in (TransformersConsumer, VLLMConsumer, LlamaCppConsumer)}
     consumers = [kinds[name](places, log) for name in dict.fromkeys(names)]
     if mistakes := [mistake for consumer in consumers if (mistake := consumer.check()) is not None]:
         raise ConfigError(mistakes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,24 @@ def _mixtral() -> Any:
     return MixtralForCausalLM(config).eval()
 
 
+@dataclass(frozen=True)
 class _Other(Consumer):
     """A program that computes something else, in a way that each test chooses."""
 
+    change: Callable[[Any], None]
     name = "other"
-
-    def __init__(self, change: Callable[[Any], None]) -> None:
-        super().__init__(Places(), lambda line: None)
-        object.__setattr__(self, "change", change)
 
     def observe(self, folder: Path, request: Request, scratch: Path) -> Observation:
         model = _mixtral()
-        self.change(model)  # type: ignore[attr-defined]
+        self.change(model)
         return observe_module(model, request, "other 1.0")
 
 
 def _certified(change: Callable[[Any], None]) -> ConsumerResult:
     reference = partial(observe_module, _mixtral(), version="trainer")
-    (result,) = certify(Path(), reference, [_Other(change)], _REQUEST, lambda line: None)
+    (result,) = certify(
+        Path(), reference, [_Other(Places(), lambda line: None, change)], _REQUEST, lambda line: None
+    )
     return result
 
 
