@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from moe.errors import GraftError, Mistake
 from recipes.cap.certify.observation import Observation, Request
@@ -43,9 +44,9 @@ class Consumer(ABC):
     log: Callable[[str], None]
 
     #: Name of the program, as ``--in`` and the certificate have it.
-    name = ""
+    name: ClassVar[str]
     #: Whether it tells the experts of each token, and takes those of another.
-    tells_experts = True
+    tells_experts: ClassVar[bool] = True
 
     def check(self) -> Mistake | None:
         """Returns what keeps it from running here; None if it can run."""
