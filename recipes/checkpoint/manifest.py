@@ -278,7 +278,7 @@ def _json(path: Path, data: bytes) -> Any:
     try:
         return read_json_text(data, str(path))
     except ValueError as error:
-        raise damaged(path, f"it {error}", "is no checkpoint's JSON") from None
+        raise damaged(path, "damaged", str(error)) from None
 
 
 def check_file(path: Path, record: FileRecord) -> None:
@@ -313,7 +313,7 @@ def _read(path: Path, why_needed: str) -> bytes:
     try:
         return read_regular(path)
     except ValueError as error:
-        raise damaged(path, f"it {error}", "cannot be read") from None
+        raise damaged(path, "unreadable", str(error)) from None
 
 
 def _parse(model: type[_M], path: Path, data: bytes) -> _M:

@@ -19,6 +19,7 @@ from recipes.data.config import DataConfig
 from recipes.data.indexed import bin_path, idx_path
 from recipes.data.sources import resolve
 from recipes.data.tokenizer import MODEL_FILES, SETTING_FILES
+from recipes.jobs.changed_options import changed_options
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
 from recipes.runtime.atomic import atomic_write_text
@@ -157,10 +158,11 @@ def refuse_changes(
     wanted: dict[str, Any],
     values: Mapping[str, Any],
     parts: Mapping[str, Any] | None = None,
-) -> None:
+) -> str:
     """Compares a run's identity with the one it began with, and writes it and the config down. For rank 0.
 
-    A resume that is refused leaves the run's ``config.yaml`` as it was.
+    A resume that is refused leaves the run's ``config.yaml`` as it was. Returns the options that may change
+    and have, see `changed_options`.
 
     Args:
         run_dir: The run directory.
@@ -192,8 +194,10 @@ def refuse_changes(
         ]
         if changed:
             raise CheckpointError(changed)
+    changed_now = changed_options(run_dir, values)
     # A run that is killed before its first checkpoint starts from there again.
     more: dict[str, Any] = {} if run_dir.fork is None else {"fork": str(run_dir.fork)}
     more |= {} if parts is None else {"data_parts": parts}
     write_run_file(run_dir.path, identity=wanted, **more)
     atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(values)))
+    return changed_now

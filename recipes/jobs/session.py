@@ -27,6 +27,7 @@ from recipes.runtime.rendezvous import group_store, launch_store
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.runtime.watchdog import Watchdog
 from recipes.tracking.goodput import GoodputLedger
+from recipes.tracking.metrics_log import METRICS_FILE
 from recipes.tracking.run_meters import RunMeters
 from recipes.tracking.trackers import RunLogger, start
 from recipes.training.callbacks.base import Callback
@@ -151,6 +152,8 @@ def _make_run_dir(engine: Engine[Any], run_dir: RunDir, values: dict[str, Any]) 
     ranks.together(f"writing to {run_dir.path}", probe)
     if engine.rank == 0:
         print(f"run: {run_dir.path}" + (" (going on)" if run_dir.resumed else ""), flush=True)
+        if run_dir.resumed and not (run_dir.path / METRICS_FILE).exists():
+            print(f"run: its {METRICS_FILE} is gone; its curves begin with what is trained now", flush=True)
         if (line := engine.describe()) is not None:
             print(line, flush=True)
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe.errors import ConfigError
 from recipes.checkpoint import Origin, checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
+from recipes.checkpoint.manifest import parse_manifest
 from recipes.data.chat_samples import ChatSamples
 from recipes.jobs.accounts import put_training, step_costs
 from recipes.jobs.top_k_schedules import describe_phases
@@ -148,6 +150,21 @@ class StageRun:
         own = config.train.steps * config.train.global_batch_size * self.data.train.seq_len
         return bool(row["tokens"] >= self.parts.earlier_tokens + own)
 
+    def _require_ahead(self, source: Path | None) -> None:
+        """Requires that the checkpoint which the stage goes on from is of none of its later steps.
+
+        Raises:
+            ConfigError: It is of a step behind the last one that is asked for.
+        """
+        steps = self.config.train.steps
+        step = 0 if source is None else self.inputs.console.on_rank_zero(lambda: parse_manifest(source).step)
+        if step > steps:
+            rule = f"the checkpoint that {self.name} goes on from, {source}, is of step {step} already"
+            remedy = (
+                f"Set {step} or more, or give an earlier checkpoint by resume=PATH with another run.name."
+            )
+            raise ConfigError.one("train.steps", steps, rule, remedy)
+
     def run(self) -> bool:
         """Trains the stage, unless an earlier process has; returns True when it is finished."""
         if self.parts.budget(self.config) is None and self.parts.prepare is not None:
@@ -163,6 +180,7 @@ class StageRun:
         loop = self.inputs.loop
         self.beat("looking for a checkpoint")
         source = self.parts.source(self)
+        self._require_ahead(source)
         self.beat("making the model")
         built = self.parts.build(self, source)
         if built is None:

@@ -82,7 +82,9 @@ class UpcycleJob(Job):
         # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
         wanted = identity(config, folder, data, self.identity(config))
         parts = partial(data_parts, config, folder)
-        console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, parts()))
+        changed = console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, parts()))
+        if changed:
+            console.log(f"run: going on with other options than it began with: {changed}")
         if config.dense is None and not train_default(config, console, loop, folder, data):
             return False
         content = session.engine.broadcast(Results.read(run_dir.summary) if console.is_rank0 else None)

@@ -28,14 +28,14 @@ def check(
     fingerprint: str = "f00d",
     dense: Path = DENSE,
     data_config: DataConfig | None = None,
-) -> None:
+) -> str:
     """`refuse_changes` on one rank."""
     values = compose_config(["+recipe=upcycle", *overrides])
     data: Any = SimpleNamespace(fingerprint=fingerprint)
     config = parse_config(values)
     named = config if data_config is None else dataclasses.replace(config, data=data_config)
     parts = None if data_config is None else data_parts(named, dense)
-    refuse_changes(run, identity(config, dense, data), values, parts)
+    return refuse_changes(run, identity(config, dense, data), values, parts)
 
 
 def changes(run: RunDir, *overrides: str, **given: Any) -> list[str]:
@@ -117,6 +117,14 @@ def test_a_refusal_says_both_values_and_changes_nothing(tmp_path: Path) -> None:
         "Set it back to go on, or start a new run with resume=none."
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_resume_tells_the_options_that_may_change_and_have(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, resumed=True)
+    assert check(run) == ""  # it begins
+    assert check(run) == ""
+    assert check(run, "optim.lr=1e-5", "run.name=other", "resume=auto") == "optim.lr=1e-05 (was 0.001)"
+    assert check(run, "optim.lr=1e-5") == ""
 
 
 def test_a_fork_is_compared_with_its_origin(tmp_path: Path) -> None:

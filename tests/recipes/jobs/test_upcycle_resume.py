@@ -259,8 +259,13 @@ def test_what_decides_the_weights_cannot_be_changed(
 
 def test_what_does_not_decide_them_can_be_changed(go: Callable[..., Ended], outputs: Path) -> None:
     assert go("longer", StopAt("moe", 1)).code == 130
+    refused = go("longer", resume="auto", train__steps=1, optim__schedule__warmup_steps=0)
+    assert refused.code == 2 and "train.steps=1: the checkpoint that moe goes on from" in refused.err
+    (outputs / "longer" / "metrics.jsonl").unlink()
     resumed = go("longer", resume="auto", train__steps=8, train__eval_every=0, optim__lr=5e-4)
     assert resumed.code == 0, resumed.err
+    assert "other options than it began with" in resumed.out and "optim.lr=0.0005 (was 0.001)" in resumed.out
+    assert "its metrics.jsonl is gone" in resumed.out
     assert rows(outputs / "longer", "moe")[-1]["step"] == 8
 
 
