@@ -27,11 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.huge_pages import join_pages
 from tests.paths import ROOT
 
 #: Names the folder of the session's server, so that all workers of the session find it.
 FOLDER = "GRAFT_TEST_SERVER"
 _PARENT = "GRAFT_TEST_SERVER_PARENT"
+_FEW = 40  # forks after which a second spent on making them cheaper pays
 _LOOK_S = 1.0  # how often the server checks that the session still runs
 
 
@@ -177,6 +179,7 @@ class Server:
 
     def __init__(self, folder: Path, parent: int) -> None:
         self._parent = parent
+        self._forks = 0
         self._running: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         woken, wake = os.pipe()
@@ -221,6 +224,9 @@ class Server:
         if not fds:
             connection.close()
             return
+        if self._forks == _FEW:
+            join_pages()
+        self._forks += 1
         pid = os.fork()
         if not pid:
             self._become_child(connection, fds)
