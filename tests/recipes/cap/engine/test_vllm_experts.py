@@ -32,7 +32,7 @@ from tests.recipes.models.test_native_formats import TOPK, moe_in
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
-_VLLM = os.environ.get("VLLM")
+_VLLM = os.environ.get("VLLM") or None
 _SETTINGS = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
