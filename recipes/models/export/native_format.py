@@ -32,7 +32,7 @@ COMMON_KEYS = (
     "pad_token_id",
 )
 # Rotary embeddings that tests certify in other programs.
-_CERTIFIED_ROPE = ("default", "llama3")
+_CERTIFIED_ROPE = ("default", "llama3", "yarn")
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.mlp")
 
 
