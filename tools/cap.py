@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,11 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     )
     far("--server-devices", type=int, default=1, metavar="N", help="devices that hold the model")
     far("--server-key", metavar="VARIABLE", help="environment variable that holds the key (default: no key)")
+    far(
+        "--server-experts",
+        action="store_true",
+        help="its workers record their passes by Graft's extension (docs/cap.md): exact S-MBU",
+    )
     top = parser.add_argument_group("peaks").add_argument
     top("--peaks", default="measured", help="measured now, or from the table")
     top("--peak-bandwidth", type=float, metavar="GB/S", help="your own bandwidth, in 10^9 bytes per second")
@@ -232,6 +238,7 @@ def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
     from recipes.cap.server import Server
 
     given = {"--model": args.model, "--server-device": args.server_device, "--server-key": args.server_key}
+    given |= {"--server-experts": args.server_experts}
     if args.server is None:
         rule, remedy = "it is of a server, and none is named", "Give --server URL, or leave it out."
         mistakes += [Mistake(flag, value, rule, remedy) for flag, value in given.items() if value]
@@ -242,7 +249,8 @@ def _server(args: argparse.Namespace, mistakes: list[Mistake]) -> Server | None:
         if not key:
             rule = "there is no such environment variable"
             mistakes.append(Mistake("--server-key", args.server_key, rule, "Set it, or leave it out."))
-    return Server(args.server, args.model, args.server_device, args.server_devices, key)
+    server = Server(args.server, args.model, args.server_device, args.server_devices, key)
+    return replace(server, records=args.server_experts)
 
 
 def _compared(args: argparse.Namespace, mistakes: list[Mistake]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError
 from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
 
 
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM")
     add("--llama-cpp", metavar="DIR", help="folder of llama.cpp, built")
     add("--llama-cpp-bin", metavar="DIR", help="folder of its programs (default: build/bin in it)")
+    add("--time-limit", type=float, default=3600.0, metavar="SECONDS", help="of each command of a program")
     return parser
 
 
@@ -38,21 +39,18 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: A flag cannot be used.
     """
     args = build_parser().parse_args(argv)
-    mistakes = check_json_target(args.json) + check_least(args, sequences=1, sequence_length=16, new_tokens=0)
-    from recipes.cap.certify import consumer_classes
+    mistakes = check_json_target(args.json) + check_least(
+        args, sequences=1, sequence_length=16, new_tokens=0, time_limit=1
+    )
     from recipes.cap.certify.base import Places
     from recipes.cap.certify.certify_export import certify_export
+    from recipes.cap.certify.certify_run import choose_consumers
 
-    kinds, names = consumer_classes(), args.programs.split(",")
-    for name in sorted(set(names) - set(kinds)):
-        mistakes.append(Mistake("--in", name, "there is no such program", f"Choose from {', '.join(kinds)}."))
-    if mistakes:
-        raise ConfigError(mistakes)
-    places = Places(_path(args.vllm), _path(args.llama_cpp), _path(args.llama_cpp_bin))
+    places = Places(_path(args.vllm), _path(args.llama_cpp), _path(args.llama_cpp_bin), args.time_limit)
     log = log_beside(args.json)
-    consumers = [kinds[name](places, log) for name in dict.fromkeys(names)]
-    if mistakes := [mistake for consumer in consumers if (mistake := consumer.check()) is not None]:
-        raise ConfigError(mistakes)
+    consumers, wrong = choose_consumers(args.programs.split(","), places, log)
+    if mistakes + wrong:
+        raise ConfigError(mistakes + wrong)
     found = certify_export(
         Path(args.model).expanduser(),
         consumers,

@@ -256,7 +256,7 @@ def _describe(conversion: Conversion) -> str:
         f"dense:   {spec.architecture}, {spec.num_layers} layers, networks {dense_width} wide",
         f"MoE:     {conversion.request.method.name}, {len(spec.moe_blocks)} layers with {first.num_experts} "
         f"experts {first.expert.width} wide{shared}, router {first.router.name}, top {first.router.top_k}",
-        f"format:  {conversion.exporter.name}, exact in {', '.join(conversion.exporter.exact_in(spec))}",
+        f"format:  {conversion.exporter.name}, exact in {', '.join(conversion.exact_in)}",
         f"size:    {_size(conversion.total_bytes)}",
     ]
     if not conversion.exporter.is_native:
@@ -288,7 +288,7 @@ def _figures(
 ) -> dict[str, Any]:
     return {
         "format": conversion.exporter.name,
-        "exact_in": conversion.exporter.exact_in(conversion.spec),
+        "exact_in": conversion.exact_in,
         "claims_exact": conversion.claims_exact,
         "total_bytes": conversion.total_bytes,
         "bytes_written": result.bytes_written,

@@ -72,7 +72,7 @@ def phase_figures(
         "passes": len(seconds),
         "seconds": took,
         "tokens_per_s": sum(batch.tokens for batch in each) / took,
-        "distinct": _distinct(known.shape, distinct, each[0].tokens),
+        "distinct": _distinct(known.shape, distinct, [batch.tokens for batch in batches]),
         "warnings": [],
     }
     if known.shape is None:
@@ -133,14 +133,14 @@ def unmeasured_phase(reason: str | None = None) -> dict[str, Any]:
     return dict.fromkeys(PHASE_KEYS) | {"utilisation_reason": reason, "warnings": []}
 
 
-def _bound(shape: ModelShape, tokens: int, networks: int) -> float:
-    """Returns the uniform bound over the same MoE layers as the mean."""
-    each = estimated_distinct(shape, tokens).per_layer
-    return statistics.fmean(each[:networks] or each)
+def _bound(shape: ModelShape, tokens: Sequence[int], networks: int) -> float:
+    """Returns the mean uniform bound of the passes over the same MoE layers as the mean."""
+    by_pass = [estimated_distinct(shape, count).per_layer for count in tokens]
+    return statistics.fmean(statistics.fmean(each[:networks] or each) for each in by_pass)
 
 
 def _distinct(
-    shape: ModelShape | None, distinct: Sequence[DistinctExperts | None], tokens: int
+    shape: ModelShape | None, distinct: Sequence[DistinctExperts | None], tokens: Sequence[int]
 ) -> dict[str, Any] | None:
     """Summarises the distinct experts per layer and pass; None where nothing was watched."""
     found = [one for one in distinct if one is not None and one.per_layer]

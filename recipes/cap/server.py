@@ -11,10 +11,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
+
+from moe.errors import GraftError
 
 _SHOWN = 300  # characters of a server's own message
 
@@ -29,6 +31,7 @@ class Server:
         device: Name of one of its devices, as from ``torch.cuda.get_device_name``; None if unknown.
         devices: Number of devices that hold the model.
         key: Key for the authorisation header; None for none.
+        records: Whether its workers record their passes (`recipes.cap.engine`).
         timeout: Seconds without a byte after which a request has failed.
     """
 
@@ -37,13 +40,20 @@ class Server:
     device: str | None = None
     devices: int = 1
     key: str | None = field(default=None, repr=False)
+    records: bool = False
     timeout: float = 600.0
 
-    @property
-    def completions(self) -> str:
-        """Address of completions."""
+    def request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
+        """Returns the request of a path, such as ``/v1/completions``."""
+        headers = {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
         root = self.url.rstrip("/").removesuffix("/v1")
-        return f"{root}/v1/completions"
+        return urllib.request.Request(root + path, json.dumps(body).encode(), headers)
+
+
+class ServerError(GraftError):
+    """A server did not answer, or not as it should."""
 
 
 @dataclass
@@ -87,23 +97,38 @@ def ask(server: Server, ids: Sequence[int], new: int) -> Reply:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    if server.key is not None:
-        headers["Authorization"] = f"Bearer {server.key}"
-    request = urllib.request.Request(server.completions, json.dumps(body).encode(), headers)
+    request = server.request("/v1/completions", body)
     reply = Reply(sent=time.perf_counter())
     try:
         with urllib.request.urlopen(request, timeout=server.timeout) as stream:
             for line in stream:
                 _take(reply, line, time.perf_counter())
-    except urllib.error.HTTPError as error:
-        message = " ".join(error.read(_SHOWN).decode(errors="replace").split())
-        reply.error = f"HTTP {error.code}: {message or error.reason}"
     except (OSError, HTTPException, ValueError) as error:
-        reply.error = f"{type(error).__name__}: {error}"
+        reply.error = _words(error)
     if reply.error is None:
         reply.error = _wrong(reply, len(ids), new)
     return reply
+
+
+def call(server: Server, path: str, body: Mapping[str, Any]) -> Any:
+    """Sends a request and returns the JSON of the answer.
+
+    Raises:
+        ServerError: The server does not answer, or with an error.
+    """
+    try:
+        with urllib.request.urlopen(server.request(path, body), timeout=server.timeout) as stream:
+            return json.load(stream)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ServerError(f"{path}: {_words(error)}") from None
+
+
+def _words(error: Exception) -> str:
+    """Returns what went wrong, with the server's own words if it has any."""
+    if isinstance(error, urllib.error.HTTPError):
+        message = " ".join(error.read(_SHOWN).decode(errors="replace").split())
+        return f"HTTP {error.code}: {message or error.reason}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _take(reply: Reply, line: bytes, now: float) -> None:

@@ -30,6 +30,7 @@ from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
 from recipes.models.export import Exporter
 from recipes.models.export.base import Layout
+from recipes.models.export.model_card import Origin, write_card
 from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import NativeUnread, ReadBack, Unread
@@ -194,7 +195,7 @@ def _export_moe(
     checking = _Checking(made.source, config, dense, made.dtype)
     placement = Placement(spec, exporter, made.kept, made.dtype, request.layout)
     total = _write(made.merging, spec, exporter, placement, dense, out, checking)
-    exact_in = exporter.exact_in(spec)
+    exact_in = exporter.exact_in(spec, request.layout)
     return Exported(out, exporter.name, exact_in, tensors.folder, tensors.step, total, checking.outcome())
 
 
@@ -339,7 +340,10 @@ def _write(
         files.finish()
         config: dict[str, Any] = exporter.config(spec) | dtype_keys(checking.dtype)
         write_companions(temporary, config, dense)
-        record = {"step": tensors.step, "format": exporter.name, "exact_in": exporter.exact_in(spec)}
+        exact_in = exporter.exact_in(spec, placement.layout)
+        origin = Origin(dense.name, checking.config.upcycle.name, f"trained to step {tensors.step} since")
+        write_card(temporary, exporter, spec, origin, placement.layout)
+        record = {"step": tensors.step, "format": exporter.name, "exact_in": exact_in}
         router = asdict(spec.moe_blocks[0].router.config)
         atomic_write_json(temporary / RECORD, record | {"router": router})
         checking.check(exporter.open, temporary)

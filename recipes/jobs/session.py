@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +41,13 @@ from recipes.training.training_loop import Loop
 STOPPED = 130
 
 
-def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float) -> int:
+def run_job(
+    job: Job,
+    config: RunConfig,
+    values: dict[str, Any],
+    started: float,
+    conclude: Callable[[Path], None] = lambda run: None,
+) -> int:
     """Runs a checked job.
 
     Args:
@@ -47,6 +55,7 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
         config: The typed config.
         values: The same as composed, for ``config.yaml`` and the charts.
         started: When the command started, by `steady_time`.
+        conclude: Called on rank 0 with the run's directory when the job has ended and all is closed.
 
     Returns:
         The exit code: 0 when the job came to its end, 130 when it was asked to stop and has saved.
@@ -69,13 +78,16 @@ def run_job(job: Job, config: RunConfig, values: dict[str, Any], started: float)
             _make_run_dir(engine, run_dir, values)
             heartbeat.writes_to(run_dir.path)
             try:
-                return _run_open(job, config, values, engine, run_dir, heartbeat, started)
+                code = _run_open(job, config, values, engine, run_dir, heartbeat, started)
             except UserError:
                 if engine.rank == 0 and not run_dir.resumed:
                     discard_unused(run_dir.path)
                 raise
     finally:
         engine.close()
+    if code == 0 and engine.rank == 0:
+        conclude(run_dir.path)
+    return code
 
 
 def _run_open(

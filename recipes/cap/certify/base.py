@@ -18,17 +18,19 @@ class ConsumerError(GraftError):
 
 @dataclass(frozen=True)
 class Places:
-    """Where the programs are that have environments of their own.
+    """Where the programs are that have environments of their own, and how long they may take.
 
     Attributes:
         vllm: Python interpreter of the environment that has vLLM.
         llama_cpp: Folder of llama.cpp, with its converter and what was built of it.
         llama_cpp_bin: Folder of its programs.
+        seconds: Time that one of their commands may take.
     """
 
     vllm: Path | None = None
     llama_cpp: Path | None = None
     llama_cpp_bin: Path | None = None
+    seconds: float = 3600.0
 
 
 @dataclass(frozen=True)

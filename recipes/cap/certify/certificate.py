@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,6 @@ from recipes.cap.certify.base import Consumer
 from recipes.cap.certify.differences import Agreement, compare, greedy_agreement, same_experts
 from recipes.cap.certify.observation import Observation, Request, write_routing
 
-FILE = "certificate.json"
 #: A program is certified where its distributions are this near to the trainer's: mean KL divergence in nats,
 #: and the largest difference of a log-probability. fp32 sums in another order stay far below; one wrong flag
 #: of a router does not.
@@ -145,6 +145,8 @@ def _one(
     except GraftError as error:  # of the program, or of what reads the export for it
         return ConsumerResult(consumer.name, reason=str(error))
     free, experts = compare(mine, theirs), same_experts(mine, theirs)
+    if not math.isfinite(free.mean_kl + pinned.mean_kl):
+        return _not_finite(consumer.name, theirs.version)
     certified = free.mean_kl <= MAX_MEAN_KL and free.max_logprob_diff <= MAX_LOGPROB_DIFF
     reason = "" if certified else _reason(free, pinned)
     return ConsumerResult(
@@ -159,7 +161,13 @@ def _one(
     )
 
 
+def _not_finite(name: str, version: str) -> ConsumerResult:
+    return ConsumerResult(name, version, reason="its log-probabilities are not finite")
+
+
 def _coarse(name: str, version: str, free: Agreement) -> ConsumerResult:
+    if not math.isfinite(free.mean_kl):
+        return _not_finite(name, version)
     certified = free.mean_kl <= COARSE_MEAN_KL and free.max_logprob_diff <= MAX_LOGPROB_DIFF
     reason = "it tells no experts, and log-probabilities in steps of 2.4e-4 only"
     return ConsumerResult(name, version, free, certified=certified, reason=reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,16 +10,20 @@ from typing import Any
 
 from moe.errors import ConfigError
 from recipes.cap.certify.base import Consumer, Places
-from recipes.cap.certify.certificate import FILE, Certificate, certify
+from recipes.cap.certify.certificate import Certificate, certify
 from recipes.cap.certify.observation import Observation, Request
 from recipes.cap.certify.transformers_consumer import TransformersConsumer, observe_module
 from recipes.cap.folders import Source, find_source
 from recipes.data.config import DataConfig
 from recipes.jobs.export_run import ExportRequest, trained_model
+from recipes.models.export.model_card import replace_certificates
 from recipes.models.hf.config_file import load_config
 from recipes.models.hf.hf_model import source_dtype
 from recipes.runtime.atomic import atomic_write_json
 from recipes.runtime.user_json import UserJsonError, read_json_file
+from recipes.tracking.report import build_report
+from recipes.tracking.report.build_report import REPORT_FILE
+from recipes.tracking.report.certificates import CERTIFICATE_FILE, HEADER, certificate_rows
 from recipes.upcycling.convert.folder_check import real_tokens
 
 
@@ -59,8 +63,21 @@ def certify_export(
         results = certify(source.folder, reference, consumers, request, log)
     words = "Python's standard library" if text is None else text.name
     found = Certificate(source.folder.name, name, words, sequences * length, results)
-    atomic_write_json(source.folder / FILE, with_others(found, source.folder / FILE))
+    content = with_others(found, source.folder / CERTIFICATE_FILE)
+    atomic_write_json(source.folder / CERTIFICATE_FILE, content)
+    replace_certificates(source.folder, _card(content))
+    if (model / REPORT_FILE).is_file():
+        build_report(model)
     return found
+
+
+def _card(content: Mapping[str, Any]) -> str:
+    """Returns the certificates as a table of Markdown."""
+    rows = [HEADER, ["---"] * len(HEADER), *certificate_rows(content)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"Compared with {content['reference']} on {content['tokens']} tokens of {content['text']}:\n\n{table}"
+    )
 
 
 def with_others(found: Certificate, path: Path) -> dict[str, Any]:

@@ -51,11 +51,13 @@ class LlamaCppConsumer(Consumer):
         length = len(request.sequences[0])
         command = [str(self._program("llama-perplexity")), "-m", str(model), "-f", str(text)]
         command += ["-c", str(length), "-b", str(length), "--chunks", str(len(request.sequences))]
-        printed = run_program(
-            [*command, "--save-all-logits", str(saved), "-t", str(os.cpu_count())], self.name
-        )
-        version = re.search(r"build[:_ ]+(\S+)", printed)
-        return read_log_probs(saved, f"llama.cpp {version[1] if version else ''}".strip())
+        self._run([*command, "--save-all-logits", str(saved), "-t", str(os.cpu_count())])
+        printed = self._run([str(self._program("llama-perplexity")), "--version"])
+        version = re.search(r"version: (.+)", printed)
+        return read_log_probs(saved, f"llama.cpp {version[1] if version else '(no version told)'}")
+
+    def _run(self, command: list[str]) -> str:
+        return run_program(command, self.name, self.places.seconds)
 
     def _program(self, name: str) -> Path:
         folder = self.places.llama_cpp_bin or (self.places.llama_cpp or Path()) / "build" / "bin"
@@ -65,7 +67,8 @@ class LlamaCppConsumer(Consumer):
         assert self.places.llama_cpp is not None, "checked"
         env = os.environ | {"PYTHONPATH": str(self.places.llama_cpp / "gguf-py"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, str(self.places.llama_cpp / _CONVERTER), str(folder.absolute())]
-        run_program([*command, "--outtype", "f32", "--outfile", str(out)], f"{self.name}'s converter", env)
+        command += ["--outtype", "f32", "--outfile", str(out)]
+        run_program(command, f"{self.name}'s converter", self.places.seconds, env)
 
 
 def _text(folder: Path, request: Request) -> str:

@@ -41,19 +41,26 @@ class VLLMConsumer(Consumer):
         }
         path = scratch / "request.json"
         path.write_text(json.dumps(wanted), encoding="utf-8")
-        run_program([str(self.places.vllm), vllm_worker.__file__, str(path)], self.name)
+        run_program([str(self.places.vllm), vllm_worker.__file__, str(path)], self.name, self.places.seconds)
         return read_worker_output(scratch, request.sequences)
 
 
-def run_program(command: list[str], name: str, env: dict[str, str] | None = None) -> str:
-    """Runs another program; returns what it prints.
+def run_program(command: list[str], name: str, seconds: float, env: dict[str, str] | None = None) -> str:
+    """Runs another program; returns what it prints, errors included.
 
     Raises:
-        ConsumerError: It fails; the last line that says why is in the error.
+        ConsumerError: It fails, and the last line that says why is in the error; or it takes too long.
     """
-    done = subprocess.run(command, capture_output=True, text=True, env=env, errors="replace")
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, errors="replace", timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise ConsumerError(f"{name} took longer than {seconds:g} s (--time-limit)") from None
     if done.returncode != 0:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        said = lines[-1].strip() if lines else f"it said nothing, and its exit code is {done.returncode}"
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        # A loader's reason comes before the lines of those that called it.
+        lines = [line for line in lines if "error" in line.lower()] or lines
+        said = lines[-1] if lines else f"it said nothing, and its exit code is {done.returncode}"
         raise ConsumerError(f"{name} failed: {said}")
-    return done.stdout
+    return done.stdout + done.stderr

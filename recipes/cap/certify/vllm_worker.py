@@ -93,7 +93,8 @@ class _Watch:
             router = getattr(module, "router", None)
             if hasattr(router, "_compute_routing"):
                 layer = next(int(part) for part in name.split(".") if part.isdigit())
-                self._watch(layer, router)
+                # A factor that it applies to the output is in the weights of a trainer.
+                self._watch(layer, router, getattr(module, "routed_scaling_factor", 1.0))
 
     def begin(self, pinned: dict[int, Any], length: int) -> None:
         """Forgets the sequence before."""
@@ -121,7 +122,7 @@ class _Watch:
             self._rows.append(found.detach().float().clone())
         return found
 
-    def _watch(self, layer: int, router: Any) -> None:
+    def _watch(self, layer: int, router: Any, output_factor: float) -> None:
         import torch
 
         compute = router._compute_routing
@@ -133,7 +134,7 @@ class _Watch:
             if layer in self._pinned:
                 given_ids, given_weights = self._pinned[layer]
                 ids = torch.from_numpy(given_ids).to(ids)
-                weights = torch.from_numpy(given_weights).to(weights)
+                weights = torch.from_numpy(given_weights / output_factor).to(weights)
             self.experts[layer] = ids.long().numpy().copy()
             return weights, ids
 

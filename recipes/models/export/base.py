@@ -86,9 +86,9 @@ class Exporter(ABC):
         """Returns True for a tensor, named as on disk, that keeps its dtype in exports of any dtype."""
         return False
 
-    def exact_in(self, spec: ModelSpec) -> list[str]:
-        """Lists the programs known to compute exactly this function from the files."""
-        return ["transformers"] if self.is_native else ["graft"]
+    def exact_in(self, spec: ModelSpec, layout: Layout = "per_expert") -> list[str]:
+        """Lists the programs that compute exactly this function from the files, as tests certify."""
+        return ["graft"]
 
     @abstractmethod
     def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:

@@ -18,6 +18,10 @@ class FlexOlmoExporter(NativeExporter):
     config_keys = (*COMMON_KEYS, "attention_bias")
     has_dense_layers = False
 
+    def class_differing(self, spec: ModelSpec) -> dict[str, str]:
+        """See `NativeExporter.differing`."""
+        return {"llama.cpp": "it has no FlexOlmo"}
+
     def config_values(self, spec: ModelSpec) -> dict[str, Any]:
         """See `NativeExporter.config_values`."""
         moe = spec.moe_blocks[0]

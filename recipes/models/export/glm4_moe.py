@@ -85,6 +85,13 @@ class Glm4MoEExporter(NativeExporter):
             values["head_dim"] = source.hidden_size // source.num_attention_heads
         return values
 
+    def class_differing(self, spec: ModelSpec) -> dict[str, str]:
+        """See `NativeExporter.differing`."""
+        found = {"llama.cpp": "its converter takes GLM-4-MoE with GLM's own tokenizer alone"}
+        if spec.read.tie_word_embeddings:
+            found["vllm"] = "it leaves the head of a GLM-4-MoE with tied embeddings empty"
+        return found
+
     def constants(self, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
         """Yields a shared expert of zeros if the model has none: the class always has one."""
         for moe in spec.moe_blocks:

@@ -31,6 +31,8 @@ COMMON_KEYS = (
     "eos_token_id",
     "pad_token_id",
 )
+# Rotary embeddings that tests certify in other programs.
+_CERTIFIED_ROPE = ("default", "llama3", "yarn")
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.mlp")
 
 
@@ -105,6 +107,31 @@ class NativeExporter(Exporter):
         config = getattr(transformers, f"{self.family}Config")(**values)
         config.architectures = [f"{self.family}ForCausalLM"]
         return _with_old_rope_keys(config.to_dict())
+
+    def exact_in(self, spec: ModelSpec, layout: Layout = "per_expert") -> list[str]:
+        """Lists transformers, and in the layout that tests certify the programs that are not `differing`."""
+        if layout != "per_expert":
+            return ["transformers"]
+        differing = self.differing(spec)
+        return ["transformers", *(name for name in ("vllm", "llama.cpp") if name not in differing)]
+
+    def differing(self, spec: ModelSpec) -> dict[str, str]:
+        """Returns the programs that compute something else, or may, with the reason as a clause.
+
+        ``tests/recipes/cap/certify/test_programs.py`` certifies the others, and that these differ.
+        """
+        rope = (getattr(spec.read, "rope_parameters", None) or {}).get("rope_type", "default")
+        reason = None
+        if spec.read.hidden_act != "silu":
+            reason = f"its experts have SiLU, and these {spec.read.hidden_act}"
+        elif rope not in _CERTIFIED_ROPE:
+            reason = f"no test certifies rotary embeddings of type {rope} there"
+        found = dict.fromkeys(("vllm", "llama.cpp"), reason) if reason else {}
+        return self.class_differing(spec) | found
+
+    @abstractmethod
+    def class_differing(self, spec: ModelSpec) -> dict[str, str]:
+        """Does the same for what only this class has."""
 
     @abstractmethod
     def config_values(self, spec: ModelSpec) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Placement:
         assert layout in exporter.layouts, (layout, exporter.name, exporter.layouts)
         self._exporter = exporter
         self._dtype = dtype
-        self._layout = layout
+        self.layout = layout
         self._slots: dict[ExpertTensorKey, Slot] = {}
         self._routers: dict[tuple[int, str], str] = {}
         self._kept: dict[str, str] = {}
@@ -111,7 +111,7 @@ class Placement:
             self._routers[moe.index, key] = name
             keeps = self._exporter.keeps_dtype(name) or not tensor.dtype.is_floating_point
             self._add(name, tensor.dtype if keeps else self._expert_dtype, tuple(tensor.shape))
-        if self._layout == "fused":
+        if self.layout == "fused":
             self._place_fused(moe)
         else:
             for piece, shape in pieces(moe):

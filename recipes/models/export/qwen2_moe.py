@@ -62,10 +62,14 @@ class Qwen2MoEExporter(NativeExporter):
                     yield f"{moe.site}.shared_expert.{matrix}_proj.weight", torch.zeros(_IDLE_WIDTH, D)
                 yield f"{moe.site}.shared_expert.down_proj.weight", torch.zeros(D, _IDLE_WIDTH)
 
-    def exact_in(self, spec: ModelSpec) -> list[str]:
-        """Excludes llama.cpp where it differs: it never renormalises, nor has dense layers or zero gates."""
-        found = ["transformers", "vllm"]
+    def class_differing(self, spec: ModelSpec) -> dict[str, str]:
+        """See `NativeExporter.differing`."""
         moe = spec.moe_blocks[0]
-        if not moe.router.weights_sum_to_one and not spec.dense_layers and not moe.shared_width:
-            found.append("llama.cpp")
-        return found
+        reasons = {
+            "it never renormalises Qwen2-MoE's gates": moe.router.weights_sum_to_one,
+            "its Qwen2-MoE has no dense layers": spec.dense_layers,
+            "it divides by the gate of Qwen2-MoE's shared expert, which is 0": moe.shared_width,
+            "its Qwen2-MoE has no tied embeddings": spec.read.tie_word_embeddings,
+        }
+        found = [reason for reason, holds in reasons.items() if holds]
+        return {"llama.cpp": found[0]} if found else {}

@@ -32,11 +32,16 @@ class Qwen3MoEExporter(NativeExporter):
         """See `NativeExporter.config_values`."""
         return qwen_values(spec)
 
-    def exact_in(self, spec: ModelSpec) -> list[str]:
-        """Excludes llama.cpp where it differs: it always renormalises and has no dense layers."""
-        found = ["transformers", "vllm"]
-        if spec.moe_blocks[0].router.weights_sum_to_one and not spec.dense_layers:
-            found.append("llama.cpp")
+    def class_differing(self, spec: ModelSpec) -> dict[str, str]:
+        """See `NativeExporter.differing`."""
+        found = {}
+        if not spec.moe_blocks[0].router.weights_sum_to_one:
+            found["llama.cpp"] = "it always renormalises Qwen3-MoE's gates"
+        if spec.dense_layers:
+            found["llama.cpp"] = "its Qwen3-MoE has no dense layers"
+        if spec.read.attention_bias:
+            reason = "its Qwen3-MoE has no bias on the attention's output"
+            found |= dict.fromkeys(("vllm", "llama.cpp"), reason)
         return found
 
 

@@ -8,6 +8,7 @@ from moe.errors import DataError
 from recipes.tracking.bad_batch import FOLDER
 from recipes.tracking.metrics_log import METRICS_FILE
 from recipes.tracking.report import canvas, formats, hardware, sections
+from recipes.tracking.report.certificates import HEADER, certificate_rows, read_certificate
 from recipes.tracking.report.colours import LIGHT
 from recipes.tracking.report.heatmap import load_figure
 from recipes.tracking.report.loss_figures import balance_figure, loss_figure
@@ -56,6 +57,7 @@ def build_report(run_dir: str | Path) -> Path:
     record = read_run(run_dir)
     name = str(record.section("run").get("name") or record.run_dir.resolve().name)
     exactness, export = record.section("exactness"), record.section("export")
+    export_folder = record.run_dir / str(export.get("path") or "hf")
     return write_page(
         record.run_dir / REPORT_FILE,
         "report.html.j2",
@@ -81,8 +83,10 @@ def build_report(run_dir: str | Path) -> Path:
         exactness=exactness,
         drifts=sections.drift_rows(exactness),
         export=export,
-        export_folder=str(record.run_dir / str(export.get("path") or "hf")),
+        export_folder=str(export_folder),
         rounding=sections.rounding(export),
+        certificates=certificate_rows(read_certificate(export_folder)),
+        certificates_header=HEADER,
         sample=sections.sample_text(export.get("sample")),
         config=record.config,
     )

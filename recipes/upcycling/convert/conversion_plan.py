@@ -162,6 +162,11 @@ class Conversion:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property
+    def exact_in(self) -> list[str]:
+        """Programs that compute exactly this function."""
+        return self.exporter.exact_in(self.spec, self.request.layout)
+
+    @property
     def config(self) -> dict[str, Any]:
         """Returns the content of ``config.json``, but for the dtype."""
         content = self.exporter.config(self.spec)

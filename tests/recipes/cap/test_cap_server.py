@@ -215,7 +215,7 @@ def test_a_report(
         assert decode["distinct"]["source"] == "estimated-uniform-upper-bound"
         assert decode["distinct"]["mean"] == pytest.approx(6 * (1 - (2 / 3) ** size))
         assert decode["s_mbu"] == pytest.approx(decode["bytes_per_s"] / (2 * 3350e9))
-        assert point["prefill"]["s_mbu"] is None and "not report" in point["prefill"]["utilisation_reason"]
+        assert point["prefill"]["s_mbu"] is None and "not recorded" in point["prefill"]["utilisation_reason"]
         assert point["memory"]["peak_bytes"] is point["energy"]["joules"] is None
         assert point["cost"]["usd_per_mtok"] > 0 and found["cost_assumptions"]["price_usd"] == 2 * 38_000
     prompts = [tuple(body["prompt"]) for _, body, _ in fake.asked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,6 +102,15 @@ def test_another_expert_is_not_laid_to_the_router() -> None:
     result = _certified(_another_expert)
     assert not result.certified and "not (only) the router" in result.reason
     assert result.same_experts is not None and result.same_experts[0] == 1.0
+
+
+def test_nan_is_no_figure() -> None:
+    def spoil(model: Any) -> None:
+        with torch.no_grad():
+            model.model.norm.weight.fill_(math.nan)
+
+    result = _certified(spoil)
+    assert result.lines() == ["other: not certified: its log-probabilities are not finite"]
 
 
 def test_a_program_that_fails_is_named_with_its_words() -> None:
