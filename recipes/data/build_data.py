@@ -106,9 +106,13 @@ def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Pat
         require_other_tokens(*identity, cfg)
         train_ids, validation_ids = np.arange(indexed.num_documents), np.arange(held_out.num_documents)
     identity += [cfg.seq_len, cfg.seed, ORDER_VERSION]
+    # Left out where documents see one another, as they did in runs from before the option.
+    identity += ["document_mask"] if cfg.document_mask else []
     return TrainData(
-        train=PackedDataset(indexed, cfg.seq_len, cfg.seed, train_ids),
-        validation=OrderedDataset(held_out, cfg.seq_len, cfg.seed, validation_ids),
+        train=PackedDataset(indexed, cfg.seq_len, cfg.seed, train_ids, document_mask=cfg.document_mask),
+        validation=OrderedDataset(
+            held_out, cfg.seq_len, cfg.seed, validation_ids, document_mask=cfg.document_mask
+        ),
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
     )
 

@@ -29,6 +29,8 @@ class DataConfig(Config):
         format: ``text``, or ``chat``: JSON lines of ``{"messages": [{"role": ..., "content": ...}, ...]}``,
             rendered by the tokenizer's chat template; only the assistant's tokens count for the loss.
         chat_template: A jinja file that replaces the tokenizer's own chat template.
+        document_mask: Whether no token sees another document of its sample, and positions restart with each
+            document. A model that cannot keep them apart is rejected before training.
         ignored_fields: Fields of chat rows and messages that are treated as if they were not there.
     """
 
@@ -42,6 +44,7 @@ class DataConfig(Config):
     seed: int = 0
     format: Literal["text", "chat"] = "text"
     chat_template: str | None = None
+    document_mask: bool = True
     ignored_fields: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ _REMEDY = "Set it back to go on, or start a new run with resume=none."
 # Where nothing that is written down has changed.
 _UNKNOWN = "the tokens themselves, though options, files and tokenizer are those of then (another version?)"
 _SHOWN = 3
+# An option whose absence means something else than its default.
+_SINCE = "data.document_mask"
 # More files are not listed one by one.
 _MOST_FILES = 2000
 
@@ -137,6 +139,8 @@ def data_changes(then: Any, now: Mapping[str, Any]) -> str:
         if not isinstance(old, Mapping) or (kind == "times" and found):
             continue
         # Options that a version of then did not write down are not new ones.
+        if kind == "options" and new.get(_SINCE) and _SINCE not in old:
+            found.append(f"{_SINCE} was not there yet, which is false, and is true")
         for name in sorted(old.keys() & new.keys() if kind == "options" else old.keys() | new.keys()):
             if name not in new:
                 found.append(f"{name} is gone")

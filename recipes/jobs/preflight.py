@@ -31,6 +31,7 @@ from recipes.models.hf.config_file import context_length, read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
+from recipes.models.hf.packed_attention import check_documents
 from recipes.runtime.extras import check_names
 from recipes.runtime.relaunch import Launch
 from recipes.tracking.trackers import check_tracker
@@ -60,6 +61,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
+    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=config.trust_remote_code)
     return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.checkpoint import Origin, checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
-from recipes.data.chat_samples import ChatSamples
 from recipes.jobs.accounts import put_training, step_costs
 from recipes.jobs.top_k_schedules import describe_phases
 from recipes.models.hf.deferred_init import CheckpointWeights
-from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.run_file import read_run_file
 from recipes.tracking.results import Results, stage_label
 from recipes.training.model_costs import measure_costs, scheduled_costs, step_model
@@ -123,7 +121,7 @@ class StageRun:
         inputs: Shared by all stages of the run.
         name: Name of the stage.
         config: The run's config with the stage's own length.
-        data: Samples, with attention fitted to the model once it is built.
+        data: Samples.
         blank, begun: As those of `Built`, once the model is built.
     """
 
@@ -212,16 +210,6 @@ class StageRun:
         trust = self.config.trust_remote_code
         return dense_model(open_dense(self.inputs.folder, trust_remote_code=trust), trust_remote_code=trust)
 
-    def fit_attention(self) -> None:
-        """Fits conversations to the dense model's attention, which is tried out; text stays as it is."""
-        if not isinstance(self.data.train, ChatSamples):
-            return
-        model = self.dense()
-        self.engine.shard_for_eval(model)
-        self.data = fit_attention(self.data, model.module, self.log)
-        del model
-        gc.collect()
-
     def _report(self, stage: Stage, result: StageResult) -> None:
         if self.parts.report is not None:
             self.parts.report(self, stage, result)
@@ -284,7 +272,6 @@ class StageRun:
 
 def build_dense(run: StageRun, source: Path | None) -> Built:
     """Builds the dense model: the baseline of both sparse-upcycling papers, on the same tokens."""
-    run.fit_attention()
     model = run.dense()
     if source is not None:
         model.weights = CheckpointWeights()

@@ -25,7 +25,6 @@ from recipes.jobs.moe_stage import build_moe, report_moe
 from recipes.jobs.stage_run import Built, StageInputs, StageParts, StageRun
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.config_file import vocabulary_size
-from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.training_loop import Stage, StageResult, validation_loss
 
@@ -175,9 +174,8 @@ def _end_of_stage1(run: StageRun, first_steps: int) -> Path:
 
 
 def _report_second(run: StageRun, stage: Stage, result: StageResult, *, first_data: TrainData) -> None:
-    first = attending_as(first_data, run.data)
     heartbeat = run.inputs.console.heartbeat
-    again = validation_loss(run.engine, stage.train_module, first, run.config.train, heartbeat)
+    again = validation_loss(run.engine, stage.train_module, first_data, run.config.train, heartbeat)
     _put_stage(run, 2, result, result.step * stage.tokens_per_step, val_loss_stage1=again)
     ended = run.results.content["stages"][0]["val_loss"]
     run.log(f"stage 1: validation loss on its own data {ended:.4f} at its end, {again:.4f} after stage 2")

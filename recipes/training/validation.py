@@ -76,7 +76,8 @@ def validation_loss(
                 [data.validation.metadata(start, real), metadata.after(real)]
             )
         losses = train_module.token_losses(torch.from_numpy(tokens), metadata)[:real].double()
-        weights = torch.ones_like(losses) if metadata is None else metadata.weights_BS[:real].to(losses)
+        weighted = metadata is not None and metadata.weights_BS is not None
+        weights = metadata.weights_BS[:real].to(losses) if weighted else torch.ones_like(losses)
         total += float((losses * weights).sum())
         count += float(weights.sum())
     sums = reduce_metrics({"total": Metric(total, "sum"), "count": Metric(count, "sum")}, engine.data_group)

@@ -30,7 +30,6 @@ from recipes.data.samples import Samples, TokenMetadata
 from recipes.engines.console import RankConsole
 from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.progress import Progress
 from recipes.tracking.metrics_log import Metric, reduce_metrics
@@ -131,7 +130,7 @@ class Calibration:
             return load_data(own, self.model.folder, cache, vocab_size, log)
 
         console.on_rank_zero(lambda: load(console.lines).fingerprint)
-        loaded = fit_attention(load(lambda line: None), self.model.module, console.log)
+        loaded = load(lambda line: None)
         return loaded.train, loaded.fingerprint
 
     def _identity(self, text_fingerprint: str) -> dict[str, Any]:
