@@ -31,8 +31,9 @@ _MAIN = (
 )
 _CHAT = (
     "data=chat data.path={place}/general.jsonl data.chat_template={place}/template.jinja data.seq_len=48 "
-    "data.document_mask=true upcycle.layers=all upcycle.num_experts=3 upcycle.cluster_tokens=32 calibration.samples=6 "
-    "calibration.batch_size=3 stage2.path={place}/maths.jsonl stage2.steps=20 stage2.warmup_steps=1"
+    "upcycle.layers=all upcycle.num_experts=3 upcycle.cluster_tokens=32 calibration.samples=6 "
+    "calibration.batch_size=3 data.document_mask=true "
+    "stage2.path={place}/maths.jsonl stage2.steps=20 stage2.warmup_steps=1"
 )
 _TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
