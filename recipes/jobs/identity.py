@@ -78,11 +78,12 @@ def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:
     """
     data = config.data
     options = {f"data.{key}": value for key, value in dataclasses.asdict(data).items()}
-    if resolve(data).kind == "stdlib":
+    if any(resolve(own).kind == "stdlib" for own in data.sources()):
         options["the version of Python, whose library is the text,"] = platform.python_version()
     if config.dense is None:
         options |= {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
-    paths = {path for one in (data, _validation(data)) if one is not None for path in _on_disk(one)}
+    named = [data.of(own.validation_path) for own in data.sources() if own.validation_path is not None]
+    paths = {path for one in (*data.sources(), *named) for path in _on_disk(one)}
     stats = {str(path): path.stat() for path in sorted(paths)}
     if len(paths) > _MOST_FILES:
         options["the number of files"], options["their bytes"] = (
@@ -109,12 +110,6 @@ def _deciding(config: RunConfig, folder: Path) -> list[Path]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _validation(config: DataConfig) -> DataConfig | None:
-    if config.validation_path is None:
-        return None
-    return dataclasses.replace(config, path=config.validation_path, validation_path=None)
 
 
 def _on_disk(config: DataConfig) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +170,7 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
     path = config.section(CalibrationConfig).path
     if path is None:
         return []
-    own = replace(config.data, path=path, validation_path=None)
-    return check_paths(own, "calibration")
+    return check_paths(config.data.of(path), "calibration")
 
 
 def check_model(config: RunConfig) -> list[Mistake]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.checkpoint import Origin, checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
 from recipes.jobs.accounts import put_training, step_costs
+from recipes.jobs.blend_use import foresee_blend
 from recipes.jobs.top_k_schedules import describe_phases
 from recipes.models.hf.deferred_init import CheckpointWeights
 from recipes.runtime.run_file import read_run_file
@@ -153,6 +154,7 @@ class StageRun:
         config = self.parts.budget(self.config)
         assert config is not None, f"{self.name}: the stages before it make its length known"
         self.config = config
+        foresee_blend(self.data, self._first_sample() + config.train.steps * config.train.global_batch_size)
         if self.finished:
             self.log(f"{self.name}: finished by an earlier process of this run")
             return True
@@ -255,10 +257,7 @@ class StageRun:
         return stage
 
     def _first_sample(self) -> int:
-        """Returns the first sample that the default model, if one was trained, has not seen."""
-        if self.parts.first_sample is not None or self.config.dense is not None:
-            return self.parts.first_sample or 0
-        return self.config.model.steps * self.config.train.global_batch_size
+        return first_sample(self.config) if self.parts.first_sample is None else self.parts.first_sample
 
     def _require_space(self, stage: Stage) -> None:
         one = checkpoint_bytes(stage.train_module.checkpoint_tensors())
@@ -268,6 +267,11 @@ class StageRun:
         self.inputs.console.on_rank_zero(
             lambda: require_space(folder, kept * one + export_bytes, f"{kept} checkpoints and the export")
         )
+
+
+def first_sample(config: RunConfig) -> int:
+    """Returns the first sample that the default model, if one was trained, has not seen."""
+    return config.model.steps * config.train.global_batch_size if config.dense is None else 0
 
 
 def build_dense(run: StageRun, source: Path | None) -> Built:

@@ -42,13 +42,14 @@ class TwoStageJob(UpcycleJob):
         mistakes = super().check(config, world_size)
         second = stage2_config(config)
         stage2 = config.section(Stage2Config)
-        own = dataclasses.replace(second.data, path=stage2.path)
+        own = second.data
         if stage2.path is None:
             rule = "the second stage has no data"
             mistakes.append(Mistake("stage2.path", None, rule, "Name its files."))
         else:
             mistakes += [m for m in check_paths(own, "stage2") if m not in mistakes]
-            if not mistakes and resolve(config.data).files == resolve(own, "stage2").files:
+            files = resolve(own, "stage2").files if not mistakes else ()
+            if any(resolve(first).files == files for first in config.data.sources() if files):
                 rule = "it is the data of the first stage"
                 remedy = "Name other files, or train one stage by +recipe=upcycle."
                 mistakes.append(Mistake("stage2.path", stage2.path, rule, remedy))
@@ -97,7 +98,7 @@ def stage2_config(config: RunConfig) -> RunConfig:
     schedule = dataclasses.replace(config.optim.schedule, warmup_steps=stage.warmup_steps)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, path=stage.path, validation_path=stage.validation_path),
+        data=config.data.of(stage.path, stage.validation_path),
         train=dataclasses.replace(config.train, steps=stage.steps),
         optim=dataclasses.replace(config.optim, lr=stage.lr, schedule=schedule, frozen=FrozenConfig()),
         top_k_schedule=[],
@@ -190,7 +191,7 @@ def _put_stage(run: StageRun, number: int, result: StageResult, tokens: int, **m
     """Writes the section of a stage in place of that of an earlier process."""
     row = {
         "stage": number,
-        "data": run.config.data.path,
+        "data": run.config.data.path or [each.path for each in run.config.data.blend] or None,
         "steps": result.step,
         "tokens": tokens,
         "lr": run.config.optim.lr,

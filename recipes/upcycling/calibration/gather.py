@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,7 +121,7 @@ class Calibration:
             return data.train, data.fingerprint
         run, console = self.run_config, self.console
         # Both sides of the split: all of it is calibrated on, none held out.
-        own = dataclasses.replace(run.data, path=path, validation_path=path)
+        own = run.data.of(path, path)
         cache = Path(run.cache_dir).expanduser().absolute() / "tokens"
         vocab_size = int(self.model.config.get_text_config().vocab_size)
 

@@ -127,7 +127,7 @@ def train(folder: Path, way: Way) -> Outcome:
     engine = open_engine(**case.engine)
     train_module = engine.prepare(make_model(case), case.optim)
     _look_before_first_step(train_module, outcome, engine)
-    data: Any = SimpleNamespace(train=samples, validation=samples, files=())
+    data: Any = SimpleNamespace(train=samples, validation=samples, files=(), sources=())
     with tempfile.TemporaryDirectory() as checkpoints:
         stage = make_stage(case, train_module, Path(engine.broadcast(checkpoints)))
         stage.data = data
