@@ -27,12 +27,13 @@ _MAIN = (
     "model.intermediate_size=48 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 model.steps=6 "
     "model.warmup_steps=1 data.seq_len=16 data.validation_fraction=0.2 upcycle.num_experts=4 "
     "optim.schedule.warmup_steps=2 train.steps=20 train.global_batch_size=4 train.micro_batch_size=1 "
-    "train.eval_every=10 train.eval_samples=8 train.save_every=20 train.log_every=20"
+    "train.eval_every=10 train.eval_samples=8 train.save_every=20 train.log_every=20 data.document_mask=false"
 )
 _CHAT = (
     "data=chat data.path={place}/general.jsonl data.chat_template={place}/template.jinja data.seq_len=48 "
     "upcycle.layers=all upcycle.num_experts=3 upcycle.cluster_tokens=32 calibration.samples=6 "
-    "calibration.batch_size=3 stage2.path={place}/maths.jsonl stage2.steps=20 stage2.warmup_steps=1"
+    "calibration.batch_size=3 data.document_mask=true "
+    "stage2.path={place}/maths.jsonl stage2.steps=20 stage2.warmup_steps=1"
 )
 _TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"

@@ -156,7 +156,7 @@ def _field_options(
     hint = _hints(cls)[field.name]
     inner = next((one for one in (hint, *get_args(hint)) if dataclasses.is_dataclass(one)), None)
     # A router inside another is chosen by its name: its options stand under router.
-    if inner is not None and not path.endswith((".inner", "attention", "top_k_schedule")):
+    if inner is not None and not path.endswith((".inner", "attention", "top_k_schedule", ".blend")):
         own = values.get(field.name)
         yield from _options(inner, path, own if isinstance(own, dict) else {}, choice)
         return

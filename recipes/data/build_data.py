@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from moe.errors import DataError
+from recipes.data.blend import BLEND_VERSION, BlendedSamples, Source
 from recipes.data.chat_build import load_chat
 from recipes.data.config import DataConfig
 from recipes.data.indexed import IndexedDataset, content_hash
@@ -27,6 +28,7 @@ class TrainData:
     Attributes:
         train: Shuffled samples without end.
         validation: Samples in a fixed order.
+        sources: Sources of a blend; none where there is one source of data.
         fingerprint: Hex sha256 of the tokens and of every setting that decides which tokens sample n holds. A
             checkpoint stores it, and a run cannot resume with other data.
     """
@@ -34,6 +36,7 @@ class TrainData:
     train: Samples
     validation: Samples
     fingerprint: str
+    sources: tuple[Source, ...] = ()
 
     @property
     def train_tokens(self) -> int:
@@ -71,14 +74,16 @@ def load_data(
         DataError: Documents cannot be read, ids do not fit the model, or there is less than one sample.
         DiskError: The cache cannot be written.
     """
+    if cfg.blend:
+        parts = [load_data(own, tokenizer_dir, cache_dir, vocab_size, log) for own in cfg.sources()]
+        return blend(cfg, parts)
     if cfg.format == "chat":
         return TrainData(*load_chat(cfg, tokenizer_dir, cache_dir, vocab_size, log))
     prefix = ensure_tokenised(cfg, tokenizer_dir, cache_dir, log)
     check_ids(prefix, vocab_size)
     validation_prefix = None
     if cfg.validation_path is not None:
-        own = replace(cfg, path=cfg.validation_path, validation_path=None)
-        validation_prefix = ensure_tokenised(own, tokenizer_dir, cache_dir, log)
+        validation_prefix = ensure_tokenised(cfg.of(cfg.validation_path), tokenizer_dir, cache_dir, log)
         check_ids(validation_prefix, vocab_size)
     return build_data(cfg, prefix, validation_prefix)
 
@@ -106,10 +111,39 @@ def build_data(cfg: DataConfig, prefix: str | Path, validation_prefix: str | Pat
         require_other_tokens(*identity, cfg)
         train_ids, validation_ids = np.arange(indexed.num_documents), np.arange(held_out.num_documents)
     identity += [cfg.seq_len, cfg.seed, ORDER_VERSION]
+    # Left out where documents see one another, as they did in runs from before the option.
+    identity += ["document_mask"] if cfg.document_mask else []
     return TrainData(
-        train=PackedDataset(indexed, cfg.seq_len, cfg.seed, train_ids),
-        validation=OrderedDataset(held_out, cfg.seq_len, cfg.seed, validation_ids),
+        train=PackedDataset(indexed, cfg.seq_len, cfg.seed, train_ids, document_mask=cfg.document_mask),
+        validation=OrderedDataset(
+            held_out, cfg.seq_len, cfg.seed, validation_ids, document_mask=cfg.document_mask
+        ),
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+    )
+
+
+def blend(cfg: DataConfig, parts: Sequence[TrainData]) -> TrainData:
+    """Blends the data of several sources by the weights of a config.
+
+    Args:
+        cfg: Names, weights and seed.
+        parts: The data of each source.
+    """
+    shares, names = cfg.shares, cfg.names
+    sources = tuple(
+        Source(name, share, part.train, part.validation, own.max_epochs)
+        for name, share, part, own in zip(names, shares, parts, cfg.blend, strict=True)
+    )
+    identity = [
+        BLEND_VERSION,
+        cfg.seed,
+        *([part.fingerprint, str(s)] for part, s in zip(parts, shares, strict=True)),
+    ]
+    return TrainData(
+        train=BlendedSamples([part.train for part in parts], shares, cfg.seed),
+        validation=BlendedSamples([part.validation for part in parts], shares, cfg.seed),
+        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        sources=sources,
     )
 
 

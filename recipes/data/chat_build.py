@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ def build_chat(
     Raises:
         DataError: Training or validation has no reply within a sample.
     """
+    own = partial(ChatSamples, document_mask=cfg.document_mask)
     whole = cut(chat, cfg.seq_len)
     require_replies(whole.kept, cfg.seq_len)
     identity: list[Any] = [*_hashes(chat), cfg.seq_len, cfg.seed, CHAT_ORDER_VERSION]
+    identity += [] if cfg.document_mask else ["no document_mask"]
     if held_out is None:
         held_out, identity = chat, [*identity, cfg.validation_fraction]
         train, validation = split_documents(whole.lengths, cfg.validation_fraction, cfg.seed, 0)
@@ -80,14 +83,14 @@ def build_chat(
         parts = (whole.kept, whole.lengths), (other.kept, other.lengths)
         _log_cut(other, cfg.seq_len, "validation ", log)
     _log_cut(whole, cfg.seq_len, "", log)
-    samples = ChatSamples(chat, cfg.seq_len, cfg.seed, *parts[0], shuffled=True)
+    samples = own(chat, cfg.seq_len, cfg.seed, *parts[0], shuffled=True)
     full = samples.num_tokens / (samples.samples_per_epoch * (cfg.seq_len + 1))
     log(
         f"data: {samples.num_documents} conversations in {samples.samples_per_epoch} samples of "
         f"{cfg.seq_len} + 1 tokens, {100 * full:.1f} % full"
     )
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return samples, ChatSamples(held_out, cfg.seq_len, cfg.seed, *parts[1], shuffled=False), fingerprint
+    return samples, own(held_out, cfg.seq_len, cfg.seed, *parts[1], shuffled=False), fingerprint
 
 
 def _part(whole: Cut, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

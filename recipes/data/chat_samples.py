@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,8 +113,6 @@ class ChatSamples:
         num_documents: Number of conversations.
         num_tokens: Number of their tokens that are kept.
         samples_per_epoch: Number of samples that hold them.
-        isolated: Whether positions restart with each conversation, by which some models isolate
-            conversations.
     """
 
     def __init__(
@@ -127,6 +124,7 @@ class ChatSamples:
         lengths: np.ndarray,
         *,
         shuffled: bool,
+        document_mask: bool = True,
     ) -> None:
         """Packs; no token is touched yet.
 
@@ -137,6 +135,7 @@ class ChatSamples:
             kept: ``[C]`` ids of the conversations.
             lengths: ``[C]`` number of tokens taken of each, at most S + 1.
             shuffled: Whether each epoch has an order of its own; else samples keep the order of packing.
+            document_mask: Whether `metadata` tells conversations apart.
 
         Raises:
             DataError: There is no conversation.
@@ -150,7 +149,7 @@ class ChatSamples:
         self.num_documents = len(kept)
         self.num_tokens = int(lengths.sum())
         self.samples_per_epoch = len(self._packed)
-        self.isolated = True
+        self._document_mask = document_mask
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -168,12 +167,6 @@ class ChatSamples:
         """Returns ``[count, S + 1]`` int64: the samples first .. first + count - 1."""
         return np.stack([self.sample(n) for n in range(first, first + count)])
 
-    def crossing(self) -> ChatSamples:
-        """Returns the same samples for a model that does not isolate conversations."""
-        same = copy(self)
-        same.isolated = False
-        return same
-
     def metadata(self, first: int, count: int) -> TokenMetadata:
         """Returns the weights of targets, the padding mask, and positions in the conversations."""
         counted = np.stack([self._counted(n) for n in range(first, first + count)])
@@ -189,7 +182,7 @@ class ChatSamples:
         return TokenMetadata(
             weights_BS=torch.from_numpy(counted[:, 1:].astype(np.float32)),
             real_BS=torch.from_numpy(real[:, :-1].copy()),
-            positions_BS=torch.from_numpy(positions[:, :-1].copy()) if self.isolated else None,
+            positions_BS=torch.from_numpy(positions[:, :-1].copy()) if self._document_mask else None,
         )
 
     def num_counted(self, first: int, count: int) -> int:

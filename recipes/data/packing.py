@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from moe.errors import DataError
 from recipes.data.indexed import IndexedDataset
+from recipes.data.samples import TokenMetadata
 
 ORDER_VERSION = 1
 """To be increased whenever the same tokens and settings are split or ordered differently."""
@@ -52,7 +54,15 @@ class PackedDataset:
         samples_per_epoch: ``(num_tokens - 1) // S``.
     """
 
-    def __init__(self, indexed: IndexedDataset, seq_len: int, seed: int, documents: np.ndarray) -> None:
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        seq_len: int,
+        seed: int,
+        documents: np.ndarray,
+        *,
+        document_mask: bool = False,
+    ) -> None:
         """Prepares to read; no token is touched yet.
 
         Args:
@@ -60,6 +70,7 @@ class PackedDataset:
             seq_len: S.
             seed: Seed of the order of documents and samples.
             documents: ``[n]`` ids of the documents to draw from.
+            document_mask: Whether `metadata` tells documents apart.
 
         Raises:
             DataError: The documents hold less than one sample.
@@ -67,6 +78,7 @@ class PackedDataset:
         self._indexed = indexed
         self._documents = np.asarray(documents, dtype=np.int64)
         self._seed = seed
+        self._document_mask = document_mask
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self.seq_len = seq_len
         self.num_documents = len(self._documents)
@@ -84,11 +96,8 @@ class PackedDataset:
 
     def sample(self, n: int) -> np.ndarray:
         """Returns ``[S + 1]`` int64: inputs are all but the last token, targets all but the first."""
-        assert n >= 0, f"sample {n} comes before the first"
-        number, place = divmod(n, self.samples_per_epoch)
-        epoch = self._epoch(number)
-        cut = place if epoch.samples is None else int(epoch.samples[place])
-        return self._read(epoch, cut * self.seq_len)
+        epoch, start = self._place(n)
+        return self._read(epoch, start)
 
     def batch(self, first: int, count: int) -> np.ndarray:
         """Returns ``[count, S + 1]`` int64: the samples first .. first + count - 1."""
@@ -97,8 +106,16 @@ class PackedDataset:
             out[row] = self.sample(first + row)
         return out
 
-    def metadata(self, first: int, count: int) -> None:
-        """Returns None: all tokens are real and all targets count alike."""
+    def metadata(self, first: int, count: int) -> TokenMetadata | None:
+        """Returns positions that restart with each document and sample, if documents are told apart.
+
+        All tokens are real, and all targets count alike: the first token of a document too, which is the
+        target of the last one of the document before it.
+        """
+        if not self._document_mask:
+            return None
+        rows = [self._positions(*self._place(n)) for n in range(first, first + count)]
+        return TokenMetadata(None, None, torch.from_numpy(np.stack(rows)))
 
     def num_counted(self, first: int, count: int) -> int:
         """Counts the targets in samples, all of which count for the loss."""
@@ -124,17 +141,36 @@ class PackedDataset:
         samples = permutation(self.samples_per_epoch, self._seed, _SAMPLES, number)
         return _Epoch(documents, np.cumsum(self._lengths(documents)), samples)
 
-    def _read(self, epoch: _Epoch, start: int) -> np.ndarray:
-        """Reads the S + 1 tokens of the stream from ``start``."""
-        stop = start + self.seq_len + 1
+    def _place(self, n: int) -> tuple[_Epoch, int]:
+        """Finds the epoch of a sample, and where it starts in that epoch's stream."""
+        assert n >= 0, f"sample {n} comes before the first"
+        number, place = divmod(n, self.samples_per_epoch)
+        epoch = self._epoch(number)
+        cut = place if epoch.samples is None else int(epoch.samples[place])
+        return epoch, cut * self.seq_len
+
+    def _pieces(self, epoch: _Epoch, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the documents of a stretch of the stream, their begins, and how much of each lies in it."""
         first = np.searchsorted(epoch.ends, start, side="right")
         last = np.searchsorted(epoch.ends, stop, side="left")
         documents, ends = epoch.documents[first : last + 1], epoch.ends[first : last + 1]
         begins = ends - self._lengths(documents)
-        counts = np.minimum(ends, stop) - np.maximum(begins, start)
+        return documents, begins, np.minimum(ends, stop) - np.maximum(begins, start)
+
+    def _read(self, epoch: _Epoch, start: int) -> np.ndarray:
+        """Reads the S + 1 tokens of the stream from ``start``."""
+        stop = start + self.seq_len + 1
+        documents, begins, counts = self._pieces(epoch, start, stop)
         # Index in the stream -> index in the file: one shift per document, the same for all its tokens.
         shifts = np.repeat(self._indexed.document_offsets[documents] - begins, counts)
         return self._indexed.gather(np.arange(start, stop) + shifts)
+
+    def _positions(self, epoch: _Epoch, start: int) -> np.ndarray:
+        """Returns ``[S]`` int64, the positions of inputs in the parts of documents that the sample has."""
+        stop = start + self.seq_len
+        _, begins, counts = self._pieces(epoch, start, stop)
+        positions: np.ndarray = np.arange(start, stop) - np.repeat(np.maximum(begins, start), counts)
+        return positions
 
 
 class OrderedDataset(PackedDataset):

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,37 +21,41 @@ class TokenMetadata:
     """Metadata of the tokens of a batch.
 
     Attributes:
-        weights_BS: fp32 weight of each target's loss: 1 or 0 when read, then its share of the step's mean.
-        real_BS: True for tokens, False for padding.
-        positions_BS: Position of each input in its conversation, from 0; None if the conversations of a
-            sample see one another, as documents of text do.
+        weights_BS: fp32 weight of each target's loss: 1 or 0 when read, then its share of the step's mean;
+            None if all targets count alike.
+        real_BS: True for tokens, False for padding; None if all are tokens.
+        positions_BS: Position of each input in its document or conversation, from 0 at its beginning and at
+            that of the sample; None if those of a sample see one another.
     """
 
-    weights_BS: Tensor
-    real_BS: Tensor
+    weights_BS: Tensor | None
+    real_BS: Tensor | None
     positions_BS: Tensor | None
 
     def times(self, factor: float) -> TokenMetadata:
         """Multiplies the weights by a factor."""
-        return replace(self, weights_BS=self.weights_BS * factor)
+        return self if self.weights_BS is None else replace(self, weights_BS=self.weights_BS * factor)
 
     def after(self, count: int) -> TokenMetadata:
         """Drops the first ``count`` samples."""
-        positions = None if self.positions_BS is None else self.positions_BS[count:]
-        return TokenMetadata(self.weights_BS[count:], self.real_BS[count:], positions)
+        return TokenMetadata(*(part if part is None else part[count:] for part in self._parts()))
 
     @staticmethod
     def together(parts: Sequence[TokenMetadata | None]) -> TokenMetadata | None:
-        """Concatenates the metadata of batches of one kind; returns None if they have none."""
-        known = [part for part in parts if part is not None]
+        """Concatenates the metadata of batches of one data set, which know the same; None if nothing."""
+        known = [part._parts() for part in parts if part is not None]
         if not known:
             return None
-        positions = [part.positions_BS for part in known if part.positions_BS is not None]
-        return TokenMetadata(
-            torch.cat([part.weights_BS for part in known]),
-            torch.cat([part.real_BS for part in known]),
-            torch.cat(positions) if positions else None,
-        )
+        joined = ([tensor for tensor in kind if tensor is not None] for kind in zip(*known, strict=True))
+        return TokenMetadata(*(torch.cat(kind) if kind else None for kind in joined))
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.weights_BS, self.real_BS, self.positions_BS
+
+
+def begins_document(positions_BS: Tensor) -> Tensor:
+    """Returns ``[B, S]`` bool, True where positions do not go on by one: a document begins."""
+    return F.pad(positions_BS.diff(dim=1) != 1, (1, 0), value=True)
 
 
 class Samples(Protocol):

@@ -74,6 +74,8 @@ def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
         cfg: The data config.
         prefix: Path of the data config in the whole config; mistakes name ``PREFIX.path``.
     """
+    if cfg.blend:
+        return _check_blend(cfg, prefix)
     train, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg)
     if cfg.validation_path is None:
         return mistakes
@@ -87,12 +89,28 @@ def check_paths(cfg: DataConfig, prefix: str = "data") -> list[Mistake]:
     return mistakes
 
 
+def _check_blend(cfg: DataConfig, prefix: str) -> list[Mistake]:
+    """Finds the mistakes in every source, and documents that one trains on and another validates on."""
+    mistakes, train = list[Mistake](), list[Path]()
+    for i, own in enumerate(cfg.sources()):
+        mistakes += check_paths(own, f"{prefix}.blend[{i}]")
+        train += resolve(own).of_tokens if not mistakes else ()
+    for i, each in enumerate(cfg.blend if not mistakes else ()):
+        if each.validation_path is not None:
+            shared = shared_files(train, resolve(cfg.of(each.validation_path)).of_tokens)
+            remedy = "Leave it out of one of them; a model is not validated on what it was trained on."
+            where = f"{prefix}.blend[{i}].validation_path"
+            mistakes += _capped(where, shared, "is also trained on, by name, link or content", remedy)
+    return mistakes
+
+
 def resolve(cfg: DataConfig, prefix: str = "data") -> Sources:
     """Returns the files that ``cfg.path`` names.
 
     Raises:
         DataError: Mistakes were found; it holds all of them.
     """
+    assert not cfg.blend, "each source of a blend is resolved by itself"
     sources, mistakes = _inspect(cfg.path, f"{prefix}.path", cfg)
     if mistakes:
         raise DataError(mistakes)
@@ -110,6 +128,10 @@ def read_documents(cfg: DataConfig, log: Callable[[str], None]) -> Iterator[Docu
     Raises:
         DataError: A file cannot be read; gives its name and, if possible, the line.
     """
+    if cfg.blend:
+        for own in cfg.sources():
+            yield from read_documents(own, log)
+        return
     sources = resolve(cfg)
     if sources.kind == "indexed":
         raise DataError.one(
@@ -144,6 +166,8 @@ def fingerprint(cfg: DataConfig) -> str:
 
     For the standard library, it covers the Python version and the names and sizes of the files.
     """
+    if cfg.blend:
+        return hashlib.sha256(" ".join(map(fingerprint, cfg.sources())).encode()).hexdigest()
     sources = resolve(cfg)
     parts: list[object] = [sources.kind, cfg.text_key, cfg.append_eos, cfg.prepend_bos]
     if cfg.format == "chat":

@@ -14,6 +14,7 @@ from recipes.data.samples import TokenMetadata
 from recipes.engines.base import Engine, TrainModule
 from recipes.engines.micro_batch import MicroBatch
 from recipes.models.hf.deferred_init import persistent_buffers
+from recipes.models.hf.document_inputs import document_inputs
 from recipes.models.hf.head_losses import computes_losses
 from recipes.models.hf.hf_model import HFModel
 
@@ -50,9 +51,10 @@ class HFTrainModule(TrainModule):
         """Runs a forward pass, under autocast if the precision asks for it."""
         device = self.engine.device
         inputs: dict[str, Any] = {"input_ids": tokens_BS, "use_cache": False}
-        if metadata is not None and metadata.positions_BS is not None:
-            inputs["position_ids"] = metadata.positions_BS.to(device)
-        real_BS = None if metadata is None else metadata.real_BS.to(device)
+        real_BS = None
+        if metadata is not None:
+            inputs |= document_inputs(self.model.module, metadata.positions_BS)
+            real_BS = None if metadata.real_BS is None else metadata.real_BS.to(device)
         with (
             self.model.padded(real_BS),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast),

@@ -28,4 +28,5 @@ class MicroBatch:
 
 def batch_loss(losses_BS: Tensor, metadata: TokenMetadata | None) -> Tensor:
     """Returns the mean of a micro-batch's losses, or their weighted sum where its tokens have weights."""
-    return losses_BS.mean() if metadata is None else (losses_BS * metadata.weights_BS.to(losses_BS)).sum()
+    weights_BS = None if metadata is None else metadata.weights_BS
+    return losses_BS.mean() if weights_BS is None else (losses_BS * weights_BS.to(losses_BS)).sum()

@@ -6,7 +6,7 @@ Letters: B samples, S sequence length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,9 +140,10 @@ def check_export(
 
 def _tokens(config: RunConfig, dense: Path) -> tuple[Tensor, str]:
     """Returns tokens of the run's validation text where it names some, and what they are."""
-    data, text = config.data, "the run's text"
+    # Of a blend, the first source.
+    data, text = config.data.sources()[0], "the run's text"
     if data.validation_path is not None:
-        data, text = replace(data, path=data.validation_path, validation_path=None), "the validation text"
+        data, text = data.of(data.validation_path), "the validation text"
     vocabulary = vocabulary_size(dense, trust_remote_code=config.trust_remote_code)
     try:
         if resolve(data).kind == "indexed":

@@ -29,6 +29,8 @@ _REMEDY = "Set it back to go on, or start a new run with resume=none."
 # Where nothing that is written down has changed.
 _UNKNOWN = "the tokens themselves, though options, files and tokenizer are those of then (another version?)"
 _SHOWN = 3
+# An option whose absence means something else than its default.
+_SINCE = "data.document_mask"
 # More files are not listed one by one.
 _MOST_FILES = 2000
 
@@ -77,11 +79,12 @@ def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:
     """
     data = config.data
     options = {f"data.{key}": value for key, value in dataclasses.asdict(data).items()}
-    if resolve(data).kind == "stdlib":
+    if any(resolve(own).kind == "stdlib" for own in data.sources()):
         options["the version of Python, whose library is the text,"] = platform.python_version()
     if config.dense is None:
         options |= {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
-    paths = {path for one in (data, _validation(data)) if one is not None for path in _on_disk(one)}
+    named = [data.of(own.validation_path) for own in data.sources() if own.validation_path is not None]
+    paths = {path for one in (*data.sources(), *named) for path in _on_disk(one)}
     stats = {str(path): path.stat() for path in sorted(paths)}
     if len(paths) > _MOST_FILES:
         options["the number of files"], options["their bytes"] = (
@@ -110,12 +113,6 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _validation(config: DataConfig) -> DataConfig | None:
-    if config.validation_path is None:
-        return None
-    return dataclasses.replace(config, path=config.validation_path, validation_path=None)
-
-
 def _on_disk(config: DataConfig) -> list[Path]:
     sources = resolve(config)
     if sources.kind == "indexed":
@@ -138,6 +135,8 @@ def data_changes(then: Any, now: Mapping[str, Any]) -> str:
         if not isinstance(old, Mapping) or (kind == "times" and found):
             continue
         # Options that a version of then did not write down are not new ones.
+        if kind == "options" and new.get(_SINCE) and _SINCE not in old:
+            found.append(f"{_SINCE} was not there yet, which is false, and is true")
         for name in sorted(old.keys() & new.keys() if kind == "options" else old.keys() | new.keys()):
             if name not in new:
                 found.append(f"{name} is gone")

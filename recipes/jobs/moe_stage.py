@@ -56,7 +56,6 @@ def build_moe(run: StageRun, source: Path | None, statistics_of: Path | None = N
     Returns:
         None when the run was asked to stop meanwhile.
     """
-    run.fit_attention()
     method = upcycle_method(run.config.upcycle)
     statistics = _statistics(run, method, statistics_of or source)
     if statistics is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from recipes.models.hf.config_file import context_length, read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
+from recipes.models.hf.packed_attention import check_documents
 from recipes.runtime.extras import check_names
 from recipes.runtime.relaunch import Launch
 from recipes.tracking.trackers import check_tracker
@@ -60,6 +60,7 @@ def check_run(config: RunConfig, world_size: int) -> list[Mistake]:
     dense = read_ffn_shape(folder)
     mistakes += check_method(config, dense) + check_low_rank(config, dense)
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
+    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=config.trust_remote_code)
     return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
 
 
@@ -169,8 +170,7 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
     path = config.section(CalibrationConfig).path
     if path is None:
         return []
-    own = replace(config.data, path=path, validation_path=None)
-    return check_paths(own, "calibration")
+    return check_paths(config.data.of(path), "calibration")
 
 
 def check_model(config: RunConfig) -> list[Mistake]:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from moe.errors import ConfigError
 from recipes.checkpoint import Origin, checkpoint_bytes, find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.manifest import parse_manifest
-from recipes.data.chat_samples import ChatSamples
 from recipes.jobs.accounts import put_training, step_costs
+from recipes.jobs.blend_use import foresee_blend
 from recipes.jobs.top_k_schedules import describe_phases
 from recipes.models.hf.deferred_init import CheckpointWeights
-from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.run_file import read_run_file
 from recipes.tracking.results import Results, stage_label
 from recipes.training.model_costs import measure_costs, scheduled_costs, step_model
@@ -125,7 +124,7 @@ class StageRun:
         inputs: Shared by all stages of the run.
         name: Name of the stage.
         config: The run's config with the stage's own length.
-        data: Samples, with attention fitted to the model once it is built.
+        data: Samples.
         blank, begun: As those of `Built`, once the model is built.
     """
 
@@ -172,6 +171,7 @@ class StageRun:
         config = self.parts.budget(self.config)
         assert config is not None, f"{self.name}: the stages before it make its length known"
         self.config = config
+        foresee_blend(self.data, self._first_sample() + config.train.steps * config.train.global_batch_size)
         if self.finished:
             self.log(f"{self.name}: finished by an earlier process of this run")
             return True
@@ -230,16 +230,6 @@ class StageRun:
         trust = self.config.trust_remote_code
         return dense_model(open_dense(self.inputs.folder, trust_remote_code=trust), trust_remote_code=trust)
 
-    def fit_attention(self) -> None:
-        """Fits conversations to the dense model's attention, which is tried out; text stays as it is."""
-        if not isinstance(self.data.train, ChatSamples):
-            return
-        model = self.dense()
-        self.engine.shard_for_eval(model)
-        self.data = fit_attention(self.data, model.module, self.log)
-        del model
-        gc.collect()
-
     def _report(self, stage: Stage, result: StageResult) -> None:
         if self.parts.report is not None:
             self.parts.report(self, stage, result)
@@ -285,10 +275,7 @@ class StageRun:
         return stage
 
     def _first_sample(self) -> int:
-        """Returns the first sample that the default model, if one was trained, has not seen."""
-        if self.parts.first_sample is not None or self.config.dense is not None:
-            return self.parts.first_sample or 0
-        return self.config.model.steps * self.config.train.global_batch_size
+        return first_sample(self.config) if self.parts.first_sample is None else self.parts.first_sample
 
     def _require_space(self, stage: Stage) -> None:
         one = checkpoint_bytes(stage.train_module.checkpoint_tensors())
@@ -300,9 +287,13 @@ class StageRun:
         )
 
 
+def first_sample(config: RunConfig) -> int:
+    """Returns the first sample that the default model, if one was trained, has not seen."""
+    return config.model.steps * config.train.global_batch_size if config.dense is None else 0
+
+
 def build_dense(run: StageRun, source: Path | None) -> Built:
     """Builds the dense model: the baseline of both sparse-upcycling papers, on the same tokens."""
-    run.fit_attention()
     model = run.dense()
     if source is not None:
         model.weights = CheckpointWeights()

@@ -25,7 +25,6 @@ from recipes.jobs.moe_stage import build_moe, report_moe
 from recipes.jobs.stage_run import Built, StageInputs, StageParts, StageRun
 from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.config_file import vocabulary_size
-from recipes.models.hf.packed_attention import attending_as
 from recipes.runtime.run_file import read_run_file, write_run_file
 from recipes.training.training_loop import Stage, StageResult, validation_loss
 
@@ -43,13 +42,14 @@ class TwoStageJob(UpcycleJob):
         mistakes = super().check(config, world_size)
         second = stage2_config(config)
         stage2 = config.section(Stage2Config)
-        own = dataclasses.replace(second.data, path=stage2.path)
+        own = second.data
         if stage2.path is None:
             rule = "the second stage has no data"
             mistakes.append(Mistake("stage2.path", None, rule, "Name its files."))
         else:
             mistakes += [m for m in check_paths(own, "stage2") if m not in mistakes]
-            if not mistakes and resolve(config.data).files == resolve(own, "stage2").files:
+            files = resolve(own, "stage2").files if not mistakes else ()
+            if any(resolve(first).files == files for first in config.data.sources() if files):
                 rule = "it is the data of the first stage"
                 remedy = "Name other files, or train one stage by +recipe=upcycle."
                 mistakes.append(Mistake("stage2.path", stage2.path, rule, remedy))
@@ -98,7 +98,7 @@ def stage2_config(config: RunConfig) -> RunConfig:
     schedule = dataclasses.replace(config.optim.schedule, warmup_steps=stage.warmup_steps)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, path=stage.path, validation_path=stage.validation_path),
+        data=config.data.of(stage.path, stage.validation_path),
         train=dataclasses.replace(config.train, steps=stage.steps),
         optim=dataclasses.replace(config.optim, lr=stage.lr, schedule=schedule, frozen=FrozenConfig()),
         top_k_schedule=[],
@@ -175,9 +175,8 @@ def _end_of_stage1(run: StageRun, first_steps: int) -> Path:
 
 
 def _report_second(run: StageRun, stage: Stage, result: StageResult, *, first_data: TrainData) -> None:
-    first = attending_as(first_data, run.data)
     heartbeat = run.inputs.console.heartbeat
-    again = validation_loss(run.engine, stage.train_module, first, run.config.train, heartbeat)
+    again = validation_loss(run.engine, stage.train_module, first_data, run.config.train, heartbeat)
     _put_stage(run, 2, result, result.step * stage.tokens_per_step, val_loss_stage1=again)
     ended = run.results.content["stages"][0]["val_loss"]
     run.log(f"stage 1: validation loss on its own data {ended:.4f} at its end, {again:.4f} after stage 2")
@@ -192,7 +191,7 @@ def _put_stage(run: StageRun, number: int, result: StageResult, tokens: int, **m
     """Writes the section of a stage in place of that of an earlier process."""
     row = {
         "stage": number,
-        "data": run.config.data.path,
+        "data": run.config.data.path or [each.path for each in run.config.data.blend] or None,
         "steps": result.step,
         "tokens": tokens,
         "lr": run.config.optim.lr,

@@ -14,13 +14,14 @@ from recipes.data.sources import resolve
 from recipes.engines.console import RankConsole
 from recipes.jobs.accounts import account, find_peaks
 from recipes.jobs.base import Job, Session
+from recipes.jobs.blend_use import foresee_blend
 from recipes.jobs.default_model import default_dense, shared_data, train_default
 from recipes.jobs.expert_rules import refuse_low_rank
 from recipes.jobs.identity import data_parts, identity, refuse_changes
 from recipes.jobs.moe_stage import MOE
 from recipes.jobs.preflight import check_run
 from recipes.jobs.run_dir import RunDir
-from recipes.jobs.stage_run import CPT, StageInputs, StageRun
+from recipes.jobs.stage_run import CPT, StageInputs, StageRun, first_sample
 from recipes.models.hf.config_file import vocabulary_size
 from recipes.runtime.machine_memory import is_out_of_memory
 from recipes.tracking.results import Results
@@ -43,10 +44,11 @@ class UpcycleJob(Job):
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks all of `check_run`, and that the default model can be trained on the data."""
         mistakes = check_run(config, world_size)
-        if not mistakes and config.dense is None and resolve(config.data).kind == "indexed":
-            rule = "there is no text in it to train the default model's tokenizer on"
-            remedy = "Set dense to the checkpoint whose tokenizer made these files."
-            mistakes.append(Mistake("data.path", config.data.path, rule, remedy))
+        for own in config.data.sources() if not mistakes and config.dense is None else ():
+            if resolve(own).kind == "indexed":
+                rule = "there is no text in it to train the default model's tokenizer on"
+                remedy = "Set dense to the checkpoint whose tokenizer made these files."
+                mistakes.append(Mistake("data.path", own.path, rule, remedy))
         if config.attention is not None and not self.takes_attention:
             rule = f"the job {self.name} does not make experts of attention"
             mistakes.append(Mistake("attention", config.attention.name, rule, "Set attention=none."))
@@ -85,6 +87,11 @@ class UpcycleJob(Job):
         changed = console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, parts()))
         if changed:
             console.log(f"run: going on with other options than it began with: {changed}")
+        last = first_sample(config) + max(loop.planned.values(), default=config.train.steps) * (
+            config.train.global_batch_size
+        )
+        for line in foresee_blend(data, last):
+            console.log(line)
         if config.dense is None and not train_default(config, console, loop, folder, data):
             return False
         content = session.engine.broadcast(Results.read(run_dir.summary) if console.is_rank0 else None)
@@ -126,12 +133,15 @@ class UpcycleJob(Job):
 def _describe(config: RunConfig, console: RankConsole, data: TrainData) -> None:
     train, world = config.train, console.engine.data_ranks
     tokens = train.global_batch_size * data.train.seq_len
+    passes = train.steps * train.global_batch_size / data.train.samples_per_epoch
+    epochs = "" if data.sources else f"; {train.steps} steps are {passes:.2f} epochs"
     console.log(
         f"data: {data.train_tokens:,} tokens to train on, {data.validation_tokens:,} held out; a step takes "
         f"{tokens:,} tokens = {train.num_micro_batches(world)} micro-batches x {world} ranks x "
-        f"{train.micro_size(world)} samples x {data.train.seq_len}; {train.steps} steps are "
-        f"{train.steps * train.global_batch_size / data.train.samples_per_epoch:.2f} epochs"
+        f"{train.micro_size(world)} samples x {data.train.seq_len}{epochs}"
     )
+    sees = "do not see" if config.data.document_mask else "see"
+    console.log(f"data: the documents of a sample {sees} one another")
 
 
 def _conclude(run_dir: RunDir, results: Results) -> None:

@@ -78,6 +78,7 @@ class StageResult:
         val_loss: Loss of the last validation.
         first_val_loss: Loss of the validation before the first step; None if not known.
         tokens_per_s: Median over the steps of this process.
+        val_losses: Losses of the last validation of this process by the name of their metric.
         missing: Reasons by the name of figures that no row has.
     """
 
@@ -86,4 +87,5 @@ class StageResult:
     val_loss: float | None
     first_val_loss: float | None
     tokens_per_s: float | None
+    val_losses: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from recipes.training.callbacks.base import Callback, StageInfo
 from recipes.training.guards.run_guards import RunGuards
 from recipes.training.guards.stage_guard import DivergedError, StageGuard
 from recipes.training.hooks.base import Pauses, StageContext, StepHook, TrainStep
+from recipes.training.hooks.blend_shares import BlendShares
 from recipes.training.hooks.recovery import Recovery
 from recipes.training.hooks.stage_meters import StageMeters
 from recipes.training.hooks.stage_saves import StageSaves, load_stage
@@ -97,6 +98,7 @@ class Loop:
         saves = StageSaves(run, guard, before_save)
         meters = StageMeters(run, self.meters, self._window)
         hooks: list[StepHook] = [guard, meters, Recovery(run, guard, saves), Validation(run), saves]
+        hooks.append(BlendShares(run))
         try:
             with self.guards.heartbeat.training():
                 self._train(stage, info, result, hooks)
@@ -129,7 +131,7 @@ class Loop:
         for hook in hooks:
             hook.at_start()
         if stage.first_step == 0:
-            self._emit(info, {"step": 0, "tokens": 0, "val_loss": result.val_loss}, None)
+            self._emit(info, {"step": 0, "tokens": 0, **result.val_losses}, None)
         speeds: list[float] = []
         stopping = False
         while result.step < stage.train.steps and not stopping:

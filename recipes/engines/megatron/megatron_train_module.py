@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.checkpoint import LocalBlocks
-from recipes.data.samples import TokenMetadata
+from recipes.data.samples import TokenMetadata, begins_document
 from recipes.engines.base import TrainModule, may_update
 from recipes.engines.hf_train_module import model_tensors
 from recipes.engines.megatron.build_settings import BuildSettings
@@ -153,7 +153,8 @@ class MegatronTrainModule(TrainModule):
         if self.model.schedule is not None:
             run.top_k = self.model.schedule.at(run.step)
         run.token_ids = batch.tokens_BS1[:, :-1].to(self.device)
-        run.padding_mask = None if metadata is None else metadata.real_BS.to(self.device)
+        real_BS = None if metadata is None else metadata.real_BS
+        run.padding_mask = None if real_BS is None else real_BS.to(self.device)
 
     @torch.no_grad()
     def step(self, lr_factor: float, norm_limit: float = math.inf) -> Tensor:
@@ -258,13 +259,15 @@ def _loss(metadata: TokenMetadata | None, losses_BS: Tensor) -> tuple[Tensor, Te
 def _attention_mask(metadata: TokenMetadata | None, device: torch.device) -> Tensor | None:
     """Returns the ``[B, 1, S, S]`` mask, True where a position is hidden from another; None is causal.
 
-    Rotary embeddings depend on distances alone, so that positions need not restart with a conversation.
+    Rotary embeddings depend on distances alone, so that positions need not restart with a document. Where no
+    row has a boundary attention keeps its causal path.
     """
     if metadata is None or metadata.positions_BS is None:
         return None
-    positions_BS = metadata.positions_BS.to(device)
-    begins_BS = F.pad(positions_BS[:, 1:] - positions_BS[:, :-1] != 1, (1, 0))
-    number_BS = begins_BS.cumsum(1)
+    begins_BS = begins_document(metadata.positions_BS)
+    if not begins_BS[:, 1:].any():
+        return None
+    number_BS = begins_BS.to(device).cumsum(1)
     same_BSS = number_BS[:, :, None] == number_BS[:, None, :]
     return ~same_BSS.tril()[:, None]
 

@@ -178,16 +178,21 @@ def _renaming(model: Any) -> Callable[[str], str]:
     return in_state
 
 
+def narrow(config: Any, blocks: int) -> None:
+    """Leaves a config of transformers the first blocks alone, with narrow networks."""
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        with suppress(AttributeError):  # some configs compute them from the number of layers
+            config.layer_types = config.layer_types[:blocks]
+    for key in _WIDTH_KEYS:
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, _TRIAL_WIDTH)
+
+
 def _try_out(folder: Path, config: Any, trust: bool) -> None:
     """Verifies the network of a narrow block of the family, on random weights."""
     small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
-    if getattr(small, "layer_types", None):
-        with suppress(AttributeError):  # some configs compute them from the number of layers
-            small.layer_types = small.layer_types[:1]
-    for key in _WIDTH_KEYS:
-        if isinstance(getattr(small, key, None), int):
-            setattr(small, key, _TRIAL_WIDTH)
+    narrow(small, 1)
     model = _build(folder, small, trust)
     generator = torch.Generator().manual_seed(0)
     for site in find_ffns(model, small, verify=False):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe.errors import ConfigError
 from moe.upcycle import upcycle_method
 from recipes.config.schema import RunConfig
 from recipes.data.build_data import load_data
 from recipes.engines import engine_classes
 from recipes.engines.console import RankConsole
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.packed_attention import fit_attention
+from recipes.models.hf.packed_attention import check_documents
 from recipes.runtime.interrupt import StopRequest
 from recipes.upcycling.calibration.gather import Calibration, LayerTensors
 
@@ -29,6 +30,8 @@ def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTen
     method = upcycle_method(config.upcycle).for_router(config.router)
     if not method.statistics:
         return {}
+    if mistakes := check_documents(config.data, model.folder, trust_remote_code=config.trust_remote_code):
+        raise ConfigError(mistakes)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = int(model.config.get_text_config().vocab_size)
     cache = Path(config.cache_dir).expanduser().absolute() / "tokens"
@@ -36,7 +39,6 @@ def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTen
     engine.open()
     try:
         data = load_data(config.data, model.folder, cache, vocab_size, lambda line: None)
-        data = fit_attention(data, model.module, print)
         with StopRequest(verbose=True) as stop:
             return Calibration(config, RankConsole(engine), stop, folder, model, method, data).run()
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,6 @@ from recipes.data.samples import Samples, TokenMetadata
 from recipes.engines.console import RankConsole
 from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.packed_attention import fit_attention
 from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.progress import Progress
 from recipes.tracking.metrics_log import Metric, reduce_metrics
@@ -123,7 +121,7 @@ class Calibration:
             return data.train, data.fingerprint
         run, console = self.run_config, self.console
         # Both sides of the split: all of it is calibrated on, none held out.
-        own = dataclasses.replace(run.data, path=path, validation_path=path)
+        own = run.data.of(path, path)
         cache = Path(run.cache_dir).expanduser().absolute() / "tokens"
         vocab_size = int(self.model.config.get_text_config().vocab_size)
 
@@ -131,7 +129,7 @@ class Calibration:
             return load_data(own, self.model.folder, cache, vocab_size, log)
 
         console.on_rank_zero(lambda: load(console.lines).fingerprint)
-        loaded = fit_attention(load(lambda line: None), self.model.module, console.log)
+        loaded = load(lambda line: None)
         return loaded.train, loaded.fingerprint
 
     def _identity(self, text_fingerprint: str) -> dict[str, Any]:

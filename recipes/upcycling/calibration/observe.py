@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe.upcycle.statistics.base import LayerBatch
 from moe.upcycle.statistics.layer_statistics import LayerStatistics
 from recipes.data.samples import TokenMetadata
+from recipes.models.hf.document_inputs import document_inputs
 from recipes.models.hf.ffn_blocks import FFNSite
 from recipes.models.hf.hf_model import HFModel
 
@@ -58,11 +59,13 @@ class Observer:
         tokens_BS1 = tokens_BS1.to(device)
         S = tokens_BS1.shape[1] - 1
         self._index_T = (first_index_B[:, None] + torch.arange(S)).flatten().to(device)
-        self._mask_T = None if metadata is None else metadata.real_BS.flatten().to(device)
-        more = {}
-        if metadata is not None and metadata.positions_BS is not None:
-            more["position_ids"] = metadata.positions_BS.to(device)
         model = self.model.module
+        weights_BS = real_BS = None
+        more: dict[str, Tensor] = {}
+        if metadata is not None:
+            weights_BS, real_BS = metadata.weights_BS, metadata.real_BS
+            more = document_inputs(model, metadata.positions_BS)
+        self._mask_T = None if real_BS is None else real_BS.flatten().to(device)
         low = self.compute_dtype != torch.float32
         with (
             torch.set_grad_enabled(gradient),
@@ -74,11 +77,11 @@ class Observer:
             logits_BSV = model(input_ids=tokens_BS1[:, :-1], use_cache=False, **more).logits
             flat_TV, targets_T = logits_BSV.float().flatten(0, 1), tokens_BS1[:, 1:].flatten()
             # Summed: a token's gradient does not depend on how many share the batch.
-            if metadata is None:
+            if weights_BS is None:
                 loss = F.cross_entropy(flat_TV, targets_T, reduction="sum")
             else:
                 losses_T = F.cross_entropy(flat_TV, targets_T, reduction="none")
-                loss = (losses_T * metadata.weights_BS.flatten().to(device)).sum()
+                loss = (losses_T * weights_BS.flatten().to(device)).sum()
         loss.backward()
 
     @contextmanager

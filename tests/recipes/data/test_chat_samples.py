@@ -75,8 +75,6 @@ def test_a_sample_by_hand(tmp_path: Path, words: Path) -> None:
     assert metadata.positions_BS.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 0]]
     assert data.num_counted(0, 1) == 4
     assert data.num_counted(0, 3) == 12
-    assert data.crossing().metadata(0, 1).positions_BS is None
-    assert data.metadata(0, 1).positions_BS is not None
 
 
 def test_a_conversation_that_fills_a_sample(tmp_path: Path, words: Path) -> None:

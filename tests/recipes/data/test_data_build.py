@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 from moe.errors import DataError
 from recipes.data.build_data import build_data, check_ids, load_data
 from recipes.data.config import DataConfig
-from recipes.data.indexed import IndexedWriter
+from recipes.data.indexed import IndexedDataset, IndexedWriter, content_hash
+from recipes.data.packing import ORDER_VERSION
 
 
 def write(prefix: Path, seed: int, documents: int = 200) -> Path:
@@ -52,6 +55,10 @@ def test_validation_on_the_same_tokens_is_refused(tmp_path: Path) -> None:
 def test_fingerprint_is_of_the_tokens_and_the_order(tmp_path: Path) -> None:
     prefix, cfg = write(tmp_path / "p", 0), DataConfig(seq_len=16)
     first = build_data(cfg, prefix).fingerprint
+    # What it was before there were masks.
+    before = [content_hash(IndexedDataset(prefix)), 0.02, 16, 0, ORDER_VERSION]
+    crossing = build_data(DataConfig(seq_len=16, document_mask=False), prefix)
+    assert crossing.fingerprint == hashlib.sha256(json.dumps(before).encode()).hexdigest() != first
     (tmp_path / "elsewhere").mkdir()
     for suffix in (".bin", ".idx"):
         shutil.copyfile(f"{prefix}{suffix}", tmp_path / "elsewhere" / f"q{suffix}")

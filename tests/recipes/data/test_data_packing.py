@@ -45,6 +45,37 @@ def test_ordered_takes_only_its_documents_and_passes_empty_ones(tmp_path: Path) 
     assert data.batch(0, 2).tolist() == [[3, 4, 5], [5, 1, 2]]
 
 
+def test_positions_by_hand(tmp_path: Path) -> None:
+    # Stream 1 2 3 4 5 | 6 | 7 8 9 10 11, S = 3: inputs 1 2 3, then 4 5 6, then 7 8 9. The second sample
+    # begins within a document, and counts from 0 as well.
+    files = indexed(tmp_path, [[1, 2, 3, 4, 5], [], [6], [7, 8, 9, 10, 11]])
+    data = OrderedDataset(files, 3, 0, np.arange(4), document_mask=True)
+    found = data.metadata(0, 3)
+    assert found is not None and found.positions_BS is not None
+    assert found.positions_BS.tolist() == [[0, 1, 2], [0, 1, 0], [0, 1, 2]]
+    assert found.weights_BS is None and found.real_BS is None
+    assert OrderedDataset(files, 3, 0, np.arange(4)).metadata(0, 3) is None
+
+
+def test_positions_equal_the_obvious_ones(tmp_path: Path) -> None:
+    documents = random_documents(60, 9)
+    owner = {token: (i, at) for i, document in enumerate(documents) for at, token in enumerate(document)}
+    data = PackedDataset(indexed(tmp_path, documents), 7, 3, np.arange(60), document_mask=True)
+    size = 2 * data.samples_per_epoch
+    found = data.metadata(0, size)
+    assert found is not None and found.positions_BS is not None
+    restarts = 0
+    for row, positions in zip(data.batch(0, size).tolist(), found.positions_BS.tolist(), strict=True):
+        wanted: list[int] = []
+        for k, token in enumerate(row[:-1]):
+            # Of the same document, one further.
+            goes_on = k > 0 and owner[token] == (owner[row[k - 1]][0], owner[row[k - 1]][1] + 1)
+            wanted.append(wanted[-1] + 1 if goes_on else 0)
+            restarts += k > 0 and not goes_on
+        assert positions == wanted
+    assert restarts > 30
+
+
 def test_shuffled_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = {packing._DOCUMENTS: [[2, 0, 1], [1, 2, 0]], packing._SAMPLES: [[1, 0], [0, 1]]}
     monkeypatch.setattr(packing, "permutation", lambda n, seed, what, epoch: np.array(orders[what][epoch]))

@@ -168,6 +168,7 @@ def make_data() -> Any:
     """Stands in for `TrainData`; validation are samples that training does not reach."""
     return SimpleNamespace(
         files=(),
+        sources=(),
         train=SimpleNamespace(
             seq_len=SEQ_LEN,
             batch=tokens,

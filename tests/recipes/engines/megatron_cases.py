@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.dispatch.local import LocalDispatcher
@@ -19,6 +20,7 @@ from moe.routers.deepseek_v3 import DeepSeekV3Router
 from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.copies import Copy
 from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.data.samples import TokenMetadata
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.hf_weights import LocalParameter, gathered, live_tensors, locate
 from recipes.engines.megatron.megatron_engine import MegatronConfig, MegatronEngine
@@ -336,6 +338,11 @@ def _compare(family: str, whose: str, layout: Layout) -> tuple[float, list[str]]
     model.module.eval()
     with torch.no_grad():
         wanted = model.module(input_ids=ids).logits
+        # Documents of four and six inputs, each alone.
+        alone = torch.cat(
+            [model.module(input_ids=ids[:, part]).logits for part in (slice(4), slice(4, 10))], 1
+        )
+        losses = F.cross_entropy(alone.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 10)
     tensors = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     _, cut, spread, stages = (*layout, 1)[:4]
     config: Any = {"tensor_parallel": cut, "expert_parallel": spread, "pipeline_parallel": stages}
@@ -347,6 +354,9 @@ def _compare(family: str, whose: str, layout: Layout) -> tuple[float, list[str]]
     with standing_in(config):
         train_module = engine.prepare(model, SGD)
     drift = float((train_module.logits(ids) - wanted).abs().max() / wanted.abs().max())
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5]).expand(3, -1)
+    packed = train_module.token_losses(ids, TokenMetadata(None, None, positions))
+    drift = max(drift, float((packed - losses).abs().max() / losses.max()))
     back = dict(train_module.full_tensors())
     odd = [name for name in tensors.keys() & back.keys() if not torch.equal(tensors[name], back[name])]
     engine.leave()

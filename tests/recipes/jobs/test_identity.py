@@ -216,6 +216,22 @@ def test_a_refusal_names_the_file_or_option_that_changed(
     assert "began with other data" in mistake.rule and "beef" not in str(mistake)
 
 
+def test_a_run_from_before_documents_were_kept_apart_is_named(tmp_path: Path) -> None:
+    run, folder = RunDir(tmp_path / "run", resumed=True), tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("early")
+    config = DataConfig(path=str(folder / "*.txt"))
+    check(run, data_config=config)
+    written = read_run_file(run.path)
+    del written["data_parts"]["options"]["data.document_mask"]
+    write_run_file(run.path, data_parts=written["data_parts"])
+    with pytest.raises(CheckpointError, match="data.document_mask was not there yet, which is false, and is"):
+        check(run, fingerprint="beef", data_config=config)
+    check(run, data_config=dataclasses.replace(config, document_mask=False))
+    with pytest.raises(CheckpointError, match="data.document_mask was False and is True"):
+        check(run, fingerprint="beef", data_config=config)
+
+
 def test_a_refusal_names_the_tokenizer_the_template_and_the_default_model(tmp_path: Path) -> None:
     run, dense = RunDir(tmp_path / "run", resumed=True), tmp_path / "dense"
     dense.mkdir()

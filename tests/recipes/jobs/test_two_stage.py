@@ -79,7 +79,7 @@ def test_it_leaves_both_stages(straight: Path, straight_run: Ended) -> None:
     for said in (
         "MoE after stage 1",
         "MoE after stage 2",
-        "conversations of a sample do not see one another",
+        "documents of a sample do not see one another",
     ):
         assert said in straight_run.out
     report = (straight / "report.html").read_text()
