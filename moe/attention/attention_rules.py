@@ -37,7 +37,7 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
     if top_k > num_experts:
         rule = f"the model has {num_experts} key-value heads"
         return [Mistake("attention.router.top_k", top_k, rule, f"Set {num_experts} or less.")]
-    found = cls.check(config.router, num_experts)
+    found = config.router.check(num_experts)
     if found is not None:
         return [found.under("attention.router")]
     if config.scale_factor is None and _balanced_scale(observe(config.router, num_experts)) is None:
@@ -52,7 +52,7 @@ def _kind_unsupported_reason(config: RouterConfig, cls: type[Router[Any]]) -> st
         return "a token's heads would depend on later tokens"
     if cls.wrap_dispatcher is not Router.wrap_dispatcher or cls.attach is not Router.attach:
         return "it reads feed-forward experts or averages their inputs"
-    if cls.needed_keys(config):
+    if config.needed_keys:
         return "it needs properties of a token that the run does not know"
     return None
 

@@ -61,7 +61,7 @@ def step_costs(
         peak_bytes_per_s=bandwidth.value,
         readers=expert_readers(model),
         uncounted=None if engine.data_ranks == engine.world_size else _CUT,
-        counts_slots=not any(layer.router.mixes_tokens for layer in model.routed_layers()),
+        counts_slots=not any(layer.router.config.mixes_tokens for layer in model.routed_layers()),
     )
 
 

@@ -12,8 +12,7 @@ from kernels.expert_mlp import BACKENDS
 from kernels.third_party import THIRD_PARTY
 from moe.errors import Mistake
 from moe.experts.lora import rank_unsupported_reason
-from moe.routers import router_class
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.config.schema import RunConfig
 
 RANK_PATH = "experts.lora.rank"
@@ -45,7 +44,7 @@ def check_low_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     if not rank:
         return []
     mistakes = []
-    if router_class(config.router.name).reads_experts(config.router):
+    if config.router.reads_experts:
         rule = "it reads the experts' weights, which do not change beside low-rank factors and do on export"
         remedy = "Choose another router, or set experts.lora.rank=0."
         mistakes.append(Mistake("router.name", config.router.name, rule, remedy))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import FieldError, Mistake, UserError
-from moe.routers import router_class
 from moe.upcycle import upcycle_method
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.config.places import check_folder
 from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
@@ -92,13 +91,12 @@ def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
 
 def check_router(config: RunConfig) -> list[Mistake]:
     """Checks that the router can route over so many experts, by the keys that a run knows of its tokens."""
-    cls = router_class(config.router.name)
     mistakes = []
-    for key in sorted(cls.needed_keys(config.router)):
+    for key in sorted(config.router.needed_keys):
         rule = "the data of a run carries no such key of its tokens: it is for callers of the library"
         remedy = "Set router.key=token_ids, and router.edges to the first ids of the ranges."
         mistakes.append(Mistake("router.key", key, rule, remedy))
-    found = cls.check(config.router, config.upcycle.num_experts)
+    found = config.router.check(config.upcycle.num_experts)
     if found is not None:
         mistakes.append(found.under("router"))
     return mistakes

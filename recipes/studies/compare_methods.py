@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from moe.errors import ConfigError, Mistake, UserError
 from moe.upcycle import upcycle_method
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
-from moe.upcycle.layer_plan import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.jobs.preflight import check_router

@@ -15,7 +15,6 @@ from typing import Any
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake, ModelError
-from moe.routers import router_class
 from moe.routers.configs import RouterConfig
 from recipes.engines.base import EngineLayout, HeldShares
 from recipes.engines.megatron.build_settings import BuildSettings
@@ -96,12 +95,11 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         """Requires experts that divide over the ranks, and a routing that maps tokens to experts."""
         mistakes = super().check_moe(config, num_experts, router)
         mistakes += dispatchers()[config.dispatcher].route_mistakes(num_experts, router)
-        kind = router_class(router.name)
         remedy = "Set engine=native, or choose another router."
-        if kind.mixes_tokens:
+        if router.mixes_tokens:
             rule = "its experts see mixtures of tokens, and Megatron's layer sends tokens as they are"
             mistakes.append(Mistake("router.name", router.name, rule, remedy))
-        elif kind.reads_experts(router):
+        elif router.reads_experts:
             rule = "it reads the weights of the experts, which Megatron's layer does not show it"
             mistakes.append(Mistake("router.name", router.name, rule, remedy))
         return mistakes

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.models.hf.config_file import read_config
 from recipes.models.hf.ffn_blocks import ACTIVATION_KEYS
 from recipes.models.hf.weight_files import weight_files

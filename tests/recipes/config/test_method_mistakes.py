@@ -31,7 +31,7 @@ def test_the_defaults_fit_the_embedded_model(method: str) -> None:
     [
         (
             ["upcycle=virtual_group", "upcycle.granularity=3", "upcycle.num_experts=9", "router.top_k=3"],
-            "upcycle.granularity=3: the 352 neurons of the dense network do not divide into so many shards. "
+            "upcycle.granularity=3: the 352 neurons of the dense network do not divide into 3 parts. "
             "Set a divisor.",
         ),
         (
@@ -50,7 +50,8 @@ def test_the_defaults_fit_the_embedded_model(method: str) -> None:
         ),
         (
             ["upcycle=partition", "upcycle.num_experts=7"],
-            "upcycle.num_experts=7: the 352 neurons of the dense network do not divide by it. Set a divisor.",
+            "upcycle.num_experts=7: the 352 neurons of the dense network do not divide into 7 parts. Set a "
+            "divisor.",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.engines import engine_classes
