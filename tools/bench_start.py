@@ -27,7 +27,9 @@ _COMMANDS = {
     "train.py --cfg": ["train.py", "--cfg", "+recipe=upcycle"],
     "a misspelt choice": ["train.py", "+recipe=upcycle", "router=topkk"],
     "a wrong value": ["train.py", "+recipe=upcycle", "train.steps=-1"],
-    "a router of too few experts": ["train.py", "+recipe=upcycle", "router.top_k=99"],
+    "top_k above num_experts": ["train.py", "+recipe=upcycle", "router.top_k=99"],
+    "groups that do not divide": ["train.py", "+recipe=upcycle", "router=deepseek_v3", "router.num_groups=3"],
+    "an engine that contradicts": ["train.py", "+recipe=upcycle", "engine=deepspeed", "optim=muon"],
     "tools.upcycle --help": ["-m", "tools.upcycle", "--help"],
 }
 

@@ -170,7 +170,8 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
     from moe.upcycle import upcycle_method
     from recipes.config.places import check_folder
     from recipes.data.sources import check_paths
-    from recipes.jobs.preflight import check_opens, check_router
+    from recipes.jobs.option_rules import check_router
+    from recipes.jobs.preflight import check_opens
     from recipes.models.export import exporters
     from recipes.models.hf.inspection import check_dense
     from recipes.upcycling.convert.conversion_statistics import needs_statistics

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError
-from recipes.checkpoint import own_checkpoints
-from recipes.checkpoint.manifest import parse_manifest
 from recipes.runtime.claim import LOCK, InUseError, claim
 from recipes.runtime.relaunch import Launch
 from recipes.runtime.run_file import read_run_file
-from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
 
-# What a run directory holds before anything was computed.
-_OF_EVERY_RUN = {LOCK, "run.json", "config.yaml", METRICS_FILE, LOAD_FILE, "wandb"}
+# What a run directory holds before anything was computed, besides empty files of rows.
+_OF_EVERY_RUN = {LOCK, "run.json", "config.yaml", "wandb"}
 # torchrun gives the processes that it ends half a minute.
 _RESTART_PATIENCE_S = 60.0
 
@@ -129,6 +126,9 @@ def run_id_of(run_dir: RunDir) -> str:
     Raises:
         CheckpointError: The record is damaged.
     """
+    from recipes.checkpoint import own_checkpoints
+    from recipes.checkpoint.manifest import parse_manifest
+
     kept = read_run_file(run_dir.path).get("run_id")
     if kept is None and run_dir.resumed:
         for path in own_checkpoints(run_dir.checkpoints("moe")):
@@ -138,8 +138,10 @@ def run_id_of(run_dir: RunDir) -> str:
 
 def discard_unused(path: Path) -> None:
     """Deletes the directory of a run that was refused before it did anything; one that holds work stays."""
+    from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
+
     inside = {inner.name: inner for inner in path.iterdir()}
-    rows = [inside[name] for name in (METRICS_FILE, LOAD_FILE) if name in inside]
+    rows = [inside.pop(name) for name in (METRICS_FILE, LOAD_FILE) if name in inside]
     if not inside.keys() <= _OF_EVERY_RUN or any(file.stat().st_size for file in rows):
         return
     shutil.rmtree(path, ignore_errors=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe.errors import FieldError, Mistake
 from moe.routers import router_configs
 from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
 from recipes.config.schema import RunConfig
-from recipes.tracking.step_costs import Costs
+
+if TYPE_CHECKING:
+    from recipes.tracking.step_costs import Costs
 
 
 def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None:

@@ -25,7 +25,7 @@ from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
-from recipes.jobs.preflight import check_router
+from recipes.jobs.option_rules import check_router
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.hf_model import HFModel, load_model

@@ -27,8 +27,15 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     config, mistakes = _read(path)
     if config is None:
         return mistakes
-    mistakes = _check_config(path, config, trust_remote_code) + _check_dense_config(path, config)
-    return mistakes + _check_weights(path)
+    return check_dense_config(path, trust_remote_code=trust_remote_code) + _check_weights(path)
+
+
+def check_dense_config(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
+    """Finds the reasons that the folder's name and ``config.json`` show; it imports no torch."""
+    config, mistakes = _read(path)
+    if config is None:
+        return mistakes
+    return _check_config(path, config, trust_remote_code) + _check_dense_config(path, config)
 
 
 def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False) -> list[Mistake]:
