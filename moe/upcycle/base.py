@@ -78,7 +78,7 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
     @property
     def sources(self) -> tuple[str, ...]:
         """Folders of further dense checkpoints, of the same shape as the upcycled one."""
-        return ()
+        return self.config.source_folders
 
     @property
     def num_sources(self) -> int:

@@ -28,11 +28,6 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
     config_class = BranchTrainMixConfig
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """The branches."""
-        return tuple(self.config.sources)
-
-    @property
     def averaged(self) -> tuple[int, ...]:
         """The models that give experts."""
         return tuple(range(0 if self.config.keep_seed else 1, self.num_sources))

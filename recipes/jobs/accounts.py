@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe.accounting.device_peaks import peak_for
 from recipes.runtime.clock import steady_time
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for, unless_short_of_memory
-from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
+from recipes.tracking.metrics_log import Metric, read_rows, reduce_metrics
 from recipes.tracking.step_costs import StepCosts
 from recipes.tracking.training_figures import summarise_stage
 from recipes.training.model_costs import expert_readers, local_update_bytes, peak_memory_bytes

@@ -77,6 +77,10 @@ class Job(ABC):
         """
         return self.check_options(config, world_size)
 
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns the models in the summary of a finished run, by which it is known; empty if unknown."""
+        return ()
+
     def identity(self, config: RunConfig) -> dict[str, Any]:
         """Returns the options of its own, by path, that a run may not change when it goes on."""
         return {}

@@ -14,15 +14,17 @@ from moe.errors import FieldError, Mistake, UserError
 from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.dense_shape import FFNShape
 from recipes.config.places import check_folder
-from recipes.config.schema import DefaultModelConfig, RunConfig
+from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.chat_template import check_chat_template
 from recipes.data.sources import check_paths
 from recipes.jobs.low_rank_rules import check_low_rank
 from recipes.jobs.run_dir import choose_run_dir
 from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
+from recipes.models.hf.branches import check_sources
 from recipes.models.hf.config_file import context_length, read_config
-from recipes.models.hf.inspection import check_dense_config
+from recipes.models.hf.header_shape import read_ffn_shape
+from recipes.models.hf.inspection import check_dense
 from recipes.runtime.extras import check_names
 from recipes.runtime.relaunch import Launch
 
@@ -37,13 +39,16 @@ def check_options(config: RunConfig, world_size: int) -> list[Mistake]:
     mistakes += check_folders(config) + check_names() + config.tracker.check()
     mistakes += check_calibration(config) + check_run_dir(config) + check_start_from(config)
     mistakes += check_chat_template(config.data, config.dense)
-    shape = default_shape(config.model) if config.dense is None else None
+    faults = []
+    if config.dense is not None:
+        faults = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
+    shape = None if faults else dense_shape(config)
     if config.router.check(config.upcycle.num_experts) is None:
         mistakes += config.upcycle.check(config.router, shape)
-    mistakes += check_low_rank(config, shape)
-    return mistakes + (
-        check_model(config) if config.dense is None else check_dense_options(config, config.dense)
-    )
+    mistakes += check_low_rank(config, shape) + faults
+    trust = config.trust_remote_code
+    mistakes += check_sources(config.upcycle.source_folders, config.dense, trust_remote_code=trust)
+    return mistakes if faults else mistakes + check_model(config)
 
 
 def check_batch(config: RunConfig, world_size: int) -> list[Mistake]:
@@ -101,8 +106,11 @@ def check_start_from(config: RunConfig) -> list[Mistake]:
     return mistakes
 
 
-def default_shape(model: DefaultModelConfig) -> FFNShape:
-    """Returns the shape of the default model's networks."""
+def dense_shape(config: RunConfig) -> FFNShape | None:
+    """Returns the shape of the dense model's networks; None where its family is not known."""
+    if config.dense is not None:
+        return read_ffn_shape(Path(config.dense).expanduser())
+    model = config.model
     return FFNShape(model.intermediate_size, model.hidden_size, gated=True, activation="silu")
 
 
@@ -127,7 +135,9 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
 
 
 def check_model(config: RunConfig) -> list[Mistake]:
-    """Checks schedule and depth of the default model."""
+    """Checks layers and sequence length against the dense model; of the default one its schedule, too."""
+    if config.dense is not None:
+        return _check_dense_model(config, read_config(Path(config.dense).expanduser()))
     mistakes = check_layers(config, config.model.num_layers)
     if 0 < config.model.steps <= config.model.warmup_steps:
         rule = f"it does not fit into model.steps={config.model.steps}"
@@ -135,11 +145,8 @@ def check_model(config: RunConfig) -> list[Mistake]:
     return mistakes
 
 
-def check_dense_options(config: RunConfig, path: str) -> list[Mistake]:
-    """Checks layers and sequence length against the ``config.json`` of the dense model, and that file itself."""
-    if found := check_dense_config(path, trust_remote_code=config.trust_remote_code):
-        return found
-    dense, mistakes = read_config(Path(path).expanduser()), []
+def _check_dense_model(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
+    mistakes = []
     text = dense.get("text_config") or dense
     depth = _first(text, _DEPTH_KEYS)
     if depth is not None:

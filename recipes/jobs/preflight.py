@@ -11,22 +11,17 @@ from typing import Any
 
 from moe.errors import Mistake, UserError
 from moe.upcycle import upcycle_method
-from moe.upcycle.dense_shape import FFNShape
 from recipes.config.schema import RunConfig
 from recipes.data.chat_tokens import check_first_row
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
 from recipes.jobs.expert_rules import check_library, check_rank
-from recipes.jobs.low_rank_rules import check_low_rank
 from recipes.jobs.memory_check import check_memory
-from recipes.jobs.option_rules import default_shape
+from recipes.jobs.option_rules import dense_shape
 from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
-from recipes.models.hf.branches import check_sources
 from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
-from recipes.models.hf.header_shape import read_ffn_shape
-from recipes.models.hf.inspection import check_dense
 from recipes.upcycling.convert.moe_plan import open_dense
 from recipes.upcycling.optim_start import check_optim_start
 from recipes.upcycling.prompts.prompt_rows import check_prompts
@@ -34,18 +29,13 @@ from recipes.upcycling.prompts.prompt_rows import check_prompts
 
 def check_models(config: RunConfig, world_size: int) -> list[Mistake]:
     """Checks engine, method, back end, dense checkpoint, tokenizer and memory, once the options are right."""
+    shape = dense_shape(config)
     mistakes = check_engine(config) + check_optim_start(config) + check_library(config)
+    mistakes += upcycle_method(config.upcycle).check(config.router, shape)
+    mistakes += check_prompts(config) + check_rank(config, shape)
     if config.dense is None:
-        shape = default_shape(config.model)
-        mistakes += check_method(config, shape) + check_rank(config, shape)
         return mistakes + check_attention(config, _default_model_config(config))
-    found = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
-    if found:
-        return mistakes + check_method(config, None) + found
-    folder = Path(config.dense).expanduser()
-    dense = read_ffn_shape(folder)
-    mistakes += check_method(config, dense) + check_low_rank(config, dense) + check_rank(config, dense)
-    mistakes += check_fit(config, read_config(folder)) or check_opens(config)
+    mistakes += check_fit(config, read_config(Path(config.dense).expanduser())) or check_opens(config)
     return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
 
 
@@ -58,18 +48,6 @@ def check_opens(config: RunConfig) -> list[Mistake]:
     except UserError as error:
         return list(error.mistakes)
     return check_companions(config.dense or "", code=trusts(folder, trust))
-
-
-def check_method(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
-    """Checks the upcycling method against router and dense network, and its sources against the dense model.
-
-    Args:
-        config: The run.
-        shape: Shape of the dense network, where it is known.
-    """
-    method = upcycle_method(config.upcycle)
-    mistakes = method.check(config.router, shape) + check_prompts(config)
-    return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
 
 def _default_model_config(config: RunConfig) -> dict[str, Any]:
@@ -103,5 +81,4 @@ def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
     """Checks tokenizer and attention against the dense model."""
     text = dense.get("text_config") or dense
     vocab_size = text.get("vocab_size")
-    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)
-    return mistakes
+    return check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from moe.errors import ConfigError
 from recipes.runtime.claim import LOCK, InUseError, claim
 from recipes.runtime.relaunch import Launch
-from recipes.runtime.run_file import read_run_file
+from recipes.runtime.run_file import LOAD_FILE, METRICS_FILE, read_run_file
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
 
-# What a run directory holds before anything was computed, besides empty files of rows.
-_OF_EVERY_RUN = {LOCK, "run.json", "config.yaml", "wandb"}
+# What a run directory holds before anything was computed.
+_OF_EVERY_RUN = {LOCK, "run.json", "config.yaml", METRICS_FILE, LOAD_FILE, "wandb"}
 # torchrun gives the processes that it ends half a minute.
 _RESTART_PATIENCE_S = 60.0
 
@@ -138,10 +138,8 @@ def run_id_of(run_dir: RunDir) -> str:
 
 def discard_unused(path: Path) -> None:
     """Deletes the directory of a run that was refused before it did anything; one that holds work stays."""
-    from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
-
     inside = {inner.name: inner for inner in path.iterdir()}
-    rows = [inside.pop(name) for name in (METRICS_FILE, LOAD_FILE) if name in inside]
+    rows = [inside[name] for name in (METRICS_FILE, LOAD_FILE) if name in inside]
     if not inside.keys() <= _OF_EVERY_RUN or any(file.stat().st_size for file in rows):
         return
     shutil.rmtree(path, ignore_errors=True)

@@ -65,11 +65,12 @@ class UpcycleJob(Job):
         """Returns the steps of each stage, in order, for the time that a run has left; empty if unknown."""
         if CompareConfig not in self.sections:
             return {}
-        from recipes.jobs.moe_stage import MOE
-        from recipes.jobs.stage_run import CPT
-
-        names = [MOE.name, CPT.name] if config.section(CompareConfig).trains_cpt(config.dense) else [MOE.name]
+        names = ["moe", "cpt"] if config.section(CompareConfig).trains_cpt(config.dense) else ["moe"]
         return dict.fromkeys(names, config.train.steps)
+
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns that of each stage."""
+        return tuple(self.planned_steps(config))
 
     def run(self, session: Session) -> bool:
         """See `recipes.jobs.run_stages`."""

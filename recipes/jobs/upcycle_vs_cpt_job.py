@@ -6,6 +6,7 @@ arXiv:2411.08968: what training gains is set against what serving then costs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,10 @@ class UpcycleVsCPTJob(UpcycleJob):
             mistakes += _check_flops(config.dense)
         return mistakes
 
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns those of the arms."""
+        return arm_models(config.section(UpcycleVsCPTConfig).arms, sunk_steps(config))
+
     def stages(self, inputs: StageInputs) -> list[StageRun]:
         """Returns the upcycled model first, which sets the budgets, and of each arm the longest run first."""
         from recipes.jobs.arm_stages import arm_stages
@@ -82,6 +87,18 @@ def sunk_steps(config: RunConfig) -> list[int]:
     asked = config.section(UpcycleVsCPTConfig).sunk_steps
     given = [own] if asked is None else asked
     return sorted({0, *given})
+
+
+def arm_models(arms: str, sunk: Sequence[int]) -> tuple[str, ...]:
+    """Returns the models of a finished run besides the dense one.
+
+    Args:
+        arms: ``continued``, ``scratch`` or ``both``.
+        sunk: As of `sunk_steps`.
+    """
+    continued = () if arms == "scratch" else ("moe", "cpt", "cpt_tokens")
+    scratch = () if arms == "continued" else ("scratch", *(f"scratch_{steps}" for steps in sunk[:-1]))
+    return continued + scratch
 
 
 def _check_points(config: RunConfig) -> list[Mistake]:

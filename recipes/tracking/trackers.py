@@ -25,9 +25,9 @@ import numpy as np
 
 from moe.errors import DiskError, Mistake
 from recipes.runtime.extras import install_line, is_there
+from recipes.runtime.run_file import LOAD_FILE, METRICS_FILE
 from recipes.tracking.buffered_log import BufferedLog
 from recipes.tracking.config import MODES, TrackerConfig
-from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
 from recipes.tracking.report.colours import load_image
 
 _LOG = logging.getLogger("graft.tracking")

@@ -54,6 +54,11 @@ class UpcycleConfig(Config):
         return []
 
     @property
+    def source_folders(self) -> tuple[str, ...]:
+        """Folders of further dense checkpoints, of the same shape as the upcycled one."""
+        return ()
+
+    @property
     def layer_choice(self) -> LayerChoice:
         """The parsed `layers`."""
         return parse_layers(self.layers)

@@ -34,3 +34,8 @@ class BranchTrainMixConfig(UpcycleConfig):
             rule = f"it does not divide over {models} dense models"
             return [Mistake("upcycle.num_experts", self.num_experts, rule, f"Set a multiple of {models}.")]
         return []
+
+    @property
+    def source_folders(self) -> tuple[str, ...]:
+        """The branches."""
+        return tuple(self.sources)
