@@ -8,10 +8,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+import yaml
 
 from moe.errors import ConfigError, DataError, Mistake, UserError
 from recipes.jobs.checked_run import check_command
@@ -32,21 +34,29 @@ class SweptRun:
         overrides: Its command line.
         swept: Those of them that distinguish it from the others.
         models: Models in the summary of the finished run; empty while unknown.
+        values: Its composed options; None while unknown.
     """
 
     folder: Path
     overrides: tuple[str, ...]
     swept: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    values: Mapping[str, Any] | None = None
 
     @property
     def done(self) -> bool:
-        """True when every model of the run is trained, and its export has not failed."""
+        """True when every model is trained, under these options, and the export has not failed."""
         summary = self.summary()
         found = {row["model"] for row in summary.get("results", [])}
-        return (
-            bool(self.models) and found.issuperset(self.models) and "failed" not in summary.get("export", {})
-        )
+        whole = bool(self.models) and found.issuperset(self.models)
+        return whole and "failed" not in summary.get("export", {}) and self._has_these_options()
+
+    def _has_these_options(self) -> bool:
+        config = self.folder / "config.yaml"
+        if self.values is None or not config.is_file():
+            return self.values is None
+        began = yaml.safe_load(config.read_text(encoding="utf-8"))
+        return bool({**began, "resume": None} == {**self.values, "resume": None})
 
     @property
     def prepared(self) -> bool:
@@ -78,7 +88,7 @@ Launch = Callable[[Any], "subprocess.Popen[bytes]"]
 
 
 def checked(runs: Sequence[RunT], ranks: int) -> list[RunT]:
-    """Checks every run; returns them with the models that they make.
+    """Checks every run; returns them with their options and the models that they make.
 
     Args:
         runs: The runs.
@@ -92,7 +102,8 @@ def checked(runs: Sequence[RunT], ranks: int) -> list[RunT]:
     for run in runs:
         try:
             known = check_command(run.overrides, ranks)
-            found.append(replace(run, models=known.job.models(known.config)))
+            models = known.job.models(known.config)
+            found.append(replace(run, models=models, values=known.values))
         except UserError as error:
             mistakes |= {str(mistake): mistake for mistake in error.mistakes}
     if mistakes:

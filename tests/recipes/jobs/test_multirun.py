@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ loss = float(given["seed"])
 
 
 # Of the job of `PROGRAM`, whose finished runs have one model.
-PASSES = SimpleNamespace(job=SimpleNamespace(models=lambda config: ("moe",)), config=None)
+PASSES = SimpleNamespace(job=SimpleNamespace(models=lambda config: ("moe",)), config=None, values=None)
 
 
 @pytest.fixture
@@ -140,6 +141,16 @@ def test_a_run_whose_export_failed_is_not_done(tmp_path: Path) -> None:
     assert run.done
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"export": {"failed": "its logits differ"}}))
     assert not run.done
+
+
+def test_a_run_of_other_options_is_not_done(tmp_path: Path) -> None:
+    values = {"resume": "auto", "train": {"steps": 5}}
+    run = sweep.SweptRun(folder=tmp_path, overrides=(), models=("moe",), values=values)
+    (tmp_path / "summary.json").write_text(json.dumps({"results": [{"model": "moe"}]}))
+    assert not run.done  # nobody knows what it was
+    (tmp_path / "config.yaml").write_text("resume: none\ntrain: {steps: 5}\n")
+    assert run.done
+    assert not replace(run, values={**values, "train": {"steps": 6}}).done
 
 
 def test_a_summary_that_cannot_be_read_is_told(
