@@ -19,11 +19,11 @@ def _parse() -> argparse.Namespace:
         "Trains the upcycling job under each router and seed, everything else equal, and "
         "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
         "the others down.",
-        epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
+        epilog="Every other OPTION=VALUE goes to graft train: train.steps=200, upcycle.num_experts=16, ...",
         example="--routers topk,ssr,sinkhorn --seeds 3 train.steps=200",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of graft train")
     add("--routers", default=_DEFAULT_ROUTERS, metavar="ROUTER,...", help="choices of conf/router")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each router")
     add("--name", default="routers", help="folder below outputs/compare")

@@ -26,12 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Upcycled, the dense model continued, and an MoE from scratch, at equal tokens and at "
         "equal FLOPs, over the length of the dense pre-training, and against what serving costs. A grid that "
         "was interrupted goes on; a failed run does not take the others down.",
-        epilog="Every other OPTION=VALUE goes to train.py +recipe=upcycle_vs_cpt: train.steps=200, ... A "
+        epilog="Every other OPTION=VALUE goes to graft train +recipe=upcycle_vs_cpt: train.steps=200, ... A "
         "dense checkpoint per length is dense=/path/step-{length}. See docs/upcycle_vs_cpt.md.",
         example="--lengths 200,800 --seeds 3 train.steps=200",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of graft train")
     add("--lengths", default="200,800", metavar="N,...", help="steps of the dense pre-training")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each length")
     add("--name", default="default", help="folder below outputs/upcycle_vs_cpt")

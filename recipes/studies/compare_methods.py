@@ -150,7 +150,7 @@ def _check(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     method = upcycle_method(config.upcycle)
     mistakes = check_router(config) or [*method.check(config.router, shape), *check_prompts(config)]
     if method.aligns_outputs:
-        remedy = "Leave it false, or run train.py with train.steps=0."
+        remedy = "Leave it false, or run graft train with train.steps=0."
         mistakes.append(Mistake("upcycle.align_outputs", True, "methods are compared without it", remedy))
     return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 
