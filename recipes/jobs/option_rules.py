@@ -6,6 +6,7 @@ Each returns every mistake that it finds; `recipes.jobs.preflight` has those of 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from recipes.data.sources import check_paths
 from recipes.jobs.low_rank_rules import check_low_rank
 from recipes.jobs.run_dir import choose_run_dir
 from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
+from recipes.models.hf.attention_options import option_mistakes
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.config_file import context_length, read_config
 from recipes.models.hf.header_shape import read_ffn_shape
@@ -135,10 +137,11 @@ def check_calibration(config: RunConfig) -> list[Mistake]:
 
 
 def check_model(config: RunConfig) -> list[Mistake]:
-    """Checks layers and sequence length against the dense model; of the default one its schedule, too."""
+    """Checks layers, attention and length against the dense model; of the default one its schedule, too."""
     if config.dense is not None:
         return _check_dense_model(config, read_config(Path(config.dense).expanduser()))
     mistakes = check_layers(config, config.model.num_layers)
+    mistakes += _check_attention(config, default_model_config(config))
     if 0 < config.model.steps <= config.model.warmup_steps:
         rule = f"it does not fit into model.steps={config.model.steps}"
         mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
@@ -146,16 +149,29 @@ def check_model(config: RunConfig) -> list[Mistake]:
 
 
 def _check_dense_model(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
-    mistakes = []
     text = dense.get("text_config") or dense
     depth = _first(text, _DEPTH_KEYS)
-    if depth is not None:
-        mistakes += check_layers(config, depth)
+    mistakes = ([] if depth is None else check_layers(config, depth)) + _check_attention(config, dense)
     context = context_length(dense)
     if context is not None and config.data.seq_len > context:
         rule = f"the dense model takes {context} tokens at most"
         mistakes.append(Mistake("data.seq_len", config.data.seq_len, rule, f"Set {context} or less."))
     return mistakes
+
+
+def _check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
+    return [] if config.attention is None else option_mistakes(config.attention, dense)
+
+
+def default_model_config(config: RunConfig) -> dict[str, Any]:
+    """Returns what the default model's ``config.json`` will say of its layers and heads."""
+    model = config.model
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+    }
 
 
 def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -17,7 +17,7 @@ from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
 from recipes.jobs.expert_rules import check_library, check_rank
 from recipes.jobs.memory_check import check_memory
-from recipes.jobs.option_rules import dense_shape
+from recipes.jobs.option_rules import default_model_config, dense_shape
 from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.config_file import read_config, trusts
@@ -34,7 +34,7 @@ def check_models(config: RunConfig, world_size: int) -> list[Mistake]:
     mistakes += upcycle_method(config.upcycle).check(config.router, shape)
     mistakes += check_prompts(config) + check_rank(config, shape)
     if config.dense is None:
-        return mistakes + check_attention(config, _default_model_config(config))
+        return mistakes + check_attention(config, default_model_config(config))
     mistakes += check_fit(config, read_config(Path(config.dense).expanduser())) or check_opens(config)
     return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
 
@@ -48,16 +48,6 @@ def check_opens(config: RunConfig) -> list[Mistake]:
     except UserError as error:
         return list(error.mistakes)
     return check_companions(config.dense or "", code=trusts(folder, trust))
-
-
-def _default_model_config(config: RunConfig) -> dict[str, Any]:
-    model = config.model
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-    }
 
 
 def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:

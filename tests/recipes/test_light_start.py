@@ -31,6 +31,7 @@ COMMANDS = {
     "+recipe=upcycle experts.lora.rank=4000": 2,
     "+recipe=upcycle optim.start_from=/no/such": 2,
     "+recipe=upcycle optim.schedule.warmup_steps=9999": 2,
+    "+recipe=upcycle attention=moe attention.router.top_k=99": 2,
     "+recipe=upcycle engine.expert_parallel=3": 2,
     "+recipe=upcycle engine=megatron engine.pipeline_parallel=2": 2,
     "+recipe=upcycle engine=deepspeed optim=muon": 2,
