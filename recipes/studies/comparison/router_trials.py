@@ -39,13 +39,12 @@ def plan_trials(
         seeds: Number of seeds.
         options: Options of all runs.
     """
-    trials = []
-    for seed in range(seeds):
-        for router in routers:
-            place, own = folder / "runs" / f"{router}-s{seed}", (f"router={router}", f"seed={seed}")
-            line = trial_options("upcycle", options, (*own, "compare.cpt=false"), place)
-            one = RouterTrial(
-                folder=place, overrides=line, swept=own, models=("moe",), router=router, seed=seed
-            )
-            trials.append(one)
-    return trials
+    return [
+        _trial(folder / "runs" / f"{r}-s{seed}", r, seed, options) for seed in range(seeds) for r in routers
+    ]
+
+
+def _trial(folder: Path, router: str, seed: int, options: Sequence[str]) -> RouterTrial:
+    own = (f"router={router}", f"seed={seed}")
+    line = trial_options("upcycle", options, (*own, "compare.cpt=false"), folder)
+    return RouterTrial(folder=folder, overrides=line, swept=own, models=("moe",), router=router, seed=seed)

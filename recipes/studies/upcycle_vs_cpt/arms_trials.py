@@ -15,6 +15,7 @@ from recipes.runtime.atomic import atomic_write_json
 from recipes.studies.option_lists import trial_options
 
 LENGTH = "{length}"
+Arms = Literal["continued", "scratch"]
 _PLAN = "plan.json"
 
 
@@ -29,7 +30,7 @@ class ArmsTrial(SweptRun):
         seed: Seed of the weights that are drawn.
     """
 
-    arms: Literal["continued", "scratch"]
+    arms: Arms
     lengths: tuple[int, ...]
     seed: int
 
@@ -47,23 +48,12 @@ def plan_trials(
         seeds: Number of seeds.
         options: Options of all runs, with `LENGTH` for the steps of the dense model.
     """
-    every = "-".join(str(length) for length in lengths)
-    trials = []
-    for seed in range(seeds):
-        for length in lengths:
-            trials.append(_trial(folder, f"d{length}-s{seed}", "continued", (length,), seed, options))
-        trials.append(_trial(folder, f"scratch-{every}-s{seed}", "scratch", tuple(lengths), seed, options))
-    return trials
+    arms: list[tuple[Arms, tuple[int, ...]]] = [("continued", (length,)) for length in lengths]
+    arms.append(("scratch", tuple(lengths)))
+    return [_trial(folder / "runs", *one, seed, options) for seed in range(seeds) for one in arms]
 
 
-def _trial(
-    folder: Path,
-    name: str,
-    arms: Literal["continued", "scratch"],
-    lengths: tuple[int, ...],
-    seed: int,
-    options: Sequence[str],
-) -> ArmsTrial:
+def _trial(runs: Path, arms: Arms, lengths: tuple[int, ...], seed: int, options: Sequence[str]) -> ArmsTrial:
     own = (
         f"upcycle_vs_cpt.arms={arms}",
         f"upcycle_vs_cpt.sunk_steps={list(lengths)}".replace(" ", ""),
@@ -73,7 +63,8 @@ def _trial(
         f"model.steps={lengths[-1] if arms == 'continued' else 0}",
     )
     given = [text.replace(LENGTH, str(lengths[-1])) for text in options]
-    place = folder / "runs" / name
+    kind = "d" if arms == "continued" else "scratch-"
+    place = runs / f"{kind}{'-'.join(map(str, lengths))}-s{seed}"
     return ArmsTrial(
         folder=place,
         overrides=trial_options("upcycle_vs_cpt", given, own, place),
