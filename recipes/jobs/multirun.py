@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from moe.errors import ConfigError, DataError, Mistake, UserError
 from recipes.config.compose import compose_config, quoted
 from recipes.config.search_path import CONF
-from recipes.jobs.sweep import SweptRun, checked, launcher, run_all
+from recipes.jobs.sweep import SweptRun, checked, launcher, run_all, state_of
 from recipes.runtime.atomic import atomic_write_json
 
 SUMMARY = "multirun.json"
@@ -142,8 +142,10 @@ def _summarize(runs: Sequence[SweptRun], codes: Sequence[int | None]) -> None:
         losses = [
             f"{row['model']} {row['val_loss']:.4f}" for row in results if row.get("val_loss") is not None
         ]
-        state = "not started" if code is None else "done" if code == 0 else f"FAILED with exit code {code}"
-        print(f"{run.folder.name}: {state}{': ' if losses else ''}{', '.join(losses)}{fault}", flush=True)
+        print(
+            f"{run.folder.name}: {state_of(code)}{': ' if losses else ''}{', '.join(losses)}{fault}",
+            flush=True,
+        )
     folder = runs[0].folder.parent
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / SUMMARY, {"runs": rows})

@@ -186,9 +186,14 @@ def run_all(
 
 
 def _outcome(run: SweptRun, code: int, seconds: float, left: int) -> str:
-    log = f", see {run.log}" if run.log.is_file() else ""
-    outcome = "done" if code == 0 else f"FAILED with exit code {code}"
-    return f"{run.folder.name}: {outcome} ({seconds:.0f} s), {left} to go{log if code else ''}"
+    log = f", see {run.log}" if code and run.log.is_file() else ""
+    return f"{run.folder.name}: {state_of(code)} ({seconds:.0f} s), {left} to go{log}"
+
+
+def state_of(code: int | None) -> str:
+    """Returns an exit code in words."""
+    known = {None: "not started", 0: "done", INTERRUPTED: "stopped"}
+    return known.get(code, f"FAILED with exit code {code}")
 
 
 class _PassOn:

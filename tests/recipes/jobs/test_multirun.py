@@ -176,7 +176,7 @@ def test_ctrl_c_stops_the_run_and_starts_no_other(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=patience(60))
     assert process.returncode == 130
-    assert out.splitlines()[2:4] == ["0-ssr: FAILED with exit code 130", "1-topk: not started"]
+    assert out.splitlines()[2:4] == ["0-ssr: stopped", "1-topk: not started"]
 
 
 def test_mistakes_of_all_runs_come_before_the_first(
