@@ -11,7 +11,7 @@ import pkgutil
 from typing import Any
 
 
-def discover(package: str, base: Any, module: str = "{name}") -> dict[str, Any]:
+def discover(package: str, base: Any, module: str = "{name}", ending: str = "") -> dict[str, Any]:
     """Returns the concrete subclasses of `base` in the modules of a package, by their ``name`` attribute.
 
     Config dataclasses whose field ``name`` has no default are bases of others, and left out.
@@ -21,17 +21,19 @@ def discover(package: str, base: Any, module: str = "{name}") -> dict[str, Any]:
         base: The (abstract) class that they derive from; callers annotate the result.
         module: Place of the module for the entry ``{name}`` of the package, e.g. ``{name}.{name}_engine`` if
             each entry is a package; entries without such a module are skipped.
+        ending: End of the names of entries; others are skipped.
 
     Returns:
         Name to class, in alphabetical order.
     """
-    return dict(_discover(package, base, module, tuple(importlib.import_module(package).__path__)))
+    return dict(_discover(package, base, module, ending, tuple(importlib.import_module(package).__path__)))
 
 
 @functools.cache
-def _discover(package: str, base: Any, module: str, path: tuple[str, ...]) -> dict[str, Any]:
+def _discover(package: str, base: Any, module: str, ending: str, path: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for info in sorted(pkgutil.iter_modules(path), key=lambda info: info.name):
+    entries = (info for info in pkgutil.iter_modules(path) if info.name.endswith(ending))
+    for info in sorted(entries, key=lambda info: info.name):
         place = f"{package}.{module.format(name=info.name)}"
         if "." in module and (not info.ispkg or importlib.util.find_spec(place) is None):
             continue

@@ -47,11 +47,11 @@ usage: graft train [--nproc N] [+recipe=NAME] [OPTION=VALUE ...]
   +recipe=upcycle                      dense checkpoint -> MoE model -> training, report, export; the default
   dense=/path/to/hf/checkpoint         the dense model (without: a small default is trained first)
   data.path=/path/to/*.jsonl           text, jsonl, parquet, or a Megatron .bin/.idx prefix
-  upcycle.num_experts=8 router.top_k=2 ... every option: train.py --cfg
+  upcycle.num_experts=8 router.top_k=2 ... every option: graft train --cfg
   resume=auto                          go on with the newest run from its newest complete checkpoint
 
 
-The README and docs/options.md say more; python -m tools.doctor says what this machine can run.
+The README and docs/options.md say more; graft doctor says what this machine can run.
 """
 
 

@@ -94,7 +94,7 @@ def _layouts(arguments: argparse.Namespace) -> list[Any]:
     for ranks in read_numbers("--ranks", arguments.ranks)[0]:
         widths = [ep for ep in (2, 4, 8) if ranks % ep == 0 and arguments.experts % ep == 0]
         every = [Layout(ranks, ep, **given) for ep in (1, *widths)]
-        every = [one for one in every if kind.check_dims(kind.config_class(**one.fields), ranks) is None]
+        every = [one for one in every if kind.config_class(**one.fields).check(ranks) is None]
         found += [*every, Layout(ranks, whole=True, **given)] if every else []
     return found
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from moe.errors import ConfigError
-from recipes.runtime.source_root import SOURCE_ROOT
+from recipes.runtime.source_root import SOURCE_ROOT, TRAIN
 from tools.command import (
     check_json_target,
     check_least,
@@ -21,13 +21,15 @@ from tools.command import (
 
 _BASE = ["-c", "import torch, transformers"]
 _COMMANDS = {
-    "train.py --help": ["train.py", "--help"],
-    "train.py --list router": ["train.py", "--list", "router"],
-    "train.py --help train.steps": ["train.py", "--help", "train.steps"],
-    "train.py --cfg": ["train.py", "--cfg", "+recipe=upcycle"],
-    "a misspelt choice": ["train.py", "+recipe=upcycle", "router=topkk"],
-    "a wrong value": ["train.py", "+recipe=upcycle", "train.steps=-1"],
-    "a router of too few experts": ["train.py", "+recipe=upcycle", "router.top_k=99"],
+    "graft train --help": [*TRAIN, "--help"],
+    "graft train --list router": [*TRAIN, "--list", "router"],
+    "graft train --help train.steps": [*TRAIN, "--help", "train.steps"],
+    "graft train --cfg": [*TRAIN, "--cfg", "+recipe=upcycle"],
+    "a misspelt choice": [*TRAIN, "+recipe=upcycle", "router=topkk"],
+    "a wrong value": [*TRAIN, "+recipe=upcycle", "train.steps=-1"],
+    "top_k above num_experts": [*TRAIN, "+recipe=upcycle", "router.top_k=99"],
+    "groups that do not divide": [*TRAIN, "+recipe=upcycle", "router=deepseek_v3", "router.num_groups=3"],
+    "an engine that contradicts": [*TRAIN, "+recipe=upcycle", "engine=deepspeed", "optim=muon"],
     "tools.upcycle --help": ["-m", "tools.upcycle", "--help"],
 }
 

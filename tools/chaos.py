@@ -18,11 +18,11 @@ def _parse() -> argparse.Namespace:
         "random moments, and compares its results with an undisturbed run of the same job: every figure of "
         "every step, the load of every expert, the exported weights. Ends with 0 only when all kills were "
         "done, training went on from the newest complete checkpoint each time, and nothing differs.",
-        epilog="Every other OPTION=VALUE goes to train.py: router=deepseek_v3, engine.expert_parallel=2, ...",
+        epilog="Every other OPTION=VALUE goes to graft train: router=ssr, engine.expert_parallel=2, ...",
         example="--kills 5 --ranks 2 --steps 100 router=deepseek_v3",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of graft train")
     add("--kills", type=int, default=50, help="ranks to kill")
     add("--ranks", type=int, default=2, help="processes of the job")
     add("--steps", type=int, default=1000, help="optimizer steps of the job")
@@ -52,7 +52,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for option in arguments.options:
         if "=" not in option:
             mistakes.append(
-                Mistake("OPTION=VALUE", option, "has no =", "Give train.py's options as name=value.")
+                Mistake("OPTION=VALUE", option, "has no =", "Give the options of graft train as name=value.")
             )
     if mistakes:
         raise ConfigError(mistakes)

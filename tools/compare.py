@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.compose import compose_config
+from recipes.runtime.interrupt import INTERRUPTED
 from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
 
 _DEFAULT_ROUTERS = "topk,switch,sigmoid,deepseek_v3,ssr,sinkhorn,comet,relu"
@@ -19,11 +19,11 @@ def _parse() -> argparse.Namespace:
         "Trains the upcycling job under each router and seed, everything else equal, and "
         "prints and draws one page. A comparison that was interrupted goes on; a failed run does not take "
         "the others down.",
-        epilog="Every other OPTION=VALUE goes to train.py: train.steps=200, upcycle.num_experts=16, ...",
+        epilog="Every other OPTION=VALUE goes to graft train: train.steps=200, upcycle.num_experts=16, ...",
         example="--routers topk,ssr,sinkhorn --seeds 3 train.steps=200",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of graft train")
     add("--routers", default=_DEFAULT_ROUTERS, metavar="ROUTER,...", help="choices of conf/router")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each router")
     add("--name", default="routers", help="folder below outputs/compare")
@@ -64,19 +64,19 @@ def main() -> int:
     if mistakes:
         raise ConfigError(mistakes)
     routers = _routers(arguments.routers)
-    for router in routers:
-        compose_config(["+recipe=upcycle", *overrides, f"router={router}"])
+    from recipes.jobs.sweep import checked, launcher, run_all
     from recipes.studies.comparison.collect_runs import collect
     from recipes.studies.comparison.comparison_page import text_table, write_page
     from recipes.studies.comparison.router_trials import plan_trials
-    from recipes.studies.sweep import launcher, run_trials
 
     log = log_beside(arguments.json)
     folder = Path("outputs").absolute() / "compare" / arguments.name
-    trials = plan_trials(folder, routers, seeds)
+    trials = plan_trials(folder, routers, seeds, overrides)
     if not arguments.only_page:
-        launch = launcher(overrides, arguments.ranks)
-        run_trials(trials, launch, arguments.parallel, log)
+        trials = checked(trials, arguments.ranks)
+        launch = launcher(arguments.ranks, to_files=True)
+        if run_all(trials, launch, log, parallel=arguments.parallel).stopped:
+            return INTERRUPTED
     results = collect(trials)
     options_text = " ".join(overrides) or "the defaults of the main job"
     page = write_page(folder, results, f"{len(routers)} routers, {seeds} seeds; {options_text}")

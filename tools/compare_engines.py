@@ -24,11 +24,11 @@ def _parse() -> argparse.Namespace:
         "compare_engines",
         "Runs the upcycling job from one start on native torch, DeepSpeed and Megatron, on 1 "
         "and more ranks, and prints how far the losses are from those of native torch on one rank.",
-        epilog="Every OPTION=VALUE goes to train.py: dense=DIR, train.steps=200, router=deepseek_v3, ...",
+        epilog="Every OPTION=VALUE goes to graft train: dense=DIR, train.steps=200, router=deepseek_v3, ...",
         example="--steps 20 router=deepseek_v3 --json losses.json",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of graft train")
     add("--steps", type=int, default=50, metavar="N", help="steps of each run")
     add("--only", metavar="WORD", help="run only layouts with this word in their name, and the first")
     add("--keep", metavar="DIR", help="keep the runs in this folder (default: delete them)")

@@ -28,7 +28,7 @@ def _parse() -> argparse.Namespace:
         "upcycle",
         "Converts a dense Hugging Face checkpoint into an MoE, tensor by tensor: no "
         "GPU, no training, memory for one matrix. An interrupted conversion goes on when it is run again.",
-        epilog="Further OPTION=VALUE are those of train.py, for method and router: upcycle.ratio=0.5, "
+        epilog="Further OPTION=VALUE are those of graft train, for method and router: upcycle.ratio=0.5, "
         "upcycle.layers=every:2, router.top_k=4, ...",
         example="--dense MODEL --out MOE --experts 8 --top-k 2",
     )
@@ -167,19 +167,14 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
-    from moe.upcycle import upcycle_method
+    """Returns the mistakes that options and files show; models are looked at only where these are right."""
     from recipes.config.places import check_folder
     from recipes.data.sources import check_paths
-    from recipes.jobs.preflight import check_opens, check_router
-    from recipes.models.export import exporters
+    from recipes.jobs.option_rules import check_router
     from recipes.models.hf.inspection import check_dense
-    from recipes.upcycling.convert.conversion_statistics import needs_statistics
-    from recipes.upcycling.prompts.prompt_rows import check_prompts
 
-    mistakes = check_json_target(arguments.json) + check_router(config) + check_prompts(config)
-    mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code) or check_opens(
-        config
-    )
+    mistakes = check_json_target(arguments.json) + check_router(config)
+    mistakes += check_dense(arguments.dense, trust_remote_code=config.trust_remote_code)
     if arguments.out is not None:
         mistakes += check_folder("--out", str(Path(arguments.out).expanduser().absolute().parent))
         if Path(arguments.out).expanduser().exists():
@@ -188,14 +183,27 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
             )
     elif arguments.compare is None:
         mistakes.append(Mistake("--out", None, "it names the folder of the MoE", "Give it, or --compare."))
-    if upcycle_method(config.upcycle).aligns_outputs:
-        remedy = "Leave it false, or run train.py with train.steps=0."
-        mistakes.append(Mistake("upcycle.align_outputs", True, "a converter sees no outputs", remedy))
     if config.attention is not None:
-        remedy = "Leave attention=none, or run train.py with attention=moe train.steps=0."
+        remedy = "Leave attention=none, or run graft train with attention=moe train.steps=0."
         mistakes.append(Mistake("attention", config.attention.name, "only networks are converted", remedy))
-    mistakes += check_format(arguments.target, exporters())
-    if arguments.verify is not False or arguments.compare is not None or needs_statistics(config):
+    if arguments.verify is not False or arguments.compare is not None:
+        mistakes += check_paths(config.data)
+    return mistakes or _check_models(arguments, config)
+
+
+def _check_models(arguments: argparse.Namespace, config: RunConfig) -> list[Mistake]:
+    from moe.upcycle import upcycle_method
+    from recipes.data.sources import check_paths
+    from recipes.jobs.preflight import check_opens
+    from recipes.models.export import exporters
+    from recipes.upcycling.convert.conversion_statistics import needs_statistics
+    from recipes.upcycling.prompts.prompt_rows import check_prompts
+
+    mistakes = check_prompts(config) + check_opens(config) + check_format(arguments.target, exporters())
+    if upcycle_method(config.upcycle).aligns_outputs:
+        remedy = "Leave it false, or run graft train with train.steps=0."
+        mistakes.append(Mistake("upcycle.align_outputs", True, "a converter sees no outputs", remedy))
+    if arguments.verify is False and needs_statistics(config):
         mistakes += check_paths(config.data)
     return mistakes
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.compose import compose_config
+from recipes.runtime.interrupt import INTERRUPTED
 from tools.command import (
     check_json_target,
     check_least,
@@ -26,12 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Upcycled, the dense model continued, and an MoE from scratch, at equal tokens and at "
         "equal FLOPs, over the length of the dense pre-training, and against what serving costs. A grid that "
         "was interrupted goes on; a failed run does not take the others down.",
-        epilog="Every other OPTION=VALUE goes to train.py +recipe=upcycle_vs_cpt: train.steps=200, ... A "
+        epilog="Every other OPTION=VALUE goes to graft train +recipe=upcycle_vs_cpt: train.steps=200, ... A "
         "dense checkpoint per length is dense=/path/step-{length}. See docs/upcycle_vs_cpt.md.",
         example="--lengths 200,800 --seeds 3 train.steps=200",
     )
     add = parser.add_argument
-    add("options", nargs="*", metavar="OPTION=VALUE", help="options of train.py")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of graft train")
     add("--lengths", default="200,800", metavar="N,...", help="steps of the dense pre-training")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each length")
     add("--name", default="default", help="folder below outputs/upcycle_vs_cpt")
@@ -41,23 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(arguments: argparse.Namespace, lengths: list[int], overrides: list[str]) -> None:
-    """Checks everything that a run would check, before the first one starts."""
-    from recipes.config.schema import parse_config
-    from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob
+def _check_dense(lengths: list[int], overrides: list[str]) -> list[Mistake]:
+    """Requires a dense checkpoint for each length, where one is named."""
     from recipes.studies.upcycle_vs_cpt.arms_trials import LENGTH
 
-    mistakes: list[Mistake] = []
     named = [option for option in overrides if option.startswith("dense=")]
-    if named and LENGTH not in named[0] and len(lengths) > 1:
-        rule = f"it names one checkpoint for {len(lengths)} lengths"
-        mistakes.append(Mistake("dense", named[0][6:], rule, f"Write {LENGTH} where the paths differ."))
-    for length in lengths:
-        given = [option.replace(LENGTH, str(length)) for option in overrides]
-        values = compose_config(["+recipe=upcycle_vs_cpt", *given, f"model.steps={length}"])
-        mistakes += UpcycleVsCPTJob().check(parse_config(values), arguments.ranks)
-    if mistakes:
-        raise ConfigError(list(dict.fromkeys(mistakes)))
+    if not named or LENGTH in named[0] or len(lengths) == 1:
+        return []
+    rule = f"it names one checkpoint for {len(lengths)} lengths"
+    return [Mistake("dense", named[0][6:], rule, f"Write {LENGTH} where the paths differ.")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,19 +64,22 @@ def main(argv: list[str] | None = None) -> int:
     if mistakes:
         raise ConfigError(mistakes)
     lengths, seeds, overrides = sorted(set(read)), arguments.seeds, arguments.options
-    from recipes.studies.sweep import launcher, run_trials
+    from recipes.jobs.sweep import checked, launcher, run_all
     from recipes.studies.upcycle_vs_cpt.arms_page import text_tables, write_page
     from recipes.studies.upcycle_vs_cpt.arms_trials import keep_options, options_of, plan_trials
     from recipes.studies.upcycle_vs_cpt.collect_arms import collect
 
     log = log_beside(arguments.json)
     folder = Path("outputs").absolute() / "upcycle_vs_cpt" / arguments.name
-    trials = plan_trials(folder, lengths, seeds)
+    trials = plan_trials(folder, lengths, seeds, overrides)
     if not arguments.only_page:
-        _check(arguments, lengths, overrides)
+        if mistakes := _check_dense(lengths, overrides):
+            raise ConfigError(mistakes)
+        trials = checked(trials, arguments.ranks)
         keep_options(folder, overrides)
-        launch = launcher(overrides, arguments.ranks)
-        run_trials(trials, launch, arguments.parallel, log)
+        launch = launcher(arguments.ranks, to_files=True)
+        if run_all(trials, launch, log, parallel=arguments.parallel).stopped:
+            return INTERRUPTED
     found = collect(trials)
     if not found.cells:
         failed = ", ".join(found.missing)

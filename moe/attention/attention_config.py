@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import FieldError, Mistake, require
 from moe.routers.configs import RouterConfig
 from moe.types import Config
 from moe.upcycle.layer_choice import LayerChoice, parse_layers
@@ -40,3 +40,23 @@ class AttentionConfig(Config):
     def layer_choice(self) -> LayerChoice:
         """The parsed `layers`."""
         return parse_layers(self.layers)
+
+    def check(self, num_experts: int, num_layers: int) -> list[Mistake]:
+        """Returns why a model's attention cannot become such experts, as its sizes tell; empty if it can.
+
+        Args:
+            num_experts: Key-value heads.
+            num_layers: Layers of the model.
+        """
+        mistakes = []
+        top_k = self.router.experts_per_token
+        if top_k > num_experts:
+            rule = f"the model has {num_experts} key-value heads"
+            mistakes.append(Mistake("attention.router.top_k", top_k, rule, f"Set {num_experts} or less."))
+        elif (found := self.router.check(num_experts)) is not None:
+            mistakes.append(found.under("attention.router"))
+        try:
+            self.layer_choice.pick(num_layers)
+        except FieldError as error:
+            mistakes += error.under("attention").mistakes
+        return mistakes

@@ -25,7 +25,7 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
     """Returns why a router cannot choose among the key-value heads; empty if it can.
 
     Args:
-        config: Config of the attention.
+        config: Config of the attention, which has passed its own check.
         cls: Class of its router.
         num_experts: E.
     """
@@ -33,13 +33,6 @@ def router_mistakes(config: AttentionConfig, cls: type[Router[Any]], num_experts
     if unsupported_reason is not None:
         remedy = "Choose a router of single tokens such as one_plus, topk or sigmoid."
         return [Mistake("attention.router.name", config.router.name, unsupported_reason, remedy)]
-    top_k = getattr(config.router, "top_k", 1)
-    if top_k > num_experts:
-        rule = f"the model has {num_experts} key-value heads"
-        return [Mistake("attention.router.top_k", top_k, rule, f"Set {num_experts} or less.")]
-    found = cls.check(config.router, num_experts)
-    if found is not None:
-        return [found.under("attention.router")]
     if config.scale_factor is None and _balanced_scale(observe(config.router, num_experts)) is None:
         rule = "the sum of this router's weights is unknown, and so is the factor for the heads"
         return [Mistake("attention.scale_factor", None, rule, "Set it, or choose another router.")]
@@ -52,7 +45,7 @@ def _kind_unsupported_reason(config: RouterConfig, cls: type[Router[Any]]) -> st
         return "a token's heads would depend on later tokens"
     if cls.wrap_dispatcher is not Router.wrap_dispatcher or cls.attach is not Router.attach:
         return "it reads feed-forward experts or averages their inputs"
-    if cls.needed_keys(config):
+    if config.needed_keys:
         return "it needs properties of a token that the run does not know"
     return None
 

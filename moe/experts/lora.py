@@ -35,15 +35,6 @@ def factor_shapes(w_up_EUD: Tensor, w_down_EDF: Tensor, rank: int) -> dict[str, 
     return found
 
 
-def rank_unsupported_reason(rank: int, model_width: int, expert_width: int) -> str | None:
-    """Returns why experts of these widths cannot have factors of this rank, as a clause; None if they can."""
-    least = min(model_width, expert_width)
-    if rank <= least:
-        return None
-    widths = f"{model_width} and {expert_width}"
-    return f"the experts' matrices have widths of {widths}: their rank is at most {least}"
-
-
 def drawn_factor(seed: int, layer: int, name: str, expert: int, shape: tuple[int, int]) -> Tensor:
     """Draws one expert's A, the same on every rank that holds it.
 

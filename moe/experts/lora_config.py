@@ -29,6 +29,14 @@ class LoraConfig(Config):
         """alpha / r; 0 without factors."""
         return self.alpha / self.rank if self.rank else 0.0
 
+    def unsupported_reason(self, model_width: int, expert_width: int) -> str | None:
+        """Returns why experts of these widths cannot have such factors, as a clause; None if they can."""
+        least = min(model_width, expert_width)
+        if self.rank <= least:
+            return None
+        widths = f"{model_width} and {expert_width}"
+        return f"the experts' matrices have widths of {widths}: their rank is at most {least}"
+
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""
         return unless(self.rank > 0, "rank is 0", "alpha")

@@ -50,11 +50,6 @@ class AvgKRouter(Router[AvgKConfig]):
         self._attached: tuple[Experts, ...] = ()
         self._differ = False
 
-    @classmethod
-    def reads_experts(cls, config: AvgKConfig) -> bool:
-        """Returns True: mean keys are the gates."""
-        return True
-
     @property
     def weights_sum_to_one(self) -> bool:
         """True if weights are a softmax, or the only expert weighs 1."""

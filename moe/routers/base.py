@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from torch import Generator, Tensor, nn
 
-from moe.errors import Mistake
 from moe.routers.configs import RouterConfig
 from moe.types import LayerContext, Routing
 
@@ -46,9 +45,6 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         parameter_role: The optimizer's parameter group for these parameters.
         is_causal: True if, in evaluation, no token's routing depends on a later token. A router that is not
             causal cannot generate text: use it for encoders and diffusion.
-        varies_top_k: True if K may change between steps, i.e. if it routes by `LayerContext.top_k`.
-        mixes_tokens: True if experts see linear combinations of tokens; the number of routed tokens then
-            does not tell how much the experts compute.
         host_syncs: Why, and how often, the host waits for a GPU in a training pass; None if it never does.
         compile_unsupported_reason: Why ``torch.compile(router, fullgraph=True)`` cannot hold the training
             passes of all steps in one graph, and the remedy; None if it can.
@@ -58,8 +54,6 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     config_class: ClassVar[type[RouterConfig]]
     parameter_role: ClassVar[str] = "router"
     is_causal: ClassVar[bool] = True
-    varies_top_k: ClassVar[bool] = False
-    mixes_tokens: ClassVar[bool] = False
     host_syncs: ClassVar[str | None] = None
     compile_unsupported_reason: ClassVar[str | None] = None
 
@@ -78,36 +72,13 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         self.create_parameters()
         self.reset_parameters()
 
-    @classmethod
-    def check(cls, config: ConfigT, num_experts: int) -> Mistake | None:
-        """Returns the mistake that keeps this config from routing over E experts; None if it can.
-
-        The path is relative to the router's config.
-        """
-        top_k = _top_k(config)
-        if top_k <= num_experts:
-            return None
-        rule = f"a token cannot use more experts than the {num_experts} of upcycle.num_experts"
-        remedy = f"Set router.top_k to {num_experts} or less, or raise upcycle.num_experts."
-        return Mistake("top_k", top_k, rule, remedy)
-
-    @classmethod
-    def needed_keys(cls, config: ConfigT) -> frozenset[str]:
-        """Returns the keys of `RouterContext.keys` that it cannot route without."""
-        return frozenset()
-
-    @classmethod
-    def reads_experts(cls, config: ConfigT) -> bool:
-        """Returns True if it routes by the experts' weights, which then must all be on every rank."""
-        return False
-
     @property
     def top_k(self) -> int:
         """Experts per token (the mean, where it varies), by which active parameters are counted.
 
         Under a schedule of K (`moe.routing.top_k_schedule`) the final number.
         """
-        return _top_k(self.config)
+        return self.config.experts_per_token
 
     @property
     @abstractmethod
@@ -146,9 +117,3 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     def after_optimizer_step(self, ctx: LayerContext) -> None:
         """Updates state that moves between steps (biases, temperatures); forward never does."""
         return
-
-
-def _top_k(config: RouterConfig) -> int:
-    """Returns the option ``top_k``; 1 for routers without it."""
-    top_k: int = getattr(config, "top_k", 1)
-    return top_k

@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import FILED_BY_STEP
 from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
 from moe.routers.linear import LinearRouter
@@ -34,7 +33,6 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
 
     name = "deepseek_v3"
     config_class = DeepSeekV3Config
-    varies_top_k = True
     compile_unsupported_reason = FILED_BY_STEP
     fp32_buffers: ClassVar[tuple[str, ...]] = ("bias_E",)
     bias_E: Tensor
@@ -44,27 +42,6 @@ class DeepSeekV3Router(Fp32Buffers, LinearRouter[DeepSeekV3Config]):
         super().create_parameters()
         self.register_buffer("bias_E", torch.zeros(self.num_experts, dtype=torch.float32))
         self._slots = StepSums()
-
-    @classmethod
-    def check(cls, config: DeepSeekV3Config, num_experts: int) -> Mistake | None:
-        """Requires groups of one size, of which the chosen ones hold K experts."""
-        if found := super().check(config, num_experts):
-            return found
-        if num_experts % config.num_groups:
-            rule = (
-                f"groups are of one size, and the {num_experts} experts of upcycle.num_experts do not divide "
-                f"into router.num_groups={config.num_groups}"
-            )
-            remedy = f"Set num_groups to a divisor of {num_experts}."
-            return Mistake("num_groups", config.num_groups, rule, remedy)
-        in_reach = config.top_groups * (num_experts // config.num_groups)
-        if config.top_k > in_reach:
-            rule = (
-                f"a token uses router.top_k={config.top_k} experts, and router.top_groups="
-                f"{config.top_groups} of {config.num_groups} groups hold {in_reach}"
-            )
-            return Mistake("top_k", config.top_k, rule, "Raise top_groups, or lower top_k.")
-        return None
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -27,7 +27,6 @@ class ForcedRouter(LinearRouter[ForcedConfig]):
 
     name = "forced"
     config_class = ForcedConfig
-    varies_top_k = True
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError
 from moe.routers.base import Router
 from moe.routers.configs.keyed_config import TOKEN_IDS, KeyedConfig
 from moe.types import LayerContext, Routing
@@ -38,30 +38,6 @@ class KeyedRouter(Router[KeyedConfig]):
     compile_unsupported_reason = (
         "the host raises an error if a key names no expert. Compile the experts alone"
     )
-
-    @classmethod
-    def check(cls, config: KeyedConfig, num_experts: int) -> Mistake | None:
-        """Requires that every range has an expert, and every expert a range."""
-        if not config.edges:
-            return None
-        experts = set(config.experts or range(len(config.edges) + 1))
-        if experts == set(range(num_experts)):
-            return None
-        if config.experts:
-            rule = f"must name each of the {num_experts} experts, and no other"
-            remedy = f"Correct it, or set upcycle.num_experts to {max(experts) + 1}."
-            return Mistake("experts", config.experts, rule, remedy)
-        rule = f"{len(config.edges)} edges make {len(experts)} ranges, and there are {num_experts} experts"
-        remedy = (
-            f"Give {max(num_experts - 1, 0)} edges, say by router.experts which expert each range has, or "
-            f"set upcycle.num_experts to {len(experts)}."
-        )
-        return Mistake("edges", config.edges, rule, remedy)
-
-    @classmethod
-    def needed_keys(cls, config: KeyedConfig) -> frozenset[str]:
-        """Returns the key, unless the batch itself has it."""
-        return frozenset({config.key} - {TOKEN_IDS})
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -38,7 +38,6 @@ class MoDRouter(ProjectionRouter[MoDConfig]):
 
     name = "mod"
     config_class = MoDConfig
-    varies_top_k = True
 
     def create_parameters(self) -> None:
         """Registers projection, score and predictor."""

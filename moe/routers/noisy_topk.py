@@ -32,7 +32,6 @@ class NoisyTopKRouter(LinearRouter[NoisyTopKConfig]):
 
     name = "noisy_topk"
     config_class = NoisyTopKConfig
-    varies_top_k = True
     compile_unsupported_reason = NOISE_KEY_ON_HOST
 
     def create_parameters(self) -> None:

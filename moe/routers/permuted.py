@@ -14,7 +14,6 @@ import torch
 from torch import Generator, Tensor
 
 from moe.dispatch.base import Dispatcher
-from moe.errors import Mistake
 from moe.experts.experts import Experts
 from moe.routers import router_class
 from moe.routers.base import Router
@@ -45,33 +44,6 @@ class PermutedRouter(Router[PermutedConfig]):
         inner, search, num_experts = self.config.inner, self.config.search, self.num_experts
         self.inner: Router[Any] = router_class(inner.name)(inner, self.model_width, num_experts)
         self.search = PermutationSearch(search, num_experts) if search.steps else None
-
-    @classmethod
-    def check(cls, config: PermutedConfig, num_experts: int) -> Mistake | None:
-        """Applies the inner router's rules, and requires that experts see single tokens."""
-        inner = router_class(config.inner.name)
-        if inner.wrap_dispatcher is not Router.wrap_dispatcher:
-            rule = (
-                f"{inner.name} changes what the experts see, which a permutation of weights does not follow"
-            )
-            return Mistake("inner.name", inner.name, rule, "Set router.inner to another router.")
-        found = inner.check(config.inner, num_experts)
-        return None if found is None else found.under("inner")
-
-    @classmethod
-    def needed_keys(cls, config: PermutedConfig) -> frozenset[str]:
-        """Returns the inner router's keys."""
-        return router_class(config.inner.name).needed_keys(config.inner)
-
-    @classmethod
-    def reads_experts(cls, config: PermutedConfig) -> bool:
-        """Returns the inner router's answer."""
-        return router_class(config.inner.name).reads_experts(config.inner)
-
-    @property
-    def top_k(self) -> int:
-        """The inner router's K; a token uses up to E during the search."""
-        return self.inner.top_k
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -22,7 +22,6 @@ class SigmaRouter(ProjectionRouter[SigmaConfig]):
 
     name = "sigma"
     config_class = SigmaConfig
-    varies_top_k = True
 
     @property
     def weights_sum_to_one(self) -> bool:

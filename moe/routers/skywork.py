@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from moe.errors import Mistake
 from moe.routers.base import FILED_BY_STEP
 from moe.routers.configs.skywork_config import SkyworkConfig
 from moe.routers.linear import LinearRouter
@@ -39,7 +38,6 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
 
     name = "skywork"
     config_class = SkyworkConfig
-    varies_top_k = True
     compile_unsupported_reason = FILED_BY_STEP
     fp32_buffers: ClassVar[tuple[str, ...]] = ("balance_alpha",)
     balance_alpha: Tensor
@@ -51,20 +49,6 @@ class SkyworkRouter(Fp32Buffers, LinearRouter[SkyworkConfig]):
         alpha = torch.full((1,), self.config.balance_coef, dtype=torch.float32)
         self.register_buffer("balance_alpha", alpha)
         self._slots = StepSums()
-
-    @classmethod
-    def check(cls, config: SkyworkConfig, num_experts: int) -> Mistake | None:
-        """Rejects E = 2: two normalised logits are +lambda and -lambda whatever the token is."""
-        if found := super().check(config, num_experts):
-            return found
-        if num_experts == 2:
-            rule = (
-                "two normalised logits are always +logit_scale and -logit_scale, so that the router's "
-                "weights are constants"
-            )
-            remedy = "Set upcycle.num_experts to 3 or more, or use router=topk."
-            return Mistake("name", config.name, rule, remedy)
-        return super().check(config, num_experts)
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -67,7 +67,6 @@ class SoftMoERouter(Router[SoftMoEConfig]):
     name = "soft_moe"
     config_class = SoftMoEConfig
     is_causal = False
-    mixes_tokens = True
 
     def create_parameters(self) -> None:
         """Registers directions and scale."""

@@ -23,7 +23,6 @@ class TopKRouter(LinearRouter[TopKConfig]):
 
     name = "topk"
     config_class = TopKConfig
-    varies_top_k = True
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -28,7 +28,6 @@ class XFTRouter(LinearRouter[XFTConfig]):
 
     name = "xft"
     config_class = XFTConfig
-    varies_top_k = True
 
     @property
     def num_rows(self) -> int:

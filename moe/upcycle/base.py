@@ -15,8 +15,9 @@ from moe.routers.base import Router
 from moe.routers.configs import RouterConfig
 from moe.upcycle.build_experts import BuiltLayer, build_layer, ffn_shape
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.layer_plan import Draws, LayerPlan
 
 ConfigT = TypeVar("ConfigT", bound=UpcycleConfig)
 
@@ -77,7 +78,7 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
     @property
     def sources(self) -> tuple[str, ...]:
         """Folders of further dense checkpoints, of the same shape as the upcycled one."""
-        return ()
+        return self.config.source_folders
 
     @property
     def num_sources(self) -> int:
@@ -107,8 +108,16 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
         """Returns why the method does not fit the router or the network; empty if it does.
 
         Args:
-            router: The router's config.
+            router: The router's config, which has passed its own check.
             shape: Shape of the dense network; None while unknown.
+        """
+        return self.config.check(router, shape) + self.check_router(router)
+
+    def check_router(self, router: RouterConfig) -> list[Mistake]:
+        """Returns why a router does not fit the method by what it shows when it runs.
+
+        Args:
+            router: The router's config, which has passed its own check.
         """
         return []
 

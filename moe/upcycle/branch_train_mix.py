@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.branch_train_mix_config import BranchTrainMixConfig
-from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan
 
 
 class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
@@ -29,11 +28,6 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
     config_class = BranchTrainMixConfig
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """The branches."""
-        return tuple(self.config.sources)
-
-    @property
     def averaged(self) -> tuple[int, ...]:
         """The models that give experts."""
         return tuple(range(0 if self.config.keep_seed else 1, self.num_sources))
@@ -41,20 +35,6 @@ class BranchTrainMix(UpcycleMethod[BranchTrainMixConfig]):
     def is_exact(self, router: Router[Any]) -> bool:
         """Returns False: only equal models would make it exact."""
         return False
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires branches, and equally many experts of each."""
-        E, S = self.config.num_experts, len(self.averaged)
-        if not self.config.sources:
-            rule = "there is nothing to mix"
-            remedy = (
-                "List the folders of models that were trained on from the dense one, or take upcycle=copy."
-            )
-            return [Mistake("upcycle.sources", [], rule, remedy)]
-        if E % S:
-            rule = f"it does not divide over {S} dense models"
-            return [Mistake("upcycle.num_experts", E, rule, f"Set a multiple of {S}.")]
-        return []
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Takes expert e from the model ``e S // E``."""

@@ -13,8 +13,9 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 from moe.experts.weights import ExpertBank, FFNWeights
+from moe.upcycle.dense_shape import FFNShape, Matrix
 from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_blocks, expert_shape
-from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, NeuronRows, RouterStart
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan, NeuronRows, RouterStart
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.cmoe_config import CMoEConfig
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.neuron_split import marker_groups
 from moe.upcycle.partition import parts_plan
-
-_ROUTER = "analytical"
 
 
 class CMoE(UpcycleMethod[CMoEConfig]):
@@ -52,19 +49,6 @@ class CMoE(UpcycleMethod[CMoEConfig]):
     def is_exact(self, router: Router[Any]) -> bool:
         """Returns True if every token uses every expert, while the router is untrained."""
         return router.weighs_one and router.top_k == router.num_experts
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires parts of one width, and CMoE's own router."""
-        config, found = self.config, []
-        if router.name != _ROUTER:
-            rule = "its experts are chosen by their own neurons, which no other router has"
-            found.append(Mistake("router.name", router.name, rule, f"Set router={_ROUTER}."))
-        parts = config.num_experts + config.num_shared
-        if shape is not None and shape.width % parts:
-            rule = f"the {shape.width} neurons of the dense network do not divide into {parts} parts"
-            remedy = "Set another number, or another num_shared."
-            found.append(Mistake("upcycle.num_experts", config.num_experts, rule, remedy))
-        return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Divides a layer's neurons."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.copies_config import CopyConfig
-from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Noise
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan, Noise
 
 
 class Copy(UpcycleMethod[CopyConfig]):

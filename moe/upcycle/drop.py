@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.drop_config import DropConfig
-from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, Moments, Noise
+from moe.upcycle.dense_shape import FFNShape, Matrix
+from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, LayerPlan, Moments, Noise
 
 
 class Drop(UpcycleMethod[DropConfig]):
@@ -35,14 +34,6 @@ class Drop(UpcycleMethod[DropConfig]):
     def is_exact(self, router: Router[Any]) -> bool:
         """Returns True only if nothing changes, as for copies."""
         return self.config.ratio == 0 and router.weights_sum_to_one
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires that the ratio amounts to at least one neuron, or is 0."""
-        if shape is None or self.config.ratio == 0 or int(self.config.ratio * shape.width):
-            return []
-        rule = f"of {shape.width} neurons that is not one"
-        remedy = "Set a larger share, or 0 for copies."
-        return [Mistake("upcycle.ratio", self.config.ratio, rule, remedy)]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Puts every neuron into every expert, some of them changed."""

@@ -15,7 +15,8 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
-from moe.upcycle.layer_plan import ExpertPlan, Matrix
+from moe.upcycle.dense_shape import Matrix
+from moe.upcycle.layer_plan import ExpertPlan
 
 # Elements of a block of rows: 16 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 22

@@ -15,35 +15,9 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from moe.routing.draws import seeded_generator
+from moe.upcycle.dense_shape import Matrix
 
-Matrix = Literal["gate", "up", "down"]
 Moments = Literal["matrix", "slice"]
-
-
-@dataclass(frozen=True)
-class FFNShape:
-    """Shape of a dense network, known before its weights are read.
-
-    Attributes:
-        width: F.
-        model_width: D.
-        gated: True if there is a gate beside the up projection.
-        up_bias: True if gate and up projection have biases.
-        down_bias: True if the down projection has a bias.
-        activation: A key of `kernels.activations.ACTIVATIONS`.
-    """
-
-    width: int
-    model_width: int
-    gated: bool
-    activation: str
-    up_bias: bool = False
-    down_bias: bool = False
-
-    @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        """The matrices of the network."""
-        return ("gate", "up", "down") if self.gated else ("up", "down")
 
 
 @dataclass(frozen=True)

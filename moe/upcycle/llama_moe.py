@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.llama_moe_config import LlamaMoEConfig
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.layer_plan import Draws, LayerPlan
 from moe.upcycle.neuron_split import (
     coactivation_groups,
     greedy_groups,
@@ -73,15 +72,6 @@ class LlamaMoE(UpcycleMethod[LlamaMoEConfig]):
         gates = observe(router.config, router.num_experts)
         divides = self.config.split != "sharing_inner"
         return divides and is_whole(gates, router.num_experts, self._factor(gates))
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires parts of one width."""
-        if shape is None or shape.width % self.config.num_parts == 0:
-            return []
-        rule = (
-            f"the {shape.width} neurons of the dense network do not divide into {self.config.num_parts} parts"
-        )
-        return [Mistake("upcycle.num_experts", self.config.num_experts, rule, "Set another number.")]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Divides the neurons by the split."""

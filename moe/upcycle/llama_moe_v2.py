@@ -22,8 +22,9 @@ from moe.routers.base import Router
 from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.llama_moe_v2_config import LlamaMoEV2Config
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, RouterStart
+from moe.upcycle.layer_plan import Draws, LayerPlan, RouterStart
 from moe.upcycle.llama_moe import share_and_divide
 from moe.upcycle.partition import is_whole, parts_plan
 
@@ -60,19 +61,14 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
         gates = observe(router.config, router.num_experts)
         return is_whole(gates, router.num_experts, self._factor(gates))
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires parts of one width, and a router whose rows can be centroids."""
-        config, found = self.config, []
-        if shape is not None and shape.width % config.num_parts:
-            rule = (
-                f"the {shape.width} neurons of the dense network do not divide into {config.num_parts} parts"
-            )
-            found.append(Mistake("upcycle.num_experts", config.num_experts, rule, "Set another number."))
-        if config.sets_rows and not observe(router, config.num_experts).has_rows:
-            rule = f"the router {router.name!r} has no row for each expert that could begin at a centroid"
-            remedy = "Set upcycle.router_rows=drawn, or choose a router such as topk."
-            found.append(Mistake("upcycle.router_rows", config.router_rows, rule, remedy))
-        return found
+    def check_router(self, router: RouterConfig) -> list[Mistake]:
+        """Requires a router whose rows can be centroids."""
+        config = self.config
+        if not config.sets_rows or observe(router, config.num_experts).has_rows:
+            return []
+        rule = f"the router {router.name!r} has no row for each expert that could begin at a centroid"
+        remedy = "Set upcycle.router_rows=drawn, or choose a router such as topk."
+        return [Mistake("upcycle.router_rows", config.router_rows, rule, remedy)]
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Divides the neurons by importance, or into runs."""

@@ -20,13 +20,12 @@ from moe.routers.base import Router
 from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.moefication_config import MoEficationConfig
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.gates import observe
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan, NeuronRows, RouterStart
+from moe.upcycle.layer_plan import Draws, LayerPlan, NeuronRows, RouterStart
 from moe.upcycle.neuron_split import coactivation_groups, groups_of
-from moe.upcycle.partition import division_faults, parts_plan
+from moe.upcycle.partition import parts_plan
 from moe.upcycle.snake import unit_faults
-
-_SPARSE = ("relu", "relu2")
 
 
 class MoEfication(UpcycleMethod[MoEficationConfig]):
@@ -52,19 +51,14 @@ class MoEfication(UpcycleMethod[MoEficationConfig]):
         """Returns True if every token uses every expert, while the router is untrained."""
         return router.weighs_one and router.top_k == router.num_experts
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires a ReLU network, parts of one width, and a linear router that sums its experts."""
-        E, found = self.config.num_experts, unit_faults(router, self.config.num_experts)
+    def check_router(self, router: RouterConfig) -> list[Mistake]:
+        """Requires a linear router that sums its experts."""
+        E = self.config.num_experts
+        found = unit_faults(router, E)
         if not found and not observe(router, E).has_rows:
             rule = "it has no row for each expert that could begin at the mean row of its neurons"
             found.append(Mistake("router.name", router.name, rule, "Set router=unit_linear."))
-        if shape is None:
-            return found
-        if shape.activation not in _SPARSE:
-            rule = f"it is for networks with ReLU, and the dense one has {shape.activation!r}: no neuron is 0"
-            remedy = "Choose cmoe or llama_moe, which need no zeros."
-            found.append(Mistake("upcycle.name", self.config.name, rule, remedy))
-        return found + division_faults(E, shape)
+        return found
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Divides the neurons by the split."""

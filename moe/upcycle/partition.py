@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.partition_config import PartitionConfig
+from moe.upcycle.dense_shape import FFNShape, Matrix
 from moe.upcycle.gates import Gates, observe
-from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan
 
 
 class Partition(UpcycleMethod[PartitionConfig]):
@@ -34,10 +33,6 @@ class Partition(UpcycleMethod[PartitionConfig]):
         """Returns True only if every token uses every expert, at weight 1."""
         gates = observe(router.config, router.num_experts)
         return is_whole(gates, router.num_experts, self._factor(gates))
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires experts of one width."""
-        return [] if shape is None else division_faults(self.config.num_experts, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Cuts the neurons into parts of one size."""
@@ -73,11 +68,3 @@ def is_whole(gates: Gates, num_experts: int, scale_factor: float) -> bool:
     """Returns True if all experts of a division are used at weight 1, i.e. equal the dense network."""
     weighs_one = gates.alike is not None and abs(gates.alike * scale_factor - 1) < 1e-9
     return gates.top_k == num_experts and weighs_one
-
-
-def division_faults(num_experts: int, shape: FFNShape) -> list[Mistake]:
-    """Requires that the dense neurons divide into parts of one size."""
-    if shape.width % num_experts == 0:
-        return []
-    rule = f"the {shape.width} neurons of the dense network do not divide by it"
-    return [Mistake("upcycle.num_experts", num_experts, rule, "Set a divisor.")]

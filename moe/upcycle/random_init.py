@@ -10,7 +10,8 @@ from torch import Tensor
 from moe.routers.base import Router
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.random_init_config import RandomConfig
-from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, LayerPlan
 
 
 class Random(UpcycleMethod[RandomConfig]):

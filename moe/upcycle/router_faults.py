@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from moe.errors import Mistake
 from moe.routers.configs import RouterConfig
 from moe.upcycle.gates import Gates, keeps_groups, observe
+from moe.upcycle.group_rules import group_mistakes
 
 # Options that can separate experts with equal rows, with the value at which they do not.
 _CALM: dict[str, object] = {"noise_scale": 0, "jitter": 0, "second": "always", "num_groups": 1}
@@ -26,23 +27,19 @@ def group_faults(router: RouterConfig, num_experts: int, group_size: int) -> lis
         num_experts: E.
         group_size: G, above 0.
     """
-    if group_size == 1:
+    return group_mistakes(router, num_experts, group_size) or observed_group_faults(
+        router, num_experts, group_size
+    )
+
+
+def observed_group_faults(router: RouterConfig, num_experts: int, group_size: int) -> list[Mistake]:
+    """Returns those of `group_faults` that a router shows when it runs, unless `group_mistakes` has some."""
+    if group_size == 1 or group_mistakes(router, num_experts, group_size):
         return []
-    found = []
-    if num_experts % group_size:
-        rule = f"it is no multiple of the {group_size} experts of a virtual group"
-        remedy = f"Set a multiple of {group_size}."
-        found.append(Mistake("upcycle.num_experts", num_experts, rule, remedy))
-    gates = observe(router, num_experts)
-    if gates.top_k % group_size:
-        rule = f"a token must use whole virtual groups, of {group_size} experts each"
-        remedy = f"Set a multiple of {group_size}."
-        option = "router.top_k" if hasattr(router, "top_k") else "router.name"
-        found.append(Mistake(option, gates.top_k, rule, remedy))
-    if not gates.has_rows:
+    if not observe(router, num_experts).has_rows:
         rule = "it has no row for each expert, and the experts of a virtual group share one"
-        found.append(Mistake("router.name", router.name, rule, _REMEDY))
-    return found or list(_parting_faults(router, num_experts, group_size))
+        return [Mistake("router.name", router.name, rule, _REMEDY)]
+    return list(_parting_faults(router, num_experts, group_size))
 
 
 def _parting_faults(router: RouterConfig, num_experts: int, group_size: int) -> Iterator[Mistake]:

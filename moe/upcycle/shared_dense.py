@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
-from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan, Matrix
-from moe.upcycle.shuffle_slice import width_faults
+from moe.upcycle.dense_shape import FFNShape, Matrix
+from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, LayerPlan
 
 
 class SharedDense(UpcycleMethod[SharedDenseConfig]):
@@ -32,10 +30,6 @@ class SharedDense(UpcycleMethod[SharedDenseConfig]):
     def is_exact(self, router: Router[Any]) -> bool:
         """Returns True: nothing is added to the dense network's output."""
         return True
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires routed experts no wider than the dense network."""
-        return [] if shape is None else width_faults(self.config.expert_width, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Plans dense weights in the shared expert, and down projections of 0 in the routed ones."""

@@ -22,9 +22,10 @@ from moe.routers.base import Router
 from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.shared_routed_config import SharedRoutedConfig
+from moe.upcycle.dense_shape import FFNShape, Matrix
 from moe.upcycle.gates import observe
-from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
-from moe.upcycle.router_faults import group_faults, sum_faults
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan, RouterStart
+from moe.upcycle.router_faults import group_faults, observed_group_faults, sum_faults
 
 _RATE = "activation_rate_F"
 
@@ -46,15 +47,11 @@ class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
         faults = group_faults(router.config, router.num_experts, self.config.group_size)
         return not faults and observe(router.config, router.num_experts).constant
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires shards of one width, whole groups for every token, and a known factor."""
-        G = self.config.granularity
-        found = group_faults(router, self.config.num_experts, self.config.group_size)
-        if shape is not None and shape.width % G:
-            rule = f"the {shape.width} neurons of the dense network do not divide into so many shards"
-            found.append(Mistake("upcycle.granularity", G, rule, "Set a divisor."))
-        gates = observe(router, self.config.num_experts)
-        return found + sum_faults(router, gates, "upcycle=shared_dense")
+    def check_router(self, router: RouterConfig) -> list[Mistake]:
+        """Requires a router that keeps groups together, and a known factor."""
+        E = self.config.num_experts
+        found = observed_group_faults(router, E, self.config.group_size)
+        return found + sum_faults(router, observe(router, E), "upcycle=shared_dense")
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Joins the shared shards in one expert, and deals the others into groups."""

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake
 from moe.routers.base import Router
-from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
-from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, FFNShape, LayerPlan
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Drawn, Draws, ExpertPlan, LayerPlan
 
 
 class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
@@ -35,10 +34,6 @@ class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
     def is_exact(self, router: Router[Any]) -> bool:
         """Returns False: a token sees some neurons twice, others not at all, and drawn ones."""
         return False
-
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires experts no wider than the dense network."""
-        return [] if shape is None else width_faults(self.config.expert_width, shape)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Takes expert e from the e-th run of the replicas' neurons."""
@@ -56,11 +51,3 @@ class ShuffleSlice(UpcycleMethod[ShuffleSliceConfig]):
             drawn = Drawn(dict.fromkeys(shape.matrices, where_F)) if count else None
             experts.append(ExpertPlan(F, neurons_N[e * F : (e + 1) * F], drawn=drawn))
         return LayerPlan(tuple(experts))
-
-
-def width_faults(expert_width: int | None, shape: FFNShape) -> list[Mistake]:
-    """Requires experts no wider than the dense network that they are cut from."""
-    if expert_width is None or expert_width <= shape.width:
-        return []
-    rule = f"the dense network has {shape.width} neurons, and an expert takes some of them"
-    return [Mistake("upcycle.expert_width", expert_width, rule, f"Set {shape.width} or less, or null.")]

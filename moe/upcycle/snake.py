@@ -19,7 +19,8 @@ from moe.routers.base import Router
 from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.snake_config import SnakeConfig
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws, LayerPlan
 from moe.upcycle.neuron_split import snake_groups
 from moe.upcycle.partition import parts_plan
 
@@ -39,15 +40,9 @@ class Snake(UpcycleMethod[SnakeConfig]):
         """Returns True if every token uses every expert, while the router is untrained."""
         return router.weighs_one and router.top_k == router.num_experts
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires parts of one width, and a router that sums its experts."""
-        config, found = self.config, unit_faults(router, self.config.num_experts)
-        parts = config.num_experts + config.num_shared
-        if shape is not None and shape.width % parts:
-            rule = f"the {shape.width} neurons of the dense network do not divide into {parts} parts"
-            remedy = "Set another number, or another num_shared."
-            found.append(Mistake("upcycle.num_experts", config.num_experts, rule, remedy))
-        return found
+    def check_router(self, router: RouterConfig) -> list[Mistake]:
+        """Requires a router that sums its experts."""
+        return unit_faults(router, self.config.num_experts)
 
     def plan(self, shape: FFNShape, draws: Draws, statistics: Mapping[str, Tensor]) -> LayerPlan:
         """Shares the most important neurons and deals out the others."""

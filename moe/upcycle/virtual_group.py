@@ -20,9 +20,10 @@ from moe.routers.base import Router
 from moe.routers.configs import RouterConfig
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
+from moe.upcycle.dense_shape import FFNShape, Matrix
 from moe.upcycle.gates import observe
-from moe.upcycle.layer_plan import Draws, ExpertPlan, FFNShape, LayerPlan, Matrix, RouterStart
-from moe.upcycle.router_faults import group_faults, sum_faults
+from moe.upcycle.layer_plan import Draws, ExpertPlan, LayerPlan, RouterStart
+from moe.upcycle.router_faults import group_faults, observed_group_faults, sum_faults
 
 # Activation in which a factor on the input counts twice, as with a gate.
 _QUADRATIC = "relu2"
@@ -44,13 +45,9 @@ class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
             and not group_faults(router.config, router.num_experts, self.config.granularity)
         )
 
-    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
-        """Requires shards of one width, whole groups for every token, and a known factor."""
-        G = self.config.granularity
-        found = group_faults(router, self.config.num_experts, G)
-        if shape is not None and shape.width % G:
-            rule = f"the {shape.width} neurons of the dense network do not divide into so many shards"
-            found.append(Mistake("upcycle.granularity", G, rule, "Set a divisor."))
+    def check_router(self, router: RouterConfig) -> list[Mistake]:
+        """Requires a router that keeps groups together, and a known factor."""
+        found = observed_group_faults(router, self.config.num_experts, self.config.granularity)
         if self.config.scale != "none":
             found += sum_faults(router, observe(router, self.config.num_experts), "upcycle.scale=none")
         return found

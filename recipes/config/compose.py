@@ -189,7 +189,7 @@ def _explain(error: Exception, culprit: str | None, overrides: Sequence[str]) ->
     if culprit is not None and (choices := choices_of(path, overrides)):
         return Mistake(path, value, "there is no such choice", choose(value, choices))
     first = " ".join(text.split())
-    return Mistake(path, value, first.rstrip("."), "See the option's form in train.py --cfg.")
+    return Mistake(path, value, first.rstrip("."), "See the option's form in graft train --cfg.")
 
 
 def _no_option(path: str, value: str, chosen: str | None) -> Mistake:
@@ -199,7 +199,7 @@ def _no_option(path: str, value: str, chosen: str | None) -> Mistake:
     known = [key for key in _all_keys(_defaults()) if not path.startswith(f"{key}.")]
     others = options_of_choices(path.partition(".")[0]) - {*known}
     near = difflib.get_close_matches(path, [*known, *sorted(others)], n=1) or _same_leaf(path, known)
-    remedy = f"Did you mean {near[0]}?" if near else "Run train.py --cfg to see them all."
+    remedy = f"Did you mean {near[0]}?" if near else "Run graft train --cfg to see them all."
     if near and near[0] in others and (owned := owner_mistake(near[0], chosen)):
         rule, how = owned
         remedy += f" {rule[0].upper()}{rule[1:]}. {how}"

@@ -68,7 +68,7 @@ class RunFlags:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError.one("command line", message, "it cannot be read", "See train.py --help.")
+        raise ConfigError.one("command line", message, "it cannot be read", "See graft train --help.")
 
 
 def read_flags(arguments: Sequence[str]) -> RunFlags:
@@ -79,7 +79,7 @@ def read_flags(arguments: Sequence[str]) -> RunFlags:
     """
     given, rest = _parser().parse_known_args(_with_words(arguments))
     if flag := next((argument for argument in rest if argument.startswith("-")), None):
-        raise ConfigError.one("command line", flag, "there is no such flag", "See train.py --help.")
+        raise ConfigError.one("command line", flag, "there is no such flag", "See graft train --help.")
     for name, least in (("nproc", 1), ("max_restarts", 0)):
         if (value := getattr(given, name)) is not None and value < least:
             flag = f"--{name.replace('_', '-')}"

@@ -35,7 +35,7 @@ from recipes.tracking.config import TrackerConfig
 # A byte-level tokenizer has 256 bytes and the end token.
 _SMALLEST_VOCABULARY = 257
 _WRONG_TYPE = "this must be "
-_NO_OPTION = "there is no such option", "Run train.py --cfg to see what there is."
+_NO_OPTION = "there is no such option", "Run graft train --cfg to see what there is."
 
 T = TypeVar("T")
 SectionT = TypeVar("SectionT", bound=Section)

@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from recipes.engines.config import EngineConfig
-from recipes.runtime.extras import EXTRAS, check_extra
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
-    from moe.routers.configs import RouterConfig
     from recipes.checkpoint import GlobalTensor
     from recipes.data.samples import TokenMetadata
     from recipes.engines.micro_batch import MicroBatch
@@ -161,26 +159,14 @@ class Engine(ABC, Generic[ConfigT]):
     def check(cls, config: ConfigT) -> Mistake | None:
         """Returns the mistake that keeps this machine from running the engine; None if it can.
 
-        The path is relative to the engine's config. An engine whose library is an extra has the extra's name.
+        The path is relative to the engine's config, whose own check comes first.
         """
-        if cls.name not in EXTRAS:
-            return None
-        return check_extra(cls.name, "name", cls.name, "set engine=native")
-
-    @classmethod
-    def check_moe(cls, config: ConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Returns the reasons why the engine cannot train an MoE of this size under this router."""
-        return []
-
-    @classmethod
-    def check_optimizer(cls, config: ConfigT, optim: OptimConfig) -> list[Mistake]:
-        """Returns the reasons why the engine cannot train with this optimizer."""
-        return []
+        return config.check(int(os.environ.get("WORLD_SIZE", "1")))
 
     @classmethod
     def check_run(cls, config: ConfigT, run: RunOptions) -> list[Mistake]:
-        """Returns the reasons why the engine cannot run with the other options of a run."""
-        return []
+        """Returns the reasons why the engine cannot run with the other options, its config's first."""
+        return config.check_run(run)
 
     @classmethod
     def held_shares(cls, config: ConfigT, world_size: int, *, accumulates: bool) -> HeldShares:
@@ -193,20 +179,15 @@ class Engine(ABC, Generic[ConfigT]):
         """
         return HeldShares((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
 
-    @classmethod
-    def model_parallel_size(cls, config: ConfigT) -> int:
-        """Returns how many ranks see the same samples; by default they are neighbours, see `data_rank`."""
-        return 1
-
     @property
     def data_rank(self) -> int:
         """Index of this process, or of its group of model-parallel ranks, among the `data_ranks`."""
-        return self.rank // self.model_parallel_size(self.config)
+        return self.rank // self.config.model_parallel_size
 
     @property
     def data_ranks(self) -> int:
         """Number of ranks, or of groups of model-parallel ranks, that see samples of their own."""
-        return self.world_size // self.model_parallel_size(self.config)
+        return self.world_size // self.config.model_parallel_size
 
     def describe(self) -> str | None:
         """Returns a line on the engine's variant for the start of a run, or None if there is only one."""

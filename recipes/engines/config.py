@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from moe.errors import Rule, require
+from moe.errors import Mistake, Rule, require
 from moe.types import Config
+from recipes.runtime.extras import EXTRAS, check_extra
+
+if TYPE_CHECKING:
+    from moe.routers.configs import RouterConfig
+    from recipes.engines.optim.config import OptimConfig
+    from recipes.engines.run_options import RunOptions
 
 # OpenMP ends the process without a word where the system has no room for its threads.
 _MOST_THREADS = 4096
@@ -14,10 +20,39 @@ _MOST_THREADS = 4096
 
 @dataclass(frozen=True)
 class EngineConfig(Config):
-    """Base of the engines' configs, whose name picks the engine."""
+    """Base of the engines' configs, whose name picks the engine.
+
+    Its checks need options alone; `recipes.engines.base.Engine` has those of devices and models.
+    """
 
     name: str
     """The engine's name, as in ``conf/engine/NAME.yaml``."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that see the same samples; by default they are neighbours, see `Engine.data_rank`."""
+        return 1
+
+    def check(self, world_size: int) -> Mistake | None:
+        """Returns the mistake that keeps so many ranks from being laid out; None if they can.
+
+        The path is relative to this config. An engine whose library is an extra has the extra's name.
+        """
+        if self.name not in EXTRAS:
+            return None
+        return check_extra(self.name, "name", self.name, "set engine=native")
+
+    def check_moe(self, num_experts: int, router: RouterConfig) -> list[Mistake]:
+        """Returns the reasons why the engine cannot train an MoE of this size under this router."""
+        return []
+
+    def check_optimizer(self, optim: OptimConfig) -> list[Mistake]:
+        """Returns the reasons why the engine cannot train with this optimizer."""
+        return []
+
+    def check_run(self, run: RunOptions) -> list[Mistake]:
+        """Returns the reasons why the engine cannot run with the other options of a run."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -55,6 +90,30 @@ class ProcessConfig(EngineConfig):
             ),
         ]
 
+    def check(self, world_size: int) -> Mistake | None:
+        """Requires ranks that divide as configured, too."""
+        return super().check(world_size) or self.check_dims(world_size)
+
+    def check_dims(self, world_size: int) -> Mistake | None:
+        """Returns the dimension that the ranks do not divide by; None if they divide by all."""
+        return dims_mistake(self, world_size, "expert_parallel")
+
+    def check_moe(self, num_experts: int, router: RouterConfig) -> list[Mistake]:
+        """Requires experts that divide over the expert-parallel ranks."""
+        ranks = self.expert_parallel
+        if ranks == 1:
+            return []
+        mistakes = []
+        if num_experts % ranks:
+            rule = f"the {num_experts} experts of upcycle.num_experts do not divide over {ranks} ranks"
+            remedy = f"Set a divisor of {num_experts}, or another upcycle.num_experts."
+            mistakes.append(Mistake("engine.expert_parallel", ranks, rule, remedy))
+        if router.reads_experts:
+            rule = f"router={router.name} reads the weights of all experts, and no rank holds them all"
+            remedy = "Set engine.expert_parallel=1, or choose another router."
+            mistakes.append(Mistake("engine.expert_parallel", ranks, rule, remedy))
+        return mistakes
+
     def device_type(self) -> str:
         """Returns ``cpu`` or ``cuda``."""
         if self.device == "auto":
@@ -62,3 +121,24 @@ class ProcessConfig(EngineConfig):
 
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
+
+
+def dims_mistake(
+    config: EngineConfig, ranks: int, *names: str, whose: str | None = None, groups: int = 1
+) -> Mistake | None:
+    """Returns the first option whose groups the ranks do not divide into; None if they divide into all.
+
+    Args:
+        config: The engine's options.
+        ranks: Number of ranks.
+        names: Options that are sizes of groups.
+        whose: The ranks in words, where they are not all of the run's.
+        groups: How often the run has so many ranks.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if ranks % value:
+            rule = f"{whose or f'{ranks} ranks'} do not divide into groups of {value}"
+            remedy = f"Set a divisor of {ranks}, or start a multiple of {value * groups} ranks."
+            return Mistake(name, value, rule, remedy)
+    return None

@@ -14,10 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe.errors import Mistake
-from moe.routers.configs import RouterConfig
 from recipes.engines.base import Engine
 from recipes.engines.config import ProcessConfig
-from recipes.engines.native.expert_parallel import moe_mistakes
 from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
@@ -32,7 +30,7 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
 
     @classmethod
     def check(cls, config: ProcessConfigT) -> Mistake | None:
-        """Requires the engine's library, the GPUs that are asked for, and ranks that divide as configured."""
+        """Requires the GPUs that are asked for, too."""
         if found := super().check(config):
             return found
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -42,17 +40,7 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
         if config.device_type() == "cuda" and local > torch.cuda.device_count():
             rule = f"{local} ranks on this machine and {torch.cuda.device_count()} GPUs"
             return Mistake("device", config.device, rule, "Start one rank for each GPU (--nproc-per-node).")
-        return cls.check_dims(config, int(os.environ.get("WORLD_SIZE", "1")))
-
-    @classmethod
-    def check_dims(cls, config: ProcessConfigT, world_size: int) -> Mistake | None:
-        """Returns the dimension that the ranks do not divide by; None if they divide by all."""
-        return ParallelDims(world_size, expert_parallel=config.expert_parallel).check()
-
-    @classmethod
-    def check_moe(cls, config: ProcessConfigT, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Requires experts that divide over the expert-parallel ranks."""
-        return moe_mistakes(config.expert_parallel, num_experts, router)
+        return None
 
     @property
     def rank(self) -> int:

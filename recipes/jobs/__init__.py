@@ -1,4 +1,7 @@
-"""Jobs, found by being in a module of this package."""
+"""Jobs: ``recipes/jobs/NAME_job.py`` holds the class, and is found by that name.
+
+These modules import no torch, so that mistakes of options are told at once; what runs a job is beside them.
+"""
 
 from __future__ import annotations
 
@@ -13,4 +16,4 @@ def job_classes() -> dict[str, type[Job]]:
     from moe.registry import discover
     from recipes.jobs.base import Job
 
-    return discover(__name__, Job)
+    return discover(__name__, Job, ending="_job")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe.accounting.device_peaks import peak_for
 from recipes.runtime.clock import steady_time
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.tracking.ceilings import Ceiling, Peaks, bandwidth_for, unless_short_of_memory
-from recipes.tracking.metrics_log import METRICS_FILE, Metric, read_rows, reduce_metrics
+from recipes.tracking.metrics_log import Metric, read_rows, reduce_metrics
 from recipes.tracking.step_costs import StepCosts
 from recipes.tracking.training_figures import summarise_stage
 from recipes.training.model_costs import expert_readers, local_update_bytes, peak_memory_bytes
@@ -61,7 +62,7 @@ def step_costs(
         peak_bytes_per_s=bandwidth.value,
         readers=expert_readers(model),
         uncounted=None if engine.data_ranks == engine.world_size else _CUT,
-        counts_slots=not any(layer.router.mixes_tokens for layer in model.routed_layers()),
+        counts_slots=not any(layer.router.config.mixes_tokens for layer in model.routed_layers()),
     )
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.config.sections import Section
-from recipes.engines.console import RankConsole
 
 if TYPE_CHECKING:
     from moe.errors import Mistake
     from recipes.config.schema import RunConfig
     from recipes.engines.base import Engine
+    from recipes.engines.console import RankConsole
     from recipes.jobs.run_dir import RunDir
     from recipes.runtime.interrupt import StopRequest
     from recipes.tracking.goodput import GoodputLedger
@@ -50,11 +50,13 @@ class Session:
     @property
     def console(self) -> RankConsole:
         """The run's ranks, which print and act as one."""
+        from recipes.engines.console import RankConsole
+
         return RankConsole(self.engine, self.loop.guards.heartbeat)
 
 
 class Job(ABC):
-    """Kind of run, found by being in a module of `recipes.jobs`.
+    """Kind of run, found by being in a module ``recipes/jobs/NAME_job.py``, which imports no torch.
 
     Attributes:
         name: The value of ``job`` that picks this class.
@@ -65,8 +67,19 @@ class Job(ABC):
     sections: ClassVar[tuple[type[Section], ...]] = ()
 
     @abstractmethod
+    def check_options(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Returns all mistakes that options and the names of files show; it imports no torch."""
+
     def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Returns all mistakes that show before anything expensive starts, in seconds."""
+        """Returns all mistakes that show before anything expensive starts, in seconds.
+
+        Models, devices and libraries are looked at only for options without mistakes.
+        """
+        return self.check_options(config, world_size)
+
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns the models in the summary of a finished run, by which it is known; empty if unknown."""
+        return ()
 
     def identity(self, config: RunConfig) -> dict[str, Any]:
         """Returns the options of its own, by path, that a run may not change when it goes on."""

@@ -1,9 +1,8 @@
-"""Rules of the experts' back end and low-rank factors, checked before anything starts."""
+"""Rules of the experts' back end, checked before anything starts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -11,12 +10,9 @@ from kernels.backend import Workload
 from kernels.expert_mlp import BACKENDS
 from kernels.third_party import THIRD_PARTY
 from moe.errors import Mistake
-from moe.experts.lora import rank_unsupported_reason
-from moe.routers import router_class
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.config.schema import RunConfig
-
-RANK_PATH = "experts.lora.rank"
+from recipes.jobs.low_rank_rules import RANK_PATH
 
 
 def check_library(config: RunConfig) -> list[Mistake]:
@@ -33,38 +29,15 @@ def check_library(config: RunConfig) -> list[Mistake]:
     ]
 
 
-def check_low_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
-    """Rejects low-rank factors that cannot be, or that would not belong to the exported model.
+def check_rank(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
+    """Rejects a forced back end that cannot run the rank; what else it rejects is not about the rank.
 
     Args:
         config: The run.
-        shape: Shape of the dense network, where it is known. Experts may be narrower:
-            `recipes.models.lora_model` looks at them again.
+        shape: Shape of the dense network, where it is known.
     """
-    rank = config.experts.lora.rank
-    if not rank:
+    if shape is None or not config.experts.lora.rank:
         return []
-    mistakes = []
-    if router_class(config.router.name).reads_experts(config.router):
-        rule = "it reads the experts' weights, which do not change beside low-rank factors and do on export"
-        remedy = "Choose another router, or set experts.lora.rank=0."
-        mistakes.append(Mistake("router.name", config.router.name, rule, remedy))
-    if config.optim.start_from is not None:
-        rule = "it holds the state of weights that do not train beside low-rank factors"
-        mistakes.append(
-            Mistake("optim.start_from", config.optim.start_from, rule, f"Set null, or {RANK_PATH}=0.")
-        )
-    if shape is None:
-        return mistakes
-    unsupported_reason = rank_unsupported_reason(rank, shape.model_width, shape.width)
-    if unsupported_reason is not None:
-        remedy = f"Set {min(shape.model_width, shape.width)} or less; 8 to 64 are usual."
-        mistakes.append(Mistake(RANK_PATH, rank, unsupported_reason, remedy))
-    return mistakes + _check_backend(config, shape)
-
-
-def _check_backend(config: RunConfig, shape: FFNShape) -> list[Mistake]:
-    """Rejects a forced back end that cannot run the rank; what else it rejects is not about the rank."""
     backend, engine = config.experts.backend, config.engine
     kind = getattr(engine, "device_type", lambda: "cpu")()
     work = Workload(
@@ -85,14 +58,3 @@ def _check_backend(config: RunConfig, shape: FFNShape) -> list[Mistake]:
         return []
     remedy = f"Set another {RANK_PATH}, or experts.backend=auto."
     return [Mistake("experts.backend", backend, unsupported_reason, remedy)]
-
-
-def refuse_low_rank(config: RunConfig, who: str) -> list[Mistake]:
-    """Rejects low-rank factors in a job that has none.
-
-    Args:
-        config: The run.
-        who: Reason, as a clause.
-    """
-    rank: Any = config.experts.lora.rank
-    return [Mistake(RANK_PATH, rank, who, "Set it to 0.")] if rank else []

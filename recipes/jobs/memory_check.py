@@ -102,7 +102,7 @@ def _shape(config: RunConfig, dense: Path) -> HFModel:
 
 def _forecast(config: RunConfig, world_size: int, model: HFModel) -> MemoryForecast:
     engine = engine_classes()[config.engine.name]
-    ranks = max(1, world_size // engine.model_parallel_size(config.engine))
+    ranks = max(1, world_size // config.engine.model_parallel_size)
     tokens = config.train.micro_size(ranks) * config.data.seq_len
     several = config.train.num_micro_batches(ranks) > 1
     passes = Passes(

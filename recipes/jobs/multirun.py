@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-import signal
-import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from moe.errors import ConfigError, Mistake, UserError
+from moe.errors import ConfigError, DataError, Mistake, UserError
 from recipes.config.compose import compose_config, quoted
 from recipes.config.search_path import CONF
-from recipes.jobs.checked_run import check_command
+from recipes.jobs.sweep import SweptRun, checked, launcher, run_all, state_of
 from recipes.runtime.atomic import atomic_write_json
-from recipes.runtime.interrupt import INTERRUPTED
-from recipes.runtime.source_root import TRAIN, child_environment, interpreter
-from recipes.runtime.user_json import UserJsonError, read_json_object
 
 SUMMARY = "multirun.json"
 _DIR = "hydra.sweep.dir"
 _LONGEST_NAME = 60
-
-
-@dataclass(frozen=True)
-class SweptRun:
-    """One run of a sweep.
-
-    Attributes:
-        folder: Its run directory.
-        swept: Values of the swept options, as overrides.
-        overrides: All overrides.
-    """
-
-    folder: Path
-    swept: tuple[str, ...]
-    overrides: tuple[str, ...]
-
-    def results(self) -> list[dict[str, Any]]:
-        """Reads the results of the run.
-
-        Raises:
-            UserJsonError: Its summary is damaged or not there.
-        """
-        found: list[dict[str, Any]] = read_json_object(self.folder / "summary.json").get("results", [])
-        return found
 
 
 def run_sweep(overrides: Sequence[str], ranks: int | None = None, restarts: int = 0) -> int:
@@ -72,19 +43,10 @@ def run_sweep(overrides: Sequence[str], ranks: int | None = None, restarts: int 
     Raises:
         ConfigError: A run has mistakes; those of all at once.
     """
-    runs = plan_runs(overrides)
-    _check_all(runs, ranks)
-    flags = [f"--nproc={ranks}", f"--max-restarts={restarts}"] if (ranks or 1) > 1 else []
-    codes: list[int] = []
-    with _PassOn() as passing:
-        for number, run in enumerate(runs):
-            title = " ".join(run.swept) or "the only one"
-            print(f"[{number + 1}/{len(runs)}] {title} -> {run.folder}", flush=True)
-            codes.append(passing.wait([interpreter(), *TRAIN, *flags, *run.overrides]))
-            if passing.stopped:
-                break
-    _summarize(runs, codes)
-    return INTERRUPTED if passing.stopped else int(any(codes))
+    runs = checked(plan_runs(overrides), ranks or 1)
+    end = run_all(runs, launcher(ranks or 1, restarts), partial(print, flush=True))
+    _summarize(runs, end.codes)
+    return end.exit_code
 
 
 def plan_runs(overrides: Sequence[str]) -> list[SweptRun]:
@@ -103,7 +65,8 @@ def plan_runs(overrides: Sequence[str]) -> list[SweptRun]:
         swept = tuple(text for text, is_swept in texts if is_swept)
         place = folder / _name(number, swept)
         where = (f"output_dir={quoted(str(folder))}", f"run.name={quoted(place.name)}")
-        runs.append(SweptRun(place, swept, (*(text for text, _ in texts), *where)))
+        overrides_of = (*(text for text, _ in texts), *where)
+        runs.append(SweptRun(folder=place, overrides=overrides_of, swept=swept))
     return runs
 
 
@@ -162,68 +125,27 @@ def _name(number: int, swept: Sequence[str]) -> str:
     return "-".join([str(number), *filter(None, values)])[:_LONGEST_NAME]
 
 
-def _check_all(runs: Sequence[SweptRun], ranks: int | None) -> None:
-    mistakes: dict[str, Mistake] = {}
-    for run in runs:
-        try:
-            check_command(run.overrides, ranks or 1)
-        except UserError as error:
-            mistakes |= {str(mistake): mistake for mistake in error.mistakes}
-    if mistakes:
-        raise ConfigError(list(mistakes.values()))
-
-
-class _PassOn:
-    """Waits for processes, and passes on the signals that ask to stop.
-
-    A process has a session of its own: Ctrl-C in a terminal reaches it once, from here.
-    """
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _PassOn:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._pass_on)
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def wait(self, command: Sequence[str]) -> int:
-        """Runs a command; returns its exit code."""
-        self._process = subprocess.Popen(command, env=child_environment(), start_new_session=True)
-        if self.stopped:  # while it was being started
-            self._process.terminate()
-        return self._process.wait()
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        self.stopped = True
-        if self._process is not None:
-            self._process.send_signal(number)
-
-
-def _summarize(runs: Sequence[SweptRun], codes: Sequence[int]) -> None:
+def _summarize(runs: Sequence[SweptRun], codes: Sequence[int | None]) -> None:
     """Prints a line for each run that was started, and writes all of it beside their directories."""
     rows = []
-    for run, code in itertools.zip_longest(runs, codes):
+    for run, code in zip(runs, codes, strict=True):
         results, fault = [], ""
         if code is not None:
             try:
-                results = run.results()
-            except UserJsonError as error:
+                results = run.summary().get("results", [])
+                fault = "" if results or code else ", but it has left no results"
+            except DataError as error:
                 # A run that failed says itself why it came to no summary.
-                fault = f", but its summary.json {error.clause}" if code == 0 else ""
+                said = error.mistakes[0].rule.removeprefix("it ")
+                fault = "" if code else f", but its summary.json {said}"
         rows.append({"run": str(run.folder), "swept": run.swept, "code": code, "results": results})
         losses = [
             f"{row['model']} {row['val_loss']:.4f}" for row in results if row.get("val_loss") is not None
         ]
-        state = "not started" if code is None else "done" if code == 0 else f"FAILED with exit code {code}"
-        print(f"{run.folder.name}: {state}{': ' if losses else ''}{', '.join(losses)}{fault}", flush=True)
+        print(
+            f"{run.folder.name}: {state_of(code)}{': ' if losses else ''}{', '.join(losses)}{fault}",
+            flush=True,
+        )
     folder = runs[0].folder.parent
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / SUMMARY, {"runs": rows})

@@ -13,9 +13,9 @@ class PretrainJob(UpcycleJob):
     name = "pretrain"
     needs_weights = "there are no trained weights that factors could stand beside"
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
+    def check_options(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks that nothing was trained before."""
-        mistakes = super().check(config, world_size)
+        mistakes = super().check_options(config, world_size)
         if config.dense is not None:
             remedy = "Leave dense out and give the shape by model.*, or use +recipe=upcycle."
             mistakes.append(Mistake("dense", config.dense, "pretraining starts from scratch", remedy))

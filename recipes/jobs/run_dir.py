@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError
-from recipes.checkpoint import own_checkpoints
-from recipes.checkpoint.manifest import parse_manifest
 from recipes.runtime.claim import LOCK, InUseError, claim
 from recipes.runtime.relaunch import Launch
-from recipes.runtime.run_file import read_run_file
-from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
+from recipes.runtime.run_file import LOAD_FILE, METRICS_FILE, read_run_file
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
@@ -129,6 +126,9 @@ def run_id_of(run_dir: RunDir) -> str:
     Raises:
         CheckpointError: The record is damaged.
     """
+    from recipes.checkpoint import own_checkpoints
+    from recipes.checkpoint.manifest import parse_manifest
+
     kept = read_run_file(run_dir.path).get("run_id")
     if kept is None and run_dir.resumed:
         for path in own_checkpoints(run_dir.checkpoints("moe")):

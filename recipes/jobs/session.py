@@ -26,10 +26,9 @@ from recipes.runtime.interrupt import StopRequest
 from recipes.runtime.ranks import Ranks
 from recipes.runtime.relaunch import Launch
 from recipes.runtime.rendezvous import group_store, launch_store
-from recipes.runtime.run_file import read_run_file, write_run_file
+from recipes.runtime.run_file import METRICS_FILE, read_run_file, write_run_file
 from recipes.runtime.watchdog import Watchdog
 from recipes.tracking.goodput import GoodputLedger
-from recipes.tracking.metrics_log import METRICS_FILE
 from recipes.tracking.run_meters import RunMeters
 from recipes.tracking.trackers import RunLogger, start
 from recipes.training.callbacks.base import Callback

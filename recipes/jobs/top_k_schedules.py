@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe.errors import FieldError, Mistake
-from moe.routers import router_class, router_classes
+from moe.routers import router_configs
 from moe.routing.top_k_schedule import SparsePhase, TopKSchedule, make_schedule
 from recipes.config.schema import RunConfig
-from recipes.tracking.step_costs import Costs
+
+if TYPE_CHECKING:
+    from recipes.tracking.step_costs import Costs
 
 
 def schedule_of(config: RunConfig, layers: Sequence[int]) -> TopKSchedule | None:
@@ -73,8 +75,8 @@ def check_top_k_schedule(config: RunConfig) -> list[Mistake]:
     """Checks that the router can change K to these numbers, and that the phases fit the run."""
     if not config.top_k_schedule:
         return []
-    if not router_class(config.router.name).varies_top_k:
-        able = ", ".join(name for name, cls in router_classes().items() if cls.varies_top_k)
+    if not config.router.varies_top_k:
+        able = ", ".join(name for name, cls in router_configs().items() if cls.varies_top_k)
         rule = "this router cannot change its number of experts between steps"
         remedy = f"Leave top_k_schedule out, or choose a router of: {able}."
         return [Mistake("router.name", config.router.name, rule, remedy)]
@@ -112,7 +114,7 @@ def _check_number(config: RunConfig, top_k: int) -> Mistake | None:
         changed = dataclasses.replace(config.router, top_k=top_k)  # type: ignore[call-arg]
     except FieldError as error:
         return error.mistakes[0]
-    return router_class(config.router.name).check(changed, config.upcycle.num_experts)
+    return changed.check(config.upcycle.num_experts)
 
 
 def _falls(config: RunConfig) -> list[Mistake]:

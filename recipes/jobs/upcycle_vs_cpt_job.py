@@ -6,38 +6,20 @@ arXiv:2411.08968: what training gains is set against what serving then costs.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from moe.accounting.shape import attention_from_config, shape_from_config
-from moe.errors import CheckpointError, ConfigError, Mistake
-from moe.layer import MoELayer
-from moe.routing.draws import seeded_generator
+from moe.errors import ConfigError, Mistake
 from moe.upcycle import upcycle_method
-from recipes.checkpoint import Retention, own_checkpoints, retain, step_name, verify_checkpoint
-from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
 from recipes.config.sections.upcycle_vs_cpt_config import UpcycleVsCPTConfig
-from recipes.jobs.arm_costs import continued_steps, scratch_steps, serving_costs
 from recipes.jobs.base import Session
-from recipes.jobs.default_model import default_tokenizer, fresh_model
-from recipes.jobs.moe_stage import MOE, report_moe
-from recipes.jobs.run_dir import RunDir
-from recipes.jobs.stage_run import CPT, Built, StageInputs, StageParts, StageRun, with_steps
 from recipes.jobs.upcycle_job import UpcycleJob
-from recipes.models.hf.config_file import load_config, read_config
-from recipes.models.hf.deferred_init import CheckpointWeights
-from recipes.models.hf.hf_model import HFModel
-from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.training.model_costs import measure_costs
-from recipes.training.training_loop import Stage, StageResult
-from recipes.upcycling.convert.moe_plan import plan_moe, request_of
-from recipes.upcycling.sharded.sharded_models import insert_moe_layers, materialize
+from recipes.models.hf.config_file import read_config
+
+if TYPE_CHECKING:
+    from recipes.jobs.stage_run import StageInputs, StageRun
 
 
 class UpcycleVsCPTJob(UpcycleJob):
@@ -52,38 +34,36 @@ class UpcycleVsCPTJob(UpcycleJob):
     takes_attention = False
     needs_weights = "the arms are compared with all of their weights trained"
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
+    def check_options(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks too that the arms can be compared."""
-        mistakes = super().check(config, world_size) + _check_points(config)
+        mistakes = super().check_options(config, world_size) + _check_points(config)
+        if config.top_k_schedule:
+            rule = "the arms are compared at FLOPs that do not change over a run"
+            mistakes.append(Mistake("top_k_schedule", len(config.top_k_schedule), rule, "Leave it out."))
+        return mistakes
+
+    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Checks too that the method needs no dense model, and that FLOPs can be counted."""
+        if mistakes := super().check(config, world_size):
+            return mistakes
         method = upcycle_method(config.upcycle)
         if config.section(UpcycleVsCPTConfig).arms != "continued" and (method.statistics or method.sources):
             rule = "an MoE model from scratch has no dense model to look at"
             remedy = "Set upcycle_vs_cpt.arms=continued, or take a method that reads weights alone."
             mistakes.append(Mistake("upcycle.name", config.upcycle.name, rule, remedy))
-        if config.top_k_schedule:
-            rule = "the arms are compared at FLOPs that do not change over a run"
-            mistakes.append(Mistake("top_k_schedule", len(config.top_k_schedule), rule, "Leave it out."))
-        if not mistakes and config.dense is not None:
+        elif config.dense is not None:
             mistakes += _check_flops(config.dense)
         return mistakes
 
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns those of the arms."""
+        return arm_models(config.section(UpcycleVsCPTConfig).arms, sunk_steps(config))
+
     def stages(self, inputs: StageInputs) -> list[StageRun]:
         """Returns the upcycled model first, which sets the budgets, and of each arm the longest run first."""
-        arms, sunk = inputs.config.section(UpcycleVsCPTConfig).arms, sunk_steps(inputs.config)
-        stages = []
-        if arms != "scratch":
-            upcycled = dataclasses.replace(MOE, report=_report_upcycled)
-            stages += [
-                StageRun(inputs, parts) for parts in (upcycled, _continued(inputs), _equal_tokens(inputs))
-            ]
-        if arms != "continued":
-            lr = inputs.config.section(UpcycleVsCPTConfig).scratch_lr or inputs.config.optim.lr
-            optim = dataclasses.replace(inputs.config.optim, lr=lr)
-            scratch = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, optim=optim))
-            stages += [
-                StageRun(scratch, _scratch(scratch, steps, sunk[-1])) for steps in [sunk[-1], *sunk[:-1]]
-            ]
-        return stages
+        from recipes.jobs.arm_stages import arm_stages
+
+        return arm_stages(inputs, sunk_steps(inputs.config))
 
     def run(self, session: Session) -> bool:
         """Runs the arms, and leaves the newest checkpoint of every stage: the others were to branch off from.
@@ -91,11 +71,13 @@ class UpcycleVsCPTJob(UpcycleJob):
         Raises:
             CheckpointError: The run began with other budgets: a model that has decayed does not go on.
         """
+        from recipes.jobs.arm_stages import prune, refuse_other_budgets
+
         config, console, path = session.config, session.console, session.run_dir.path
-        console.on_rank_zero(lambda: _refuse_other_budgets(config, path))
+        console.on_rank_zero(lambda: refuse_other_budgets(config, sunk_steps(config), path))
         ended = super().run(session)
         if ended:
-            console.on_rank_zero(lambda: _prune(session.run_dir))
+            console.on_rank_zero(lambda: prune(session.run_dir))
         return ended
 
 
@@ -105,6 +87,18 @@ def sunk_steps(config: RunConfig) -> list[int]:
     asked = config.section(UpcycleVsCPTConfig).sunk_steps
     given = [own] if asked is None else asked
     return sorted({0, *given})
+
+
+def arm_models(arms: str, sunk: Sequence[int]) -> tuple[str, ...]:
+    """Returns the models of a finished run besides the dense one.
+
+    Args:
+        arms: ``continued``, ``scratch`` or ``both``.
+        sunk: As of `sunk_steps`.
+    """
+    continued = () if arms == "scratch" else ("moe", "cpt", "cpt_tokens")
+    scratch = () if arms == "continued" else ("scratch", *(f"scratch_{steps}" for steps in sunk[:-1]))
+    return continued + scratch
 
 
 def _check_points(config: RunConfig) -> list[Mistake]:
@@ -121,179 +115,12 @@ def _check_points(config: RunConfig) -> list[Mistake]:
     return mistakes
 
 
-def _refuse_other_budgets(config: RunConfig, path: Path) -> None:
-    wanted = {
-        "train.steps": config.train.steps,
-        "train.eval_every": config.train.eval_every,
-        "upcycle_vs_cpt.sunk_steps": sunk_steps(config),
-        "optim.lr": config.optim.lr,
-        "optim.schedule": dataclasses.asdict(config.optim.schedule),
-        "upcycle_vs_cpt.scratch_lr": config.section(UpcycleVsCPTConfig).scratch_lr,
-    }
-    began = with_new_names(read_run_file(path).get("budgets", wanted))
-    remedy = "Set it back to go on, or start a new run with resume=none."
-    changed = [
-        Mistake(name, value, f"the run in {path} began with {began[name]!r}", remedy)
-        for name, value in wanted.items()
-        if began[name] != value
-    ]
-    if changed:
-        raise CheckpointError(changed)
-    write_run_file(path, budgets=wanted)
-
-
-def _prune(run_dir: RunDir) -> None:
-    for checkpoints in (*run_dir.path.glob("checkpoints"), *run_dir.path.glob("*/checkpoints")):
-        if own := own_checkpoints(checkpoints, run_dir.run_id):
-            retain(checkpoints, own[0], Retention(last=1), run_dir.run_id)
-
-
 def _check_flops(dense: str) -> list[Mistake]:
+    from moe.accounting.shape import attention_from_config
+
     try:
         attention_from_config(read_config(Path(dense).expanduser()))
     except ConfigError as error:
         remedy = "Use a family that python -m tools.describe knows."
         return [Mistake("dense", dense, f"its FLOPs cannot be counted: {error.mistakes[0].rule}", remedy)]
     return []
-
-
-def _report_upcycled(run: StageRun, stage: Stage, result: StageResult) -> None:
-    """Adds the costs of serving before and after to the report of the upcycled model."""
-    report_moe(run, stage, result)
-    exported = json.loads((run.inputs.run_dir.export / "config.json").read_text(encoding="utf-8"))
-    contents = {"dense": read_config(run.inputs.folder), "moe": exported}
-    run.results.put("serving", {model: _serving(run.config, content) for model, content in contents.items()})
-    _, layer = stage.train_module.model.moe_layers()[0]
-    run.results.put("moe", {"num_experts": run.config.upcycle.num_experts, "top_k": layer.router.top_k})
-    run.results.put("tokens_per_step", stage.tokens_per_step)
-
-
-def _serving(config: RunConfig, content: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Returns None where the accounting does not know the family: a shape is never guessed."""
-    try:
-        shape = shape_from_config(content)
-    except ConfigError:
-        return None
-    return serving_costs(shape, config.section(UpcycleVsCPTConfig).batches, config.data.seq_len)
-
-
-def _constant_steps(run: StageRun) -> int:
-    """Returns the steps before the learning rate decays, a multiple of those between checkpoints."""
-    train, schedule = run.config.train, run.config.optim.schedule
-    constant = max(train.steps - schedule.decay_steps(train.steps), 0)
-    return constant // train.eval_every * train.eval_every
-
-
-def _branch_of(parent: str, run: StageRun) -> Path | None:
-    """Returns the stage's own checkpoint, or the newest of a longer run in the constant part of this one.
-
-    The parent decays later, since it is longer: up to there both are one run.
-    """
-    own, step = run.own_checkpoint(), _constant_steps(run)
-    if own is not None or step == 0:
-        return own
-    path = run.inputs.run_dir.checkpoints(parent) / step_name(step)
-    verify_checkpoint(path, run=run.inputs.run_dir.run_id)
-    return path
-
-
-def _continued(inputs: StageInputs) -> StageParts:
-    """Returns the parts of the dense model trained on until it has cost as much as the upcycled model."""
-
-    def budget(config: RunConfig) -> RunConfig | None:
-        dense, moe = (inputs.results.row(name) for name in ("dense", "moe"))
-        if dense is None or moe is None:
-            return None
-        costs = [row["flops_per_token_train"] for row in (dense, moe)]
-        return with_steps(config, continued_steps(inputs.config.train.steps, *costs))
-
-    return dataclasses.replace(CPT, budget=budget)
-
-
-def _equal_tokens(inputs: StageInputs) -> StageParts:
-    """Returns the parts of the dense model on the upcycled model's tokens: a branch of the longer run."""
-
-    def budget(config: RunConfig) -> RunConfig | None:
-        known = all(inputs.results.row(name) is not None for name in ("dense", "moe"))
-        return with_steps(config, inputs.config.train.steps) if known else None
-
-    return dataclasses.replace(CPT, name="cpt_tokens", budget=budget, source=partial(_branch_of, "cpt"))
-
-
-def _scratch(inputs: StageInputs, sunk: int, longest: int) -> StageParts:
-    """Returns the parts of the MoE model on drawn weights, from the first sample on, as the dense model was.
-
-    Args:
-        inputs: Inputs of the run, with the learning rate of this arm.
-        sunk: Dense steps whose FLOPs it gets on top of the upcycled model's steps.
-        longest: Those of the longest run, which the others branch off from.
-    """
-
-    def budget(config: RunConfig) -> RunConfig | None:
-        flops = inputs.results.content.get("scratch_flops")
-        if flops is None:
-            return None
-        return with_steps(
-            config, scratch_steps(inputs.config.train.steps, sunk, flops["dense"], flops["moe"])
-        )
-
-    parts = StageParts("scratch", _build_scratch, budget=budget, prepare=_count_flops, first_sample=0)
-    if sunk == longest:
-        return parts
-    return dataclasses.replace(parts, name=f"scratch_{sunk}", source=partial(_branch_of, "scratch"))
-
-
-def _count_flops(run: StageRun) -> None:
-    """Counts the FLOPs of both models: the steps depend on them."""
-    model, seq_len = _drawn(run), run.config.data.seq_len
-    dense = measure_costs(model, seq_len, None).flops_per_token_train
-    _plan_scratch(run, model)
-    moe = measure_costs(model, seq_len, None).flops_per_token_train
-    run.results.put("scratch_flops", {"dense": dense, "moe": moe})
-
-
-def _build_scratch(run: StageRun, source: Path | None) -> Built:
-    model = _drawn(run)
-    _plan_scratch(run, model)
-    materialize(model)
-    for _, layer in model.moe_layers():
-        _draw(layer, run.config)
-    return Built(model, {})
-
-
-def _plan_scratch(run: StageRun, model: HFModel) -> None:
-    """Replaces the networks by MoE layers, of which the method plans nothing but the shapes."""
-    plan = plan_moe(request_of(run.config, run.inputs.folder), reads=False)
-    insert_moe_layers(model, plan, run.config.experts.backend)
-    model.weights = CheckpointWeights()
-
-
-def _drawn(run: StageRun) -> HFModel:
-    """Builds the dense model's shape with weights as they are drawn."""
-    config, folder = run.config, run.inputs.folder
-    if config.dense is None:
-        model = dataclasses.replace(config.model, seed=config.seed)
-        return fresh_model(model, config.data.seq_len, default_tokenizer(config, run.inputs.console))
-    from transformers import AutoModelForCausalLM
-
-    trust = config.trust_remote_code
-    shape = load_config(folder, trust_remote_code=trust)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust, dtype=torch.float32)
-    built.config.use_cache = False
-    return HFModel(module=built, folder=folder, source_dtype=torch.float32)
-
-
-@torch.no_grad()
-def _draw(layer: MoELayer, config: RunConfig) -> None:
-    """Draws experts and router anew: a method's experts know of each other, even those of drawn networks."""
-    index = layer.context.layer_index
-    generator = seeded_generator(config.seed, "scratch", index)
-    for part, axes in ((layer.experts, 3), (layer.shared, 2)):
-        for parameter in [] if part is None else part.parameters():
-            if parameter.ndim < axes:
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, config.section(UpcycleVsCPTConfig).init_std, generator=generator)
-    layer.router.reset_parameters(seeded_generator(config.seed, "scratch-router", index))

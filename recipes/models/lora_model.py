@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.experts.experts import Experts
-from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, drawn_factor, merged, rank_unsupported_reason
+from moe.experts.lora import DRAWN, FACTOR_NAMES, FACTORS, drawn_factor, merged
 from moe.experts.lora_config import LoraConfig
 from moe.layer import moe_layers
 from recipes.checkpoint.shard_layout import Placed, place
@@ -31,7 +31,7 @@ def require_rank(spec: ModelSpec, lora: LoraConfig) -> None:
         ConfigError: The experts of a layer are narrower than the rank.
     """
     for moe in spec.moe_blocks:
-        unsupported_reason = rank_unsupported_reason(lora.rank, moe.expert.model_width, moe.expert.width)
+        unsupported_reason = lora.unsupported_reason(moe.expert.model_width, moe.expert.width)
         if unsupported_reason is not None:
             limit = min(moe.expert.model_width, moe.expert.width)
             rule = f"{unsupported_reason} (layer {moe.index})"

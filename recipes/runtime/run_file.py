@@ -12,6 +12,8 @@ from moe.errors import CheckpointError
 from recipes.runtime.atomic import atomic_write_json
 from recipes.runtime.user_json import read_json_object
 
+#: Rows of a run, one a step, and the load of every expert; `recipes.tracking.metrics_log` writes them.
+METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 _FILE = "run.json"
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "identity": dict,

@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from moe.errors import ConfigError, Mistake, UserError
 from moe.upcycle import upcycle_method
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.equivalence import LayerDrift, LogitDrift, logit_drift
-from moe.upcycle.layer_plan import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
-from recipes.jobs.preflight import check_router
+from recipes.jobs.option_rules import check_router
 from recipes.models.hf.branches import check_sources
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.hf_model import HFModel, load_model
@@ -150,7 +150,7 @@ def _check(config: RunConfig, shape: FFNShape | None) -> list[Mistake]:
     method = upcycle_method(config.upcycle)
     mistakes = check_router(config) or [*method.check(config.router, shape), *check_prompts(config)]
     if method.aligns_outputs:
-        remedy = "Leave it false, or run train.py with train.steps=0."
+        remedy = "Leave it false, or run graft train with train.steps=0."
         mistakes.append(Mistake("upcycle.align_outputs", True, "methods are compared without it", remedy))
     return mistakes + check_sources(method.sources, config.dense, trust_remote_code=config.trust_remote_code)
 

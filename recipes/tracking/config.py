@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
 from moe.types import Config, unless
+from recipes.runtime.extras import check_extra
+
+#: Values of WANDB_MODE, with what they amount to.
+MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,16 @@ class TrackerConfig(Config):
             (self.media_every >= 1, "media_every", "must be at least 1 step", "Raise it."),
             (self.timeout_s > 0, "timeout_s", "must be more than 0 seconds", "Raise it."),
         )
+
+    def check(self) -> list[Mistake]:
+        """Checks that wandb is installed where it is asked for; ``auto`` is content without it."""
+        path, asked = "tracker.mode", str(self.mode)
+        if self.mode == "auto":
+            path, asked = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
+        if MODES.get(asked) not in ("online", "offline"):
+            return []
+        found = check_extra("wandb", path, asked, f"set {path}=disabled")
+        return [] if found is None else [found]
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""

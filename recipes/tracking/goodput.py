@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.runtime.clock import steady_time
-from recipes.runtime.run_file import read_run_file, write_run_file
-from recipes.tracking.metrics_log import METRICS_FILE, read_rows
+from recipes.runtime.run_file import METRICS_FILE, read_run_file, write_run_file
+from recipes.tracking.metrics_log import read_rows
 
 _PARTS = "parts"
 _SPENT = ("evaluation", "saving")

@@ -28,8 +28,6 @@ from recipes.runtime.atomic import atomic_file, disk_mistake, sync_file
 from recipes.runtime.user_json import read_json_text
 
 _LOG = logging.getLogger("graft.metrics")
-METRICS_FILE = "metrics.jsonl"
-LOAD_FILE = "load.jsonl"
 NONFINITE = "_nonfinite"
 _TAIL_BLOCK = 1 << 16  # bytes read at a time when looking for the last complete line
 

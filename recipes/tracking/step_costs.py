@@ -35,7 +35,7 @@ class StepCosts:
         weight_size: Bytes per element of the weights in products.
         peak_bytes_per_s: Bandwidth of one rank's device; None when unknown.
         uncounted: Reason why the bytes of a step are not counted; None where they are.
-        counts_slots: True if experts compute the slots of a routing; see `Router.mixes_tokens`.
+        counts_slots: True if experts compute the slots of a routing; see `RouterConfig.mixes_tokens`.
         readers: For every MoE layer, the ranks that share its experts: one reads an expert once for the
             tokens of all of them. Empty where every rank reads the experts of its own tokens.
     """

@@ -24,20 +24,13 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from moe.errors import DiskError, Mistake
-from recipes.runtime.extras import check_extra, install_line, is_there
+from recipes.runtime.extras import install_line, is_there
+from recipes.runtime.run_file import LOAD_FILE, METRICS_FILE
 from recipes.tracking.buffered_log import BufferedLog
-from recipes.tracking.config import TrackerConfig
-from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE
+from recipes.tracking.config import MODES, TrackerConfig
 from recipes.tracking.report.colours import load_image
 
 _LOG = logging.getLogger("graft.tracking")
-_MODES = {
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
 _SAME_SERVER = {"api.forge.coreweave.com": ("api.wandb.ai",)}  # wandb takes the second's key for the first
 _MAX_BINS = 512  # wandb refuses histograms with more
 _NOT_CHARTED = frozenset({"stage", "time"})  # the stage is in every name, and wandb keeps its own time
@@ -54,17 +47,6 @@ class ExpertLoad:
 
     layers: Sequence[int]
     load: Sequence[Sequence[float]]
-
-
-def check_tracker(config: TrackerConfig) -> list[Mistake]:
-    """Checks that wandb is installed where it is asked for; ``auto`` is content without it."""
-    path, asked = "tracker.mode", config.mode
-    if config.mode == "auto":
-        path, asked = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
-    if _MODES.get(asked) not in ("online", "offline"):
-        return []
-    found = check_extra("wandb", path, asked, f"set {path}=disabled")
-    return [] if found is None else [found]
 
 
 class NullTracker:
@@ -212,10 +194,10 @@ def _choose_mode(cfg: TrackerConfig, wandb: Any) -> tuple[str, str]:
         RuntimeError: The environment names an unknown mode, or online is asked for without a key.
     """
     asked = os.environ.get("WANDB_MODE", "") if cfg.mode == "auto" else cfg.mode
-    if asked and asked not in _MODES:
-        raise RuntimeError(f"WANDB_MODE={asked!r} is none of {', '.join(_MODES)}")
+    if asked and asked not in MODES:
+        raise RuntimeError(f"WANDB_MODE={asked!r} is none of {', '.join(MODES)}")
     reason = "set by WANDB_MODE" if cfg.mode == "auto" else "set by tracker.mode"
-    mode = _MODES.get(asked, "")
+    mode = MODES.get(asked, "")
     if mode in ("offline", "disabled"):
         return mode, reason
     source = _credentials(wandb)

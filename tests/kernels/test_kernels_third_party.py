@@ -27,7 +27,7 @@ from kernels.third_party.deepgemm import DeepGEMM
 from kernels.third_party.scattermoe import ScatterMoE
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.jobs.preflight import check_run
+from recipes.jobs.upcycle_job import UpcycleJob
 from tests.kernels.expert_reference import (
     NAMES,
     Inputs,
@@ -127,7 +127,7 @@ def test_a_run_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None
 
     def told(backend: str) -> list[str]:
         config = parse_config(compose_config(["+recipe=upcycle", f"experts.backend={backend}"]))
-        return [str(m) for m in check_run(config, 1) if m.path.startswith("experts")]
+        return [str(m) for m in UpcycleJob().check(config, 1) if m.path.startswith("experts")]
 
     assert told("auto") == told("cpu") == []
     assert told("liger") == [

@@ -20,6 +20,28 @@ COMMANDS = {
     "+recipe=upcycle train.steps=-1 data.path=/no/such.txt dense=/no/such": 2,
     "--cfg router=topk": 0,
     "job=null": 2,
+    # What the job's own check finds.
+    "+recipe=upcycle router.top_k=99": 2,
+    "+recipe=upcycle router=deepseek_v3 router.num_groups=3": 2,
+    "+recipe=upcycle router=permuted router.inner.top_k=99": 2,
+    "+recipe=upcycle train.global_batch_size=6 train.micro_batch_size=4": 2,
+    "+recipe=upcycle upcycle=virtual_group upcycle.num_experts=7": 2,
+    "+recipe=upcycle upcycle=partition upcycle.num_experts=7": 2,
+    "+recipe=upcycle upcycle.layers=[9]": 2,
+    "+recipe=upcycle experts.lora.rank=4000": 2,
+    "+recipe=upcycle optim.start_from=/no/such": 2,
+    "+recipe=upcycle optim.schedule.warmup_steps=9999": 2,
+    "+recipe=upcycle attention=moe attention.router.top_k=99": 2,
+    "+recipe=upcycle engine.expert_parallel=3": 2,
+    "+recipe=upcycle engine=megatron engine.pipeline_parallel=2": 2,
+    "+recipe=upcycle engine=deepspeed optim=muon": 2,
+    "+recipe=upcycle resume=/no/such": 2,
+    "+recipe=pretrain experts.lora.rank=2": 2,
+    "+recipe=llama_moe_v2 train.steps=0": 2,
+    "+recipe=upcycle_vs_cpt optim.schedule.kind=cosine": 2,
+    "+recipe=upcycle dense=/no/such": 2,
+    "+recipe=upcycle job=nope": 2,
+    "-m +recipe=upcycle router=topk,sigmoid router.top_k=99": 2,
 }
 CODE = """
 import json, sys

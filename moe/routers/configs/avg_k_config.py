@@ -23,3 +23,8 @@ class AvgKConfig(RouterConfig):
 
     def __post_init__(self) -> None:
         require(self, (self.top_k >= 1, "top_k", "a token needs at least one expert", "Set it to 1 or more."))
+
+    @property
+    def reads_experts(self) -> bool:
+        """True: mean keys are the gates."""
+        return True

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
 from moe.routers.configs.linear_config import LinearRouterConfig
 from moe.routing.scope import BalanceScope
 from moe.types import unless
@@ -14,6 +14,8 @@ from moe.types import unless
 @dataclass(frozen=True)
 class DeepSeekV3Config(LinearRouterConfig):
     """Config of `DeepSeekV3Router`. V2's: softmax scores, groups chosen by their best expert, no bias."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["deepseek_v3"] = "deepseek_v3"
     balance_coef: float = 1e-4
@@ -83,6 +85,26 @@ class DeepSeekV3Config(LinearRouterConfig):
                 "Set it to 0 or more.",
             ),
         )
+
+    def check(self, num_experts: int) -> Mistake | None:
+        """Requires groups of one size, of which the chosen ones hold K experts."""
+        if found := super().check(num_experts):
+            return found
+        if num_experts % self.num_groups:
+            rule = (
+                f"groups are of one size, and the {num_experts} experts of upcycle.num_experts do not divide "
+                f"into router.num_groups={self.num_groups}"
+            )
+            remedy = f"Set num_groups to a divisor of {num_experts}."
+            return Mistake("num_groups", self.num_groups, rule, remedy)
+        in_reach = self.top_groups * (num_experts // self.num_groups)
+        if self.top_k > in_reach:
+            rule = (
+                f"a token uses router.top_k={self.top_k} experts, and router.top_groups="
+                f"{self.top_groups} of {self.num_groups} groups hold {in_reach}"
+            )
+            return Mistake("top_k", self.top_k, rule, "Raise top_groups, or lower top_k.")
+        return None
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""

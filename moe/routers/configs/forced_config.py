@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.routers.configs.linear_config import LinearRouterConfig
 
@@ -11,6 +11,8 @@ from moe.routers.configs.linear_config import LinearRouterConfig
 @dataclass(frozen=True)
 class ForcedConfig(LinearRouterConfig):
     """Config of `ForcedRouter`."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["forced"] = "forced"
     balance_coef: float = 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
 from moe.routers.configs import RouterConfig
 
 TOKEN_IDS = "token_ids"
@@ -49,3 +49,26 @@ class KeyedConfig(RouterConfig):
                 "Set router.edges to the first id of every range but the first.",
             ),
         )
+
+    def check(self, num_experts: int) -> Mistake | None:
+        """Requires that every range has an expert, and every expert a range."""
+        if not self.edges:
+            return None
+        experts = set(self.experts or range(len(self.edges) + 1))
+        if experts == set(range(num_experts)):
+            return None
+        if self.experts:
+            rule = f"must name each of the {num_experts} experts, and no other"
+            remedy = f"Correct it, or set upcycle.num_experts to {max(experts) + 1}."
+            return Mistake("experts", self.experts, rule, remedy)
+        rule = f"{len(self.edges)} edges make {len(experts)} ranges, and there are {num_experts} experts"
+        remedy = (
+            f"Give {max(num_experts - 1, 0)} edges, say by router.experts which expert each range has, or "
+            f"set upcycle.num_experts to {len(experts)}."
+        )
+        return Mistake("edges", self.edges, rule, remedy)
+
+    @property
+    def needed_keys(self) -> frozenset[str]:
+        """The key, unless the batch itself has it."""
+        return frozenset({self.key} - {TOKEN_IDS})

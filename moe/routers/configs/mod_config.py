@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import not_negative, require
 from moe.routers.configs.projection_config import ProjectionConfig
@@ -12,6 +12,8 @@ from moe.routers.configs.projection_config import ProjectionConfig
 @dataclass(frozen=True)
 class MoDConfig(ProjectionConfig):
     """Config of `MoDRouter`. ``top_k`` holds for the tokens taken; the others use no expert."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["mod"] = "mod"
     top_k: int = 1

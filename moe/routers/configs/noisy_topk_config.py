@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import require
 from moe.routers.configs.linear_config import LinearRouterConfig
@@ -13,6 +13,8 @@ from moe.types import unless
 @dataclass(frozen=True)
 class NoisyTopKConfig(LinearRouterConfig):
     """Config of `NoisyTopKRouter`."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["noisy_topk"] = "noisy_topk"
     balance_coef: float = 0.0

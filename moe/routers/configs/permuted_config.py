@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from moe.errors import FieldError
+from moe.errors import FieldError, Mistake
 from moe.routers import router_configs
 from moe.routers.configs import RouterConfig
 from moe.routers.configs.topk_config import TopKConfig
@@ -69,3 +69,29 @@ class PermutedConfig(RouterConfig):
             object.__setattr__(self, "inner", _wrappable(inner["name"])(**inner))
         if isinstance(search, Mapping):
             object.__setattr__(self, "search", PermutationConfig(**search))
+
+    def check(self, num_experts: int) -> Mistake | None:
+        """Applies the inner router's rules, and requires that experts see single tokens."""
+        inner = self.inner
+        if inner.mixes_tokens:
+            rule = (
+                f"{inner.name} changes what the experts see, which a permutation of weights does not follow"
+            )
+            return Mistake("inner.name", inner.name, rule, "Set router.inner to another router.")
+        found = inner.check(num_experts)
+        return None if found is None else found.under("inner")
+
+    @property
+    def experts_per_token(self) -> int:
+        """The inner router's K; a token uses up to E during the search."""
+        return self.inner.experts_per_token
+
+    @property
+    def needed_keys(self) -> frozenset[str]:
+        """The inner router's keys."""
+        return self.inner.needed_keys
+
+    @property
+    def reads_experts(self) -> bool:
+        """The inner router's answer."""
+        return self.inner.reads_experts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import not_negative, require
 from moe.routers.configs.projection_config import ProjectionConfig
@@ -13,6 +13,8 @@ from moe.types import unless
 @dataclass(frozen=True)
 class SigmaConfig(ProjectionConfig):
     """Config of `SigmaRouter`."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["sigma"] = "sigma"
     top_k: int = 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
 from moe.routers.configs.linear_config import LinearRouterConfig
 from moe.types import unless
 
@@ -16,6 +16,8 @@ _ADAPTIVE = ("sensitivity", "momentum", "balance_coef_max", "capacity_factor")
 @dataclass(frozen=True)
 class SkyworkConfig(LinearRouterConfig):
     """Config of `SkyworkRouter`. ``balance_coef`` is the coefficient's initial value; 0: no loss."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["skywork"] = "skywork"
     bias: bool = True
@@ -63,6 +65,19 @@ class SkyworkConfig(LinearRouterConfig):
                 "Set it from 0 to below 1; 0.99 is the paper's.",
             ),
         )
+
+    def check(self, num_experts: int) -> Mistake | None:
+        """Rejects E = 2: two normalised logits are +lambda and -lambda whatever the token is."""
+        if found := super().check(num_experts):
+            return found
+        if num_experts == 2:
+            rule = (
+                "two normalised logits are always +logit_scale and -logit_scale, so that the router's "
+                "weights are constants"
+            )
+            remedy = "Set upcycle.num_experts to 3 or more, or use router=topk."
+            return Mistake("name", self.name, rule, remedy)
+        return None
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import require
 from moe.routers.configs import RouterConfig
@@ -12,6 +12,8 @@ from moe.routers.configs import RouterConfig
 @dataclass(frozen=True)
 class SoftMoEConfig(RouterConfig):
     """Config of `SoftMoERouter`."""
+
+    mixes_tokens: ClassVar[bool] = True
 
     name: Literal["soft_moe"] = "soft_moe"
     slots_per_expert: int = 16

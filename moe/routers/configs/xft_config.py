@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import require
 from moe.routers.configs.linear_config import LinearRouterConfig
@@ -12,6 +12,8 @@ from moe.routers.configs.linear_config import LinearRouterConfig
 @dataclass(frozen=True)
 class XFTConfig(LinearRouterConfig):
     """Config of `XFTRouter`."""
+
+    varies_top_k: ClassVar[bool] = True
 
     name: Literal["xft"] = "xft"
     top_k: int = 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.types import Config
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.layer_choice import LayerChoice, parse_layers
 
 #: More than any mixture of feed-forward networks has; a plan has an entry for each.
@@ -41,6 +43,20 @@ class UpcycleConfig(Config):
             ),
         )
         parse_layers(self.layers)
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Returns why the method cannot be used, as options and shapes tell; empty if it can.
+
+        Args:
+            router: The router's config, which has passed its own check.
+            shape: Shape of the dense network; None while unknown.
+        """
+        return []
+
+    @property
+    def source_folders(self) -> tuple[str, ...]:
+        """Folders of further dense checkpoints, of the same shape as the upcycled one."""
+        return ()
 
     @property
     def layer_choice(self) -> LayerChoice:

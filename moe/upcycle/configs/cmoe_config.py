@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, division_mistakes
+
+_ROUTER = "analytical"
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,13 @@ class CMoEConfig(UpcycleConfig):
                 for name, low in (("num_shared", 0), ("activation_top_k", 1), ("marker_tokens", 1))
             ),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires parts of one width, and CMoE's own router."""
+        found = []
+        if router.name != _ROUTER:
+            rule = "its experts are chosen by their own neurons, which no other router has"
+            found.append(Mistake("router.name", router.name, rule, f"Set router={_ROUTER}."))
+        remedy = "Set another number, or another num_shared."
+        parts = self.num_experts + self.num_shared
+        return found + division_mistakes(shape, parts, "num_experts", self.num_experts, remedy)

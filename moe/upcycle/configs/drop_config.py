@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.types import unless
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class DropConfig(UpcycleConfig):
             (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
             (self.noise_std > 0, "noise_std", "there would be no noise", "Set it above 0."),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires that the ratio amounts to at least one neuron, or is 0."""
+        if shape is None or self.ratio == 0 or int(self.ratio * shape.width):
+            return []
+        rule = f"of {shape.width} neurons that is not one"
+        remedy = "Set a larger share, or 0 for copies."
+        return [Mistake("upcycle.ratio", self.ratio, rule, remedy)]
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""

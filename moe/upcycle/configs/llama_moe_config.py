@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.types import unless
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, division_mistakes
 
 Split = Literal["random", "cluster", "coactivation", "gradient", "sharing_inner", "sharing_inter"]
 
@@ -53,6 +55,12 @@ class LlamaMoEConfig(UpcycleConfig):
                 "every cluster needs a token",
                 "Set it to num_experts or more; thousands are usual.",
             ),
+        )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires parts of one width."""
+        return division_mistakes(
+            shape, self.num_parts, "num_experts", self.num_experts, "Set another number."
         )
 
     @property

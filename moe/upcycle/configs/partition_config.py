@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, division_mistakes
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,7 @@ class PartitionConfig(UpcycleConfig):
                 "Set it above 0.",
             ),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires experts of one width."""
+        return division_mistakes(shape, self.num_experts, "num_experts", self.num_experts, "Set a divisor.")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.types import unless
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, width_mistakes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class SharedDenseConfig(UpcycleConfig):
             ),
             (self.init_std > 0, "init_std", "experts of zeros stay equal", "Set it above 0; 0.02 is usual."),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires routed experts no wider than the dense network."""
+        return width_mistakes(shape, self.expert_width)
 
     def idle(self) -> dict[str, str]:
         """Returns the options without effect; see `Config.idle`."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, division_mistakes
+from moe.upcycle.group_rules import group_mistakes
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class SharedRoutedConfig(UpcycleConfig):
                 "Set it from 1 to granularity - 1.",
             ),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires shards of one width, and whole groups for every token."""
+        G, found = self.granularity, group_mistakes(router, self.num_experts, self.group_size)
+        return found + division_mistakes(shape, G, "granularity", G, "Set a divisor.")
 
     @property
     def group_size(self) -> int:

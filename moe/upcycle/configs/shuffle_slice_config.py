@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, width_mistakes
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,7 @@ class ShuffleSliceConfig(UpcycleConfig):
             ),
             (0 <= self.ratio <= 1, "ratio", "it is a share of the neurons", "Set it from 0 to 1."),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires experts no wider than the dense network."""
+        return width_mistakes(shape, self.expert_width)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import at_least, require
+from moe.errors import Mistake, at_least, require
+from moe.routers.configs import RouterConfig
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, division_mistakes
 
 
 @dataclass(frozen=True)
@@ -22,3 +24,9 @@ class SnakeConfig(UpcycleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, *at_least(self, 0, "num_shared"))
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires parts of one width."""
+        remedy = "Set another number, or another num_shared."
+        parts = self.num_experts + self.num_shared
+        return division_mistakes(shape, parts, "num_experts", self.num_experts, remedy)

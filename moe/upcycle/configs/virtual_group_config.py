@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.errors import require
+from moe.errors import Mistake, require
+from moe.routers.configs import RouterConfig
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape, division_mistakes
+from moe.upcycle.group_rules import group_mistakes
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,9 @@ class VirtualGroupConfig(UpcycleConfig):
             self,
             (self.granularity >= 1, "granularity", "a copy is at least one shard", "Set it to 1 or more."),
         )
+
+    def check(self, router: RouterConfig, shape: FFNShape | None) -> list[Mistake]:
+        """Requires shards of one width, and whole groups for every token."""
+        G = self.granularity
+        found = group_mistakes(router, self.num_experts, G)
+        return found + division_mistakes(shape, G, "granularity", G, "Set a divisor.")

@@ -19,7 +19,8 @@ from torch.nn.functional import linear
 
 from kernels.activations import ACTIVATIONS
 from moe.experts.weights import FFNWeights
-from moe.upcycle.layer_plan import Draws, FFNShape
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws
 
 
 def hidden_of(ffn: FFNWeights, x_TD: Tensor) -> Tensor:

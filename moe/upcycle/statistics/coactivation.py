@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 
 # Tokens whose marks are expanded at once.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.upcycle.clustering import balanced_kmeans
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 from moe.upcycle.statistics.reservoir import ReservoirStatistic
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moe.experts.weights import FFNWeights
-from moe.upcycle.layer_plan import Draws, FFNShape
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws
 from moe.upcycle.statistics import statistic_classes
 from moe.upcycle.statistics.base import LayerBatch, Statistic
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moe.experts.weights import FFNWeights
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.statistics.base import LayerBatch, Statistic, hidden_of
 from moe.upcycle.statistics.reservoir import ReservoirStatistic
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from moe.errors import Mistake
 from recipes.engines.config import ProcessConfig
+
+if TYPE_CHECKING:
+    from recipes.engines.optim.config import OptimConfig
+    from recipes.engines.run_options import RunOptions
 
 _BUCKET_ELEMENTS = 500_000_000
 
@@ -17,6 +22,25 @@ class DeepSpeedConfig(ProcessConfig):
     name: Literal["deepspeed"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Sharded over the ranks: 1 the optimizer state, 2 also the gradients, 3 also the weights."""
+
+    def check_optimizer(self, optim: OptimConfig) -> list[Mistake]:
+        """Requires AdamW: ZeRO splits parameters at any element, and Muon needs whole matrices."""
+        if optim.name == "adamw":
+            return []
+        rule = (
+            "engine=deepspeed splits matrices over the ranks at any element, and this optimizer needs whole "
+            "matrices"
+        )
+        return [Mistake("optim.name", optim.name, rule, "Set optim=adamw, or engine=native.")]
+
+    def check_run(self, run: RunOptions) -> list[Mistake]:
+        """Rejects frozen weights under ZeRO-3 with expert parallelism: DeepSpeed loses track of them."""
+        rank = run.experts.lora.rank
+        if not (rank and self.zero_stage == 3 and self.expert_parallel > 1):
+            return []
+        rule = "DeepSpeed's ZeRO-3 cannot shard expert-parallel experts if some of their weights are frozen"
+        remedy = "Set engine.zero_stage=2 or engine.expert_parallel=1, or experts.lora.rank=0."
+        return [Mistake("experts.lora.rank", rank, rule, remedy)]
 
 
 def make_ds_config(zero_stage: int, precision: str, elements: int) -> dict[str, Any]:

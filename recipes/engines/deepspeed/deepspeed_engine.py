@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.errors import Mistake
 from recipes.checkpoint import GlobalTensor, LocalShard
 from recipes.checkpoint.shard_layout import place
 from recipes.engines.base import EngineLayout, HeldShares, may_update
@@ -36,7 +35,6 @@ from recipes.engines.optim.clipping import clip_parts
 from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.optimizer import OptimizerSet, build_optimizer
 from recipes.engines.process import ProcessEngine
-from recipes.engines.run_options import RunOptions
 from recipes.models.hf.deferred_init import (
     PresentWeights,
     WeightSource,
@@ -75,27 +73,6 @@ class DeepSpeedEngine(ProcessEngine[DeepSpeedConfig]):
             gathers=stage == 3,
             expert_ranks=ep,
         )
-
-    @classmethod
-    def check_optimizer(cls, config: DeepSpeedConfig, optim: OptimConfig) -> list[Mistake]:
-        """Requires AdamW: ZeRO splits parameters at any element, and Muon needs whole matrices."""
-        if optim.name == "adamw":
-            return []
-        rule = (
-            "engine=deepspeed splits matrices over the ranks at any element, and this optimizer needs whole "
-            "matrices"
-        )
-        return [Mistake("optim.name", optim.name, rule, "Set optim=adamw, or engine=native.")]
-
-    @classmethod
-    def check_run(cls, config: DeepSpeedConfig, run: RunOptions) -> list[Mistake]:
-        """Rejects frozen weights under ZeRO-3 with expert parallelism: DeepSpeed loses track of them."""
-        rank = run.experts.lora.rank
-        if not (rank and config.zero_stage == 3 and config.expert_parallel > 1):
-            return []
-        rule = "DeepSpeed's ZeRO-3 cannot shard expert-parallel experts if some of their weights are frozen"
-        remedy = "Set engine.zero_stage=2 or engine.expert_parallel=1, or experts.lora.rank=0."
-        return [Mistake("experts.lora.rank", rank, rule, remedy)]
 
     def open(self) -> None:
         """Joins the process group, and lets DeepSpeed use it."""

@@ -8,27 +8,23 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake, ModelError
-from moe.routers import router_class
-from moe.routers.configs import RouterConfig
 from recipes.engines.base import EngineLayout, HeldShares
 from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.config import MegatronConfig
 from recipes.engines.megatron.cpu_patches import on_cpu
 from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers, free_buffers
 from recipes.engines.megatron.expert_kinds import expert_kinds
-from recipes.engines.megatron.gpt_shape import family_mistakes, split_mistakes, stage_mistakes
+from recipes.engines.megatron.gpt_shape import family_mistakes
 from recipes.engines.megatron.megatron_train_module import MegatronTrainModule, prepare
 from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups, leave, seed_gpu
 from recipes.engines.optim.config import OptimConfig
 from recipes.engines.process import ProcessEngine
-from recipes.engines.run_options import DefaultModelShape, RunOptions
+from recipes.engines.run_options import RunOptions
 from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.inspection import check_dense
@@ -51,11 +47,6 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         self._open = ExitStack()
         self._groups: RankGroups | None = None
 
-    @classmethod
-    def model_parallel_size(cls, config: MegatronConfig) -> int:
-        """Returns the number of ranks that see the same samples: tensor-parallel ranks of all stages."""
-        return config.tensor_parallel * config.pipeline_parallel
-
     @property
     def data_rank(self) -> int:
         """See `Engine.data_rank`; the ranks of different pipeline stages are not neighbours."""
@@ -74,55 +65,9 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         return HeldShares(weights, held, state, copies=state if low else (0.0, 0.0))
 
     @classmethod
-    def check_dims(cls, config: MegatronConfig, world_size: int) -> Mistake | None:
-        """Requires ranks that divide into stages, and stages that divide into groups of the other kinds."""
-        stages = config.pipeline_parallel
-        if world_size % stages:
-            rule = f"{world_size} ranks do not divide into stages"
-            remedy = f"Set a divisor of {world_size}, or start a multiple of {stages} ranks."
-            return Mistake("pipeline_parallel", stages, rule, remedy)
-        ranks = world_size // stages
-        those = f"{ranks} ranks" if stages == 1 else f"the {ranks} ranks of each of {stages} stages"
-        for name in ("tensor_parallel", "expert_parallel"):
-            value = getattr(config, name)
-            if ranks % value:
-                rule = f"{those} do not divide into groups of {value}"
-                remedy = f"Set a divisor of {ranks}, or start a multiple of {value * stages} ranks."
-                return Mistake(name, value, rule, remedy)
-        return None
-
-    @classmethod
-    def check_moe(cls, config: MegatronConfig, num_experts: int, router: RouterConfig) -> list[Mistake]:
-        """Requires experts that divide over the ranks, and a routing that maps tokens to experts."""
-        mistakes = super().check_moe(config, num_experts, router)
-        mistakes += dispatchers()[config.dispatcher].route_mistakes(num_experts, router)
-        kind = router_class(router.name)
-        remedy = "Set engine=native, or choose another router."
-        if kind.mixes_tokens:
-            rule = "its experts see mixtures of tokens, and Megatron's layer sends tokens as they are"
-            mistakes.append(Mistake("router.name", router.name, rule, remedy))
-        elif kind.reads_experts(router):
-            rule = "it reads the weights of the experts, which Megatron's layer does not show it"
-            mistakes.append(Mistake("router.name", router.name, rule, remedy))
-        return mistakes
-
-    @classmethod
-    def check_optimizer(cls, config: MegatronConfig, optim: OptimConfig) -> list[Mistake]:
-        """Requires AdamW."""
-        if optim.name == "adamw":
-            return []
-        rule = "the Megatron engine has AdamW alone"
-        return [Mistake("optim.name", optim.name, rule, "Set adamw, or engine=native.")]
-
-    @classmethod
     def check_run(cls, config: MegatronConfig, run: RunOptions) -> list[Mistake]:
         """Requires a dense model of a supported family, and supported experts, dispatcher and lengths."""
-        mistakes = []
-        if run.attention is not None:
-            rule = "the Megatron engine has no experts of attention"
-            mistakes.append(
-                Mistake("attention", run.attention.name, rule, "Set attention=none, or engine=native.")
-            )
+        mistakes = super().check_run(config, run)
         kind = expert_kinds()[config.experts]
         if run.experts.lora.rank and not kind.keeps_ours:
             rule = f"{kind.summary} have no low-rank factors"
@@ -137,13 +82,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
             if "auto_map" in dense and trusts(Path(run.dense).expanduser(), trust):
                 rule = "it is computed by code of its own, and Megatron builds models itself"
                 mistakes.append(Mistake("dense", run.dense, rule, "Use engine=native."))
-            mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or _cut_mistakes(dense, config)
-        if run.dense is None:
-            mistakes += _cut_mistakes(_default_config(run.model), config)
-        if run.data.seq_len % config.tensor_parallel:
-            rule = f"samples of {run.data.seq_len} tokens do not divide over {config.tensor_parallel} ranks"
-            remedy = "Set a divisor of data.seq_len, or 1."
-            mistakes.append(Mistake("engine.tensor_parallel", config.tensor_parallel, rule, remedy))
+            mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or config.cut_mistakes(dense)
         return mistakes
 
     def describe(self) -> str:
@@ -184,7 +123,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         """
         assert self._groups is not None, "open() comes before prepare()"
         dense = model.config.to_dict()
-        if mistakes := family_mistakes(dense, str(model.folder)) or _cut_mistakes(dense, self.config):
+        if mistakes := family_mistakes(dense, str(model.folder)) or self.config.cut_mistakes(dense):
             raise ModelError(mistakes)
         for _, layer in model.moe_layers():
             # `check_moe` rejects routers with dispatchers of their own, but does not see wrapped ones.
@@ -216,29 +155,9 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         super().close()
 
 
-def _cut_mistakes(dense: Mapping[str, Any], config: MegatronConfig) -> list[Mistake]:
-    """Returns the reasons why a decoder of a supported family cannot be sharded as configured."""
-    return split_mistakes(dense, config.tensor_parallel) + stage_mistakes(dense, config.pipeline_parallel)
-
-
 def _quiet() -> None:
     """Silences Megatron's advice on optional packages, and torch's on Megatron's calls."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # The distributed optimizer puts gradients on views of parameters.
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
-
-
-def _default_config(model: DefaultModelShape) -> dict[str, Any]:
-    """Returns the shape of the default model, as its ``config.json`` will have it."""
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": 0,
-        "rms_norm_eps": 0.0,
-    }

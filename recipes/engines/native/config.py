@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from moe.errors import Rule
-from recipes.engines.config import ProcessConfig
+from moe.errors import Mistake, Rule
+from recipes.engines.config import ProcessConfig, dims_mistake
+
+if TYPE_CHECKING:
+    from recipes.engines.run_options import RunOptions
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,27 @@ class NativeConfig(ProcessConfig):
                 for name, value in sizes.items()
             ),
         ]
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Tensor-parallel ranks, which see the same samples."""
+        return self.tensor_parallel
+
+    def check_dims(self, world_size: int) -> Mistake | None:
+        """Requires ranks that divide into replicas, and those into groups of the other kinds."""
+        copies = self.replicas
+        if world_size % copies:
+            rule = f"{world_size} ranks do not divide into {copies} groups"
+            remedy = f"Set a divisor of {world_size}, or start a multiple of {copies} ranks."
+            return Mistake("replicas", copies, rule, remedy)
+        ranks = world_size // copies
+        whose = None if copies == 1 else f"the {ranks} ranks of each of {copies} replicas"
+        names = ("expert_parallel", "tensor_parallel")
+        return dims_mistake(self, ranks, *names, whose=whose, groups=copies)
+
+    def check_run(self, run: RunOptions) -> list[Mistake]:
+        """Rejects attention experts under tensor parallelism."""
+        if self.tensor_parallel == 1 or run.attention is None:
+            return []
+        rule = "attention experts do not support tensor parallelism"
+        return [Mistake("engine.tensor_parallel", self.tensor_parallel, rule, "Set 1, or attention=none.")]

@@ -15,11 +15,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.dispatch.all_to_all import AllToAllDispatcher
-from moe.errors import Mistake, ModelError
+from moe.errors import ModelError
 from moe.experts.expert_slices import keep_slice
 from moe.experts.experts import Experts
-from moe.routers import router_class
-from moe.routers.configs import RouterConfig
 from recipes.engines.optim.muon import local_part
 from recipes.models.hf.hf_model import HFModel
 
@@ -37,22 +35,6 @@ class ExpertMeshes:
 
     dp: DeviceMesh
     ep: DeviceMesh
-
-
-def moe_mistakes(expert_parallel: int, num_experts: int, router: RouterConfig) -> list[Mistake]:
-    """Returns the reasons why the experts of an MoE cannot be sharded over the ranks."""
-    if expert_parallel == 1:
-        return []
-    mistakes = []
-    if num_experts % expert_parallel:
-        rule = f"the {num_experts} experts of upcycle.num_experts do not divide over {expert_parallel} ranks"
-        remedy = f"Set a divisor of {num_experts}, or another upcycle.num_experts."
-        mistakes.append(Mistake(_PATH, expert_parallel, rule, remedy))
-    if router_class(router.name).reads_experts(router):
-        rule = f"router={router.name} reads the weights of all experts, and no rank holds them all"
-        remedy = "Set engine.expert_parallel=1, or choose another router."
-        mistakes.append(Mistake(_PATH, expert_parallel, rule, remedy))
-    return mistakes
 
 
 def apply_ep(model: HFModel, meshes: ExpertMeshes, policy: MixedPrecisionPolicy) -> list[Experts]:

@@ -62,11 +62,6 @@ class NativeEngine(ProcessEngine[NativeConfig]):
         self._sample_group: ProcessGroup | None = None
 
     @classmethod
-    def model_parallel_size(cls, config: NativeConfig) -> int:
-        """Returns the number of tensor-parallel ranks, which see the same samples."""
-        return config.tensor_parallel
-
-    @classmethod
     def held_shares(cls, config: NativeConfig, world_size: int, *, accumulates: bool) -> HeldShares:
         """Shards all by FSDP2, but gradients that wait for the last micro-batch; DDP has buckets too."""
         if config.strategy == "ddp":
@@ -78,19 +73,11 @@ class NativeEngine(ProcessEngine[NativeConfig]):
         return HeldShares(each, each, each, copies=waiting, gathers=True, expert_ranks=ep)
 
     @classmethod
-    def check_dims(cls, config: NativeConfig, world_size: int) -> Mistake | None:
-        """See `ProcessEngine.check_dims`."""
-        return _dims(config, world_size).check()
-
-    @classmethod
     def check_run(cls, config: NativeConfig, run: RunOptions) -> list[Mistake]:
-        """Requires attention heads that divide over the tensor-parallel ranks."""
+        """Requires attention heads that divide over the tensor-parallel ranks, too."""
         ways = config.tensor_parallel
-        if ways == 1:
-            return []
-        if run.attention is not None:
-            rule = "attention experts do not support tensor parallelism"
-            return [Mistake("engine.tensor_parallel", ways, rule, "Set 1, or attention=none.")]
+        if (found := super().check_run(config, run)) or ways == 1:
+            return found
         if run.dense is None:
             heads = {
                 "num_attention_heads": run.model.num_heads,

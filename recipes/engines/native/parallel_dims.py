@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moe.errors import Mistake
 from recipes.engines.native.expert_parallel import ExpertMeshes
 from recipes.engines.native.tensor_parallel import AttentionMeshes
 
@@ -52,22 +51,6 @@ class ParallelDims:
     def group(self) -> int:
         """Number of ranks that together hold one model."""
         return self.world_size // self.replicas
-
-    def check(self) -> Mistake | None:
-        """Returns the dimension that the ranks do not divide by; None when they divide by all."""
-        ranks, copies = self.world_size, self.replicas
-        if ranks % copies:
-            rule = f"{ranks} ranks do not divide into {copies} groups"
-            remedy = f"Set a divisor of {ranks}, or start a multiple of {copies} ranks."
-            return Mistake("replicas", copies, rule, remedy)
-        whose = f"{ranks} ranks" if copies == 1 else f"the {self.group} ranks of each of {copies} replicas"
-        for name in ("expert_parallel", "tensor_parallel"):
-            value = getattr(self, name)
-            if self.group % value:
-                rule = f"{whose} do not divide into groups of {value}"
-                remedy = f"Set a divisor of {self.group}, or start a multiple of {copies * value} ranks."
-                return Mistake(name, value, rule, remedy)
-        return None
 
     def meshes(self, device_type: str) -> Meshes:
         """Builds the device meshes. Collective."""

@@ -26,7 +26,7 @@ from moe.experts.weights import ExpertBank, FFNWeights
 from moe.layer import MoELayer
 from moe.routers import router_class
 from moe.types import LayerContext
-from moe.upcycle.layer_plan import Matrix
+from moe.upcycle.dense_shape import Matrix
 from recipes.models.export.base import Exporter
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import Unread

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe.upcycle.layer_plan import Matrix
+from moe.upcycle.dense_shape import Matrix
 from recipes.models.export.native_format import NativeExporter, aux_loss_coef
 from recipes.models.export.spec import ModelSpec, MoESpec
 

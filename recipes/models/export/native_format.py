@@ -7,7 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from moe.upcycle.layer_plan import Matrix
+from moe.upcycle.dense_shape import Matrix
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.read_back import NativeUnread, Unread
 from recipes.models.export.spec import ModelSpec, MoESpec

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moe.upcycle.dense_shape import Matrix
 from moe.upcycle.expert_rows import expert_shape
-from moe.upcycle.layer_plan import ExpertPlan, Matrix
+from moe.upcycle.layer_plan import ExpertPlan
 from recipes.runtime.safetensors_codec import TensorSpec
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.upcycle.layer_plan import Matrix
+from moe.upcycle.dense_shape import Matrix
 from recipes.models.export.native_format import COMMON_KEYS, NativeExporter
 from recipes.models.export.qwen3_moe import qwen_values
 from recipes.models.export.spec import ModelSpec, MoESpec

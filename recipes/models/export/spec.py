@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe.attention.routed_attention import attention_layers
 from moe.layer import MoELayer
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.models.hf.declared_config import DeclaredConfig
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe.attention.attention_config import AttentionConfig
 from moe.attention.attention_rules import attention_scale, counts_all_once, router_mistakes
 from moe.attention.routed_attention import AttentionContext, AttentionMoE, AttentionWeights
-from moe.errors import ConfigError, FieldError, Mistake, ModelError
+from moe.errors import ConfigError, Mistake, ModelError
 from moe.routers import router_class
 from moe.routers.base import Router
 from moe.routing.draws import seeded_generator
@@ -32,38 +32,26 @@ from moe.upcycle.equivalence import (
     logit_drift,
     require_exact,
 )
+from recipes.models.hf.attention_options import key_value_heads, option_mistakes
 from recipes.models.hf.drift import comparing
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
 
-#: Families whose attention is projections, an optional norm of each head, rotary embedding and softmax.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Implementations that pass masks to the layer; with others, windows and padding would be lost.
 _IMPLEMENTATIONS = ("sdpa", "eager")
 _SITE = "self_attn"
 
 
 def attention_mistakes(config: AttentionConfig, dense: Mapping[str, Any]) -> list[Mistake]:
-    """Checks from ``config.json`` alone that a model's attention can become experts.
+    """Checks from options and ``config.json`` that a model's attention can become experts.
 
     Args:
         config: The requested attention experts.
         dense: The content of the file.
     """
-    family = dense.get("model_type")
-    if family not in FAMILIES:
-        rule = f"attention experts are known for {', '.join(FAMILIES)}, and this model is {family!r}"
-        return [Mistake("attention", config.name, rule, "Set attention=none, or take such a model.")]
-    heads = dense.get("num_key_value_heads") or dense.get("num_attention_heads") or 0
-    if heads < 2:
-        rule = f"the model has {heads} key-value head, and experts are key-value heads"
-        return [Mistake("attention", config.name, rule, "Set attention=none.")]
-    mistakes = router_mistakes(config, router_class(config.router.name), heads)
-    try:
-        config.layer_choice.pick(int(dense["num_hidden_layers"]))
-    except FieldError as error:
-        mistakes += error.under("attention").mistakes
-    return mistakes
+    if found := option_mistakes(config, dense):
+        return found
+    return router_mistakes(config, router_class(config.router.name), key_value_heads(dense))
 
 
 class RoutedSelfAttention(AttentionMoE):

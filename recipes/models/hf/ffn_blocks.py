@@ -21,6 +21,7 @@ from kernels.activations import ACTIVATIONS, activation_unsupported_reason
 from moe.errors import FieldError, ModelError
 from moe.experts.weights import FFNWeights
 from recipes.models.hf.declared_config import DeclaredConfig
+from recipes.models.hf.header_shape import ACTIVATION_KEYS
 
 if TYPE_CHECKING:
     from moe.upcycle.configs import UpcycleConfig
@@ -39,7 +40,6 @@ _KNOWN_NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "fc_in", "fc_out"),  # GPT-J, CodeGen
     (None, "up_proj", "down_proj"),  # Nemotron, Arcee
 )
-ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 # Largest difference due to another order of summation, relative to the largest output.
 _RECOGNITION_TOLERANCE = {
     torch.float64: 1e-10,

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moe.errors import ModelError
-from moe.upcycle.layer_plan import FFNShape, Matrix
+from moe.upcycle.dense_shape import FFNShape, Matrix
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.ffn_blocks import FFNSite, find_ffns, is_conv1d, linear_names
 from recipes.models.hf.tied_weights import unlike_pairs

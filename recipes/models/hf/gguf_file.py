@@ -19,7 +19,7 @@ from torch import Tensor
 from moe.errors import ModelError
 from recipes.models.export.output_folder import output_folder
 from recipes.models.hf.config_file import library_reads
-from recipes.models.hf.weight_files import require_finite
+from recipes.models.hf.finite_weights import require_finite
 from recipes.runtime.extras import check_extra
 
 _MAGIC = b"GGUF"

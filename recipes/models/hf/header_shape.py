@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe.upcycle.layer_plan import FFNShape
+from safetensors import SafetensorError, safe_open
+
+from moe.upcycle.dense_shape import FFNShape
 from recipes.models.hf.config_file import read_config
-from recipes.models.hf.ffn_blocks import ACTIVATION_KEYS
 from recipes.models.hf.weight_files import weight_files
-from recipes.runtime.safetensors_codec import HeaderError, read_header
 
 # Names of the down projection in transformers' families, each with the names of its gate projection.
 _GATES: Mapping[str, tuple[str, ...]] = {
@@ -27,6 +27,8 @@ _GATES: Mapping[str, tuple[str, ...]] = {
     "fc2": (),
     "fc_out": (),
 }
+#: Keys of config.json for the activation, in the order in which they are read.
+ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _DOWN = re.compile(rf"(?P<site>.*\.0\..*)\.(?P<down>{'|'.join(_GATES)})\.weight")
 
@@ -42,7 +44,7 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
     width = next((text[key] for key in _WIDTHS if isinstance(text.get(key), int)), None)
     try:
         shapes = _first_block_shapes(folder)
-    except HeaderError:
+    except SafetensorError:
         return None
     found = [match for match in map(_DOWN.fullmatch, shapes) if match and "attn" not in match["site"]]
     if width is None or len(found) != 1:
@@ -64,5 +66,9 @@ def read_ffn_shape(folder: Path) -> FFNShape | None:
 
 
 def _first_block_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    specs = (stored.spec for file in weight_files(folder) for stored in read_header(file))
-    return {spec.name: spec.shape for spec in specs if ".0." in spec.name}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="numpy") as opened:
+            first = [name for name in opened.keys() if ".0." in name]  # noqa: SIM118
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in first}
+    return shapes

@@ -23,7 +23,7 @@ from moe.routing.top_k_schedule import TopKSchedule
 from moe.types import RouterContext
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.deferred_init import WeightSource
-from recipes.models.hf.weight_files import require_finite
+from recipes.models.hf.finite_weights import require_finite
 
 # Left over from versions of transformers that saved them; every reader computes them anew.
 _LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe.errors import Mistake, ModelError
 from recipes.models.hf.config_file import brings_code, code_keys, read_config
+from recipes.models.hf.weight_files import check_weights
 
 # Config keys for the number of routed experts in the families of transformers.
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -28,7 +29,7 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     if config is None:
         return mistakes
     mistakes = _check_config(path, config, trust_remote_code) + _check_dense_config(path, config)
-    return mistakes + _check_weights(path)
+    return mistakes + check_weights(path, Path(path).expanduser())
 
 
 def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False) -> list[Mistake]:
@@ -42,18 +43,11 @@ def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False)
     config, mistakes = _read(path)
     if config is not None:
         mistakes = _check_config(path, config, trust_remote_code)
-        mistakes += _check_weights(path)
+        mistakes += check_weights(path, Path(path).expanduser())
     flag = "--trust-remote-code" if option.startswith("--") else _TRUST
     return [
         replace(mistake, path=option, remedy=mistake.remedy.replace(_TRUST, flag)) for mistake in mistakes
     ]
-
-
-def _check_weights(path: str) -> list[Mistake]:
-    # It needs torch, which a folder without a proper config.json need not wait for.
-    from recipes.models.hf.weight_files import check_weights
-
-    return check_weights(path, Path(path).expanduser())
 
 
 def _read(path: str) -> tuple[dict[str, Any] | None, list[Mistake]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe.errors import ModelError
 from recipes.models.hf.ffn_names import MatrixName
-from recipes.models.hf.weight_files import FolderError, not_finite, weight_files
+from recipes.models.hf.finite_weights import not_finite
+from recipes.models.hf.weight_files import FolderError, weight_files
 from recipes.runtime.safetensors_codec import HeaderError, TensorLocation, read_header
 
 _FINITE = "Download that file again, or give a checkpoint whose weights are all finite."

@@ -94,7 +94,7 @@ class Candidate:
         """Returns the router's reason to reject E experts; None if it accepts them."""
         if self.config is None:
             return None
-        found = router_class(self.config.name).check(self.config, num_experts)
+        found = self.config.check(num_experts)
         return None if found is None else f"{found.rule}. {found.remedy}"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.runtime.source_root import TRAIN
 from recipes.studies.chaos.chaos_settings import ChaosSettings
 from recipes.studies.chaos.killer import ChaosError, Kill, Killer
@@ -17,7 +18,7 @@ from recipes.studies.chaos.moments import draw_moments
 from recipes.studies.chaos.run_watch import RunWatch
 from recipes.studies.chaos.torchrun import Torchrun
 from recipes.studies.chaos.verdict import difference, figures
-from recipes.tracking.metrics_log import METRICS_FILE, read_rows
+from recipes.tracking.metrics_log import read_rows
 
 _SLOW = "recipes.studies.chaos.slow_disk"
 _REFERENCE = "reference"

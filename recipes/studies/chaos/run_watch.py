@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.checkpoint.manifest import MANIFEST, TEMPORARY, parse_step
-from recipes.tracking.metrics_log import METRICS_FILE, read_rows
+from recipes.runtime.run_file import METRICS_FILE
+from recipes.tracking.metrics_log import read_rows
 
 _TAIL_BYTES = 1 << 14
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.runtime.run_file import LOAD_FILE, METRICS_FILE
 from recipes.studies.chaos.killer import Kill
-from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE, read_rows
+from recipes.tracking.metrics_log import read_rows
 
 # Times and measurements of the machine, which differ between any two runs.
 _MEASURED = ("time", "tokens_per_s", "goodput", "mfu", "s_mfu", "s_mbu", "s_mbu_busiest_rank")

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.studies.comparison.router_trials import RouterTrial
 from recipes.studies.study_page import Spread, spread
-from recipes.tracking.metrics_log import METRICS_FILE, read_rows
+from recipes.tracking.metrics_log import read_rows
 
 # Routing figures are means over the last part of the steps: the first ones are still settling.
 _LAST_SHARE = 0.1

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe.errors import ConfigError, Mistake, UserError
-from moe.routers import router_class
 from moe.routers.configs.hash_config import HashConfig
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
@@ -65,7 +64,7 @@ def _parse(spec: str, config: ModelConfig, steps: int) -> TableMoE:
     given = {option.partition("=")[0] for option in options}
     _fill(values["router"], config.top_k, steps, given, "")
     router = parse_config(values).router
-    wrong = router_class(router.name).check(router, config.num_experts)
+    wrong = router.check(config.num_experts)
     if wrong:
         raise ConfigError([dataclasses.replace(wrong, path="router", value=name)])
     return TableMoE(router, config.num_experts, config.expert_width)

@@ -6,55 +6,38 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moe.errors import ConfigError
+from recipes.jobs.sweep import SweptRun
+from recipes.jobs.upcycle_vs_cpt_job import arm_models
 from recipes.runtime.atomic import atomic_write_json
-from recipes.studies.sweep import Trial
+from recipes.studies.option_lists import trial_options
 
 LENGTH = "{length}"
+Arms = Literal["continued", "scratch"]
 _PLAN = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmsTrial(Trial):
+class ArmsTrial(SweptRun):
     """One run of the grid.
 
     Attributes:
         arms: ``continued`` (upcycled, and dense continued) or ``scratch``, which no dense length changes.
         lengths: Steps of the dense model before. One for ``continued``; for ``scratch`` all of the grid,
             because that run is given the FLOPs of each length on top in turn.
+        seed: Seed of the weights that are drawn.
     """
 
-    recipe: ClassVar[str] = "upcycle_vs_cpt"
-    arms: Literal["continued", "scratch"]
+    arms: Arms
     lengths: tuple[int, ...]
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Models in the summary of a finished run."""
-        if self.arms == "continued":
-            return ("moe", "cpt", "cpt_tokens")
-        return ("scratch", *(f"scratch_{steps}" for steps in (0, *self.lengths[:-1])))
-
-    @property
-    def own(self) -> list[str]:
-        """Overrides that distinguish this trial from the others."""
-        return [
-            f"upcycle_vs_cpt.arms={self.arms}",
-            f"upcycle_vs_cpt.sunk_steps={list(self.lengths)}".replace(" ", ""),
-            f"seed={self.seed}",
-            f"model.seed={self.seed}",
-            # A run from scratch trains no dense model.
-            f"model.steps={self.lengths[-1] if self.arms == 'continued' else 0}",
-        ]
-
-    def arguments(self, overrides: Sequence[str]) -> list[str]:
-        """Returns the command line of ``train.py``, with the dense length in place of `LENGTH`."""
-        return super().arguments([text.replace(LENGTH, str(self.lengths[-1])) for text in overrides])
+    seed: int
 
 
-def plan_trials(folder: Path, lengths: Sequence[int], seeds: int) -> list[ArmsTrial]:
+def plan_trials(
+    folder: Path, lengths: Sequence[int], seeds: int, options: Sequence[str] = ()
+) -> list[ArmsTrial]:
     """Plans the trials seed by seed, so that a grid cut short covers every length and arm alike.
 
     Other lengths need another run from scratch, because the longest one decays elsewhere.
@@ -63,17 +46,34 @@ def plan_trials(folder: Path, lengths: Sequence[int], seeds: int) -> list[ArmsTr
         folder: Folder of the grid.
         lengths: Steps of the dense models, ascending.
         seeds: Number of seeds.
+        options: Options of all runs, with `LENGTH` for the steps of the dense model.
     """
-    runs, every = folder / "runs", "-".join(str(length) for length in lengths)
-    trials = []
-    for seed in range(seeds):
-        each = [((length,), f"d{length}-s{seed}") for length in lengths]
-        trials += [
-            ArmsTrial(arms="continued", lengths=one, seed=seed, folder=runs / name) for one, name in each
-        ]
-        scratch = runs / f"scratch-{every}-s{seed}"
-        trials.append(ArmsTrial(arms="scratch", lengths=tuple(lengths), seed=seed, folder=scratch))
-    return trials
+    arms: list[tuple[Arms, tuple[int, ...]]] = [("continued", (length,)) for length in lengths]
+    arms.append(("scratch", tuple(lengths)))
+    return [_trial(folder / "runs", *one, seed, options) for seed in range(seeds) for one in arms]
+
+
+def _trial(runs: Path, arms: Arms, lengths: tuple[int, ...], seed: int, options: Sequence[str]) -> ArmsTrial:
+    own = (
+        f"upcycle_vs_cpt.arms={arms}",
+        f"upcycle_vs_cpt.sunk_steps={list(lengths)}".replace(" ", ""),
+        f"seed={seed}",
+        f"model.seed={seed}",
+        # A run from scratch trains no dense model.
+        f"model.steps={lengths[-1] if arms == 'continued' else 0}",
+    )
+    given = [text.replace(LENGTH, str(lengths[-1])) for text in options]
+    kind = "d" if arms == "continued" else "scratch-"
+    place = runs / f"{kind}{'-'.join(map(str, lengths))}-s{seed}"
+    return ArmsTrial(
+        folder=place,
+        overrides=trial_options("upcycle_vs_cpt", given, own, place),
+        swept=own,
+        models=arm_models(arms, (0, *lengths)),
+        arms=arms,
+        lengths=lengths,
+        seed=seed,
+    )
 
 
 def keep_options(folder: Path, overrides: Sequence[str]) -> None:

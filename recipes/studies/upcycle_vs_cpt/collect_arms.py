@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.studies.study_page import Spread, spread
 from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial
-from recipes.tracking.metrics_log import METRICS_FILE, read_rows
+from recipes.tracking.metrics_log import read_rows
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,12 @@ def _cell(trial: ArmsTrial, scratch: ArmsTrial | None) -> Cell:
     summary, length = trial.summary(), trial.lengths[-1]
     rows = {row["model"]: row for row in summary["results"]}
     stages = {"dense": "dense", "cpt_tokens": "cpt_tokens", "cpt_flops": "cpt", "moe": "moe"}
-    curves = {stage: _curve(trial, rows[stage]) for stage in trial.stages}
+    curves = {stage: _curve(trial, rows[stage]) for stage in trial.models}
     if scratch is not None:
         rows |= {row["model"]: row for row in scratch.summary()["results"]}
         total = "scratch" if length == scratch.lengths[-1] else f"scratch_{length}"
         stages |= {"scratch_free": "scratch_0", "scratch_total": total}
-        curves |= {stage: _curve(scratch, rows[stage]) for stage in scratch.stages}
+        curves |= {stage: _curve(scratch, rows[stage]) for stage in scratch.models}
     dense_tokens = length * int(summary["tokens_per_step"])
     sizes = {
         "params": rows["moe"]["total_params"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe.errors import DataError
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.tracking.bad_batch import FOLDER
-from recipes.tracking.metrics_log import METRICS_FILE
 from recipes.tracking.report import canvas, formats, hardware, sections
 from recipes.tracking.report.certificates import HEADER, certificate_rows, read_certificate
 from recipes.tracking.report.colours import LIGHT

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.errors import DataError
+from recipes.runtime.run_file import LOAD_FILE, METRICS_FILE
 from recipes.runtime.user_json import read_json_object
-from recipes.tracking.metrics_log import LOAD_FILE, METRICS_FILE, read_rows
+from recipes.tracking.metrics_log import read_rows
 from recipes.tracking.report.formats import number
 
 CONFIG_FILE = "config.yaml"

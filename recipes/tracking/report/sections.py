@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.tracking.metrics_log import METRICS_FILE
+from recipes.runtime.run_file import METRICS_FILE
 from recipes.tracking.report import formats
 from recipes.tracking.report.formats import NOT_MEASURED, number
 from recipes.tracking.report.results_table import MODELS, find, missing, read_results

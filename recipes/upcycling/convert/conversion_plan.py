@@ -13,7 +13,8 @@ import torch
 
 from moe.errors import ConfigError
 from moe.routers.base import Router
-from moe.upcycle.layer_plan import LayerPlan, Matrix
+from moe.upcycle.dense_shape import Matrix
+from moe.upcycle.layer_plan import LayerPlan
 from recipes.models.export import Exporter, choose_exporter, exporters
 from recipes.models.export.base import Layout
 from recipes.models.export.placement import Placement

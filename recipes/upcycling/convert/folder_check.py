@@ -29,7 +29,8 @@ from recipes.models.hf.config_file import (
     read_config,
     trusts,
 )
-from recipes.models.hf.weight_files import require_finite, weight_files
+from recipes.models.hf.finite_weights import require_finite
+from recipes.models.hf.weight_files import weight_files
 from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.runtime.machine_memory import spare_bytes
 

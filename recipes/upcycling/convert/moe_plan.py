@@ -22,8 +22,9 @@ from moe.upcycle import upcycle_method
 from moe.upcycle.base import UpcycleMethod
 from moe.upcycle.build_experts import router_start
 from moe.upcycle.configs import UpcycleConfig
+from moe.upcycle.dense_shape import FFNShape
 from moe.upcycle.expert_rows import DenseMatrix
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.layer_plan import Draws, LayerPlan
 from moe.upcycle.router_start import start_rows, take_given_rows
 from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.hf.ffn_names import FFNNames, MatrixName, ModelNames, read_names

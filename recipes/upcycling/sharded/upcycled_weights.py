@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moe.experts.weights import FFNWeights
+from moe.upcycle.dense_shape import Matrix
 from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_rows
-from moe.upcycle.layer_plan import Draws, ExpertPlan, Matrix
+from moe.upcycle.layer_plan import Draws, ExpertPlan
 from recipes.checkpoint.shard_layout import Box, Piece, Placed
 from recipes.models.hf.deferred_init import WeightSource
 from recipes.models.hf.state_dict_map import StateDictMap, StateDictPiece

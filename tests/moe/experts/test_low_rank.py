@@ -10,7 +10,7 @@ from moe.accounting.params import count_parameters
 from moe.accounting.training import MoEBlock, used_flops_per_token
 from moe.dispatch.base import Dispatched
 from moe.experts.experts import Experts
-from moe.experts.lora import DRAWN, FACTORS, drawn_factor, merged, rank_unsupported_reason
+from moe.experts.lora import DRAWN, FACTORS, drawn_factor, merged
 from moe.experts.lora_config import LoraConfig
 from moe.routers.configs.topk_config import TopKConfig
 from recipes.engines.optim.config import OptimConfig
@@ -104,8 +104,8 @@ def test_what_the_config_and_the_widths_refuse() -> None:
     with pytest.raises(ValueError, match=r"rank=-1: must be 0 or more.*\nalpha=0: must be above 0"):
         LoraConfig(rank=-1, alpha=0)
     assert LoraConfig().scale == 0 and LORA.scale == 1.5
-    assert rank_unsupported_reason(6, 6, 10) is None
-    assert "their rank is at most 6" in str(rank_unsupported_reason(7, 6, 10))
+    assert LoraConfig(rank=6).unsupported_reason(6, 10) is None
+    assert "their rank is at most 6" in str(LoraConfig(rank=7).unsupported_reason(6, 10))
 
 
 def test_a_step_does_not_count_products_of_gradients_that_nobody_wants() -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import pytest
 import torch
 
+from moe.dispatch.local import LocalDispatcher
 from moe.routers import router_class, router_classes
 from moe.routers.configs import RouterConfig
 from tests.grid import each
@@ -49,11 +50,17 @@ def test_an_unknown_name_is_refused_with_the_list() -> None:
 
 @every_config
 def test_check_accepts_what_routes_and_speaks_when_it_refuses(config: RouterConfig) -> None:
-    cls = router_class(config.name)
-    assert cls.check(config, E) is None
-    assert cls.check(config, 64) is None
-    found = cls.check(config, 0)
+    assert config.check(E) is None
+    assert config.check(64) is None
+    found = config.check(0)
     assert found is None or (found.path and found.remedy.endswith(".")), found
+
+
+@every_config
+def test_a_router_that_changes_what_experts_see_says_so(config: RouterConfig) -> None:
+    dispatcher = LocalDispatcher()
+    changes = make_router(config, D, E).wrap_dispatcher(dispatcher) is not dispatcher
+    assert config.mixes_tokens == changes, "mixes_tokens of the config tells whether wrap_dispatcher wraps"
 
 
 @every_config
@@ -70,16 +77,15 @@ def test_top_k_is_what_a_token_uses(config: RouterConfig) -> None:
 @every_config
 @each("training", [True, False])
 def test_a_scheduled_top_k_routes_as_a_router_of_that_top_k(config: RouterConfig, training: bool) -> None:
-    cls = router_class(config.name)
     router = make_router(config, D, E).train(training)
-    if not cls.varies_top_k:
+    if not config.varies_top_k:
         pytest.skip("preflight refuses it")
     for top_k in range(1, E + 1):
         try:
             with_it = dataclasses.replace(config, top_k=top_k)  # type: ignore[call-arg]
         except ValueError:
             continue
-        if cls.check(with_it, E) is not None:
+        if with_it.check(E) is not None:
             continue
         other = make_router(with_it, D, E).train(training)
         found, expected = route(router, tokens(), top_k={0: top_k}), route(other, tokens())
@@ -125,7 +131,7 @@ def test_any_batch_shape(config: RouterConfig, shape: tuple[int, int]) -> None:
 @each("num_experts", [1, 2, 3, 5, 7, 16])
 @each("training", [True, False])
 def test_any_number_of_experts(config: RouterConfig, num_experts: int, training: bool) -> None:
-    if router_class(config.name).check(config, num_experts) is not None:
+    if config.check(num_experts) is not None:
         pytest.skip("refused in words")
     router = make_router(config, D, num_experts).train(training)
     for x_TD in (tokens(), tokens() * 0, tokens(num=1), tokens(num=0)):
@@ -143,7 +149,7 @@ def test_all_experts_at_once(config: RouterConfig) -> None:
             every = dataclasses.replace(config, top_k=num_experts)
         except ValueError:
             continue
-        assert router_class(config.name).check(every, num_experts) is None
+        assert every.check(num_experts) is None
         router = make_router(every, D, num_experts)
         assert_sound(router, route(router, tokens()), T, num_experts)
 

@@ -136,10 +136,10 @@ def test_whether_weights_sum_to_one(fields: dict[str, Any], sums: bool) -> None:
 
 
 def test_more_experts_a_token_than_there_are_is_refused() -> None:
-    message = str(TopKRouter.check(TopKConfig(top_k=5), 4))
+    message = str(TopKConfig(top_k=5).check(4))
     assert "cannot use more experts than the 4 of upcycle.num_experts" in message
     assert "Set router.top_k to 4 or less, or raise upcycle.num_experts" in message
-    assert TopKRouter.check(TopKConfig(top_k=4), 4) is None
+    assert TopKConfig(top_k=4).check(4) is None
 
 
 def test_initial_weights_have_the_configured_deviation() -> None:

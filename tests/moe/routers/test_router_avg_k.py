@@ -102,5 +102,5 @@ def test_it_reads_the_experts_of_its_layer() -> None:
 def test_no_experts_a_token_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k=0: a token needs at least one expert"):
         AvgKConfig(top_k=0)
-    message = str(AvgKRouter.check(AvgKConfig(top_k=5), 4))
+    message = str(AvgKConfig(top_k=5).check(4))
     assert "Set router.top_k to 4 or less" in message

@@ -271,7 +271,7 @@ def test_refused_configs(fields: dict[str, Any], message: str) -> None:
 
 
 def test_more_trees_than_experts_are_refused() -> None:
-    assert "Set router.top_k to 4 or less" in str(CometRouter.check(CometConfig(top_k=5), 4))
+    assert "Set router.top_k to 4 or less" in str(CometConfig(top_k=5).check(4))
 
 
 def test_initial_weights_reach_every_leaf() -> None:

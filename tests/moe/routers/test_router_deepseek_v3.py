@@ -302,7 +302,7 @@ def test_refused_configs(fields: dict[str, Any], message: str) -> None:
     ],
 )
 def test_what_does_not_fit_the_experts(fields: dict[str, Any], E: int, message: str | None) -> None:
-    found = DeepSeekV3Router.check(DeepSeekV3Config(**fields), E)
+    found = DeepSeekV3Config(**fields).check(E)
     if message is None:
         assert found is None
     else:

@@ -220,4 +220,4 @@ def test_gradients_agree_with_finite_differences(config: DSelectKConfig, num_exp
 def test_refused_configs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DSelectKConfig(**fields)
-    assert "Set router.top_k to 4 or less" in str(DSelectKRouter.check(DSelectKConfig(top_k=5), 4))
+    assert "Set router.top_k to 4 or less" in str(DSelectKConfig(top_k=5).check(4))

@@ -70,5 +70,5 @@ def test_one_expert_a_token_is_allowed_and_has_no_gradient() -> None:
 
 
 def test_more_experts_a_token_than_there_are_is_refused() -> None:
-    message = str(ForcedRouter.check(ForcedConfig(top_k=5), 4))
+    message = str(ForcedConfig(top_k=5).check(4))
     assert "more experts than the 4" in message

@@ -107,7 +107,7 @@ def test_balance_loss_counts_first_choices() -> None:
 def test_only_two_experts(top_k: int) -> None:
     with pytest.raises(ValueError, match=f"top_k={top_k}: .* Set router.top_k=2, or use router=topk"):
         GShardConfig(top_k=top_k)
-    message = str(GShardRouter.check(GShardConfig(), 1))
+    message = str(GShardConfig().check(1))
     assert "more experts than the 1" in message
 
 

@@ -119,5 +119,5 @@ def test_refused_configs(fields: dict[str, Any], message: str) -> None:
 
 
 def test_more_hashes_than_experts_are_refused() -> None:
-    message = str(HashRouter.check(HashConfig(top_k=5), 4))
+    message = str(HashConfig(top_k=5).check(4))
     assert "Set router.top_k to 4 or less" in message

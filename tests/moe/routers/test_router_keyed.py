@@ -56,8 +56,8 @@ def test_ranges_of_token_ids() -> None:
         step = make_context(token_ids=ids[:, column : column + 1])
         alone = router.eval()(torch.randn(2, 4), step).expert_ids_TK.view(-1)
         assert alone.tolist() == found.view(2, 4)[:, column].tolist()
-    assert KeyedRouter.needed_keys(router.config) == frozenset()
-    assert KeyedRouter.needed_keys(KeyedConfig()) == {"modality"}
+    assert router.config.needed_keys == frozenset()
+    assert KeyedConfig().needed_keys == {"modality"}
     with pytest.raises(
         ConfigError, match="the model was given embeddings, and no ids. Call it with input_ids"
     ):
@@ -102,13 +102,13 @@ def test_keys_that_do_not_fit(key: Tensor | None, fields: dict[str, Any], messag
 def test_edges_ascend_and_make_as_many_ranges_as_there_are_experts() -> None:
     with pytest.raises(ValueError, match=r"edges=\[2, 2\]: they do not ascend"):
         KeyedConfig(edges=[2, 2])
-    message = str(KeyedRouter.check(KeyedConfig(edges=[1, 2]), 4))
+    message = str(KeyedConfig(edges=[1, 2]).check(4))
     assert "2 edges make 3 ranges, and there are 4 experts. Give 3 edges" in message
-    assert KeyedRouter.check(KeyedConfig(edges=[1, 2]), 3) is None
+    assert KeyedConfig(edges=[1, 2]).check(3) is None
     # Two ranges may share an expert; an expert without a range would never be trained.
-    assert KeyedRouter.check(KeyedConfig(edges=[1, 2], experts=[1, 0, 1]), 2) is None
+    assert KeyedConfig(edges=[1, 2], experts=[1, 0, 1]).check(2) is None
     for experts in ([0, 1, 0], [0, 1, 3], [0, 1, -1]):
-        message = str(KeyedRouter.check(KeyedConfig(edges=[1, 2], experts=experts), 3))
+        message = str(KeyedConfig(edges=[1, 2], experts=experts).check(3))
         assert "must name each of the 3 experts, and no other. Correct it" in message
     with pytest.raises(
         ValueError, match=r"experts=\[0, 1\]: 0 edges make 1 ranges.*\nedges=\[\]: ids of tokens"

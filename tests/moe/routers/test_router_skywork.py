@@ -183,9 +183,9 @@ def test_refused_configs(fields: dict[str, Any], message: str) -> None:
 
 
 def test_two_experts_are_refused() -> None:
-    message = str(SkyworkRouter.check(SkyworkConfig(), 2))
+    message = str(SkyworkConfig().check(2))
     assert "always +logit_scale and -logit_scale" in message
-    assert SkyworkRouter.check(SkyworkConfig(), 3) is None
+    assert SkyworkConfig().check(3) is None
 
 
 def test_an_expert_that_nothing_can_choose() -> None:

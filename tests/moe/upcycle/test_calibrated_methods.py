@@ -244,7 +244,7 @@ def test_moefication_begins_its_router_at_mean_rows() -> None:
         (SnakeConfig(), TopKConfig(), ["router.name"]),
         (SnakeConfig(num_shared=1), OnePlusConfig(), ["upcycle.num_experts"]),
         (MoEficationConfig(), UnitLinearConfig(), ["upcycle.name"]),
-        (MoEficationConfig(), AnalyticalConfig(), ["router.name", "upcycle.name"]),
+        (MoEficationConfig(), AnalyticalConfig(), ["upcycle.name", "router.name"]),
     ],
     ids=str,
 )

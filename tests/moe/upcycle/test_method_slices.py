@@ -114,7 +114,7 @@ def test_a_division_is_exact_only_where_all_experts_count_once(biased: bool) -> 
 def test_parts_of_one_size_or_none() -> None:
     (found,) = make_method(PartitionConfig(num_experts=3)).check(TopKConfig(), ffn_shape(make_ffn()))
     assert (found.path, found.value) == ("upcycle.num_experts", 3)
-    assert "the 10 neurons of the dense network do not divide by it" in found.rule
+    assert "the 10 neurons of the dense network do not divide into 3 parts" in found.rule
 
 
 def test_parts_that_others_have_found() -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Generator, Tensor
 
 from moe.experts.weights import ExpertBank, FFNWeights
-from moe.routers import router_class
 from moe.routers.configs import RouterConfig
 from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
 from moe.routers.configs.topk_config import TopKConfig
@@ -120,7 +119,7 @@ def test_bank_fits_the_layer(config: UpcycleConfig, gated: bool, biased: bool) -
 
 
 def _hold_to_claim(config: UpcycleConfig, router: RouterConfig, ffn: FFNWeights) -> None:
-    refused = router_class(router.name).check(router, config.num_experts)
+    refused = router.check(config.num_experts)
     if refused or make_method(config, router).check(router, ffn_shape(ffn)):
         pytest.skip("they do not go together, and say so")
     layer = make_layer(router, config, ffn).eval()

@@ -21,8 +21,9 @@ from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
 from moe.upcycle.configs.shared_routed_config import SharedRoutedConfig
 from moe.upcycle.configs.shuffle_slice_config import ShuffleSliceConfig
 from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
+from moe.upcycle.dense_shape import Matrix
 from moe.upcycle.expert_rows import DenseMatrix, expert_blocks, expert_shape
-from moe.upcycle.layer_plan import Draws, Matrix
+from moe.upcycle.layer_plan import Draws
 from tests.moe.routers.routing_cases import build, label, make_ffn, make_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,14 +9,14 @@ import pytest
 from moe.errors import Mistake
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
-from recipes.jobs.preflight import check_method, check_run
+from recipes.jobs.upcycle_job import UpcycleJob
 from tests.conftest import MakeCheckpoint
 
 
 def mistakes(*overrides: str) -> list[Mistake]:
     """Those of a run that concern method and router."""
     config = parse_config(compose_config(["+recipe=upcycle", *overrides]))
-    return [m for m in check_run(config, 1) if m.path.startswith(("upcycle.", "router."))]
+    return [m for m in UpcycleJob().check(config, 1) if m.path.startswith(("upcycle.", "router."))]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_the_defaults_fit_the_embedded_model(method: str) -> None:
     [
         (
             ["upcycle=virtual_group", "upcycle.granularity=3", "upcycle.num_experts=9", "router.top_k=3"],
-            "upcycle.granularity=3: the 352 neurons of the dense network do not divide into so many shards. "
+            "upcycle.granularity=3: the 352 neurons of the dense network do not divide into 3 parts. "
             "Set a divisor.",
         ),
         (
@@ -50,7 +50,8 @@ def test_the_defaults_fit_the_embedded_model(method: str) -> None:
         ),
         (
             ["upcycle=partition", "upcycle.num_experts=7"],
-            "upcycle.num_experts=7: the 352 neurons of the dense network do not divide by it. Set a divisor.",
+            "upcycle.num_experts=7: the 352 neurons of the dense network do not divide into 7 parts. Set a "
+            "divisor.",
         ),
     ],
 )
@@ -72,5 +73,5 @@ def test_a_checkpoint_tells_its_width(make_checkpoint: MakeCheckpoint, tmp_path:
 
 
 def test_a_router_that_is_wrong_itself_is_told_once() -> None:
-    config = parse_config(compose_config(["+recipe=upcycle", "upcycle=virtual_group", "router.top_k=99"]))
-    assert check_method(config, None) == []
+    (found,) = mistakes("upcycle=virtual_group", "router.top_k=99")
+    assert found.path == "router.top_k" and "more experts than the 8" in found.rule

@@ -262,7 +262,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "nothing near": (
         ["xyzzy=3"],
-        ["xyzzy='3': there is no such option. Run train.py --cfg to see them all."],
+        ["xyzzy='3': there is no such option. Run graft train --cfg to see them all."],
     ),
     "the old name of a schedule": (
         ["sparsify=[{until:0.5,top_k:4}]"],
@@ -279,8 +279,8 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
             "+upcycle_vs_cpt.batches=[1].",
         ],
     ),
-    "the name of no section": (["+sections={}"], ["sections={}: there is no such option. Run train.py ..."]),
-    "appended": (["+data.foo=3"], ["data.foo=3: there is no such option. Run train.py --cfg to see what..."]),
+    "the name of no section": (["+sections={}"], ["sections={}: there is no such option. Run graft ..."]),
+    "appended": (["+data.foo=3"], ["data.foo=3: there is no such option. Run graft train ..."]),
     "no such choice": (
         ["router=nope"],
         ["router='nope': there is no such choice. Choose one of: analytical, avg_k, ..."],
@@ -315,7 +315,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["job=foo"],
         ["job='foo': there is no such job. One of pretrain, two_stage, upcycle, upcycle_vs_cpt."],
     ),
-    "no such flag": (["--resume"], ["command line='--resume': there is no such flag. See train.py --help."]),
+    "no such flag": (
+        ["--resume"],
+        ["command line='--resume': there is no such flag. See graft train --help."],
+    ),
     "no value": (["data.seq_len"], ["command line='data.seq_len': this sets nothing. Write OPTION=VALUE."]),
     "an equals sign": (
         ["data.path=/a=b.txt"],

@@ -113,8 +113,8 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     unsupported_reason = DeepSpeedEngine.check(config)
     assert "expert_parallel=2: 3 ranks do not divide" in str(unsupported_reason)
-    (muon,) = DeepSpeedEngine.check_optimizer(config, OptimConfig(name="muon"))
+    (muon,) = config.check_optimizer(OptimConfig(name="muon"))
     assert "optim.name='muon'" in str(muon) and "needs whole matrices" in str(muon)
-    assert DeepSpeedEngine.check_optimizer(config, OptimConfig()) == []
+    assert config.check_optimizer(OptimConfig()) == []
     with pytest.raises(ValueError, match="expert_parallel=0: must be at least 1"):
         DeepSpeedConfig(expert_parallel=0)

@@ -151,7 +151,7 @@ def test_what_cannot_be_spread_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
     def mistakes(spread: int, experts: int, router: TopKConfig | AvgKConfig) -> list[str]:
         config = NativeConfig(expert_parallel=spread)
-        return [str(mistake) for mistake in NativeEngine.check_moe(config, experts, router)]
+        return [str(mistake) for mistake in config.check_moe(experts, router)]
 
     assert mistakes(2, 8, TopKConfig()) == mistakes(1, 7, AvgKConfig()) == []
     uneven, reads = mistakes(2, 7, AvgKConfig())

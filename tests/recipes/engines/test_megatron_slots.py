@@ -115,7 +115,7 @@ def test_both_slots_together_are_our_layer() -> None:
     ids=label,
 )
 def test_every_router_goes_through_or_is_refused(config: RouterConfig) -> None:
-    if MegatronEngine.check_moe(MegatronConfig(), 4, config):
+    if MegatronConfig().check_moe(4, config):
         return
     ours, theirs = make_layer(config).train(), make_layer(config).train()
     x_BSD = torch.randn(2, 6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -130,7 +130,7 @@ def test_every_router_goes_through_or_is_refused(config: RouterConfig) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(theirs.stats.sums[0], ours.stats.sums[0])
     # Of many experts DeepEP sends to those of the largest weights: none may be below that of one not chosen.
-    many = MegatronEngine.check_moe(MegatronConfig(dispatcher="deepep"), 64, config)
+    many = MegatronConfig(dispatcher="deepep").check_moe(64, config)
     signed = (as_map(theirs.router(x_BSD.flatten(0, 1), theirs.context))[0] < 0).any()
     assert not signed or "gives negative ones" in str(many), config
 
@@ -285,11 +285,11 @@ def test_what_megatron_does_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
     ):
         unsupported_reason = MegatronEngine.check(replace(staged, **wrong))  # type: ignore[arg-type]
         assert str(unsupported_reason).startswith(told), unsupported_reason
-    mixed = MegatronEngine.check_moe(config, 8, SoftMoEConfig())
-    reads = MegatronEngine.check_moe(config, 8, AvgKConfig())
+    mixed = config.check_moe(8, SoftMoEConfig())
+    reads = config.check_moe(8, AvgKConfig())
     assert "its experts see mixtures of tokens" in str(mixed) and "it reads the weights of" in str(reads)
-    assert MegatronEngine.check_moe(config, 8, TopKConfig()) == []
-    assert "has AdamW alone" in str(MegatronEngine.check_optimizer(config, OptimConfig(name="muon")))
+    assert config.check_moe(8, TopKConfig()) == []
+    assert "has AdamW alone" in str(config.check_optimizer(OptimConfig(name="muon")))
     for wrong, match in (
         ({"tensor_parallel": 0}, "tensor_parallel=0: must be at least 1"),
         ({"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False: must be true"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.engines import engine_classes
-from recipes.jobs.expert_rules import check_low_rank
+from recipes.jobs.expert_rules import check_rank
 from recipes.jobs.identity import identity
-from recipes.jobs.preflight import check_run
+from recipes.jobs.low_rank_rules import check_low_rank
 from recipes.jobs.pretrain_job import PretrainJob
+from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.jobs.upcycle_vs_cpt_job import UpcycleVsCPTJob
 
 SHAPE = FFNShape(width=48, model_width=32, gated=True, activation="silu")
@@ -20,7 +21,7 @@ def _parsed(*overrides: str, recipe: str = "upcycle") -> RunConfig:
 
 
 def _told(config: RunConfig, shape: FFNShape | None = SHAPE) -> list[str]:
-    return [str(mistake) for mistake in check_low_rank(config, shape)]
+    return [str(mistake) for mistake in check_low_rank(config, shape) + check_rank(config, shape)]
 
 
 def test_without_a_rank_nothing_is_asked() -> None:
@@ -68,7 +69,7 @@ def test_jobs_that_train_all_weights_refuse_factors() -> None:
     for job, recipe in ((PretrainJob, "pretrain"), (UpcycleVsCPTJob, "upcycle_vs_cpt")):
         told = [str(mistake) for mistake in job().check(_parsed(rank, recipe=recipe), 1)]
         assert [line for line in told if line.startswith(rank)], (job.name, told)
-    assert not [m for m in check_run(_parsed(rank), 1) if m.path.startswith("experts")]
+    assert not [m for m in UpcycleJob().check(_parsed(rank), 1) if m.path.startswith("experts")]
 
 
 def test_a_run_goes_on_with_the_factors_that_it_began_with() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe.errors import ConfigError
-from recipes.jobs import multirun
+from recipes.jobs import sweep
 from recipes.jobs.multirun import SUMMARY, plan_runs, run_sweep
 from recipes.launch import main
 from tests.grid import each
@@ -42,11 +45,15 @@ loss = float(given["seed"])
 """
 
 
+# Of the job of `PROGRAM`, whose finished runs have one model.
+PASSES = SimpleNamespace(job=SimpleNamespace(models=lambda config: ("moe",)), config=None, values=None)
+
+
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are `PROGRAM`, and pass every check."""
-    monkeypatch.setattr(multirun, "TRAIN", ("-c", PROGRAM))
-    monkeypatch.setattr(multirun, "check_command", lambda *given: None)
+    monkeypatch.setattr(sweep, "TRAIN", ("-c", PROGRAM))
+    monkeypatch.setattr(sweep, "check_command", lambda *given: PASSES)
 
 
 @each(
@@ -101,7 +108,8 @@ def test_all_runs_are_done_and_summed_up(
     assert run_sweep(given) == 1
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == f"[1/4] router=topk seed=3 -> {tmp_path}/s/0-topk-3"
-    assert lines[4:] == [
+    assert re.fullmatch(r"0-topk-3: done \(\d+ s\), 3 to go", lines[1])
+    assert lines[8:] == [
         "0-topk-3: done: moe 3.0000",
         "1-topk-4: done: moe 4.0000",
         "2-sigmoid-3: FAILED with exit code 1",
@@ -113,6 +121,38 @@ def test_all_runs_are_done_and_summed_up(
     assert rows[1]["swept"] == ["router=topk", "seed=4"] and rows[1]["results"][0]["val_loss"] == 4.0
 
 
+def test_what_is_done_is_not_run_again(
+    tmp_path: Path, program: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [UPCYCLE, "router=topk,sigmoid", "seed=3", f"output_dir={tmp_path}", "run.name=s"]
+    assert run_sweep(given) == 1
+    shutil.rmtree(tmp_path / "s/1-sigmoid")
+    capfd.readouterr()
+    assert run_sweep([*given, "resume=auto"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[:2] == ["[1/2] 0-topk: done already", f"[2/2] router=sigmoid -> {tmp_path}/s/1-sigmoid"]
+    assert lines[3:5] == ["0-topk: done: moe 3.0000", "1-sigmoid: FAILED with exit code 1"]
+
+
+def test_a_run_whose_export_failed_is_not_done(tmp_path: Path) -> None:
+    run = sweep.SweptRun(folder=tmp_path, overrides=(), models=("moe",))
+    summary = {"results": [{"model": "moe"}], "export": {"exact": True}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert run.done
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"export": {"failed": "its logits differ"}}))
+    assert not run.done
+
+
+def test_a_run_of_other_options_is_not_done(tmp_path: Path) -> None:
+    values = {"resume": "auto", "train": {"steps": 5}}
+    run = sweep.SweptRun(folder=tmp_path, overrides=(), models=("moe",), values=values)
+    (tmp_path / "summary.json").write_text(json.dumps({"results": [{"model": "moe"}]}))
+    assert not run.done  # nobody knows what it was
+    (tmp_path / "config.yaml").write_text("resume: none\ntrain: {steps: 5}\n")
+    assert run.done
+    assert not replace(run, values={**values, "train": {"steps": 6}}).done
+
+
 def test_a_summary_that_cannot_be_read_is_told(
     tmp_path: Path, program: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,8 +162,9 @@ def test_a_summary_that_cannot_be_read_is_told(
 
 def test_ctrl_c_stops_the_run_and_starts_no_other(tmp_path: Path) -> None:
     code = (
-        "import sys; from recipes.jobs import multirun\n"
-        f"multirun.TRAIN = ('-c', {PROGRAM!r}); multirun.check_command = lambda *given: None\n"
+        "import sys; from recipes.jobs import multirun, sweep\n"
+        "from tests.recipes.jobs.test_multirun import PASSES\n"
+        f"sweep.TRAIN = ('-c', {PROGRAM!r}); sweep.check_command = lambda *given: PASSES\n"
         "sys.exit(multirun.run_sweep(sys.argv[1:]))"
     )
     given = [UPCYCLE, "router=ssr,topk", "seed=1", f"output_dir={tmp_path}", "run.name=s"]
@@ -135,7 +176,7 @@ def test_ctrl_c_stops_the_run_and_starts_no_other(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=patience(60))
     assert process.returncode == 130
-    assert out.splitlines()[1:3] == ["0-ssr: FAILED with exit code 130", "1-topk: not started"]
+    assert out.splitlines()[2:4] == ["0-ssr: stopped", "1-topk: not started"]
 
 
 def test_mistakes_of_all_runs_come_before_the_first(

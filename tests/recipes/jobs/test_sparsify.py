@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from moe.errors import ConfigError, Mistake
-from moe.routers import router_classes
+from moe.routers import router_configs
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
-from recipes.jobs.preflight import check_layers, check_router
+from recipes.jobs.option_rules import check_layers, check_router
 from recipes.jobs.top_k_schedules import check_top_k_schedule, schedule_of, top_k_schedule_identity
 
 # 10 steps of 16 samples of 128 tokens: 2048 tokens a step.
 SHORT = ("train.steps=10", "optim.schedule.warmup_steps=2")
-VARYING = sorted(name for name, cls in router_classes().items() if cls.varies_top_k)
+VARYING = sorted(name for name, cls in router_configs().items() if cls.varies_top_k)
 
 
 def parsed(top_k_schedule: str, *overrides: str) -> RunConfig:

@@ -12,7 +12,7 @@ import torch
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.config.sections.stage2_config import Stage2Config
-from recipes.jobs.two_stage_job import stage2_config
+from recipes.jobs.stage2_options import stage2_config
 from tests.recipes.jobs.chat_runs import TEMPLATE, chat_options, two_stage_options, write_chat
 from tests.recipes.jobs.job_runs import (
     Ended,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.upcycle.layer_plan import Matrix
+from moe.upcycle.dense_shape import Matrix
 from recipes.checkpoint import verify_checkpoint
 from recipes.engines.micro_batch import MicroBatch
 from recipes.engines.native.native_engine import NativeTrainModule

@@ -21,7 +21,7 @@ from moe.routers.configs.topk_config import TopKConfig
 from moe.routers.topk import TopKRouter
 from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.copies import Copy
-from moe.upcycle.layer_plan import Matrix
+from moe.upcycle.dense_shape import Matrix
 from recipes.models.export import choose_exporter
 from recipes.models.export.graft_format import load_graft
 from recipes.models.export.mixtral import MixtralExporter

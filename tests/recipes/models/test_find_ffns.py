@@ -19,7 +19,8 @@ from moe.routers.configs.topk_config import TopKConfig
 from moe.routers.topk import TopKRouter
 from moe.upcycle.configs.copies_config import CopyConfig
 from moe.upcycle.copies import Copy
-from moe.upcycle.layer_plan import Draws, FFNShape, LayerPlan
+from moe.upcycle.dense_shape import FFNShape
+from moe.upcycle.layer_plan import Draws, LayerPlan
 from recipes.models.hf.ffn_blocks import dense_ffn, find_ffns
 from recipes.models.hf.hf_model import HFModel, load_model
 from tests.conftest import VOCABULARY, MakeCheckpoint, random_model

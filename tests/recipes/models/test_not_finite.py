@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from moe.errors import ModelError
 from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle.configs.copies_config import CopyConfig
+from recipes.models.hf.finite_weights import not_finite
 from recipes.models.hf.hf_model import load_model
-from recipes.models.hf.weight_files import not_finite
 from recipes.upcycling.convert.conversion import convert
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, plan_conversion
 from recipes.upcycling.convert.folder_check import compare_folders

@@ -11,7 +11,6 @@ from recipes.engines import engine_classes
 from recipes.runtime import extras
 from recipes.runtime.extras import EXTRAS, check_names, is_there
 from recipes.tracking.config import TrackerConfig
-from recipes.tracking.trackers import check_tracker
 from tests.forked_commands import run_code
 from tests.grid import each
 from tests.paths import ROOT
@@ -77,9 +76,9 @@ def test_wandb_is_missed_where_it_is_asked_for(
     mode: str, environment: str, path: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", environment)
-    assert check_tracker(TrackerConfig(mode=mode)) == []
+    assert TrackerConfig(mode=mode).check() == []
     monkeypatch.setitem(sys.modules, "wandb", None)
-    said = [str(mistake) for mistake in check_tracker(TrackerConfig(mode=mode))]
+    said = [str(mistake) for mistake in TrackerConfig(mode=mode).check()]
     assert len(said) == (path is not None)
     if path is not None:
         assert said[0].startswith(f"{path}: it needs the package wandb")

@@ -51,10 +51,8 @@ def test_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_a_trial_varies_router_and_seed_alone(tmp_path: Path) -> None:
-    one, other = plan_trials(tmp_path, ["topk"], 2)
-    first, second = (
-        parse_config(compose_config(trial.arguments(["train.steps=3"]))) for trial in (one, other)
-    )
+    one, other = plan_trials(tmp_path, ["topk"], 2, ["train.steps=3"])
+    first, second = (parse_config(compose_config(trial.overrides)) for trial in (one, other))
     assert (first.seed, second.seed) == (0, 1)
     assert first.data == second.data
     assert first.model == second.model

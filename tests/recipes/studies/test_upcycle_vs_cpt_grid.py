@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from moe.scaling_laws.columns import parse_runs
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.config.sections.upcycle_vs_cpt_config import UpcycleVsCPTConfig
-from recipes.studies.sweep import run_trials
+from recipes.jobs.sweep import run_all
 from recipes.studies.upcycle_vs_cpt.arms_page import cost_rows, loss_rows, run_table, text_tables, write_page
 from recipes.studies.upcycle_vs_cpt.arms_trials import ArmsTrial, keep_options, options_of, plan_trials
 from recipes.studies.upcycle_vs_cpt.collect_arms import READINGS, collect
@@ -25,7 +27,7 @@ from tools.upcycle_vs_cpt import main
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the end of a run noticed at once."""
-    monkeypatch.setattr("recipes.studies.sweep._POLL_S", 0.01)
+    monkeypatch.setattr("recipes.jobs.sweep._POLL_S", 0.01)
 
 
 def test_seed_by_seed(tmp_path: Path) -> None:
@@ -37,8 +39,8 @@ def test_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_a_trial_varies_weights_alone(tmp_path: Path) -> None:
-    trials = plan_trials(tmp_path, LENGTHS, 2)
-    configs = [parse_config(compose_config(trial.arguments(["train.steps=3"]))) for trial in trials]
+    trials = plan_trials(tmp_path, LENGTHS, 2, ["train.steps=3"])
+    configs = [parse_config(compose_config(trial.overrides)) for trial in trials]
     assert [c.model.steps for c in configs] == [30, 60, 0, 30, 60, 0]
     assert [c.seed for c in configs] == [c.model.seed for c in configs] == [0, 0, 0, 1, 1, 1]
     assert all(c.data == configs[0].data and c.train.steps == 3 for c in configs)
@@ -47,8 +49,8 @@ def test_a_trial_varies_weights_alone(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_for_every_length(tmp_path: Path) -> None:
-    trials = plan_trials(tmp_path, LENGTHS, 1)
-    given = [trial.arguments(["dense=/runs/step-{length}"])[1] for trial in trials]
+    trials = plan_trials(tmp_path, LENGTHS, 1, ["dense=/runs/step-{length}"])
+    given = [trial.overrides[1] for trial in trials]
     assert given == ["dense=/runs/step-30", "dense=/runs/step-60", "dense=/runs/step-60"]
 
 
@@ -164,9 +166,10 @@ def test_runs_start_alone_until_the_cache_is_filled(tmp_path: Path) -> None:
         alive.append(subprocess.Popen([sys.executable, "-c", code, str(trial.folder)]))
         return alive[-1]
 
-    run_trials(trials, launch, 2, said.append)
+    end = run_all(trials, launch, said.append, parallel=2)
     assert started[0] == [] and "d30-s0" in started[1] and len(started) == 3
-    assert sum("FAILED with exit code 1" in line and "d60-s0" in line for line in said) == 1
+    assert (end.codes, end.exit_code) == ([0, 1, 0], 1)
+    assert sum("d60-s0: FAILED with exit code 1 (" in line for line in said) == 1
     assert sum(": done (" in line for line in said) == 2
 
 
@@ -176,15 +179,15 @@ def test_an_interrupt_asks_the_runs_to_save(tmp_path: Path) -> None:
 
     def launch(trial: ArmsTrial) -> subprocess.Popen[bytes]:
         if started:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         trial.folder.mkdir(parents=True)
         (trial.folder / "metrics.jsonl").touch()
         started.append(subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]))
         return started[-1]
 
-    with pytest.raises(KeyboardInterrupt):
-        run_trials(trials, launch, 2, lambda line: None)
-    assert started[0].returncode == -15
+    end = run_all(trials, launch, lambda line: None, parallel=2)
+    # The second was just being started, the third never is.
+    assert (end.codes, end.exit_code) == ([-15, -15, None], 130)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_an_interrupt_asks_the_runs_to_save(tmp_path: Path) -> None:
         (["optim.schedule.kind=cosine"], "Set it to wsd"),
         (["train.eval_every=0"], "branch off"),
         (["train.steps=0"], "nothing to compare"),
-        (["upcycle=cmoe"], "upcycle_vs_cpt.arms=continued"),
+        (["upcycle=cmoe", "router=analytical"], "upcycle_vs_cpt.arms=continued"),
         (["dense=/nowhere"], "one checkpoint for 2 lengths"),
         (["--parallel", "0"], "1 or more"),
         (["--lengths", ""], "whole number above 0"),
@@ -208,7 +211,7 @@ def test_mistakes_come_before_the_first_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "recipes.studies.sweep.run_trials",
+        "recipes.jobs.sweep.run_all",
         lambda *given: pytest.fail("a run was started"),
     )
     with pytest.raises(ConfigError, match=message):

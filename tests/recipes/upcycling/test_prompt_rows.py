@@ -16,7 +16,7 @@ from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.tokenizer import load_tokenizer
-from recipes.jobs.preflight import check_run
+from recipes.jobs.upcycle_job import UpcycleJob
 from recipes.models.hf.ffn_blocks import find_ffns
 from recipes.models.hf.hf_model import load_model
 from recipes.upcycling.convert.folder_check import load_any
@@ -130,7 +130,7 @@ def test_what_is_wrong_with_a_file(write: Write, content: Any, words: str) -> No
 
 def test_mistakes_before_anything_starts(write: Write, tmp_path: Path) -> None:
     def found(*overrides: str) -> list[str]:
-        return [str(mistake) for mistake in check_run(config_of(*overrides), 1)]
+        return [str(mistake) for mistake in UpcycleJob().check(config_of(*overrides), 1)]
 
     path = write([{"positive_prompts": ["a"]}, {"positive_prompts": ["b"]}])
     assert any("Set upcycle.num_experts=2" in line for line in found(f"prompts.path={path}"))

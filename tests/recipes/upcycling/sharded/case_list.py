@@ -13,7 +13,7 @@ from moe.upcycle.configs.drop_config import DropConfig
 from moe.upcycle.configs.random_init_config import RandomConfig
 from moe.upcycle.configs.shared_dense_config import SharedDenseConfig
 from moe.upcycle.configs.virtual_group_config import VirtualGroupConfig
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from tests.conftest import MakeCheckpoint
 from tests.moe.routers.routing_cases import METHOD_CONFIGS, label
 from tests.recipes.upcycling.sharded.online_cases import Case, fitting_router, with_all_layers

@@ -19,7 +19,7 @@ from moe.routers.configs.topk_config import TopKConfig
 from moe.routers.configs.unit_linear_config import UnitLinearConfig
 from moe.upcycle import upcycle_methods
 from moe.upcycle.configs import UpcycleConfig
-from moe.upcycle.layer_plan import FFNShape
+from moe.upcycle.dense_shape import FFNShape
 from recipes.engines.native.native_engine import NativeEngine
 from recipes.engines.optim.config import OptimConfig
 from recipes.models.hf.deferred_init import DonatedWeights
