@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests import fork_server, grid, no_sync, yaml_cache
+from tests import fork_server, grid, thrift, yaml_cache
 from tests.forked_python import interpreter
 from tests.parallel import arrange
 from tests.patience import patience, slowness
@@ -78,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Collecting imports everything, and each garbage collection would walk over all of it.
     gc.disable()
     yaml_cache.install()
-    no_sync.install()
+    thrift.install()
     grid.configure(config)
     slowness()
     fork_server.prepare()

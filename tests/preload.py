@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from recipes.config.compose import compose_config
-from tests import no_sync, yaml_cache
+from tests import thrift, yaml_cache
 from tests.recipes.jobs.composed_once import composed_once
 
 # It looks for a device when it is imported, and says that it has found none.
@@ -65,7 +65,7 @@ def preload() -> None:
             importlib.import_module(name)
     del sys.modules["wandb"]
     yaml_cache.install()
-    no_sync.install()
+    thrift.install()
     # Composed once for all jobs that are forked: most differ in values alone.
     with composed_once():
         for choices in ([], ["engine=deepspeed"], ["engine=megatron"]):

@@ -56,7 +56,7 @@ RICH = OptimConfig(
 )
 CASES = {
     "plain": Case(micro=4),
-    "rich": Case(micro=4, optim=RICH, steps=4, engine={"activation_checkpointing": True}),
+    "rich": Case(micro=4, optim=RICH, steps=3, engine={"activation_checkpointing": True}),
     "one_expert": ALONE["one_expert"],
     "dead_experts": ALONE["dead_experts"],
     "biases": ALONE["biases"],

@@ -78,7 +78,7 @@ class Case:
     router: dict[str, Any] = field(default_factory=lambda: {"balance_coef": 0.5, "z_coef": 0.1})
     router_weights: str = "random"
     optim: OptimConfig = SGD
-    steps: int = 3
+    steps: int = 2
     model: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     eval_samples: int = 5

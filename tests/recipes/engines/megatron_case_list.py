@@ -51,9 +51,9 @@ class Stages(Case):
 
 CASES: dict[str, Case] = {
     "plain": Case(micro=4),
-    "rich": Case(micro=4, optim=RICH, steps=4, engine=_RECOMPUTE),
+    "rich": Case(micro=4, optim=RICH, steps=3, engine=_RECOMPUTE),
     "theirs": Case(micro=4, engine=_THEIRS),
-    "replicated": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN),
+    "replicated": Case(micro=4, optim=RICH, steps=3, engine=_PLAIN),
     "replicated_theirs": Case(micro=4, engine=_PLAIN | _THEIRS),
     "dead_experts": Case(router_weights="equal", steps=1),
     "tied": Case(family="qwen2", model={"tie_word_embeddings": True}),
@@ -74,14 +74,14 @@ CASES: dict[str, Case] = {
     "bf16_replicated": Case(engine={"precision": "bf16"} | _PLAIN | _THEIRS, steps=2),
     # Other dispatchers and experts; on the native engine they are the cases of `SAME`.
     "gather": Case(micro=4, engine=_PLAIN | _GATHER),
-    "gather_theirs": Case(micro=4, optim=RICH, steps=4, engine=_THEIRS | _GATHER | _RECOMPUTE),
+    "gather_theirs": Case(micro=4, optim=RICH, steps=3, engine=_THEIRS | _GATHER | _RECOMPUTE),
     "te": Case(micro=4, engine=_PLAIN | _TE),
     # Dense networks have its fused activation, too.
     "te_gather": Stages(layers="last:1", engine=_TE | _GATHER | _RECOMPUTE, micro=4, optim=RICH, steps=2),
     "deepep": Case(micro=4, engine=_PLAIN | _DEEPEP),
-    "deepep_te": Case(micro=4, optim=RICH, steps=4, engine=_TE | _DEEPEP | _RECOMPUTE),
+    "deepep_te": Case(micro=4, optim=RICH, steps=3, engine=_TE | _DEEPEP | _RECOMPUTE),
     "deepep_dead": Case(router_weights="equal", steps=1, engine=_PLAIN | _THEIRS | _DEEPEP),
-    "hybridep": Case(micro=4, optim=RICH, steps=4, engine=_PLAIN | _HYBRID | _RECOMPUTE),
+    "hybridep": Case(micro=4, optim=RICH, steps=3, engine=_PLAIN | _HYBRID | _RECOMPUTE),
     "hybridep_te": Case(micro=4, engine=_PLAIN | _TE | _HYBRID),
     "te_bf16": Case(engine={"precision": "bf16"} | _TE | _DEEPEP, steps=2),
     "long": Case(optim=replace(SGD, lr=0.1), steps=25, eval_samples=4),
