@@ -27,7 +27,7 @@ def text(workplace: Path) -> str:
 @pytest.fixture(scope="session")
 def first_run(workplace: Path, text: str) -> Ended:
     """An uninterrupted run of everything, in ``outputs/first``; the embedded default is trained in it."""
-    return job(workplace, {"data.path": text, "run.name": "first"}, full=True)
+    return job(workplace, {"data.path": text, "run.name": "first", "export.try_first": True}, full=True)
 
 
 @pytest.fixture(scope="session")

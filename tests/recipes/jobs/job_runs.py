@@ -59,6 +59,8 @@ TINY: dict[str, Any] = {
     "train.eval_samples": 8,
     "train.save_every": 2,
     "train.log_every": 1,
+    # Tried by tests of its own.
+    "export.try_first": False,
 }
 
 

@@ -29,9 +29,8 @@ def go(workplace: Path, text: str, first: Path) -> Callable[..., Ended]:
     """Runs under a name, from the default that the first run has cached."""
 
     def run(name: str, changes: Mapping[str, Any] | None = None) -> Ended:
-        return job(
-            workplace, {"data.path": text, "run.name": name, "compare.cpt": False} | dict(changes or {})
-        )
+        options = {"data.path": text, "run.name": name, "compare.cpt": False, "export.try_first": True}
+        return job(workplace, options | dict(changes or {}))
 
     return run
 
