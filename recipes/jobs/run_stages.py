@@ -59,11 +59,7 @@ def run_stages(job: StagedJob, session: Session) -> bool:
     wanted = identity(config, folder, data, job.identity(config))
     parts = partial(data_parts, config, folder)
     changed = console.on_rank_zero(lambda: refuse_changes(run_dir, wanted, session.values, parts()))
-    if changed:
-        console.log(f"run: going on with other options than it began with: {changed}")
-    steps = max(loop.planned.values(), default=config.train.steps)
-    for line in foresee_blend(data, first_sample(config) + steps * config.train.global_batch_size):
-        console.log(line)
+    _foresee(session, data, changed)
     if config.dense is None and not train_default(config, console, loop, folder, data):
         return False
     content = session.engine.broadcast(Results.read(run_dir.summary) if console.is_rank0 else None)
@@ -100,6 +96,16 @@ def run_stages(job: StagedJob, session: Session) -> bool:
                 f"python -m tools.export {run_dir.path} --out DIR --dtype fp32"
             )
     return ended
+
+
+def _foresee(session: Session, data: TrainData, changed: str) -> None:
+    """Tells what a resume goes on with, and what a blend will take of its sources."""
+    config, log = session.config, session.console.log
+    if changed:
+        log(f"run: going on with other options than it began with: {changed}")
+    steps = max(session.loop.planned.values(), default=config.train.steps)
+    for line in foresee_blend(data, first_sample(config) + steps * config.train.global_batch_size):
+        log(line)
 
 
 def _describe(config: RunConfig, console: RankConsole, data: TrainData) -> None:

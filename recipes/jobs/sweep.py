@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import yaml
-
 from moe.errors import ConfigError, DataError, Mistake, UserError
+from recipes.jobs.changed_options import read_options
 from recipes.jobs.checked_run import check_command
 from recipes.runtime.interrupt import INTERRUPTED
 from recipes.runtime.run_file import METRICS_FILE
@@ -52,11 +51,10 @@ class SweptRun:
         return whole and "failed" not in summary.get("export", {}) and self._has_these_options()
 
     def _has_these_options(self) -> bool:
-        config = self.folder / "config.yaml"
-        if self.values is None or not config.is_file():
-            return self.values is None
-        began = yaml.safe_load(config.read_text(encoding="utf-8"))
-        return bool({**began, "resume": None} == {**self.values, "resume": None})
+        if self.values is None:
+            return True
+        began = read_options(self.folder)
+        return bool(began) and {**began, "resume": None} == {**self.values, "resume": None}
 
     @property
     def prepared(self) -> bool:

@@ -151,6 +151,9 @@ def test_a_run_of_other_options_is_not_done(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("resume: none\ntrain: {steps: 5}\n")
     assert run.done
     assert not replace(run, values={**values, "train": {"steps": 6}}).done
+    for damaged in ("[1, 2]", "a: [", "", "\x00"):
+        (tmp_path / "config.yaml").write_text(damaged)
+        assert not run.done, damaged
 
 
 def test_a_summary_that_cannot_be_read_is_told(
