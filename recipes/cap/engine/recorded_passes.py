@@ -62,10 +62,10 @@ def begin_record(server: Server, shape: ModelShape | None) -> None:
     Raises:
         ModelError: The server does not record, or its MoE layers are not those of the config.
     """
-    reply = _call(server, _BEGIN)
+    experts = _call(server, _BEGIN, "experts")
     known = None if shape is None else [one.num_experts for one in moe_blocks(shape)]
-    if known is not None and reply["experts"] != known:
-        rule = f"it has MoE layers of {reply['experts']} experts, the config describes {known}"
+    if known is not None and experts != known:
+        rule = f"it has MoE layers of {experts} experts, the config describes {known}"
         raise ModelError.one(_FLAG, server.url, rule, "Name the folder that it serves.")
 
 
@@ -75,7 +75,7 @@ def end_record(server: Server) -> list[RecordedPass]:
     Raises:
         ModelError: The server does not record, or computed a layer where it does not.
     """
-    passes = _call(server, _END)["passes"]
+    passes = _call(server, _END, "passes")
     if any(one["experts"] is None for one in passes):
         rule = "routers were called without the extension, in a compiled or replayed pass"
         raise ModelError.one(_FLAG, server.url, rule, "Start it with --enforce-eager.")
@@ -91,16 +91,20 @@ def timed(passes: Sequence[RecordedPass]) -> list[TimedPass]:
     ]
 
 
-def _call(server: Server, method: str) -> dict[str, Any]:
+def _call(server: Server, method: str, wanted: str) -> Any:
+    """Calls a method of the extension, and returns what is wanted of its reply."""
+    remedy = "Start it as docs/cap.md says, or leave the flag out: then the bound is given."
     try:
         # One result for each worker; of tensor parallelism they are alike.
-        reply: dict[str, Any] = call(server, "/collective_rpc", {"method": method})["results"][0]
+        reply = call(server, "/collective_rpc", {"method": method})["results"][0]
+        if "error" not in reply:
+            return reply[wanted]
+        rule, remedy = reply["error"], "Start the server as docs/cap.md says."
     except ServerError as error:
-        remedy = "Start it as docs/cap.md says, or leave the flag out: then the bound is given."
-        raise ModelError.one(_FLAG, server.url, f"it does not record its passes: {error}", remedy) from None
-    if "error" in reply:
-        raise ModelError.one(_FLAG, server.url, reply["error"], "Start the server as docs/cap.md says.")
-    return reply
+        rule = f"it does not record its passes: {error}"
+    except (KeyError, IndexError, TypeError):
+        rule = "it does not record its passes: it answers, and not as the extension does"
+    raise ModelError.one(_FLAG, server.url, rule, remedy)
 
 
 def _read(one: Mapping[str, Any]) -> RecordedPass:

@@ -41,7 +41,7 @@ PASSES: list[dict[str, Any]] = [
 ]
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, reply: dict[str, Any]) -> None:
+def answers(monkeypatch: pytest.MonkeyPatch, reply: Any) -> None:
     """Has the server answer so."""
     monkeypatch.setattr(recorded_passes, "call", lambda server, path, body: {"results": [reply]})
 
@@ -83,11 +83,11 @@ def test_no_pass_of_the_whole_batch_has_no_utilisation(monkeypatch: pytest.Monke
     [
         ({"error": "no MoE layer"}, "no MoE layer"),
         ({"passes": [PASSES[0] | {"experts": None}]}, "--enforce-eager"),
+        ({"passed": []}, "not as the extension does"),
+        (None, "not as the extension does"),
     ],
 )
-def test_a_server_that_does_not_record(
-    monkeypatch: pytest.MonkeyPatch, reply: dict[str, Any], words: str
-) -> None:
+def test_a_server_that_does_not_record(monkeypatch: pytest.MonkeyPatch, reply: Any, words: str) -> None:
     answers(monkeypatch, reply)
     with pytest.raises(ModelError, match=f"--server-experts='http://x'.*{words}"):
         end_record(SERVER)
