@@ -30,7 +30,7 @@ from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
 from recipes.models.export import Exporter
 from recipes.models.export.base import Layout
-from recipes.models.export.model_card import Origin, write_card
+from recipes.models.export.model_card import Origin, dense_name, write_card
 from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import NativeUnread, ReadBack, Unread
@@ -341,7 +341,8 @@ def _write(
         config: dict[str, Any] = exporter.config(spec) | dtype_keys(checking.dtype)
         write_companions(temporary, config, dense)
         exact_in = exporter.exact_in(spec, placement.layout)
-        origin = Origin(dense.name, checking.config.upcycle.name, f"trained to step {tensors.step} since")
+        own, training = checking.config, f"trained to step {tensors.step} since"
+        origin = Origin(dense_name(own.dense), own.upcycle.name, training)
         write_card(temporary, exporter, spec, origin, placement.layout)
         record = {"step": tensors.step, "format": exporter.name, "exact_in": exact_in}
         router = asdict(spec.moe_blocks[0].router.config)

@@ -20,7 +20,7 @@ from recipes.config.sections.export_config import ExportConfig
 from recipes.data.chat_template import carry_template
 from recipes.jobs.export_reference import reference_logits
 from recipes.models.export import Exporter, choose_exporter
-from recipes.models.export.model_card import Origin, write_card
+from recipes.models.export.model_card import Origin, dense_name, write_card
 from recipes.models.export.spec import describe_model
 from recipes.models.export.write_export import ExportReport, export, verify_export
 from recipes.runtime.machine_memory import collect
@@ -129,7 +129,7 @@ def _write_and_check(
     released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
     collect(released)
     training = f"trained since, in the run {run.inputs.run_dir.name}"
-    origin = Origin(run.inputs.folder.name, run.config.upcycle.name, training)
+    origin = Origin(dense_name(run.config.dense), run.config.upcycle.name, training)
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     console.on_rank_zero(lambda: write_card(folder, exporter, describe_model(model), origin))
     memory, sampled = config.memory_gib * 2**30, 32 if trained else 1

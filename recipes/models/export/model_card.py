@@ -48,6 +48,18 @@ class Origin:
     training: str
 
 
+def dense_name(folder: Path | str | None) -> str:
+    """Returns the name of a dense checkpoint: that of its folder, or of the run whose ``hf`` it is.
+
+    Args:
+        folder: The folder; None for the model that a run trains where none is given.
+    """
+    if folder is None:
+        return "Graft's default model"
+    path = Path(folder).expanduser().absolute()
+    return path.parent.name if path.name == "hf" else path.name
+
+
 def write_card(
     folder: Path, exporter: Exporter, spec: ModelSpec, origin: Origin, layout: Layout = "per_expert"
 ) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import Module
+
 from moe.attention.routed_attention import attention_layers
 from moe.layer import MoELayer
 from moe.upcycle.dense_shape import FFNShape
@@ -96,7 +99,12 @@ def describe_model(model: HFModel) -> ModelSpec:
         AttentionSpec(layer.context.layer_index, name, layer.router, layer.scale)
         for name, layer in attention_layers(model.module)
     )
-    return ModelSpec(model.config, type(model.module).__name__, moe_blocks, attention)
+    return ModelSpec(model.config, _architecture(model.module), moe_blocks, attention)
+
+
+def _architecture(module: Module) -> str:
+    """Returns the name of the model's class; FSDP2 puts a class of its own, with another name, before it."""
+    return next(cls.__name__ for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def _describe(index: int, site: str, layer: MoELayer) -> MoESpec:

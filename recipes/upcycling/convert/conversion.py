@@ -23,7 +23,7 @@ from moe.errors import ModelError
 from moe.upcycle.expert_rows import DenseMatrix, expert_bias, expert_blocks
 from moe.upcycle.layer_plan import Draws, ExpertPlan
 from recipes.checkpoint import require_space
-from recipes.models.export.model_card import Origin, write_card
+from recipes.models.export.model_card import Origin, dense_name, write_card
 from recipes.models.export.output_folder import output_folder
 from recipes.models.export.placement import ExpertTensorKey
 from recipes.models.export.write_export import dtype_keys, write_companions
@@ -107,7 +107,7 @@ def convert(
         write_companions(temporary, config, conversion.request.dense)
         atomic_write_json(temporary / RECORD, _record(conversion))
         request = conversion.request
-        origin = Origin(request.dense.name, request.method.name, "not trained since")
+        origin = Origin(dense_name(request.dense), request.method.name, "not trained since")
         write_card(temporary, conversion.exporter, conversion.spec, origin, request.layout)
         (temporary / _JOURNAL).unlink(missing_ok=True)
     seconds = time.monotonic() - started

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch.distributed.fsdp import FSDPModule
+
 from moe.routers.configs.topk_config import TopKConfig
 from recipes.models.export import choose_exporter
-from recipes.models.export.model_card import CARD, Origin, replace_certificates, write_card
+from recipes.models.export.model_card import CARD, Origin, dense_name, replace_certificates, write_card
 from recipes.models.export.spec import describe_model
 from tests.conftest import MakeCheckpoint
 from tests.recipes.models.test_native_formats import moe_in
@@ -35,6 +37,15 @@ def test_a_native_export(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Non
 def test_a_format_that_graft_alone_reads(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     text = card(make_checkpoint, tmp_path, "gemma2", TopKConfig(top_k=2))
     assert "was trained: graft." in text and "load_graft" in text and "vllm serve" not in text
+
+
+def test_names_are_those_that_people_know(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert dense_name("/models/SmolLM2") == "SmolLM2" and dense_name("/outputs/run-1/hf") == "run-1"
+    assert dense_name(None) == "Graft's default model"
+    model = moe_in(make_checkpoint("qwen3"), "all", TopKConfig(top_k=2), 0)
+    # As FSDP2 does it.
+    model.module.__class__ = type("FSDPQwen3ForCausalLM", (FSDPModule, type(model.module)), {})
+    assert describe_model(model).architecture == "Qwen3ForCausalLM"
 
 
 def test_certificates_take_their_section(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
