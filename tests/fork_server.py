@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from tests.huge_pages import join_pages
 from tests.paths import ROOT
+from tests.quiet_loops import quiet
 
 #: Names the folder of the session's server, so that all workers of the session find it.
 FOLDER = "GRAFT_TEST_SERVER"
@@ -123,7 +124,7 @@ def start_server() -> Path:
                 server = subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    env=os.environ | {"OMP_NUM_THREADS": "1"} | quiet(folder),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -306,10 +307,12 @@ def run_child(fds: list[int]) -> NoReturn:
 def main() -> None:
     """Imports everything, then serves."""
     folder, parent = sys.argv[1:]
+    gc.disable()
     importlib.import_module("tests.preload").preload()
     # Collections of the processes that it forks neither walk over what was imported, nor copy its pages.
     gc.collect()
     gc.freeze()
+    gc.enable()
     random.seed()
     Server(Path(folder), int(parent)).serve()
 
