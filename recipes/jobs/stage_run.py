@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from recipes.data.build_data import TrainData
     from recipes.engines.base import Engine
     from recipes.engines.console import RankConsole
-    from recipes.jobs.rounding import StepZero
+    from recipes.jobs.rounding import Start
     from recipes.jobs.run_dir import RunDir
     from recipes.models.hf.hf_model import HFModel
     from recipes.runtime.interrupt import StopRequest
@@ -87,7 +87,7 @@ class Built:
     state: dict[str, Any]
     begin: Callable[[Stage], None] | None = None
     blank: Callable[[], HFModel] | None = None
-    begun: Callable[[], StepZero] | None = None
+    begun: Callable[[], Start] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class StageRun:
         self.engine = inputs.engine
         self.log = inputs.console.log
         self.blank: Callable[[], HFModel] | None = None
-        self.begun: Callable[[], StepZero] | None = None
+        self.begun: Callable[[], Start] | None = None
 
     @property
     def finished(self) -> bool:

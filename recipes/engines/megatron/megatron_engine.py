@@ -27,7 +27,7 @@ from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import RunOptions
 from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import check_dense
+from recipes.models.hf.inspection import check_checkpoint
 
 __all__ = ["MegatronConfig", "MegatronEngine"]
 
@@ -77,7 +77,7 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
         setup = DispatchSetup(config.device_type(), config.precision, config.expert_parallel)
         mistakes += dispatchers()[config.dispatcher].mistakes(setup)
         trust = run.trust_remote_code
-        if run.dense is not None and not check_dense(run.dense, trust_remote_code=trust):
+        if run.dense is not None and not check_checkpoint(run.dense, "dense", trust_remote_code=trust):
             dense = read_config(Path(run.dense).expanduser())
             if "auto_map" in dense and trusts(Path(run.dense).expanduser(), trust):
                 rule = "it is computed by code of its own, and Megatron builds models itself"

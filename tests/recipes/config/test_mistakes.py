@@ -160,7 +160,8 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "a mixture": (
         set_config(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8),
-        "this model is an MoE already (num_local_experts=8). Give a dense checkpoint.",
+        "this model is an MoE already (num_local_experts=8). Give a dense checkpoint, or train "
+        "this one on by +recipe=continue.",
     ),
     "a mixture, DeepSeek's key": (set_config(n_routed_experts=64), "already (n_routed_experts=64)"),
     "code of its own": (
@@ -408,7 +409,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "longer than the context": (
         ["data.seq_len=65"],
-        ["data.seq_len=65: the dense model takes 64 tokens at most. Set 64 or less."],
+        ["data.seq_len=65: the model takes 64 tokens at most. Set 64 or less."],
     ),
     "a batch that does not divide": (
         ["train.global_batch_size=10", "train.micro_batch_size=4"],
