@@ -93,12 +93,13 @@ def build_mixture(run: StageRun, source: Path | None) -> Built:
     foresee_memory(run, _trained(run, blank()))
     begin, begun = partial(check_export_early, run), partial(MixtureStart, mixture)
     if source is not None:
-        return Built(_trained(run, blank()), {}, begin, blank=blank, begun=begun)
+        return Built(_trained(run, blank()), {}, begin, blank=blank, begun=begun, format=mixture.format)
     run.beat("the equivalence check at step 0")
     report = _measure(run, mixture)
     run.log(describe_surgery(report))
     state = {"exactness": summarise_surgery(report)}
-    return Built(_trained(run, _model(run, mixture, reads=True)), state, begin, blank=blank, begun=begun)
+    model = _trained(run, _model(run, mixture, reads=True))
+    return Built(model, state, begin, blank=blank, begun=begun, format=mixture.format)
 
 
 def _words(router: RouterConfig) -> str:

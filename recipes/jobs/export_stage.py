@@ -113,9 +113,7 @@ def _write_and_check(
     """Writes the model, reads it back and compares; measures costs and samples of a trained model alone."""
     console, model = run.inputs.console, stage.train_module.skeleton
     config, heartbeat = run.config.section(ExportConfig), console.heartbeat
-    exporter, unsupported_reasons = (
-        (model.format, []) if model.format else choose_exporter(describe_model(model))
-    )
+    exporter, unsupported_reasons = (run.format, []) if run.format else choose_exporter(describe_model(model))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": model.source_dtype}[config.dtype]
     if not exporter.is_native and trained:
         run.log(f"export: in Graft's own format, since {'; '.join(unsupported_reasons)}")

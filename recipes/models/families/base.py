@@ -29,6 +29,7 @@ class MoEFamily(ABC):
             ``[E, 2F, D]`` and ``[E, D, F]``, below the MoE layer.
         router_keys: Key in the state of Graft's router -> name on disk, below the MoE layer.
         shared: Name of the shared expert, in the module and on disk; empty if there is none.
+        shared_gate: Name on disk of the row that scales the shared expert's output; empty if there is none.
         fp32: Ends of names on disk whose tensors stay fp32 in files of any dtype.
     """
 
@@ -40,6 +41,7 @@ class MoEFamily(ABC):
     fused: ClassVar[tuple[str, str]] = ("experts.gate_up_proj", "experts.down_proj")
     router_keys: ClassVar[Mapping[str, str]] = {"weight_ED": "gate.weight"}
     shared: ClassVar[str] = ""
+    shared_gate: ClassVar[str] = ""
     fp32: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -109,6 +109,10 @@ class SourceFormat(Exporter):
         assert self._family.shared and not bias, self.name
         return f"{self._sites[moe.index]}.{self._family.shared}.{matrix}_proj.weight"
 
+    def shared_gate_name(self, moe: MoESpec) -> str:
+        """Returns the name in the files of the row that scales the shared expert's output."""
+        return f"{self._sites[moe.index]}.{self._family.shared_gate}"
+
     def kept_name(self, name: str) -> str:
         """See `Exporter.kept_name`."""
         return self._kept[name]
@@ -123,12 +127,17 @@ class SourceFormat(Exporter):
 
     def written(self, tensor: TensorSpec, wanted: torch.dtype | None) -> TensorSpec:
         """See `Exporter.written`; shapes, and in the source's dtype all dtypes, are those of the source."""
-        own = self._own(tensor)
+        own = self.own(tensor)
         if wanted == self.dtype or tensor.name in self._carried:
             return own
         return replace(super().written(tensor, wanted), shape=own.shape)
 
-    def _own(self, tensor: TensorSpec) -> TensorSpec:
+    def own(self, tensor: TensorSpec) -> TensorSpec:
+        """Returns a tensor, named as in the files, as they have it.
+
+        Raises:
+            ModelError: They do not hold it, or in another shape.
+        """
         if tensor.name not in self._tensors:
             remedy = "Download the checkpoint again."
             raise ModelError.one("dense", str(self._folder), f"no file holds {tensor.name}", remedy)

@@ -6,7 +6,7 @@ Letters: D model width, E experts, F expert width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,14 @@ def open_mixture(folder: Path, *, trust_remote_code: bool = False) -> StoredMixt
     format_ = _format(family, folder, files, blocks, model, stored)
     router = _router_config(family, config, len(blocks), folder)
     spec = ModelSpec(config, names.architecture, tuple(_moe_specs(family, config, router, blocks)))
+    gates = {moe.shared_gate_name: moe for moe in spec.moe_blocks if moe.shared_gate}
+    stored |= {name: format_.shared_gate_name(moe) for name, moe in gates.items()}
+    state = dict(names.state) | {name: (1, moe.expert.model_width) for name, moe in gates.items()}
+    names = replace(names, state=state)
     twins = {name: stored[first] for name, first in _twins(files, names).items()}
     format_.keep(stored, twins)
-    kept = [TensorSpec(name, files.tensors[at].spec.dtype, names.state[name]) for name, at in stored.items()]
+    kept = [format_.own(TensorSpec(at, torch.float32, names.state[name])) for name, at in stored.items()]
+    kept = [replace(tensor, name=name) for tensor, name in zip(kept, stored, strict=True)]
     used = {each.name for each in Placement(spec, format_, kept, None).specs}
     format_.carry(tuple(sorted(set(files.tensors) - used)))
     placement = Placement(spec, format_, kept, None)
@@ -170,13 +175,9 @@ def _stored(files: DenseFiles, names: ModelNames, folder: Path) -> dict[str, str
     for second, first in names.tied.items():
         if first not in there and second in there:
             there[first] = there[second]
-    for name, shape in names.state.items():
+    for name in names.state:
         if name not in there:
             raise ModelError.one("dense", str(folder), f"no file holds {name}", "Download it again.")
-        found = files.tensors[there[name]].spec.shape
-        if found != shape:
-            rule = f"{name} is {list(found)} in its files and {list(shape)} by config.json"
-            raise ModelError.one("dense", str(folder), rule, "Give the config.json of these weights.")
     return {name: there[name] for name in names.state}
 
 
@@ -220,7 +221,7 @@ def _moe_specs(
         shared = getattr(block[1], family.shared, None) if family.shared else None
         width = 0 if shared is None else shared.down_proj.weight.shape[1]
         made: Router[Any] = router_class(router.name)(router, D, E)
-        yield MoESpec(index, block[0], made, E, shape, width)
+        yield MoESpec(index, block[0], made, E, shape, width, bool(family.shared_gate and width))
 
 
 @torch.no_grad()

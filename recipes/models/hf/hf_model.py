@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from moe.types import RouterContext
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.deferred_init import WeightSource
 from recipes.models.hf.finite_weights import require_finite
-
-if TYPE_CHECKING:
-    from recipes.models.export.base import Exporter
 
 # Left over from versions of transformers that saved them; every reader computes them anew.
 _LEFTOVERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
@@ -48,8 +45,6 @@ class HFModel:
         context: The run as routers see it; filled before every forward pass.
         schedule: Schedule of the number of experts per token; None if it is constant.
         weights: Source of deferred parameters; None if all parameters have memory.
-        format: Format that the mixture was read from and is written back in; None for a mixture that Graft
-            made.
     """
 
     module: Any
@@ -58,7 +53,6 @@ class HFModel:
     context: RouterContext = field(default_factory=RouterContext)
     schedule: TopKSchedule | None = None
     weights: WeightSource | None = None
-    format: Exporter | None = None
     _real_BS: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -39,7 +39,6 @@ def mixture_model(
     insert_moe_layers(model, mixture.spec, backend)
     # Its routers are Graft's: transformers finds none to make a loss of.
     model.config.output_router_logits = False
-    model.format = mixture.format
     model.source_dtype = mixture.format.dtype
     return model
 

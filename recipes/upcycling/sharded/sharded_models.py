@@ -81,7 +81,8 @@ def _moe(spec: MoESpec, model: HFModel, backend: str) -> MoELayer:
     # A copy: the plan may be carried out again, after this router has been cut into shards.
     router = copy.deepcopy(spec.router)
     experts = Experts(_bank(spec.expert, spec.num_experts), backend)
-    shared = SharedExpert(_network(spec.expert, spec.shared_width)) if spec.shared_width else None
+    gate = torch.empty(1, spec.expert.model_width, device="meta") if spec.shared_gate else None
+    shared = SharedExpert(_network(spec.expert, spec.shared_width), gate) if spec.shared_width else None
     layer = MoELayer(router, LocalDispatcher(), experts, LayerContext(model.context, spec.index), shared)
     return layer.eval()
 

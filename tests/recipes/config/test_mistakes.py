@@ -307,14 +307,14 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no such recipe": (
         ["+recipe=upcyle"],
         [
-            "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: llama_moe_v2, "
-            "pretrain, quick, real, upcycle, upcycle_vs_cpt."
+            "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: continue, "
+            "llama_moe_v2, pretrain, quick, real, upcycle, upcycle_vs_cpt."
         ],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
     "no such job": (
         ["job=foo"],
-        ["job='foo': there is no such job. One of pretrain, two_stage, upcycle, upcycle_vs_cpt."],
+        ["job='foo': there is no such job. One of continue, pretrain, two_stage, upcycle, upcycle_vs_cpt."],
     ),
     "no such flag": (
         ["--resume"],
@@ -507,8 +507,8 @@ def test_ranks_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recipe(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["job=null"]) == 2
     assert capsys.readouterr().err == (
-        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, quick, "
-        "real, upcycle, upcycle_vs_cpt.\n"
+        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: continue, llama_moe_v2, "
+        "pretrain, quick, real, upcycle, upcycle_vs_cpt.\n"
     )
 
 

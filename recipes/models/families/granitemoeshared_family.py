@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.models.families.granitemoe import GraniteMoEFamily
+from recipes.models.families.granitemoe_family import GraniteMoEFamily
 
 
 class GraniteMoESharedFamily(GraniteMoEFamily):
