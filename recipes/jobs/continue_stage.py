@@ -24,20 +24,22 @@ from recipes.jobs.preflight import check_engine
 from recipes.jobs.rounding import MixtureStart
 from recipes.jobs.stage_run import Built, StageParts, StageRun
 from recipes.models.export.companions import check_companions
-from recipes.models.families.stored_mixture import StoredMixture, open_mixture, source_router
-from recipes.models.hf.config_file import read_config, trusts
+from recipes.models.export.read_back import ReadBack
+from recipes.models.families.open_mixture import open_mixture, source_router
+from recipes.models.families.source_mixture import SourceMixture
+from recipes.models.hf.config_file import trusts, vocabulary_size
 from recipes.models.hf.drift import SurgeryReport, describe_surgery, summarise_surgery
 from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import check_documents
 from recipes.models.lora_model import add_low_rank, require_rank
 from recipes.runtime.machine_memory import collect
 from recipes.training.stage import Stage, StageResult
-from recipes.upcycling.convert.dense_side import DenseSide, dense_side
 from recipes.upcycling.convert.folder_check import describe_tokens, telling_rows
 from recipes.upcycling.sharded.mixture_model import mixture_model
 
 # How the step-0 check is called, where a method of upcycling has its name.
 _AS_IT_IS = "continue"
+_LOADER = "its class's own loader, block by block"
 
 
 def of_mixture(config: RunConfig) -> RunConfig:
@@ -49,14 +51,11 @@ def of_mixture(config: RunConfig) -> RunConfig:
     """
     folder, own = Path(config.dense or "").expanduser(), config.section(ContinueConfig)
     router, num_experts = source_router(folder, trust_remote_code=config.trust_remote_code)
-    changes: dict[str, Any] = {"z_coef": own.z_coef}
-    if own.balance_coef is not None:
-        changes["balance_coef"] = own.balance_coef
-    if own.bias_rate is not None:
-        if not getattr(router, "bias_rate", 0):
-            rule = "this mixture's router has no selection bias"
-            raise ConfigError.one("continue.bias_rate", own.bias_rate, rule, "Leave it out.")
-        changes["bias_rate"] = own.bias_rate
+    changes = {key: value for key, value in vars(own).items() if value is not None}
+    for key, value in changes.items():
+        if not hasattr(router, key) or (key == "bias_rate" and not router.bias_rate):
+            rule = f"this mixture's router, {router.name}, has no such option"
+            raise ConfigError.one(f"continue.{key}", value, rule, "Leave it out.")
     return replace(config, router=replace(router, **changes), upcycle=CopyConfig(num_experts=num_experts))
 
 
@@ -68,8 +67,7 @@ def check_mixture(config: RunConfig) -> list[Mistake]:
         open_mixture(folder, trust_remote_code=trust)
     except (UserError, FieldError) as error:
         return list(error.mistakes)
-    values = read_config(folder)
-    vocab_size = (values.get("text_config") or values).get("vocab_size")
+    vocab_size = vocabulary_size(folder, trust_remote_code=trust)
     mistakes = check_tokenizer(config.dense or "", vocab_size, "dense") + check_library(found)
     mistakes += check_engine(found) + check_companions(config.dense or "", code=trusts(folder, trust))
     mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
@@ -85,9 +83,9 @@ def build_mixture(run: StageRun, source: Path | None) -> Built:
     """
     config, trust = run.config, run.config.trust_remote_code
     mixture = open_mixture(run.inputs.folder, trust_remote_code=trust)
-    for told in mixture.family.left_out(mixture.spec.config):
+    for told in mixture.left_out:
         run.log(f"{run.name}: {told}")
-    run.log(f"{run.name}: {mixture.family.title}, {_words(config.router)}")
+    run.log(f"{run.name}: {mixture.title}, {_words(config.router)}")
     require_rank(mixture.spec, config.experts.lora)
     blank = partial(_model, run, mixture, reads=False)
     foresee_memory(run, _trained(run, blank()))
@@ -107,7 +105,7 @@ def _words(router: RouterConfig) -> str:
     return f"router {router.name}: {', '.join(options)}"
 
 
-def _model(run: StageRun, mixture: StoredMixture, *, reads: bool) -> HFModel:
+def _model(run: StageRun, mixture: SourceMixture, *, reads: bool) -> HFModel:
     """Returns the mixture without memory, whose routers train by the options of this run."""
     routers = [replace(moe, router=_tuned(run, moe.router)) for moe in mixture.spec.moe_blocks]
     spec = replace(mixture.spec, moe_blocks=tuple(routers))
@@ -126,34 +124,34 @@ def _trained(run: StageRun, model: HFModel) -> HFModel:
 
 
 @torch.no_grad()
-def _measure(run: StageRun, mixture: StoredMixture) -> SurgeryReport:
+def _measure(run: StageRun, mixture: SourceMixture) -> SurgeryReport:
     """Compares the mixture on real tokens with what transformers' own loading and layers make of it."""
     console, engine, folder = run.inputs.console, run.engine, run.inputs.folder
     trust = run.config.trust_remote_code
     tokens_BS = telling_rows(folder, run.data.validation)
 
-    kept: list[DenseSide] = []
+    kept: list[torch.Tensor] = []
 
-    def theirs() -> str:
-        # Block by block: tensors that nobody computes with are no fault.
-        kept.append(dense_side(folder, tokens_BS, trust_remote_code=trust, whole=False))
-        return kept[0].loader
+    def theirs() -> None:
+        # Block by block: no rank needs to hold the whole mixture.
+        unread = mixture.format.open(folder, trust_remote_code=trust)
+        kept.append(ReadBack(unread, 0, console.heartbeat).model(input_ids=tokens_BS).logits)
 
-    loader = console.on_rank_zero(theirs)
+    console.on_rank_zero(theirs)
     model = _model(run, mixture, reads=True)
     engine.shard_for_eval(model)
     logits = model.module(input_ids=tokens_BS.to(engine.device)).logits.cpu()
     released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
     del model
     collect(released)
-    drift = console.on_rank_zero(lambda: logit_drift(kept[0].logits, logits))
+    drift = console.on_rank_zero(lambda: logit_drift(kept[0], logits))
     if not agree(drift, torch.float32):
         raise ExactnessError(
             f"Graft does not compute {folder} as transformers does: logits differ by {drift.relative:.2e} of "
             f"the largest, and at most {TOLERANCES[torch.float32]:.0e} is allowed. Nothing was trained"
         )
     indices, words = tuple(moe.index for moe in mixture.spec.moe_blocks), describe_tokens(folder, tokens_BS)
-    return SurgeryReport(_AS_IT_IS, indices, True, drift, (), (), loader, words)
+    return SurgeryReport(_AS_IT_IS, indices, True, drift, (), (), _LOADER, words)
 
 
 def report_mixture(run: StageRun, stage: Stage, result: StageResult) -> None:

@@ -37,7 +37,7 @@ from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import NativeUnread, ReadBack, Unread
 from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import write_companions, write_live
-from recipes.models.families.stored_mixture import open_mixture
+from recipes.models.families.open_mixture import open_mixture
 from recipes.models.hf.config_file import first_line, read_config
 from recipes.models.hf.deferred_init import CheckpointWeights, deferred_model
 from recipes.models.hf.ffn_names import read_names
@@ -373,7 +373,8 @@ def _write(
         write_companions(temporary, exporter.written_config(spec, checking.dtype), dense)
         exact_in = exporter.exact_in(spec, placement.layout)
         own, training = checking.config, f"trained to step {tensors.step} since"
-        origin = Origin(dense_name(own.dense), own.upcycle.name, training)
+        method = None if own.job == ContinueJob.name else own.upcycle.name
+        origin = Origin(dense_name(own.dense), method, training)
         write_card(temporary, exporter, spec, origin, placement.layout)
         record = {"step": tensors.step, "format": exporter.name, "exact_in": exact_in}
         router = asdict(spec.moe_blocks[0].router.config)

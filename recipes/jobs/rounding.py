@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moe.types import Routing
     from recipes.models.export import Exporter
     from recipes.models.export.spec import ModelSpec
-    from recipes.models.families.stored_mixture import StoredMixture
+    from recipes.models.families.source_mixture import SourceMixture
     from recipes.models.hf.deferred_init import WeightSource
     from recipes.models.hf.hf_model import HFModel
     from recipes.runtime.safetensors_codec import TensorSpec
@@ -112,7 +112,7 @@ class Start(Protocol):
 class MixtureStart:
     """Weights of a mixture before its first step: those of its files."""
 
-    def __init__(self, mixture: StoredMixture) -> None:
+    def __init__(self, mixture: SourceMixture) -> None:
         """Reads nothing yet."""
         self._weights = MixtureWeights(mixture)
         self._live = StateDictMap(mixture.spec)

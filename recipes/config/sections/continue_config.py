@@ -15,11 +15,13 @@ class ContinueConfig(Section):
 
     name: ClassVar[str] = "continue"
     balance_coef: float | None = None
-    """Coefficient of the balance loss of each layer; None: as the family trains, where that is known."""
-    z_coef: float = 0.0
-    """Coefficient of the router z-loss; 0 leaves it out."""
+    """Coefficient of the balance loss of each layer; None: as the family trains, where that is known, or as
+    an export of Graft's was trained."""
+    z_coef: float | None = None
+    """Coefficient of the router z-loss. None: 0, or as an export of Graft's was trained."""
     bias_rate: float | None = None
-    """Step size of the selection bias, for routers that have one; 0 freezes it. None: 0.001."""
+    """Step size of the selection bias, for routers that have one; 0 freezes it. None: 0.001, or as an export
+    of Graft's was trained."""
 
     def __post_init__(self) -> None:
         coefs = {"balance_coef": self.balance_coef, "z_coef": self.z_coef, "bias_rate": self.bias_rate}

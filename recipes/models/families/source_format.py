@@ -13,15 +13,16 @@ from torch import Tensor
 
 from moe.errors import ModelError
 from moe.upcycle.dense_shape import Matrix
-from recipes.models.export.base import Exporter, Layout
+from recipes.models.export.base import Layout
 from recipes.models.export.read_back import NativeUnread, Unread
 from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.families.base import MoEFamily
+from recipes.models.families.source_mixture import SourceExporter
 from recipes.models.hf.config_file import read_config
 from recipes.runtime.safetensors_codec import TensorLocation, TensorSpec
 
 
-class SourceFormat(Exporter):
+class SourceFormat(SourceExporter):
     """Names and dtypes of a checkpoint, so that what is not trained is written back bit for bit.
 
     It belongs to one checkpoint and is not among those that are chosen from.

@@ -18,12 +18,12 @@ from recipes.upcycling.sharded.sharded_models import insert_moe_layers, model_of
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 
 if TYPE_CHECKING:
-    from recipes.models.families.stored_mixture import StoredMixture
+    from recipes.models.families.source_mixture import SourceMixture
     from recipes.models.hf.hf_model import HFModel
 
 
 def mixture_model(
-    mixture: StoredMixture, backend: str = "auto", *, reads: bool = True, trust_remote_code: bool = False
+    mixture: SourceMixture, backend: str = "auto", *, reads: bool = True, trust_remote_code: bool = False
 ) -> HFModel:
     """Returns the model with Graft's layers in the place of transformers' own.
 
@@ -46,7 +46,7 @@ def mixture_model(
 class MixtureWeights(UpcycledWeights):
     """Weights of a mixture, read box by box."""
 
-    def __init__(self, mixture: StoredMixture) -> None:
+    def __init__(self, mixture: SourceMixture) -> None:
         """Stores the places; reads nothing yet."""
         super().__init__(StoredModel(mixture.names, (mixture.files,), (mixture.stored,), ()))
         self._files = mixture.files

@@ -72,6 +72,24 @@ def test_from_start_to_export(workplace: Path, text: str, tokenizer_folder: Path
 
 
 @pytest.mark.slow
+def test_what_a_run_exports_in_graft_s_own_format_is_trained_on(workplace: Path, text: str) -> None:
+    """With the router that it was trained with; without training, the files are the same bytes."""
+    runs = workplace / "outputs"
+    options = {"data.path": text, "train.steps": 2, "train.eval_every": 2, "optim.schedule.warmup_steps": 1}
+    made = job(workplace, options | {"run.name": "made", "router": "ssr", "compare.cpt": False})
+    assert made.code == 0, made.err
+    on = job(workplace, _options(runs / "made" / "hf", text, "on", **options))
+    assert on.code == 0, on.err
+    assert "moe: Graft's own format, router ssr: top_k=2" in on.out
+    row = rows(runs / "on", "moe")[0]
+    assert row["val_loss"] == pytest.approx(rows(runs / "made", "moe")[-1]["val_loss"], rel=1e-6)
+    still = job(workplace, _options(runs / "on" / "hf", text, "still") | {"train.steps": 0})
+    assert still.code == 0, still.err
+    for name in ("model.safetensors", "config.json"):
+        assert (runs / "still" / "hf" / name).read_bytes() == (runs / "on" / "hf" / name).read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 @each(
     "family, engine",
@@ -98,7 +116,10 @@ def test_two_ranks_with_half_the_experts_each_do_what_one_does(
     [
         ({"router": "deepseek_v3"}, "router='deepseek_v3': the mixture keeps the router"),
         ({"upcycle.num_experts": 16}, "upcycle='copy': the mixture keeps the router and the experts"),
-        ({"continue.bias_rate": 0.1}, "continue.bias_rate=0.1: this mixture's router has no selection bias"),
+        (
+            {"continue.bias_rate": 0.1},
+            "continue.bias_rate=0.1: this mixture's router, topk, has no such option",
+        ),
         ({"dense": None}, "dense=None: there is no mixture to go on with"),
         ({"engine": "megatron"}, "the Megatron engine takes the families"),
         ({"engine": "native", "engine.expert_parallel": 3}, "engine.expert_parallel=3"),

@@ -17,7 +17,8 @@ from torch import Tensor
 from moe.errors import ModelError
 from recipes.models.export.write_export import export
 from recipes.models.families import families
-from recipes.models.families.stored_mixture import StoredMixture, open_mixture
+from recipes.models.families.open_mixture import open_mixture
+from recipes.models.families.source_mixture import SourceMixture
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.sharded.mixture_model import mixture_model
 from recipes.upcycling.sharded.sharded_models import materialize
@@ -59,7 +60,7 @@ def theirs(folder: Path) -> Any:
     return load(folder, dtype=torch.float32, experts_implementation="eager").eval()
 
 
-def ours(mixture: StoredMixture) -> HFModel:
+def ours(mixture: SourceMixture) -> HFModel:
     """The model with Graft's layers, in memory."""
     return materialize(mixture_model(mixture))
 
@@ -73,7 +74,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def write(mixture: StoredMixture, model: HFModel, tensors: Iterable[tuple[str, Tensor]], out: Path) -> Path:
+def write(mixture: SourceMixture, model: HFModel, tensors: Iterable[tuple[str, Tensor]], out: Path) -> Path:
     """Writes tensors in the mixture's own format."""
     export(model, mixture.format, tensors, out, mixture.format.dtype, writes=True)
     return out

@@ -1,4 +1,4 @@
-"""A mixture in files, described by its config and the files' headers before any expert is read.
+"""A mixture of a family of transformers in files.
 
 Letters: D model width, E experts, F expert width.
 """
@@ -6,7 +6,7 @@ Letters: D model width, E experts, F expert width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.families import families
 from recipes.models.families.base import MoEFamily
 from recipes.models.families.source_format import SourceFormat
+from recipes.models.families.source_mixture import SourceMixture, read_routers
 from recipes.models.hf.config_file import load_config
 from recipes.models.hf.ffn_blocks import activation_of
 from recipes.models.hf.ffn_names import ModelNames, model_as_stored, renaming
@@ -33,29 +34,6 @@ from recipes.models.safetensors.dense_files import DenseFiles
 from recipes.runtime.safetensors_codec import TensorSpec
 
 _MEMORY_FUSED = ("experts.gate_up_proj", "experts.down_proj")
-
-
-@dataclass(frozen=True)
-class StoredMixture:
-    """A mixture in files.
-
-    Attributes:
-        family: Its family.
-        names: Names of the tensors outside its MoE layers.
-        files: Its files.
-        stored: Name in the model -> name in the files, of these tensors.
-        spec: Its MoE layers, with routers that have their weights.
-        format: Format that writes it back.
-        placement: Place of every tensor in the files.
-    """
-
-    family: MoEFamily
-    names: ModelNames
-    files: DenseFiles
-    stored: Mapping[str, str]
-    spec: ModelSpec
-    format: SourceFormat
-    placement: Placement
 
 
 def family_of(config: Any, folder: Path, option: str = "dense") -> MoEFamily:
@@ -79,7 +57,7 @@ def family_of(config: Any, folder: Path, option: str = "dense") -> MoEFamily:
     return families()[kind]
 
 
-def source_router(folder: Path, *, trust_remote_code: bool = False) -> tuple[RouterConfig, int]:
+def family_router(folder: Path, *, trust_remote_code: bool = False) -> tuple[RouterConfig, int]:
     """Returns the router of a mixture, and its number of experts.
 
     Raises:
@@ -92,7 +70,7 @@ def source_router(folder: Path, *, trust_remote_code: bool = False) -> tuple[Rou
     return _router_config(family, config, len(blocks), folder), _experts_of(blocks[0][1]).shape[0]
 
 
-def open_mixture(folder: Path, *, trust_remote_code: bool = False) -> StoredMixture:
+def open_family(folder: Path, *, trust_remote_code: bool = False) -> SourceMixture:
     """Describes a mixture, and reads its routers.
 
     Raises:
@@ -119,10 +97,9 @@ def open_mixture(folder: Path, *, trust_remote_code: bool = False) -> StoredMixt
     used = {each.name for each in Placement(spec, format_, kept, None).specs}
     format_.carry(tuple(sorted(set(files.tensors) - used)))
     placement = Placement(spec, format_, kept, None)
-    for moe in spec.moe_blocks:
-        _read_router(moe, format_, files)
-    files.close()
-    return StoredMixture(family, names, files, stored, spec, format_, placement)
+    read_routers(spec, placement, files)
+    left_out = tuple(family.left_out(config))
+    return SourceMixture(family.title, left_out, names, files, stored, spec, format_, placement)
 
 
 def _blocks(model: nn.Module, family: MoEFamily, folder: Path) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
@@ -222,10 +199,3 @@ def _moe_specs(
         width = 0 if shared is None else shared.down_proj.weight.shape[1]
         made: Router[Any] = router_class(router.name)(router, D, E)
         yield MoESpec(index, block[0], made, E, shape, width, bool(family.shared_gate and width))
-
-
-@torch.no_grad()
-def _read_router(moe: MoESpec, format_: SourceFormat, files: DenseFiles) -> None:
-    for key, tensor in moe.router.state_dict().items():
-        if (name := format_.router_name(moe, key)) is not None:
-            tensor.copy_(files.read(name).view(tensor.shape))
