@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.errors import ConfigError, Mistake
-from recipes.config.owners import choose, options_of_choices, owner_mistake
+from moe.errors import ConfigError, Mistake, choose
+from recipes.config.owners import options_of_choices, owner_mistake
 from recipes.config.renamed import check_name
 from recipes.config.search_path import (
     CONF,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, Mistake
 from recipes.config.compose import compose_config
 
 if TYPE_CHECKING:
@@ -33,12 +33,17 @@ class CheckedRun:
     idle: str | None
 
 
-def check_command(overrides: Sequence[str], ranks: int | None = None) -> CheckedRun:
+def check_command(
+    overrides: Sequence[str],
+    ranks: int | None = None,
+    further: Callable[[RunConfig], Sequence[Mistake]] = lambda config: (),
+) -> CheckedRun:
     """Composes and checks a run.
 
     Args:
         overrides: Those of the command line.
         ranks: Ranks that will be started; None for those that torchrun has started.
+        further: Returns mistakes of options that the run's job does not know.
 
     Raises:
         ConfigError: Something is wrong; all mistakes at once.
@@ -59,8 +64,10 @@ def check_command(overrides: Sequence[str], ranks: int | None = None) -> Checked
     if config.job not in jobs:
         raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
     job = jobs[config.job]()
+    mistakes = list(further(config))
     with _as_one_of(ranks):
-        mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check = job.check_options if mistakes else job.check
+        mistakes += check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if mistakes:
         raise ConfigError(mistakes)
     return CheckedRun(config, values, job, idle_line(overrides, values, config, jobs))

@@ -363,7 +363,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["router.score=tanh"],
         ["router.score='tanh': this must be 'softmax' or 'sigmoid'. Correct the value."],
     ),
-    "a section taken away": (["~router"], ["router=None: the section must hold a name. One of ..."]),
+    "a section taken away": (
+        ["~router"],
+        ["router=None: the section must hold a name. Set router.name. Choose one of: ..."],
+    ),
     "too many experts a token": (
         ["router.top_k=9"],
         [
