@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from recipes.config.compose import compose_config
+from recipes.config.compose import compose_readable
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
@@ -48,15 +48,7 @@ def check_command(
     Raises:
         ConfigError: Something is wrong; all mistakes at once.
     """
-    values = compose_config(overrides)
-    from recipes.config.schema import parse_config
-
-    try:
-        config = parse_config(values)
-    except ConfigError as error:
-        from recipes.config.places import check_places
-
-        raise ConfigError([*error.mistakes, *check_places(values)]) from None
+    values, config = _read(overrides)
     from recipes.jobs import job_classes
     from recipes.jobs.idle_options import idle_line
 
@@ -71,6 +63,24 @@ def check_command(
     if mistakes:
         raise ConfigError(mistakes)
     return CheckedRun(config, values, job, idle_line(overrides, values, config, jobs))
+
+
+def _read(overrides: Sequence[str]) -> tuple[dict[str, Any], RunConfig]:
+    """Composes and reads a config; what is wrong in names, values and places is said at once."""
+    values, mistakes = compose_readable(overrides)
+    if values is None:
+        raise ConfigError(mistakes)
+    from recipes.config.schema import parse_config
+
+    try:
+        config = parse_config(values)
+        if not mistakes:
+            return values, config
+    except ConfigError as error:
+        mistakes += error.mistakes
+    from recipes.config.places import check_places
+
+    raise ConfigError([*mistakes, *check_places(values)])
 
 
 @contextlib.contextmanager

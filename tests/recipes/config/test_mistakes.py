@@ -543,6 +543,16 @@ def test_mistakes_of_form_do_not_hide_each_other(command: Command) -> None:
     assert told == ["command line='train.stepz'", "run.name='a,b'", "router='nope'", "data.seqlen='5'"]
 
 
+def test_mistakes_of_names_do_not_hide_those_of_values_and_files(command: Command) -> None:
+    names = ["router=nope", "router.tpo_k=1", "train.stepz=3", "upcycle.name=copyy", "experts.backend=nope"]
+    values = ["train.steps=-1", "optim.name=sgd", "attention=moe", "attention.router.name=nope", "dense=/no"]
+    assert command.run(*names, *values, "data.path=/none.txt") == 2
+    told = [line.split(": ")[0].replace("'", "") for line in command.lines]
+    paths = ["router=nope", "train.stepz=3", "upcycle.name=copyy", "attention.router.name=nope"]
+    paths += ["optim.name=sgd", "experts.backend=nope", "train.steps=-1", "data.path=/none.txt", "dense=/no"]
+    assert told == paths
+
+
 def test_mistakes_of_type_do_not_hide_missing_files(command: Command) -> None:
     arguments = ["router.top_k=x", "train.steps=-1", "engine.threads=0", "dense=/no", "data.path=/none.txt"]
     assert command.run(*arguments) == 2
