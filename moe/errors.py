@@ -5,9 +5,10 @@ This is the leaf module of the project: it imports nothing of ours, and everythi
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -169,3 +170,11 @@ class DiskError(UserError):
 
 class ExactnessError(GraftError):
     """A conversion that claims to keep the function does not; the message names the layer."""
+
+
+def choose(value: object, names: Iterable[str]) -> str:
+    """Returns the remedy for a name that does not exist: the nearest that does, and all of them."""
+    known = sorted(names)
+    near = difflib.get_close_matches(str(value), known, n=1)
+    opening = f"Did you mean {near[0]}? There are" if near else "Choose one of"
+    return f"{opening}: {', '.join(known) or 'none'}."

@@ -8,7 +8,29 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 from typing import Any
+
+# ``name = "..."`` in the body of a class; a config's has a type between.
+_NAME = re.compile(r"""^    name(?::[^=\n]+)? = ["']([^"'\n]+)["']$""", re.MULTILINE)
+
+
+def declared_names(package: str, files: str = "*.py", beside: str = "") -> list[str]:
+    """Returns the names that classes in files of a package have, without importing these files.
+
+    They are read as text, so that a name that nobody has is known without torch. Names count that stand as
+    literals, as in ``name = "topk"``.
+
+    Args:
+        package: Dotted name of a package, which is imported.
+        files: Pattern of the files below its folder.
+        beside: A further attribute of the classes that count.
+    """
+    folders = importlib.import_module(package).__path__
+    texts = (file.read_text(encoding="utf-8") for folder in folders for file in Path(folder).glob(files))
+    classes = (text for each in texts for text in each.split("\nclass ")[1:] if f"\n    {beside}" in text)
+    return sorted({name for text in classes for name in _NAME.findall(text)})
 
 
 def discover(package: str, base: Any, module: str = "{name}", ending: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moe.errors import ConfigError, GraftError, UserError
+from moe.errors import ConfigError, GraftError, Mistake, UserError
 from recipes.config.compose import compose_config, to_yaml, with_recipe
 from recipes.config.run_flags import HELP, RunFlags, read_flags
 from recipes.runtime.clock import steady_time
@@ -163,7 +163,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
         return run_sweep(flags.overrides, flags.ranks, flags.restarts)
     from recipes.jobs.checked_run import check_command
 
-    run = check_command(flags.overrides, flags.ranks)
+    run = check_command(flags.overrides, flags.ranks, _certify_mistakes)
     conclude = _certifier(run.config)
     if flags.ranks is not None and (flags.ranks > 1 or flags.restarts):
         from recipes.runtime.local_ranks import start_ranks
@@ -185,6 +185,14 @@ def _certifier(config: RunConfig) -> list[Callable[[Path], None]]:
     from recipes.cap.certify.certify_run import certifier
 
     return [certifier(config)]
+
+
+def _certify_mistakes(config: RunConfig) -> Sequence[Mistake]:
+    try:
+        _certifier(config)
+    except ConfigError as error:
+        return error.mistakes
+    return ()
 
 
 def _with_recipe(flags: RunFlags) -> RunFlags:

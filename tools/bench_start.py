@@ -29,6 +29,17 @@ _COMMANDS = {
     "a wrong value": [*TRAIN, "+recipe=upcycle", "train.steps=-1"],
     "top_k above num_experts": [*TRAIN, "+recipe=upcycle", "router.top_k=99"],
     "groups that do not divide": [*TRAIN, "+recipe=upcycle", "router=deepseek_v3", "router.num_groups=3"],
+    "a router that is not there": [*TRAIN, "+recipe=upcycle", "router.name=nope"],
+    "a back end that is not there": [*TRAIN, "+recipe=upcycle", "experts.backend=nope"],
+    "Megatron's experts and LoRA": [
+        *TRAIN,
+        *["+recipe=upcycle", "engine=megatron", "engine.experts=megatron", "experts.lora.rank=2"],
+    ],
+    "heads that do not divide": [
+        *TRAIN,
+        *["+recipe=upcycle", "--nproc", "3", "train.global_batch_size=3", "engine.tensor_parallel=3"],
+    ],
+    "prompts that are not there": [*TRAIN, "+recipe=upcycle", "prompts.path=/no/such"],
     "an engine that contradicts": [*TRAIN, "+recipe=upcycle", "engine=deepspeed", "optim=muon"],
     "tools.upcycle --help": ["-m", "tools.upcycle", "--help"],
 }

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError, Mistake, choose
 from recipes.runtime.interrupt import INTERRUPTED
 from tools.command import check_json_target, check_least, log_beside, run_command, tool_parser, write_json
 
@@ -39,7 +39,6 @@ def _routers(given: str) -> list[str]:
     Raises:
         ConfigError: There are none, or some do not exist.
     """
-    from recipes.config.owners import choose
     from recipes.studies.option_lists import conf_choices
 
     known = conf_choices("router")

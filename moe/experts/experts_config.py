@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.errors import require
+from moe.errors import choose, require
 from moe.experts.lora_config import LoraConfig
+from moe.registry import declared_names
 from moe.types import Config
 
 
@@ -22,15 +23,6 @@ class ExpertsConfig(Config):
     def __post_init__(self) -> None:
         if self.backend == "auto":
             return
-        # Back ends are torch code: a config that names none does not import it.
-        from kernels.expert_mlp import BACKENDS
-
-        require(
-            self,
-            (
-                self.backend in BACKENDS,
-                "backend",
-                "is no back end",
-                f"Choose auto, {', '.join(sorted(BACKENDS))}.",
-            ),
-        )
+        # Back ends are torch code, and their names text: see `kernels.expert_mlp.BACKENDS`.
+        names = ["auto", *declared_names("kernels", "*/*.py")]
+        require(self, (self.backend in names, "backend", "is no back end", choose(self.backend, names)))

@@ -30,12 +30,10 @@ class UpcycleMethod(ABC, Generic[ConfigT]):
     Attributes:
         name: The value of ``upcycle.name`` that picks this class.
         config_class: The typed config that it is built from.
-        starts_router: True if it sets the router's rows, which nothing else may set then.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[UpcycleConfig]]
-    starts_router: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

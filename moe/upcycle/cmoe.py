@@ -30,7 +30,6 @@ class CMoE(UpcycleMethod[CMoEConfig]):
 
     name = "cmoe"
     config_class = CMoEConfig
-    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

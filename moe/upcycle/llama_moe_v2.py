@@ -34,7 +34,6 @@ class LlamaMoEV2(UpcycleMethod[LlamaMoEV2Config]):
 
     name = "llama_moe_v2"
     config_class = LlamaMoEV2Config
-    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

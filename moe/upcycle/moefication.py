@@ -33,7 +33,6 @@ class MoEfication(UpcycleMethod[MoEficationConfig]):
 
     name = "moefication"
     config_class = MoEficationConfig
-    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

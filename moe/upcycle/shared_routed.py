@@ -35,7 +35,6 @@ class SharedRouted(UpcycleMethod[SharedRoutedConfig]):
 
     name = "shared_routed"
     config_class = SharedRoutedConfig
-    starts_router = True
 
     @property
     def statistics(self) -> tuple[str, ...]:

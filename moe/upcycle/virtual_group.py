@@ -34,7 +34,6 @@ class VirtualGroup(UpcycleMethod[VirtualGroupConfig]):
 
     name = "virtual_group"
     config_class = VirtualGroupConfig
-    starts_router = True
 
     def is_exact(self, router: Router[Any]) -> bool:
         """Returns True with the factor on the down projection, a constant sum of weights and kept ties."""

@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.errors import ConfigError, Mistake
-from recipes.config.owners import choose, options_of_choices, owner_mistake
+from moe.errors import ConfigError, Mistake, choose
+from recipes.config.owners import options_of_choices, owner_mistake
 from recipes.config.renamed import check_name
 from recipes.config.search_path import (
     CONF,
@@ -55,6 +55,21 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: Options or choices do not exist, or overrides cannot be read; all of them at once.
     """
+    values, mistakes = compose_readable(overrides)
+    if values is None or mistakes:
+        raise ConfigError(mistakes)
+    return values
+
+
+def compose_readable(overrides: Sequence[str]) -> tuple[dict[str, Any] | None, list[Mistake]]:
+    """Composes the overrides that are right.
+
+    Args:
+        overrides: As for `compose_config`.
+
+    Returns:
+        The resolved values, None where nothing can be composed; and the mistakes of the other overrides.
+    """
     unreadable = {
         override: mistake
         for override in overrides
@@ -63,7 +78,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     mistakes = list(unreadable.values())
     remaining = [override for override in overrides if override not in unreadable]
     if missing := check_search_path(remaining):
-        raise ConfigError([*mistakes, *missing])
+        return None, [*mistakes, *missing]
     while True:
         try:
             values = _compose(remaining)
@@ -73,16 +88,16 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
             culprit = _culprit(error, remaining)
             mistakes.append(_explain(error, culprit, remaining))
             if culprit is None:
-                raise ConfigError(mistakes) from None
+                return None, mistakes
             removed = _key(culprit)
             remaining = [o for o in remaining if o != culprit and not _key(o).startswith(f"{removed}.")]
-    if mistakes := mistakes or _shadowed(remaining):
-        raise ConfigError(mistakes)
+    mistakes = mistakes or _shadowed(remaining)
     if values["job"] is None:
         recipes = ", ".join(choices_of("recipe", remaining))
-        raise ConfigError.one("recipe", None, "no recipe is chosen", f"Add +recipe=NAME, one of: {recipes}.")
+        none = Mistake("recipe", None, "no recipe is chosen", f"Add +recipe=NAME, one of: {recipes}.")
+        return None, mistakes or [none]
     scale_warm_ups(values, overrides)
-    return values
+    return values, mistakes
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -41,13 +40,6 @@ def listed(names: list[str], word: str) -> str:
     """Returns a list in words, the last name behind ``and`` or ``or``; of many names the first three."""
     shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} others"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} {word} {shown[-1]}"
-
-
-def choose(value: object, names: Iterable[str], otherwise: str = "Choose one of: ") -> str:
-    """Returns the remedy for a name that does not exist: the nearest that does, and all of them."""
-    known = sorted(names)
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f"{f'Did you mean {near[0]}? There are: ' if near else otherwise}{', '.join(known) or 'none'}."
 
 
 @functools.cache

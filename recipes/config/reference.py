@@ -19,9 +19,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, choose
 from recipes.config.compose import compose_config
-from recipes.config.owners import choose
 from recipes.config.schema import RunConfig, config_classes
 from recipes.config.search_path import CONF
 from recipes.config.sections import section_classes

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from moe.attention.attention_config import AttentionConfig
-from moe.errors import ConfigError, FieldError, Mistake, at_least, require
+from moe.errors import ConfigError, FieldError, Mistake, at_least, choose, require
 from moe.experts.experts_config import ExpertsConfig
+from moe.registry import declared_names
 from moe.routers import router_classes, router_configs
 from moe.routers.configs import RouterConfig
 from moe.routing.top_k_schedule import SparsePhase
@@ -22,7 +23,7 @@ from moe.types import Config, unless
 from moe.upcycle import upcycle_configs, upcycle_method, upcycle_methods
 from moe.upcycle.configs import UpcycleConfig
 from recipes.config.confused_kinds import confused_kinds
-from recipes.config.owners import choose, owner_mistake
+from recipes.config.owners import owner_mistake
 from recipes.config.renamed import with_new_names
 from recipes.config.sections import Section, section_classes
 from recipes.data.config import DataConfig
@@ -242,14 +243,19 @@ def config_classes() -> dict[str, Mapping[str, type[Any]]]:
     return {"router": router_configs(), "upcycle": upcycle_configs(), "engine": engine_configs()}
 
 
-def _with_own_files(section: str, configs: Mapping[str, type[Any]]) -> Mapping[str, type[Any]]:
-    """Returns all config classes of a family: also those in the file of the class that they configure."""
-    classes: Mapping[str, type[Any]] = {
-        "router": router_classes,
-        "upcycle": upcycle_methods,
-        "engine": engine_classes,
-    }[section.rpartition(".")[2]]()
-    return {name: cls.config_class for name, cls in classes.items()} | dict(configs)
+def _own_file(section: str, name: object) -> tuple[type[Any] | None, list[str]]:
+    """Returns the config class that stands in the file of the class that it configures, and all such names.
+
+    Only a name that one of these files declares is worth importing them, and torch with them.
+    """
+    package, files, classes = {
+        "router": ("moe.routers", "*.py", router_classes),
+        "upcycle": ("moe.upcycle", "*.py", upcycle_methods),
+        "engine": ("recipes.engines", "*/*_engine.py", engine_classes),
+    }[section.rpartition(".")[2]]
+    names = declared_names(package, files, beside="config_class")
+    found = classes().get(str(name)) if name in names else None
+    return None if found is None else found.config_class, names
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
@@ -287,16 +293,16 @@ def _parse_family(
 ) -> Any | None:
     """Reads a section whose ``name`` decides its class."""
     if not isinstance(value, Mapping) or "name" not in value:
-        mistakes.append(Mistake(section, value, "the section must hold a name", f"One of {_list(classes)}."))
+        remedy = f"Set {section}.name. {choose(value, classes)}"
+        mistakes.append(Mistake(section, value, "the section must hold a name", remedy))
         return None
-    if value["name"] not in list(classes):
-        classes = _with_own_files(section, classes)
-    if value["name"] not in list(classes):
-        rule = f"no {section} has this name"
-        remedy = choose(value["name"], classes, "Choose one of ")
-        mistakes.append(Mistake(f"{section}.name", value["name"], rule, remedy))
+    name = value["name"]
+    own, names = (classes[name], []) if name in list(classes) else _own_file(section, name)
+    if own is None:
+        remedy = choose(name, {*names, *classes})
+        mistakes.append(Mistake(f"{section}.name", name, f"no {section} has this name", remedy))
         return None
-    return _read(classes[value["name"]], dict(value), section, mistakes)
+    return _read(own, dict(value), section, mistakes)
 
 
 def _parse_attention(value: Any, routers: Mapping[str, Any], mistakes: list[Mistake]) -> Any | None:
@@ -311,10 +317,6 @@ def _parse_attention(value: Any, routers: Mapping[str, Any], mistakes: list[Mist
     if router is None:
         return None
     return _read(AttentionConfig, {**value, "router": router}, "attention", mistakes)
-
-
-def _list(names: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(names))
 
 
 def _read(cls: type[T], content: Any, prefix: str, mistakes: list[Mistake]) -> T | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from moe.errors import Mistake, Rule, require
 from moe.types import Config
 from recipes.runtime.extras import EXTRAS, check_extra
+from recipes.runtime.gpu_absence import lacks_gpu
 
 if TYPE_CHECKING:
     from moe.routers.configs import RouterConfig
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 # OpenMP ends the process without a word where the system has no room for its threads.
 _MOST_THREADS = 4096
+#: Mistake of an engine's options on a machine without GPU.
+NO_GPU = Mistake(
+    "device", "cuda", "torch sees no GPU", "Set engine.device=cpu, or install a CUDA build of torch."
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,9 @@ class ProcessConfig(EngineConfig):
         ]
 
     def check(self, world_size: int) -> Mistake | None:
-        """Requires ranks that divide as configured, too."""
-        return super().check(world_size) or self.check_dims(world_size)
+        """Requires ranks that divide as configured, and no GPU where it is sure that there is none."""
+        found = super().check(world_size) or self.check_dims(world_size)
+        return NO_GPU if found is None and self.device == "cuda" and lacks_gpu() else found
 
     def check_dims(self, world_size: int) -> Mistake | None:
         """Returns the dimension that the ranks do not divide by; None if they divide by all."""
@@ -114,13 +120,17 @@ class ProcessConfig(EngineConfig):
             mistakes.append(Mistake("engine.expert_parallel", ranks, rule, remedy))
         return mistakes
 
+    def is_on_cpu(self) -> bool:
+        """Returns True where it is known without torch that the run is on CPUs."""
+        return self.device == "cpu" or (self.device == "auto" and lacks_gpu())
+
     def device_type(self) -> str:
         """Returns ``cpu`` or ``cuda``."""
-        if self.device == "auto":
-            import torch
+        if self.device != "auto" or self.is_on_cpu():
+            return "cpu" if self.device == "auto" else self.device
+        import torch
 
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def dims_mistake(

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe.errors import Mistake
 from recipes.engines.base import Engine
-from recipes.engines.config import ProcessConfig
+from recipes.engines.config import NO_GPU, ProcessConfig
 from recipes.engines.native.parallel_dims import ParallelDims
 from recipes.engines.native.parallelize import apply_fsdp, gather_when_called
 from recipes.models.hf.hf_model import HFModel
@@ -34,8 +34,7 @@ class ProcessEngine(Engine[ProcessConfigT], Generic[ProcessConfigT]):
         if found := super().check(config):
             return found
         if config.device == "cuda" and not torch.cuda.is_available():
-            remedy = "Set engine.device=cpu, or install a CUDA build of torch."
-            return Mistake("device", config.device, "torch sees no GPU", remedy)
+            return NO_GPU
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if config.device_type() == "cuda" and local > torch.cuda.device_count():
             rule = f"{local} ranks on this machine and {torch.cuda.device_count()} GPUs"

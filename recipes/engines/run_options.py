@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from recipes.models.hf.config_file import read_config
+from recipes.models.hf.inspection import check_checkpoint
 
 if TYPE_CHECKING:
     from moe.attention.attention_config import AttentionConfig
@@ -64,3 +68,27 @@ class RunOptions(Protocol):
     @property
     def data(self) -> DataConfig:
         """Text and length of samples."""
+
+
+def model_config(run: RunOptions) -> dict[str, Any] | None:
+    """Returns the ``config.json`` of the model that a run is given; None where its folder is none that could be."""
+    if run.dense is None:
+        return default_model_config(run.model)
+    if check_checkpoint(run.dense, "dense", trust_remote_code=run.trust_remote_code):
+        return None
+    return read_config(Path(run.dense).expanduser())
+
+
+def default_model_config(model: DefaultModelShape) -> dict[str, Any]:
+    """Returns the shape of the default model, as its ``config.json`` will have it."""
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": 0,
+        "rms_norm_eps": 0.0,
+    }

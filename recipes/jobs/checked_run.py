@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe.errors import ConfigError
-from recipes.config.compose import compose_config
+from moe.errors import ConfigError, Mistake
+from recipes.config.compose import compose_readable
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
@@ -33,25 +33,22 @@ class CheckedRun:
     idle: str | None
 
 
-def check_command(overrides: Sequence[str], ranks: int | None = None) -> CheckedRun:
+def check_command(
+    overrides: Sequence[str],
+    ranks: int | None = None,
+    further: Callable[[RunConfig], Sequence[Mistake]] = lambda config: (),
+) -> CheckedRun:
     """Composes and checks a run.
 
     Args:
         overrides: Those of the command line.
         ranks: Ranks that will be started; None for those that torchrun has started.
+        further: Returns mistakes of options that the run's job does not know.
 
     Raises:
         ConfigError: Something is wrong; all mistakes at once.
     """
-    values = compose_config(overrides)
-    from recipes.config.schema import parse_config
-
-    try:
-        config = parse_config(values)
-    except ConfigError as error:
-        from recipes.config.places import check_places
-
-        raise ConfigError([*error.mistakes, *check_places(values)]) from None
+    values, config = _read(overrides)
     from recipes.jobs import job_classes
     from recipes.jobs.idle_options import idle_line
 
@@ -59,11 +56,31 @@ def check_command(overrides: Sequence[str], ranks: int | None = None) -> Checked
     if config.job not in jobs:
         raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
     job = jobs[config.job]()
+    mistakes = list(further(config))
     with _as_one_of(ranks):
-        mistakes = job.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check = job.check_options if mistakes else job.check
+        mistakes += check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if mistakes:
         raise ConfigError(mistakes)
     return CheckedRun(config, values, job, idle_line(overrides, values, config, jobs))
+
+
+def _read(overrides: Sequence[str]) -> tuple[dict[str, Any], RunConfig]:
+    """Composes and reads a config; what is wrong in names, values and places is said at once."""
+    values, mistakes = compose_readable(overrides)
+    if values is None:
+        raise ConfigError(mistakes)
+    from recipes.config.schema import parse_config
+
+    try:
+        config = parse_config(values)
+        if not mistakes:
+            return values, config
+    except ConfigError as error:
+        mistakes += error.mistakes
+    from recipes.config.places import check_places
+
+    raise ConfigError([*mistakes, *check_places(values)])
 
 
 @contextlib.contextmanager

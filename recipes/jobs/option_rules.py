@@ -18,6 +18,7 @@ from recipes.config.schema import RunConfig
 from recipes.config.sections.calibration_config import CalibrationConfig
 from recipes.data.chat_template import check_chat_template
 from recipes.data.sources import check_paths
+from recipes.engines.run_options import default_model_config
 from recipes.jobs.low_rank_rules import check_low_rank
 from recipes.jobs.run_dir import choose_run_dir
 from recipes.jobs.top_k_schedules import check_top_k_schedule, check_top_k_schedule_layers
@@ -28,6 +29,7 @@ from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.runtime.extras import check_names
 from recipes.runtime.relaunch import Launch
+from recipes.upcycling.prompts.prompt_file import check_prompt_file
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -39,7 +41,7 @@ def check_options(config: RunConfig, world_size: int) -> list[Mistake]:
     mistakes += check_top_k_schedule(config) + check_schedule(config) + check_paths(config.data)
     mistakes += check_folders(config) + check_names() + config.tracker.check()
     mistakes += check_calibration(config) + check_run_dir(config) + check_start_from(config)
-    mistakes += check_chat_template(config.data, config.dense)
+    mistakes += check_chat_template(config.data, config.dense) + check_prompt_file(config)
     faults = []
     if config.dense is not None:
         faults = check_dense(config.dense, trust_remote_code=config.trust_remote_code)
@@ -139,7 +141,7 @@ def check_model(config: RunConfig) -> list[Mistake]:
     if config.dense is not None:
         return _check_dense_model(config, read_config(Path(config.dense).expanduser()))
     mistakes = check_layers(config, config.model.num_layers)
-    mistakes += _check_attention(config, default_model_config(config))
+    mistakes += _check_attention(config, default_model_config(config.model))
     if 0 < config.model.steps <= config.model.warmup_steps:
         rule = f"it does not fit into model.steps={config.model.steps}"
         mistakes.append(Mistake("model.warmup_steps", config.model.warmup_steps, rule, "Lower it."))
@@ -169,17 +171,6 @@ def check_context(config: RunConfig, given: Mapping[str, Any]) -> list[Mistake]:
 
 def _check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
     return [] if config.attention is None else option_mistakes(config.attention, dense)
-
-
-def default_model_config(config: RunConfig) -> dict[str, Any]:
-    """Returns what the default model's ``config.json`` will say of its layers and heads."""
-    model = config.model
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-    }
 
 
 def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -15,9 +15,10 @@ from recipes.config.schema import RunConfig
 from recipes.data.chat_tokens import check_first_row
 from recipes.data.tokenizer import check_tokenizer
 from recipes.engines import engine_classes
-from recipes.jobs.expert_rules import check_library, check_rank
+from recipes.engines.run_options import default_model_config
+from recipes.jobs.expert_rules import check_backend
 from recipes.jobs.memory_check import check_memory
-from recipes.jobs.option_rules import default_model_config, dense_shape
+from recipes.jobs.option_rules import dense_shape
 from recipes.models.export.companions import check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.config_file import read_config, trusts
@@ -31,11 +32,11 @@ from recipes.upcycling.prompts.prompt_rows import check_prompts
 def check_models(config: RunConfig, world_size: int) -> list[Mistake]:
     """Checks engine, method, back end, dense checkpoint, tokenizer and memory, once the options are right."""
     shape = dense_shape(config)
-    mistakes = check_engine(config) + check_optim_start(config) + check_library(config)
+    mistakes = check_engine(config) + check_optim_start(config)
     mistakes += upcycle_method(config.upcycle).check(config.router, shape)
-    mistakes += check_prompts(config) + check_rank(config, shape)
+    mistakes += check_prompts(config) + check_backend(config, shape)
     if config.dense is None:
-        return mistakes + check_attention(config, default_model_config(config))
+        return mistakes + check_attention(config, default_model_config(config.model))
     folder = Path(config.dense).expanduser()
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
     mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=config.trust_remote_code)

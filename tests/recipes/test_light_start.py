@@ -42,6 +42,22 @@ COMMANDS = {
     "+recipe=upcycle dense=/no/such": 2,
     "+recipe=upcycle job=nope": 2,
     "-m +recipe=upcycle router=topk,sigmoid router.top_k=99": 2,
+    # Names of what is torch code itself.
+    "+recipe=upcycle router.name=topkk": 2,
+    "+recipe=upcycle attention=moe attention.router.name=nope": 2,
+    "+recipe=upcycle upcycle.name=nope": 2,
+    "+recipe=upcycle engine.name=nope": 2,
+    "+recipe=upcycle experts.backend=tritn": 2,
+    "+recipe=upcycle experts.backend=triton router.top_k=99": 2,
+    "+recipe=upcycle engine=megatron engine.experts=nope": 2,
+    "+recipe=upcycle engine=megatron engine.dispatcher=nope": 2,
+    "+recipe=upcycle certify.programs=[nope]": 2,
+    # What files and options say of experts, heads and prompts.
+    "+recipe=upcycle engine=megatron engine.device=cpu engine.experts=te": 2,
+    "+recipe=upcycle engine=megatron engine.experts=megatron experts.lora.rank=2": 2,
+    "+recipe=upcycle --nproc 3 train.global_batch_size=3 engine.tensor_parallel=3": 2,
+    "+recipe=upcycle prompts.path=/no/such": 2,
+    "+recipe=upcycle prompts.path=README.md upcycle=cmoe": 2,
 }
 CODE = """
 import json, sys

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from moe.errors import FieldError, Mistake
+from moe.errors import FieldError, Mistake, choose
 from moe.routers import router_configs
 from moe.routers.configs import RouterConfig
 from moe.routers.configs.topk_config import TopKConfig
@@ -42,8 +42,8 @@ def _name_of(value: Any) -> Any:
 
 def _check_name(value: Any) -> Any:
     if _name_of(value) not in _wrappable_names():
-        rule, remedy = "no router that can be permuted has this name", ", ".join(_wrappable_names())
-        raise FieldError.one("name", _name_of(value), rule, f"Choose one of {remedy}.")
+        rule, name = "no router that can be permuted has this name", _name_of(value)
+        raise FieldError.one("name", name, rule, choose(name, _wrappable_names()))
     return value
 
 

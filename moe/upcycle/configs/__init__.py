@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moe.errors import Mistake, require
 from moe.routers.configs import RouterConfig
@@ -16,8 +17,13 @@ _MOST_EXPERTS = 2**16
 
 @dataclass(frozen=True)
 class UpcycleConfig(Config):
-    """Config that every method has."""
+    """Config that every method has.
 
+    Attributes:
+        starts_router: True if the method sets the router's rows, which nothing else may set then.
+    """
+
+    starts_router: ClassVar[bool] = False
     name: str
     """The method's name, as in ``conf/upcycle/NAME.yaml``."""
     num_experts: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import Mistake, require
 from moe.routers.configs import RouterConfig
@@ -17,6 +17,7 @@ _ROUTER = "analytical"
 class CMoEConfig(UpcycleConfig):
     """Config of `CMoE`."""
 
+    starts_router: ClassVar[bool] = True
     name: Literal["cmoe"] = "cmoe"
     num_experts: int = 14
     """Routed experts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import Mistake, require
 from moe.routers.configs import RouterConfig
@@ -16,6 +16,7 @@ from moe.upcycle.dense_shape import FFNShape, division_mistakes
 class LlamaMoEV2Config(UpcycleConfig):
     """Config of `LlamaMoEV2`."""
 
+    starts_router: ClassVar[bool] = True
     name: Literal["llama_moe_v2"] = "llama_moe_v2"
     num_experts: int = 7
     """Routed experts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import Mistake
 from moe.routers.configs import RouterConfig
@@ -17,6 +17,7 @@ _SPARSE = ("relu", "relu2")
 class MoEficationConfig(UpcycleConfig):
     """Config of `MoEfication`."""
 
+    starts_router: ClassVar[bool] = True
     name: Literal["moefication"] = "moefication"
     split: Literal["cluster", "coactivation"] = "coactivation"
     """Balanced k-means of the normalised up rows, or a balanced partition of the graph of neurons that are

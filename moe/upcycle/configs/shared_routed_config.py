@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe.errors import Mistake, require
 from moe.routers.configs import RouterConfig
@@ -16,6 +16,7 @@ from moe.upcycle.group_rules import group_mistakes
 class SharedRoutedConfig(UpcycleConfig):
     """Config of `SharedRouted`."""
 
+    starts_router: ClassVar[bool] = True
     name: Literal["shared_routed"] = "shared_routed"
     granularity: int = 4
     """G, shards that the dense network is cut into: experts are G times narrower."""

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 
 def consumer_classes() -> dict[str, type[Consumer]]:
-    """Every program that an export can be certified in, by its name: one file each."""
+    """Returns every program that certifies exports, by its name: one file ``NAME_consumer.py`` each."""
     from moe.registry import discover
     from recipes.cap.certify.base import Consumer
 
-    return discover(__name__, Consumer)
+    return discover(__name__, Consumer, ending="_consumer")

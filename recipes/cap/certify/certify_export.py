@@ -12,7 +12,8 @@ from moe.errors import ConfigError
 from recipes.cap.certify.base import Consumer, Places
 from recipes.cap.certify.certificate import Certificate, certify
 from recipes.cap.certify.observation import Observation, Request
-from recipes.cap.certify.transformers_consumer import TransformersConsumer, observe_module
+from recipes.cap.certify.observed_module import observe_module
+from recipes.cap.certify.transformers_consumer import TransformersConsumer
 from recipes.cap.folders import Source, find_source
 from recipes.data.config import DataConfig
 from recipes.jobs.export_run import ExportRequest, trained_model

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError, Mistake, choose
 from recipes.cap.certify import consumer_classes
 from recipes.cap.certify.base import Consumer, Places
 from recipes.config.schema import RunConfig
@@ -27,9 +27,8 @@ def choose_consumers(
 ) -> tuple[list[Consumer], list[Mistake]]:
     """Returns the programs of these names, and the mistakes that keep them from running."""
     kinds = consumer_classes()
-    remedy = f"Choose from {', '.join(kinds)}."
     unknown = sorted(set(names) - set(kinds))
-    mistakes = [Mistake("--in", name, "there is no such program", remedy) for name in unknown]
+    mistakes = [Mistake("--in", name, "there is no such program", choose(name, kinds)) for name in unknown]
     consumers = [kinds[name](places, log) for name in dict.fromkeys(names) if name in kinds]
     return consumers, mistakes + [wrong for one in consumers if (wrong := one.check()) is not None]
 

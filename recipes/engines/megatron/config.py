@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe.errors import Mistake, Rule
+from moe.errors import Mistake, Rule, choose
 from moe.types import unless
 from recipes.engines.config import ProcessConfig, dims_mistake
-from recipes.engines.megatron.dispatchers import dispatchers
-from recipes.engines.megatron.gpt_shape import split_mistakes, stage_mistakes
+from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers
+from recipes.engines.megatron.expert_kinds import expert_kinds
+from recipes.engines.megatron.gpt_shape import family_mistakes, split_mistakes, stage_mistakes
+from recipes.engines.run_options import model_config
+from recipes.models.hf.config_file import trusts
 
 if TYPE_CHECKING:
     from moe.routers.configs import RouterConfig
     from recipes.engines.optim.config import OptimConfig
-    from recipes.engines.run_options import DefaultModelShape, RunOptions
+    from recipes.engines.run_options import RunOptions
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,9 @@ class MegatronConfig(ProcessConfig):
                 "Set it to true.",
             ),
             (self.pipeline_parallel >= 1, "pipeline_parallel", "must be at least 1", "Give 1 for one stage."),
-            *self._kind_rules(),
+            _known("experts", self.experts, expert_kinds()),
             _known("dispatcher", self.dispatcher, dispatchers()),
         ]
-
-    def _kind_rules(self) -> list[Rule]:
-        """Returns the rule of the kind of experts. Kinds are torch code: the default imports none."""
-        if self.experts == "graft":
-            return []
-        from recipes.engines.megatron.expert_kinds import expert_kinds
-
-        return [_known("experts", self.experts, expert_kinds())]
 
     @property
     def model_parallel_size(self) -> int:
@@ -105,19 +101,39 @@ class MegatronConfig(ProcessConfig):
         return [Mistake("optim.name", optim.name, rule, "Set adamw, or engine=native.")]
 
     def check_run(self, run: RunOptions) -> list[Mistake]:
-        """Requires dense attention, lengths that divide, and a default model that can be cut."""
-        mistakes = []
+        """Requires dense attention, lengths that divide, a model that can be cut, and parts that fit."""
+        mistakes = self._model_mistakes(run)
         if run.attention is not None:
             rule = "the Megatron engine has no experts of attention"
             remedy = "Set attention=none, or engine=native."
             mistakes.append(Mistake("attention", run.attention.name, rule, remedy))
-        if run.dense is None:
-            mistakes += self.cut_mistakes(_default_config(run.model))
         if run.data.seq_len % self.tensor_parallel:
             rule = f"samples of {run.data.seq_len} tokens do not divide over {self.tensor_parallel} ranks"
             remedy = "Set a divisor of data.seq_len, or 1."
             mistakes.append(Mistake("engine.tensor_parallel", self.tensor_parallel, rule, remedy))
-        return mistakes
+        kind = expert_kinds()[self.experts]
+        if run.experts.lora.rank and not kind.keeps_ours:
+            rule = f"{kind.summary} have no low-rank factors"
+            remedy = "Set engine.experts=graft, or experts.lora.rank=0."
+            mistakes.append(Mistake("experts.lora.rank", run.experts.lora.rank, rule, remedy))
+        return mistakes + (self.device_mistakes("cpu") if self.is_on_cpu() else [])
+
+    def device_mistakes(self, device: str) -> list[Mistake]:
+        """Returns the reasons why experts and dispatcher cannot be used on a ``cpu`` or ``cuda`` device."""
+        setup = DispatchSetup(device, self.precision, self.expert_parallel)
+        mistakes = expert_kinds()[self.experts].mistakes(device)
+        return mistakes + dispatchers()[self.dispatcher].mistakes(setup)
+
+    def _model_mistakes(self, run: RunOptions) -> list[Mistake]:
+        """Returns the reasons why Megatron's GPT model cannot be what the run upcycles."""
+        dense = model_config(run)
+        if dense is None or run.dense is None:
+            return [] if dense is None else self.cut_mistakes(dense)
+        mistakes = []
+        if "auto_map" in dense and trusts(Path(run.dense).expanduser(), run.trust_remote_code):
+            rule = "it is computed by code of its own, and Megatron builds models itself"
+            mistakes.append(Mistake("dense", run.dense, rule, "Use engine=native."))
+        return mistakes + (family_mistakes(dense, run.dense, run.data.seq_len) or self.cut_mistakes(dense))
 
     def cut_mistakes(self, dense: Mapping[str, Any]) -> list[Mistake]:
         """Returns the reasons why a decoder of a supported family cannot be sharded as configured.
@@ -134,19 +150,4 @@ class MegatronConfig(ProcessConfig):
 
 def _known(field: str, value: str, names: Iterable[str]) -> Rule:
     """Returns the rule that a value is one of some names."""
-    return value in names, field, "there is none of this name", f"Choose {', '.join(names)}."
-
-
-def _default_config(model: DefaultModelShape) -> dict[str, Any]:
-    """Returns the shape of the default model, as its ``config.json`` will have it."""
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": 0,
-        "rms_norm_eps": 0.0,
-    }
+    return value in names, field, "there is none of this name", choose(value, names)

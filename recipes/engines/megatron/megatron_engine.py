@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 
 from moe.dispatch.local import LocalDispatcher
 from moe.errors import Mistake, ModelError
@@ -17,7 +16,7 @@ from recipes.engines.base import EngineLayout, HeldShares
 from recipes.engines.megatron.build_settings import BuildSettings
 from recipes.engines.megatron.config import MegatronConfig
 from recipes.engines.megatron.cpu_patches import on_cpu
-from recipes.engines.megatron.dispatchers import DispatchSetup, dispatchers, free_buffers
+from recipes.engines.megatron.dispatchers import dispatchers, free_buffers
 from recipes.engines.megatron.expert_kinds import expert_kinds
 from recipes.engines.megatron.gpt_shape import family_mistakes
 from recipes.engines.megatron.megatron_train_module import MegatronTrainModule, prepare
@@ -25,9 +24,7 @@ from recipes.engines.megatron.rank_groups import MegatronDims, RankGroups, leave
 from recipes.engines.optim.config import OptimConfig
 from recipes.engines.process import ProcessEngine
 from recipes.engines.run_options import RunOptions
-from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import check_checkpoint
 
 __all__ = ["MegatronConfig", "MegatronEngine"]
 
@@ -66,24 +63,9 @@ class MegatronEngine(ProcessEngine[MegatronConfig]):
 
     @classmethod
     def check_run(cls, config: MegatronConfig, run: RunOptions) -> list[Mistake]:
-        """Requires a dense model of a supported family, and supported experts, dispatcher and lengths."""
+        """Requires experts and a dispatcher that this machine's GPUs can use, too."""
         mistakes = super().check_run(config, run)
-        kind = expert_kinds()[config.experts]
-        if run.experts.lora.rank and not kind.keeps_ours:
-            rule = f"{kind.summary} have no low-rank factors"
-            remedy = "Set engine.experts=graft, or experts.lora.rank=0."
-            mistakes.append(Mistake("experts.lora.rank", run.experts.lora.rank, rule, remedy))
-        mistakes += kind.mistakes(config.device_type())
-        setup = DispatchSetup(config.device_type(), config.precision, config.expert_parallel)
-        mistakes += dispatchers()[config.dispatcher].mistakes(setup)
-        trust = run.trust_remote_code
-        if run.dense is not None and not check_checkpoint(run.dense, "dense", trust_remote_code=trust):
-            dense = read_config(Path(run.dense).expanduser())
-            if "auto_map" in dense and trusts(Path(run.dense).expanduser(), trust):
-                rule = "it is computed by code of its own, and Megatron builds models itself"
-                mistakes.append(Mistake("dense", run.dense, rule, "Use engine=native."))
-            mistakes += family_mistakes(dense, run.dense, run.data.seq_len) or config.cut_mistakes(dense)
-        return mistakes
+        return mistakes if config.is_on_cpu() else mistakes + config.device_mistakes(config.device_type())
 
     def describe(self) -> str:
         """See `Engine.describe`."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe.errors import Mistake, Rule
 from recipes.engines.config import ProcessConfig, dims_mistake
+from recipes.engines.run_options import model_config
 
 if TYPE_CHECKING:
     from recipes.engines.run_options import RunOptions
+
+_WAYS = "engine.tensor_parallel"
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,29 @@ class NativeConfig(ProcessConfig):
         return dims_mistake(self, ranks, *names, whose=whose, groups=copies)
 
     def check_run(self, run: RunOptions) -> list[Mistake]:
-        """Rejects attention experts under tensor parallelism."""
-        if self.tensor_parallel == 1 or run.attention is None:
+        """Requires dense attention under tensor parallelism, with heads that divide over the ranks."""
+        if self.tensor_parallel == 1:
             return []
-        rule = "attention experts do not support tensor parallelism"
-        return [Mistake("engine.tensor_parallel", self.tensor_parallel, rule, "Set 1, or attention=none.")]
+        if run.attention is not None:
+            rule, remedy = "attention experts do not support tensor parallelism", "Set 1, or attention=none."
+            return [Mistake(_WAYS, self.tensor_parallel, rule, remedy)]
+        dense = model_config(run)
+        return [] if dense is None else head_mistakes(dense, self.tensor_parallel)
+
+
+def head_mistakes(dense: Mapping[str, Any], ways: int) -> list[Mistake]:
+    """Returns the heads of a model that do not divide over tensor-parallel ranks.
+
+    Args:
+        dense: The content of its ``config.json``.
+        ways: Number of these ranks.
+    """
+    text = dense.get("text_config") or dense
+    heads = text.get("num_attention_heads") or 0
+    counts = {"attention": heads, "key-value": text.get("num_key_value_heads") or heads}
+    remedy = "Set engine.tensor_parallel=1, or take another model."
+    return [
+        Mistake(_WAYS, ways, f"the {count} {what} heads do not divide over {ways} ranks", remedy)
+        for what, count in counts.items()
+        if count % ways
+    ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +30,9 @@ from recipes.engines.native.tensor_parallel import attention_mistakes
 from recipes.engines.optim.config import OptimConfig
 from recipes.engines.optim.optimizer import OptimizerSet, build_optimizer, clip_grad_norm
 from recipes.engines.process import ProcessEngine
-from recipes.engines.run_options import RunOptions
-from recipes.models.hf.config_file import read_config
+from recipes.engines.run_options import RunOptions, model_config
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
-from recipes.models.hf.inspection import check_dense
 from recipes.tracking.metrics_log import Metric, reduce_metrics
 
 __all__ = ["NativeConfig", "NativeEngine", "NativeTrainModule"]
@@ -74,19 +71,11 @@ class NativeEngine(ProcessEngine[NativeConfig]):
 
     @classmethod
     def check_run(cls, config: NativeConfig, run: RunOptions) -> list[Mistake]:
-        """Requires attention heads that divide over the tensor-parallel ranks, too."""
-        ways = config.tensor_parallel
-        if (found := super().check_run(config, run)) or ways == 1:
+        """Requires a family whose attention transformers can shard under tensor parallelism, too."""
+        if (found := super().check_run(config, run)) or config.tensor_parallel == 1:
             return found
-        if run.dense is None:
-            heads = {
-                "num_attention_heads": run.model.num_heads,
-                "num_key_value_heads": run.model.num_kv_heads,
-            }
-            return attention_mistakes({"model_type": "llama", **heads}, ways)
-        if check_dense(run.dense, trust_remote_code=run.trust_remote_code):
-            return []  # reported elsewhere
-        return attention_mistakes(read_config(Path(run.dense).expanduser()), ways)
+        dense = model_config(run)
+        return [] if dense is None else attention_mistakes(dense, config.tensor_parallel)
 
     def open(self) -> None:
         """Joins the process group and builds the device meshes."""

@@ -29,6 +29,7 @@ from moe.dispatch.all_to_all import AllToAllDispatcher
 from moe.dispatch.local import LocalDispatcher
 from moe.dispatch.same_tokens import SameTokensDispatcher
 from moe.errors import Mistake, ModelError
+from recipes.engines.native.config import head_mistakes
 from recipes.engines.optim.muon import local_part
 from recipes.models.hf.ffn_blocks import decoder_blocks
 from recipes.models.hf.hf_model import HFModel
@@ -106,18 +107,11 @@ def attention_mistakes(dense: Mapping[str, Any], ways: int) -> list[Mistake]:
     """
     if ways == 1:
         return []
-    text = dense.get("text_config") or dense
-    family = text.get("model_type") or dense.get("model_type")
-    if attention_plan(str(family)) is None:
-        rule = f"transformers has no plan that shards the attention of {family!r} by whole heads"
-        return [Mistake(_PATH, ways, rule, _REMEDY)]
-    heads = text.get("num_attention_heads") or 0
-    counts = {"attention": heads, "key-value": text.get("num_key_value_heads") or heads}
-    return [
-        Mistake(_PATH, ways, f"the {count} {what} heads do not divide over {ways} ranks", _REMEDY)
-        for what, count in counts.items()
-        if count % ways
-    ]
+    family = (dense.get("text_config") or dense).get("model_type") or dense.get("model_type")
+    if attention_plan(str(family)) is not None:
+        return head_mistakes(dense, ways)
+    rule = f"transformers has no plan that shards the attention of {family!r} by whole heads"
+    return [Mistake(_PATH, ways, rule, _REMEDY)]
 
 
 def apply_tp(model: HFModel, meshes: AttentionMeshes, policy: MixedPrecisionPolicy) -> list[nn.Module]:

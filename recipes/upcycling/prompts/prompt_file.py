@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError, Mistake
+from recipes.config.schema import RunConfig
+from recipes.config.sections.prompts_config import PromptsConfig
 
 _OPTION = "prompts.path"
 _KEYS = ("positive_prompts", "negative_prompts")
@@ -24,6 +26,25 @@ class ExpertPrompts:
 
     positive: tuple[str, ...]
     negative: tuple[str, ...] = ()
+
+
+def check_prompt_file(config: RunConfig) -> list[Mistake]:
+    """Checks that the file has prompts for each expert, and that the method leaves rows to be set."""
+    path, method = config.section(PromptsConfig).path, config.upcycle
+    if path is None:
+        return []
+    mistakes = []
+    try:
+        count = len(read_prompts(path))
+        if count != method.num_experts:
+            rule = f"it has prompts for {count} experts, and there are {method.num_experts}"
+            mistakes.append(Mistake(_OPTION, path, rule, f"Set upcycle.num_experts={count}."))
+    except ConfigError as error:
+        mistakes += error.mistakes
+    if method.starts_router:
+        rule = f"upcycle={method.name} sets the router's rows itself"
+        mistakes.append(Mistake(_OPTION, path, rule, "Leave it at null, or choose another method."))
+    return mistakes
 
 
 def read_prompts(path: str) -> list[ExpertPrompts]:

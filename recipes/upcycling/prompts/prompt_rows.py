@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from moe.errors import ConfigError, Mistake
-from moe.upcycle import upcycle_methods
 from moe.upcycle.gates import observe
 from moe.upcycle.router_start import GIVEN_ROWS
 from recipes.config.schema import RunConfig
@@ -22,29 +21,17 @@ from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.tokenizer import load_tokenizer
 from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
-from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
+from recipes.upcycling.prompts.prompt_file import ExpertPrompts, check_prompt_file, read_prompts
 
 LayerTensors = Mapping[int, Mapping[str, Tensor]]
 _ROUNDING = 1e-5
 
 
 def check_prompts(config: RunConfig) -> list[Mistake]:
-    """Checks that the file has prompts for each expert, and that router and method leave rows to be set."""
-    path = config.section(PromptsConfig).path
-    if path is None:
-        return []
-    mistakes = []
-    try:
-        count = len(read_prompts(path))
-        if count != config.upcycle.num_experts:
-            rule = f"it has prompts for {count} experts, and there are {config.upcycle.num_experts}"
-            mistakes.append(Mistake("prompts.path", path, rule, f"Set upcycle.num_experts={count}."))
-    except ConfigError as error:
-        mistakes += error.mistakes
-    if upcycle_methods()[config.upcycle.name].starts_router:
-        rule = f"upcycle={config.upcycle.name} sets the router's rows itself"
-        mistakes.append(Mistake("prompts.path", path, rule, "Leave it at null, or choose another method."))
-    if not observe(config.router, config.upcycle.num_experts).has_rows:
+    """Checks the prompts and that the router, as it runs, has rows that they could set."""
+    mistakes = check_prompt_file(config)
+    asked = config.section(PromptsConfig).path is not None
+    if asked and not observe(config.router, config.upcycle.num_experts).has_rows:
         rule = "it has no row for each expert that prompts could set"
         remedy = "Choose one that has, such as topk, or set prompts.path=null."
         mistakes.append(Mistake("router.name", config.router.name, rule, remedy))

@@ -364,7 +364,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["router.score=tanh"],
         ["router.score='tanh': this must be 'softmax' or 'sigmoid'. Correct the value."],
     ),
-    "a section taken away": (["~router"], ["router=None: the section must hold a name. One of ..."]),
+    "a section taken away": (
+        ["~router"],
+        ["router=None: the section must hold a name. Set router.name. Choose one of: ..."],
+    ),
     "too many experts a token": (
         ["router.top_k=9"],
         [
@@ -539,6 +542,16 @@ def test_mistakes_of_form_do_not_hide_each_other(command: Command) -> None:
     assert command.run("router=nope", "router.tpo_k=1", "data.seqlen=5", "train.stepz", "run.name=a,b") == 2
     told = [line.split(": ")[0] for line in command.lines]
     assert told == ["command line='train.stepz'", "run.name='a,b'", "router='nope'", "data.seqlen='5'"]
+
+
+def test_mistakes_of_names_do_not_hide_those_of_values_and_files(command: Command) -> None:
+    names = ["router=nope", "router.tpo_k=1", "train.stepz=3", "upcycle.name=copyy", "experts.backend=nope"]
+    values = ["train.steps=-1", "optim.name=sgd", "attention=moe", "attention.router.name=nope", "dense=/no"]
+    assert command.run(*names, *values, "data.path=/none.txt") == 2
+    told = [line.split(": ")[0].replace("'", "") for line in command.lines]
+    paths = ["router=nope", "train.stepz=3", "upcycle.name=copyy", "attention.router.name=nope"]
+    paths += ["optim.name=sgd", "experts.backend=nope", "train.steps=-1", "data.path=/none.txt", "dense=/no"]
+    assert told == paths
 
 
 def test_mistakes_of_type_do_not_hide_missing_files(command: Command) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from moe.upcycle.dense_shape import FFNShape
 from recipes.config.compose import compose_config
 from recipes.config.schema import RunConfig, parse_config
 from recipes.engines import engine_classes
-from recipes.jobs.expert_rules import check_rank
+from recipes.jobs.expert_rules import check_backend
 from recipes.jobs.identity import identity
 from recipes.jobs.low_rank_rules import check_low_rank
 from recipes.jobs.pretrain_job import PretrainJob
@@ -21,7 +25,7 @@ def _parsed(*overrides: str, recipe: str = "upcycle") -> RunConfig:
 
 
 def _told(config: RunConfig, shape: FFNShape | None = SHAPE) -> list[str]:
-    return [str(mistake) for mistake in check_low_rank(config, shape) + check_rank(config, shape)]
+    return [str(mistake) for mistake in check_low_rank(config, shape) + check_backend(config, shape)]
 
 
 def test_without_a_rank_nothing_is_asked() -> None:
@@ -47,6 +51,23 @@ def test_a_back_end_that_cannot_run_the_rank_is_named() -> None:
     assert told.startswith(
         "experts.backend='grouped_mm': the rank of the low-rank factors 4 is not a multiple"
     )
+
+
+def test_a_back_end_that_cannot_run_here_is_named_with_and_without_a_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forced = "experts.backend=triton"
+    (told,) = _told(_parsed(forced))
+    assert told.startswith("experts.backend='triton': it runs on GPUs; on a CPU only under Triton's")
+    # An unknown family has no shape, and the machine is the same.
+    assert _told(_parsed(forced, "experts.lora.rank=4")) == _told(_parsed(forced), None) == [told]
+    (missing,) = _told(_parsed("experts.backend=scattermoe"))
+    assert "is not installed" in missing and missing.endswith("Install it, or set experts.backend=auto.")
+    (bias,) = _told(_parsed("experts.backend=grouped_mm"), replace(SHAPE, down_bias=True))
+    assert bias == "experts.backend='grouped_mm': F.grouped_mm takes no bias. Set experts.backend=auto."
+    # The dense network's width is not that of its experts, which may be a multiple of 16 bytes.
+    assert _told(_parsed("experts.backend=grouped_mm"), replace(SHAPE, width=47)) == []
 
 
 def test_what_engines_cannot_do_is_told_by_them() -> None:

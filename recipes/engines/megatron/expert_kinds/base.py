@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe.errors import Mistake
-from moe.layer import MoELayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe.layer import MoELayer
 
 
 @dataclass(frozen=True, eq=False)

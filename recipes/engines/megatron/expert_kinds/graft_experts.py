@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe.layer import MoELayer
 from recipes.engines.megatron.expert_kinds.base import ExpertKind, ExpertTensor
-from recipes.engines.megatron.layer_slots import ExpertsSlot, slot_of
+
+if TYPE_CHECKING:
+    from moe.layer import MoELayer
 
 
 class GraftExperts(ExpertKind):
@@ -19,6 +20,8 @@ class GraftExperts(ExpertKind):
     def slot(self, layer: MoELayer, version: tuple[int, ...]) -> Any:
         """See `ExpertKind.slot`."""
         from megatron.core.transformer.spec_utils import ModuleSpec
+
+        from recipes.engines.megatron.layer_slots import ExpertsSlot, slot_of
 
         return slot_of(ExpertsSlot, version, ModuleSpec, {"layer": layer})
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe.layer import MoELayer
 from recipes.engines.megatron.expert_kinds.base import ExpertKind, ExpertTensor
-from recipes.engines.megatron.layer_slots import slot_of
+
+if TYPE_CHECKING:
+    from moe.layer import MoELayer
 
 
 class SequentialExperts(ExpertKind):
@@ -21,6 +22,8 @@ class SequentialExperts(ExpertKind):
         from megatron.core.transformer.mlp import MLPSubmodules
         from megatron.core.transformer.moe.experts import SequentialMLP
         from megatron.core.transformer.spec_utils import ModuleSpec
+
+        from recipes.engines.megatron.layer_slots import slot_of
 
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return slot_of(SequentialMLP, version, ModuleSpec, {}, submodules)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from moe.layer import MoELayer
 from recipes.engines.megatron.expert_kinds.base import ExpertKind, ExpertTensor
-from recipes.engines.megatron.layer_slots import slot_of
 from recipes.engines.megatron.packages import find_optional
+
+if TYPE_CHECKING:
+    from moe.layer import MoELayer
 
 # First version of TransformerEngine with the grouped linear layers that Megatron uses.
 _SINCE = "1.9"
@@ -51,6 +52,8 @@ class TransformerEngineExperts(ExpertKind):
         from megatron.core.transformer.mlp import MLPSubmodules
         from megatron.core.transformer.moe.experts import TEGroupedMLP
         from megatron.core.transformer.spec_utils import ModuleSpec
+
+        from recipes.engines.megatron.layer_slots import slot_of
 
         up = transformer_engine.TEColumnParallelGroupedLinear
         down = transformer_engine.TERowParallelGroupedLinear

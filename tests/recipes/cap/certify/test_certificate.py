@@ -18,7 +18,7 @@ from recipes.cap.certify.base import Consumer, ConsumerError, Places
 from recipes.cap.certify.certificate import Certificate, ConsumerResult, certify
 from recipes.cap.certify.certify_export import with_others
 from recipes.cap.certify.observation import Observation, Request
-from recipes.cap.certify.transformers_consumer import observe_module
+from recipes.cap.certify.observed_module import observe_module
 
 _TOKENS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(0)).tolist()
 _REQUEST = Request(_TOKENS, prompt_length=12, new_tokens=4)

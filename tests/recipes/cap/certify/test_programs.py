@@ -22,7 +22,7 @@ from recipes.cap.certify import consumer_classes
 from recipes.cap.certify.base import Places
 from recipes.cap.certify.certificate import certify
 from recipes.cap.certify.observation import Request
-from recipes.cap.certify.transformers_consumer import observe_module
+from recipes.cap.certify.observed_module import observe_module
 from recipes.data.config import DataConfig
 from recipes.models.export import choose_exporter
 from recipes.models.export.spec import describe_model
