@@ -71,7 +71,7 @@ class RunOptions(Protocol):
 
 
 def model_config(run: RunOptions) -> dict[str, Any] | None:
-    """Returns the ``config.json`` of the model that a run is given; None where its folder is none that could be."""
+    """Returns the ``config.json`` of a given model; None where its folder is none that could be."""
     if run.dense is None:
         return default_model_config(run.model)
     if check_checkpoint(run.dense, "dense", trust_remote_code=run.trust_remote_code):

@@ -17,7 +17,7 @@ from recipes.config.schema import RunConfig
 from recipes.config.sections.continue_config import ContinueConfig
 from recipes.data.chat_tokens import check_first_row
 from recipes.data.tokenizer import check_tokenizer
-from recipes.jobs.expert_rules import check_library
+from recipes.jobs.expert_rules import check_backend
 from recipes.jobs.export_stage import check_export_early, export_moe
 from recipes.jobs.memory_check import foresee_memory
 from recipes.jobs.preflight import check_engine
@@ -64,11 +64,12 @@ def check_mixture(config: RunConfig) -> list[Mistake]:
     folder, trust = Path(config.dense or "").expanduser(), config.trust_remote_code
     try:
         found = of_mixture(config)
-        open_mixture(folder, trust_remote_code=trust)
+        spec = open_mixture(folder, trust_remote_code=trust).spec
     except (UserError, FieldError) as error:
         return list(error.mistakes)
     vocab_size = vocabulary_size(folder, trust_remote_code=trust)
-    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense") + check_library(found)
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense")
+    mistakes += check_backend(found, spec.moe_blocks[0].expert)
     mistakes += check_engine(found) + check_companions(config.dense or "", code=trusts(folder, trust))
     mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
     return mistakes or check_first_row(config.data, config.dense)
