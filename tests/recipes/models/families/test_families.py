@@ -30,18 +30,20 @@ from tests.shared_runs import once, shared_folder
 _TOLERANCE = 1e-5
 
 
-def make(family: str, dtype: str = "float32") -> Path:
+def make(family: str, dtype: str = "float32", **changes: Any) -> Path:
     """Saves a random model of a family by transformers, all of its tensors other than as they are drawn."""
-    return once(_save, family, dtype)
+    return once(_save, family, dtype, sorted(changes.items()))
 
 
-def _save(family: str, dtype: str) -> Path:
+def _save(family: str, dtype: str, changes: list[tuple[str, Any]]) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = shared_folder(f"mixture-{family}-{dtype}")
+    folder = shared_folder("-".join(map(str, ("mixture", family, dtype, *sum(changes, ())))))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **family_config(family)))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **family_config(family) | dict(changes))
+        )
         tensors = model.state_dict()
         for name, tensor in tensors.items():
             if tensor.dim() > 1:

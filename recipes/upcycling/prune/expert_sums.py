@@ -1,0 +1,81 @@
+"""Runs text through a mixture and sums up what each expert does with its tokens.
+
+Letters: B samples, S sequence length, T tokens, D model width, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.activations import ACTIVATIONS
+from moe.experts.experts import Experts
+from moe.layer import MoELayer
+from moe.types import Routing
+from recipes.models.hf.hf_model import HFModel
+from recipes.upcycling.prune.criteria.base import ExpertSums
+
+
+@torch.no_grad()
+def gather_sums(model: HFModel, batches: Iterator[Tensor]) -> dict[int, ExpertSums]:
+    """Sums over text, by block.
+
+    Args:
+        model: The mixture in evaluation mode, all of its weights in memory.
+        batches: ``[B, S]`` ids.
+    """
+    layers = dict(model.moe_layers())
+    sums = {index: _zeros(layer.experts.shape[0]) for index, layer in layers.items()}
+    with _watching(layers, sums):
+        for tokens_BS in batches:
+            model.module.base_model(input_ids=tokens_BS, use_cache=False)
+    return sums
+
+
+def expert_output(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:
+    """Computes what one expert makes of tokens, ``[T, D]``, without its weight."""
+    up, down = experts.w_up_EUD[expert], experts.w_down_EDF[expert]
+    b_up = None if experts.b_up_EU is None else experts.b_up_EU[expert]
+    b_down = None if experts.b_down_ED is None else experts.b_down_ED[expert]
+    hidden, act = functional.linear(x_TD, up, b_up), ACTIVATIONS[experts.activation]
+    hidden = act.hidden(*hidden.chunk(2, dim=-1)) if experts.gated else act.forward(hidden)
+    return functional.linear(hidden, down, b_down)
+
+
+def _zeros(experts: int) -> ExpertSums:
+    return ExpertSums(*(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
+
+
+@contextmanager
+def _watching(layers: Mapping[int, MoELayer], sums: Mapping[int, ExpertSums]) -> Iterator[None]:
+    handles = [
+        layer.router.register_forward_hook(partial(_look, layer.experts, sums[index]))
+        for index, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _look(experts: Experts, sums: ExpertSums, router: nn.Module, args: tuple[Any, ...], out: Routing) -> None:
+    x_TD, used_TK = args[0], out.slot_mask_TK
+    for expert in range(out.num_experts):
+        chosen_TK = out.expert_ids_TK == expert
+        if used_TK is not None:
+            chosen_TK = chosen_TK & used_TK
+        rows = chosen_TK.any(-1).nonzero().flatten()
+        if not len(rows):
+            continue
+        norms_N = expert_output(experts, expert, x_TD[rows]).double().norm(dim=-1)
+        weights_N = (out.weights_TK * chosen_TK).sum(-1)[rows].double()
+        sums.counts_E[expert] += len(rows)
+        sums.norms_E[expert] += norms_N.sum()
+        sums.weighted_E[expert] += (weights_N * norms_N).sum()
