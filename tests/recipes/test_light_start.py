@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.paths import ROOT
 from tests.patience import patience
@@ -68,9 +69,12 @@ print(json.dumps([codes, heavy]))
 """
 
 
-def test_no_command_without_a_model_imports_torch() -> None:
+def test_no_command_without_a_model_imports_torch(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text('{"identity": {"router.top_k": 4}}', encoding="utf-8")
+    commands = {**COMMANDS, f"+recipe=upcycle output_dir={tmp_path} run.name=mine resume=auto": 2}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(list(COMMANDS))],
+        [sys.executable, "-c", CODE, json.dumps(list(commands))],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -78,4 +82,4 @@ def test_no_command_without_a_model_imports_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [COMMANDS, []]
+    assert json.loads(done.stdout.splitlines()[-1]) == [commands, []]
