@@ -21,9 +21,10 @@ class SharedExpert(nn.Module):
         w_down_DF: Down projection.
         b_up_U: Bias of the up projection, or None.
         b_down_D: Bias of the down projection, or None.
+        gate_1D: Row whose product with a token, through a sigmoid, scales its output (Qwen2-MoE), or None.
     """
 
-    def __init__(self, weights: FFNWeights) -> None:
+    def __init__(self, weights: FFNWeights, gate_1D: Tensor | None = None) -> None:
         super().__init__()
         self.activation = weights.activation
         self.gated = weights.gate_FD is not None
@@ -36,6 +37,7 @@ class SharedExpert(nn.Module):
         self.w_down_DF = nn.Parameter(weights.down_DF.contiguous())
         self.b_up_U = None if b_up_U is None else nn.Parameter(b_up_U.contiguous())
         self.b_down_D = None if weights.b_down_D is None else nn.Parameter(weights.b_down_D.contiguous())
+        self.gate_1D = None if gate_1D is None else nn.Parameter(gate_1D)
         # Matrices stacked in one parameter; optimizers that orthogonalise split them.
         self.fused_rows = {"w_up_UD": 2} if self.gated else {}
 
@@ -44,7 +46,8 @@ class SharedExpert(nn.Module):
         hidden = functional.linear(x, self.w_up_UD, self.b_up_U)
         act = ACTIVATIONS[self.activation]
         hidden = act.hidden(*hidden.chunk(2, dim=-1)) if self.gated else act.forward(hidden)
-        return functional.linear(hidden, self.w_down_DF, self.b_down_D)
+        out = functional.linear(hidden, self.w_down_DF, self.b_down_D)
+        return out if self.gate_1D is None else out * functional.linear(x, self.gate_1D).sigmoid()
 
     def extra_repr(self) -> str:
         """Describes the shape when the model is printed."""

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from moe.errors import Mistake
 from recipes.data.config import DataConfig
 from recipes.data.sources import check_paths
-from recipes.models.hf.inspection import check_dense
+from recipes.models.hf.inspection import check_checkpoint
 
 
 def check_places(values: Mapping[str, Any]) -> list[Mistake]:
@@ -25,7 +25,9 @@ def check_places(values: Mapping[str, Any]) -> list[Mistake]:
         if isinstance(folder := values.get(name), str):
             mistakes += check_folder(name, folder)
     if isinstance(dense := values.get("dense"), str):
-        mistakes += check_dense(dense, trust_remote_code=values.get("trust_remote_code") is True)
+        mistakes += check_checkpoint(
+            dense, "dense", trust_remote_code=values.get("trust_remote_code") is True
+        )
     return mistakes
 
 

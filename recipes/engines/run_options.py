@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recipes.models.hf.config_file import read_config
-from recipes.models.hf.inspection import check_dense
+from recipes.models.hf.inspection import check_checkpoint
 
 if TYPE_CHECKING:
     from moe.attention.attention_config import AttentionConfig
@@ -71,10 +71,10 @@ class RunOptions(Protocol):
 
 
 def model_config(run: RunOptions) -> dict[str, Any] | None:
-    """Returns the ``config.json`` of what a run upcycles; None where its folder is none that could be."""
+    """Returns the ``config.json`` of a given model; None where its folder is none that could be."""
     if run.dense is None:
         return default_model_config(run.model)
-    if check_dense(run.dense, trust_remote_code=run.trust_remote_code):
+    if check_checkpoint(run.dense, "dense", trust_remote_code=run.trust_remote_code):
         return None
     return read_config(Path(run.dense).expanduser())
 

@@ -198,7 +198,7 @@ def _build_scratch(run: StageRun, source: Path | None) -> Built:
 def _plan_scratch(run: StageRun, model: HFModel) -> None:
     """Replaces the networks by MoE layers, of which the method plans nothing but the shapes."""
     plan = plan_moe(request_of(run.config, run.inputs.folder), reads=False)
-    insert_moe_layers(model, plan, run.config.experts.backend)
+    insert_moe_layers(model, plan.spec, run.config.experts.backend)
     model.weights = CheckpointWeights()
 
 

@@ -21,7 +21,7 @@ from recipes.data.sources import resolve
 from recipes.jobs.default_model import cache_dir
 from recipes.jobs.rounding import (
     RoundingCost,
-    StepZero,
+    Start,
     SurvivalCount,
     loses_bits,
     rounded,
@@ -56,7 +56,7 @@ class CheckedModel:
     names: list[str]
     read: Callable[[str], Tensor]
     dtypes: _Dtypes
-    begun: Callable[[], StepZero]
+    begun: Callable[[], Start]
 
 
 @dataclass(frozen=True)

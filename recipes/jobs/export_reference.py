@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recipes.jobs.rounding import (
     RoundingCost,
-    StepZero,
+    Start,
     SurvivalCount,
     loses_bits,
     rounded,
@@ -43,7 +43,7 @@ def reference_logits(
     exporter: Exporter,
     dtype: torch.dtype,
     tokens_BS: Tensor,
-    begin: Callable[[], StepZero] | None,
+    begin: Callable[[], Start] | None,
 ) -> tuple[Tensor, RoundingCost | None]:
     """Computes what the export of a trained model must compute. All ranks call it together.
 

@@ -24,8 +24,9 @@ from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
 from recipes.config.sections.prompts_config import PromptsConfig
+from recipes.jobs.continue_job import ContinueJob
 from recipes.jobs.export_check import CheckedModel, CheckpointUnread, ExportCheck, check_export
-from recipes.jobs.rounding import StepZero, rounded, written_dtypes
+from recipes.jobs.rounding import MixtureStart, StepZero, rounded, written_dtypes
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
 from recipes.models.export import Exporter
@@ -35,7 +36,8 @@ from recipes.models.export.output_folder import output_folder, refuse_existing
 from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import NativeUnread, ReadBack, Unread
 from recipes.models.export.spec import ModelSpec
-from recipes.models.export.write_export import dtype_keys, write_companions, write_live
+from recipes.models.export.write_export import write_companions, write_live
+from recipes.models.families.open_mixture import open_mixture
 from recipes.models.hf.config_file import first_line, read_config
 from recipes.models.hf.deferred_init import CheckpointWeights, deferred_model
 from recipes.models.hf.ffn_names import read_names
@@ -51,7 +53,8 @@ from recipes.upcycling.calibration.statistics_files import CalibrationFolder
 from recipes.upcycling.convert.conversion import RECORD
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, pick_exporter
 from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, write_dense
-from recipes.upcycling.convert.moe_plan import MoEPlan, open_dense, plan_moe, request_of
+from recipes.upcycling.convert.moe_plan import open_dense, plan_moe, request_of
+from recipes.upcycling.sharded.mixture_model import mixture_model
 from recipes.upcycling.sharded.sharded_models import moe_model
 
 
@@ -138,7 +141,7 @@ def trained_model(request: ExportRequest) -> Iterator[HFModel]:
         CheckpointError: The checkpoint is damaged.
     """
     with _opened(request) as (config, dense, tensors):
-        made = _Moe.of(request, config, dense, tensors)
+        made = _planned(request, config, dense, tensors)
         model = made.source.blank()
         unread = CheckpointUnread(model, made.source, lambda each: rounded(each, made.source.dtypes))
         ReadBack(unread, math.inf)
@@ -150,12 +153,13 @@ def trained_model(request: ExportRequest) -> Iterator[HFModel]:
 class _Moe:
     """Export of a mixture, planned."""
 
-    plan: MoEPlan
+    spec: ModelSpec
     exporter: Exporter
     dtype: torch.dtype
     merging: Merging
     kept: list[TensorSpec]
     source: CheckedModel
+    layout: Layout
 
     @classmethod
     def of(cls, request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors) -> _Moe:
@@ -184,18 +188,46 @@ class _Moe:
 
         dtypes = written_dtypes(plan.spec, kept, exporter, dtype)
         source = CheckedModel(blank, merging.names(), merging.read, dtypes, begun)
-        return cls(plan, exporter, dtype, merging, kept, source)
+        return cls(plan.spec, exporter, dtype, merging, kept, source, request.layout)
+
+    @classmethod
+    def continued(
+        cls, request: ExportRequest, config: RunConfig, folder: Path, tensors: CheckpointTensors
+    ) -> _Moe:
+        """Plans the export of a mixture that was trained on, in the format that it was read from."""
+        if request.target != "auto":
+            rule = "a mixture that was read is written back in its own format"
+            raise ConfigError.one("--format", request.target, rule, "Leave it out.")
+        trust = config.trust_remote_code
+        mixture = open_mixture(folder, trust_remote_code=trust)
+        spec, exporter = mixture.spec, mixture.format
+        dtype = request.dtype or exporter.dtype
+        merging = Merging(tensors, factors_of(spec, config.experts.lora))
+        kept = merging.kept(StateDictMap(spec))
+
+        def blank() -> HFModel:
+            return mixture_model(mixture, config.experts.backend, reads=False, trust_remote_code=trust)
+
+        dtypes = written_dtypes(spec, kept, exporter, dtype)
+        begun = partial(MixtureStart, mixture)
+        source = CheckedModel(blank, merging.names(), merging.read, dtypes, begun)
+        return cls(spec, exporter, dtype, merging, kept, source, exporter.layouts[0])
+
+
+def _planned(request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors) -> _Moe:
+    plan = _Moe.continued if config.job == ContinueJob.name else _Moe.of
+    return plan(request, config, dense, tensors)
 
 
 def _export_moe(
     request: ExportRequest, config: RunConfig, dense: Path, tensors: CheckpointTensors, out: Path
 ) -> Exported:
-    made = _Moe.of(request, config, dense, tensors)
-    spec, exporter = made.plan.spec, made.exporter
+    made = _planned(request, config, dense, tensors)
+    spec, exporter = made.spec, made.exporter
     checking = _Checking(made.source, config, dense, made.dtype)
-    placement = Placement(spec, exporter, made.kept, made.dtype, request.layout)
+    placement = Placement(spec, exporter, made.kept, made.dtype, made.layout)
     total = _write(made.merging, spec, exporter, placement, dense, out, checking)
-    exact_in = exporter.exact_in(spec, request.layout)
+    exact_in = exporter.exact_in(spec, placement.layout)
     return Exported(out, exporter.name, exact_in, tensors.folder, tensors.step, total, checking.outcome())
 
 
@@ -338,11 +370,11 @@ def _write(
         for name, constant in placement.constants.items():
             files.write(name, constant)
         files.finish()
-        config: dict[str, Any] = exporter.config(spec) | dtype_keys(checking.dtype)
-        write_companions(temporary, config, dense)
+        write_companions(temporary, exporter.written_config(spec, checking.dtype), dense)
         exact_in = exporter.exact_in(spec, placement.layout)
         own, training = checking.config, f"trained to step {tensors.step} since"
-        origin = Origin(dense_name(own.dense), own.upcycle.name, training)
+        method = None if own.job == ContinueJob.name else own.upcycle.name
+        origin = Origin(dense_name(own.dense), method, training)
         write_card(temporary, exporter, spec, origin, placement.layout)
         record = {"step": tensors.step, "format": exporter.name, "exact_in": exact_in}
         router = asdict(spec.moe_blocks[0].router.config)

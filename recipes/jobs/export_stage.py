@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recipes.training.stage import Stage
 
 _TRIED = ".export-check"
+_CAME = "the mixture came in it"
 # Part of a checkpoint's state: the dtype of the files that were tried.
 _TRIED_AS = "export_tried"
 
@@ -113,7 +114,9 @@ def _write_and_check(
     """Writes the model, reads it back and compares; measures costs and samples of a trained model alone."""
     console, model = run.inputs.console, stage.train_module.skeleton
     config, heartbeat = run.config.section(ExportConfig), console.heartbeat
-    exporter, unsupported_reasons = choose_exporter(describe_model(model))
+    exporter, unsupported_reasons = (
+        (run.format, [_CAME]) if run.format else choose_exporter(describe_model(model))
+    )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "source": model.source_dtype}[config.dtype]
     if not exporter.is_native and trained:
         run.log(f"export: in Graft's own format, since {'; '.join(unsupported_reasons)}")
@@ -129,7 +132,8 @@ def _write_and_check(
     released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
     collect(released)
     training = f"trained since, in the run {run.inputs.run_dir.name}"
-    origin = Origin(dense_name(run.config.dense), run.config.upcycle.name, training)
+    method = None if run.format else run.config.upcycle.name
+    origin = Origin(dense_name(run.config.dense), method, training)
     console.on_rank_zero(lambda: carry_template(run.config.data, folder))
     console.on_rank_zero(lambda: write_card(folder, exporter, describe_model(model), origin))
     memory, sampled = config.memory_gib * 2**30, 32 if trained else 1

@@ -152,11 +152,21 @@ def _check_dense_model(config: RunConfig, dense: dict[str, Any]) -> list[Mistake
     text = dense.get("text_config") or dense
     depth = _first(text, _DEPTH_KEYS)
     mistakes = ([] if depth is None else check_layers(config, depth)) + _check_attention(config, dense)
-    context = context_length(dense)
-    if context is not None and config.data.seq_len > context:
-        rule = f"the dense model takes {context} tokens at most"
-        mistakes.append(Mistake("data.seq_len", config.data.seq_len, rule, f"Set {context} or less."))
-    return mistakes
+    return mistakes + check_context(config, dense)
+
+
+def check_context(config: RunConfig, given: Mapping[str, Any]) -> list[Mistake]:
+    """Checks that the model takes samples so long.
+
+    Args:
+        config: The run.
+        given: The content of its ``config.json``.
+    """
+    context = context_length(given)
+    if context is None or config.data.seq_len <= context:
+        return []
+    rule = f"the model takes {context} tokens at most"
+    return [Mistake("data.seq_len", config.data.seq_len, rule, f"Set {context} or less.")]
 
 
 def _check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from moe.upcycle.equivalence import logit_drift
 from recipes.checkpoint.shard_layout import place
 from recipes.models.export.placement import Placement
 from recipes.models.hf.state_dict_map import StateDictMap
+from recipes.upcycling.sharded.mixture_model import MixtureWeights
 from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 
 if TYPE_CHECKING:
     from moe.types import Routing
     from recipes.models.export import Exporter
     from recipes.models.export.spec import ModelSpec
+    from recipes.models.families.source_mixture import SourceMixture
+    from recipes.models.hf.deferred_init import WeightSource
     from recipes.models.hf.hf_model import HFModel
     from recipes.runtime.safetensors_codec import TensorSpec
     from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
@@ -99,6 +102,33 @@ class RoundingCost:
         )
 
 
+class Start(Protocol):
+    """Weights of a model before its first step."""
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor | None:
+        """Returns a tensor in fp32; None for one that is not known."""
+
+
+class MixtureStart:
+    """Weights of a mixture before its first step: those of its files."""
+
+    def __init__(self, mixture: SourceMixture) -> None:
+        """Reads nothing yet."""
+        self._weights = MixtureWeights(mixture)
+        self._live = StateDictMap(mixture.spec)
+        self._routers = {moe.index: moe.router for moe in mixture.spec.moe_blocks}
+        self._state = mixture.names.state
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor | None:
+        """See `Start.read`."""
+        if router := self._live.router(name):
+            tensor: Tensor = self._routers[router.layer].state_dict()[router.key]
+            return tensor.float()
+        if self._live.pieces(name) is None and name not in self._state:
+            return None
+        return _filled(self._weights, name, shape)
+
+
 class StepZero:
     """Weights of a model before its first step, made again from the dense files one tensor at a time."""
 
@@ -128,22 +158,26 @@ class StepZero:
         return None if scaled or (parts is None and name not in self._state) else self._fill(name, shape)
 
     def _fill(self, name: str, shape: Sequence[int]) -> Tensor:
-        tensor = torch.empty(tuple(shape))
-        self._weights.fill({name: place(name, tensor)})
-        return tensor
+        return _filled(self._weights, name, shape)
+
+
+def _filled(weights: WeightSource, name: str, shape: Sequence[int]) -> Tensor:
+    tensor = torch.empty(tuple(shape))
+    weights.fill({name: place(name, tensor)})
+    return tensor
 
 
 class SurvivalCount:
     """Counts, tensor by tensor, what rounding leaves of a training."""
 
-    def __init__(self, begin: Callable[[], StepZero]) -> None:
+    def __init__(self, begin: Callable[[], Start]) -> None:
         """Counts nothing yet.
 
         Args:
             begin: Opens the weights at step 0, once they are needed.
         """
         self._begin = begin
-        self._start: StepZero | None = None
+        self._start: Start | None = None
         self._changed = self._survived = 0
         self._left_out: list[str] = []
         self._reason: str | None = None
@@ -187,7 +221,8 @@ def written_dtypes(
     for name in live.names():
         router, parts = live.router(name), live.pieces(name)
         place = placement.router(router.layer, router.key) if router else placement.slot(parts[0].piece).name
-        found[name] = written[place]
+        if place is not None:
+            found[name] = written[place]
     return found
 
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from recipes.data.build_data import TrainData
     from recipes.engines.base import Engine
     from recipes.engines.console import RankConsole
-    from recipes.jobs.rounding import StepZero
+    from recipes.jobs.rounding import Start
     from recipes.jobs.run_dir import RunDir
+    from recipes.models.export import Exporter
     from recipes.models.hf.hf_model import HFModel
     from recipes.runtime.interrupt import StopRequest
     from recipes.tracking.ceilings import Peaks
@@ -81,13 +82,15 @@ class Built:
             that it goes on with are loaded; None for nothing.
         blank: Makes a model of its shapes, without low-rank factors; None where nothing is exported.
         begun: Returns the weights of step 0; None where nothing is exported.
+        format: Format that it is exported in; None for the best that holds it exactly.
     """
 
     model: HFModel
     state: dict[str, Any]
     begin: Callable[[Stage], None] | None = None
     blank: Callable[[], HFModel] | None = None
-    begun: Callable[[], StepZero] | None = None
+    begun: Callable[[], Start] | None = None
+    format: Exporter | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class StageRun:
         name: Name of the stage.
         config: The run's config with the stage's own length.
         data: Samples.
-        blank, begun: As those of `Built`, once the model is built.
+        blank, begun, format: As those of `Built`, once the model is built.
     """
 
     def __init__(self, inputs: StageInputs, parts: StageParts) -> None:
@@ -138,7 +141,8 @@ class StageRun:
         self.engine = inputs.engine
         self.log = inputs.console.log
         self.blank: Callable[[], HFModel] | None = None
-        self.begun: Callable[[], StepZero] | None = None
+        self.begun: Callable[[], Start] | None = None
+        self.format: Exporter | None = None
 
     @property
     def finished(self) -> bool:
@@ -185,7 +189,7 @@ class StageRun:
         built = self.parts.build(self, source)
         if built is None:
             return False
-        self.blank, self.begun = built.blank, built.begun
+        self.blank, self.begun, self.format = built.blank, built.begun, built.format
         stage = self._prepare(built)
         if source is not None:
             self.log(f"{self.name}: going on from {source}")

@@ -11,7 +11,8 @@ from typing import Any
 
 from moe.errors import Mistake
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Two have experts already; outside their MoE layers they are as Mistral and Qwen3.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 _DEFAULT_THETA = 10000.0
 _REMEDY = "Set engine=native."
 
@@ -64,7 +65,7 @@ def read_shape(config: Mapping[str, Any]) -> GPTShape:
         tied=bool(config.get("tie_word_embeddings", False)),
         window=_window(config),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         attention_dropout=float(config.get("attention_dropout") or 0.0),
     )
 

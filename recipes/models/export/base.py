@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from recipes.runtime.safetensors_codec import TensorSpec
+
 if TYPE_CHECKING:
+    import torch
+
     from moe.upcycle.layer_plan import Matrix
     from recipes.models.export.read_back import Unread
     from recipes.models.export.spec import ModelSpec, MoESpec
@@ -59,8 +64,11 @@ class Exporter(ABC):
         """Returns the name of one routed expert's matrix or bias."""
 
     @abstractmethod
-    def router_name(self, moe: MoESpec, key: str) -> str:
-        """Returns the name of a router's tensor, given its key in the router's state."""
+    def router_name(self, moe: MoESpec, key: str) -> str | None:
+        """Returns the name of a router's tensor, given its key in the router's state.
+
+        None for a tensor that stays as it is in this format's models, and is not written.
+        """
 
     def shared_name(self, moe: MoESpec, matrix: Matrix, bias: bool) -> str:
         """Returns the name of the shared expert's matrix or bias; called only if there is one."""
@@ -82,9 +90,31 @@ class Exporter(ABC):
         """Returns the name on disk of a tensor outside the MoE layers, given its name in the model."""
         return name
 
+    def second_names(self, name: str) -> tuple[str, ...]:
+        """Returns further names on disk under which a tensor outside the MoE layers, named so, is written."""
+        return ()
+
     def keeps_dtype(self, name: str) -> bool:
         """Returns True for a tensor, named as on disk, that keeps its dtype in exports of any dtype."""
         return False
+
+    def written(self, tensor: TensorSpec, wanted: torch.dtype | None) -> TensorSpec:
+        """Returns a tensor, named as on disk, as it stands in an export.
+
+        Args:
+            tensor: Its name, and dtype and shape in the model.
+            wanted: Dtype of floating-point tensors; None leaves each as it is.
+        """
+        if wanted is None or not tensor.dtype.is_floating_point or self.keeps_dtype(tensor.name):
+            return tensor
+        return replace(tensor, dtype=wanted)
+
+    def written_config(self, spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+        """Returns the content of ``config.json`` with the dtype of the weights.
+
+        The dtype stands also under the name that transformers before 4.56 reads.
+        """
+        return self.config(spec) | dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
     def exact_in(self, spec: ModelSpec, layout: Layout = "per_expert") -> list[str]:
         """Lists the programs that compute exactly this function from the files, as tests certify."""

@@ -99,7 +99,7 @@ class GraftUnread(Unread):
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         """Reads the config and the names in the files."""
-        self._model = _built(folder, trust_remote_code, parameters_on_meta)
+        self._model = built_model(folder, trust_remote_code, parameters_on_meta)
         super().__init__(self._model.module.float().eval(), folder)
         self._weights = _Weights(self._model, folder)
 
@@ -154,12 +154,12 @@ def load_graft(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_c
         ModelError: The folder holds something else, its tensors do not fit its config, or it needs code that
             is not trusted.
     """
-    model = _built(folder, trust_remote_code)
+    model = built_model(folder, trust_remote_code)
     _Weights(model, folder).fill(dtype)
     return model
 
 
-def _built(
+def built_model(
     folder: Path, trust: bool, memory: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> HFModel:
     """Builds the model of a folder's config, without reading its weights.

@@ -38,13 +38,13 @@ class Origin:
     """Origin of a model.
 
     Attributes:
-        dense: Name of the dense checkpoint.
-        method: Upcycling method.
+        dense: Name of the checkpoint that it was made of.
+        method: Upcycling method; None for a mixture that was trained on.
         training: What was trained since, as a clause.
     """
 
     dense: str
-    method: str
+    method: str | None
     training: str
 
 
@@ -79,7 +79,7 @@ library_name: transformers
 tags: [moe, graft]
 ---
 
-# {origin.dense}, as a mixture of experts
+# {origin.dense}, {"trained on" if origin.method is None else "as a mixture of experts"}
 
 {_description(spec, origin)}
 
@@ -102,9 +102,14 @@ None of this very model yet: `graft certify` writes them here.
 def _description(spec: ModelSpec, origin: Origin) -> str:
     moe = spec.moe_blocks[0]
     shared = f" and a shared one {moe.shared_width} wide" if moe.shared_width else ""
+    made = f"It is the mixture of experts {origin.dense} ({spec.architecture}), "
+    if origin.method is not None:
+        made = (
+            f"Graft made it of the dense model {origin.dense} ({spec.architecture}) by the method "
+            f"`{origin.method}`; it was "
+        )
     lines = [
-        f"Graft made it of the dense model {origin.dense} ({spec.architecture}) by the method "
-        f"`{origin.method}`; it was {origin.training}.",
+        f"{made}{origin.training}.",
         f"{len(spec.moe_blocks)} of its {spec.num_layers} layers have {moe.num_experts} experts "
         f"{moe.expert.width} wide{shared}, of which a token uses {moe.router.top_k}; the router is "
         f"`{moe.router.name}`.",

@@ -70,7 +70,7 @@ class Placement:
         exporter: Exporter,
         kept: Sequence[TensorSpec],
         dtype: torch.dtype | None,
-        layout: Layout = "per_expert",
+        layout: Layout | None = None,
     ) -> None:
         """Lays a model out.
 
@@ -79,8 +79,9 @@ class Placement:
             exporter: The format.
             kept: Its tensors outside the MoE layers, under their names in the model.
             dtype: Dtype of floating-point tensors; None leaves each as it is, and gives experts that of most.
-            layout: One of the exporter's layouts.
+            layout: One of the exporter's layouts; None for the first.
         """
+        layout = layout or exporter.layouts[0]
         assert layout in exporter.layouts, (layout, exporter.name, exporter.layouts)
         self._exporter = exporter
         self._dtype = dtype
@@ -92,9 +93,12 @@ class Placement:
         self.constants: dict[str, Tensor] = {}
         floating = [s.dtype for s in kept if s.dtype.is_floating_point]
         self._expert_dtype = dtype or max(set(floating), key=floating.count, default=torch.float32)
+        self._seconds: dict[str, tuple[str, ...]] = {}
         for tensor in kept:
-            self._kept[tensor.name] = exporter.kept_name(tensor.name)
-            self._add(self._kept[tensor.name], tensor.dtype, tensor.shape)
+            name = self._kept[tensor.name] = exporter.kept_name(tensor.name)
+            self._seconds[tensor.name] = exporter.second_names(name)
+            for each in (name, *self._seconds[tensor.name]):
+                self._add(each, tensor.dtype, tensor.shape)
         for moe in spec.moe_blocks:
             self._place_moe(moe)
         for name, constant in exporter.constants(spec):
@@ -102,13 +106,13 @@ class Placement:
             self._add(name, self._expert_dtype, tuple(constant.shape))
 
     def _add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        if self._dtype is not None and dtype.is_floating_point and not self._exporter.keeps_dtype(name):
-            dtype = self._dtype
-        self.specs.append(TensorSpec(name, dtype, shape))
+        self.specs.append(self._exporter.written(TensorSpec(name, dtype, shape), self._dtype))
 
     def _place_moe(self, moe: MoESpec) -> None:
         for key, tensor in moe.router.state_dict().items():
             name = self._exporter.router_name(moe, key)
+            if name is None:
+                continue
             self._routers[moe.index, key] = name
             keeps = self._exporter.keeps_dtype(name) or not tensor.dtype.is_floating_point
             self._add(name, tensor.dtype if keeps else self._expert_dtype, tuple(tensor.shape))
@@ -154,9 +158,13 @@ class Placement:
         """Returns the name in the files of a tensor outside the MoE layers."""
         return self._kept[name]
 
-    def router(self, layer: int, key: str) -> str:
-        """Returns the name in the files of a router's tensor."""
-        return self._routers[layer, key]
+    def seconds(self, name: str) -> tuple[str, ...]:
+        """Returns the further names in the files of a tensor that the model ties to others."""
+        return self._seconds[name]
+
+    def router(self, layer: int, key: str) -> str | None:
+        """Returns the name in the files of a router's tensor; None for one that is not written."""
+        return self._routers.get((layer, key))
 
     def slot(self, piece: ExpertTensorKey) -> Slot:
         """Returns the place of a matrix or bias."""

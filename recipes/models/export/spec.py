@@ -32,6 +32,7 @@ class MoESpec:
         num_experts: Number of routed experts.
         expert: Shape of a routed expert.
         shared_width: Width of the shared expert; 0 for none.
+        shared_gate: Whether a row of its own scales the shared expert's output.
     """
 
     index: int
@@ -40,6 +41,12 @@ class MoESpec:
     num_experts: int
     expert: FFNShape
     shared_width: int = 0
+    shared_gate: bool = False
+
+    @property
+    def shared_gate_name(self) -> str:
+        """Name of that row in the model, where it counts as a tensor outside the experts."""
+        return f"{self.site}.shared.gate_1D"
 
 
 @dataclass(frozen=True)
@@ -119,4 +126,5 @@ def _describe(index: int, site: str, layer: MoELayer) -> MoESpec:
         down_bias=experts.b_down_ED is not None,
     )
     shared_width = 0 if layer.shared is None else layer.shared.w_down_DF.shape[1]
-    return MoESpec(index, site, layer.router, E, shape, shared_width)
+    gated = layer.shared is not None and layer.shared.gate_1D is not None
+    return MoESpec(index, site, layer.router, E, shape, shared_width, gated)

@@ -38,7 +38,7 @@ def export(
     dtype: torch.dtype,
     *,
     writes: bool,
-    layout: Layout = "per_expert",
+    layout: Layout | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> None:
     """Writes a model. An existing folder is replaced at the end, by a rename.
@@ -50,7 +50,7 @@ def export(
         folder: The folder to write.
         dtype: Dtype of the floating-point weights in the files.
         writes: True on rank 0, which writes; the other ranks only take part in gathering.
-        layout: One of the exporter's layouts.
+        layout: One of the exporter's layouts; None for the first.
         heartbeat: Notified of each tensor.
 
     Raises:
@@ -68,7 +68,7 @@ def export(
         files = TensorFiles(temporary, placement.specs)
         _write_all(files, merged, live, placement, tied_names(model))
         files.finish(heartbeat)
-        write_companions(temporary, exporter.config(spec) | dtype_keys(dtype), model.folder)
+        write_companions(temporary, exporter.written_config(spec, dtype), model.folder)
 
 
 def _write_all(
@@ -91,9 +91,11 @@ def write_live(
     """Writes one of the model's tensors to its place in the files."""
     router, parts = live.router(name), live.pieces(name)
     if router is not None:
-        files.write(placement.router(router.layer, router.key), tensor)
+        if (place := placement.router(router.layer, router.key)) is not None:
+            files.write(place, tensor)
     elif parts is None:
-        files.write(placement.kept(name), tensor)
+        for each in (placement.kept(name), *placement.seconds(name)):
+            files.write(each, tensor)
     else:
         for part in parts:
             slot = placement.slot(part.piece)

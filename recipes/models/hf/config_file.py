@@ -115,7 +115,7 @@ def trusts(folder: Path, trust_remote_code: bool) -> bool:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, option: str = "dense") -> Any:
-    """Reads the config as transformers takes it.
+    """Reads the config as transformers takes it; of an export in Graft's format, that of its dense model.
 
     Args:
         folder: The checkpoint.
@@ -127,6 +127,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, option: str = 
     """
     from transformers import AutoConfig
 
+    content = read_config(folder, option)
+    if isinstance(inner := content.get("dense_config"), dict):
+        return inner_config(inner, folder, trust_remote_code=trust_remote_code)[0]
     trust = trusts(folder, trust_remote_code)
     with library_reads(option, folder, _GIVE, "use its config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
@@ -188,7 +191,7 @@ def _without_code(config: Any) -> Any:
 
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Returns the tokens that a model takes at most, where its config says so."""
-    text = config.get("text_config") or config
+    text = config.get("text_config") or config.get("dense_config") or config
     return next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), None)
 
 
@@ -197,7 +200,7 @@ def longest_window(config: Mapping[str, Any]) -> int:
 
     Windows as long as the model's context are none: nothing is beyond them.
     """
-    text = config.get("text_config") or config
+    text = config.get("text_config") or config.get("dense_config") or config
     context = context_length(config)
     named = (value for key, value in text.items() if any(word in key for word in _WINDOW_KEYS))
     lengths = (v for value in named for v in (value if isinstance(value, list) else [value]))

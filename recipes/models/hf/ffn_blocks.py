@@ -82,7 +82,7 @@ def find_ffns(model: nn.Module, config: Any, *, verify: bool = True) -> list[FFN
     """
     prefix, blocks = _blocks(model, config)
     found = [_ffn_of_block(block, f"{prefix}.{layer}", config) for layer, block in enumerate(blocks)]
-    activation = _activation(config)
+    activation = activation_of(config)
     sites = []
     for layer, (name, ffn) in enumerate(found):
         weights = _read(ffn, activation)
@@ -134,7 +134,7 @@ def decoder_blocks(model: nn.Module, config: Any) -> nn.ModuleList:
     return _blocks(model, config)[1]
 
 
-def _activation(config: Any) -> str:
+def activation_of(config: Any) -> str:
     for key in ACTIVATION_KEYS:
         value = getattr(DeclaredConfig(config), key, None)
         if isinstance(value, str):

@@ -97,20 +97,9 @@ def read_names(folder: Path, *, trust_remote_code: bool = False) -> ModelNames:
     Raises:
         ModelError: transformers does not know the model, or its networks are not recognised.
     """
-    trust = trusts(folder, trust_remote_code)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = _build(folder, config, trust)
-    doubled = _doubled(model)
-    if differing := unlike_pairs(folder, doubled, _renaming(model)):
-        # As transformers does: where the files hold two tensors that differ, the config is wrong.
-        config.tie_word_embeddings = False
-        model = _build(folder, config, trust)
-        doubled = _doubled(model)
-        if still := sorted(set(differing) & set(doubled)):
-            rule = f"its model ties {still[0]} to {doubled[still[0]]}, and its files hold both, unlike"
-            remedy = "Delete one of the two from its files, or give the config.json of these weights."
-            raise ModelError.one("dense", str(folder), rule, remedy)
-    _try_out(folder, config, trust)
+    model, doubled = model_as_stored(folder, config, trust_remote_code)
+    _try_out(folder, config, trusts(folder, trust_remote_code))
     sites = find_ffns(model, config, verify=False)
     state = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in doubled}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -120,10 +109,39 @@ def read_names(folder: Path, *, trust_remote_code: bool = False) -> ModelNames:
         ffns=tuple(_names(model, site) for site in sites),
         state=state,
         tied=doubled,
-        in_state=_renaming(model),
+        in_state=renaming(model),
         ignored=tuple(ignored),
         whole=frozenset(n for n, t in model.state_dict().items() if not t.is_floating_point()),
     )
+
+
+def model_as_stored(folder: Path, config: Any, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
+    """Builds a model without memory that ties what its files hold alike.
+
+    Args:
+        folder: The checkpoint.
+        config: transformers' config; unties its embeddings where the files do.
+        trust_remote_code: Whether the model may run its own code.
+
+    Returns:
+        The model, and the second names of its tied parameters, each with the first.
+
+    Raises:
+        ModelError: transformers does not know the model, or ties what the files hold unlike.
+    """
+    trust = trusts(folder, trust_remote_code)
+    model = _build(folder, config, trust)
+    doubled = _doubled(model)
+    if differing := unlike_pairs(folder, doubled, renaming(model)):
+        # As transformers does: where the files hold two tensors that differ, the config is wrong.
+        config.tie_word_embeddings = False
+        model = _build(folder, config, trust)
+        doubled = _doubled(model)
+        if still := sorted(set(differing) & set(doubled)):
+            rule = f"its model ties {still[0]} to {doubled[still[0]]}, and its files hold both, unlike"
+            remedy = "Delete one of the two from its files, or give the config.json of these weights."
+            raise ModelError.one("dense", str(folder), rule, remedy)
+    return model, doubled
 
 
 def _build(folder: Path, config: Any, trust: bool) -> Any:
@@ -161,7 +179,7 @@ def _doubled(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
+def renaming(model: Any) -> Callable[[str], str]:
     """Returns transformers' own renaming of tensors that it reads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

@@ -11,8 +11,8 @@ from moe.errors import Mistake, ModelError
 from recipes.models.hf.config_file import brings_code, code_keys, read_config
 from recipes.models.hf.weight_files import check_weights
 
-# Config keys for the number of routed experts in the families of transformers.
-_EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+#: Config keys for the number of routed experts in the families of transformers.
+EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer")
 # More than any model has; a list of so many layers or an embedding of so many rows is never made.
 _MOST = {"num_hidden_layers": 10**4, "n_layer": 10**4}
@@ -146,8 +146,8 @@ def _check_code(path: str, config: dict[str, Any]) -> list[Mistake]:
 
 
 def _check_dense_config(path: str, config: dict[str, Any]) -> list[Mistake]:
-    experts = [key for key in _EXPERT_COUNT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
+    experts = [key for key in EXPERT_COUNT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
     if not experts:
         return []
     rule = f"this model is an MoE already ({experts[0]}={config[experts[0]]})"
-    return [_mistake(path, rule, "Give a dense checkpoint.")]
+    return [_mistake(path, rule, "Give a dense checkpoint, or train this one on by +recipe=continue.")]

@@ -23,7 +23,7 @@ from recipes.upcycling.sharded.upcycled_weights import UpcycledWeights
 
 if TYPE_CHECKING:
     from moe.upcycle.layer_plan import FFNShape
-    from recipes.models.export.spec import MoESpec
+    from recipes.models.export.spec import ModelSpec, MoESpec
     from recipes.models.hf.ffn_names import ModelNames
     from recipes.upcycling.convert.moe_plan import MoEPlan, StoredModel
 
@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 def dense_model(model: StoredModel, *, trust_remote_code: bool = False) -> HFModel:
     """Returns the dense decoder; each rank will read its part of it."""
     weights = UpcycledWeights(model)
-    return _model(model.names, model.files[0].folder, weights, trust_remote_code=trust_remote_code)
+    return model_of(model.names, model.files[0].folder, weights, trust_remote_code=trust_remote_code)
 
 
 def moe_model(plan: MoEPlan, backend: str = "auto", weights: WeightSource | None = None) -> HFModel:
@@ -46,16 +46,18 @@ def moe_model(plan: MoEPlan, backend: str = "auto", weights: WeightSource | None
     """
     if weights is None:
         weights = CheckpointWeights() if plan.model is None else UpcycledWeights(plan.model, plan)
-    model = _model(plan.names, plan.request.dense, weights, trust_remote_code=plan.request.trust_remote_code)
-    insert_moe_layers(model, plan, backend)
+    model = model_of(
+        plan.names, plan.request.dense, weights, trust_remote_code=plan.request.trust_remote_code
+    )
+    insert_moe_layers(model, plan.spec, backend)
     return model
 
 
-def insert_moe_layers(model: HFModel, plan: MoEPlan, backend: str = "auto") -> None:
-    """Replaces the planned networks of a dense decoder by MoE layers, whose experts have no memory yet."""
-    for spec in plan.spec.moe_blocks:
-        parent, _, child = spec.site.rpartition(".")
-        setattr(model.module.get_submodule(parent), child, _moe(spec, model, backend))
+def insert_moe_layers(model: HFModel, spec: ModelSpec, backend: str = "auto") -> None:
+    """Replaces modules of a decoder by MoE layers, whose experts have no memory yet."""
+    for moe in spec.moe_blocks:
+        parent, _, child = moe.site.rpartition(".")
+        setattr(model.module.get_submodule(parent), child, _moe(moe, model, backend))
 
 
 def materialize(model: HFModel, device: torch.device = _CPU) -> HFModel:
@@ -66,9 +68,10 @@ def materialize(model: HFModel, device: torch.device = _CPU) -> HFModel:
     return model
 
 
-def _model(
+def model_of(
     names: ModelNames, folder: Path, weights: WeightSource, *, trust_remote_code: bool = False
 ) -> HFModel:
+    """Returns a model as transformers builds it, whose weights a source will fill."""
     # A copy: to build a model in fp32 is to say so in its config.
     model = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust_remote_code)
     return HFModel(module=model, folder=folder, source_dtype=source_dtype(names.config), weights=weights)
@@ -78,7 +81,8 @@ def _moe(spec: MoESpec, model: HFModel, backend: str) -> MoELayer:
     # A copy: the plan may be carried out again, after this router has been cut into shards.
     router = copy.deepcopy(spec.router)
     experts = Experts(_bank(spec.expert, spec.num_experts), backend)
-    shared = SharedExpert(_network(spec.expert, spec.shared_width)) if spec.shared_width else None
+    gate = torch.empty(1, spec.expert.model_width, device="meta") if spec.shared_gate else None
+    shared = SharedExpert(_network(spec.expert, spec.shared_width), gate) if spec.shared_width else None
     layer = MoELayer(router, LocalDispatcher(), experts, LayerContext(model.context, spec.index), shared)
     return layer.eval()
 

@@ -160,7 +160,8 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "a mixture": (
         set_config(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8),
-        "this model is an MoE already (num_local_experts=8). Give a dense checkpoint.",
+        "this model is an MoE already (num_local_experts=8). Give a dense checkpoint, or train "
+        "this one on by +recipe=continue.",
     ),
     "a mixture, DeepSeek's key": (set_config(n_routed_experts=64), "already (n_routed_experts=64)"),
     "code of its own": (
@@ -306,14 +307,14 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no such recipe": (
         ["+recipe=upcyle"],
         [
-            "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: llama_moe_v2, "
-            "pretrain, quick, real, upcycle, upcycle_vs_cpt."
+            "recipe='upcyle': there is no such choice. Did you mean upcycle? There are: continue, "
+            "llama_moe_v2, pretrain, quick, real, upcycle, upcycle_vs_cpt."
         ],
     ),
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
     "no such job": (
         ["job=foo"],
-        ["job='foo': there is no such job. One of pretrain, two_stage, upcycle, upcycle_vs_cpt."],
+        ["job='foo': there is no such job. One of continue, pretrain, two_stage, upcycle, upcycle_vs_cpt."],
     ),
     "no such flag": (
         ["--resume"],
@@ -411,7 +412,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "longer than the context": (
         ["data.seq_len=65"],
-        ["data.seq_len=65: the dense model takes 64 tokens at most. Set 64 or less."],
+        ["data.seq_len=65: the model takes 64 tokens at most. Set 64 or less."],
     ),
     "a batch that does not divide": (
         ["train.global_batch_size=10", "train.micro_batch_size=4"],
@@ -509,8 +510,8 @@ def test_ranks_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recipe(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["job=null"]) == 2
     assert capsys.readouterr().err == (
-        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: llama_moe_v2, pretrain, quick, "
-        "real, upcycle, upcycle_vs_cpt.\n"
+        "error: recipe=None: no recipe is chosen. Add +recipe=NAME, one of: continue, llama_moe_v2, "
+        "pretrain, quick, real, upcycle, upcycle_vs_cpt.\n"
     )
 
 

@@ -48,7 +48,7 @@ def test_folders_of_hydra_search_path_are_searched(here: Path, form: str) -> Non
     "overrides, said",
     [
         ([UPCYCLE, "router=nope"], "mine, mod, mutual_choice"),
-        ([], "One of: llama_moe_v2, mine, pretrain"),
+        ([], "One of: continue, llama_moe_v2, mine, pretrain"),
         ([UPCYCLE, "hydra.searchpath=[none]"], "there is no such folder"),
         ([UPCYCLE, "hydra.run.dir=x"], "hydra.run.dir='x': Graft starts its runs itself"),
         ([UPCYCLE, "hydra/launcher=joblib"], "hydra/launcher='joblib': Graft starts its runs itself"),

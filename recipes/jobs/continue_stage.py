@@ -1,0 +1,165 @@
+"""Stage of a mixture that goes on training: it is read, compared with transformers' own, and written back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.errors import ConfigError, ExactnessError, FieldError, Mistake, UserError
+from moe.routers.configs import RouterConfig
+from moe.upcycle.configs.copies_config import CopyConfig
+from moe.upcycle.equivalence import TOLERANCES, agree, logit_drift
+from recipes.config.schema import RunConfig
+from recipes.config.sections.continue_config import ContinueConfig
+from recipes.data.chat_tokens import check_first_row
+from recipes.data.tokenizer import check_tokenizer
+from recipes.jobs.expert_rules import check_backend
+from recipes.jobs.export_stage import check_export_early, export_moe
+from recipes.jobs.memory_check import foresee_memory
+from recipes.jobs.preflight import check_engine
+from recipes.jobs.rounding import MixtureStart
+from recipes.jobs.stage_run import Built, StageParts, StageRun
+from recipes.models.export.companions import check_companions
+from recipes.models.export.read_back import ReadBack
+from recipes.models.families.open_mixture import open_mixture, source_router
+from recipes.models.families.source_mixture import SourceMixture
+from recipes.models.hf.config_file import trusts, vocabulary_size
+from recipes.models.hf.drift import SurgeryReport, describe_surgery, summarise_surgery
+from recipes.models.hf.hf_model import HFModel
+from recipes.models.hf.packed_attention import check_documents
+from recipes.models.lora_model import add_low_rank, require_rank
+from recipes.runtime.machine_memory import collect
+from recipes.training.stage import Stage, StageResult
+from recipes.upcycling.convert.folder_check import describe_tokens, telling_rows
+from recipes.upcycling.sharded.mixture_model import mixture_model
+
+# How the step-0 check is called, where a method of upcycling has its name.
+_AS_IT_IS = "continue"
+_LOADER = "its class's own loader, block by block"
+
+
+def of_mixture(config: RunConfig) -> RunConfig:
+    """Returns the config with the mixture's own router and number of experts.
+
+    Raises:
+        ModelError: The mixture's family is not known, or its router is not Graft's.
+        ConfigError: ``continue`` has an option that this router does not.
+    """
+    folder, own = Path(config.dense or "").expanduser(), config.section(ContinueConfig)
+    router, num_experts = source_router(folder, trust_remote_code=config.trust_remote_code)
+    changes = {key: value for key, value in vars(own).items() if value is not None}
+    for key, value in changes.items():
+        if not hasattr(router, key) or (key == "bias_rate" and not router.bias_rate):
+            rule = f"this mixture's router, {router.name}, has no such option"
+            raise ConfigError.one(f"continue.{key}", value, rule, "Leave it out.")
+    return replace(config, router=replace(router, **changes), upcycle=CopyConfig(num_experts=num_experts))
+
+
+def check_mixture(config: RunConfig) -> list[Mistake]:
+    """Checks the mixture, its files and tokenizer, the engine and the experts' library."""
+    folder, trust = Path(config.dense or "").expanduser(), config.trust_remote_code
+    try:
+        found = of_mixture(config)
+        spec = open_mixture(folder, trust_remote_code=trust).spec
+    except (UserError, FieldError) as error:
+        return list(error.mistakes)
+    vocab_size = vocabulary_size(folder, trust_remote_code=trust)
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense")
+    mistakes += check_backend(found, spec.moe_blocks[0].expert)
+    mistakes += check_engine(found) + check_companions(config.dense or "", code=trusts(folder, trust))
+    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
+    return mistakes or check_first_row(config.data, config.dense)
+
+
+def build_mixture(run: StageRun, source: Path | None) -> Built:
+    """Builds the mixture on the ranks, each of which reads its own part.
+
+    Args:
+        run: The stage.
+        source: Checkpoint that it goes on from.
+    """
+    config, trust = run.config, run.config.trust_remote_code
+    mixture = open_mixture(run.inputs.folder, trust_remote_code=trust)
+    for told in mixture.left_out:
+        run.log(f"{run.name}: {told}")
+    run.log(f"{run.name}: {mixture.title}, {_words(config.router)}")
+    require_rank(mixture.spec, config.experts.lora)
+    blank = partial(_model, run, mixture, reads=False)
+    foresee_memory(run, _trained(run, blank()))
+    begin, begun = partial(check_export_early, run), partial(MixtureStart, mixture)
+    if source is not None:
+        return Built(_trained(run, blank()), {}, begin, blank=blank, begun=begun, format=mixture.format)
+    run.beat("the equivalence check at step 0")
+    report = _measure(run, mixture)
+    run.log(describe_surgery(report))
+    state = {"exactness": summarise_surgery(report)}
+    model = _trained(run, _model(run, mixture, reads=True))
+    return Built(model, state, begin, blank=blank, begun=begun, format=mixture.format)
+
+
+def _words(router: RouterConfig) -> str:
+    options = [f"{key}={value}" for key, value in vars(router).items() if key not in ("name", "init_std")]
+    return f"router {router.name}: {', '.join(options)}"
+
+
+def _model(run: StageRun, mixture: SourceMixture, *, reads: bool) -> HFModel:
+    """Returns the mixture without memory, whose routers train by the options of this run."""
+    routers = [replace(moe, router=_tuned(run, moe.router)) for moe in mixture.spec.moe_blocks]
+    spec = replace(mixture.spec, moe_blocks=tuple(routers))
+    trust, backend = run.config.trust_remote_code, run.config.experts.backend
+    return mixture_model(replace(mixture, spec=spec), backend, reads=reads, trust_remote_code=trust)
+
+
+def _tuned(run: StageRun, router: Any) -> Any:
+    router.config = run.config.router
+    return router
+
+
+def _trained(run: StageRun, model: HFModel) -> HFModel:
+    add_low_rank(model, run.config.experts.lora, run.config.seed)
+    return model
+
+
+@torch.no_grad()
+def _measure(run: StageRun, mixture: SourceMixture) -> SurgeryReport:
+    """Compares the mixture on real tokens with what transformers' own loading and layers make of it."""
+    console, engine, folder = run.inputs.console, run.engine, run.inputs.folder
+    trust = run.config.trust_remote_code
+    tokens_BS = telling_rows(folder, run.data.validation)
+
+    kept: list[torch.Tensor] = []
+
+    def theirs() -> None:
+        # Block by block: no rank needs to hold the whole mixture.
+        unread = mixture.format.open(folder, trust_remote_code=trust)
+        kept.append(ReadBack(unread, 0, console.heartbeat).model(input_ids=tokens_BS).logits)
+
+    console.on_rank_zero(theirs)
+    model = _model(run, mixture, reads=True)
+    engine.shard_for_eval(model)
+    logits = model.module(input_ids=tokens_BS.to(engine.device)).logits.cpu()
+    released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
+    del model
+    collect(released)
+    drift = console.on_rank_zero(lambda: logit_drift(kept[0], logits))
+    if not agree(drift, torch.float32):
+        raise ExactnessError(
+            f"Graft does not compute {folder} as transformers does: logits differ by {drift.relative:.2e} of "
+            f"the largest, and at most {TOLERANCES[torch.float32]:.0e} is allowed. Nothing was trained"
+        )
+    indices, words = tuple(moe.index for moe in mixture.spec.moe_blocks), describe_tokens(folder, tokens_BS)
+    return SurgeryReport(_AS_IT_IS, indices, True, drift, (), (), _LOADER, words)
+
+
+def report_mixture(run: StageRun, stage: Stage, result: StageResult) -> None:
+    """Reports exactness, and exports the mixture in its own format."""
+    run.results.put("exactness", stage.state["exactness"])
+    run.results.put_stage("dense", "Mixture (start)", result.first_val_loss, 0, stage.costs, None)
+    export_moe(run, stage)
+
+
+CONTINUED = StageParts("moe", build_mixture, report_mixture, label="MoE (continued)")
