@@ -160,7 +160,7 @@ def _run(arguments: Sequence[str], started: float) -> int:
     if flags.multirun:
         from recipes.jobs.multirun import run_sweep
 
-        return run_sweep(flags.overrides, flags.ranks, flags.restarts)
+        return run_sweep(flags.overrides, flags.ranks, flags.restarts, _certify_mistakes)
     from recipes.jobs.checked_run import check_command
 
     run = check_command(flags.overrides, flags.ranks, _certify_mistakes)

@@ -6,14 +6,18 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError, Mistake, choose
 from recipes.config.compose import compose_readable
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
     from recipes.jobs.base import Job
+
+
+#: Returns mistakes of options that a job does not know.
+Further: TypeAlias = "Callable[[RunConfig], Sequence[Mistake]]"
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,13 @@ class CheckedRun:
     idle: str | None
 
 
+def no_more(config: RunConfig) -> Sequence[Mistake]:
+    """Returns no mistakes."""
+    return ()
+
+
 def check_command(
-    overrides: Sequence[str],
-    ranks: int | None = None,
-    further: Callable[[RunConfig], Sequence[Mistake]] = lambda config: (),
+    overrides: Sequence[str], ranks: int | None = None, further: Further = no_more
 ) -> CheckedRun:
     """Composes and checks a run.
 
@@ -54,7 +61,7 @@ def check_command(
 
     jobs = job_classes()
     if config.job not in jobs:
-        raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
+        raise ConfigError.one("job", config.job, "there is no such job", choose(config.job, jobs))
     job = jobs[config.job]()
     mistakes = list(further(config))
     with _as_one_of(ranks):

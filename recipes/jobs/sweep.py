@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from moe.errors import ConfigError, DataError, Mistake, UserError
 from recipes.jobs.changed_options import read_options
-from recipes.jobs.checked_run import check_command
+from recipes.jobs.checked_run import Further, check_command, no_more
 from recipes.runtime.interrupt import INTERRUPTED
 from recipes.runtime.run_file import METRICS_FILE
 from recipes.runtime.source_root import TRAIN, child_environment, interpreter
@@ -85,12 +85,13 @@ RunT = TypeVar("RunT", bound=SweptRun)
 Launch = Callable[[Any], "subprocess.Popen[bytes]"]
 
 
-def checked(runs: Sequence[RunT], ranks: int) -> list[RunT]:
+def checked(runs: Sequence[RunT], ranks: int, further: Further = no_more) -> list[RunT]:
     """Checks every run; returns them with their options and the models that they make.
 
     Args:
         runs: The runs.
         ranks: Ranks of each.
+        further: As for `check_command`.
 
     Raises:
         ConfigError: Some have mistakes; those of all at once.
@@ -99,7 +100,7 @@ def checked(runs: Sequence[RunT], ranks: int) -> list[RunT]:
     found = []
     for run in runs:
         try:
-            known = check_command(run.overrides, ranks)
+            known = check_command(run.overrides, ranks, further)
             models = known.job.models(known.config)
             found.append(replace(run, models=models, values=known.values))
         except UserError as error:

@@ -39,6 +39,7 @@ COMMANDS = {
     "+recipe=upcycle resume=/no/such": 2,
     "+recipe=pretrain experts.lora.rank=2": 2,
     "+recipe=llama_moe_v2 train.steps=0": 2,
+    "+recipe=continue dense=conf engine.expert_parallel=3": 2,
     "+recipe=upcycle_vs_cpt optim.schedule.kind=cosine": 2,
     "+recipe=upcycle dense=/no/such": 2,
     "+recipe=upcycle job=nope": 2,
@@ -53,6 +54,7 @@ COMMANDS = {
     "+recipe=upcycle engine=megatron engine.experts=nope": 2,
     "+recipe=upcycle engine=megatron engine.dispatcher=nope": 2,
     "+recipe=upcycle certify.programs=[nope]": 2,
+    "-m +recipe=upcycle certify.programs=[nope] seed=0,1": 2,
     # What files and options say of experts, heads and prompts.
     "+recipe=upcycle engine=megatron engine.device=cpu engine.experts=te": 2,
     "+recipe=upcycle engine=megatron engine.experts=megatron experts.lora.rank=2": 2,
