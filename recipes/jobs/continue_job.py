@@ -50,10 +50,8 @@ class ContinueJob(Job):
         mistakes += faults + check_chat_template(config.data, config.dense)
         return mistakes if faults else mistakes + check_context(config, read_config(_folder(config)))
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Checks too what the mixture's family and size tell."""
-        if found := self.check_options(config, world_size):
-            return found
+    def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Checks what the mixture's family and size tell."""
         from recipes.jobs.continue_stage import check_mixture, of_mixture
 
         if found := check_mixture(config):

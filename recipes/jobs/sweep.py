@@ -81,6 +81,8 @@ class SweptRun:
 
 
 RunT = TypeVar("RunT", bound=SweptRun)
+T = TypeVar("T")
+CheckedT = TypeVar("CheckedT")
 #: Starts a run.
 Launch = Callable[[Any], "subprocess.Popen[bytes]"]
 
@@ -96,13 +98,21 @@ def checked(runs: Sequence[RunT], ranks: int, further: Further = no_more) -> lis
     Raises:
         ConfigError: Some have mistakes; those of all at once.
     """
+    known = _each(runs, lambda run: check_command(run.overrides, ranks, further))
+    _each(known, lambda one: one.check_models())
+    return [
+        replace(run, models=one.job.models(one.config), values=one.values)
+        for run, one in zip(runs, known, strict=True)
+    ]
+
+
+def _each(items: Sequence[T], check: Callable[[T], CheckedT]) -> list[CheckedT]:
+    """Returns what a check gives for each item; raises the mistakes of all at once, each only once."""
     mistakes: dict[str, Mistake] = {}
     found = []
-    for run in runs:
+    for item in items:
         try:
-            known = check_command(run.overrides, ranks, further)
-            models = known.job.models(known.config)
-            found.append(replace(run, models=models, values=known.values))
+            found.append(check(item))
         except UserError as error:
             mistakes |= {str(mistake): mistake for mistake in error.mistakes}
     if mistakes:

@@ -46,10 +46,8 @@ class UpcycleJob(Job):
             mistakes += refuse_low_rank(config, self.needs_weights)
         return mistakes
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """See `Job.check`; `recipes.jobs.preflight` looks at models, devices and libraries."""
-        if found := self.check_options(config, world_size):
-            return found
+    def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """See `recipes.jobs.preflight`."""
         from recipes.jobs.preflight import check_models
 
         return check_models(config, world_size)

@@ -54,6 +54,7 @@ COMMANDS = {
     "+recipe=upcycle engine=megatron engine.experts=nope": 2,
     "+recipe=upcycle engine=megatron engine.dispatcher=nope": 2,
     "+recipe=upcycle certify.programs=[nope]": 2,
+    "-m +recipe=upcycle router.name=topk,nope": 2,
     "-m +recipe=upcycle certify.programs=[nope] seed=0,1": 2,
     # What files and options say of experts, heads and prompts.
     "+recipe=upcycle engine=megatron engine.device=cpu engine.experts=te": 2,
