@@ -160,10 +160,11 @@ def _run(arguments: Sequence[str], started: float) -> int:
     if flags.multirun:
         from recipes.jobs.multirun import run_sweep
 
-        return run_sweep(flags.overrides, flags.ranks, flags.restarts)
+        return run_sweep(flags.overrides, flags.ranks, flags.restarts, _certify_mistakes)
     from recipes.jobs.checked_run import check_command
 
     run = check_command(flags.overrides, flags.ranks, _certify_mistakes)
+    run.check_models()
     conclude = _certifier(run.config)
     if flags.ranks is not None and (flags.ranks > 1 or flags.restarts):
         from recipes.runtime.local_ranks import start_ranks
@@ -171,8 +172,8 @@ def _run(arguments: Sequence[str], started: float) -> int:
         return start_ranks(flags.ranks, [*TRAIN, *flags.overrides], flags.restarts)
     from recipes.jobs.session import run_job
 
-    if os.environ.get("RANK", "0") == "0" and run.idle:
-        print(run.idle, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0" and (idle := run.idle):
+        print(idle, file=sys.stderr, flush=True)
     return run_job(run.job, run.config, run.values, started, *conclude)
 
 

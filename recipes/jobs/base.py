@@ -75,7 +75,11 @@ class Job(ABC):
 
         Models, devices and libraries are looked at only for options without mistakes.
         """
-        return self.check_options(config, world_size)
+        return self.check_options(config, world_size) or self.check_models(config, world_size)
+
+    def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Returns the mistakes that models, devices and libraries show, of options that are right."""
+        return []
 
     def models(self, config: RunConfig) -> tuple[str, ...]:
         """Returns the models in the summary of a finished run, by which it is known; empty if unknown."""

@@ -6,9 +6,9 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from moe.errors import ConfigError, Mistake
+from moe.errors import ConfigError, Mistake, choose
 from recipes.config.compose import compose_readable
 
 if TYPE_CHECKING:
@@ -16,29 +16,57 @@ if TYPE_CHECKING:
     from recipes.jobs.base import Job
 
 
+#: Returns mistakes of options that a job does not know.
+Further: TypeAlias = "Callable[[RunConfig], Sequence[Mistake]]"
+
+
 @dataclass(frozen=True)
 class CheckedRun:
-    """Run whose checks have passed.
+    """Run whose options are right.
 
     Attributes:
         config: Its typed config.
         values: The composed values.
         job: Its job.
-        idle: Warning of options without effect; None where all have one.
+        overrides: Those of its command line.
+        ranks: Ranks that will be started; None for those that torchrun has started.
     """
 
     config: RunConfig
     values: Mapping[str, Any]
     job: Job
-    idle: str | None
+    overrides: Sequence[str]
+    ranks: int | None
+
+    def check_models(self) -> None:
+        """Checks models, devices and libraries.
+
+        Raises:
+            ConfigError: Something is wrong; all mistakes at once.
+        """
+        with _as_one_of(self.ranks) as world_size:
+            mistakes = self.job.check_models(self.config, world_size)
+        if mistakes:
+            raise ConfigError(mistakes)
+
+    @property
+    def idle(self) -> str | None:
+        """Warning of options without effect; None where all have one."""
+        from recipes.jobs import job_classes
+        from recipes.jobs.idle_options import idle_line
+
+        return idle_line(self.overrides, self.values, self.config, job_classes())
+
+
+def no_more(config: RunConfig) -> Sequence[Mistake]:
+    """Returns no mistakes."""
+    return ()
 
 
 def check_command(
-    overrides: Sequence[str],
-    ranks: int | None = None,
-    further: Callable[[RunConfig], Sequence[Mistake]] = lambda config: (),
+    overrides: Sequence[str], ranks: int | None = None, further: Further = no_more
 ) -> CheckedRun:
-    """Composes and checks a run.
+    """Composes a run and checks its options, without torch.
 
     Args:
         overrides: Those of the command line.
@@ -50,19 +78,16 @@ def check_command(
     """
     values, config = _read(overrides)
     from recipes.jobs import job_classes
-    from recipes.jobs.idle_options import idle_line
 
     jobs = job_classes()
     if config.job not in jobs:
-        raise ConfigError.one("job", config.job, "there is no such job", f"One of {', '.join(jobs)}.")
+        raise ConfigError.one("job", config.job, "there is no such job", choose(config.job, jobs))
     job = jobs[config.job]()
-    mistakes = list(further(config))
-    with _as_one_of(ranks):
-        check = job.check_options if mistakes else job.check
-        mistakes += check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with _as_one_of(ranks) as world_size:
+        mistakes = [*further(config), *job.check_options(config, world_size)]
     if mistakes:
         raise ConfigError(mistakes)
-    return CheckedRun(config, values, job, idle_line(overrides, values, config, jobs))
+    return CheckedRun(config, values, job, overrides, ranks)
 
 
 def _read(overrides: Sequence[str]) -> tuple[dict[str, Any], RunConfig]:
@@ -84,13 +109,13 @@ def _read(overrides: Sequence[str]) -> tuple[dict[str, Any], RunConfig]:
 
 
 @contextlib.contextmanager
-def _as_one_of(ranks: int | None) -> Iterator[None]:
-    """Makes the environment that of a rank while engines check what they have."""
+def _as_one_of(ranks: int | None) -> Iterator[int]:
+    """Makes the environment that of a rank while engines check what they have; yields the number of ranks."""
     names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if ranks is not None else ()
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, str(ranks)))
     try:
-        yield
+        yield int(os.environ.get("WORLD_SIZE", "1"))
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -19,6 +19,7 @@ from recipes.jobs.option_rules import (
     check_context,
     check_engine_options,
     check_folders,
+    check_layout,
     check_run_dir,
     check_schedule,
 )
@@ -37,11 +38,11 @@ class ContinueJob(Job):
     sections = (ContinueConfig,)
 
     def check_options(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Checks batch, schedule, data and folders, and that nothing asks for another model."""
+        """Checks batch, schedule, data, folders and ranks, and that nothing asks for another model."""
         ranks = world_size // config.engine.model_parallel_size
         mistakes = check_batch(config, max(1, ranks)) + check_schedule(config) + check_paths(config.data)
         mistakes += check_folders(config) + check_names() + config.tracker.check() + check_run_dir(config)
-        mistakes += _refuse_others(config)
+        mistakes += _refuse_others(config) + check_layout(config)
         if config.dense is None:
             remedy = "Give the folder of a mixture by dense=FOLDER."
             return [*mistakes, Mistake("dense", None, "there is no mixture to go on with", remedy)]
@@ -49,10 +50,8 @@ class ContinueJob(Job):
         mistakes += faults + check_chat_template(config.data, config.dense)
         return mistakes if faults else mistakes + check_context(config, read_config(_folder(config)))
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Checks too what the mixture's family and size tell."""
-        if found := self.check_options(config, world_size):
-            return found
+    def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """Checks what the mixture's family and size tell."""
         from recipes.jobs.continue_stage import check_mixture, of_mixture
 
         if found := check_mixture(config):

@@ -5,25 +5,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe.errors import CheckpointError, Mistake
+from moe.errors import CheckpointError, Mistake, UserError
 from recipes.config.compose import to_yaml
 from recipes.config.renamed import with_new_names
 from recipes.config.schema import RunConfig
-from recipes.data.build_data import TrainData
 from recipes.data.config import DataConfig
 from recipes.data.indexed import bin_path, idx_path
 from recipes.data.sources import resolve
 from recipes.data.tokenizer import MODEL_FILES, SETTING_FILES
 from recipes.jobs.changed_options import changed_options
-from recipes.jobs.run_dir import RunDir
+from recipes.jobs.run_dir import RunDir, choose_run_dir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
 from recipes.runtime.atomic import atomic_write_text
+from recipes.runtime.relaunch import Launch
 from recipes.runtime.run_file import read_run_file, write_run_file
+
+if TYPE_CHECKING:
+    from recipes.data.build_data import TrainData
 
 _REMEDY = "Set it back to go on, or start a new run with resume=none."
 # Where nothing that is written down has changed.
@@ -46,10 +50,35 @@ def identity(
         data: Its data.
         of_job: Options of the job's own (`recipes.jobs.base.Job.identity`).
     """
+    return {**_of_options(config, of_job or {}), "dense": str(dense), "data": data.fingerprint}
+
+
+def check_resumed(config: RunConfig, of_job: Mapping[str, Any]) -> list[Mistake]:
+    """Checks that the run that is gone on with began with these options; its data are looked at later.
+
+    Args:
+        config: The run.
+        of_job: As for `identity`.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    try:
+        origin = _origin(choose_run_dir(config, Launch.of_this_process()))
+    except (UserError, OSError, ValueError):
+        return []  # `recipes.jobs.option_rules.check_run_dir` says so
+    try:
+        began = read_run_file(origin).get("identity")
+    except CheckpointError as error:
+        return list(error.mistakes)
+    if began is None:
+        return []
+    began = {path: value for path, value in with_new_names(began).items() if path not in ("dense", "data")}
+    return _changes(origin, began, _of_options(config, of_job))
+
+
+def _of_options(config: RunConfig, of_job: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        **(of_job or {}),
-        "dense": str(dense),
-        "data": data.fingerprint,
+        **of_job,
         "data.seq_len": config.data.seq_len,
         "seed": config.seed,
         "optim.name": config.optim.name,
@@ -172,7 +201,7 @@ def refuse_changes(
     Raises:
         CheckpointError: A field has changed; every one is named with both values.
     """
-    origin = run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
+    origin = _origin(run_dir)
     record = read_run_file(origin)
     began = record.get("identity")
     if began is not None:
@@ -183,13 +212,10 @@ def refuse_changes(
         if values.get("dense") is None and "model.vocab_size" in str(record.get("data_parts")):
             hashed["dense"] = "another default model"
         changed = [
-            Mistake(path, changes, f"the run in {origin} began with {hashed[path]}", _REMEDY)
-            if path in hashed
-            else Mistake(
-                path, wanted.get(path), f"the run in {origin} began with {began.get(path)!r}", _REMEDY
-            )
-            for path in sorted(set(began) | set(wanted))
-            if began.get(path) != wanted.get(path)
+            Mistake(one.path, changes, f"the run in {origin} began with {hashed[one.path]}", _REMEDY)
+            if one.path in hashed
+            else one
+            for one in _changes(origin, began, wanted)
         ]
         if changed:
             raise CheckpointError(changed)
@@ -200,3 +226,16 @@ def refuse_changes(
     write_run_file(run_dir.path, identity=wanted, **more)
     atomic_write_text(run_dir.path / "config.yaml", to_yaml(dict(values)))
     return changed_now
+
+
+def _origin(run_dir: RunDir) -> Path:
+    """Returns the directory of the run that is gone on with, or that a new run starts from."""
+    return run_dir.path if run_dir.fork is None else run_dir.fork.parent.parent
+
+
+def _changes(origin: Path, began: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Mistake]:
+    return [
+        Mistake(path, wanted.get(path), f"the run in {origin} began with {began.get(path)!r}", _REMEDY)
+        for path in sorted(set(began) | set(wanted))
+        if began.get(path) != wanted.get(path)
+    ]

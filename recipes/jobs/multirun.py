@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from moe.errors import ConfigError, DataError, Mistake, UserError
 from recipes.config.compose import compose_config, quoted
 from recipes.config.search_path import CONF
+from recipes.jobs.checked_run import Further, no_more
 from recipes.jobs.sweep import SweptRun, checked, launcher, run_all, state_of
 from recipes.runtime.atomic import atomic_write_json
 
@@ -26,7 +27,9 @@ _DIR = "hydra.sweep.dir"
 _LONGEST_NAME = 60
 
 
-def run_sweep(overrides: Sequence[str], ranks: int | None = None, restarts: int = 0) -> int:
+def run_sweep(
+    overrides: Sequence[str], ranks: int | None = None, restarts: int = 0, further: Further = no_more
+) -> int:
     """Checks every run, runs them one after the other, and prints and writes a summary.
 
     A run that fails does not take the others down. After Ctrl-C or SIGTERM the current one saves and ends,
@@ -36,6 +39,7 @@ def run_sweep(overrides: Sequence[str], ranks: int | None = None, restarts: int 
         overrides: Those of the command line.
         ranks: Ranks of each run.
         restarts: How often those are started again after a failure.
+        further: As for `recipes.jobs.checked_run.check_command`.
 
     Returns:
         The exit code: 0 when all runs are done, 1 when one has failed, 130 when it was stopped.
@@ -43,7 +47,7 @@ def run_sweep(overrides: Sequence[str], ranks: int | None = None, restarts: int 
     Raises:
         ConfigError: A run has mistakes; those of all at once.
     """
-    runs = checked(plan_runs(overrides), ranks or 1)
+    runs = checked(plan_runs(overrides), ranks or 1, further)
     end = run_all(runs, launcher(ranks or 1, restarts), partial(print, flush=True))
     _summarize(runs, end.codes)
     return end.exit_code

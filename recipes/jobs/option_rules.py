@@ -85,9 +85,13 @@ def check_router(config: RunConfig) -> list[Mistake]:
 
 def check_engine_options(config: RunConfig) -> list[Mistake]:
     """Checks that the engine can lay out its ranks, and train this MoE model with the run's other options."""
+    return check_layout(config) + config.engine.check_moe(config.upcycle.num_experts, config.router)
+
+
+def check_layout(config: RunConfig) -> list[Mistake]:
+    """Checks what the engine says of its ranks and of options other than router and experts."""
     engine = config.engine
-    mistakes = engine.check_moe(config.upcycle.num_experts, config.router)
-    mistakes += engine.check_optimizer(config.optim) + engine.check_run(config)
+    mistakes = engine.check_optimizer(config.optim) + engine.check_run(config)
     found = engine.check(int(os.environ.get("WORLD_SIZE", "1")))
     return mistakes if found is None else [found.under("engine"), *mistakes]
 

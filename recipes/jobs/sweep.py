@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from moe.errors import ConfigError, DataError, Mistake, UserError
 from recipes.jobs.changed_options import read_options
-from recipes.jobs.checked_run import check_command
+from recipes.jobs.checked_run import Further, check_command, no_more
 from recipes.runtime.interrupt import INTERRUPTED
 from recipes.runtime.run_file import METRICS_FILE
 from recipes.runtime.source_root import TRAIN, child_environment, interpreter
@@ -81,27 +81,38 @@ class SweptRun:
 
 
 RunT = TypeVar("RunT", bound=SweptRun)
+T = TypeVar("T")
+CheckedT = TypeVar("CheckedT")
 #: Starts a run.
 Launch = Callable[[Any], "subprocess.Popen[bytes]"]
 
 
-def checked(runs: Sequence[RunT], ranks: int) -> list[RunT]:
+def checked(runs: Sequence[RunT], ranks: int, further: Further = no_more) -> list[RunT]:
     """Checks every run; returns them with their options and the models that they make.
 
     Args:
         runs: The runs.
         ranks: Ranks of each.
+        further: As for `check_command`.
 
     Raises:
         ConfigError: Some have mistakes; those of all at once.
     """
+    known = _each(runs, lambda run: check_command(run.overrides, ranks, further))
+    _each(known, lambda one: one.check_models())
+    return [
+        replace(run, models=one.job.models(one.config), values=one.values)
+        for run, one in zip(runs, known, strict=True)
+    ]
+
+
+def _each(items: Sequence[T], check: Callable[[T], CheckedT]) -> list[CheckedT]:
+    """Returns what a check gives for each item; raises the mistakes of all at once, each only once."""
     mistakes: dict[str, Mistake] = {}
     found = []
-    for run in runs:
+    for item in items:
         try:
-            known = check_command(run.overrides, ranks)
-            models = known.job.models(known.config)
-            found.append(replace(run, models=models, values=known.values))
+            found.append(check(item))
         except UserError as error:
             mistakes |= {str(mistake): mistake for mistake in error.mistakes}
     if mistakes:

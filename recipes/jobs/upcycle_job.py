@@ -9,6 +9,7 @@ from recipes.config.schema import RunConfig
 from recipes.config.sections.compare_config import CompareConfig
 from recipes.data.sources import resolve
 from recipes.jobs.base import Job, Session
+from recipes.jobs.identity import check_resumed
 from recipes.jobs.low_rank_rules import refuse_low_rank
 from recipes.jobs.option_rules import check_options
 
@@ -31,8 +32,8 @@ class UpcycleJob(Job):
     needs_weights: ClassVar[str | None] = None
 
     def check_options(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """Checks too that the default model can be trained on the data."""
-        mistakes = check_options(config, world_size)
+        """Checks too that a resumed run began so, and that the default model can be trained on the data."""
+        mistakes = check_options(config, world_size) + check_resumed(config, self.identity(config))
         for own in config.data.sources() if not mistakes and config.dense is None else ():
             if resolve(own).kind == "indexed":
                 rule = "there is no text in it to train the default model's tokenizer on"
@@ -45,10 +46,8 @@ class UpcycleJob(Job):
             mistakes += refuse_low_rank(config, self.needs_weights)
         return mistakes
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
-        """See `Job.check`; `recipes.jobs.preflight` looks at models, devices and libraries."""
-        if found := self.check_options(config, world_size):
-            return found
+    def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
+        """See `recipes.jobs.preflight`."""
         from recipes.jobs.preflight import check_models
 
         return check_models(config, world_size)

@@ -42,9 +42,9 @@ class UpcycleVsCPTJob(UpcycleJob):
             mistakes.append(Mistake("top_k_schedule", len(config.top_k_schedule), rule, "Leave it out."))
         return mistakes
 
-    def check(self, config: RunConfig, world_size: int) -> list[Mistake]:
+    def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks too that the method needs no dense model, and that FLOPs can be counted."""
-        if mistakes := super().check(config, world_size):
+        if mistakes := super().check_models(config, world_size):
             return mistakes
         method = upcycle_method(config.upcycle)
         if config.section(UpcycleVsCPTConfig).arms != "continued" and (method.statistics or method.sources):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.paths import ROOT
 from tests.patience import patience
@@ -38,6 +39,7 @@ COMMANDS = {
     "+recipe=upcycle resume=/no/such": 2,
     "+recipe=pretrain experts.lora.rank=2": 2,
     "+recipe=llama_moe_v2 train.steps=0": 2,
+    "+recipe=continue dense=conf engine.expert_parallel=3": 2,
     "+recipe=upcycle_vs_cpt optim.schedule.kind=cosine": 2,
     "+recipe=upcycle dense=/no/such": 2,
     "+recipe=upcycle job=nope": 2,
@@ -52,6 +54,8 @@ COMMANDS = {
     "+recipe=upcycle engine=megatron engine.experts=nope": 2,
     "+recipe=upcycle engine=megatron engine.dispatcher=nope": 2,
     "+recipe=upcycle certify.programs=[nope]": 2,
+    "-m +recipe=upcycle router.name=topk,nope": 2,
+    "-m +recipe=upcycle certify.programs=[nope] seed=0,1": 2,
     # What files and options say of experts, heads and prompts.
     "+recipe=upcycle engine=megatron engine.device=cpu engine.experts=te": 2,
     "+recipe=upcycle engine=megatron engine.experts=megatron experts.lora.rank=2": 2,
@@ -68,9 +72,12 @@ print(json.dumps([codes, heavy]))
 """
 
 
-def test_no_command_without_a_model_imports_torch() -> None:
+def test_no_command_without_a_model_imports_torch(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text('{"identity": {"router.top_k": 4}}', encoding="utf-8")
+    commands = {**COMMANDS, f"+recipe=upcycle output_dir={tmp_path} run.name=mine resume=auto": 2}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(list(COMMANDS))],
+        [sys.executable, "-c", CODE, json.dumps(list(commands))],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -78,4 +85,4 @@ def test_no_command_without_a_model_imports_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [COMMANDS, []]
+    assert json.loads(done.stdout.splitlines()[-1]) == [commands, []]

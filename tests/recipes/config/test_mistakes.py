@@ -314,7 +314,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "no plus": (["recipe=upcycle"], ["recipe='upcycle': it is chosen with a plus. Write +recipe=upcycle."]),
     "no such job": (
         ["job=foo"],
-        ["job='foo': there is no such job. One of continue, pretrain, two_stage, upcycle, upcycle_vs_cpt."],
+        ["job='foo': there is no such job. Choose one of: continue, pretrain, ..."],
     ),
     "no such flag": (
         ["--resume"],
@@ -489,7 +489,7 @@ def test_an_output_dir_that_is_a_file(command: Command, tmp_path: Path) -> None:
 def test_a_run_of_this_name_exists(command: Command, tmp_path: Path) -> None:
     used = tmp_path / "used"
     (used / "mine").mkdir(parents=True)
-    (used / "mine" / "run.json").touch()
+    (used / "mine" / "run.json").write_text("{}", encoding="utf-8")
     assert command.run(f"output_dir={used}", "run.name=mine") == 2
     assert_lines(
         command.lines, [f"run.name='mine': {used / 'mine'} holds a run already. Set resume=auto ..."]

@@ -15,7 +15,7 @@ from moe.errors import CheckpointError
 from recipes.config.compose import compose_config
 from recipes.config.schema import parse_config
 from recipes.data.config import DataConfig
-from recipes.jobs.identity import data_parts, identity, refuse_changes
+from recipes.jobs.identity import check_resumed, data_parts, identity, refuse_changes
 from recipes.jobs.run_dir import RunDir
 from recipes.runtime.run_file import read_run_file, write_run_file
 
@@ -125,6 +125,30 @@ def test_a_resume_tells_the_options_that_may_change_and_have(tmp_path: Path) -> 
     assert check(run) == ""
     assert check(run, "optim.lr=1e-5", "run.name=other", "resume=auto") == "optim.lr=1e-05 (was 0.001)"
     assert check(run, "optim.lr=1e-5") == ""
+
+
+def test_options_are_compared_before_the_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(RunDir(tmp_path / "a"), "attention=moe")
+    (step := tmp_path / "a" / "checkpoints" / "step-00000005").mkdir(parents=True)
+
+    def told(*overrides: str) -> list[str]:
+        where = ["+recipe=upcycle", f"output_dir={tmp_path}", "attention=moe", *overrides]
+        config = parse_config(compose_config(where))
+        return [f"{mistake.path}={mistake.value}" for mistake in check_resumed(config, {})]
+
+    goes_on = ["run.name=a", "resume=auto"]
+    # Neither the dense model's folder nor the tokens are known, and nothing is said of them.
+    assert told(*goes_on) == told("run.name=new") == told("run.name=b", f"resume={step}") == []
+    assert told(*goes_on, "optim.lr=1e-5", "dense=/other") == []
+    assert told(*goes_on, "router.top_k=4", "seed=3") == ["router.top_k=4", "seed=3"]
+    assert told("run.name=b", f"resume={step}", "data.seq_len=64") == ["data.seq_len=64"]
+    assert "attention.router" in "".join(told(*goes_on, "attention=none"))
+    # What is wrong with the directory is said of the directory.
+    assert told("run.name=a", "router.top_k=4") == told("resume=/no/such", "router.top_k=4") == []
+    monkeypatch.setenv("RANK", "1")
+    assert told(*goes_on, "router.top_k=4") == []
 
 
 def test_a_fork_is_compared_with_its_origin(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ loss = float(given["seed"])
 
 
 # Of the job of `PROGRAM`, whose finished runs have one model.
-PASSES = SimpleNamespace(job=SimpleNamespace(models=lambda config: ("moe",)), config=None, values=None)
+PASSES = SimpleNamespace(
+    job=SimpleNamespace(models=lambda config: ("moe",)), config=None, values=None, check_models=lambda: None
+)
 
 
 @pytest.fixture
