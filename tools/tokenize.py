@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="whether each document begins with the beginning-of-sequence token <bos> (default: auto, as the "
         "tokenizer does by itself)",
     )
+    add("--trust-remote-code", action="store_true", help="run code that the tokenizer brings (auto_map)")
     return parser
 
 
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     bos = {"auto": "auto", "yes": True, "no": False}[args.bos]
     cfg = DataConfig(path=args.input, text_key=args.text_key, append_eos=not args.no_eos, prepend_bos=bos)
     mistakes = [Mistake("--input", m.value, m.rule, m.remedy) for m in check_paths(cfg)]
-    mistakes += check_tokenizer(args.tokenizer, where="--tokenizer")
+    trust = args.trust_remote_code
+    mistakes += check_tokenizer(args.tokenizer, where="--tokenizer", trust_remote_code=trust)
     mistakes += check_json_target(args.json)
     if mistakes:
         raise DataError(mistakes)
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     with claim(lock_beside(prefix), "--out", args.out):
         require_no_files(prefix, "--out")
         discard_unfinished(prefix)
-        counts = tokenise(cfg, args.tokenizer, prefix, log)
+        counts = tokenise(cfg, args.tokenizer, prefix, log, trust_remote_code=trust)
     rate = counts.tokens / max(counts.seconds, 1e-9)
     if counts.begin:
         log(f"each document begins with {counts.begin} (--bos)")

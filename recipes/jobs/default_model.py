@@ -142,11 +142,12 @@ def shared_data(config: RunConfig, console: RankConsole, tokenizer: Path, vocab_
     """Loads the run's samples, which rank 0 tokenises and all ranks read."""
     cache = cache_dir(config) / "tokens"
 
-    def load() -> None:
-        load_data(config.data, tokenizer, cache, vocab_size, console.lines)
+    def load(log: Callable[[str], None]) -> TrainData:
+        trust = config.trust_remote_code
+        return load_data(config.data, tokenizer, cache, vocab_size, log, trust_remote_code=trust)
 
-    console.on_rank_zero(load)
-    return load_data(config.data, tokenizer, cache, vocab_size, lambda line: None)
+    console.on_rank_zero(lambda: load(console.lines).fingerprint)
+    return load(lambda line: None)
 
 
 def _train(config: RunConfig, console: RankConsole, loop: Loop, folder: Path, data: TrainData) -> bool:

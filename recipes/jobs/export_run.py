@@ -208,7 +208,7 @@ def _export_dense(
 
     def blank() -> HFModel:
         module = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust)
-        return HFModel(module, dense, dtype)
+        return HFModel(module, dense, dtype, trust_remote_code=trust)
 
     dtypes = dict.fromkeys(merging.names(), dtype)
 
@@ -222,6 +222,15 @@ def _export_dense(
     )
     family = read_config(out)["model_type"]
     return Exported(out, family, ["transformers"], tensors.folder, tensors.step, total, checking.outcome())
+
+
+def run_trusts_code(folder: Path) -> bool:
+    """Tells whether a run trusts the code that its dense model brings; False of a folder that is no run.
+
+    Raises:
+        ConfigError: Its config.yaml cannot be read.
+    """
+    return (folder / "config.yaml").is_file() and _read_run(folder)[0].trust_remote_code
 
 
 def _read_run(run: Path) -> tuple[RunConfig, Path]:
@@ -339,7 +348,7 @@ def _write(
             files.write(name, constant)
         files.finish()
         config: dict[str, Any] = exporter.config(spec) | dtype_keys(checking.dtype)
-        write_companions(temporary, config, dense)
+        write_companions(temporary, config, dense, trust_remote_code=checking.config.trust_remote_code)
         exact_in = exporter.exact_in(spec, placement.layout)
         own, training = checking.config, f"trained to step {tensors.step} since"
         origin = Origin(dense_name(own.dense), own.upcycle.name, training)

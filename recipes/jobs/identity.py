@@ -18,7 +18,7 @@ from recipes.data.build_data import TrainData
 from recipes.data.config import DataConfig
 from recipes.data.indexed import bin_path, idx_path
 from recipes.data.sources import resolve
-from recipes.data.tokenizer import MODEL_FILES, SETTING_FILES
+from recipes.data.tokenizer import tokenizer_files
 from recipes.jobs.changed_options import changed_options
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
@@ -104,7 +104,8 @@ def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def _deciding(config: RunConfig, folder: Path) -> list[Path]:
     """Returns the files of the dense model's tokenizer, and that of the chat template."""
-    named = [] if config.dense is None else [folder / name for name in (*MODEL_FILES, *SETTING_FILES)]
+    trust = config.trust_remote_code
+    named = [] if config.dense is None else tokenizer_files(folder, trust_remote_code=trust)
     named += [Path(config.data.chat_template).expanduser()] if config.data.chat_template else []
     return [path for path in named if path.is_file()]
 

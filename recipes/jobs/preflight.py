@@ -18,7 +18,7 @@ from recipes.engines import engine_classes
 from recipes.jobs.expert_rules import check_library, check_rank
 from recipes.jobs.memory_check import check_memory
 from recipes.jobs.option_rules import default_model_config, dense_shape
-from recipes.models.export.companions import check_companions
+from recipes.models.export.companions import check_carried_tokenizer, check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
 from recipes.models.hf.config_file import read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
@@ -36,10 +36,11 @@ def check_models(config: RunConfig, world_size: int) -> list[Mistake]:
     mistakes += check_prompts(config) + check_rank(config, shape)
     if config.dense is None:
         return mistakes + check_attention(config, default_model_config(config))
-    folder = Path(config.dense).expanduser()
+    folder, trust = Path(config.dense).expanduser(), config.trust_remote_code
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
-    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=config.trust_remote_code)
-    return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
+    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
+    mistakes = mistakes or check_first_row(config.data, config.dense, trust_remote_code=trust)
+    return mistakes or check_memory(config, world_size)
 
 
 def check_opens(config: RunConfig) -> list[Mistake]:
@@ -50,7 +51,9 @@ def check_opens(config: RunConfig) -> list[Mistake]:
         require_runs(folder, trust_remote_code=trust)
     except UserError as error:
         return list(error.mistakes)
-    return check_companions(config.dense or "", code=trusts(folder, trust))
+    path, code = config.dense or "", trusts(folder, trust)
+    mistakes = check_companions(path, code=code, trust_remote_code=trust)
+    return mistakes or check_carried_tokenizer(path, trust_remote_code=trust)
 
 
 def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
@@ -74,4 +77,6 @@ def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
     """Checks tokenizer and attention against the dense model."""
     text = dense.get("text_config") or dense
     vocab_size = text.get("vocab_size")
-    return check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)
+    trust = config.trust_remote_code
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense", trust_remote_code=trust)
+    return mistakes + check_attention(config, dense)

@@ -25,7 +25,7 @@ from recipes.cap.certify.observation import (
     read_routing,
 )
 from recipes.cap.hooks import Site, find_sites
-from recipes.models.hf.config_file import library_reads
+from recipes.models.hf.config_file import library_reads, trusts
 
 _Routing = Mapping[int, tuple[np.ndarray, np.ndarray]]
 
@@ -42,7 +42,10 @@ class TransformersConsumer(Consumer):
         remedy = "Does this version of transformers have its class?"
         with library_reads("MODEL", folder, remedy, "load the export"):
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=trusts(folder, self.places.trust_remote_code),
             ).eval()
         return observe_module(model, request, f"transformers {transformers.__version__}")
 

@@ -66,13 +66,20 @@ def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> 
     if prompts.path is None:
         return known
     sites = chosen_sites(model, config.upcycle)
-    rows = prompt_rows(model, sites, read_prompts(prompts.path), prompts)
+    rows = prompt_rows(
+        model, sites, read_prompts(prompts.path), prompts, trust_remote_code=config.trust_remote_code
+    )
     return {layer: {**known.get(layer, {}), GIVEN_ROWS: rows_ED} for layer, rows_ED in rows.items()}
 
 
 @torch.no_grad()
 def prompt_rows(
-    model: HFModel, sites: Sequence[FFNSite], prompts: Sequence[ExpertPrompts], config: PromptsConfig
+    model: HFModel,
+    sites: Sequence[FFNSite],
+    prompts: Sequence[ExpertPrompts],
+    config: PromptsConfig,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[int, Tensor]:
     """Computes the rows of every layer: ``[E, D]`` fp32, each of length ``config.scale``.
 
@@ -82,7 +89,7 @@ def prompt_rows(
     Raises:
         ConfigError: Two experts would get rows that cannot be told apart.
     """
-    tokenizer = load_tokenizer(model.folder, append_eos=False)
+    tokenizer = load_tokenizer(model.folder, append_eos=False, trust_remote_code=trust_remote_code)
     training = model.module.training
     model.module.eval()
     means: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
