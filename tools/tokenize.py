@@ -51,9 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     from recipes.data.config import DataConfig
+    from recipes.data.repeats import describe_repeats
     from recipes.data.sources import check_paths
-    from recipes.data.tokenise import discard_unfinished, require_no_files, tokenise
+    from recipes.data.tokenise import tokenise
     from recipes.data.tokenizer import check_tokenizer
+    from recipes.data.unfinished_pair import discard_unfinished, require_no_files
     from recipes.runtime.claim import claim, lock_beside
 
     if not args.text_key:
@@ -67,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     if mistakes:
         raise DataError(mistakes)
     log, prefix = log_beside(args.json), Path(args.out)
+    if twice := describe_repeats(cfg):
+        log(twice)
     require_no_files(prefix, "--out")
     with claim(lock_beside(prefix), "--out", args.out):
         require_no_files(prefix, "--out")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,9 +19,7 @@ from recipes.data.documents import Document
 from recipes.data.indexed import (
     IndexedDataset,
     IndexedWriter,
-    bin_path,
     disk_errors,
-    idx_path,
     token_dtype,
 )
 from recipes.data.sources import fingerprint, read_documents, resolve
@@ -217,21 +213,3 @@ def _encode(
     lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
     flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int64, count=int(lengths.sum()))
     return flat, lengths
-
-
-def require_no_files(prefix: str | Path, where: str) -> None:
-    """Checks that no token files would be overwritten.
-
-    Raises:
-        DataError: A file of either name exists.
-    """
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if os.path.lexists(path):
-            raise DataError.one(where, str(path), "exists already", "Delete it, or give another prefix.")
-
-
-def discard_unfinished(prefix: str | Path) -> None:
-    """Deletes what writers of a pair that were killed have left; call it while the prefix is claimed."""
-    for path in (bin_path(prefix), idx_path(prefix)):
-        for left in path.parent.glob(f"{glob.escape(f'.{path.name}.tmp-')}*"):
-            left.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from recipes.checkpoint import Origin, find_checkpoint
 from recipes.config.schema import DefaultModelConfig, RunConfig
 from recipes.data.bpe import train_byte_level_bpe
 from recipes.data.build_data import TrainData, load_data
+from recipes.data.repeats import describe_repeats
 from recipes.data.sources import fingerprint, read_documents
 from recipes.engines.console import RankConsole
 from recipes.engines.optim.config import OptimConfig
@@ -146,7 +147,12 @@ def shared_data(config: RunConfig, console: RankConsole, tokenizer: Path, vocab_
         trust = config.trust_remote_code
         return load_data(config.data, tokenizer, cache, vocab_size, log, trust_remote_code=trust)
 
-    console.on_rank_zero(lambda: load(console.lines).fingerprint)
+    def load_first() -> str:
+        if twice := describe_repeats(config.data):
+            console.lines(twice)
+        return load(console.lines).fingerprint
+
+    console.on_rank_zero(load_first)
     return load(lambda line: None)
 
 
