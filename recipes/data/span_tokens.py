@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recipes.data.reply_spans import Span, SpanError
+from recipes.data.tokenizer import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Tokens that hold the last letter of a text, which may be several bytes.
+_LOOKED_AT = 8
 
 
 def mark_spans(
@@ -28,6 +32,7 @@ def mark_spans(
 
     Raises:
         SpanError: The tokenizer tells no offsets, and a token crosses the end of a span.
+        DataError: The tokenizer fails on the text.
     """
     if not tokenizer.is_fast:
         return _mark_by_prefixes(tokenizer, text, spans)
@@ -46,21 +51,21 @@ def _mark_by_prefixes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Marks spans by the number of tokens of the text up to their ends.
 
-    These must be the first tokens of the whole text and spell the text up to there, or no number is certain.
+    These must be the first tokens of the whole text, and end as the text does there, or no number is certain.
     """
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    (ids,) = encode_texts(tokenizer, [text], special_tokens=False)
     own = np.zeros(len(ids), dtype=np.bool_)
 
     def tokens_before(place: int) -> int:
-        before = list(tokenizer(text[:place], add_special_tokens=False)["input_ids"])
-        spelled = tokenizer.decode(
-            before, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+        (before,) = encode_texts(tokenizer, [text[:place]], special_tokens=False)
+        end = tokenizer.decode(
+            before[-_LOOKED_AT:], clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
-        # Some begin every text with a space of their own.
-        if before != ids[: len(before)] or spelled.lstrip(" ") != text[:place].lstrip(" "):
+        # Some leave out spaces at the end of a text, which are tokens within one.
+        if before != ids[: len(before)] or not end.endswith(text[:place][-1:]):
             raise SpanError(
-                f"no token begins behind {text[:place][-20:]!r}, where a reply begins or ends, or its tokens "
-                "do not spell the text; a tokenizer in Python does not tell where tokens lie"
+                f"no token ends with {text[:place][-20:]!r}, where a reply begins or ends, that spells it; a "
+                "tokenizer in Python does not tell where tokens lie"
             )
         return len(before)
 

@@ -24,6 +24,7 @@ from recipes.data.indexed import (
 )
 from recipes.data.sources import fingerprint, read_documents, resolve
 from recipes.data.tokenizer import (
+    encode_texts,
     first_tokens,
     load_tokenizer,
     require_room,
@@ -202,14 +203,7 @@ def _encode(
     if not texts:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     require_room(sum(map(len, texts)))
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    lists = [bos + ids + eos for ids in encoded["input_ids"]]
+    lists = [bos + ids + eos for ids in encode_texts(tokenizer, texts, special_tokens=False)]
     lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
     flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int64, count=int(lengths.sum()))
     return flat, lengths

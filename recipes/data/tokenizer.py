@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe.errors import DataError, Mistake
-from recipes.data.tokenizer_code import SETTINGS_FILE, code_fault, files_of_code, runs_code
+from recipes.data.tokenizer_code import SETTINGS_FILE, code_fault, files_of_code, runs_code, unknown_class
 from recipes.runtime.code_folder import private_code_folder
 from recipes.runtime.machine_memory import address_space_left, require_address_space
 from recipes.runtime.user_json import LARGEST_FILE, UserJsonError, read_json_file
@@ -25,6 +26,7 @@ SETTING_FILES = (*SETTINGS, "merges.txt")
 """Files that change ids as well, so that they are part of the fingerprint."""
 
 _AGAIN = "Fetch or save the tokenizer's files again."
+_MEND = "Mend its code, or use a tokenizer.json."
 # Bytes that a tokenizer takes for its work, times the size of its file, and for each character of a text.
 _ROOM, _TIMES_FILE, _PER_CHARACTER = 1 << 24, 20, 256
 
@@ -74,7 +76,9 @@ def _check_files(
     try:
         largest = _largest_base_id(folder, runs)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        return [Mistake(where, given, f"holds a tokenizer that cannot be read ({error})", _AGAIN)]
+        return [
+            Mistake(where, given, f"holds a tokenizer that cannot be read ({_why(error, folder)})", _AGAIN)
+        ]
     if vocab_size is not None and largest >= vocab_size:
         rule = f"does not fit: its largest id is {largest}, the model's vocabulary has {vocab_size} entries"
         return [Mistake(where, given, rule, "Use the tokenizer that the model was trained with.")]
@@ -171,6 +175,44 @@ def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool
+) -> list[list[int]]:
+    """Returns the ids of each text.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        special_tokens: Whether it puts before and behind each what it puts around texts by itself.
+
+    Raises:
+        DataError: It fails on one, or gives what is no id of its vocabulary, as code of its own may.
+    """
+    try:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        # Classes of transformers give ids of their vocabulary; to look at each would take long.
+        if type(tokenizer).__module__.startswith("transformers."):
+            return list(encoded)
+        lists = [[operator.index(token) for token in ids] for ids in encoded]
+        low, high = (pick(map(pick, filter(None, lists)), default=0) for pick in (min, max))
+        size = vocab_size_of(tokenizer)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its code raises
+        rule = f"the tokenizer fails on a text ({' '.join(str(error).split())[:300] or type(error).__name__})"
+        raise DataError.one("tokenizer", tokenizer.name_or_path, rule, _MEND) from error
+    if low < 0 or high >= size:
+        rule = f"the tokenizer gives ids from {low} to {high}, and its vocabulary has {size} entries"
+        raise DataError.one("tokenizer", tokenizer.name_or_path, rule, _MEND)
+    return lists
+
+
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], **options: Any) -> str:
     """Returns the text of ids that a model has chosen, without those of rows that only fill its embedding.
 
@@ -217,8 +259,16 @@ def _load(tokenizer_dir: str | Path, where: str, trust_remote_code: bool) -> Pre
         tokenizer("a")  # some settings are looked at only when it is used
         return tokenizer
     except Exception as error:  # whatever transformers makes of settings that it does not understand
-        rule = f"holds a tokenizer that transformers cannot load ({' '.join(str(error).split())[:300]})"
+        rule = f"holds a tokenizer that transformers cannot load ({_why(error, folder)})"
         raise DataError.one(where, str(tokenizer_dir), rule, "Fetch or save its files again.") from error
+
+
+def _why(error: Exception, folder: Path) -> str:
+    if name := unknown_class(folder):
+        return (
+            f"its class is {name}, which transformers does not have, and it names no code of it by auto_map"
+        )
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _size(path: Path) -> int:
@@ -230,4 +280,7 @@ def _auto_tokenizer(folder: Path, runs: bool) -> PreTrainedTokenizerBase:
 
     if runs:
         private_code_folder()
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=runs)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=runs)
+    except SystemExit as error:  # a run that its code ended would count as done
+        raise RuntimeError("its code ends the process") from error

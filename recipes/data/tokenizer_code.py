@@ -61,6 +61,12 @@ def code_fault(folder: Path, trust_remote_code: bool) -> tuple[str, str] | None:
     return rule, remedy
 
 
+def unknown_class(folder: Path) -> str | None:
+    """Returns the class of a tokenizer that neither transformers nor code that it names has."""
+    name = _settings(folder).get("tokenizer_class")
+    return None if names_code(folder) or not isinstance(name, str) or _in_transformers(name) else name
+
+
 def files_of_code(folder: Path) -> list[Path]:
     """Lists the files that the code of a tokenizer may read: all of its folder but weights and documents."""
     return sorted(

@@ -9,10 +9,12 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moe.errors import DataError, Mistake, ModelError
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import encode_texts, load_tokenizer
 from recipes.data.tokenizer_code import code_fault, drop_code_name, files_of_code, runs_code
 from recipes.runtime.user_json import LARGEST_FILE
 
@@ -89,24 +91,26 @@ def check_carried_tokenizer(path: str, option: str = "dense", *, trust_remote_co
     source = Path(path).expanduser()
     if not runs_code(source, trust_remote_code):
         return []
+    encode = partial(_sample_ids, trust_remote_code=trust_remote_code)
+    try:
+        expected = encode(source)
+    except DataError as error:
+        return [replace(mistake, path=option, value=path) for mistake in error.mistakes]
     with tempfile.TemporaryDirectory(prefix="graft-tokenizer-") as name:
         copy_companions(source, Path(name), trust_remote_code=trust_remote_code)
         shutil.copyfile(source / "config.json", Path(name) / "config.json")
         try:
-            ids = [
-                load_tokenizer(folder, append_eos=False, trust_remote_code=trust_remote_code)(_SAMPLE)[
-                    "input_ids"
-                ]
-                for folder in (source, Path(name))
-            ]
+            carried = encode(Path(name))
         except DataError as error:
-            rule = (
-                f"its tokenizer's code does not work on what an export carries: it {error.mistakes[0].rule}"
-            )
+            rule = f"its tokenizer does not work with what an export carries ({error.mistakes[0].rule})"
             return [Mistake(option, path, rule, _BESIDE)]
-    same = ids[0] == ids[1]
     rule = "its tokenizer's code gives other ids in another folder, so that an export would not have its ids"
-    return [] if same else [Mistake(option, path, rule, _BESIDE)]
+    return [] if carried == expected else [Mistake(option, path, rule, _BESIDE)]
+
+
+def _sample_ids(folder: Path, *, trust_remote_code: bool) -> list[list[int]]:
+    tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust_remote_code)
+    return encode_texts(tokenizer, [_SAMPLE], special_tokens=True)
 
 
 def _found(folder: Path, code: bool, trust_remote_code: bool) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from moe.upcycle.equivalence import LogitDrift, agree, logit_drift
 from recipes.data.config import DataConfig
 from recipes.data.samples import Samples
 from recipes.data.sources import read_documents
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import encode_texts, load_tokenizer
 from recipes.models.export.graft_format import MODEL_TYPE, GraftUnread, load_graft
 from recipes.models.export.read_back import DenseUnread, ReadBack
 from recipes.models.hf.config_file import (
@@ -148,7 +148,7 @@ def _ids(folder: Path, data: DataConfig, number: int, trust: bool) -> list[int]:
     tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust)
     ids: list[int] = []
     for document in read_documents(data, lambda line: None):
-        ids += tokenizer(document.text)["input_ids"]
+        ids += encode_texts(tokenizer, [document.text], special_tokens=True)[0]
         if len(ids) >= number:
             break
     return ids[:number]

@@ -19,7 +19,7 @@ from moe.upcycle.gates import observe
 from moe.upcycle.router_start import GIVEN_ROWS
 from recipes.config.schema import RunConfig
 from recipes.config.sections.prompts_config import PromptsConfig
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import encode_texts, load_tokenizer
 from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, read_prompts
@@ -135,7 +135,9 @@ def _mean(
 ) -> dict[int, Tensor]:
     total: dict[int, Tensor] = {}
     for text in texts:
-        ids_1S = torch.tensor([tokenizer(text)["input_ids"]], device=model.module.device)
+        ids_1S = torch.tensor(
+            encode_texts(tokenizer, [text], special_tokens=True), device=model.module.device
+        )
         model.module.base_model(input_ids=ids_1S, use_cache=False)
         for layer, x_SD in inputs.items():
             vector_D = x_SD[-1] if config.take == "last" else x_SD.mean(0)

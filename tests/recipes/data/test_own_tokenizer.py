@@ -17,7 +17,7 @@ from recipes.data.conversations import Conversation
 from recipes.data.indexed import IndexedDataset
 from recipes.data.reply_spans import SpanError
 from recipes.data.span_tokens import _mark_by_prefixes, mark_spans
-from recipes.data.tokenise import ensure_tokenised
+from recipes.data.tokenise import ensure_tokenised, tokenise
 from recipes.data.tokenizer import check_tokenizer, load_tokenizer, spelled, tokenizer_fingerprint
 from recipes.runtime.code_folder import private_code_folder
 from tests.grid import each
@@ -132,19 +132,19 @@ def test_changed_code_is_tokenised_with_anew(own: Path, tmp_path: Path) -> None:
 def test_replies_are_counted_without_offsets(own: Path) -> None:
     settings(own, chat_template="{% for m in messages %}[{{ m.role[0] }}]{{ m.content }};{% endfor %}")
     chat = ChatFormat(DataConfig(path="x", format="chat"), own, trust_remote_code=True)
-    row = talk("user: all", "bot: book", "user: no", "bot: hell")
+    row = talk("user: all", "bot: b\u00e9ok", "user: no", "bot: hell")
     ids, counted = chat.encode(Conversation(row["messages"], "rows.jsonl:7", 0))
-    text = "[u]all;[a]book;[u]no;[a]hell;"
+    text = "[u]all;[a]b\u00e9ok;[u]no;[a]hell;"
     assert ids.tolist() == own_ids(text)
     # The replies with their last letter, which ends the turn.
-    assert "".join(LETTERS[i] for i in ids[counted]) == "book;hell;"
+    assert "".join(LETTERS[i] for i in ids[counted]) == "b<unk>ok;hell;"
 
 
 def test_a_token_across_the_beginning_of_a_reply_is_refused(own: Path) -> None:
     settings(own, chat_template="{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}")
     chat = ChatFormat(DataConfig(path="x", format="chat"), own, trust_remote_code=True)
     row = talk("user: b", "bot: abc")  # "aabc": the role's letter and the reply's first are one token
-    with pytest.raises(DataError, match="rows.jsonl:7.*no token begins behind"):
+    with pytest.raises(DataError, match="rows.jsonl:7.*no token ends with"):
         chat.encode(Conversation(row["messages"], "rows.jsonl:7", 0))
 
 
@@ -163,3 +163,37 @@ def test_places_by_prefixes_are_those_of_offsets(tokenizer_dir: Path) -> None:
             assert (ids.tolist(), own.tolist()) == (expected[0].tolist(), expected[1].tolist()), (start, end)
             found += 1
     assert found > 20 and refused > 20
+
+
+@each(
+    ("old", "new", "said"),
+    [
+        ("self.places.get(token, 0)", "None if token == 'b' else 1", "fails on a text .'NoneType'"),
+        ("self.places.get(token, 0)", "1 - 2 * (token == 'b')", "gives ids from -1 to 1"),
+        (
+            "self.places.get(token, 0)",
+            "1 + 70000 * (token == 'b')",
+            "gives ids from 1 to 70001, .* 128 entries",
+        ),
+        (
+            "return pieces(text)",
+            "return text[9] and pieces(text) if len(text) > 1 else []",
+            "string index out",
+        ),
+        ("Path(vocab_file)", "exit() or Path(vocab_file)", "its code ends the process"),
+    ],
+)
+def test_code_that_fails_is_a_sentence(own: Path, tmp_path: Path, old: str, new: str, said: str) -> None:
+    (tmp_path / "a.txt").write_text("a b")
+    code = give_own_tokenizer(own, tmp_path / "ran") / "tokenization_own.py"
+    code.write_text(code.read_text().replace(old, new))
+    with pytest.raises(DataError, match=said):
+        tokenise(DataConfig(path=str(tmp_path / "a.txt")), own, tmp_path / "out", trust_remote_code=True)
+
+
+def test_a_class_that_nobody_has_is_named(own: Path) -> None:
+    settings(own, auto_map={})
+    (own / "vocab.json").write_text(json.dumps({letter: place for place, letter in enumerate(LETTERS)}))
+    (own / "merges.txt").write_text("#version: 0.2\n")
+    (mistake,) = check_tokenizer(own)
+    assert "its class is OwnTokenizer, which transformers does not have" in mistake.rule

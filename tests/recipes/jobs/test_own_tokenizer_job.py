@@ -99,4 +99,4 @@ def test_code_that_reads_what_is_not_carried_is_refused_first(own: Path, tmp_pat
     data = write_text(tmp_path / "text")
     ended = job(tmp_path, {"dense": f"'{own}'", "data.path": data, "trust_remote_code": True})
     assert ended.code == 2
-    assert "its tokenizer's code does not work on what an export carries" in ended.err
+    assert "its tokenizer does not work with what an export carries" in ended.err
