@@ -25,6 +25,7 @@ from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.jobs.export_check import CheckedModel, CheckpointUnread, ExportCheck, check_export
+from recipes.jobs.identity import check_config_file
 from recipes.jobs.rounding import StepZero, rounded, written_dtypes
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
@@ -248,6 +249,8 @@ def _read_run(run: Path) -> tuple[RunConfig, Path]:
     known = read_run_file(run).get("identity")
     if known is None:
         raise ConfigError.one("run", str(run), "it has no dense model yet", "Let it train to a checkpoint.")
+    if mistakes := check_config_file(config, known, path):
+        raise ConfigError(mistakes)
     return config, Path(known["dense"])
 
 

@@ -51,10 +51,17 @@ def identity(
         "dense": str(dense),
         "data": data.fingerprint,
         "data.seq_len": config.data.seq_len,
-        "seed": config.seed,
         "optim.name": config.optim.name,
         "train.global_batch_size": config.train.global_batch_size,
+        **_of_model(config),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain
+
+
+def _of_model(config: RunConfig) -> dict[str, Any]:
+    """Returns the values that decide what the weights of a checkpoint compute."""
+    fields: dict[str, Any] = {"seed": config.seed}
     for section in ("router", "upcycle"):
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             fields[f"{section}.{key}"] = value
@@ -65,8 +72,25 @@ def identity(
         for key, value in dataclasses.asdict(config.experts.lora).items():
             fields[f"experts.lora.{key}"] = value
     fields["top_k_schedule"] = top_k_schedule_identity(config)
-    plain: dict[str, Any] = json.loads(json.dumps(fields))
-    return plain
+    return fields
+
+
+def check_config_file(config: RunConfig, began: Mapping[str, Any], path: Path) -> list[Mistake]:
+    """Checks that a run's ``config.yaml``, which somebody may have changed, describes the model it trains.
+
+    Args:
+        config: What the file says.
+        began: Identity that the run wrote down.
+        path: The file.
+    """
+    began, says = with_new_names(began), json.loads(json.dumps(_of_model(config)))
+    lost = {key for key in began if key not in says and key.startswith(("attention.", "experts.lora."))}
+    rule = f"{path} has it, and the run began with"
+    return [
+        Mistake(key, says.get(key), f"{rule} {began[key]!r}", "Restore the file.")
+        for key in sorted(says.keys() & began.keys() | lost)
+        if says.get(key) != began[key]
+    ]
 
 
 def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:

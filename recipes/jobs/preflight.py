@@ -20,7 +20,7 @@ from recipes.jobs.memory_check import check_memory
 from recipes.jobs.option_rules import default_model_config, dense_shape
 from recipes.models.export.companions import check_carried_tokenizer, check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
-from recipes.models.hf.config_file import read_config, trusts
+from recipes.models.hf.config_file import load_config, read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.packed_attention import check_documents
 from recipes.upcycling.convert.moe_plan import open_dense
@@ -74,9 +74,12 @@ def check_engine(config: RunConfig) -> list[Mistake]:
 
 
 def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
-    """Checks tokenizer and attention against the dense model."""
+    """Checks tokenizer and attention against the dense model, whose config is what is wrong if it is."""
     text = dense.get("text_config") or dense
-    vocab_size = text.get("vocab_size")
-    trust = config.trust_remote_code
+    vocab_size, trust = text.get("vocab_size"), config.trust_remote_code
+    try:
+        load_config(Path(config.dense or "").expanduser(), trust_remote_code=trust)
+    except UserError as error:
+        return list(error.mistakes)
     mistakes = check_tokenizer(config.dense or "", vocab_size, "dense", trust_remote_code=trust)
     return mistakes + check_attention(config, dense)
