@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--llama-cpp", metavar="DIR", help="folder of llama.cpp, built")
     add("--llama-cpp-bin", metavar="DIR", help="folder of its programs (default: build/bin in it)")
     add("--time-limit", type=float, default=3600.0, metavar="SECONDS", help="of each command of a program")
+    text = "run code that an export brings (auto_map); a run's own is trusted as the run trusted it"
+    add("--trust-remote-code", action="store_true", help=text)
     return parser
 
 
@@ -45,20 +47,25 @@ def main(argv: list[str] | None = None) -> int:
     from recipes.cap.certify.base import Places
     from recipes.cap.certify.certify_export import certify_export
     from recipes.cap.certify.certify_run import choose_consumers
+    from recipes.jobs.export_run import run_trusts_code
 
-    places = Places(_path(args.vllm), _path(args.llama_cpp), _path(args.llama_cpp_bin), args.time_limit)
+    model = Path(args.model).expanduser()
+    trust = args.trust_remote_code or run_trusts_code(model)
+    programs = (_path(args.vllm), _path(args.llama_cpp), _path(args.llama_cpp_bin))
+    places = Places(*programs, args.time_limit, trust)
     log = log_beside(args.json)
     consumers, wrong = choose_consumers(args.programs.split(","), places, log)
     if mistakes + wrong:
         raise ConfigError(mistakes + wrong)
     found = certify_export(
-        Path(args.model).expanduser(),
+        model,
         consumers,
         text=_path(args.text),
         sequences=args.sequences,
         length=args.sequence_length,
         new_tokens=args.new_tokens,
         log=log,
+        trust_remote_code=trust,
     )
     write_json(args.json, found.content())
     return 0 if all(result.certified for result in found.results) else 1

@@ -79,11 +79,10 @@ def _score(args: argparse.Namespace, name: str, source: Any, tasks: Any, log: An
     from recipes.data.tokenizer import load_tokenizer
 
     device = torch.device(args.device)
-    system = load_system(
-        name, source, device, DTYPES.get(args.dtype), trust_remote_code=args.trust_remote_code
-    )
+    trust = args.trust_remote_code
+    system = load_system(name, source, device, DTYPES.get(args.dtype), trust_remote_code=trust)
     folder = source.folder if args.tokenizer is None else Path(args.tokenizer).expanduser()
-    tokenizer = load_tokenizer(folder, append_eos=False)
+    tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust)
     return [
         score_task(system.model, tokenizer, task, longest=system.max_length, log=log).figures()
         for task in tasks

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="whether each document begins with the beginning-of-sequence token <bos> (default: auto, as the "
         "tokenizer does by itself)",
     )
+    add("--trust-remote-code", action="store_true", help="run code that the tokenizer brings (auto_map)")
     return parser
 
 
@@ -50,9 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     from recipes.data.config import DataConfig
+    from recipes.data.repeats import describe_repeats
     from recipes.data.sources import check_paths
-    from recipes.data.tokenise import discard_unfinished, require_no_files, tokenise
+    from recipes.data.tokenise import tokenise
     from recipes.data.tokenizer import check_tokenizer
+    from recipes.data.unfinished_pair import discard_unfinished, require_no_files
     from recipes.runtime.claim import claim, lock_beside
 
     if not args.text_key:
@@ -60,16 +63,19 @@ def main(argv: list[str] | None = None) -> int:
     bos = {"auto": "auto", "yes": True, "no": False}[args.bos]
     cfg = DataConfig(path=args.input, text_key=args.text_key, append_eos=not args.no_eos, prepend_bos=bos)
     mistakes = [Mistake("--input", m.value, m.rule, m.remedy) for m in check_paths(cfg)]
-    mistakes += check_tokenizer(args.tokenizer, where="--tokenizer")
+    trust = args.trust_remote_code
+    mistakes += check_tokenizer(args.tokenizer, where="--tokenizer", trust_remote_code=trust)
     mistakes += check_json_target(args.json)
     if mistakes:
         raise DataError(mistakes)
     log, prefix = log_beside(args.json), Path(args.out)
+    if twice := describe_repeats(cfg):
+        log(twice)
     require_no_files(prefix, "--out")
     with claim(lock_beside(prefix), "--out", args.out):
         require_no_files(prefix, "--out")
         discard_unfinished(prefix)
-        counts = tokenise(cfg, args.tokenizer, prefix, log)
+        counts = tokenise(cfg, args.tokenizer, prefix, log, trust_remote_code=trust)
     rate = counts.tokens / max(counts.seconds, 1e-9)
     if counts.begin:
         log(f"each document begins with {counts.begin} (--bos)")

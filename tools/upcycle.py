@@ -111,7 +111,8 @@ def _compare(arguments: argparse.Namespace, config: RunConfig) -> int:
     candidates = parse_candidates(arguments.compare)
     dense = Path(arguments.dense).expanduser().absolute()
     length = min(128, context_length(read_config(dense)) or 128)
-    tokens = real_tokens(dense, config.data, samples=8, length=length)
+    trust = config.trust_remote_code
+    tokens = real_tokens(dense, config.data, samples=8, length=length, trust_remote_code=trust)
     stream = stream_beside(arguments.json)
     print(
         f"{tokens.numel()} tokens of real text. Relative error, cosine and gain of each layer's output, "
@@ -247,7 +248,8 @@ def _verify(
     dense = Path(arguments.dense).expanduser()
     if not (conversion.claims_exact if arguments.verify is None else arguments.verify):
         return None
-    tokens, trust = telling_tokens(dense, config.data), config.trust_remote_code
+    trust = config.trust_remote_code
+    tokens = telling_tokens(dense, config.data, trust_remote_code=trust)
     return compare_folders(dense, out, tokens, trust_remote_code=trust)
 
 

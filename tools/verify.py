@@ -48,8 +48,8 @@ def main() -> int:
     from recipes.upcycling.convert.folder_check import compare_folders, real_tokens
 
     dense, moe = (Path(folder).expanduser() for folder in (arguments.dense, arguments.moe))
-    tokens = real_tokens(dense, data, arguments.samples, arguments.sequence_length)
-    trust = arguments.trust_remote_code
+    trust, length = arguments.trust_remote_code, arguments.sequence_length
+    tokens = real_tokens(dense, data, arguments.samples, length, trust_remote_code=trust)
     report = compare_folders(dense, moe, tokens, gradients=arguments.gradients, trust_remote_code=trust)
     print(describe_equivalence(report), file=stream_beside(arguments.json))
     write_json(arguments.json, equivalence_figures(report))
@@ -58,6 +58,7 @@ def main() -> int:
 
 def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     from recipes.data.sources import check_paths
+    from recipes.data.tokenizer import check_tokenizer
     from recipes.models.hf.inspection import check_checkpoint
 
     mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
@@ -65,6 +66,8 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
         folder, trust = getattr(arguments, option), arguments.trust_remote_code
         mistakes += check_checkpoint(folder, f"--{option}", trust_remote_code=trust)
     if not mistakes:
+        trust = arguments.trust_remote_code
+        mistakes += check_tokenizer(arguments.dense, where="--dense", trust_remote_code=trust)
         mistakes += _check_length(arguments)
     return mistakes + check_least(arguments, samples=1, sequence_length=1)
 

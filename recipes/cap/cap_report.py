@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def _served(request: Request, server: Server, name: str, source: Source, log: Lo
     tokenizer, data = request.tokenizer or source.folder, DataConfig(path=request.text)
     # no prompt twice: a server keeps what it has read
     counts = [(1 + work.rounds) * size for size in work.batch_sizes]
-    pools = real_tokens(tokenizer, data, sum(counts), work.prompt).split(counts)
+    trust = request.trust_remote_code
+    pools = real_tokens(tokenizer, data, sum(counts), work.prompt, trust_remote_code=trust).split(counts)
     for size, pool in zip(work.batch_sizes, pools, strict=True):
         prompts_RBS = pool.view(1 + work.rounds, size, work.prompt)
         point = measure_served(server, known, prompts_RBS, work, machine, _rates(request))
@@ -239,9 +241,10 @@ def _implementation(system: System) -> str | None:
 def _texts(system: Source, request: Request) -> tuple[Tensor, Tensor | None]:
     """Returns the prompts of the largest batch, and the text of perplexity."""
     data, source = DataConfig(path=request.text), request.tokenizer or system.folder
-    prompt_BS = real_tokens(source, data, max(request.work.batch_sizes), request.work.prompt)
+    tokens = partial(real_tokens, source, data, trust_remote_code=request.trust_remote_code)
+    prompt_BS = tokens(max(request.work.batch_sizes), request.work.prompt)
     asked = request.accuracy
-    return prompt_BS, real_tokens(source, data, asked.samples, asked.length) if asked.samples else None
+    return prompt_BS, tokens(asked.samples, asked.length) if asked.samples else None
 
 
 def _ceilings(request: Request, system: System, log: Log) -> Ceilings:
@@ -273,7 +276,8 @@ def _accuracy(request: Request, system: System, scored_BS: Tensor | None) -> Fig
     if not asked.asked:
         return dict(NO_ACCURACY)
     found: Figures = dict(NO_ACCURACY)
-    tokenizer = load_tokenizer(request.tokenizer or system.source.folder, append_eos=False)
+    folder, trust = request.tokenizer or system.source.folder, request.trust_remote_code
+    tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust)
     if scored_BS is not None:
         found["perplexity"] = perplexity(system.model, tokenizer, scored_BS.to(system.device))
     if asked.choices is not None:

@@ -15,6 +15,7 @@ import torch
 
 from moe.errors import Mistake
 from recipes.cap.json_lines import read_json_lines
+from recipes.data.tokenizer import spelled
 
 RULE = (
     "first line written, equal to an answer without case, articles, punctuation and further spaces; where an "
@@ -109,7 +110,7 @@ def written_answers(
         out = model.generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, use_cache=True
         )
-        text = tokenizer.decode(out[0, len(ids) :].tolist(), skip_special_tokens=True)
+        text = spelled(tokenizer, out[0, len(ids) :].tolist(), skip_special_tokens=True)
         correct = is_right(text, prompt.answers)
         right += correct
         samples.append({"prompt": prompt.text[-200:], "written": text, "right": correct})

@@ -239,4 +239,5 @@ def _check_folder(folder: Path, request: Request) -> list[Mistake]:
         mistakes.append(Mistake("--prompt", request.work.prompt, rule, remedy))
     tokenizer = request.tokenizer or source.folder
     where = "FOLDER" if request.tokenizer is None else "--tokenizer"
-    return mistakes + check_tokenizer(tokenizer, whole_number(config, "vocab_size"), where)
+    vocab_size, trust = whole_number(config, "vocab_size"), request.trust_remote_code
+    return mistakes + check_tokenizer(tokenizer, vocab_size, where, trust_remote_code=trust)

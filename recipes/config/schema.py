@@ -202,6 +202,7 @@ class RunConfig(Config):
     dense: str | None = None
     """Folder of a dense checkpoint in Hugging Face format; None trains the default model first."""
     trust_remote_code: bool = False
+    """Whether code of the dense checkpoint may run: its model's and its tokenizer's (docs/data.md)."""
     run: RunSection = field(default_factory=RunSection)
     data: DataConfig = field(default_factory=DataConfig)
     model: DefaultModelConfig = field(default_factory=DefaultModelConfig)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def load_data(
     cache_dir: str | Path,
     vocab_size: int,
     log: Callable[[str], None] = print,
+    *,
+    trust_remote_code: bool = False,
 ) -> TrainData:
     """Tokenises documents that are not in the cache, checks that ids fit the model, splits and packs.
 
@@ -69,21 +72,24 @@ def load_data(
         cache_dir: Folder of the token files.
         vocab_size: Rows of the model's embedding.
         log: Takes lines on the progress.
+        trust_remote_code: Whether the tokenizer may run code of its own.
 
     Raises:
         DataError: Documents cannot be read, ids do not fit the model, or there is less than one sample.
         DiskError: The cache cannot be written.
     """
     if cfg.blend:
-        parts = [load_data(own, tokenizer_dir, cache_dir, vocab_size, log) for own in cfg.sources()]
-        return blend(cfg, parts)
+        load = partial(load_data, trust_remote_code=trust_remote_code)
+        return blend(cfg, [load(own, tokenizer_dir, cache_dir, vocab_size, log) for own in cfg.sources()])
     if cfg.format == "chat":
-        return TrainData(*load_chat(cfg, tokenizer_dir, cache_dir, vocab_size, log))
-    prefix = ensure_tokenised(cfg, tokenizer_dir, cache_dir, log)
+        chat = load_chat(cfg, tokenizer_dir, cache_dir, vocab_size, log, trust_remote_code=trust_remote_code)
+        return TrainData(*chat)
+    tokenised = partial(ensure_tokenised, trust_remote_code=trust_remote_code)
+    prefix = tokenised(cfg, tokenizer_dir, cache_dir, log)
     check_ids(prefix, vocab_size)
     validation_prefix = None
     if cfg.validation_path is not None:
-        validation_prefix = ensure_tokenised(cfg.of(cfg.validation_path), tokenizer_dir, cache_dir, log)
+        validation_prefix = tokenised(cfg.of(cfg.validation_path), tokenizer_dir, cache_dir, log)
         check_ids(validation_prefix, vocab_size)
     return build_data(cfg, prefix, validation_prefix)
 

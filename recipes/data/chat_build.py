@@ -27,6 +27,8 @@ def load_chat(
     cache_dir: str | Path,
     vocab_size: int,
     log: Callable[[str], None] = print,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[ChatSamples, ChatSamples, str]:
     """Loads training and validation samples, and the fingerprint of everything that decides them.
 
@@ -36,6 +38,7 @@ def load_chat(
         cache_dir: Folder of the token files.
         vocab_size: Rows of the model's embedding.
         log: Takes lines on the progress.
+        trust_remote_code: Whether the tokenizer may run code of its own.
 
     Raises:
         DataError: Conversations cannot be read, ids do not fit the model, or no reply fits in a sample.
@@ -44,7 +47,7 @@ def load_chat(
 
     def load(path: Any) -> ChatTokens:
         own = replace(cfg, path=path, validation_path=None)
-        chat = ensure_chat_tokens(own, tokenizer_dir, cache_dir, log)
+        chat = ensure_chat_tokens(own, tokenizer_dir, cache_dir, log, trust_remote_code=trust_remote_code)
         _check_ids(chat, path, vocab_size)
         return chat
 

@@ -28,6 +28,7 @@ from recipes.data.reply_spans import (
     counted_replies,
     find_span,
 )
+from recipes.data.span_tokens import mark_spans
 from recipes.data.tokenizer import load_tokenizer, require_room
 from recipes.runtime.atomic import atomic_write_text
 from recipes.runtime.user_json import UserJsonError, read_json_file, read_regular
@@ -129,22 +130,22 @@ class ChatFormat:
         tool_template: The same for conversations with tools; most tokenizers have one for all.
     """
 
-    def __init__(self, cfg: DataConfig, tokenizer_dir: str | Path) -> None:
+    def __init__(
+        self, cfg: DataConfig, tokenizer_dir: str | Path, *, trust_remote_code: bool = False
+    ) -> None:
         """Loads both.
 
         Raises:
-            DataError: There is no template, or the tokenizer does not return the offsets of tokens.
+            DataError: There is no template, or the tokenizer cannot be used.
         """
         mistakes = check_chat_template(cfg, tokenizer_dir)
         if mistakes:
             raise DataError(mistakes)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_dir, append_eos=False)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            tokenizer_dir, append_eos=False, trust_remote_code=trust_remote_code
+        )
         if cfg.chat_template is not None:
             self.tokenizer.chat_template = _read_template(cfg.chat_template)[0]
-        if not self.tokenizer.is_fast:
-            rule = "does not return the offsets of its tokens in a text"
-            remedy = "Convert it to a tokenizer.json (transformers' fast kind)."
-            raise DataError.one("tokenizer", str(tokenizer_dir), rule, remedy)
         self.template: str = self.tokenizer.get_chat_template()
         self.tool_template: str = self.tokenizer.get_chat_template(tools=[])
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
@@ -171,14 +172,12 @@ class ChatFormat:
             rule = f"the chat template does not end within {RENDER_SECONDS:g} seconds"
             _fail(conversation.place, rule, f"Mend its loops, or leave out the row. {_GIVE_ONE}.")
         require_room(len(text))
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-        )
-        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        own = np.zeros(len(offsets), dtype=np.bool_)
-        for start, end in spans:
-            own |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
-        return np.array(encoded["input_ids"], dtype=np.int64), own
+        try:
+            return mark_spans(self.tokenizer, text, spans)
+        except SpanError as error:
+            _fail(
+                conversation.place, str(error), "Leave it out, or use a tokenizer.json, which tells offsets."
+            )
 
     def _render_calls(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Renders; some templates write a call only where the message has null as its content."""

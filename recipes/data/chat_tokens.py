@@ -57,13 +57,15 @@ class ChatTokens:
     counted: IndexedDataset
 
 
-def check_first_row(cfg: DataConfig, tokenizer_dir: str | Path) -> list[Mistake]:
+def check_first_row(
+    cfg: DataConfig, tokenizer_dir: str | Path, *, trust_remote_code: bool = False
+) -> list[Mistake]:
     """Checks that the chat template takes the first conversation of paths that are right."""
     if cfg.format != "chat":
         return []
     try:
         rows = (row for file in resolve(cfg).files for row in read_conversations(file, cfg.ignored_fields))
-        chat = ChatFormat(cfg, tokenizer_dir)
+        chat = ChatFormat(cfg, tokenizer_dir, trust_remote_code=trust_remote_code)
         if (first := next(rows, None)) is not None:
             chat.encode(first)
     except DataError as error:
@@ -72,7 +74,12 @@ def check_first_row(cfg: DataConfig, tokenizer_dir: str | Path) -> list[Mistake]
 
 
 def ensure_chat_tokens(
-    cfg: DataConfig, tokenizer_dir: str | Path, cache_dir: str | Path, log: Callable[[str], None] = print
+    cfg: DataConfig,
+    tokenizer_dir: str | Path,
+    cache_dir: str | Path,
+    log: Callable[[str], None] = print,
+    *,
+    trust_remote_code: bool = False,
 ) -> ChatTokens:
     """Returns the token files of ``cfg.path``, and makes them first if the cache lacks them.
 
@@ -80,11 +87,11 @@ def ensure_chat_tokens(
         DataError: A row is no conversation or does not fit the template, or there are no replies.
         DiskError: The cache cannot be written, or the disk is full.
     """
-    chat = ChatFormat(cfg, tokenizer_dir)
+    chat = ChatFormat(cfg, tokenizer_dir, trust_remote_code=trust_remote_code)
     parts = (
         f"chat {CHAT_VERSION}",
         fingerprint(cfg),
-        tokenizer_fingerprint(tokenizer_dir),
+        tokenizer_fingerprint(tokenizer_dir, trust_remote_code=trust_remote_code),
         chat.template,
         chat.tool_template,
     )

@@ -104,6 +104,8 @@ def _conversation(row: Any, place: str, consumed: int, ignored: Collection[str])
         _fail(place, f"{rule}; it has {', '.join(map(repr, row)) or 'no fields'}")
     said = _said(row, ignored)
     entries = said.pop(keys[0], None)
+    if row[keys[0]] == []:
+        _fail(place, f"has no message under {keys[0]!r}")
     if not isinstance(entries, list):
         _fail(place, f"has a {type(entries).__name__} under {keys[0]!r}, not a list of messages")
     read = [_message(entry, f"message {i}", place, ignored) for i, entry in enumerate(entries, start=1)]

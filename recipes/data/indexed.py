@@ -190,7 +190,7 @@ class IndexedDataset:
         for path in (bin_path(prefix), idx_path(prefix)):
             if not path.is_file():
                 raise _wrong(path, "does not exist", "A prefix needs both its .bin and its .idx.")
-        self.dtype, self.document_offsets = _read_index(idx_path(prefix))
+        self.dtype, self.document_offsets = read_index(idx_path(prefix))
         expected, actual = self.num_tokens * self.dtype.itemsize, bin_path(prefix).stat().st_size
         if actual != expected:
             raise _wrong(bin_path(prefix), f"holds {actual} bytes where its index promises {expected}")
@@ -255,8 +255,12 @@ def _wrong(path: Path, rule: str, remedy: str = _REMEDY) -> DataError:
     return DataError.one("token file", str(path), rule, remedy)
 
 
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    """Reads the token type and the document offsets, in tokens, of an ``.idx`` file."""
+def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+    """Reads the token type and the document offsets, in tokens, of an ``.idx`` file.
+
+    Raises:
+        DataError: It is damaged, or no such file.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(HEADER.size)

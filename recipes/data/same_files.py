@@ -1,4 +1,4 @@
-"""Finds what is in training and validation data both: files by name, link or content, and tokens."""
+"""Finds what is in data twice: files by name, link or content, and tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,43 @@ def shared_files(first: Iterable[Path], second: Iterable[Path]) -> list[Path]:
 
     Two files are the same if they are one file on disk, or hold the same bytes and any at all.
     """
-    inodes, by_size = set(), dict[int, list[Path]]()
+    seen = _Seen()
     for path in first:
+        seen.add(path)
+    return sorted(path for path in second if seen.find(path) is not None)
+
+
+def repeated_files(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Returns the files that are the same as an earlier one, see `shared_files`, each with that one."""
+    seen, repeated = _Seen(), dict[Path, Path]()
+    for path in paths:
+        earlier = seen.find(path)
+        if earlier is None:
+            seen.add(path)
+        else:
+            repeated[path] = earlier
+    return repeated
+
+
+class _Seen:
+    """Files by what tells copies and links apart at little cost."""
+
+    def __init__(self) -> None:
+        self._by_inode: dict[tuple[int, int], Path] = {}
+        self._by_size: dict[int, list[Path]] = {}
+
+    def add(self, path: Path) -> None:
         found = path.stat()
-        inodes.add((found.st_dev, found.st_ino))
-        by_size.setdefault(found.st_size, []).append(path)
-    shared = []
-    for path in second:
+        self._by_inode.setdefault((found.st_dev, found.st_ino), path)
+        self._by_size.setdefault(found.st_size, []).append(path)
+
+    def find(self, path: Path) -> Path | None:
+        """Returns an earlier file that is the same as this one."""
         found = path.stat()
-        copies = by_size.get(found.st_size, []) if found.st_size else []
-        if (found.st_dev, found.st_ino) in inodes or any(_same(path, other) for other in copies):
-            shared.append(path)
-    return sorted(shared)
+        if (linked := self._by_inode.get((found.st_dev, found.st_ino))) is not None:
+            return linked
+        copies = self._by_size.get(found.st_size, []) if found.st_size else []
+        return next((other for other in copies if _same(path, other)), None)
 
 
 def require_other_tokens(train: str, validation: str, cfg: DataConfig) -> None:

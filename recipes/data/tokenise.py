@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,13 +19,12 @@ from recipes.data.documents import Document
 from recipes.data.indexed import (
     IndexedDataset,
     IndexedWriter,
-    bin_path,
     disk_errors,
-    idx_path,
     token_dtype,
 )
 from recipes.data.sources import fingerprint, read_documents, resolve
 from recipes.data.tokenizer import (
+    encode_texts,
     first_tokens,
     load_tokenizer,
     require_room,
@@ -74,7 +71,12 @@ class TokenCounts:
 
 
 def tokenise(
-    cfg: DataConfig, tokenizer_dir: str | Path, prefix: str | Path, log: Callable[[str], None] = print
+    cfg: DataConfig,
+    tokenizer_dir: str | Path,
+    prefix: str | Path,
+    log: Callable[[str], None] = print,
+    *,
+    trust_remote_code: bool = False,
 ) -> TokenCounts:
     """Tokenises the documents of ``cfg.path`` into ``PREFIX.bin`` and ``PREFIX.idx``, streaming.
 
@@ -83,6 +85,7 @@ def tokenise(
         tokenizer_dir: A local folder that transformers' AutoTokenizer loads.
         prefix: The path of the pair without suffix; an earlier pair is replaced when the new one is whole.
         log: Takes progress where stderr is no terminal.
+        trust_remote_code: Whether the tokenizer may run code of its own.
 
     Raises:
         DataError: A file cannot be read, the tokenizer is not usable, or there is no text at all.
@@ -90,7 +93,7 @@ def tokenise(
     """
     started = time.perf_counter()
     sources = resolve(cfg)
-    tokenizer = load_tokenizer(tokenizer_dir, cfg.append_eos)
+    tokenizer = load_tokenizer(tokenizer_dir, cfg.append_eos, trust_remote_code=trust_remote_code)
     bos = first_tokens(tokenizer, cfg.prepend_bos)
     eos = [tokenizer.eos_token_id] if cfg.append_eos else []
     written = empty = tokens = text_bytes = 0
@@ -121,7 +124,12 @@ def tokenise(
 
 
 def ensure_tokenised(
-    cfg: DataConfig, tokenizer_dir: str | Path, cache_dir: str | Path, log: Callable[[str], None] = print
+    cfg: DataConfig,
+    tokenizer_dir: str | Path,
+    cache_dir: str | Path,
+    log: Callable[[str], None] = print,
+    *,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Returns the prefix of the token files of ``cfg.path``; tokenises first if the cache lacks them.
 
@@ -130,6 +138,7 @@ def ensure_tokenised(
         tokenizer_dir: A local tokenizer folder; its contents, not its path, are part of the key.
         cache_dir: The cache, see `cached_folder`; created if missing.
         log: Takes a line on the outcome, and progress.
+        trust_remote_code: Whether the tokenizer may run code of its own.
 
     Raises:
         DataError: See `tokenise`.
@@ -139,11 +148,14 @@ def ensure_tokenised(
     if sources.kind == "indexed":
         log(f"data: {sources.files[0]} is tokenised already and used unchanged")
         return sources.files[0]
-    parts = (str(CACHE_VERSION), fingerprint(cfg), tokenizer_fingerprint(tokenizer_dir))
+    tokenizer = tokenizer_fingerprint(tokenizer_dir, trust_remote_code=trust_remote_code)
+    parts = (str(CACHE_VERSION), fingerprint(cfg), tokenizer)
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
-    entry = cached_folder(
-        cache_dir, key, lambda folder, final: _fill(folder, final, cfg, tokenizer_dir, log), log
-    )
+
+    def make(folder: Path) -> TokenCounts:
+        return tokenise(cfg, tokenizer_dir, folder / "tokens", log, trust_remote_code=trust_remote_code)
+
+    entry = cached_folder(cache_dir, key, lambda folder, final: _fill(folder, final, make, log), log)
     IndexedDataset(entry / "tokens")
     return entry / "tokens"
 
@@ -159,11 +171,9 @@ def read_counts(prefix: str | Path) -> TokenCounts | None:
         return None
 
 
-def _fill(
-    folder: Path, final: Path, cfg: DataConfig, tokenizer_dir: str | Path, log: Callable[[str], None]
-) -> None:
+def _fill(folder: Path, final: Path, make: Callable[[Path], TokenCounts], log: Callable[[str], None]) -> None:
     """Makes a cache entry."""
-    counts = tokenise(cfg, tokenizer_dir, folder / "tokens", log)
+    counts = make(folder)
     with disk_errors(final):
         write_synced(folder / "counts.json", json.dumps(asdict(counts), indent=2).encode())
     log(
@@ -193,32 +203,7 @@ def _encode(
     if not texts:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     require_room(sum(map(len, texts)))
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    lists = [bos + ids + eos for ids in encoded["input_ids"]]
+    lists = [bos + ids + eos for ids in encode_texts(tokenizer, texts, special_tokens=False)]
     lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
     flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int64, count=int(lengths.sum()))
     return flat, lengths
-
-
-def require_no_files(prefix: str | Path, where: str) -> None:
-    """Checks that no token files would be overwritten.
-
-    Raises:
-        DataError: A file of either name exists.
-    """
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if os.path.lexists(path):
-            raise DataError.one(where, str(path), "exists already", "Delete it, or give another prefix.")
-
-
-def discard_unfinished(prefix: str | Path) -> None:
-    """Deletes what writers of a pair that were killed have left; call it while the prefix is claimed."""
-    for path in (bin_path(prefix), idx_path(prefix)):
-        for left in path.parent.glob(f"{glob.escape(f'.{path.name}.tmp-')}*"):
-            left.unlink(missing_ok=True)

@@ -216,7 +216,7 @@ def _drawn(run: StageRun) -> HFModel:
         torch.manual_seed(config.seed)
         built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust, dtype=torch.float32)
     built.config.use_cache = False
-    return HFModel(module=built, folder=folder, source_dtype=torch.float32)
+    return HFModel(module=built, folder=folder, source_dtype=torch.float32, trust_remote_code=trust)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from recipes.jobs.memory_check import foresee_memory
 from recipes.jobs.preflight import check_engine
 from recipes.jobs.rounding import MixtureStart
 from recipes.jobs.stage_run import Built, StageParts, StageRun
-from recipes.models.export.companions import check_companions
+from recipes.models.export.companions import check_carried_tokenizer, check_companions
 from recipes.models.export.read_back import ReadBack
 from recipes.models.families.open_mixture import open_mixture, source_router
 from recipes.models.families.source_mixture import SourceMixture
@@ -68,11 +68,15 @@ def check_mixture(config: RunConfig) -> list[Mistake]:
     except (UserError, FieldError) as error:
         return list(error.mistakes)
     vocab_size = vocabulary_size(folder, trust_remote_code=trust)
-    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense")
+    path = config.dense or ""
+    mistakes = check_tokenizer(path, vocab_size, "dense", trust_remote_code=trust)
     mistakes += check_backend(found, spec.moe_blocks[0].expert)
-    mistakes += check_engine(found) + check_companions(config.dense or "", code=trusts(folder, trust))
+    mistakes += check_engine(found) + check_companions(
+        path, code=trusts(folder, trust), trust_remote_code=trust
+    )
+    mistakes = mistakes or check_carried_tokenizer(path, trust_remote_code=trust)
     mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
-    return mistakes or check_first_row(config.data, config.dense)
+    return mistakes or check_first_row(config.data, path, trust_remote_code=trust)
 
 
 def build_mixture(run: StageRun, source: Path | None) -> Built:

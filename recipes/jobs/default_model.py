@@ -21,6 +21,7 @@ from recipes.checkpoint import Origin, find_checkpoint
 from recipes.config.schema import DefaultModelConfig, RunConfig
 from recipes.data.bpe import train_byte_level_bpe
 from recipes.data.build_data import TrainData, load_data
+from recipes.data.repeats import describe_repeats
 from recipes.data.sources import fingerprint, read_documents
 from recipes.engines.console import RankConsole
 from recipes.engines.optim.config import OptimConfig
@@ -142,11 +143,17 @@ def shared_data(config: RunConfig, console: RankConsole, tokenizer: Path, vocab_
     """Loads the run's samples, which rank 0 tokenises and all ranks read."""
     cache = cache_dir(config) / "tokens"
 
-    def load() -> None:
-        load_data(config.data, tokenizer, cache, vocab_size, console.lines)
+    def load(log: Callable[[str], None]) -> TrainData:
+        trust = config.trust_remote_code
+        return load_data(config.data, tokenizer, cache, vocab_size, log, trust_remote_code=trust)
 
-    console.on_rank_zero(load)
-    return load_data(config.data, tokenizer, cache, vocab_size, lambda line: None)
+    def load_first() -> str:
+        if twice := describe_repeats(config.data):
+            console.lines(twice)
+        return load(console.lines).fingerprint
+
+    console.on_rank_zero(load_first)
+    return load(lambda line: None)
 
 
 def _train(config: RunConfig, console: RankConsole, loop: Loop, folder: Path, data: TrainData) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,12 +145,14 @@ def _tokens(config: RunConfig, dense: Path) -> tuple[Tensor, str]:
     data, text = config.data.sources()[0], "the run's text"
     if data.validation_path is not None:
         data, text = data.of(data.validation_path), "the validation text"
-    vocabulary = vocabulary_size(dense, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    vocabulary = vocabulary_size(dense, trust_remote_code=trust)
     try:
         if resolve(data).kind == "indexed":
-            rows = load_data(config.data, dense, cache_dir(config), vocabulary, lambda line: None).validation
+            load = partial(load_data, log=lambda line: None, trust_remote_code=trust)
+            rows = load(config.data, dense, cache_dir(config), vocabulary).validation
             return telling_rows(dense, rows), "the validation text"
-        return telling_tokens(dense, data), text
+        return telling_tokens(dense, data, trust_remote_code=trust), text
     except (GraftError, OSError) as error:
         reason = str(error).splitlines()[0]
         drawn = torch.randint(vocabulary, (4, 256), generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,9 @@ from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.jobs.continue_job import ContinueJob
+from recipes.jobs.continue_stage import of_mixture
 from recipes.jobs.export_check import CheckedModel, CheckpointUnread, ExportCheck, check_export
+from recipes.jobs.identity import check_config_file
 from recipes.jobs.rounding import MixtureStart, StepZero, rounded, written_dtypes
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
@@ -240,7 +242,7 @@ def _export_dense(
 
     def blank() -> HFModel:
         module = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust)
-        return HFModel(module, dense, dtype)
+        return HFModel(module, dense, dtype, trust_remote_code=trust)
 
     dtypes = dict.fromkeys(merging.names(), dtype)
 
@@ -254,6 +256,15 @@ def _export_dense(
     )
     family = read_config(out)["model_type"]
     return Exported(out, family, ["transformers"], tensors.folder, tensors.step, total, checking.outcome())
+
+
+def run_trusts_code(folder: Path) -> bool:
+    """Tells whether a run trusts the code that its dense model brings; False of a folder that is no run.
+
+    Raises:
+        ConfigError: Its config.yaml cannot be read.
+    """
+    return (folder / "config.yaml").is_file() and _read_run(folder)[0].trust_remote_code
 
 
 def _read_run(run: Path) -> tuple[RunConfig, Path]:
@@ -271,6 +282,10 @@ def _read_run(run: Path) -> tuple[RunConfig, Path]:
     known = read_run_file(run).get("identity")
     if known is None:
         raise ConfigError.one("run", str(run), "it has no dense model yet", "Let it train to a checkpoint.")
+    if config.job == ContinueJob.name:
+        config = of_mixture(replace(config, dense=known["dense"]))
+    if mistakes := check_config_file(config, known, path):
+        raise ConfigError(mistakes)
     return config, Path(known["dense"])
 
 
@@ -370,7 +385,8 @@ def _write(
         for name, constant in placement.constants.items():
             files.write(name, constant)
         files.finish()
-        write_companions(temporary, exporter.written_config(spec, checking.dtype), dense)
+        config: dict[str, Any] = exporter.written_config(spec, checking.dtype)
+        write_companions(temporary, config, dense, trust_remote_code=checking.config.trust_remote_code)
         exact_in = exporter.exact_in(spec, placement.layout)
         own, training = checking.config, f"trained to step {tensors.step} since"
         method = None if own.job == ContinueJob.name else own.upcycle.name

@@ -18,7 +18,7 @@ from recipes.config.schema import RunConfig
 from recipes.data.config import DataConfig
 from recipes.data.indexed import bin_path, idx_path
 from recipes.data.sources import resolve
-from recipes.data.tokenizer import MODEL_FILES, SETTING_FILES
+from recipes.data.tokenizer import tokenizer_files
 from recipes.jobs.changed_options import changed_options
 from recipes.jobs.run_dir import RunDir, choose_run_dir
 from recipes.jobs.top_k_schedules import top_k_schedule_identity
@@ -80,10 +80,17 @@ def _of_options(config: RunConfig, of_job: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         **of_job,
         "data.seq_len": config.data.seq_len,
-        "seed": config.seed,
         "optim.name": config.optim.name,
         "train.global_batch_size": config.train.global_batch_size,
+        **_of_model(config),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain
+
+
+def _of_model(config: RunConfig) -> dict[str, Any]:
+    """Returns the values that decide what the weights of a checkpoint compute."""
+    fields: dict[str, Any] = {"seed": config.seed}
     for section in ("router", "upcycle"):
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             fields[f"{section}.{key}"] = value
@@ -94,8 +101,25 @@ def _of_options(config: RunConfig, of_job: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in dataclasses.asdict(config.experts.lora).items():
             fields[f"experts.lora.{key}"] = value
     fields["top_k_schedule"] = top_k_schedule_identity(config)
-    plain: dict[str, Any] = json.loads(json.dumps(fields))
-    return plain
+    return fields
+
+
+def check_config_file(config: RunConfig, began: Mapping[str, Any], path: Path) -> list[Mistake]:
+    """Checks that a run's ``config.yaml``, which somebody may have changed, describes the model it trains.
+
+    Args:
+        config: What the file says.
+        began: Identity that the run wrote down.
+        path: The file.
+    """
+    began, says = with_new_names(began), json.loads(json.dumps(_of_model(config)))
+    lost = {key for key in began if key not in says and key.startswith(("attention.", "experts.lora."))}
+    rule = f"{path} has it, and the run began with"
+    return [
+        Mistake(key, says.get(key), f"{rule} {began[key]!r}", "Restore the file.")
+        for key in sorted(says.keys() & began.keys() | lost)
+        if says.get(key) != began[key]
+    ]
 
 
 def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -133,7 +157,8 @@ def data_parts(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def _deciding(config: RunConfig, folder: Path) -> list[Path]:
     """Returns the files of the dense model's tokenizer, and that of the chat template."""
-    named = [] if config.dense is None else [folder / name for name in (*MODEL_FILES, *SETTING_FILES)]
+    trust = config.trust_remote_code
+    named = [] if config.dense is None else tokenizer_files(folder, trust_remote_code=trust)
     named += [Path(config.data.chat_template).expanduser()] if config.data.chat_template else []
     return [path for path in named if path.is_file()]
 

@@ -19,9 +19,9 @@ from recipes.engines.run_options import default_model_config
 from recipes.jobs.expert_rules import check_backend
 from recipes.jobs.memory_check import check_memory
 from recipes.jobs.option_rules import dense_shape
-from recipes.models.export.companions import check_companions
+from recipes.models.export.companions import check_carried_tokenizer, check_companions
 from recipes.models.hf.attention_blocks import attention_mistakes
-from recipes.models.hf.config_file import read_config, trusts
+from recipes.models.hf.config_file import load_config, read_config, trusts
 from recipes.models.hf.ffn_names import require_runs
 from recipes.models.hf.packed_attention import check_documents
 from recipes.upcycling.convert.moe_plan import open_dense
@@ -37,10 +37,11 @@ def check_models(config: RunConfig, world_size: int) -> list[Mistake]:
     mistakes += check_prompts(config) + check_backend(config, shape)
     if config.dense is None:
         return mistakes + check_attention(config, default_model_config(config.model))
-    folder = Path(config.dense).expanduser()
+    folder, trust = Path(config.dense).expanduser(), config.trust_remote_code
     mistakes += check_fit(config, read_config(folder)) or check_opens(config)
-    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=config.trust_remote_code)
-    return mistakes or check_first_row(config.data, config.dense) or check_memory(config, world_size)
+    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
+    mistakes = mistakes or check_first_row(config.data, config.dense, trust_remote_code=trust)
+    return mistakes or check_memory(config, world_size)
 
 
 def check_opens(config: RunConfig) -> list[Mistake]:
@@ -51,7 +52,9 @@ def check_opens(config: RunConfig) -> list[Mistake]:
         require_runs(folder, trust_remote_code=trust)
     except UserError as error:
         return list(error.mistakes)
-    return check_companions(config.dense or "", code=trusts(folder, trust))
+    path, code = config.dense or "", trusts(folder, trust)
+    mistakes = check_companions(path, code=code, trust_remote_code=trust)
+    return mistakes or check_carried_tokenizer(path, trust_remote_code=trust)
 
 
 def check_attention(config: RunConfig, dense: Mapping[str, Any]) -> list[Mistake]:
@@ -72,7 +75,12 @@ def check_engine(config: RunConfig) -> list[Mistake]:
 
 
 def check_fit(config: RunConfig, dense: dict[str, Any]) -> list[Mistake]:
-    """Checks tokenizer and attention against the dense model."""
+    """Checks tokenizer and attention against the dense model, whose config is what is wrong if it is."""
     text = dense.get("text_config") or dense
-    vocab_size = text.get("vocab_size")
-    return check_tokenizer(config.dense or "", vocab_size, "dense") + check_attention(config, dense)
+    vocab_size, trust = text.get("vocab_size"), config.trust_remote_code
+    try:
+        load_config(Path(config.dense or "").expanduser(), trust_remote_code=trust)
+    except UserError as error:
+        return list(error.mistakes)
+    mistakes = check_tokenizer(config.dense or "", vocab_size, "dense", trust_remote_code=trust)
+    return mistakes + check_attention(config, dense)

@@ -18,19 +18,21 @@ class ConsumerError(GraftError):
 
 @dataclass(frozen=True)
 class Places:
-    """Where the programs are that have environments of their own, and how long they may take.
+    """Where the programs are that have environments of their own, how long they may take, and what may run.
 
     Attributes:
         vllm: Python interpreter of the environment that has vLLM.
         llama_cpp: Folder of llama.cpp, with its converter and what was built of it.
         llama_cpp_bin: Folder of its programs.
         seconds: Time that one of their commands may take.
+        trust_remote_code: Whether code that the export brings may run in this process.
     """
 
     vllm: Path | None = None
     llama_cpp: Path | None = None
     llama_cpp_bin: Path | None = None
     seconds: float = 3600.0
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def certify_export(
     length: int,
     new_tokens: int,
     log: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> Certificate:
     """Certifies an export, and writes the certificate into its folder.
 
@@ -49,6 +50,7 @@ def certify_export(
         length: Tokens of each.
         new_tokens: Tokens to generate after half of each.
         log: Takes a line on what is done.
+        trust_remote_code: Whether code that the export brings may run.
 
     Raises:
         ConfigError: The folder is neither.
@@ -58,9 +60,9 @@ def certify_export(
     if not isinstance(source, Source):
         raise ConfigError([source])
     data = DataConfig() if text is None else DataConfig(path=str(text))
-    cut = real_tokens(source.folder, data, sequences, length).tolist()
-    request = Request(cut, length // 2, new_tokens)
-    with _reference(model, source.folder, log) as (reference, name):
+    tokens_BS = real_tokens(source.folder, data, sequences, length, trust_remote_code=trust_remote_code)
+    request = Request(tokens_BS.tolist(), length // 2, new_tokens)
+    with _reference(model, source.folder, log, trust_remote_code) as (reference, name):
         results = certify(source.folder, reference, consumers, request, log)
     words = "Python's standard library" if text is None else text.name
     found = Certificate(source.folder.name, name, words, sequences * length, results)
@@ -96,15 +98,16 @@ def with_others(found: Certificate, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reference(
-    model: Path, folder: Path, log: Callable[[str], None]
+    model: Path, folder: Path, log: Callable[[str], None], trust: bool
 ) -> Iterator[tuple[Callable[[Request], Observation], str]]:
     """Yields what computes as the trainer does, and its name."""
     if model == folder:
         log("reference: transformers, as there is no run to compare with")
-        consumer = TransformersConsumer(Places(), log)
+        consumer = TransformersConsumer(Places(trust_remote_code=trust), log)
         yield partial(consumer.observe, folder, scratch=folder), "transformers"
         return
-    with trained_model(ExportRequest(model, dtype=source_dtype(load_config(folder)))) as trained:
+    dtype = source_dtype(load_config(folder, trust_remote_code=trust))
+    with trained_model(ExportRequest(model, dtype=dtype)) as trained:
         name = f"graft, step {trained.context.step}"
         log(f"reference: the trainer's own layers and weights ({name}), rounded as in the export")
         yield partial(observe_module, trained.module, version=name), name

@@ -42,13 +42,15 @@ def certifier(config: RunConfig) -> Callable[[Path], None]:
     asked = config.section(CertifyConfig)
     named = [asked.vllm, asked.llama_cpp, asked.llama_cpp_bin]
     places = Places(
-        *(None if name is None else Path(name).expanduser() for name in named), asked.time_limit_s
+        *(None if name is None else Path(name).expanduser() for name in named),
+        asked.time_limit_s,
+        config.trust_remote_code,
     )
     consumers, mistakes = choose_consumers(asked.programs, places, _say)
     if mistakes:
         raise ConfigError([_of_option(mistake) for mistake in mistakes])
     length = min(config.data.seq_len, _LONGEST)
-    return lambda run: _certify(run, consumers, length)
+    return lambda run: _certify(run, consumers, length, config.trust_remote_code)
 
 
 def _of_option(mistake: Mistake) -> Mistake:
@@ -59,7 +61,7 @@ def _of_option(mistake: Mistake) -> Mistake:
     return replace(mistake, path=_OPTIONS[mistake.path], remedy=remedy)
 
 
-def _certify(run: Path, consumers: Sequence[Consumer], length: int) -> None:
+def _certify(run: Path, consumers: Sequence[Consumer], length: int, trust: bool) -> None:
     from recipes.cap.certify.certify_export import certify_export
 
     try:
@@ -71,6 +73,7 @@ def _certify(run: Path, consumers: Sequence[Consumer], length: int) -> None:
             length=length,
             new_tokens=min(_NEW_TOKENS, length // 2),
             log=_say,
+            trust_remote_code=trust,
         )
     except Exception as error:  # whatever it is, the run has ended well, and its results are written
         _say(f"FAILED, {error}. The run and its results are as they were; try again with graft certify {run}")

@@ -20,6 +20,7 @@ from moe.errors import Mistake
 from recipes.cap.certify.base import Consumer, ConsumerError
 from recipes.cap.certify.observation import Observation, Request, SequenceObservation
 from recipes.cap.certify.vllm_consumer import run_program
+from recipes.data.tokenizer import load_tokenizer
 
 _MAGIC = b"_logits_"
 _CONVERTER = "convert_hf_to_gguf.py"
@@ -47,7 +48,7 @@ class LlamaCppConsumer(Consumer):
         """See `Consumer.observe`. Its tokens are its own tokenizer's, of the text of the sequences."""
         model, text, saved = scratch / "model.gguf", scratch / "text.txt", scratch / "log_probs.bin"
         self._convert(folder, model)
-        text.write_text(_text(folder, request), encoding="utf-8")
+        text.write_text(_text(folder, request, self.places.trust_remote_code), encoding="utf-8")
         length = len(request.sequences[0])
         command = [str(self._program("llama-perplexity")), "-m", str(model), "-f", str(text)]
         command += ["-c", str(length), "-b", str(length), "--chunks", str(len(request.sequences))]
@@ -71,11 +72,9 @@ class LlamaCppConsumer(Consumer):
         run_program(command, f"{self.name}'s converter", self.places.seconds, env)
 
 
-def _text(folder: Path, request: Request) -> str:
+def _text(folder: Path, request: Request, trust: bool) -> str:
     """Returns the text of the sequences, with more behind it than is read."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust)
     tokens = [token for sequence in request.sequences for token in sequence]
     text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     # It wants two sequences at least, and tokens at seams may join.

@@ -27,6 +27,8 @@ from recipes.runtime.user_json import read_json_object
 # it.
 RECORD, CONFIG = "ders.json", "moe_config.json"
 _VERSION = 1
+# Nothing is run: a checkpoint is stored with all that it brings.
+_AS_IT_IS = True
 _CODECS: dict[str, type[DeltaCodec]] = {"sparse": SparseDelta, "quantised": QuantisedDelta}
 Progress = Callable[[int], None]
 
@@ -86,7 +88,7 @@ def compress(source: Path, out: Path, codec: DeltaCodec, progress: Progress = la
         target.finish()
         files.close()
         atomic_write_json(temporary / RECORD, _record(groups, specs, codec))
-        write_companions(temporary, read_config(source), source)
+        write_companions(temporary, read_config(source), source, trust_remote_code=_AS_IT_IS)
         (temporary / "config.json").rename(temporary / CONFIG)
     wrong, apart, whole = totals.tolist()
     return Compression(
@@ -126,7 +128,8 @@ def expand(source: Path, out: Path, progress: Progress = lambda n: None) -> int:
                 progress(target.write(group.member(expert), matrix, offset) * group.dtype.itemsize)
         target.finish()
         files.close()
-        write_companions(temporary, read_json_object(source / CONFIG), source)
+        config = read_json_object(source / CONFIG)
+        write_companions(temporary, config, source, trust_remote_code=_AS_IT_IS)
     return target.total_bytes
 
 

@@ -182,7 +182,7 @@ def built_model(
     config, runs_code = inner_config(content["dense_config"], folder, trust_remote_code=trust)
     with library_reads("path", folder, "Export the run again.", "build its dense model"), memory():
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=runs_code)
-    model = HFModel(module=module, folder=folder, source_dtype=module.dtype)
+    model = HFModel(module=module, folder=folder, source_dtype=module.dtype, trust_remote_code=trust)
     for entry in content["moe_layers"]:
         parent, _, child = entry["name"].rpartition(".")
         setattr(module.get_submodule(parent), child, _empty_layer(entry, model, memory))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.data.tokenizer_code import names_code
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.spec import ModelSpec
 from recipes.runtime.atomic import atomic_write_text
@@ -31,6 +32,11 @@ python convert_hf_to_gguf.py FOLDER --outfile model.gguf
 llama-server -m model.gguf
 ```""",
 }
+
+_CODE = (
+    "Its tokenizer runs code of its own, which is beside this file: once you have read it and trust it, give "
+    "`AutoTokenizer.from_pretrained` `trust_remote_code=True`, and vLLM `--trust-remote-code`."
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def write_card(
         layout: Layout of its experts' tensors.
     """
     programs = exporter.exact_in(spec, layout)
+    code = f"\n{_CODE}\n" if names_code(folder) else ""
     loading = "\n\n".join(f"{name}:\n\n{_LOADING[name]}" for name in programs)
     text = f"""---
 library_name: transformers
@@ -91,7 +98,7 @@ Its format is {exporter.title} (`{exporter.name}`), with which tests certify the
 was trained: {", ".join(programs)}. FOLDER is the folder of this file.
 
 {loading}
-
+{code}
 {CERTIFICATES}
 
 None of this very model yet: `graft certify` writes them here.

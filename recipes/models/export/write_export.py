@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe.errors import ExactnessError
 from moe.upcycle.equivalence import TOLERANCES, LogitDrift, agree, logit_drift
+from recipes.data.tokenizer import load_tokenizer, spelled
 from recipes.models.export.base import Exporter, Layout
 from recipes.models.export.companions import copy_companions
 from recipes.models.export.output_folder import output_folder
@@ -68,7 +69,8 @@ def export(
         files = TensorFiles(temporary, placement.specs)
         _write_all(files, merged, live, placement, tied_names(model))
         files.finish(heartbeat)
-        write_companions(temporary, exporter.written_config(spec, dtype), model.folder)
+        config = exporter.written_config(spec, dtype)
+        write_companions(temporary, config, model.folder, trust_remote_code=model.trust_remote_code)
 
 
 def _write_all(
@@ -103,13 +105,22 @@ def write_live(
             files.write(slot.name, values if slot.factor == 1.0 else values * slot.factor, slot.offset)
 
 
-def write_companions(folder: Path, config: dict[str, Any], source: Path) -> None:
+def write_companions(
+    folder: Path, config: dict[str, Any], source: Path, *, trust_remote_code: bool = False
+) -> None:
     """Writes ``config.json`` and copies the tokenizer and other files that accompany a checkpoint.
 
     A config that names a model's own code (``auto_map``) says that it is trusted: the code is copied, too.
+
+    Args:
+        folder: Where to.
+        config: Content of ``config.json``.
+        source: The checkpoint.
+        trust_remote_code: Whether a tokenizer's own code is trusted, and copied.
     """
     atomic_write_json(folder / "config.json", config)
-    copy_companions(source, folder, code="auto_map" in (config.get("dense_config") or config))
+    code = "auto_map" in (config.get("dense_config") or config)
+    copy_companions(source, folder, code=code, trust_remote_code=trust_remote_code)
 
 
 def dtype_keys(dtype: torch.dtype) -> dict[str, str]:
@@ -158,7 +169,7 @@ def verify_export(
         logits_BSV: Logits of the trained weights on them, rounded as in the files and computed in fp32.
         memory_bytes: A model that takes more in fp32 is read one block at a time.
         heartbeat: Notified of each block.
-        trust_remote_code: Whether the model's own code, which was copied, may run.
+        trust_remote_code: Whether the model's and the tokenizer's own code, which was copied, may run.
         sampled: Tokens to generate; 0 for no sample.
 
     Raises:
@@ -167,7 +178,9 @@ def verify_export(
     """
     read = ReadBack(exporter.open(folder, trust_remote_code=trust_remote_code), memory_bytes, heartbeat)
     drift = require_written(read, folder, tokens_BS, logits_BSV)
-    sample = _sample(read.model, folder, tokens_BS, sampled) if read.stays and sampled else None
+    sample = None
+    if read.stays and sampled:
+        sample = _sample(read.model, folder, tokens_BS, sampled, trust_remote_code)
     return ExportReport(exporter.name, exporter.is_native, folder, drift, sample)
 
 
@@ -195,10 +208,8 @@ def require_written(read: ReadBack, folder: Path, tokens_BS: Tensor, logits_BSV:
     return drift
 
 
-def _sample(model: Any, folder: Path, tokens_BS: Tensor, number: int) -> str:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def _sample(model: Any, folder: Path, tokens_BS: Tensor, number: int, trust: bool) -> str:
+    tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust)
     prompt_1S = tokens_BS[:1, : min(32, tokens_BS.shape[1])].cpu()
     out = model.generate(
         prompt_1S,
@@ -208,4 +219,5 @@ def _sample(model: Any, folder: Path, tokens_BS: Tensor, number: int) -> str:
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
-    return json.dumps({"prompt": tokenizer.decode(prompt_1S[0]), "text": tokenizer.decode(out[0])})
+    prompt, text = (spelled(tokenizer, ids_1S[0].tolist()) for ids_1S in (prompt_1S, out))
+    return json.dumps({"prompt": prompt, "text": text})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import GraftError, ModelError
+from recipes.runtime.code_folder import private_code_folder
 from recipes.runtime.user_json import UserJsonError, read_json_file
 
 _AGAIN = "Download it again."
@@ -111,7 +112,10 @@ def trusts(folder: Path, trust_remote_code: bool) -> bool:
     if not trust_remote_code:
         return False
     config = read_config(folder)
-    return brings_code(config) or any(folder.glob("*.py"))
+    runs = brings_code(config) or any(folder.glob("*.py"))
+    if runs:
+        private_code_folder()
+    return runs
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, option: str = "dense") -> Any:
@@ -162,6 +166,8 @@ def inner_config(values: Mapping[str, Any], folder: Path, *, trust_remote_code: 
         raise ModelError.one("path", str(folder), rule, remedy)
     rest = with_floats({key: value for key, value in values.items() if key != "model_type"})
     with library_reads("path", folder, "Export the run again.", "use its config.json"):
+        if runs_code:
+            private_code_folder()
         named = values["auto_map"].get("AutoConfig") if runs_code else None
         if named is None:
             config = AutoConfig.for_model(values["model_type"], **rest)

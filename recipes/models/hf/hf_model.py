@@ -45,6 +45,7 @@ class HFModel:
         context: The run as routers see it; filled before every forward pass.
         schedule: Schedule of the number of experts per token; None if it is constant.
         weights: Source of deferred parameters; None if all parameters have memory.
+        trust_remote_code: Whether the checkpoint's code may run, so that an export carries it.
     """
 
     module: Any
@@ -53,6 +54,7 @@ class HFModel:
     context: RouterContext = field(default_factory=RouterContext)
     schedule: TopKSchedule | None = None
     weights: WeightSource | None = None
+    trust_remote_code: bool = False
     _real_BS: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +135,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> HFModel:
         raise ModelError.one("dense", str(folder), f"{rule} first", "Give the config.json of these weights.")
     require_finite(model, folder, "dense")
     model.config.use_cache = False
-    return HFModel(module=model, folder=folder, source_dtype=source_dtype(config))
+    dtype = source_dtype(config)
+    return HFModel(module=model, folder=folder, source_dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def empty_copy(model: HFModel) -> HFModel:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.errors import Mistake, UserError
+from moe.errors import Mistake, ModelError, UserError
 from recipes.data.config import DataConfig
 from recipes.data.samples import begins_document
 from recipes.models.hf.config_file import library_reads, load_config, trusts
@@ -37,9 +37,11 @@ def check_documents(data: DataConfig, dense: Path, *, trust_remote_code: bool = 
         return []
     try:
         model = _few_blocks(dense, trust_remote_code)
+        name, attention = model.config.model_type, model.config._attn_implementation or "its own"
+        if "flash" not in attention:  # which runs on a GPU alone
+            _require_finite(model, dense)
     except UserError as error:
         return list(error.mistakes)
-    name, attention = model.config.model_type, model.config._attn_implementation or "its own"
     if "flash" in attention:
         rule = f"{attention} attention of {name} knows documents in batches of one sample only"
     elif not keeps_apart(model):
@@ -47,6 +49,23 @@ def check_documents(data: DataConfig, dense: Path, *, trust_remote_code: bool = 
     else:
         return []
     return [Mistake(_PATH, True, rule, _OFF)]
+
+
+def _require_finite(model: Any, dense: Path) -> None:
+    """Checks that a config has numbers with which a model of small random weights computes numbers.
+
+    Raises:
+        ModelError: Its logits are infinite, or none.
+    """
+    ids_BS, positions_BS = _documents()
+    try:
+        logits_BSV = _run(model, ids_BS, document_inputs(model, positions_BS))[0]
+    except (TypeError, ValueError):
+        return  # the comparison says what it does not take
+    if not logits_BSV.isfinite().all():
+        rule = "with its config.json even small weights give logits that are not finite"
+        remedy = "Correct it (rms_norm_eps, rope_theta): give the one that the model was published with."
+        raise ModelError.one("dense", str(dense), rule, remedy)
 
 
 def keeps_apart(model: Any) -> bool:
@@ -58,8 +77,7 @@ def keeps_apart(model: Any) -> bool:
     Args:
         model: A decoder of transformers, with its weights. They get no gradients.
     """
-    positions_BS = torch.tensor([[i for n in row for i in range(n)] for row in _LENGTHS])
-    ids_BS = torch.arange(positions_BS.numel()).view_as(positions_BS) % _SMALL["vocab_size"]
+    ids_BS, positions_BS = _documents()
     try:
         logits_BSV, embedded_BSD = _run(model, ids_BS, document_inputs(model, positions_BS))
         number_BS = begins_document(positions_BS).flatten().cumsum(0).view_as(ids_BS)
@@ -69,6 +87,12 @@ def keeps_apart(model: Any) -> bool:
         )
     except (TypeError, ValueError):
         return False  # it takes no positions, or no mask
+
+
+def _documents() -> tuple[Tensor, Tensor]:
+    """Returns ids and positions of two samples of several documents."""
+    positions_BS = torch.tensor([[i for n in row for i in range(n)] for row in _LENGTHS])
+    return torch.arange(positions_BS.numel()).view_as(positions_BS) % _SMALL["vocab_size"], positions_BS
 
 
 def _is_alone(model: Any, ids_BS: Tensor, own_BS: Tensor, logits_BSV: Tensor, embedded_BSD: Tensor) -> bool:

@@ -8,7 +8,7 @@ from moe.errors import DataError
 from recipes.runtime.run_file import METRICS_FILE
 from recipes.tracking.bad_batch import FOLDER
 from recipes.tracking.report import canvas, formats, hardware, sections
-from recipes.tracking.report.certificates import HEADER, certificate_rows, read_certificate
+from recipes.tracking.report.certificates import CERTIFICATE_FILE, HEADER, read_certificates
 from recipes.tracking.report.colours import LIGHT
 from recipes.tracking.report.heatmap import load_figure
 from recipes.tracking.report.loss_figures import balance_figure, loss_figure
@@ -58,6 +58,7 @@ def build_report(run_dir: str | Path) -> Path:
     name = str(record.section("run").get("name") or record.run_dir.resolve().name)
     exactness, export = record.section("exactness"), record.section("export")
     export_folder = record.run_dir / str(export.get("path") or "hf")
+    certificates, fault = read_certificates(export_folder)
     return write_page(
         record.run_dir / REPORT_FILE,
         "report.html.j2",
@@ -85,7 +86,8 @@ def build_report(run_dir: str | Path) -> Path:
         export=export,
         export_folder=str(export_folder),
         rounding=sections.rounding(export),
-        certificates=certificate_rows(read_certificate(export_folder)),
+        certificates=certificates,
+        certificates_fault=fault and f"{CERTIFICATE_FILE} {fault}: certify the export again (graft certify).",
         certificates_header=HEADER,
         sample=sections.sample_text(export.get("sample")),
         config=record.config,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.runtime.user_json import read_json_object
+from recipes.runtime.user_json import UserJsonError, read_json_object
 from recipes.tracking.report import formats
 
 CERTIFICATE_FILE = "certificate.json"
@@ -21,17 +21,22 @@ HEADER = [
 ]
 
 
-def read_certificate(export: Path) -> Mapping[str, Any]:
-    """Reads the certificates of an export; empty where there are none that can be read."""
+def read_certificates(export: Path) -> tuple[list[list[str]], str | None]:
+    """Returns the rows of an export's certificates, and what is wrong with their file, if anything is."""
+    path = export / CERTIFICATE_FILE
+    if not path.exists():
+        return [], None
     try:
-        return read_json_object(export / CERTIFICATE_FILE)
-    except ValueError:
-        return {}
+        return certificate_rows(read_json_object(path)), None
+    except UserJsonError as error:
+        return [], error.clause
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        return [], "holds something else than graft certify writes"
 
 
 def certificate_rows(content: Mapping[str, Any]) -> list[list[str]]:
     """Returns a row for each program."""
-    return [_row(result) for result in content.get("results") or ()]
+    return [_row(result) for result in content["results"]]
 
 
 def _row(result: Mapping[str, Any]) -> list[str]:

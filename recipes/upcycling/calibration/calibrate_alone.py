@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from moe.errors import ConfigError
@@ -30,7 +31,8 @@ def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTen
     method = upcycle_method(config.upcycle).for_router(config.router)
     if not method.statistics:
         return {}
-    if mistakes := check_documents(config.data, model.folder, trust_remote_code=config.trust_remote_code):
+    trust = config.trust_remote_code
+    if mistakes := check_documents(config.data, model.folder, trust_remote_code=trust):
         raise ConfigError(mistakes)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = int(model.config.get_text_config().vocab_size)
@@ -38,7 +40,8 @@ def calibrate_alone(config: RunConfig, model: HFModel, folder: Path) -> LayerTen
     engine = engine_classes()[config.engine.name](config.engine)
     engine.open()
     try:
-        data = load_data(config.data, model.folder, cache, vocab_size, lambda line: None)
+        load = partial(load_data, log=lambda line: None, trust_remote_code=trust)
+        data = load(config.data, model.folder, cache, vocab_size)
         with StopRequest(verbose=True) as stop:
             return Calibration(config, RankConsole(engine), stop, folder, model, method, data).run()
     finally:

@@ -126,7 +126,8 @@ class Calibration:
         vocab_size = int(self.model.config.get_text_config().vocab_size)
 
         def load(log: Any) -> TrainData:
-            return load_data(own, self.model.folder, cache, vocab_size, log)
+            trust = run.trust_remote_code
+            return load_data(own, self.model.folder, cache, vocab_size, log, trust_remote_code=trust)
 
         console.on_rank_zero(lambda: load(console.lines).fingerprint)
         loaded = load(lambda line: None)

@@ -104,9 +104,9 @@ def convert(
             (temporary / _JOURNAL).unlink(missing_ok=True)  # nothing of it is taken over once more
             raise
         config = conversion.config | dtype_keys(conversion.main_dtype)
-        write_companions(temporary, config, conversion.request.dense)
-        atomic_write_json(temporary / RECORD, _record(conversion))
         request = conversion.request
+        write_companions(temporary, config, request.dense, trust_remote_code=request.trust_remote_code)
+        atomic_write_json(temporary / RECORD, _record(conversion))
         origin = Origin(dense_name(request.dense), request.method.name, "not trained since")
         write_card(temporary, conversion.exporter, conversion.spec, origin, request.layout)
         (temporary / _JOURNAL).unlink(missing_ok=True)

@@ -60,6 +60,7 @@ def write_dense(
         config = read_config(dense)
         if not trusts(dense, trust_remote_code):
             config.pop("auto_map", None)
-        write_companions(temporary, config | dtype_keys(dtype), dense)
+        config |= dtype_keys(dtype)
+        write_companions(temporary, config, dense, trust_remote_code=trust_remote_code)
         check(temporary)
     return total

@@ -18,7 +18,7 @@ from moe.upcycle.equivalence import LogitDrift, agree, logit_drift
 from recipes.data.config import DataConfig
 from recipes.data.samples import Samples
 from recipes.data.sources import read_documents
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import encode_texts, load_tokenizer
 from recipes.models.export.graft_format import MODEL_TYPE, GraftUnread, load_graft
 from recipes.models.export.read_back import DenseUnread, ReadBack
 from recipes.models.hf.config_file import (
@@ -70,20 +70,22 @@ class EquivalenceReport:
         return agree(self.logits, self.dtype)
 
 
-def real_tokens(folder: Path, data: DataConfig, samples: int, length: int) -> Tensor:
+def real_tokens(
+    folder: Path, data: DataConfig, samples: int, length: int, *, trust_remote_code: bool = False
+) -> Tensor:
     """Returns ids ``[samples, length]`` of real text under a checkpoint's tokenizer.
 
     Raises:
         ModelError: The text is too short.
     """
-    ids = _ids(folder, data, samples * length)
+    ids = _ids(folder, data, samples * length, trust_remote_code)
     if len(ids) == samples * length:
         return torch.tensor(ids).view(samples, length)
     rule = f"it has {len(ids)} tokens, and {samples} samples of {length} are wanted"
     raise ModelError.one("--text", data.path, rule, "Give more text, or fewer or shorter samples.")
 
 
-def telling_tokens(folder: Path, data: DataConfig) -> Tensor:
+def telling_tokens(folder: Path, data: DataConfig, *, trust_remote_code: bool = False) -> Tensor:
     """Returns real tokens ``[B, S]`` on which models of a folder that differ anywhere show it.
 
     They reach beyond every window of attention that the config names, as far as the model takes them.
@@ -91,7 +93,7 @@ def telling_tokens(folder: Path, data: DataConfig) -> Tensor:
     Raises:
         ModelError: There is no text.
     """
-    there = torch.tensor(_ids(folder, data, telling_number(folder)))
+    there = torch.tensor(_ids(folder, data, telling_number(folder), trust_remote_code))
     if len(there) < 2:
         raise ModelError.one("--text", data.path, "it has fewer than two tokens", "Give more text.")
     return telling_samples(folder, there)
@@ -142,11 +144,11 @@ def fits(*folders: Path) -> bool:
     return 3 * largest + _ACTIVATIONS < spare_bytes()
 
 
-def _ids(folder: Path, data: DataConfig, number: int) -> list[int]:
-    tokenizer = load_tokenizer(folder, append_eos=False)
+def _ids(folder: Path, data: DataConfig, number: int, trust: bool) -> list[int]:
+    tokenizer = load_tokenizer(folder, append_eos=False, trust_remote_code=trust)
     ids: list[int] = []
     for document in read_documents(data, lambda line: None):
-        ids += tokenizer(document.text)["input_ids"]
+        ids += encode_texts(tokenizer, [document.text], special_tokens=True)[0]
         if len(ids) >= number:
             break
     return ids[:number]

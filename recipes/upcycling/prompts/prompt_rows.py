@@ -18,7 +18,7 @@ from moe.upcycle.gates import observe
 from moe.upcycle.router_start import GIVEN_ROWS
 from recipes.config.schema import RunConfig
 from recipes.config.sections.prompts_config import PromptsConfig
-from recipes.data.tokenizer import load_tokenizer
+from recipes.data.tokenizer import encode_texts, load_tokenizer
 from recipes.models.hf.ffn_blocks import FFNSite, chosen_sites
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.prompts.prompt_file import ExpertPrompts, check_prompt_file, read_prompts
@@ -53,13 +53,20 @@ def with_prompt_rows(known: LayerTensors, config: RunConfig, model: HFModel) -> 
     if prompts.path is None:
         return known
     sites = chosen_sites(model, config.upcycle)
-    rows = prompt_rows(model, sites, read_prompts(prompts.path), prompts)
+    rows = prompt_rows(
+        model, sites, read_prompts(prompts.path), prompts, trust_remote_code=config.trust_remote_code
+    )
     return {layer: {**known.get(layer, {}), GIVEN_ROWS: rows_ED} for layer, rows_ED in rows.items()}
 
 
 @torch.no_grad()
 def prompt_rows(
-    model: HFModel, sites: Sequence[FFNSite], prompts: Sequence[ExpertPrompts], config: PromptsConfig
+    model: HFModel,
+    sites: Sequence[FFNSite],
+    prompts: Sequence[ExpertPrompts],
+    config: PromptsConfig,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[int, Tensor]:
     """Computes the rows of every layer: ``[E, D]`` fp32, each of length ``config.scale``.
 
@@ -69,7 +76,7 @@ def prompt_rows(
     Raises:
         ConfigError: Two experts would get rows that cannot be told apart.
     """
-    tokenizer = load_tokenizer(model.folder, append_eos=False)
+    tokenizer = load_tokenizer(model.folder, append_eos=False, trust_remote_code=trust_remote_code)
     training = model.module.training
     model.module.eval()
     means: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
@@ -115,7 +122,9 @@ def _mean(
 ) -> dict[int, Tensor]:
     total: dict[int, Tensor] = {}
     for text in texts:
-        ids_1S = torch.tensor([tokenizer(text)["input_ids"]], device=model.module.device)
+        ids_1S = torch.tensor(
+            encode_texts(tokenizer, [text], special_tokens=True), device=model.module.device
+        )
         model.module.base_model(input_ids=ids_1S, use_cache=False)
         for layer, x_SD in inputs.items():
             vector_D = x_SD[-1] if config.take == "last" else x_SD.mean(0)

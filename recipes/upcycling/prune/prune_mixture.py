@@ -101,7 +101,7 @@ def prune(
     mixture = open_mixture(folder, trust_remote_code=trust)
     require_prunable(mixture, request.keep)
     size = vocabulary_size(folder, trust_remote_code=trust)
-    data = load_data(request.data, folder, cache, size, log)
+    data = load_data(request.data, folder, cache, size, log, trust_remote_code=trust)
     blocks, E = mixture.spec.moe_blocks, mixture.spec.moe_blocks[0].num_experts
     model = materialize(mixture_model(mixture, trust_remote_code=trust))
     log(f"prune: {request.samples} samples of {data.train.seq_len} tokens through {len(blocks)} MoE layers")
@@ -114,7 +114,7 @@ def prune(
         index: float(sums[index].counts_E[row].sum() / sums[index].counts_E.sum())
         for index, row in kept.items()
     }
-    total = write_pruned(mixture, kept, out)
+    total = write_pruned(mixture, kept, out, trust_remote_code=trust)
     written = materialize(mixture_model(open_mixture(out, trust_remote_code=trust), trust_remote_code=trust))
     _require_same(written, out, next(_batches(data.validation, 2))[:, :-1], trust_remote_code=trust)
     after = held_out_loss(written, data.validation, request.samples)

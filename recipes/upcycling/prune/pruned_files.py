@@ -58,7 +58,7 @@ def require_prunable(mixture: SourceMixture, kept: int) -> None:
         raise ConfigError.one("--keep", kept, rule, remedy)
 
 
-def write_pruned(mixture: SourceMixture, kept: Kept, out: Path) -> int:
+def write_pruned(mixture: SourceMixture, kept: Kept, out: Path, *, trust_remote_code: bool = False) -> int:
     """Writes the mixture with the experts that are kept; returns the bytes of the tensors.
 
     Every other tensor has the bytes that it has in the source. Memory holds one matrix.
@@ -67,6 +67,7 @@ def write_pruned(mixture: SourceMixture, kept: Kept, out: Path) -> int:
         mixture: The source.
         kept: Experts that are kept, of every MoE layer the same number.
         out: Folder to write; it must not exist.
+        trust_remote_code: Whether a tokenizer's own code is trusted, and copied.
     """
     plan = _Plan(mixture, kept)
     total = sum(spec.num_bytes for spec in plan.specs)
@@ -76,7 +77,8 @@ def write_pruned(mixture: SourceMixture, kept: Kept, out: Path) -> int:
         plan.write(files)
         files.finish()
         number = len(next(iter(kept.values())))
-        write_companions(temporary, pruned_config(mixture, number), mixture.files.folder)
+        config, source = pruned_config(mixture, number), mixture.files.folder
+        write_companions(temporary, config, source, trust_remote_code=trust_remote_code)
     return total
 
 

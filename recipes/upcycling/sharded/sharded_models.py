@@ -74,7 +74,13 @@ def model_of(
     """Returns a model as transformers builds it, whose weights a source will fill."""
     # A copy: to build a model in fp32 is to say so in its config.
     model = deferred_model(copy.deepcopy(names.config), trust_remote_code=trust_remote_code)
-    return HFModel(module=model, folder=folder, source_dtype=source_dtype(names.config), weights=weights)
+    return HFModel(
+        module=model,
+        folder=folder,
+        source_dtype=source_dtype(names.config),
+        weights=weights,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _moe(spec: MoESpec, model: HFModel, backend: str) -> MoELayer:

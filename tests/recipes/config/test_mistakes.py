@@ -168,6 +168,15 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         set_config(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"}),
         "it brings its own code (auto_map in config.json). If you have read and trust that code, set",
     ),
+    "sizes that do not fit": (set_config(num_attention_heads=7), "transformers cannot use its config.json ("),
+    "numbers that give none": (
+        set_config(rms_norm_eps=-1.0),
+        "with its config.json even small weights give logits that are not finite. Correct it (rms_norm_eps",
+    ),
+    "angles that are none": (
+        set_config(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        "with its config.json even small weights give logits that are not finite. Correct it",
+    ),
     "a pickle": (
         only_bin,
         "no *.safetensors file: there are pytorch_model.bin, which are pickles. Save it with",

@@ -221,6 +221,7 @@ def test_the_other_form_of_rows(tmp_path: Path) -> None:
         ([], "is a JSON list, not an object"),
         ({"text": "a"}, "has no 'messages'; it has 'text'"),
         ({"messages": "a"}, "has a str under 'messages', not a list"),
+        ({"messages": []}, "has no message under 'messages'"),
         ({"messages": ["a"]}, "has a str as message 1, not an object"),
         ({"messages": [{"role": "user"}]}, "has str and NoneType as role and content of message 1"),
         (

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from moe.errors import DataError, ExactnessError, Mistake
+from recipes.data.config import BlendConfig, DataConfig
 from recipes.data.indexed import IndexedDataset
+from recipes.data.repeats import describe_repeats
 from recipes.runtime.claim import InUseError, claim, lock_beside
 from tests.forked_commands import Ended, run_module
 from tools.command import run_command
@@ -58,6 +63,61 @@ def test_one_writer_and_nothing_left_of_a_killed_one(flags: list[str], tmp_path:
     (tmp_path / "gone.idx").symlink_to(tmp_path / "nowhere" / "gone.idx")
     with pytest.raises(DataError, match="exists already"):
         main([*flags[:-1], str(tmp_path / "gone")])
+
+
+def test_a_pair_that_was_named_by_half_is_replaced(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.rename(source, target)
+
+    def go() -> None:
+        monkeypatch.setattr("recipes.data.indexed.rename_file", killed)
+        main(flags)
+
+    child = multiprocessing.get_context("fork").Process(target=go)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    tokens, (index,) = tmp_path / "out.bin", tmp_path.glob(".out.idx.tmp-*")
+    # Somebody else's: of another size, or beside tokens that still have their hidden name.
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole + b"..")
+    with pytest.raises(DataError, match="out.bin': exists already"):
+        main(flags)
+    tokens.write_bytes(whole)
+    hidden = tmp_path / index.name.replace(".idx.", ".bin.")
+    hidden.touch()
+    with pytest.raises(DataError, match="out.bin': exists already"):
+        main(flags)
+    hidden.unlink()
+    assert main(flags) == 0
+    assert IndexedDataset(tmp_path / "out").num_documents == 2
+    assert not index.exists() and tokens.read_bytes() == whole
+    index.touch()
+    (tmp_path / "out.idx").unlink()
+    with pytest.raises(DataError, match="out.bin': exists already"):
+        main(flags)
+
+
+def test_what_is_given_twice_is_named(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "d.txt").hardlink_to(tmp_path / "b.txt")
+    (tmp_path / "e.txt").write_bytes((tmp_path / "b.txt").read_bytes())
+    (tmp_path / "f.txt").write_text("the quick brown c\n" * 20)  # as long as the others
+    (tmp_path / "void.txt").touch()
+    assert main(flags) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "warning: 3 files are in the data twice, by link or content, and counted twice: " in line
+    assert f"{tmp_path}/c.txt is a link to {tmp_path}/a.txt; {tmp_path}/d.txt is the same as" in line
+    assert f"{tmp_path}/e.txt is the same as {tmp_path}/b.txt" in line and "f.txt" not in line
+    blend = [BlendConfig(str(tmp_path / name), 1.0) for name in ("a.txt", "[af].txt")]
+    assert f"{tmp_path}/a.txt in two sources" in str(describe_repeats(DataConfig(blend=blend)))
+    assert describe_repeats(DataConfig(blend=blend[:1])) is describe_repeats(DataConfig()) is None
 
 
 def test_mistakes_exit_2_with_all_of_them(tokenizer_dir: Path) -> None:

@@ -66,6 +66,18 @@ def test_an_export_is_refused_by_name(first: Path, tmp_path: Path, call: Call) -
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_config_that_was_changed_since_is_refused(first: Path, tmp_path: Path, call: Call) -> None:
+    run = Path(shutil.copytree(first, tmp_path / "changed"))
+    whole = (run / "config.yaml").read_text()
+    # Other functions of the same weights, to which an export would be true.
+    for then, now in (("renormalise: true", "renormalise: false"), ("layers: all", "layers: every:2")):
+        assert whole.count(then) == 1
+        (run / "config.yaml").write_text(whole.replace(then, now))
+        with pytest.raises(ConfigError, match="config.yaml has it, and the run began with"):
+            call(run, "--out", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_dense_model_that_was_trained_on(first: Path, tmp_path: Path, call: Call) -> None:
     from transformers import AutoModelForCausalLM
 

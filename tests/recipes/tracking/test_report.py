@@ -16,12 +16,14 @@ from moe.errors import DataError
 from recipes.tracking.metrics_log import MetricsLog
 from recipes.tracking.report import build_report, formats, readme_figure, results_table
 from recipes.tracking.report.canvas import spread
+from recipes.tracking.report.certificates import read_certificates
 from recipes.tracking.report.colours import LIGHT
 from recipes.tracking.report.heatmap import load_figure, pick_evenly
 from recipes.tracking.report.loss_figures import balance_figure, loss_figure
 from recipes.tracking.report.results_table import different_tokens, headline, missing, read_results
 from recipes.tracking.report.run_record import LayerLoad, read_run, series
 from tests.forked_commands import run_module
+from tests.grid import each
 from tools.report import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -168,6 +170,31 @@ def test_any_part_of_the_summary_may_be_missing_or_wrong(tmp_path: Path, gone: s
         (tmp_path / "summary.json").write_text(json.dumps(SUMMARY | {gone: value}))
         page = _Page(build_report(tmp_path))
         assert not page.open and "None" not in page.text and "nan" not in page.text.lower().split()
+
+
+@each(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a list instead of a JSON object"),
+        ("{}", "holds something else than graft certify writes"),
+        ('{"results": [7]}', "holds something else than graft certify writes"),
+        ('{"results": [{"name": "vllm", "greedy": 3}]}', "holds something else than graft certify writes"),
+    ],
+)
+def test_damaged_certificates_are_told(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "certificate.json").write_text(content)
+    rows, fault = read_certificates(tmp_path)
+    assert rows == [] and fault is not None and said in fault
+    assert read_certificates(tmp_path / "none") == ([], None)
+
+
+def test_a_damaged_certificate_is_in_the_report(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "certificate.json").write_text("{")
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    text = _Page(build_report(tmp_path)).text
+    assert "Certificates" in text and "certificate.json is not JSON" in text and "graft certify" in text
 
 
 def test_a_run_without_a_summary_says_so(tmp_path: Path) -> None:
