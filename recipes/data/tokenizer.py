@@ -73,6 +73,8 @@ def _check_files(
     if not runs and not any((folder / name).is_file() for name in MODEL_FILES):
         remedy = "Copy its files there (tokenizer.json, tokenizer_config.json), or name another folder."
         return [Mistake(where, given, "holds no tokenizer", remedy)]
+    if runs:
+        private_code_folder()
     try:
         largest = _largest_base_id(folder, runs)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -278,8 +280,6 @@ def _size(path: Path) -> int:
 def _auto_tokenizer(folder: Path, runs: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if runs:
-        private_code_folder()
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=runs)
     except SystemExit as error:  # a run that its code ended would count as done

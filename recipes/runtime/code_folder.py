@@ -10,6 +10,8 @@ import shutil
 import sys
 import tempfile
 
+from moe.errors import DiskError
+
 _PACKAGE = "transformers_modules"
 
 
@@ -22,14 +24,21 @@ def private_code_folder() -> str:
     where that is set, else among temporary files, and is removed when the process ends.
 
     Raises:
-        OSError: No folder can be made.
+        DiskError: No folder can be made.
     """
     from transformers import dynamic_module_utils
 
-    place = os.environ.get("HF_MODULES_CACHE")
-    if place is not None:
-        os.makedirs(place, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="graft-code-", dir=place)
+    place = os.environ.get("HF_MODULES_CACHE") or None
+    try:
+        if place is not None:
+            os.makedirs(place, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="graft-code-", dir=place)
+    except OSError as error:
+        rule = f"no folder can be made in it for a copy of the code ({error.strerror})"
+        shown = place or tempfile.gettempdir()
+        raise DiskError.one(
+            "HF_MODULES_CACHE", shown, rule, "Name a folder that you may write to."
+        ) from error
     atexit.register(_remove, folder, os.getpid())
     # What was imported from the other folder stays usable; its packages would hide those of the new one.
     for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:

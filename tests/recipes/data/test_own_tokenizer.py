@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tools.tokenize
-from moe.errors import DataError
+from moe.errors import DataError, DiskError
 from recipes.data.chat_template import ChatFormat
 from recipes.data.config import DataConfig
 from recipes.data.conversations import Conversation
@@ -197,3 +197,9 @@ def test_a_class_that_nobody_has_is_named(own: Path) -> None:
     (own / "merges.txt").write_text("#version: 0.2\n")
     (mistake,) = check_tokenizer(own)
     assert "its class is OwnTokenizer, which transformers does not have" in mistake.rule
+
+
+def test_a_place_for_code_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", "/proc/nowhere")
+    with pytest.raises(DiskError, match="HF_MODULES_CACHE='/proc/nowhere': no folder can be made in it"):
+        private_code_folder.__wrapped__()
