@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe.errors import Mistake
 from moe.routers.configs.topk_config import TopKConfig
 from moe.upcycle.configs.copies_config import CopyConfig
 from recipes.config.schema import RunConfig
 from recipes.config.sections.continue_config import ContinueConfig
+from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.data.chat_template import check_chat_template
 from recipes.data.sources import check_paths
 from recipes.jobs.base import Job, Session
@@ -88,15 +90,22 @@ def _folder(config: RunConfig) -> Path:
 def _refuse_others(config: RunConfig) -> list[Mistake]:
     """Refuses options that would make another model of it, instead of ignoring them."""
     keeps = "the mixture keeps the router and the experts that it has"
-    asked = {
-        "router": (
-            config.router.name,
-            config.router != TopKConfig(),
-            "Leave it out; continue.* balances it.",
-        ),
-        "upcycle": (config.upcycle.name, config.upcycle != CopyConfig(), "Leave it out."),
-        "top_k_schedule": (config.top_k_schedule, bool(config.top_k_schedule), "Leave it out."),
-        "attention": ("moe", config.attention is not None, "Set attention=none."),
-        "optim.start_from": (config.optim.start_from, config.optim.start_from is not None, "Set null."),
-    }
-    return [Mistake(path, value, keeps, remedy) for path, (value, is_set, remedy) in asked.items() if is_set]
+    prompts = config.section(PromptsConfig).path
+    asked = [
+        *_changed("router", config.router, TopKConfig(), "Leave it out; continue.* balances it."),
+        *_changed("upcycle", config.upcycle, CopyConfig(), "Leave it out."),
+        ("top_k_schedule", config.top_k_schedule, [], "Leave it out."),
+        ("attention", None if config.attention is None else "moe", None, "Set attention=none."),
+        ("optim.start_from", config.optim.start_from, None, "Set null."),
+        ("prompts.path", prompts, None, "Set null."),
+    ]
+    return [Mistake(path, value, keeps, remedy) for path, value, unset, remedy in asked if value != unset]
+
+
+def _changed(section: str, own: Any, unset: Any, remedy: str) -> Iterator[tuple[str, Any, Any, str]]:
+    """Yields path, value, value where nothing is asked for, and remedy of a section's options."""
+    if own.name != unset.name:
+        yield section, own.name, unset.name, remedy
+        return
+    for key, value in vars(own).items():
+        yield f"{section}.{key}", value, getattr(unset, key), remedy

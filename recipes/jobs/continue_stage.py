@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,12 +32,11 @@ from recipes.models.hf.hf_model import HFModel
 from recipes.models.hf.packed_attention import check_documents
 from recipes.models.lora_model import add_low_rank, require_rank
 from recipes.runtime.machine_memory import collect
+from recipes.tracking.results import stage_label
 from recipes.training.stage import Stage, StageResult
 from recipes.upcycling.convert.folder_check import describe_tokens, telling_rows
 from recipes.upcycling.sharded.mixture_model import mixture_model
 
-# How the step-0 check is called, where a method of upcycling has its name.
-_AS_IT_IS = "continue"
 _LOADER = "its class's own loader, block by block"
 
 
@@ -50,10 +48,10 @@ def of_mixture(config: RunConfig) -> RunConfig:
         ConfigError: ``continue`` has an option that this router does not.
     """
     folder, own = Path(config.dense or "").expanduser(), config.section(ContinueConfig)
-    router, num_experts = source_router(folder, trust_remote_code=config.trust_remote_code)
+    router, num_experts, stores_bias = source_router(folder)
     changes = {key: value for key, value in vars(own).items() if value is not None}
     for key, value in changes.items():
-        if not hasattr(router, key) or (key == "bias_rate" and not router.bias_rate):
+        if not hasattr(router, key) or (key == "bias_rate" and not stores_bias):
             rule = f"this mixture's router, {router.name}, has no such option"
             raise ConfigError.one(f"continue.{key}", value, rule, "Leave it out.")
     return replace(config, router=replace(router, **changes), upcycle=CopyConfig(num_experts=num_experts))
@@ -64,19 +62,25 @@ def check_mixture(config: RunConfig) -> list[Mistake]:
     folder, trust = Path(config.dense or "").expanduser(), config.trust_remote_code
     try:
         found = of_mixture(config)
-        spec = open_mixture(folder, trust_remote_code=trust).spec
+        mixture = open_mixture(folder, trust_remote_code=trust)
     except (UserError, FieldError) as error:
         return list(error.mistakes)
-    vocab_size = vocabulary_size(folder, trust_remote_code=trust)
-    path = config.dense or ""
+    path, runs_code = config.dense or "", mixture.runs_code
+    vocab_size = vocabulary_size(folder, trust_remote_code=runs_code)
     mistakes = check_tokenizer(path, vocab_size, "dense", trust_remote_code=trust)
-    mistakes += check_backend(found, spec.moe_blocks[0].expert)
-    mistakes += check_engine(found) + check_companions(
-        path, code=trusts(folder, trust), trust_remote_code=trust
-    )
+    mistakes += check_backend(found, mixture.spec.moe_blocks[0].expert) + check_engine(found)
+    mistakes += check_companions(path, code=trusts(folder, trust), trust_remote_code=trust)
     mistakes = mistakes or check_carried_tokenizer(path, trust_remote_code=trust)
-    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=trust)
+    mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=runs_code)
     return mistakes or check_first_row(config.data, path, trust_remote_code=trust)
+
+
+def open_tuned(folder: Path, config: RunConfig) -> SourceMixture:
+    """Opens a mixture whose routers train by a run's options, as `of_mixture` returns them."""
+    mixture = open_mixture(folder, trust_remote_code=config.trust_remote_code)
+    for moe in mixture.spec.moe_blocks:
+        moe.router.config = config.router
+    return mixture
 
 
 def build_mixture(run: StageRun, source: Path | None) -> Built:
@@ -86,11 +90,11 @@ def build_mixture(run: StageRun, source: Path | None) -> Built:
         run: The stage.
         source: Checkpoint that it goes on from.
     """
-    config, trust = run.config, run.config.trust_remote_code
-    mixture = open_mixture(run.inputs.folder, trust_remote_code=trust)
-    for told in mixture.left_out:
-        run.log(f"{run.name}: {told}")
+    config = run.config
+    mixture = open_tuned(run.inputs.folder, config)
     run.log(f"{run.name}: {mixture.title}, {_words(config.router)}")
+    for note in mixture.notes:
+        run.log(f"{run.name}: {note}")
     require_rank(mixture.spec, config.experts.lora)
     blank = partial(_model, run, mixture, reads=False)
     foresee_memory(run, _trained(run, blank()))
@@ -111,16 +115,11 @@ def _words(router: RouterConfig) -> str:
 
 
 def _model(run: StageRun, mixture: SourceMixture, *, reads: bool) -> HFModel:
-    """Returns the mixture without memory, whose routers train by the options of this run."""
-    routers = [replace(moe, router=_tuned(run, moe.router)) for moe in mixture.spec.moe_blocks]
-    spec = replace(mixture.spec, moe_blocks=tuple(routers))
-    trust, backend = run.config.trust_remote_code, run.config.experts.backend
-    return mixture_model(replace(mixture, spec=spec), backend, reads=reads, trust_remote_code=trust)
-
-
-def _tuned(run: StageRun, router: Any) -> Any:
-    router.config = run.config.router
-    return router
+    """Returns the mixture without memory."""
+    model = mixture_model(mixture, run.config.experts.backend, reads=reads)
+    # Its tokenizer's code may be trusted though a class of transformers computes it.
+    model.trust_remote_code = run.config.trust_remote_code
+    return model
 
 
 def _trained(run: StageRun, model: HFModel) -> HFModel:
@@ -156,13 +155,14 @@ def _measure(run: StageRun, mixture: SourceMixture) -> SurgeryReport:
             f"the largest, and at most {TOLERANCES[torch.float32]:.0e} is allowed. Nothing was trained"
         )
     indices, words = tuple(moe.index for moe in mixture.spec.moe_blocks), describe_tokens(folder, tokens_BS)
-    return SurgeryReport(_AS_IT_IS, indices, True, drift, (), (), _LOADER, words)
+    return SurgeryReport(None, indices, True, drift, (), (), _LOADER, words)
 
 
 def report_mixture(run: StageRun, stage: Stage, result: StageResult) -> None:
     """Reports exactness, and exports the mixture in its own format."""
     run.results.put("exactness", stage.state["exactness"])
-    run.results.put_stage("dense", "Mixture (start)", result.first_val_loss, 0, stage.costs, None)
+    label = stage_label("mixture")
+    run.results.put_stage("mixture", label, result.first_val_loss, 0, stage.costs, None)
     export_moe(run, stage)
 
 

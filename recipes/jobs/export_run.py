@@ -18,14 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, Mistake
 from moe.experts.lora import merged
 from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
 from recipes.config.sections.prompts_config import PromptsConfig
 from recipes.jobs.continue_job import ContinueJob
-from recipes.jobs.continue_stage import of_mixture
+from recipes.jobs.continue_stage import of_mixture, open_tuned
 from recipes.jobs.export_check import CheckedModel, CheckpointUnread, ExportCheck, check_export
 from recipes.jobs.identity import check_config_file
 from recipes.jobs.rounding import MixtureStart, StepZero, rounded, written_dtypes
@@ -39,7 +39,6 @@ from recipes.models.export.placement import Placement
 from recipes.models.export.read_back import NativeUnread, ReadBack, Unread
 from recipes.models.export.spec import ModelSpec
 from recipes.models.export.write_export import write_companions, write_live
-from recipes.models.families.open_mixture import open_mixture
 from recipes.models.hf.config_file import first_line, read_config
 from recipes.models.hf.deferred_init import CheckpointWeights, deferred_model
 from recipes.models.hf.ffn_names import read_names
@@ -197,18 +196,22 @@ class _Moe:
         cls, request: ExportRequest, config: RunConfig, folder: Path, tensors: CheckpointTensors
     ) -> _Moe:
         """Plans the export of a mixture that was trained on, in the format that it was read from."""
-        if request.target != "auto":
-            rule = "a mixture that was read is written back in its own format"
-            raise ConfigError.one("--format", request.target, rule, "Leave it out.")
-        trust = config.trust_remote_code
-        mixture = open_mixture(folder, trust_remote_code=trust)
+        mixture = open_tuned(folder, config)
         spec, exporter = mixture.spec, mixture.format
+        asked = {"--target": request.target} if request.target != "auto" else {}
+        if request.layout == "fused" and request.layout not in exporter.layouts:
+            asked |= {"--layout": request.layout}
+        rule = "a mixture that was trained on is written back in its own format and layout"
+        if asked:
+            raise ConfigError([Mistake(flag, value, rule, "Leave it out.") for flag, value in asked.items()])
         dtype = request.dtype or exporter.dtype
         merging = Merging(tensors, factors_of(spec, config.experts.lora))
         kept = merging.kept(StateDictMap(spec))
 
         def blank() -> HFModel:
-            return mixture_model(mixture, config.experts.backend, reads=False, trust_remote_code=trust)
+            model = mixture_model(mixture, config.experts.backend, reads=False)
+            model.context.step = tensors.step
+            return model
 
         dtypes = written_dtypes(spec, kept, exporter, dtype)
         begun = partial(MixtureStart, mixture)
@@ -297,7 +300,7 @@ def _checkpoint(request: ExportRequest) -> Path:
             print(line, file=sys.stderr, flush=True)
         if found.path is None:
             rule = f"it has no complete checkpoint of {request.stage}"
-            remedy = "Resume the run." if request.stage == "moe" else "Run it with compare.cpt=true."
+            remedy = "Resume the run." if request.stage == "moe" else "Upcycle with compare.cpt=true."
             raise ConfigError.one("run", str(request.run), rule, remedy)
         return found.path
     path = folder / f"step-{request.step:08d}"

@@ -14,6 +14,7 @@ from recipes.runtime.user_json import read_json_object
 from recipes.tracking.step_costs import Costs
 
 LABELS = {
+    "mixture": "Mixture (start)",
     "dense": "Dense (start)",
     "cpt": "Dense, continued (CPT)",
     "stage1": "MoE after stage 1",

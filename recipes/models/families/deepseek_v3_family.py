@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1, Kimi-K2, Moonlight (arXiv 2412.19437): sigmoids, groups, and a selection bias."""
+"""DeepSeek-V3 and R1, Moonlight (arXiv 2412.19437): sigmoids, groups, and a selection bias."""
 
 from __future__ import annotations
 

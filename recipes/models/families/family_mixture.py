@@ -24,7 +24,7 @@ from recipes.models.export.spec import ModelSpec, MoESpec
 from recipes.models.families import families
 from recipes.models.families.base import MoEFamily
 from recipes.models.families.source_format import SourceFormat
-from recipes.models.families.source_mixture import SourceMixture, read_routers
+from recipes.models.families.source_mixture import SourceMixture, SourceRouter, read_routers
 from recipes.models.hf.config_file import load_config
 from recipes.models.hf.ffn_blocks import activation_of
 from recipes.models.hf.ffn_names import ModelNames, model_as_stored, renaming
@@ -57,34 +57,35 @@ def family_of(config: Any, folder: Path, option: str = "dense") -> MoEFamily:
     return families()[kind]
 
 
-def family_router(folder: Path, *, trust_remote_code: bool = False) -> tuple[RouterConfig, int]:
-    """Returns the router of a mixture, and its number of experts.
+def family_router(folder: Path) -> SourceRouter:
+    """Returns the router of a mixture.
 
     Raises:
         ModelError: It is no mixture of a known family, or one whose router Graft does not have.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder)
     family = family_of(config, folder)
-    model, _ = model_as_stored(folder, config, trust_remote_code)
-    blocks = list(_blocks(model, family, folder))
-    return _router_config(family, config, len(blocks), folder), _experts_of(blocks[0][1]).shape[0]
+    model, _ = model_as_stored(folder, config, trust_remote_code=False)
+    blocks = dict(_blocks(model, family, folder))
+    router = _router_config(family, config, blocks, folder)
+    return SourceRouter(router, _num_experts(blocks), "bias_E" in family.router_keys)
 
 
-def open_family(folder: Path, *, trust_remote_code: bool = False) -> SourceMixture:
-    """Describes a mixture, and reads its routers.
+def open_family(folder: Path) -> SourceMixture:
+    """Describes a mixture, and reads its routers. Code that lies in the folder is not its class's.
 
     Raises:
         ModelError: It is no mixture of a known family, or its files are not whole.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder)
     family = family_of(config, folder)
-    model, tied = model_as_stored(folder, config, trust_remote_code)
+    model, tied = model_as_stored(folder, config, trust_remote_code=False)
     blocks = dict(_blocks(model, family, folder))
     files = DenseFiles(folder, finite=True)
     names = _names(model, config, tied, blocks)
     stored = _stored(files, names, folder)
     format_ = _format(family, folder, files, blocks, model, stored)
-    router = _router_config(family, config, len(blocks), folder)
+    router = _router_config(family, config, blocks, folder)
     spec = ModelSpec(config, names.architecture, tuple(_moe_specs(family, config, router, blocks)))
     gates = {moe.shared_gate_name: moe for moe in spec.moe_blocks if moe.shared_gate}
     stored |= {name: format_.shared_gate_name(moe) for name, moe in gates.items()}
@@ -92,14 +93,23 @@ def open_family(folder: Path, *, trust_remote_code: bool = False) -> SourceMixtu
     names = replace(names, state=state)
     twins = {name: stored[first] for name, first in _twins(files, names).items()}
     format_.keep(stored, twins)
-    kept = [format_.own(TensorSpec(at, torch.float32, names.state[name])) for name, at in stored.items()]
+    kinds = {name: torch.float32 if names.is_float(name) else torch.int64 for name in stored}
+    kept = [format_.own(TensorSpec(at, kinds[name], names.state[name])) for name, at in stored.items()]
     kept = [replace(tensor, name=name) for tensor, name in zip(kept, stored, strict=True)]
     used = {each.name for each in Placement(spec, format_, kept, None).specs}
-    format_.carry(tuple(sorted(set(files.tensors) - used)))
+    format_.carry(carried := tuple(sorted(set(files.tensors) - used)))
     placement = Placement(spec, format_, kept, None)
     read_routers(spec, placement, files)
-    left_out = tuple(family.left_out(config))
-    return SourceMixture(family.title, left_out, names, files, stored, spec, format_, placement)
+    notes = (*family.left_out(config), *_carried_words(carried))
+    return SourceMixture(family.title, notes, names, files, stored, spec, format_, placement, False)
+
+
+def _carried_words(names: tuple[str, ...]) -> Iterator[str]:
+    if names:
+        yield (
+            f"its class does not read {len(names)} tensors of its files, {names[0]} first: they are not "
+            "trained, and are written back as they are"
+        )
 
 
 def _blocks(model: nn.Module, family: MoEFamily, folder: Path) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
@@ -112,17 +122,30 @@ def _blocks(model: nn.Module, family: MoEFamily, folder: Path) -> Iterator[tuple
         yield next(int(part) for part in reversed(name.split(".")) if part.isdigit()), (name, module)
 
 
+def _num_experts(blocks: Mapping[int, tuple[str, nn.Module]]) -> int:
+    return _experts_of(next(iter(blocks.values()))).shape[0]
+
+
 def _experts_of(block: tuple[str, nn.Module]) -> Tensor:
     down: Tensor = block[1].experts.down_proj  # type: ignore[union-attr, assignment]
     return down
 
 
-def _router_config(family: MoEFamily, config: Any, layers: int, folder: Path) -> RouterConfig:
+def _router_config(
+    family: MoEFamily, config: Any, blocks: Mapping[int, tuple[str, nn.Module]], folder: Path
+) -> RouterConfig:
     try:
-        return family.router(config, layers)
+        router = family.router(config, len(blocks))
     except FieldError as error:
-        rule = f"Graft's router is not that of this config: {error}"
-        raise ModelError.one("dense", str(folder), rule, "Give another mixture.") from error
+        rules = [f"{each.path}={each.value}: {each.rule}" for each in error.mistakes]
+    except TypeError as error:
+        rules = [f"a value that it needs is of another type ({error})"]
+    else:
+        if (found := router.check(_num_experts(blocks))) is None:
+            return router
+        rules = [f"{found.path}={found.value}, with {_num_experts(blocks)} experts: {found.rule}"]
+    rule = f"Graft has no router for its config.json: {'; '.join(rules)}"
+    raise ModelError.one("dense", str(folder), rule, "Give another mixture, or the config.json of this one.")
 
 
 def _names(
@@ -185,7 +208,8 @@ def _format(
     fused = next((f for f in (family.fused, _MEMORY_FUSED) if f"{first}.{f[1]}" in files.tensors), None)
     layout: Layout = "per_expert" if alone or fused is None else "fused"
     floating = [files.tensors[at].spec.dtype for at in stored.values()]
-    most = max(set(floating), key=floating.count)
+    # Of dtypes that are as frequent the first by name: all ranks must find the same.
+    most = max(sorted(set(floating), key=str), key=floating.count)
     return SourceFormat(family, folder, files.tensors, sites, layout, fused or family.fused, most)
 
 

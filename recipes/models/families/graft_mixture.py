@@ -9,11 +9,15 @@ import torch
 
 from moe.errors import ConfigError, ModelError
 from moe.routers import router_class
-from moe.routers.configs import RouterConfig
 from recipes.models.export.graft_format import GraftExporter, built_model
 from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec, describe_model
-from recipes.models.families.source_mixture import SourceExporter, SourceMixture, read_routers
+from recipes.models.families.source_mixture import (
+    SourceExporter,
+    SourceMixture,
+    SourceRouter,
+    read_routers,
+)
 from recipes.models.hf.config_file import read_config
 from recipes.models.hf.deferred_init import parameters_on_meta
 from recipes.models.hf.ffn_names import ModelNames
@@ -29,7 +33,7 @@ class GraftSource(GraftExporter, SourceExporter):
         self._folder = folder
         self._tensors = files.tensors
         floating = [t.spec.dtype for t in files.tensors.values() if t.spec.dtype.is_floating_point]
-        self.dtype = max(set(floating), key=floating.count)
+        self.dtype = max(sorted(set(floating), key=str), key=floating.count)
 
     def written(self, tensor: TensorSpec, wanted: torch.dtype | None) -> TensorSpec:
         """See `Exporter.written`; in the source's dtype all dtypes are those of the source."""
@@ -45,8 +49,8 @@ class GraftSource(GraftExporter, SourceExporter):
         return read_config(self._folder) | super().written_config(spec, dtype)
 
 
-def graft_router(folder: Path) -> tuple[RouterConfig, int]:
-    """Returns the router of an export in Graft's format, and its number of experts.
+def graft_router(folder: Path) -> SourceRouter:
+    """Returns the router of an export in Graft's format.
 
     Raises:
         ModelError: Its layers have several, or its attention consists of experts.
@@ -63,10 +67,11 @@ def graft_router(folder: Path) -> tuple[RouterConfig, int]:
         raise ModelError.one("dense", str(folder), rule, "Give another mixture.")
     router, num_experts = kinds[0]
     try:
-        return router_class(router["name"]).config_class(**router), num_experts
+        config = router_class(router["name"]).config_class(**router)
     except (KeyError, TypeError, ConfigError) as error:
         rule = f"its config.json has no router that this version knows ({error})"
         raise ModelError.one("dense", str(folder), rule, "Export the run again.") from error
+    return SourceRouter(config, num_experts, True)
 
 
 def open_graft(folder: Path, *, trust_remote_code: bool = False) -> SourceMixture:
@@ -94,4 +99,4 @@ def open_graft(folder: Path, *, trust_remote_code: bool = False) -> SourceMixtur
     placement = Placement(spec, source, kept, None)
     read_routers(spec, placement, files)
     stored = {name: name for name in names.state}
-    return SourceMixture(source.title, (), names, files, stored, spec, source, placement)
+    return SourceMixture(source.title, (), names, files, stored, spec, source, placement, trust_remote_code)

@@ -143,6 +143,10 @@ class SourceFormat(SourceExporter):
             remedy = "Download the checkpoint again."
             raise ModelError.one("dense", str(self._folder), f"no file holds {tensor.name}", remedy)
         own = self._tensors[tensor.name].spec
+        computes = tensor.name not in self._carried
+        if computes and own.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            rule = f"{tensor.name} is of {own.dtype} in its files, which its class does not compute with"
+            raise ModelError.one("dense", str(self._folder), rule, "Dequantise it first.")
         if [n for n in own.shape if n > 1] != [n for n in tensor.shape if n > 1]:
             rule = f"{tensor.name} is {list(own.shape)} in its files and {list(tensor.shape)} by config.json"
             raise ModelError.one("dense", str(self._folder), rule, "Give the config.json of these weights.")
@@ -158,8 +162,8 @@ class SourceFormat(SourceExporter):
         return ["transformers"]
 
     def open(self, folder: Path, *, trust_remote_code: bool = False) -> Unread:
-        """See `Exporter.open`; uses transformers' own loader."""
-        return SourceUnread(folder, trust_remote_code=trust_remote_code)
+        """See `Exporter.open`; uses transformers' own loader and class, whatever code was copied."""
+        return SourceUnread(folder)
 
 
 class SourceUnread(NativeUnread):

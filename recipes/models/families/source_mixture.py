@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from moe.routers.configs import RouterConfig
 from recipes.models.export.base import Exporter
 from recipes.models.export.placement import Placement
 from recipes.models.export.spec import ModelSpec
@@ -24,29 +26,45 @@ class SourceExporter(Exporter):
     dtype: torch.dtype
 
 
+class SourceRouter(NamedTuple):
+    """Router of a mixture.
+
+    Attributes:
+        config: Its config.
+        num_experts: Number of experts of a layer.
+        stores_bias: Whether its files have a place for a selection bias.
+    """
+
+    config: RouterConfig
+    num_experts: int
+    stores_bias: bool
+
+
 @dataclass(frozen=True)
 class SourceMixture:
     """A mixture in files.
 
     Attributes:
         title: Name of its family, for people.
-        left_out: What its class does in training alone and Graft does not, as clauses.
+        notes: What is not trained as its class would, or not at all, as clauses.
         names: Names of the tensors outside its MoE layers.
         files: Its files.
         stored: Name in the model -> name in the files, of these tensors.
         spec: Its MoE layers, with routers that have their weights.
         format: Format that writes it back.
         placement: Place of every tensor in the files.
+        runs_code: Whether its model may run code that lies in its folder.
     """
 
     title: str
-    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     names: ModelNames
     files: DenseFiles
     stored: Mapping[str, str]
     spec: ModelSpec
     format: SourceExporter
     placement: Placement
+    runs_code: bool
 
 
 @torch.no_grad()

@@ -18,17 +18,17 @@ class SurgeryReport:
     """Outcome of the surgery, and how exact it is.
 
     Attributes:
-        method: Name of the upcycling method.
-        layers: Indices of the blocks that became MoE layers.
+        method: Name of the upcycling method; None for a mixture, read as it is.
+        layers: Indices of the blocks that are MoE layers.
         claimed_exact: Whether the method claims to preserve the function under this router.
         logits: Drift of the logits on real tokens.
         drifts: Drift of each layer on its own.
         load_entropy: Entropy of each layer's load over that of even load; 1 is balanced.
-        loader: Code that has loaded the dense model, for people.
+        loader: Code that has loaded the model it is compared with, for people.
         tokens: Tokens that it was measured on, for people.
     """
 
-    method: str
+    method: str | None
     layers: tuple[int, ...]
     claimed_exact: bool
     logits: LogitDrift
@@ -79,11 +79,14 @@ def layer_table(layers: Sequence[LayerDrift], load_entropy: Sequence[float]) -> 
 
 def describe_surgery(report: SurgeryReport) -> str:
     """Describes the step-0 equivalence check in a line, with a table of layers for an inexact method."""
+    differ = f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest) on {report.tokens}"
+    if report.method is None:
+        return (
+            f"surgery: Graft's layers in the place of {list(report.layers)}; logits of the mixture with them "
+            f"and as loaded by {report.loader}, differ by {differ}: exact"
+        )
     head = f"surgery: {report.method} in layers {list(report.layers)}; logits of dense and MoE differ by "
-    figures = (
-        f"{report.logits.max_diff:.2e} ({report.logits.relative:.1e} of the largest) on {report.tokens}; "
-        f"the dense model was loaded by {report.loader}"
-    )
+    figures = f"{differ}; the dense model was loaded by {report.loader}"
     if report.claimed_exact:
         return f"{head}{figures}: exact"
     return (

@@ -57,6 +57,7 @@ def build_report(run_dir: str | Path) -> Path:
     record = read_run(run_dir)
     name = str(record.section("run").get("name") or record.run_dir.resolve().name)
     exactness, export = record.section("exactness"), record.section("export")
+    results = read_results(record.summary)
     export_folder = record.run_dir / str(export.get("path") or "hf")
     certificates, fault = read_certificates(export_folder)
     return write_page(
@@ -66,8 +67,8 @@ def build_report(run_dir: str | Path) -> Path:
         heading=name,
         meta=sections.meta(record),
         missing=sections.missing_parts(record),
-        results=read_results(record.summary),
-        results_header=header(),
+        results=results,
+        results_header=header(results),
         stages=sections.stage_rows(record),
         pictures=_pictures(record),
         routing=sections.routing(record),

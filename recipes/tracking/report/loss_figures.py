@@ -10,7 +10,7 @@ import numpy as np
 
 from recipes.tracking.report import canvas, formats
 from recipes.tracking.report.colours import Theme
-from recipes.tracking.report.results_table import find, label_of, read_results
+from recipes.tracking.report.results_table import find, label_of, read_results, start_of
 from recipes.tracking.report.run_record import Floats, Row, RunRecord, series
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
-_TOKENS = "training tokens after the dense checkpoint"
+_TOKENS = "training tokens after the starting checkpoint"
 _WARM_UP = 0.1  # of the tokens
 _MAX_POINTS = 1500  # of a training curve; more would not be seen
 _SMOOTHING = 20  # a training loss is averaged over this part of its steps
@@ -35,7 +35,7 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
         stage for stage in ("dense",) if stage in record.stages
     ]
     curves = {stage: _curves(record.stages[stage]) for stage in stages}
-    start = _dense_loss(record) if stages != ["dense"] else None
+    start = _start_loss(record) if stages != ["dense"] else None
     if not any(x.size for pair in curves.values() for x, _ in pair):
         return None
     figure = canvas.new_figure(4.3, theme)
@@ -45,7 +45,8 @@ def loss_figure(record: RunRecord, theme: Theme) -> Figure | None:
     labels = [_draw_stage(axes, stage, curves[stage], theme, _name(record, stage)) for stage in stages]
     if start is not None:
         axes.axhline(start, color=theme.dense, linewidth=1.6, linestyle=(0, (5, 3)), zorder=2)
-        labels.append((start, f"{_name(record, 'dense')}\n{formats.loss(start)}", theme.dense))
+        name = start_of(read_results(record.summary)).label
+        labels.append((start, f"{name}\n{formats.loss(start)}", theme.dense))
     canvas.token_ticks(axes)
     end = max(float(x[-1]) for pair in curves.values() for x, _ in pair if x.size)
     axes.set_xlim(0, end if end > 0 else 1)
@@ -107,9 +108,9 @@ def _name(record: RunRecord, stage: str) -> str:
     return label if label != "?" else label_of(stage)
 
 
-def _dense_loss(record: RunRecord) -> float | None:
-    """Returns the validation loss of the dense checkpoint, from the summary or its own training."""
-    known = find(read_results(record.summary), "dense").val_loss
+def _start_loss(record: RunRecord) -> float | None:
+    """Returns the validation loss of the model given, from the summary or a dense one's own training."""
+    known = start_of(read_results(record.summary)).val_loss
     _, values = series(record.stages.get("dense", ()), "val_loss")
     return known if known is not None else (float(values[-1]) if values.size else None)
 

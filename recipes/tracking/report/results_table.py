@@ -11,6 +11,9 @@ from recipes.tracking.report.formats import NOT_MEASURED, number
 from recipes.tracking.results import LABELS
 
 MODELS = ("dense", "cpt", "moe")
+# Models of a run that trains a mixture on.
+_OF_A_MIXTURE = ("mixture", "moe")
+_STARTS = ("mixture", "dense")
 _SAME_TOKENS = 0.005  # budgets that differ by less count as equal
 
 
@@ -19,7 +22,7 @@ class Result:
     """One model of a run. What was not measured is None.
 
     Attributes:
-        model: ``dense``, ``cpt`` or ``moe``.
+        model: ``dense``, ``cpt``, ``moe``, or ``mixture`` for one that is trained on.
         label: Its name in tables and figures.
         val_loss: Validation loss, nats per token.
         tokens: Trained after the dense checkpoint.
@@ -59,12 +62,21 @@ def find(results: Sequence[Result], model: str) -> Result:
     return next((r for r in results if r.model == model), Result(model, label_of(model)))
 
 
-def header() -> list[str]:
+def start_of(results: Sequence[Result]) -> Result:
+    """Returns the model that a run began with: a mixture that it trains on, or the dense one."""
+    return find(results, "mixture" if _is_continued(results) else "dense")
+
+
+def _is_continued(results: Sequence[Result]) -> bool:
+    return any(result.model == "mixture" for result in results)
+
+
+def header(results: Sequence[Result]) -> list[str]:
     """Returns the columns of the results, with units."""
     return [
         "model",
         "val. loss (nats/token)",
-        "vs. dense",
+        "vs. start" if _is_continued(results) else "vs. dense",
         "tokens trained",
         "total params",
         "active params",
@@ -76,7 +88,7 @@ def header() -> list[str]:
 
 def cells(results: Sequence[Result]) -> list[list[str]]:
     """Returns the results as text, a row for each model, in the columns of `header`."""
-    start = find(results, "dense").val_loss
+    start = start_of(results).val_loss
     return [_row(result, start) for result in results]
 
 
@@ -86,32 +98,34 @@ def results_table(summary: Mapping[str, Any]) -> str:
     Args:
         summary: Content of ``summary.json``; anything may be missing.
     """
-    rows = cells(read_results(summary))
+    results = read_results(summary)
+    rows = cells(results)
     if not rows:
         return f"results: {NOT_MEASURED}"
     # The unit goes under the name, so that eight columns fit a terminal.
-    heads = [_two_lines(name) for name in header()]
+    heads = [_two_lines(name) for name in header(results)]
     lines = [[head[0] for head in heads], [head[1] for head in heads], *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     text = [_aligned(line, widths) for line in lines]
     text.insert(2, "-" * len(text[0]))
-    notes = caveats(read_results(summary))
+    notes = caveats(results)
     return "\n".join(line.rstrip() for line in [*text, *notes])
 
 
 def headline(results: Sequence[Result]) -> str:
     """Describes the run in one sentence with its figures."""
-    dense, cpt, moe = (find(results, model) for model in MODELS)
+    first, cpt, moe = start_of(results), find(results, "cpt"), find(results, "moe")
     if not results:
         return "This run has left no results: it was stopped before its summary was written."
-    start = f"validation loss {formats.loss(dense.val_loss)}" if dense.val_loss is not None else ""
-    size = f"{formats.count(dense.total_params)} parameters" if dense.total_params is not None else ""
+    start = f"validation loss {formats.loss(first.val_loss)}" if first.val_loss is not None else ""
+    size = f"{formats.count(first.total_params)} parameters" if first.total_params is not None else ""
     about = ", ".join(part for part in (size, start) if part)
-    text = f"The dense model{f' ({about})' if about else ''}"
+    continued = _is_continued(results)
+    text = f"The {'mixture' if continued else 'dense model'}{f' ({about})' if about else ''}"
     if moe not in results:
         return f"{text} has no results of an MoE here: the run ended before they were written."
-    text += " became an MoE"
-    if moe.total_params is not None:
+    text += " was trained on" if continued else " became an MoE"
+    if moe.total_params is not None and not continued:
         text += f" of {formats.count(moe.total_params)} parameters"
     if moe.active_params is not None:
         text += f", {formats.count(moe.active_params)} active for a token"
@@ -119,6 +133,8 @@ def headline(results: Sequence[Result]) -> str:
         return f"{text}; its validation loss was {NOT_MEASURED}."
     after = f" after {formats.count(moe.tokens)} tokens" if moe.tokens is not None else ""
     text += f". Its validation loss{after} is {formats.loss(moe.val_loss)}"
+    if continued:
+        return f"{text}."
     if cpt.val_loss is None:
         return f"{text}; the dense model was {NOT_MEASURED} at that budget."
     budget = f"{formats.count(cpt.tokens)} tokens" if different_tokens(results) else "the same tokens"
@@ -142,7 +158,8 @@ def caveats(results: Sequence[Result]) -> list[str]:
 
 def missing(results: Sequence[Result]) -> list[str]:
     """Lists the models and figures that a complete run has and this one lacks."""
-    gone = [f"{label_of(m)}: every figure" for m in MODELS if all(r.model != m for r in results)]
+    models = _OF_A_MIXTURE if _is_continued(results) else MODELS
+    gone = [f"{label_of(m)}: every figure" for m in models if all(r.model != m for r in results)]
     for result in results:
         names = {"validation loss": result.val_loss, "parameters": result.total_params}
         gone += [f"{result.label}: {name}" for name, value in names.items() if value is None]
@@ -161,14 +178,14 @@ def _row(result: Result, start: float | None) -> list[str]:
     return [
         result.label,
         formats.loss(result.val_loss),
-        "-" if result.model == "dense" else formats.difference(change),
+        "-" if result.model in _STARTS else formats.difference(change),
         formats.count(result.tokens),
         formats.count(result.total_params),
         formats.count(result.active_params),
         formats.giga(result.flops_per_token_forward),
         formats.giga(result.flops_per_token_train),
         "-"
-        if result.model == "dense" and result.tokens_per_s is None
+        if result.model in _STARTS and result.tokens_per_s is None
         else formats.count(result.tokens_per_s),
     ]
 

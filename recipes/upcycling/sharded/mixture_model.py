@@ -22,23 +22,21 @@ if TYPE_CHECKING:
     from recipes.models.hf.hf_model import HFModel
 
 
-def mixture_model(
-    mixture: SourceMixture, backend: str = "auto", *, reads: bool = True, trust_remote_code: bool = False
-) -> HFModel:
+def mixture_model(mixture: SourceMixture, backend: str = "auto", *, reads: bool = True) -> HFModel:
     """Returns the model with Graft's layers in the place of transformers' own.
 
     Args:
         mixture: The mixture.
         backend: Back end of the experts.
         reads: Whether weights are read from its files; else a checkpoint has them. Routers have theirs.
-        trust_remote_code: Whether the model may run its own code.
     """
     weights: WeightSource = MixtureWeights(mixture) if reads else CheckpointWeights()
     folder = mixture.files.folder
-    model = model_of(mixture.names, folder, weights, trust_remote_code=trust_remote_code)
+    model = model_of(mixture.names, folder, weights, trust_remote_code=mixture.runs_code)
     insert_moe_layers(model, mixture.spec, backend)
     # Its routers are Graft's: transformers finds none to make a loss of.
-    model.config.output_router_logits = False
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False
     model.source_dtype = mixture.format.dtype
     return model
 

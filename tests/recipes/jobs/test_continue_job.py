@@ -115,7 +115,8 @@ def test_two_ranks_with_half_the_experts_each_do_what_one_does(
     "changes, words",
     [
         ({"router": "deepseek_v3"}, "router='deepseek_v3': the mixture keeps the router"),
-        ({"upcycle.num_experts": 16}, "upcycle='copy': the mixture keeps the router and the experts"),
+        ({"upcycle.num_experts": 16}, "upcycle.num_experts=16: the mixture keeps the router and the experts"),
+        ({"prompts.path": "prompts.yaml"}, "prompts.path='prompts.yaml': the mixture keeps the router"),
         (
             {"continue.bias_rate": 0.1},
             "continue.bias_rate=0.1: this mixture's router, topk, has no such option",

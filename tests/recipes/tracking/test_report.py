@@ -336,6 +336,20 @@ def test_the_headline_says_only_what_is_known() -> None:
     assert "was stopped" in headline([])
 
 
+def test_a_mixture_that_is_trained_on_is_not_called_dense() -> None:
+    start = {"model": "mixture", "val_loss": 3.5, "total_params": 31_400_000}
+    moe = {"model": "moe", "label": "MoE (continued)", "val_loss": 3.2, "tokens": 81_920}
+    results = read_results({"results": [moe, start]})
+    assert headline(results) == (
+        "The mixture (31.4 M parameters, validation loss 3.5000) was trained on. Its validation loss after "
+        "81.9 k tokens is 3.2000."
+    )
+    assert missing(results) == ["MoE (continued): parameters"]
+    table = results_table({"results": [moe, start]})
+    assert "Mixture (start)" in table and "-0.3000" in table and "start" in table.splitlines()[1]
+    assert "dense" not in table.lower()
+
+
 def test_unequal_token_budgets_are_said() -> None:
     results = [dict(entry) for entry in SUMMARY["results"]]
     results[2]["tokens"] = 40_960

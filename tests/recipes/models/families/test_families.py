@@ -17,7 +17,7 @@ from torch import Tensor
 from moe.errors import ModelError
 from recipes.models.export.write_export import export
 from recipes.models.families import families
-from recipes.models.families.open_mixture import open_mixture
+from recipes.models.families.open_mixture import open_mixture, source_router
 from recipes.models.families.source_mixture import SourceMixture
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.sharded.mixture_model import mixture_model
@@ -157,6 +157,7 @@ def test_what_nobody_computes_with_is_carried(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     mixture = open_mixture(folder)
+    assert any("does not read 2 tensors of its files, model.layers.3" in note for note in mixture.notes)
     out = write(mixture, (model := ours(mixture)), state(model), tmp_path / "out")
     after = stored(out)
     for name, tensor in extra.items():
@@ -198,6 +199,10 @@ def test_stacked_experts_are_read_and_written_as_such(tmp_path: Path) -> None:
             lambda t: {n: x.t().contiguous() if ".w1." in n else x for n, x in t.items()},
             r"is \[32, 48\] in its files and \[48, 32\] by config.json",
         ),
+        (
+            lambda t: {n: x.to(torch.int8) if "experts.3.w2" in n else x for n, x in t.items()},
+            r"experts\.3\.w2\.weight is of torch.int8.*Dequantise",
+        ),
     ],
 )
 def test_files_that_are_not_whole_are_refused_by_name(change: Any, words: str, tmp_path: Path) -> None:
@@ -205,6 +210,39 @@ def test_files_that_are_not_whole_are_refused_by_name(change: Any, words: str, t
     folder = _changed(make("mixtral"), tmp_path, change)
     with pytest.raises(ModelError, match=words):
         open_mixture(folder)
+
+
+@each(
+    "family, changes, words",
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "top_k=9, with 8 experts: a token cannot use more"),
+        ("mixtral", {"num_experts_per_tok": 1}, "top_k=1: the only weight is then always 1"),
+        ("glm4_moe", {"n_group": 3, "topk_group": 1}, "num_groups=3, with 8 experts: groups are of one size"),
+        ("deepseek_v3", {"n_group": None, "topk_group": None}, "of another type"),
+    ],
+)
+def test_a_config_that_no_router_has_is_refused(
+    family: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Each is built by transformers, and fails when it runs, or has a router that cannot be trained."""
+    config = family_config(family) | {"model_type": family} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=f"has no router for its config.json: .*{words}.*Give another mixture"
+    ):
+        source_router(tmp_path)
+
+
+def test_code_in_the_folder_of_a_family_is_not_run(tmp_path: Path) -> None:
+    """Folders were published before transformers had the class, and their tokenizers may be trusted still."""
+    folder = _changed(make("deepseek_v3"), tmp_path, dict)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text("raise AssertionError('it ran')\n")
+    mixture = open_mixture(folder, trust_remote_code=True)
+    assert type(ours(mixture).module).__name__ == "DeepseekV3ForCausalLM"
+    mixture.format.open(folder, trust_remote_code=True)
 
 
 def test_a_dense_model_and_a_family_without_adapter_are_refused(tmp_path: Path) -> None:
