@@ -103,7 +103,7 @@ def prune(
     size = vocabulary_size(folder, trust_remote_code=trust)
     data = load_data(request.data, folder, cache, size, log, trust_remote_code=trust)
     blocks, E = mixture.spec.moe_blocks, mixture.spec.moe_blocks[0].num_experts
-    model = materialize(mixture_model(mixture, trust_remote_code=trust))
+    model = materialize(mixture_model(mixture))
     log(f"prune: {request.samples} samples of {data.train.seq_len} tokens through {len(blocks)} MoE layers")
     sums = gather_sums(model, (tokens_BS[:, :-1] for tokens_BS in _batches(data.train, request.samples)))
     before = held_out_loss(model, data.validation, request.samples)
@@ -115,7 +115,7 @@ def prune(
         for index, row in kept.items()
     }
     total = write_pruned(mixture, kept, out, trust_remote_code=trust)
-    written = materialize(mixture_model(open_mixture(out, trust_remote_code=trust), trust_remote_code=trust))
+    written = materialize(mixture_model(open_mixture(out, trust_remote_code=trust)))
     _require_same(written, out, next(_batches(data.validation, 2))[:, :-1], trust_remote_code=trust)
     after = held_out_loss(written, data.validation, request.samples)
     return Pruned(out, kept, E, share, before, after, total)
