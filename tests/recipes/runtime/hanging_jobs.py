@@ -81,13 +81,13 @@ def working_long(clock: StandingClock, work: Callable[..., Any]) -> Callable[...
     """Takes more than the limit at first, and says lines meanwhile."""
     done: list[bool] = []
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         log = args[-1]
         for _ in range(0 if done else 15):
             log("tokenise: some more")
             clock.work(LIMIT_S / 10)
         done.append(True)
-        return work(*args)
+        return work(*args, **options)
 
     return slow
 
