@@ -231,6 +231,8 @@ class DeepSpeedTrainModule(HFTrainModule):
     @torch.no_grad()
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainModule.full_tensors`."""
+        if self.stage == 3:
+            _moe_engine().let_go(self.wrapped)
         for name, param in self.model.module.named_parameters():
             whole = self._whole(param)
             yield name, gather_slices(whole, self.ep) if name in self.ep.counts else whole

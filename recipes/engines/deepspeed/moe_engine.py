@@ -227,7 +227,16 @@ def release(wrapped: MoEEngine) -> None:
         return
     moments = [value for state in zero.optimizer.state.values() for value in state.values()]
     for tensor in (zero.lp_param_buffer, zero.grad_partitions_flat_buffer, *moments):
-        tensor.untyped_storage().resize_(0)
+        if (storage := tensor.untyped_storage()).resizable():
+            storage.resize_(0)
+
+
+def let_go(wrapped: MoEEngine) -> None:
+    """Waits for what ZeRO-3 gathers ahead of a pass that does not come, and splits it again. Collective.
+
+    A parameter in flight cannot be gathered on its own.
+    """
+    wrapped.optimizer.parameter_offload.partition_all_parameters()
 
 
 def gathered(param: Any) -> Any:
