@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError, Mistake
+from moe.registry import declared_names
 from tools.command import (
     check_existing_folder,
     check_json_target,
@@ -22,8 +23,6 @@ from tools.command import (
 if TYPE_CHECKING:
     from recipes.data.config import DataConfig
     from recipes.upcycling.prune.prune_mixture import Pruned
-
-_METHODS = ("reap", "ean", "usage", "random")
 
 
 def _parse() -> argparse.Namespace:
@@ -40,7 +39,7 @@ def _parse() -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     add(
         "--method",
-        choices=_METHODS,
+        choices=declared_names("recipes.upcycling.prune.criteria"),
         default="reap",
         help="reap: mean of weight times output norm over an expert's own tokens; ean: sum of output norms; "
         "usage: number of tokens; random (default reap)",

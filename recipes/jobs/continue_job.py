@@ -19,7 +19,6 @@ from recipes.jobs.base import Job, Session
 from recipes.jobs.option_rules import (
     check_batch,
     check_context,
-    check_engine_options,
     check_folders,
     check_layout,
     check_run_dir,
@@ -54,11 +53,9 @@ class ContinueJob(Job):
 
     def check_models(self, config: RunConfig, world_size: int) -> list[Mistake]:
         """Checks what the mixture's family and size tell."""
-        from recipes.jobs.continue_stage import check_mixture, of_mixture
+        from recipes.jobs.continue_stage import check_mixture
 
-        if found := check_mixture(config):
-            return found
-        return check_engine_options(of_mixture(config))
+        return check_mixture(config)
 
     def models(self, config: RunConfig) -> tuple[str, ...]:
         """Returns the one that is trained."""

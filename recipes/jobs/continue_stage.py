@@ -19,6 +19,7 @@ from recipes.data.tokenizer import check_tokenizer
 from recipes.jobs.expert_rules import check_backend
 from recipes.jobs.export_stage import check_export_early, export_moe
 from recipes.jobs.memory_check import foresee_memory
+from recipes.jobs.option_rules import check_engine_options
 from recipes.jobs.preflight import check_engine
 from recipes.jobs.rounding import MixtureStart
 from recipes.jobs.stage_run import Built, StageParts, StageRun
@@ -69,6 +70,7 @@ def check_mixture(config: RunConfig) -> list[Mistake]:
     vocab_size = vocabulary_size(folder, trust_remote_code=runs_code)
     mistakes = check_tokenizer(path, vocab_size, "dense", trust_remote_code=trust)
     mistakes += check_backend(found, mixture.spec.moe_blocks[0].expert) + check_engine(found)
+    mistakes += check_engine_options(found)
     mistakes += check_companions(path, code=trusts(folder, trust), trust_remote_code=trust)
     mistakes = mistakes or check_carried_tokenizer(path, trust_remote_code=trust)
     mistakes = mistakes or check_documents(config.data, folder, trust_remote_code=runs_code)

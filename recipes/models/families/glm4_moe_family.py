@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moe.routers.configs.deepseek_v3_config import DeepSeekV3Config
-from recipes.models.families.base import MoEFamily, grouped_sigmoid
+from recipes.models.families.deepseek_v3_family import DeepSeekV3Family
 
 
-class Glm4MoEFamily(MoEFamily):
+class Glm4MoEFamily(DeepSeekV3Family):
     """`Glm4MoeMoE`."""
 
     name = "glm4_moe"
     title = "GLM-4-MoE"
     block_class = "Glm4MoeMoE"
-    shared = "shared_experts"
-    router_keys = {"weight_ED": "gate.weight", "bias_E": "gate.e_score_correction_bias"}
-    fp32 = ("e_score_correction_bias",)
-
-    def router(self, config: Any, layers: int) -> DeepSeekV3Config:
-        """See `MoEFamily.router`."""
-        return grouped_sigmoid(config)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moe.routers.configs.topk_config import TopKConfig
-from recipes.models.families.base import MoEFamily, softmax_top_k
+from recipes.models.families.mixtral_family import MixtralFamily
 
 
-class MiniMaxFamily(MoEFamily):
+class MiniMaxFamily(MixtralFamily):
     """`MiniMaxSparseMoeBlock`."""
 
     name = "minimax"
     title = "MiniMax-01"
     block_class = "MiniMaxSparseMoeBlock"
-    stored_site = "block_sparse_moe"
-    matrices = {"gate": "w1", "up": "w3", "down": "w2"}
-
-    def router(self, config: Any, layers: int) -> TopKConfig:
-        """See `MoEFamily.router`."""
-        return softmax_top_k(config, layers, renormalise=True)

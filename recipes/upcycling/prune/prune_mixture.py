@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe.errors import ExactnessError
+from moe.errors import ExactnessError, ModelError
 from moe.upcycle.equivalence import TOLERANCES, agree, logit_drift
 from recipes.data.build_data import load_data
 from recipes.data.config import DataConfig
@@ -22,6 +22,8 @@ from recipes.models.export.read_back import ReadBack
 from recipes.models.families.open_mixture import open_mixture
 from recipes.models.hf.config_file import vocabulary_size
 from recipes.models.hf.hf_model import HFModel
+from recipes.runtime.machine_memory import collect
+from recipes.upcycling.convert.folder_check import fits
 from recipes.upcycling.prune.choose_experts import choose_experts
 from recipes.upcycling.prune.criteria import criteria
 from recipes.upcycling.prune.expert_sums import gather_sums
@@ -93,13 +95,17 @@ def prune(
         log: Takes lines on the progress.
 
     Raises:
-        ModelError: It is no mixture that Graft knows, or its router has no row for each expert.
+        ModelError: It is no mixture that Graft knows, its router has no row for each expert, or it does not
+            fit into memory.
         ConfigError: Its class cannot have so many experts.
         ExactnessError: What was written does not compute what it should.
     """
     folder, trust = request.model, request.trust_remote_code
     mixture = open_mixture(folder, trust_remote_code=trust)
     require_prunable(mixture, request.keep)
+    if not fits(folder):
+        rule = "it does not fit into this machine's free memory in fp32, which looking at text needs"
+        raise ModelError.one("MODEL", str(folder), rule, "Prune it on a machine with more memory.")
     size = vocabulary_size(folder, trust_remote_code=trust)
     data = load_data(request.data, folder, cache, size, log, trust_remote_code=trust)
     blocks, E = mixture.spec.moe_blocks, mixture.spec.moe_blocks[0].num_experts
@@ -107,18 +113,24 @@ def prune(
     log(f"prune: {request.samples} samples of {data.train.seq_len} tokens through {len(blocks)} MoE layers")
     sums = gather_sums(model, (tokens_BS[:, :-1] for tokens_BS in _batches(data.train, request.samples)))
     before = held_out_loss(model, data.validation, request.samples)
+    released = 4 * sum(parameter.numel() for parameter in model.module.parameters())
     del model
+    collect(released)
     criterion = criteria()[request.criterion]
     kept = choose_experts(blocks, sums, criterion, request.keep, request.seed)
     share = {
         index: float(sums[index].counts_E[row].sum() / sums[index].counts_E.sum())
         for index, row in kept.items()
     }
-    total = write_pruned(mixture, kept, out, trust_remote_code=trust)
-    written = materialize(mixture_model(open_mixture(out, trust_remote_code=trust)))
-    _require_same(written, out, next(_batches(data.validation, 2))[:, :-1], trust_remote_code=trust)
-    after = held_out_loss(written, data.validation, request.samples)
-    return Pruned(out, kept, E, share, before, after, total)
+    after: list[float] = []
+
+    def check(temporary: Path) -> None:
+        written = materialize(mixture_model(open_mixture(temporary, trust_remote_code=trust)))
+        _require_same(written, temporary, next(_batches(data.validation, 2))[:, :-1], trust_remote_code=trust)
+        after.append(held_out_loss(written, data.validation, request.samples))
+
+    total = write_pruned(mixture, kept, out, check, trust_remote_code=trust)
+    return Pruned(out, kept, E, share, before, after[0], total)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Letters: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,14 @@ def require_prunable(mixture: SourceMixture, kept: int) -> None:
         raise ConfigError.one("--keep", kept, rule, remedy)
 
 
-def write_pruned(mixture: SourceMixture, kept: Kept, out: Path, *, trust_remote_code: bool = False) -> int:
+def write_pruned(
+    mixture: SourceMixture,
+    kept: Kept,
+    out: Path,
+    check: Callable[[Path], None] = lambda folder: None,
+    *,
+    trust_remote_code: bool = False,
+) -> int:
     """Writes the mixture with the experts that are kept; returns the bytes of the tensors.
 
     Every other tensor has the bytes that it has in the source. Memory holds one matrix.
@@ -67,6 +74,7 @@ def write_pruned(mixture: SourceMixture, kept: Kept, out: Path, *, trust_remote_
         mixture: The source.
         kept: Experts that are kept, of every MoE layer the same number.
         out: Folder to write; it must not exist.
+        check: Tries the files before the folder gets its name.
         trust_remote_code: Whether a tokenizer's own code is trusted, and copied.
     """
     plan = _Plan(mixture, kept)
@@ -79,6 +87,7 @@ def write_pruned(mixture: SourceMixture, kept: Kept, out: Path, *, trust_remote_
         number = len(next(iter(kept.values())))
         config, source = pruned_config(mixture, number), mixture.files.folder
         write_companions(temporary, config, source, trust_remote_code=trust_remote_code)
+        check(temporary)
     return total
 
 
