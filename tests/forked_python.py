@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _HERE = Path(__file__).resolve()
-_NAMESPACES = ("net", "uts")
+# In the order in which they are joined: the first gives the right to join the others.
+_NAMESPACES = ("user", "mnt", "net", "uts")
 #: Names the process that has started the rank, which is not its parent.
 STARTED_BY = "GRAFT_TEST_STARTED_BY"
 
@@ -59,8 +60,11 @@ def main(arguments: list[str]) -> NoReturn:
 
 
 def _run(arguments: list[str], namespaces: list[str]) -> None:
+    here = os.getcwd()
     for path in namespaces:
         _join(path)
+    # Who joins other mounts stands at their root.
+    os.chdir(here)
     if arguments[0] == "-c":
         from tests.fork_server import inherited
 

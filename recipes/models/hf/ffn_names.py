@@ -7,6 +7,7 @@ small width, so that a family whose network computes something else is rejected 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ from moe.upcycle.dense_shape import FFNShape, Matrix
 from recipes.models.hf.config_file import library_reads, load_config, trusts
 from recipes.models.hf.ffn_blocks import FFNSite, find_ffns, is_conv1d, linear_names
 from recipes.models.hf.tied_weights import unlike_pairs
+from recipes.runtime.machine_memory import require_address_space
 
+# Addresses that transformers' models map when they are imported (torch 2.13, scipy 1.17: 386 MiB). An
+# OpenBLAS among them asks for memory again and again, without end, where a limit gives it none.
+_IMPORT_BYTES = 448 << 20
 # Width of the network that is tested.
 _TRIAL_WIDTH = 64
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -147,6 +152,8 @@ def model_as_stored(folder: Path, config: Any, trust_remote_code: bool) -> tuple
 def _build(folder: Path, config: Any, trust: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if "transformers.modeling_utils" not in sys.modules:
+        require_address_space(_IMPORT_BYTES, "importing the models of transformers")
     remedy = "Check config.json, and that this version of transformers knows the model."
     with library_reads("dense", folder, remedy, "build it"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

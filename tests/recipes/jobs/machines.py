@@ -6,6 +6,7 @@ namespaces, which a container may forbid: `unsupported_reason` says so.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests import fork_server
 from tests.forked_python import interpreter
 from tests.paths import ROOT
 
@@ -37,24 +37,24 @@ def with_machines(
     command: Sequence[str], timeout: float, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command that finds the machines by `HOLDERS`; nothing that it starts outlives it."""
-    return subprocess.run(
-        [
-            *_INSIDE,
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            sys.executable,
-            "-m",
-            __name__,
-            *command,
-        ],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            [*_INSIDE, sys.executable, "-m", __name__, *command],
+            env=os.environ | environment | {"PYTHON_EXEC": interpreter(Path(folder))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        ) as made,
+    ):
+        try:
+            out, err = made.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(made.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(made.args, made.returncode, out, err)
 
 
 def _make(folder: Path) -> list[subprocess.Popen[bytes]]:
@@ -86,17 +86,10 @@ def main() -> int:
     """Makes the machines, runs the command, and takes them down."""
     with tempfile.TemporaryDirectory() as folder:
         holders = _make(Path(folder))
-        # A server of these machines: processes of the session's would be outside of them.
-        os.environ.pop(fork_server.FOLDER, None)
-        fork_server.start_server()
-        here = os.environ | {
-            HOLDERS: " ".join(str(holder.pid) for holder in holders),
-            "PYTHON_EXEC": interpreter(Path(folder)),
-        }
+        here = os.environ | {HOLDERS: " ".join(str(holder.pid) for holder in holders)}
         try:
             return subprocess.run(sys.argv[1:], env=here).returncode
         finally:
-            fork_server.stop_server()
             for holder in holders:
                 holder.send_signal(signal.SIGKILL)
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.paths import ROOT, TESTS
 from tests.patience import patience
-from tests.recipes.jobs import machines
+from tests.recipes.jobs import job_runs, machines
 from tests.recipes.jobs.job_runs import arguments, job, rows, same_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -34,6 +34,7 @@ def submit(workplace: Path, spread_options: dict[str, Any]) -> Callable[..., Pat
         assert recipe == "+recipe=upcycle"
         slurm = {
             "PATH": os.pathsep.join((str(_SLURM), str(Path(sys.executable).parent), os.environ["PATH"])),
+            "JOB": job_runs.__file__,
             "SLURM_JOB_ID": name,
             "SLURM_JOB_NAME": name,
             "SLURM_JOB_NODELIST": "node-a,node-b",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from recipes.models.hf.ffn_names import read_names, require_runs
 from recipes.models.hf.header_shape import read_ffn_shape
 from recipes.models.hf.inspection import check_dense
 from recipes.models.hf.shape_from_module import shape_from_module
+from recipes.runtime import machine_memory
 from recipes.upcycling.convert.folder_check import load_any
 from recipes.upcycling.convert.moe_plan import open_dense
 from tests.conftest import MakeCheckpoint
@@ -223,6 +225,16 @@ def test_an_activation_that_the_class_does_not_read_is_none(dense: Path) -> None
     assert read_names(dense).ffns[0].shape.activation == "silu"
     shape = read_ffn_shape(dense)
     assert shape is not None and shape.activation == ""
+
+
+def test_models_are_not_imported_where_a_limit_leaves_no_room(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An OpenBLAS that they bring asks for memory without end.
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    monkeypatch.setattr(machine_memory, "address_space_left", lambda: 2**20)
+    with pytest.raises(machine_memory.LimitError, match=r"448 MiB, and the limit .* leaves 1 MiB"):
+        read_names(dense)
 
 
 def test_nothing_is_fetched_that_nobody_trusts(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
