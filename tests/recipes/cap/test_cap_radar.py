@@ -116,6 +116,7 @@ def test_values_as_people_read_them() -> None:
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
+@pytest.mark.usefixtures("rendered")
 def test_it_is_drawn_whatever_is_missing(theme: Any) -> None:
     full = [system(str(i), 0.1 / (i + 1), 1.0 + i, 0.5, (1, 4)) for i in range(8)]
     for systems in (full, full[:1], [system("a", 0.1, None)], [system("a", None, None)]):

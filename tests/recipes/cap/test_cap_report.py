@@ -186,6 +186,7 @@ def test_the_files(written: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
 
 
+@pytest.mark.usefixtures("rendered")
 def test_comparison(written: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = json.loads((written / "cap.json").read_text())
     other["systems"] = other["systems"][1:2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,15 @@ from recipes.data.config import DataConfig
 from recipes.jobs.identity import check_resumed, data_parts, identity, refuse_changes
 from recipes.jobs.run_dir import RunDir
 from recipes.runtime.run_file import read_run_file, write_run_file
+from tests.recipes.jobs.composed_once import composed_once
 
 DENSE = Path("/models/dense")
+
+
+@pytest.fixture(autouse=True)
+def _composed_once() -> Iterator[None]:
+    with composed_once():
+        yield
 
 
 def check(

@@ -74,6 +74,7 @@ def test_means_and_spread(trials: list[RouterTrial]) -> None:
     assert ssr.val_loss.deviation is None
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_page(trials: list[RouterTrial], tmp_path: Path) -> None:
     results = collect(trials)
     cells = {row[0]: row for row in table_rows(results)}

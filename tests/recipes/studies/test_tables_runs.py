@@ -191,6 +191,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     return compare_tables.main()
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

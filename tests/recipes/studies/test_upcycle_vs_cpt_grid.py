@@ -108,6 +108,7 @@ def test_where_the_rate_stays(tmp_path: Path) -> None:
     assert curve.constant == 160 and curve.tokens[-1] == 200
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_lost_run_takes_no_other_down(tmp_path: Path) -> None:
     trials = plan_trials(tmp_path, LENGTHS, 2)
     finish_all([trial for trial in trials if trial.folder.name not in ("d60-s1", "scratch-30-60-s0")])

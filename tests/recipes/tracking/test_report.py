@@ -121,6 +121,7 @@ class _Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_complete_run_is_one_page_that_loads_nothing(tmp_path: Path) -> None:
     path = build_report(_make(tmp_path / "run", SUMMARY))
     page = _Page(path)
@@ -203,6 +204,7 @@ def test_a_run_without_a_summary_says_so(tmp_path: Path) -> None:
     assert "This run has exported no model." in page.text and "The drift of the logits was not" in page.text
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_stopped_in_its_dense_stage_shows_that_curve(tmp_path: Path) -> None:
     record = read_run(_make(tmp_path, stages=("dense",)))
     figure = loss_figure(record, LIGHT)
@@ -217,6 +219,7 @@ def test_a_summary_alone_is_reported(tmp_path: Path) -> None:
     assert "3.2000" in page.text and not (tmp_path / "figures").exists()
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_that_diverged_is_reported(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in range(3):
@@ -252,6 +255,7 @@ def test_the_loss_figure_labels_every_line(tmp_path: Path) -> None:
     assert axes.get_xlim() == (0, 81_920) and "nats/token" in axes.get_ylabel()
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_start_far_above_the_rest_leaves_the_chart_and_is_said(tmp_path: Path) -> None:
     run = _make(tmp_path, SUMMARY)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -275,6 +279,7 @@ def test_many_layers_are_picked_evenly_and_said() -> None:
     assert mesh.norm(1.0) == 0.5  # the uniform load is the middle of the scale
 
 
+@pytest.mark.usefixtures("rendered")
 def test_layers_of_different_widths_and_steps_written_twice(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "load.jsonl")
     log.append({"stage": "moe", "step": 1, "layers": [1, 4], "load": [[0.5, 0.5], [0.25] * 4]})
@@ -430,6 +435,7 @@ def test_what_rounding_costs_stands_with_the_export(tmp_path: Path) -> None:
     assert "What rounding costs" in page.read_text()
 
 
+@pytest.mark.usefixtures("rendered")
 def test_figures_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     run = _make(tmp_path / "run", SUMMARY)
     one = readme_figure(run, tmp_path / "new" / "one.png").read_bytes()
@@ -439,6 +445,7 @@ def test_figures_are_the_same_bytes_every_time(tmp_path: Path) -> None:
         readme_figure(run, tmp_path / "three.png")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_command_writes_json_and_nothing_else_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
