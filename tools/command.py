@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from moe.errors import ConfigError, GraftError, Mistake, UserError
 from recipes.runtime.extras import check_names
+from recipes.runtime.hub import HUB, Fetched
 from recipes.runtime.quiet_libraries import quiet_libraries
 from recipes.runtime.system_errors import Remedies, system_sentence
 
@@ -40,6 +41,8 @@ RENAMED = {
     "lengths=": "--lengths",
 }
 STDOUT = "-"
+# Flags of what is written.
+_WRITTEN = ("out", "json", "figure")
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
@@ -107,7 +110,24 @@ class _ToolParser(argparse.ArgumentParser):
         parsed = super().parse_known_args([self._present(word) for word in words], namespace)
         if not self.prog.endswith("doctor") and (mistakes := check_names()):
             raise ConfigError(mistakes)
+        self._fetch(parsed[0])
         return parsed
+
+    def _fetch(self, flags: argparse.Namespace) -> None:
+        """Puts the places of what comes from the hub where its addresses are."""
+        fetched = Fetched(code=getattr(flags, "trust_remote_code", False))
+        shown = {action.dest: (action.option_strings or [action.metavar])[-1] for action in self._actions}
+        for name, value in vars(flags).items():
+            if isinstance(value, str) and value.startswith(HUB) and name in _WRITTEN:
+                rule = "results are written on this machine"
+                raise ConfigError.one(str(shown[name]), value, rule, "Name a folder here, then: hf upload.")
+            if isinstance(value, list) and any(f"={HUB}" in str(element) for element in value):
+                from recipes.config.compose import quoted
+
+                value = [fetched.override(element, quoted) for element in value]
+            setattr(flags, name, fetched.local(value, str(shown.get(name, name))))
+        if not self.prog.endswith("describe"):  # it reads no weights
+            fetched.fetch_weights()
 
     def _present(self, word: str) -> str:
         """Returns an argument with the present name of its flag."""

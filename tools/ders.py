@@ -46,7 +46,8 @@ def main() -> int:
 
     source, out = (Path(path).expanduser().absolute() for path in (arguments.source, arguments.out))
     stream = stream_beside(arguments.json)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=arguments.action) as bar:
+    # Files get no bar.
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=arguments.action, disable=None) as bar:
         if arguments.action == "expand":
             figures = {"bytes": expand(source, out, bar.update)}
             text = f"wrote {figures['bytes'] / 2**20:.1f} MiB: {out}"

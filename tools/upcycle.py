@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import ConfigError, Mistake
-from tools.command import check_format, check_json_target, run_command, stream_beside, tool_parser, write_json
+from tools.command import (
+    check_format,
+    check_json_target,
+    log_beside,
+    run_command,
+    stream_beside,
+    tool_parser,
+    write_json,
+)
 from tools.verify import describe_equivalence, equivalence_figures
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from recipes.config.schema import RunConfig
     from recipes.upcycling.calibration.gather import LayerTensors
     from recipes.upcycling.convert.conversion import ConversionResult
@@ -93,7 +103,7 @@ def main() -> int:
     with claim(lock_beside(calibration_folder(out)), "--out", out):
         conversion = plan_conversion(_request(arguments, config), _statistics(config, out))
         print(_describe(conversion), file=stream)
-        result = _convert(conversion, out)
+        result = _convert(conversion, out, log_beside(arguments.json))
         discard_statistics(out)
     peak = peak_resident_bytes()
     print(_conclude(conversion, result, peak), file=stream)
@@ -228,15 +238,12 @@ def _request(arguments: argparse.Namespace, config: RunConfig) -> ConversionRequ
     )
 
 
-def _convert(conversion: Conversion, out: Path) -> ConversionResult:
-    from tqdm import tqdm
-
+def _convert(conversion: Conversion, out: Path, log: Callable[[str], None]) -> ConversionResult:
+    from recipes.runtime.progress import Progress
     from recipes.upcycling.convert.conversion import convert
 
-    with tqdm(
-        total=conversion.total_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="writing"
-    ) as bar:
-        return convert(conversion, out, bar.update)
+    with Progress("writing", conversion.total_bytes, "B", log) as progress:
+        return convert(conversion, out, progress.update)
 
 
 def _verify(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe.errors import ConfigError, Mistake, choose
-from recipes.config.compose import compose_readable
+from recipes.config.compose import compose_readable, quoted
+from recipes.config.schema import parse_config
+from recipes.runtime.hub import Fetched
 
 if TYPE_CHECKING:
     from recipes.config.schema import RunConfig
@@ -30,6 +32,7 @@ class CheckedRun:
         job: Its job.
         overrides: Those of its command line.
         ranks: Ranks that will be started; None for those that torchrun has started.
+        fetched: What came from the hub.
     """
 
     config: RunConfig
@@ -37,6 +40,7 @@ class CheckedRun:
     job: Job
     overrides: Sequence[str]
     ranks: int | None
+    fetched: Fetched
 
     def check_models(self) -> None:
         """Checks models, devices and libraries.
@@ -48,6 +52,11 @@ class CheckedRun:
             mistakes = self.job.check_models(self.config, world_size)
         if mistakes:
             raise ConfigError(mistakes)
+
+    @property
+    def rank_overrides(self) -> list[str]:
+        """Overrides for ranks that are started: what came from the hub is named by its place in the cache."""
+        return [self.fetched.override(text, quoted) for text in self.overrides]
 
     @property
     def idle(self) -> str | None:
@@ -68,6 +77,8 @@ def check_command(
 ) -> CheckedRun:
     """Composes a run and checks its options, without torch.
 
+    What the hub has is fetched between the two; weights last, once all other options are right.
+
     Args:
         overrides: Those of the command line.
         ranks: Ranks that will be started; None for those that torchrun has started.
@@ -77,6 +88,10 @@ def check_command(
         ConfigError: Something is wrong; all mistakes at once.
     """
     values, config = _read(overrides)
+    fetched = Fetched(code=config.trust_remote_code)
+    values = fetched.local(values)
+    if fetched.places:
+        config = parse_config(values)
     from recipes.jobs import job_classes
 
     jobs = job_classes()
@@ -85,9 +100,15 @@ def check_command(
     job = jobs[config.job]()
     with _as_one_of(ranks) as world_size:
         mistakes = [*further(config), *job.check_options(config, world_size)]
+        if fetched.models:
+            # What is wrong with models is known once they are whole.
+            mistakes = [mistake for mistake in mistakes if mistake.path not in fetched.models.values()]
+        if fetched.models and not mistakes:
+            fetched.fetch_weights()
+            mistakes = list(job.check_options(config, world_size))
     if mistakes:
         raise ConfigError(mistakes)
-    return CheckedRun(config, values, job, overrides, ranks)
+    return CheckedRun(config, values, job, overrides, ranks, fetched)
 
 
 def _read(overrides: Sequence[str]) -> tuple[dict[str, Any], RunConfig]:
@@ -95,8 +116,6 @@ def _read(overrides: Sequence[str]) -> tuple[dict[str, Any], RunConfig]:
     values, mistakes = compose_readable(overrides)
     if values is None:
         raise ConfigError(mistakes)
-    from recipes.config.schema import parse_config
-
     try:
         config = parse_config(values)
         if not mistakes:
