@@ -22,6 +22,8 @@ _FORM = re.compile(
     r"hf://(?P<data>datasets/)?(?P<name>[\w.-]+/[\w.-]+)"
     r"(@(?P<revision>refs/(pr|convert)/[\w.-]+|[^/@]+))?(/(?P<inside>[^/].*))?"
 )
+# Needs no quotes in an override.
+_PLAIN = re.compile(r"[\w./@+-]+")
 # Options and flags of data.
 _DATA = ("path", "--text")
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -93,7 +95,10 @@ class Fetched:
             quote: Writes a place so that an override has it as it stands.
         """
         option, _, value = text.partition("=")
-        return f"{option}={quote(self.local(value, option))}" if value.startswith(HUB) else text
+        if not value.startswith(HUB):
+            return text
+        place = self.local(value, option)
+        return f"{option}={place if _PLAIN.fullmatch(place) else quote(place)}"
 
     def fetch_weights(self) -> None:
         """Fetches the weights of all models.

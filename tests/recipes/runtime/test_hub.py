@@ -124,7 +124,7 @@ def test_a_run_fetches_weights_once_its_options_are_right(hub: Hub) -> None:
         "data.path",
         "data.seq_len",
     ]
-    assert run.rank_overrides[1] == f'dense="{folder}"' and run.values["dense"] == str(folder)
+    assert run.rank_overrides[1] == f"dense={folder}" and run.values["dense"] == str(folder)
 
 
 def test_tools_take_addresses_and_write_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +137,6 @@ def test_tools_take_addresses_and_write_here(hub: Hub, monkeypatch: pytest.Monke
 
     found = parsed("--dense", "hf://org/model", "dense=hf://org/model", "a=b")
     assert (Path(found.dense) / "config.json").is_file()
-    assert found.options == [f'dense="{found.dense}"', "a=b"]
+    assert found.options == [f"dense={found.dense}", "a=b"]
     with pytest.raises(ConfigError, match="--out='hf://org/model': results are written on this machine"):
         parsed("--out", "hf://org/model")
