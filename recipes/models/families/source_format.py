@@ -146,7 +146,7 @@ class SourceFormat(SourceExporter):
         computes = tensor.name not in self._carried
         if computes and own.dtype.is_floating_point != tensor.dtype.is_floating_point:
             rule = f"{tensor.name} is of {own.dtype} in its files, which its class does not compute with"
-            raise ModelError.one("dense", str(self._folder), rule, "Dequantise it first.")
+            raise ModelError.one("dense", str(self._folder), rule, "Dequantise it first (graft dequantize).")
         if [n for n in own.shape if n > 1] != [n for n in tensor.shape if n > 1]:
             rule = f"{tensor.name} is {list(own.shape)} in its files and {list(tensor.shape)} by config.json"
             raise ModelError.one("dense", str(self._folder), rule, "Give the config.json of these weights.")

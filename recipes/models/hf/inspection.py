@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import Mistake, ModelError
+from moe.registry import declared_names
 from recipes.models.hf.config_file import brings_code, code_keys, read_config
 from recipes.models.hf.weight_files import check_weights
 
@@ -18,6 +19,7 @@ _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_head
 _MOST = {"num_hidden_layers": 10**4, "n_layer": 10**4}
 _LARGEST = 10**8
 _TRUST = "trust_remote_code=true"
+_QUANTISED = "quantization_config"
 
 
 def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
@@ -29,7 +31,7 @@ def check_dense(path: str, *, trust_remote_code: bool = False) -> list[Mistake]:
     if config is None:
         return mistakes
     mistakes = _check_config(path, config, trust_remote_code) + _check_dense_config(path, config)
-    return mistakes + check_weights(path, Path(path).expanduser())
+    return mistakes + _check_weights(path, config)
 
 
 def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False) -> list[Mistake]:
@@ -43,11 +45,16 @@ def check_checkpoint(path: str, option: str, *, trust_remote_code: bool = False)
     config, mistakes = _read(path)
     if config is not None:
         mistakes = _check_config(path, config, trust_remote_code)
-        mistakes += check_weights(path, Path(path).expanduser())
+        mistakes += _check_weights(path, config)
     flag = "--trust-remote-code" if option.startswith("--") else _TRUST
     return [
         replace(mistake, path=option, remedy=mistake.remedy.replace(_TRUST, flag)) for mistake in mistakes
     ]
+
+
+def _check_weights(path: str, config: dict[str, Any]) -> list[Mistake]:
+    # Files of quantised weights say no more than their config.
+    return [] if config.get(_QUANTISED) else check_weights(path, Path(path).expanduser())
 
 
 def _read(path: str) -> tuple[dict[str, Any] | None, list[Mistake]]:
@@ -90,9 +97,13 @@ def _check_config(path: str, config: dict[str, Any], trust_remote_code: bool) ->
         )
     if not trust_remote_code:
         mistakes += _check_code(path, config)
-    if config.get("quantization_config"):
+    if quantised := config.get(_QUANTISED):
         rule = "its config.json has a quantization_config"
         remedy = "Give the checkpoint that it was quantised from; if its weights are plain, delete the key."
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        if method in declared_names("recipes.models.packed", "*_format.py"):
+            rule = f"its weights are quantised ({method})"
+            remedy = f"Write them plain: graft dequantize {path} --out DIR, then give DIR."
         mistakes.append(_mistake(path, rule, remedy))
     return mistakes
 

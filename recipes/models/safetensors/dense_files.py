@@ -20,7 +20,7 @@ from recipes.runtime.safetensors_codec import HeaderError, TensorLocation, read_
 _FINITE = "Download that file again, or give a checkpoint whose weights are all finite."
 _BLOCK_ELEMENTS = 1 << 22
 # Weights of these dtypes have scales beside them, which nothing here applies.
-_SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
 class DenseFiles:
@@ -31,12 +31,13 @@ class DenseFiles:
         tensors: All tensors by their names in the files.
     """
 
-    def __init__(self, folder: Path, *, finite: bool = False) -> None:
+    def __init__(self, folder: Path, *, finite: bool = False, scaled: bool = False) -> None:
         """Reads the headers.
 
         Args:
             folder: The checkpoint.
             finite: Whether reading a tensor that holds NaN or infinity is an error that names it.
+            scaled: Whether tensors may be of dtypes that have scales beside them: the caller applies these.
 
         Raises:
             ModelError: A file is no safetensors file, is cut short, or holds an unknown dtype.
@@ -50,7 +51,7 @@ class DenseFiles:
         except FolderError as error:
             raise ModelError.one("dense", str(folder), str(error), error.remedy) from error
         for path in files:
-            for stored in _tensors_of(path):
+            for stored in _tensors_of(path, scaled):
                 self.tensors[stored.spec.name] = stored
 
     def close(self) -> None:
@@ -124,14 +125,14 @@ class DenseFiles:
         return run
 
 
-def _tensors_of(path: Path) -> list[TensorLocation]:
+def _tensors_of(path: Path, scaled: bool) -> list[TensorLocation]:
     try:
         tensors = read_header(path)
     except HeaderError as error:
         raise ModelError.one("dense", str(path), str(error), "Download that file again.") from error
     for stored in tensors:
-        if stored.spec.dtype in _SCALED:
+        if stored.spec.dtype in _SCALED and not scaled:
             rule = f"its tensor {stored.spec.name} has dtype {stored.spec.dtype}"
-            remedy = "Convert the checkpoint to bf16, fp16 or fp32 first."
+            remedy = "Write the checkpoint in bf16, fp16 or fp32 first (graft dequantize)."
             raise ModelError.one("dense", str(path), rule, remedy)
     return tensors
