@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes.runtime.interrupt import INTERRUPTED
+from recipes.runtime.rank_lines import whole_lines
 from recipes.runtime.source_root import child_environment, interpreter
 
 
@@ -35,7 +36,7 @@ def start_ranks(ranks: int, arguments: Sequence[str], restarts: int = 0) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The agent logs each failure at length, and what the ranks have said is enough.
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="graft-ranks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="graft-ranks-") as folder, whole_lines():
         try:
             elastic_launch(_config(ranks, restarts, folder), interpreter())("-u", *arguments)
         except ChildFailedError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import threading
 from pathlib import Path
 
 from recipes.runtime.local_ranks import start_ranks
+from recipes.runtime.rank_lines import pass_on
 from tests.fork_server import Forked
 from tests.forked_commands import run_forked
 from tests.patience import patience
@@ -38,6 +41,25 @@ signal.signal(signal.SIGTERM, end)
 pathlib.Path(sys.argv[1], os.environ["RANK"]).touch()
 time.sleep(600)
 """
+
+
+def test_a_line_that_comes_while_its_rank_ends_is_passed_on(tmp_path: Path) -> None:
+    log, out, finished = tmp_path / "log", io.StringIO(), threading.Event()
+    log.write_text("one\ntw")
+
+    class Ends(threading.Event):
+        """Its rank writes the last line, and ends, right after it was asked whether it has."""
+
+        def is_set(self) -> bool:
+            before = finished.is_set()
+            if not before:
+                with log.open("a") as file:
+                    file.write("o\nlast")
+                finished.set()
+            return before
+
+    pass_on("[1] ", str(log), out, Ends(), 0.0)
+    assert out.getvalue() == "[1] one\n[1] two\n[1] last"
 
 
 def test_lines_of_the_other_ranks_begin_with_their_rank() -> None:
