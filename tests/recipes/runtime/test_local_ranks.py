@@ -14,10 +14,11 @@ from tests.fork_server import Forked
 from tests.forked_commands import run_forked
 from tests.patience import patience
 
+# Ranks write whole lines at once: print writes the end of a line by itself, behind what another has written.
 _SAYS = """
 import os, sys
-print("out", os.environ["RANK"], os.environ["WORLD_SIZE"], flush=True)
-print("err", os.environ["RANK"], sys.argv[1:], file=sys.stderr, flush=True)
+os.write(1, f'out {os.environ["RANK"]} {os.environ["WORLD_SIZE"]}\\n'.encode())
+os.write(2, f'err {os.environ["RANK"]} {sys.argv[1:]}\\n'.encode())
 """
 _FAILS = """
 import os, sys, time
@@ -35,7 +36,7 @@ sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
 _WAITS = """
 import os, pathlib, signal, sys, time
 def end(number, frame):
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
     sys.exit(130)
 signal.signal(signal.SIGTERM, end)
 pathlib.Path(sys.argv[1], os.environ["RANK"]).touch()
