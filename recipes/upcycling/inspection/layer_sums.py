@@ -35,6 +35,7 @@ class LayerSums:
         probabilities_E: Sums of the router's probabilities; 0 without any.
         margins: ``[T]`` margins of each batch; None where the router has none that compare.
         near_ties: Tokens whose margin rounding can exceed.
+        tokens: T.
         inputs: Some inputs of the layer, ``[some of T, D]`` of each batch.
     """
 
@@ -45,6 +46,7 @@ class LayerSums:
     stats: LayerStats = field(default_factory=LayerStats)
     margins: list[Tensor] | None = field(default_factory=list)
     near_ties: int = 0
+    tokens: int = 0
     inputs: list[Tensor] = field(default_factory=list)
 
 
@@ -111,7 +113,9 @@ def _look(
     if out.scores_TE is not None:
         sums.probabilities_E += torch.nn.functional.normalize(out.scores_TE.double(), p=1, dim=-1).sum(0)
     _add_margins(layer, sums, out, chosen_TE)
-    sums.inputs.append(x_TD[::every].clone())
+    # Every so-and-so-many tokens of the text, whatever the batch.
+    sums.inputs.append(x_TD[-sums.tokens % every :: every].clone())
+    sums.tokens += len(x_TD)
 
 
 def _add_margins(layer: MoELayer, sums: LayerSums, out: Routing, chosen_TE: Tensor) -> None:

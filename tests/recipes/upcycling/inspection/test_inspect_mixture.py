@@ -69,6 +69,8 @@ def test_figures_do_not_depend_on_the_batch() -> None:
     for a, b in zip(one, other, strict=True):
         assert a["co_activation"] == b["co_activation"] and a["favourite_tokens"] == b["favourite_tokens"]
         assert a["importance_reap"] == pytest.approx(b["importance_reap"], rel=1e-4)
+        assert a["output_tokens"] == b["output_tokens"] == 30
+        assert a["output_cka"][0] == pytest.approx(b["output_cka"][0], rel=1e-3, abs=1e-3)
         assert a["token_entropy"] == pytest.approx(b["token_entropy"], rel=1e-4)
 
 
