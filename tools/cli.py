@@ -30,6 +30,7 @@ GROUPS: Mapping[str, Commands] = {
     },
     "See what came of it": {
         "report": ("tools.report", "rebuild the report of a run, even while it trains"),
+        "inspect": ("tools.inspect_moe", "look inside a mixture: load, dead and twin experts, near ties"),
         "compare": ("tools.compare", "train under several routers and seeds, on one page"),
         "upcycle-vs-cpt": ("tools.upcycle_vs_cpt", "upcycle, continue the dense model, or start over?"),
         "compare-tables": ("tools.compare_tables", "compare routers on tables with two tasks"),

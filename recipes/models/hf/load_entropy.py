@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.layer import MoELayer
 from moe.types import Routing
@@ -35,12 +35,16 @@ def load_entropies(layers: Sequence[MoELayer]) -> Iterator[list[float]]:
 
 def load_entropy(routing: Routing) -> float:
     """Computes the entropy of the load over that of even load: 1 is balanced, 0 is one expert for all."""
-    if routing.num_experts == 1:
-        return 1.0
     used_TK = torch.ones_like(routing.weights_TK, dtype=torch.bool)
     if routing.slot_mask_TK is not None:
         used_TK = routing.slot_mask_TK
     counts_E = torch.bincount(routing.expert_ids_TK[used_TK], minlength=routing.num_experts).double()
-    share_E = counts_E / counts_E.sum().clamp_min(1)
-    entropy = float(torch.special.entr(share_E).sum())
-    return entropy / math.log(routing.num_experts)
+    return relative_entropy(counts_E)
+
+
+def relative_entropy(counts_E: Tensor) -> float:
+    """Computes the entropy of ``[E]`` counts or probabilities over ln E; 1 for a single expert."""
+    if len(counts_E) == 1:
+        return 1.0
+    share_E = counts_E / counts_E.sum().clamp_min(1e-30)
+    return float(torch.special.entr(share_E).sum()) / math.log(len(counts_E))

@@ -31,7 +31,7 @@ def gather_sums(model: HFModel, batches: Iterator[Tensor]) -> dict[int, ExpertSu
         batches: ``[B, S]`` ids.
     """
     layers = dict(model.moe_layers())
-    sums = {index: _zeros(layer.experts.shape[0]) for index, layer in layers.items()}
+    sums = {index: zero_sums(layer.experts.shape[0]) for index, layer in layers.items()}
     with _watching(layers, sums):
         for tokens_BS in batches:
             model.module.base_model(input_ids=tokens_BS, use_cache=False)
@@ -48,7 +48,8 @@ def expert_output(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:
     return functional.linear(hidden, down, b_down)
 
 
-def _zeros(experts: int) -> ExpertSums:
+def zero_sums(experts: int) -> ExpertSums:
+    """Returns the sums over no tokens."""
     return ExpertSums(*(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
 
 
@@ -66,7 +67,19 @@ def _watching(layers: Mapping[int, MoELayer], sums: Mapping[int, ExpertSums]) ->
 
 
 def _look(experts: Experts, sums: ExpertSums, router: nn.Module, args: tuple[Any, ...], out: Routing) -> None:
-    x_TD, used_TK = args[0], out.slot_mask_TK
+    add_tokens(sums, experts, args[0], out)
+
+
+def add_tokens(sums: ExpertSums, experts: Experts, x_TD: Tensor, out: Routing) -> None:
+    """Adds what the chosen experts make of tokens to the sums of their layer.
+
+    Args:
+        sums: The sums.
+        experts: The layer's experts.
+        x_TD: Inputs of the layer.
+        out: Choice of its router for them.
+    """
+    used_TK = out.slot_mask_TK
     for expert in range(out.num_experts):
         chosen_TK = out.expert_ids_TK == expert
         if used_TK is not None:
