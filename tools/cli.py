@@ -25,6 +25,8 @@ GROUPS: Mapping[str, Commands] = {
         "verify": ("tools.verify", "check that two checkpoints compute the same"),
         "export": ("tools.export", "write a checkpoint of a run as a Hugging Face folder"),
         "prune": ("tools.prune", "leave a mixture the experts that text needs most"),
+        "merge": ("tools.merge", "merge a mixture's experts into those that text uses most"),
+        "densify": ("tools.densify", "make a mixture dense: the mean of its experts"),
         "ders": ("tools.ders", "compress an MoE to a base and low-bit deltas, and back"),
         "tokenize": ("tools.tokenize", "tokenise documents ahead of time"),
     },

@@ -23,6 +23,7 @@ from tools.command import (
 if TYPE_CHECKING:
     from recipes.data.config import DataConfig
     from recipes.upcycling.prune.prune_mixture import Pruned
+    from recipes.upcycling.reduce.text_look import TextRequest
 
 
 def _parse() -> argparse.Namespace:
@@ -44,38 +45,53 @@ def _parse() -> argparse.Namespace:
         help="reap: mean of weight times output norm over an expert's own tokens; ean: sum of output norms; "
         "usage: number of tokens; random (default reap)",
     )
+    add("--seed", type=int, default=0, help="seed of --method random")
+    add_text_flags(parser)
+    return parser.parse_args()
+
+
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the text that a mixture reads, as all tools have them that leave fewer experts."""
+    add = parser.add_argument
     add("--text", metavar="PATH", help="text to look at; a part is held out (default: Python's library)")
     add("--samples", type=int, default=64, metavar="N", help="samples to look at (default 64)")
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default 256)")
-    add("--seed", type=int, default=0, help="seed of --method random")
     add("--trust-remote-code", action="store_true", help="run code that the folder brings (auto_map)")
-    return parser.parse_args()
+
+
+def read_source(arguments: argparse.Namespace, **least: float) -> tuple[TextRequest, Path, Path]:
+    """Checks the flags of a mixture, its text and the output; returns the request, token cache and output.
+
+    Args:
+        arguments: The flags.
+        least: Minimum of further ones.
+
+    Raises:
+        ConfigError: Some are wrong.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from recipes.data.config import DataConfig
+
+    data = DataConfig(path=arguments.text, seq_len=max(1, arguments.sequence_length))
+    if mistakes := _check(arguments, data, least):
+        raise ConfigError(mistakes)
+    from recipes.models.export.output_folder import refuse_existing
+    from recipes.upcycling.reduce.text_look import TextRequest
+
+    out = Path(arguments.out).expanduser()
+    refuse_existing(out, "--out")
+    model = Path(arguments.model).expanduser()
+    cache = Path(os.environ.get("GRAFT_CACHE", "~/.cache/graft")).expanduser() / "tokens"
+    return TextRequest(model, data, arguments.samples, arguments.trust_remote_code), cache, out
 
 
 def main() -> int:
     """Checks the flags, prunes, and says what it costs."""
     arguments = _parse()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from recipes.data.config import DataConfig
-
-    data = DataConfig(path=arguments.text, seq_len=max(1, arguments.sequence_length))
-    if mistakes := _check(arguments, data):
-        raise ConfigError(mistakes)
-    from recipes.models.export.output_folder import refuse_existing
+    source, cache, out = read_source(arguments, keep=1)
     from recipes.upcycling.prune.prune_mixture import PruneRequest, prune
 
-    out = Path(arguments.out).expanduser()
-    refuse_existing(out, "--out")
-    request = PruneRequest(
-        Path(arguments.model).expanduser(),
-        arguments.keep,
-        arguments.method,
-        data,
-        arguments.samples,
-        arguments.seed,
-        arguments.trust_remote_code,
-    )
-    cache = Path(os.environ.get("GRAFT_CACHE", "~/.cache/graft")).expanduser() / "tokens"
+    request = PruneRequest(source, arguments.keep, arguments.method, arguments.seed)
     found = prune(request, cache, out, log_beside(arguments.json))
     print(_words(found, arguments.method), file=stream_beside(arguments.json))
     write_json(
@@ -95,7 +111,7 @@ def main() -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
+def _check(arguments: argparse.Namespace, data: DataConfig, least: dict[str, float]) -> list[Mistake]:
     from recipes.data.sources import check_paths
     from recipes.models.hf.inspection import check_checkpoint
 
@@ -103,7 +119,7 @@ def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
     mistakes += check_existing_folder("MODEL", arguments.model)
     if not mistakes:
         mistakes += check_checkpoint(arguments.model, "MODEL", trust_remote_code=arguments.trust_remote_code)
-    return mistakes + check_least(arguments, keep=1, samples=1, sequence_length=1)
+    return mistakes + check_least(arguments, **least, samples=1, sequence_length=1)
 
 
 def _words(found: Pruned, method: str) -> str:

@@ -106,7 +106,7 @@ class NativeExporter(Exporter):
         values |= {"num_experts_per_tok": moe.router.top_k} | self.config_values(spec)
         config = getattr(transformers, f"{self.family}Config")(**values)
         config.architectures = [f"{self.family}ForCausalLM"]
-        return _with_old_rope_keys(config.to_dict())
+        return with_old_rope_keys(config.to_dict())
 
     def exact_in(self, spec: ModelSpec, layout: Layout = "per_expert") -> list[str]:
         """Lists transformers, and in the layout that tests certify the programs that are not `differing`."""
@@ -174,7 +174,7 @@ def _kind(moe: MoESpec) -> tuple[object, ...]:
     return (moe.router.config, moe.num_experts, moe.expert, moe.shared_width)
 
 
-def _with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
+def with_old_rope_keys(content: dict[str, Any]) -> dict[str, Any]:
     """Adds rope_theta and rope_scaling, since readers before transformers 5 ignore rope_parameters."""
     rope = content.get("rope_parameters") or {}
     if "rope_theta" in rope:

@@ -96,13 +96,18 @@ class ModelNames:
         return name not in self.whole
 
 
-def read_names(folder: Path, *, trust_remote_code: bool = False) -> ModelNames:
+def read_names(folder: Path, *, config: Any = None, trust_remote_code: bool = False) -> ModelNames:
     """Finds the names in the model whose ``config.json`` is in a folder.
+
+    Args:
+        folder: The checkpoint.
+        config: transformers' config of another model that the folder's tensors are to be; None for its own.
+        trust_remote_code: Whether the model may run its own code.
 
     Raises:
         ModelError: transformers does not know the model, or its networks are not recognised.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config = config or load_config(folder, trust_remote_code=trust_remote_code)
     model, doubled = model_as_stored(folder, config, trust_remote_code)
     _try_out(folder, config, trusts(folder, trust_remote_code))
     sites = find_ffns(model, config, verify=False)

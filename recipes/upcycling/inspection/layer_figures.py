@@ -33,7 +33,7 @@ from recipes.upcycling.inspection.routing_figures import (
     vocabulary_specialisation,
 )
 from recipes.upcycling.prune.criteria import criteria
-from recipes.upcycling.prune.expert_sums import expert_output
+from recipes.upcycling.reduce.expert_sums import expert_output
 
 #: Outputs of twins are at least so much alike, by CKA and by the cosine of their means.
 TWIN = 0.99

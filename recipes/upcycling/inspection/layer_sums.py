@@ -19,8 +19,7 @@ from moe.metrics import LayerStats
 from moe.types import Routing
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.inspection.routing_figures import choice_scores, chosen_mask, margins
-from recipes.upcycling.prune.criteria.base import ExpertSums
-from recipes.upcycling.prune.expert_sums import add_tokens, zero_sums
+from recipes.upcycling.reduce.expert_sums import ExpertSums, add_tokens, zero_sums
 
 
 @dataclass

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe.routing.draws import seeded_generator
 from recipes.models.export.spec import MoESpec
-from recipes.upcycling.prune.criteria.base import Criterion, ExpertSums
+from recipes.upcycling.prune.criteria.base import Criterion
+from recipes.upcycling.reduce.expert_sums import ExpertSums
 
 
 def choose_experts(

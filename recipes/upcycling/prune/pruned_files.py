@@ -23,9 +23,12 @@ from recipes.models.hf.config_file import read_config
 from recipes.models.hf.inspection import EXPERT_COUNT_KEYS
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.safetensors_codec import TensorSpec
+from recipes.upcycling.reduce.mix_experts import Weights, expert_key
 
 #: Block -> experts that are kept, ascending.
 Kept = Mapping[int, Sequence[int]]
+#: Layer and expert -> weights that it gets instead of its own; None for its own.
+Mixed = Callable[[MoESpec, int], Weights | None]
 
 
 def require_prunable(mixture: SourceMixture, kept: int) -> None:
@@ -47,7 +50,7 @@ def require_prunable(mixture: SourceMixture, kept: int) -> None:
         rule, remedy = f"there are {E}", f"Set 1 to {E}."
     elif kept < config.experts_per_token:
         rule = f"a token uses {config.experts_per_token}"
-        remedy = f"Keep {config.experts_per_token} or more."
+        remedy = f"Keep {config.experts_per_token} or more, or make it dense with graft densify."
     elif groups > 1 and (kept % groups or kept < 2 * groups):
         rule = f"its router chooses among {groups} groups of one size, of two experts at least"
         remedy = f"Keep a multiple of {groups}, {2 * groups} or more."
@@ -63,6 +66,7 @@ def write_pruned(
     kept: Kept,
     out: Path,
     check: Callable[[Path], None] = lambda folder: None,
+    mixed: Mixed = lambda moe, expert: None,
     *,
     trust_remote_code: bool = False,
 ) -> int:
@@ -75,6 +79,7 @@ def write_pruned(
         kept: Experts that are kept, of every MoE layer the same number.
         out: Folder to write; it must not exist.
         check: Tries the files before the folder gets its name.
+        mixed: Gives weights of an expert that is kept, other than its own.
         trust_remote_code: Whether a tokenizer's own code is trusted, and copied.
     """
     plan = _Plan(mixture, kept)
@@ -82,7 +87,7 @@ def write_pruned(
     with output_folder(out) as temporary:
         require_space(out, total, "the model")
         files = TensorFiles(temporary, plan.specs)
-        plan.write(files)
+        plan.write(files, mixed)
         files.finish()
         number = len(next(iter(kept.values())))
         config, source = pruned_config(mixture, number), mixture.files.folder
@@ -107,6 +112,7 @@ class _Plan:
     def __init__(self, mixture: SourceMixture, kept: Kept) -> None:
         self._mixture = mixture
         self._files = mixture.files
+        self._kept = kept
         # Name in the source -> name, rows of the source's first axis; None for a tensor as it is.
         self._made: dict[str, tuple[str, list[int] | None]] = {}
         dropped: set[str] = set()
@@ -143,18 +149,37 @@ class _Plan:
         axis = _axis(spec)
         return replace(spec, name=new, shape=(*spec.shape[:axis], len(rows), *spec.shape[axis + 1 :]))
 
-    def write(self, files: TensorFiles) -> None:
-        """Copies every tensor, or the rows of it that are kept."""
+    def write(self, files: TensorFiles, mixed: Mixed) -> None:
+        """Copies every tensor, or the rows of it that are kept; mixed experts have theirs written."""
+        done = {place for moe in self._mixture.spec.moe_blocks for place in self._mix(files, moe, mixed)}
         for name, (new, rows) in self._made.items():
             stored = self._files.tensors[name]
+            if (name, None) in done:
+                continue
             if rows is None:
                 files.copy(new, self._files.handle(stored.file), stored.start)
                 continue
             width = torch.Size(stored.spec.shape).numel() // stored.spec.shape[_axis(stored.spec)]
             for place, row in enumerate(rows):
+                if (name, row) in done:
+                    continue
                 run = self._files.read_run(name, row * width, (row + 1) * width)
                 files.write(new, run, place * width)
         self._files.close()
+
+    def _mix(self, files: TensorFiles, moe: MoESpec, mixed: Mixed) -> Iterator[tuple[str, int | None]]:
+        """Writes a layer's mixed experts; yields the tensors, or rows, of the source that they replace."""
+        for place, expert in enumerate(self._kept[moe.index]):
+            for key, tensor in (mixed(moe, expert) or {}).items():
+                slot = self._mixture.placement.slot(expert_key(moe, expert, key))
+                new, rows = self._made[slot.name]
+                if rows is None:
+                    files.write(new, tensor)
+                    yield slot.name, None
+                    continue
+                width = torch.Size(self._files.tensors[slot.name].spec.shape[1:]).numel()
+                files.write(new, tensor, slot.offset + (place - expert) * width)
+                yield slot.name, expert
 
 
 def _axis(spec: TensorSpec) -> int:

@@ -6,26 +6,12 @@ Letters: E experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-
-@dataclass(frozen=True)
-class ExpertSums:
-    """Sums over the tokens of a text, for the experts of one layer.
-
-    Attributes:
-        counts_E: ``[E]`` fp64 tokens that are routed to each.
-        norms_E: ``[E]`` fp64 sums of the L2 norms of their outputs.
-        weighted_E: ``[E]`` fp64 sums of these norms times the combine weights.
-    """
-
-    counts_E: Tensor
-    norms_E: Tensor
-    weighted_E: Tensor
+    from recipes.upcycling.reduce.expert_sums import ExpertSums
 
 
 class Criterion(ABC):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from recipes.upcycling.prune.criteria.base import Criterion, ExpertSums
+from recipes.upcycling.prune.criteria.base import Criterion
+from recipes.upcycling.reduce.expert_sums import ExpertSums
 
 
 class RandomExperts(Criterion):

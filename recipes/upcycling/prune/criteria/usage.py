@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from recipes.upcycling.prune.criteria.base import Criterion, ExpertSums
+from recipes.upcycling.prune.criteria.base import Criterion
+from recipes.upcycling.reduce.expert_sums import ExpertSums
 
 
 class Usage(Criterion):

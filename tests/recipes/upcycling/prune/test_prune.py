@@ -18,9 +18,8 @@ from moe.errors import ConfigError, ModelError
 from recipes.models.families.open_mixture import open_mixture
 from recipes.upcycling.prune.choose_experts import choose_experts
 from recipes.upcycling.prune.criteria import criteria
-from recipes.upcycling.prune.criteria.base import ExpertSums
-from recipes.upcycling.prune.expert_sums import gather_sums
 from recipes.upcycling.prune.pruned_files import require_prunable, write_pruned
+from recipes.upcycling.reduce.expert_sums import ExpertSums, gather_sums
 from tests.grid import each
 from tests.recipes.jobs.job_runs import write_text
 from tests.recipes.models.families.test_families import largest_difference, make, ours, stored, theirs
@@ -122,7 +121,8 @@ def test_sums_are_those_of_transformers_own_experts() -> None:
 
 def test_criteria_by_hand() -> None:
     """Four experts: one used often and weak, one rare and strong, one in between, one never."""
-    sums = ExpertSums(*(torch.tensor(row).double() for row in ([10, 1, 4, 0], [10, 6, 8, 0], [5, 3, 6, 0])))
+    rows = (torch.tensor(row).double() for row in ([10, 1, 4, 0], [10, 6, 8, 0], [5, 3, 6, 0]))
+    sums = ExpertSums(*rows, torch.ones(4), torch.eye(4))
     draw = torch.Generator().manual_seed(0)
     best = {
         name: criterion.scores_E(sums, draw).topk(2).indices.tolist()
@@ -137,7 +137,9 @@ def test_groups_keep_the_same_number_each() -> None:
     """Groups of four; all of the best scores are in the first."""
     mixture = open_mixture(make("deepseek_v3", n_group=2, topk_group=2))
     counts = torch.tensor([9, 8, 7, 6, 1, 2, 3, 4]).double()
-    sums = {moe.index: ExpertSums(counts, counts, counts) for moe in mixture.spec.moe_blocks}
+    sums = {
+        moe.index: ExpertSums(counts, counts, counts, counts, torch.eye(8)) for moe in mixture.spec.moe_blocks
+    }
     kept = choose_experts(mixture.spec.moe_blocks, sums, criteria()["usage"], 4, seed=0)
     assert kept == {1: [0, 1, 6, 7], 2: [0, 1, 6, 7]}
 

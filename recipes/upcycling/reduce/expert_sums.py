@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,28 @@ from moe.experts.experts import Experts
 from moe.layer import MoELayer
 from moe.types import Routing
 from recipes.models.hf.hf_model import HFModel
-from recipes.upcycling.prune.criteria.base import ExpertSums
+
+
+@dataclass
+class ExpertSums:
+    """Sums over the tokens of a text, for the experts of one layer.
+
+    Attributes:
+        counts_E: ``[E]`` fp64 tokens that are routed to each.
+        norms_E: ``[E]`` fp64 sums of the L2 norms of their outputs.
+        weighted_E: ``[E]`` fp64 sums of these norms times the combine weights.
+        weights_E: ``[E]`` fp64 sums of the combine weights.
+        logits_EE: ``[E, E]`` fp64 sums of products of two experts' router logits; zeros where a router has
+            none.
+        tokens: Number of tokens.
+    """
+
+    counts_E: Tensor
+    norms_E: Tensor
+    weighted_E: Tensor
+    weights_E: Tensor
+    logits_EE: Tensor
+    tokens: int = 0
 
 
 @torch.no_grad()
@@ -50,7 +72,8 @@ def expert_output(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:
 
 def zero_sums(experts: int) -> ExpertSums:
     """Returns the sums over no tokens."""
-    return ExpertSums(*(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
+    rows = (torch.zeros(experts, dtype=torch.float64) for _ in range(4))
+    return ExpertSums(*rows, torch.zeros(experts, experts, dtype=torch.float64))
 
 
 @contextmanager
@@ -80,6 +103,9 @@ def add_tokens(sums: ExpertSums, experts: Experts, x_TD: Tensor, out: Routing) -
         out: Choice of its router for them.
     """
     used_TK = out.slot_mask_TK
+    sums.tokens += len(x_TD)
+    if out.logits_TE is not None:
+        sums.logits_EE += out.logits_TE.double().T @ out.logits_TE.double()
     for expert in range(out.num_experts):
         chosen_TK = out.expert_ids_TK == expert
         if used_TK is not None:
@@ -91,4 +117,5 @@ def add_tokens(sums: ExpertSums, experts: Experts, x_TD: Tensor, out: Routing) -
         weights_N = (out.weights_TK * chosen_TK).sum(-1)[rows].double()
         sums.counts_E[expert] += len(rows)
         sums.norms_E[expert] += norms_N.sum()
+        sums.weights_E[expert] += weights_N.sum()
         sums.weighted_E[expert] += (weights_N * norms_N).sum()

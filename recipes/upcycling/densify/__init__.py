@@ -1,0 +1,1 @@
+"""Mixtures back to the dense class of their family."""
