@@ -166,15 +166,17 @@ def _run(arguments: Sequence[str], started: float) -> int:
     run = check_command(flags.overrides, flags.ranks, _certify_mistakes)
     run.check_models()
     conclude = _certifier(run.config)
+    if os.environ.get("RANK", "0") == "0":
+        for line in run.fetched.lines:
+            print(line, file=sys.stderr, flush=True)
     if flags.ranks is not None and (flags.ranks > 1 or flags.restarts):
         from recipes.runtime.local_ranks import start_ranks
 
         return start_ranks(flags.ranks, [*TRAIN, *run.rank_overrides], flags.restarts)
     from recipes.jobs.session import run_job
 
-    if os.environ.get("RANK", "0") == "0":
-        for line in filter(None, [*run.fetched.lines, run.idle]):
-            print(line, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0" and (idle := run.idle):
+        print(idle, file=sys.stderr, flush=True)
     return run_job(run.job, run.config, run.values, started, *conclude)
 
 

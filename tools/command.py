@@ -93,7 +93,13 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class _ToolParser(argparse.ArgumentParser):
-    """Parser that refuses the earlier spelling of a flag with the present one."""
+    """Parser that knows the earlier spelling of flags, and fetches what comes from the hub.
+
+    Attributes:
+        reads_weights: Whether the tool reads the weights of models, so that they are fetched as well.
+    """
+
+    reads_weights = True
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses flags; one that is spelled as it was before (`RENAMED`) is taken, with a line that says so.
@@ -126,7 +132,7 @@ class _ToolParser(argparse.ArgumentParser):
 
                 value = [fetched.override(element, quoted) for element in value]
             setattr(flags, name, fetched.local(value, str(shown.get(name, name))))
-        if not self.prog.endswith("describe"):  # it reads no weights
+        if self.reads_weights:
             fetched.fetch_weights()
 
     def _present(self, word: str) -> str:
@@ -141,7 +147,7 @@ class _ToolParser(argparse.ArgumentParser):
 
 
 def tool_parser(
-    name: str, description: str, epilog: str | None = None, *, example: str
+    name: str, description: str, epilog: str | None = None, *, example: str, reads_weights: bool = True
 ) -> argparse.ArgumentParser:
     """Builds the parser of ``python -m tools.NAME``, with ``--json`` and an example at the end of its help.
 
@@ -150,6 +156,7 @@ def tool_parser(
         description: What it does.
         epilog: What else there is to know.
         example: Arguments of a call that works.
+        reads_weights: Whether it reads weights of models: those of the hub are fetched then.
     """
     end = f"example:\n  {program_name(name)} {example}"
     parser = _ToolParser(
@@ -158,6 +165,7 @@ def tool_parser(
         epilog=f"{epilog}\n\n{end}" if epilog else end,
         formatter_class=_HelpFormatter,
     )
+    parser.reads_weights = reads_weights
     text = "write the figures as JSON to a file, or to stdout for -"
     parser.add_argument("--json", metavar="PATH", help=text)
     return parser

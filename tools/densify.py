@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe.registry import declared_names
 from tools.command import log_beside, run_command, stream_beside, tool_parser, write_json
-from tools.prune import add_text_flags, read_source
+from tools.mixture_flags import add_mixture_flags, add_text_flags, read_source
 
 if TYPE_CHECKING:
     from recipes.upcycling.densify.densify_mixture import Densified
@@ -21,10 +21,8 @@ def _parse() -> argparse.Namespace:
         "is held in memory in fp32 while it looks at text.",
         example="MIXTURE --text calibration.jsonl --out DENSE",
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="the mixture: docs/continue.md lists the families")
-    add("--out", required=True, metavar="DIR", help="folder to write; must not exist")
-    add(
+    add_mixture_flags(parser, keeps=False)
+    parser.add_argument(
         "--method",
         choices=declared_names("recipes.upcycling.densify.shares"),
         default="average",

@@ -23,8 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser(
         "describe",
         "Prints parameters, FLOPs, and memory for training and serving of a model, from its "
-        "config.json. No weights are read and nothing is downloaded.",
+        "config.json. No weights are read, or fetched from the hub.",
         example="MODEL/config.json --sequence-length 4096 --json -",
+        reads_weights=False,
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="config.json, or the folder of a checkpoint that holds one")

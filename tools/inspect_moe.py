@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import ConfigError, Mistake
-from tools.command import (
-    check_existing_folder,
-    check_json_target,
-    check_least,
-    log_beside,
-    run_command,
-    stream_beside,
-    tool_parser,
-    write_json,
-)
+from tools.command import log_beside, run_command, stream_beside, tool_parser, write_json
+from tools.mixture_flags import check_mixture, text_config
 
 if TYPE_CHECKING:
     from recipes.data.config import DataConfig
@@ -50,10 +41,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Checks the flags, looks, and prints a table and findings."""
     arguments = _parse()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from recipes.data.config import DataConfig
-
-    data = DataConfig(path=arguments.text, seq_len=max(1, arguments.sequence_length))
+    data = text_config(arguments)
     if mistakes := _check(arguments, data):
         raise ConfigError(mistakes)
     from recipes.upcycling.inspection.inspect_mixture import InspectRequest, inspect
@@ -78,19 +66,15 @@ def main() -> int:
 
 
 def _check(arguments: argparse.Namespace, data: DataConfig) -> list[Mistake]:
-    from recipes.data.sources import check_paths
-    from recipes.models.hf.inspection import check_checkpoint, check_dense
-
-    trust = arguments.trust_remote_code
-    mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
+    mistakes = check_mixture(arguments, data)
     if arguments.out is not None and Path(arguments.out).expanduser().is_file():
         mistakes.append(Mistake("--out", arguments.out, "it is a file", "Name a folder."))
-    missing = check_existing_folder("MODEL", arguments.model)
-    mistakes += missing or check_checkpoint(arguments.model, "MODEL", trust_remote_code=trust)
     if arguments.dense is not None:
-        found = check_dense(arguments.dense, trust_remote_code=trust)
+        from recipes.models.hf.inspection import check_dense
+
+        found = check_dense(arguments.dense, trust_remote_code=arguments.trust_remote_code)
         mistakes += [replace(mistake, path="--dense") for mistake in found]
-    return mistakes + check_least(arguments, samples=1, sequence_length=1)
+    return mistakes
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Lists the layouts of a training job (expert, tensor, pipeline, context and data "
         "parallelism, micro-batch, recomputation) that fit a cluster, fastest first, with memory of a GPU "
         "and time of a step by what it goes to. A model on paper: docs/plan.md has its formulas and "
-        "--check-published its errors. Nothing is downloaded and no GPU is needed.",
+        "--check-published its errors. No weights are read and no GPU is needed.",
         example="MODEL --gpu h100 --gpus 64 --dtype bf16 --top 5",
+        reads_weights=False,
     )
     add = parser.add_argument
     add(

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe.errors import ConfigError, Mistake
 from moe.registry import declared_names
-from tools.command import (
-    check_existing_folder,
-    check_json_target,
-    check_least,
-    log_beside,
-    run_command,
-    stream_beside,
-    tool_parser,
-    write_json,
-)
+from tools.command import log_beside, run_command, stream_beside, tool_parser, write_json
+from tools.mixture_flags import add_mixture_flags, add_text_flags, read_source
 
 if TYPE_CHECKING:
-    from recipes.data.config import DataConfig
     from recipes.upcycling.prune.prune_mixture import Pruned
-    from recipes.upcycling.reduce.text_look import TextRequest
 
 
 def _parse() -> argparse.Namespace:
@@ -34,55 +21,17 @@ def _parse() -> argparse.Namespace:
         "fp32 while it looks at text.",
         example="MIXTURE --keep 4 --text calibration.jsonl --out PRUNED",
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="the mixture: docs/continue.md lists the families")
-    add("--keep", type=int, required=True, metavar="E", help="experts that each layer keeps")
-    add("--out", required=True, metavar="DIR", help="folder to write; must not exist")
-    add(
+    add_mixture_flags(parser)
+    parser.add_argument(
         "--method",
         choices=declared_names("recipes.upcycling.prune.criteria"),
         default="reap",
         help="reap: mean of weight times output norm over an expert's own tokens; ean: sum of output norms; "
         "usage: number of tokens; random (default reap)",
     )
-    add("--seed", type=int, default=0, help="seed of --method random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --method random")
     add_text_flags(parser)
     return parser.parse_args()
-
-
-def add_text_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the text that a mixture reads, as all tools have them that leave fewer experts."""
-    add = parser.add_argument
-    add("--text", metavar="PATH", help="text to look at; a part is held out (default: Python's library)")
-    add("--samples", type=int, default=64, metavar="N", help="samples to look at (default 64)")
-    add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default 256)")
-    add("--trust-remote-code", action="store_true", help="run code that the folder brings (auto_map)")
-
-
-def read_source(arguments: argparse.Namespace, **least: float) -> tuple[TextRequest, Path, Path]:
-    """Checks the flags of a mixture, its text and the output; returns the request, token cache and output.
-
-    Args:
-        arguments: The flags.
-        least: Minimum of further ones.
-
-    Raises:
-        ConfigError: Some are wrong.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from recipes.data.config import DataConfig
-
-    data = DataConfig(path=arguments.text, seq_len=max(1, arguments.sequence_length))
-    if mistakes := _check(arguments, data, least):
-        raise ConfigError(mistakes)
-    from recipes.models.export.output_folder import refuse_existing
-    from recipes.upcycling.reduce.text_look import TextRequest
-
-    out = Path(arguments.out).expanduser()
-    refuse_existing(out, "--out")
-    model = Path(arguments.model).expanduser()
-    cache = Path(os.environ.get("GRAFT_CACHE", "~/.cache/graft")).expanduser() / "tokens"
-    return TextRequest(model, data, arguments.samples, arguments.trust_remote_code), cache, out
 
 
 def main() -> int:
@@ -109,17 +58,6 @@ def main() -> int:
         },
     )
     return 0
-
-
-def _check(arguments: argparse.Namespace, data: DataConfig, least: dict[str, float]) -> list[Mistake]:
-    from recipes.data.sources import check_paths
-    from recipes.models.hf.inspection import check_checkpoint
-
-    mistakes = check_json_target(arguments.json) + check_paths(data, "--text")
-    mistakes += check_existing_folder("MODEL", arguments.model)
-    if not mistakes:
-        mistakes += check_checkpoint(arguments.model, "MODEL", trust_remote_code=arguments.trust_remote_code)
-    return mistakes + check_least(arguments, **least, samples=1, sequence_length=1)
 
 
 def _words(found: Pruned, method: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,11 +15,9 @@ from typing import Any, Literal
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 from yaml import YAMLError
 
 from moe.errors import ConfigError, Mistake
-from moe.experts.lora import merged
 from recipes.checkpoint import find_checkpoint, require_space, verify_checkpoint
 from recipes.checkpoint.reader import CheckpointTensors, open_checkpoint
 from recipes.config.schema import RunConfig, parse_config
@@ -28,6 +26,7 @@ from recipes.jobs.continue_job import ContinueJob
 from recipes.jobs.continue_stage import of_mixture, open_tuned
 from recipes.jobs.export_check import CheckedModel, CheckpointUnread, ExportCheck, check_export
 from recipes.jobs.identity import check_config_file
+from recipes.jobs.merging import Merging
 from recipes.jobs.rounding import MixtureStart, StepZero, rounded, written_dtypes
 from recipes.jobs.run_dir import RunDir
 from recipes.jobs.top_k_schedules import schedule_of
@@ -44,7 +43,7 @@ from recipes.models.hf.deferred_init import CheckpointWeights, deferred_model
 from recipes.models.hf.ffn_names import read_names
 from recipes.models.hf.hf_model import HFModel, source_dtype
 from recipes.models.hf.state_dict_map import StateDictMap
-from recipes.models.lora_model import Factors, factors_of, is_factor
+from recipes.models.lora_model import factors_of
 from recipes.models.safetensors.tensor_files import TensorFiles
 from recipes.runtime.atomic import atomic_write_json
 from recipes.runtime.run_file import read_run_file
@@ -53,7 +52,7 @@ from recipes.upcycling.calibration.gather import read_statistics
 from recipes.upcycling.calibration.statistics_files import CalibrationFolder
 from recipes.upcycling.convert.conversion import RECORD
 from recipes.upcycling.convert.conversion_plan import ConversionRequest, pick_exporter
-from recipes.upcycling.convert.dense_stage import MODEL_PREFIX, write_dense
+from recipes.upcycling.convert.dense_stage import write_dense
 from recipes.upcycling.convert.moe_plan import open_dense, plan_moe, request_of
 from recipes.upcycling.sharded.mixture_model import mixture_model
 from recipes.upcycling.sharded.sharded_models import moe_model
@@ -308,40 +307,6 @@ def _checkpoint(request: ExportRequest) -> Path:
         there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
         raise ConfigError.one("--step", request.step, f"{folder} holds {there}", "Choose one of these.")
     return path
-
-
-@dataclass(frozen=True)
-class Merging:
-    """Model in a checkpoint, whose low-rank factors are merged into their weights as these are read.
-
-    Attributes:
-        tensors: Tensors of the checkpoint.
-        factors: Low-rank factors by the names of their weights.
-    """
-
-    tensors: CheckpointTensors
-    factors: Mapping[str, Factors]
-
-    def names(self) -> list[str]:
-        """Returns the names of the model's tensors, without the factors."""
-        return [name for name in self.tensors.names(MODEL_PREFIX) if not is_factor(name)]
-
-    def kept(self, live: StateDictMap) -> list[TensorSpec]:
-        """Lists the tensors that belong to no MoE layer."""
-        return [
-            TensorSpec(name, self.tensors.dtype(MODEL_PREFIX + name), self.tensors.shape(MODEL_PREFIX + name))
-            for name in self.names()
-            if live.pieces(name) is None and live.router(name) is None
-        ]
-
-    def read(self, name: str) -> Tensor:
-        """Reads a tensor of the model."""
-        tensor = self.tensors.read(MODEL_PREFIX + name)
-        if name not in self.factors:
-            return tensor
-        pair = self.factors[name]
-        a_ErI, b_EOr = (self.tensors.read(MODEL_PREFIX + part) for part in (pair.a, pair.b))
-        return merged(tensor, a_ErI, b_EOr, pair.scale)
 
 
 @dataclass

@@ -48,13 +48,7 @@ def run_stages(job: StagedJob, session: Session) -> bool:
     config, console, run_dir, loop = session.config, session.console, session.run_dir, session.loop
     console.heartbeat.beat("reading the data")
     loop.planned = job.planned_steps(config)
-    if config.dense is None:
-        folder, data = default_dense(config, console)
-    else:
-        folder = Path(config.dense).expanduser().absolute()
-        trust = config.trust_remote_code
-        vocab_size = console.on_rank_zero(lambda: vocabulary_size(folder, trust_remote_code=trust))
-        data = shared_data(config, console, folder, vocab_size)
+    folder, data = _dense_and_data(config, console)
     # Before the default is trained: a resume that is refused costs nothing and leaves the run as it was.
     wanted = identity(config, folder, data, job.identity(config))
     parts = partial(data_parts, config, folder)
@@ -96,6 +90,15 @@ def run_stages(job: StagedJob, session: Session) -> bool:
                 f"python -m tools.export {run_dir.path} --out DIR --dtype fp32"
             )
     return ended
+
+
+def _dense_and_data(config: RunConfig, console: RankConsole) -> tuple[Path, TrainData]:
+    """Returns the folder of the model that the run begins with, and the data in its tokens."""
+    if config.dense is None:
+        return default_dense(config, console)
+    folder, trust = Path(config.dense).expanduser().absolute(), config.trust_remote_code
+    vocab_size = console.on_rank_zero(lambda: vocabulary_size(folder, trust_remote_code=trust))
+    return folder, shared_data(config, console, folder, vocab_size)
 
 
 def _foresee(session: Session, data: TrainData, changed: str) -> None:

@@ -17,7 +17,8 @@ from recipes.runtime import extras
 from tests.grid import each
 from tools.command import RENAMED, tool_parser
 
-NAMES = [info.name for info in pkgutil.iter_modules(tools.__path__) if info.name not in ("cli", "command")]
+_SHARED = ("cli", "command", "mixture_flags")
+NAMES = [info.name for info in pkgutil.iter_modules(tools.__path__) if info.name not in _SHARED]
 
 
 def _help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,13 @@ def check_weights(path: str, folder: Path, option: str = "dense") -> list[Mistak
     return mistakes or _check_packed(option, path, list(names))
 
 
+def packed_names(names: Iterable[str]) -> list[str]:
+    """Returns the names, sorted, that tensors of quantised weights have."""
+    return sorted(name for name in names if _PACKED.fullmatch(name))
+
+
 def _check_packed(option: str, path: str, names: list[str]) -> list[Mistake]:
-    packed = sorted(name for name in names if _PACKED.fullmatch(name))
+    packed = packed_names(names)
     if not packed:
         return []
     rule = f"its weights are quantised (its files hold {packed[0]})"

@@ -14,6 +14,7 @@ from recipes.checkpoint.inventory import require_space
 from recipes.models.export.output_folder import output_folder
 from recipes.models.export.write_export import dtype_keys, write_companions
 from recipes.models.hf.config_file import read_config
+from recipes.models.hf.weight_files import packed_names
 from recipes.models.packed import PackedFormat, Unpacked, packed_formats
 from recipes.models.packed.base import PackedError
 from recipes.models.safetensors.dense_files import DenseFiles
@@ -22,6 +23,7 @@ from recipes.runtime.progress import Progress
 from recipes.runtime.safetensors_codec import TensorSpec
 
 _KEY = "quantization_config"
+_REMEDY = "Download it again, whole, or give the checkpoint that it was quantised from."
 _PARTS = ("text_config", "llm_config", "language_config")
 
 
@@ -78,7 +80,7 @@ def dequantise(
     try:
         unpacked = {plain.name: plain for plain in source.unpacked(specs, settings)}
     except PackedError as error:
-        raise ModelError.one("FOLDER", str(folder), str(error), "Download it again, whole.") from error
+        raise ModelError.one("FOLDER", str(folder), str(error), _REMEDY) from error
     if not unpacked:
         rule = f"its config.json says {source.name}, and its files hold no such weights"
         raise ModelError.one(
@@ -87,6 +89,9 @@ def dequantise(
     left_out = source.left_out(specs)
     gone = left_out | {part for plain in unpacked.values() for part in plain.parts}
     copied = [spec for name, spec in specs.items() if name not in gone]
+    if unread := packed_names(spec.name for spec in copied):
+        rule = f"its {unread[0]} is of weights that are not in {source.name}"
+        raise ModelError.one("FOLDER", str(folder), rule, _REMEDY)
     wanted = [*copied, *(TensorSpec(plain.name, dtype, plain.shape) for plain in unpacked.values())]
     total = sum(spec.num_bytes for spec in wanted)
     with output_folder(out) as temporary:

@@ -5,21 +5,18 @@ Letters: B samples, S sequence length, T tokens, D model width, E experts, U dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.layer import MoELayer
 from moe.metrics import LayerStats
 from moe.types import Routing
 from recipes.models.hf.hf_model import HFModel
 from recipes.upcycling.inspection.routing_figures import choice_scores, chosen_mask, margins
-from recipes.upcycling.reduce.expert_sums import ExpertSums, add_tokens, zero_sums
+from recipes.upcycling.reduce.expert_sums import ExpertSums, add_tokens, watching, zero_sums
 
 
 @dataclass
@@ -62,7 +59,11 @@ def gather_layers(model: HFModel, tokens_BS: Tensor, batch: int, inputs: int) ->
     ids_U = tokens_BS.unique()
     found = {index: _zeros(layer, len(ids_U)) for index, layer in model.moe_layers()}
     parts = tokens_BS.split(batch)
-    with _watching(dict(model.moe_layers()), found, ids_U, max(1, tokens_BS.numel() // inputs)):
+    every = max(1, tokens_BS.numel() // inputs)
+    looks = (
+        (layer, partial(_look, layer, found[index], ids_U, every)) for index, layer in model.moe_layers()
+    )
+    with watching(looks):
         for part_BS in parts:
             # The model's own hook is on the whole decoder, whose logits nobody needs.
             model.context.token_ids = part_BS
@@ -76,31 +77,8 @@ def _zeros(layer: MoELayer, ids: int) -> LayerSums:
     return LayerSums(zero_sums(E), together_EE, by_token_UE, torch.zeros(E, dtype=torch.float64))
 
 
-@contextmanager
-def _watching(
-    layers: Mapping[int, MoELayer], found: Mapping[int, LayerSums], ids_U: Tensor, every: int
-) -> Iterator[None]:
-    handles = [
-        layer.router.register_forward_hook(partial(_look, layer, found[index], ids_U, every))
-        for index, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _look(
-    layer: MoELayer,
-    sums: LayerSums,
-    ids_U: Tensor,
-    every: int,
-    router: nn.Module,
-    args: tuple[Any, ...],
-    out: Routing,
-) -> None:
-    x_TD, tokens_BS = args[0], layer.context.run.token_ids
+def _look(layer: MoELayer, sums: LayerSums, ids_U: Tensor, every: int, x_TD: Tensor, out: Routing) -> None:
+    tokens_BS = layer.context.run.token_ids
     assert tokens_BS is not None and tokens_BS.numel() == len(x_TD), "every input is a token of the text"
     chosen_TE = chosen_mask(out)
     sums.stats.record(len(sums.stats.sums), out, None)

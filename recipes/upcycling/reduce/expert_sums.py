@@ -5,14 +5,13 @@ Letters: B samples, S sequence length, T tokens, D model width, E experts, K slo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from kernels.activations import ACTIVATIONS
@@ -54,7 +53,8 @@ def gather_sums(model: HFModel, batches: Iterator[Tensor]) -> dict[int, ExpertSu
     """
     layers = dict(model.moe_layers())
     sums = {index: zero_sums(layer.experts.shape[0]) for index, layer in layers.items()}
-    with _watching(layers, sums):
+    looks = ((layer, partial(add_tokens, sums[index], layer.experts)) for index, layer in layers.items())
+    with watching(looks):
         for tokens_BS in batches:
             model.module.base_model(input_ids=tokens_BS, use_cache=False)
     return sums
@@ -77,20 +77,22 @@ def zero_sums(experts: int) -> ExpertSums:
 
 
 @contextmanager
-def _watching(layers: Mapping[int, MoELayer], sums: Mapping[int, ExpertSums]) -> Iterator[None]:
-    handles = [
-        layer.router.register_forward_hook(partial(_look, layer.experts, sums[index]))
-        for index, layer in layers.items()
-    ]
+def watching(looks: Iterable[tuple[MoELayer, Callable[[Tensor, Routing], None]]]) -> Iterator[None]:
+    """Shows inputs ``[T, D]`` of layers, and the choice of their routers for them, while open.
+
+    Args:
+        looks: Layer, and what is called in each forward pass.
+    """
+
+    def hook(look: Callable[[Tensor, Routing], None]) -> Callable[..., None]:
+        return lambda router, args, out: look(args[0], out)
+
+    handles = [layer.router.register_forward_hook(hook(look)) for layer, look in looks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _look(experts: Experts, sums: ExpertSums, router: nn.Module, args: tuple[Any, ...], out: Routing) -> None:
-    add_tokens(sums, experts, args[0], out)
 
 
 def add_tokens(sums: ExpertSums, experts: Experts, x_TD: Tensor, out: Routing) -> None:

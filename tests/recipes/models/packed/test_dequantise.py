@@ -166,3 +166,15 @@ def test_fp8_without_scales_is_refused(quantised: tuple[Path, dict[str, Tensor]]
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight is FP8 and has no"):
         dequantise(folder, tmp_path / "out")
+
+
+def test_scales_of_something_else_are_refused(
+    quantised: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = quantised
+    stored = load_file(folder / "model.safetensors")
+    # Plain by its dtype: to copy it would lose the scale.
+    stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].bfloat16()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.weight_scale_inv is of weights that are not in fp8"):
+        dequantise(folder, tmp_path / "out")
